@@ -1,0 +1,2 @@
+//! The routing decision.
+pub mod sequence;

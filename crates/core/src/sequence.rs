@@ -1,0 +1,212 @@
+//! A prompt as the prefix cache sees it: a chain of sequence hashes, one per full block.
+//!
+//! A *sequence hash* stands for all tokens from the first to the end of its block, so two
+//! prompts with an equal hash at position `i` have equal tokens in blocks `0..=i`. Everything
+//! else in this crate rests on that fact: common prefixes are found by bisection, and sets of
+//! workers along a prompt are nested.
+//!
+//! Blocks are hashed one by one with rapidhash (their hashes do not depend on each other, so
+//! the processor overlaps them), then chained with one multiplication a block.
+
+use std::num::NonZeroU32;
+use std::sync::Arc;
+
+use rapidhash::v3::{RapidSecrets, rapidhash_v3_inline};
+
+/// Identifies a prefix: all tokens up to and including one full block, and the salt.
+pub type SequenceHash = u64;
+
+/// What must never share a prefix, folded into one number: pass it to the constructors of
+/// [`Sequence`]. Requests match only when model, LoRA adapter and cache salt are all equal.
+#[must_use]
+pub fn salt(model: &str, lora: Option<&str>, cache_salt: Option<&str>) -> u64 {
+    // A length before each part keeps ("ab", "c") apart from ("a", "bc").
+    let secrets = RapidSecrets::seed_cpp(0);
+    let mut folded = 0;
+    for part in [Some(model), lora, cache_salt] {
+        let length = part.map_or(u64::MAX, |text| text.len() as u64);
+        folded = chain(folded, length);
+        if let Some(text) = part {
+            folded = chain(folded, hash_bytes(text.as_bytes(), &secrets));
+        }
+    }
+    folded
+}
+
+/// A prompt cut into blocks and hashed. Cheap to clone: the hashes are shared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sequence {
+    hashes: Arc<[SequenceHash]>,
+    tokens: u32,
+    block_size: NonZeroU32,
+}
+
+impl Sequence {
+    /// Hashes token ids. `block_size` is in tokens; the partial last block has no hash.
+    #[must_use]
+    pub fn from_tokens(tokens: &[u32], block_size: NonZeroU32, salt: u64) -> Self {
+        let blocks = tokens.chunks_exact(block_size.get() as usize);
+        Self {
+            hashes: chain_hashes(blocks.map(bytemuck::cast_slice::<u32, u8>), salt),
+            tokens: saturating_u32(tokens.len()),
+            block_size,
+        }
+    }
+
+    /// Stands in for [`Sequence::from_tokens`] where there is no tokenizer: cuts the prompt's
+    /// bytes into pieces of `bytes_per_token × block_size` bytes, each of which counts as one
+    /// block. Equal text has equal pieces, so prefixes are found as well as with tokens; only
+    /// the token count is an estimate.
+    ///
+    /// Sequences cut at different `bytes_per_token` never match each other.
+    #[must_use]
+    pub fn from_text(text: &[u8], bytes_per_token: f64, block_size: NonZeroU32, salt: u64) -> Self {
+        let bytes_per_block = (bytes_per_token * f64::from(block_size.get())).round();
+        let piece = (bytes_per_block as usize).max(1);
+        let salt = chain(salt, piece as u64);
+        let tokens = (text.len() * block_size.get() as usize).div_ceil(piece);
+        Self {
+            hashes: chain_hashes(text.chunks_exact(piece), salt),
+            tokens: saturating_u32(tokens),
+            block_size,
+        }
+    }
+
+    /// A prompt of known length and unknown content: it is booked, and matches nothing.
+    #[must_use]
+    pub fn opaque(tokens: u32, block_size: NonZeroU32) -> Self {
+        Self {
+            hashes: Arc::from([]),
+            tokens,
+            block_size,
+        }
+    }
+
+    /// Adds `tokens` whose content is not hashed, after the hashed ones: what follows an image,
+    /// or the further prompts of a batch.
+    #[must_use]
+    pub fn with_opaque_tail(mut self, tokens: u32) -> Self {
+        self.tokens = self.tokens.saturating_add(tokens);
+        self
+    }
+
+    /// The sequence hash of each full block whose content is known, in order.
+    #[must_use]
+    pub fn hashes(&self) -> &[SequenceHash] {
+        &self.hashes
+    }
+
+    pub(crate) fn shared_hashes(&self) -> &Arc<[SequenceHash]> {
+        &self.hashes
+    }
+
+    /// Length in tokens, the partial last block included.
+    #[must_use]
+    pub fn tokens(&self) -> u32 {
+        self.tokens
+    }
+
+    /// Tokens per block.
+    #[must_use]
+    pub fn block_size(&self) -> NonZeroU32 {
+        self.block_size
+    }
+
+    /// Blocks the prompt occupies, the partial last one included.
+    #[must_use]
+    pub fn blocks(&self) -> u32 {
+        self.tokens.div_ceil(self.block_size.get())
+    }
+
+    /// The most leading blocks an engine can take from its cache: never the whole prompt,
+    /// because the last token must be computed to get logits.
+    #[must_use]
+    pub fn reusable_blocks(&self) -> u32 {
+        self.tokens.saturating_sub(1) / self.block_size.get()
+    }
+}
+
+/// Learns how many bytes of prompt text stand for one token, from the prompt-token counts that
+/// responses report.
+///
+/// The ratio in use changes only when the observed one has drifted away from it, because every
+/// change makes earlier text sequences unrecognisable.
+#[derive(Clone, Debug)]
+pub struct BytesPerToken {
+    in_use: f64,
+    bytes: f64,
+    tokens: f64,
+    samples: u32,
+}
+
+impl Default for BytesPerToken {
+    fn default() -> Self {
+        Self {
+            in_use: 4.0,
+            bytes: 0.0,
+            tokens: 0.0,
+            samples: 0,
+        }
+    }
+}
+
+impl BytesPerToken {
+    const SAMPLES_BEFORE_CHANGE: u32 = 16;
+    const DRIFT_BEFORE_CHANGE: f64 = 0.15;
+    /// Old samples count for less: the weight of one `n` samples ago is `FORGETTING^n`.
+    const FORGETTING: f64 = 0.99;
+
+    /// The ratio to cut text with.
+    #[must_use]
+    pub fn get(&self) -> f64 {
+        self.in_use
+    }
+
+    /// Takes one prompt's size as sent, in bytes, and as the engine counted it. Returns whether
+    /// the ratio in use changed.
+    pub fn observe(&mut self, prompt_bytes: usize, prompt_tokens: u32) -> bool {
+        if prompt_bytes == 0 || prompt_tokens == 0 {
+            return false;
+        }
+        self.bytes = self.bytes * Self::FORGETTING + prompt_bytes as f64;
+        self.tokens = self.tokens * Self::FORGETTING + f64::from(prompt_tokens);
+        self.samples = self.samples.saturating_add(1);
+        let observed = (self.bytes / self.tokens).clamp(0.25, 64.0);
+        let drift = (observed / self.in_use - 1.0).abs();
+        let change =
+            self.samples >= Self::SAMPLES_BEFORE_CHANGE && drift > Self::DRIFT_BEFORE_CHANGE;
+        if change {
+            self.in_use = observed;
+        }
+        change
+    }
+}
+
+fn chain_hashes<'a>(blocks: impl ExactSizeIterator<Item = &'a [u8]>, salt: u64) -> Arc<[u64]> {
+    let secrets = RapidSecrets::seed_cpp(salt);
+    let mut previous = salt;
+    // Collecting an exact-size iterator into an Arc allocates once.
+    blocks
+        .map(|block| {
+            previous = chain(previous, hash_bytes(block, &secrets));
+            previous
+        })
+        .collect()
+}
+
+#[inline]
+fn hash_bytes(bytes: &[u8], secrets: &RapidSecrets) -> u64 {
+    rapidhash_v3_inline::<true, false, false>(bytes, secrets)
+}
+
+/// Extends a chain by one link: multiply to 128 bits and fold, the mixer of wyhash and rapidhash.
+#[inline]
+fn chain(previous: u64, link: u64) -> u64 {
+    const ODD: u64 = 0x9E37_79B9_7F4A_7C15;
+    let product = u128::from(previous ^ ODD) * u128::from(link ^ ODD.rotate_left(32) | 1);
+    ((product as u64) ^ ((product >> 64) as u64)).wrapping_add(link)
+}
+
+fn saturating_u32(length: usize) -> u32 {
+    u32::try_from(length).unwrap_or(u32::MAX)
+}
