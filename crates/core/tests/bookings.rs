@@ -1,6 +1,8 @@
 //! Bookings against the slow, obviously right model: per worker a
 //! `HashMap<SequenceHash, HashSet<RequestId>>`, a list for the free queue, and no cleverness.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::num::NonZeroU32;
 use std::sync::Barrier;
@@ -321,28 +323,31 @@ impl Pair {
                     assert!(self.router.remove_worker(id));
                 }
             }
-            (Step::AddWorker(worker), _) => {
-                if self.ids[worker].is_none() {
-                    let (capacity, prefix_caching) = self.specs[worker];
-                    let id = self.router.add_worker(WorkerSpec {
-                        name: format!("w{worker}"),
-                        models: Vec::new(),
-                        capacity_blocks: Some(capacity),
-                        prefix_caching,
-                    });
-                    let id = id.unwrap();
-                    self.router.set_healthy(id, true);
-                    self.ids[worker] = Some(id);
-                    let worker = ModelWorker {
-                        prefix_caching,
-                        capacity: capacity as usize,
-                        ..ModelWorker::default()
-                    };
-                    self.model.insert(id, worker);
-                }
-            }
+            (Step::AddWorker(worker), _) => self.add_worker(worker),
             _ => {}
         }
+    }
+
+    fn add_worker(&mut self, worker: usize) {
+        if self.ids[worker].is_some() {
+            return;
+        }
+        let (capacity, prefix_caching) = self.specs[worker];
+        let spec = WorkerSpec {
+            name: format!("w{worker}"),
+            models: Vec::new(),
+            capacity_blocks: Some(capacity),
+            prefix_caching,
+        };
+        let id = self.router.add_worker(spec).unwrap();
+        self.router.set_healthy(id, true);
+        self.ids[worker] = Some(id);
+        let worker = ModelWorker {
+            prefix_caching,
+            capacity: capacity as usize,
+            ..ModelWorker::default()
+        };
+        self.model.insert(id, worker);
     }
 
     fn check(&self) {
