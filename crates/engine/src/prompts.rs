@@ -10,11 +10,13 @@ use crate::request::{Prompt, Unmatched};
 #[derive(Debug, Default)]
 pub(crate) struct Prompts {
     pub(crate) first: Option<Prompt>,
+    pub(crate) count: u32,
     pub(crate) unmatched: Unmatched,
 }
 
 impl Prompts {
     fn add_text(&mut self, text: &str) {
+        self.count = self.count.saturating_add(1);
         if self.first.is_none() {
             self.first = Some(Prompt::Text(text.as_bytes().to_vec()));
         } else {
@@ -23,6 +25,7 @@ impl Prompts {
     }
 
     fn add_tokens(&mut self, tokens: Vec<u32>) {
+        self.count = self.count.saturating_add(1);
         if self.first.is_none() {
             self.first = Some(Prompt::Tokens(tokens));
         } else {
@@ -124,6 +127,7 @@ impl<'de> Visitor<'de> for Element<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut object: A) -> Result<(), A::Error> {
         while object.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+        self.prompts.count = self.prompts.count.saturating_add(1);
         self.prompts.unmatched.add_media();
         Ok(())
     }

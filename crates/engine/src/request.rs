@@ -36,10 +36,12 @@ pub struct ApiRequest {
     pub stream: bool,
     /// The most output tokens per choice, if the request says.
     pub max_tokens: Option<u32>,
-    /// How many answers are generated from the prompt (`n`), at least 1.
+    /// How many answers are generated from each prompt (`n`), at least 1.
     pub choices: u32,
     /// Keeps this prompt's cache apart from others'.
     pub cache_salt: Option<String>,
+    /// How many prompts the request holds, at least 1. Each gets `choices` answers.
+    pub prompts: u32,
     /// The prompt, or the first of a batch.
     pub prompt: Prompt,
     /// What comes besides and is only counted.
@@ -216,6 +218,7 @@ impl<'b> Fields<'b> {
             cache_salt: self
                 .cache_salt
                 .and_then(|raw| serde_json::from_str(raw.get()).ok()),
+            prompts: self.prompts.count.max(1),
             prompt,
             unmatched,
         })

@@ -157,21 +157,21 @@ fn prompts_come_in_four_forms() {
         let read = |value: &str| {
             let request = parse(endpoint, &format!(r#"{{"{field}": {value}}}"#));
             let unmatched = (request.unmatched.bytes, request.unmatched.tokens);
-            (request.prompt, unmatched)
+            (request.prompts, request.prompt, unmatched)
         };
         let text = |text: &str| Prompt::Text(text.into());
-        assert_eq!(read(r#""a\nb""#), (text("a\nb"), (0, 0)));
-        assert_eq!(read(r#"["ab", "cde", "f"]"#), (text("ab"), (4, 0)));
+        assert_eq!(read(r#""a\nb""#), (1, text("a\nb"), (0, 0)));
+        assert_eq!(read(r#"["ab", "cde", "f"]"#), (3, text("ab"), (4, 0)));
         assert_eq!(
             read("[1, 2, 151645]"),
-            (Prompt::Tokens(vec![1, 2, 151_645]), (0, 0))
+            (1, Prompt::Tokens(vec![1, 2, 151_645]), (0, 0))
         );
         assert_eq!(
             read("[[1, 2], [3], [4, 5]]"),
-            (Prompt::Tokens(vec![1, 2]), (0, 3))
+            (3, Prompt::Tokens(vec![1, 2]), (0, 3))
         );
-        assert_eq!(read("[]"), (text(""), (0, 0)));
-        assert_eq!(read("null"), (text(""), (0, 0)));
+        assert_eq!(read("[]"), (1, text(""), (0, 0)));
+        assert_eq!(read("null"), (1, text(""), (0, 0)));
     }
     let conversation = r#"{"messages": [{"role": "user", "content": "x"}]}"#;
     assert_eq!(
