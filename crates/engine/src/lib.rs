@@ -1,1 +1,13 @@
-//! placeholder
+//! What LLM engines speak: OpenAI bodies, token streams, error bodies and metrics.
+//!
+//! Everything here is pure: bytes in, meaning out. Nothing does I/O, and no input, however
+//! malformed, panics or grows a buffer without bound.
+mod conversation;
+pub mod error;
+mod event;
+mod lenient;
+mod prompts;
+pub mod request;
+pub mod stream;
+pub mod usage;
+pub mod worker_metrics;

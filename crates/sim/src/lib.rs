@@ -1,1 +1,13 @@
-//! placeholder
+//! An LLM engine without a GPU: an iteration-level model on a virtual clock, the workloads to
+//! drive it with, and replay with the router in the loop.
+//!
+//! [`engine::Engine`] is a state machine without a clock: its driver decides whether the time a
+//! step takes passes on a virtual clock or on the wall.
+
+pub mod arrivals;
+pub mod blocks;
+pub mod engine;
+pub mod law;
+pub mod prompt;
+pub mod trace;
+pub mod workload;
