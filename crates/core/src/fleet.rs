@@ -11,11 +11,11 @@ use crate::shadow::{DEFAULT_CAPACITY_BLOCKS, Shadow};
 use crate::tree::Slot;
 
 /// Names one worker for as long as it is known. A worker removed and added again, even under
-/// the same name, has another id.
+/// the same name, has another id. Ids are ordered by when the workers joined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct WorkerId {
-    pub(crate) slot: Slot,
     pub(crate) generation: u64,
+    pub(crate) slot: Slot,
 }
 
 /// What a worker is, as far as routing cares.

@@ -1,1 +1,23 @@
-//! placeholder
+//! The server: an OpenAI-compatible proxy that asks the router where each request should go.
+//!
+//! One request's life: [`proxy`] reads it, routes it and sends it on; `watch` passes the answer
+//! through and tells the booking what it sees; dropping the answer frees the booking. Beside
+//! that, `workers` and `health` keep the fleet, [`admin`] shows it, `metrics` counts.
+
+mod admin;
+mod clock;
+mod config;
+mod forward;
+mod health;
+mod listen;
+mod metrics;
+mod proxy;
+mod reply;
+mod server;
+mod text;
+mod watch;
+mod workers;
+
+pub use config::{GatewayConfig, WorkerConfig, WorkerConfigError};
+pub use listen::raise_open_file_limit;
+pub use server::{Gateway, StartError};

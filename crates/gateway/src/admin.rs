@@ -1,0 +1,208 @@
+//! The admin listener: what the fleet looks like, why a request would go where, and metrics.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use foresee_core::fleet::{WorkerId, WorkerSnapshot};
+use foresee_core::router::Explanation;
+use foresee_engine::error::ApiError;
+use foresee_engine::request::Endpoint;
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt, Limited};
+use hyper::body::Incoming;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::config::WorkerConfig;
+use crate::health::watch_worker;
+use crate::proxy::Shared;
+use crate::reply::{self, Body};
+
+const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// How often a draining worker is looked at.
+const DRAIN_POLL: Duration = Duration::from_millis(50);
+
+impl Shared {
+    /// Answers one request to the admin API.
+    pub(crate) async fn answer_admin(
+        self: Arc<Self>,
+        request: Request<Incoming>,
+    ) -> Response<Body> {
+        let answered = self.try_answer_admin(request).await;
+        answered.unwrap_or_else(|error| reply::error(&error))
+    }
+
+    async fn try_answer_admin(
+        self: Arc<Self>,
+        request: Request<Incoming>,
+    ) -> Result<Response<Body>, ApiError> {
+        let (head, body) = request.into_parts();
+        let path = head.uri.path();
+        match (&head.method, path) {
+            (&Method::GET, "/health/live") => {
+                Ok(reply::whole(StatusCode::OK, "text/plain", "ok\n"))
+            }
+            (&Method::GET, "/health/ready") if self.is_ready() => {
+                Ok(reply::whole(StatusCode::OK, "text/plain", "ok\n"))
+            }
+            (&Method::GET, "/health/ready") => {
+                Err(ApiError::unavailable("Not ready: no worker is healthy."))
+            }
+            (&Method::GET, "/metrics") => self.expose_metrics(),
+            (&Method::GET, "/admin/workers") => Ok(self.list_workers()),
+            (&Method::POST, "/admin/workers") => {
+                let body = self.read_admin_body(body).await?;
+                self.add_worker(&body)
+            }
+            (&Method::POST, "/admin/explain") => {
+                let body = self.read_admin_body(body).await?;
+                let explanation = self.explain(endpoint_of(&body), &body)?;
+                Ok(reply::json(
+                    StatusCode::OK,
+                    show_explanation(&explanation).to_string(),
+                ))
+            }
+            (&Method::DELETE, _) if path.starts_with("/admin/workers/") => {
+                self.drain_worker(path.trim_start_matches("/admin/workers/"))
+            }
+            (method, path) => Err(ApiError::path_not_found(method.as_str(), path)),
+        }
+    }
+
+    async fn read_admin_body(&self, body: Incoming) -> Result<Bytes, ApiError> {
+        let limit = self.config.max_body_bytes;
+        match Limited::new(body, limit).collect().await {
+            Ok(body) => Ok(body.to_bytes()),
+            Err(_) => Err(ApiError::body_too_large(limit)),
+        }
+    }
+
+    fn expose_metrics(&self) -> Result<Response<Body>, ApiError> {
+        let workers = self.router.workers(self.clock.now());
+        let (bookings, edges) = (self.router.bookings(), self.router.tracked_edges());
+        let text = self.metrics.expose(&workers, bookings, edges);
+        let text = text.map_err(|error| ApiError::unavailable(error.to_string()))?;
+        Ok(reply::whole(StatusCode::OK, METRICS_TYPE, text))
+    }
+
+    fn list_workers(&self) -> Response<Body> {
+        let snapshots = self.router.workers(self.clock.now());
+        let shown: Vec<Value> = snapshots.iter().map(|worker| self.show(worker)).collect();
+        reply::json(StatusCode::OK, json!({ "workers": shown }).to_string())
+    }
+
+    fn show(&self, worker: &WorkerSnapshot) -> Value {
+        json!({
+            "name": worker.name,
+            "url": self.workers.get(worker.id).map(|worker| worker.config.url()),
+            "state": worker.state.as_str(),
+            "models": worker.models,
+            "requests": worker.requests,
+            "active_blocks": worker.active_blocks,
+            "context_tokens": worker.context_tokens,
+            "prefill_tokens": worker.prefill_tokens,
+            "cached_blocks": worker.cached_blocks,
+            "cache_source": "shadow",
+            "capacity_blocks": worker.capacity_blocks,
+            "prefill_tokens_per_second": worker.prefill_speed,
+            "inter_token_latency_seconds": worker.inter_token_latency.as_secs_f64(),
+        })
+    }
+
+    /// `{"url": "URL[,name=…][,blocks=N]"}`, as on the command line.
+    fn add_worker(self: &Arc<Self>, body: &[u8]) -> Result<Response<Body>, ApiError> {
+        #[derive(Deserialize)]
+        struct New {
+            url: String,
+        }
+        let new: New = serde_json::from_slice(body).map_err(|error| {
+            let message =
+                format!("Send {{\"url\": \"http://HOST:PORT[,name=NAME][,blocks=N]\"}}: {error}.");
+            ApiError::bad_request(message, Some("url"))
+        })?;
+        let config: WorkerConfig = new
+            .url
+            .parse()
+            .map_err(|error| ApiError::bad_request(format!("{error}"), Some("url")))?;
+        let name = config.name.clone();
+        let worker = self
+            .workers
+            .add(&self.router, config, self.config.prefix_caching)
+            .map_err(|error| ApiError::bad_request(error.to_string(), Some("url")))?;
+        tokio::spawn(watch_worker(Arc::clone(self), worker));
+        let body = json!({ "name": name, "state": "joining" });
+        Ok(reply::json(StatusCode::ACCEPTED, body.to_string()))
+    }
+
+    fn drain_worker(self: &Arc<Self>, name: &str) -> Result<Response<Body>, ApiError> {
+        let all = self.workers.all();
+        let worker = all.iter().find(|worker| worker.config.name == name);
+        let Some(worker) = worker else {
+            return Err(ApiError {
+                status: 404,
+                ..ApiError::bad_request(format!("There is no worker named `{name}`."), None)
+            });
+        };
+        self.router.set_draining(worker.id, true);
+        tokio::spawn(Arc::clone(self).remove_when_drained(worker.id));
+        let body = json!({ "name": name, "state": "draining" });
+        Ok(reply::json(StatusCode::ACCEPTED, body.to_string()))
+    }
+
+    async fn remove_when_drained(self: Arc<Self>, id: WorkerId) {
+        let running = || {
+            let workers = self.router.workers(self.clock.now());
+            workers
+                .iter()
+                .any(|worker| worker.id == id && worker.requests > 0)
+        };
+        while running() {
+            tokio::time::sleep(DRAIN_POLL).await;
+        }
+        self.workers.remove(&self.router, id);
+    }
+}
+
+/// Which API a body is for, by the field that only that one has.
+fn endpoint_of(body: &[u8]) -> Endpoint {
+    #[derive(Deserialize)]
+    struct Marks {
+        messages: Option<serde::de::IgnoredAny>,
+        input: Option<serde::de::IgnoredAny>,
+    }
+    match serde_json::from_slice(body) {
+        Ok(Marks { input: Some(_), .. }) => Endpoint::Embeddings,
+        Ok(Marks { messages: None, .. }) => Endpoint::Completions,
+        _ => Endpoint::ChatCompletions,
+    }
+}
+
+fn show_explanation(explanation: &Explanation) -> Value {
+    let candidates = explanation.candidates.iter().map(|candidate| {
+        json!({
+            "worker": candidate.name,
+            "requests": candidate.requests,
+            "active_blocks": candidate.active_blocks,
+            "overlap_blocks": candidate.cost.overlap_blocks,
+            "overlap_cached_blocks": candidate.depth.cached,
+            "overlap_active_blocks": candidate.depth.active,
+            "prefill_blocks": candidate.cost.prefill_blocks,
+            "active_blocks_if_placed": candidate.cost.active_blocks,
+            "cost": candidate.cost.total,
+            "probability": candidate.probability,
+        })
+    });
+    let likeliest = explanation
+        .candidates
+        .iter()
+        .max_by(|a, b| a.probability.total_cmp(&b.probability));
+    json!({
+        "policy": explanation.policy.to_string(),
+        "overlap_weight": explanation.overlap_weight,
+        "temperature": explanation.temperature,
+        "choice": likeliest.map(|candidate| &candidate.name),
+        "candidates": candidates.collect::<Vec<_>>(),
+    })
+}

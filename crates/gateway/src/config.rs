@@ -1,0 +1,181 @@
+//! What a gateway is told at its start.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::str::FromStr;
+use std::time::Duration;
+
+use foresee_core::router::RouterConfig;
+use http::Uri;
+use http::uri::{Authority, Scheme};
+
+/// How a gateway listens, routes and fails. The defaults are those of the command line.
+#[derive(Clone, Debug)]
+pub struct GatewayConfig {
+    /// Where the OpenAI-compatible API listens.
+    pub listen: SocketAddr,
+    /// Where metrics, health and admin listen.
+    pub admin_listen: SocketAddr,
+    /// Workers known from the start.
+    pub workers: Vec<WorkerConfig>,
+    /// How requests are placed.
+    pub router: RouterConfig,
+    /// Whether workers share blocks between requests, unless one says otherwise.
+    pub prefix_caching: bool,
+    /// Longest request body accepted, in bytes.
+    pub max_body_bytes: usize,
+    /// Time between two health probes of a worker.
+    pub probe_interval: Duration,
+    /// How long a worker may take to accept a connection, or to answer a probe.
+    pub connect_timeout: Duration,
+    /// How long a worker may take until the first byte of its answer.
+    pub first_byte_timeout: Duration,
+    /// How long running streams may take to end at shutdown.
+    pub shutdown_timeout: Duration,
+}
+
+impl Default for GatewayConfig {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 8080)),
+            admin_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 8081)),
+            workers: Vec::new(),
+            router: RouterConfig::default(),
+            prefix_caching: true,
+            max_body_bytes: 32 << 20,
+            probe_interval: Duration::from_secs(1),
+            connect_timeout: Duration::from_secs(2),
+            first_byte_timeout: Duration::from_secs(600),
+            shutdown_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+/// One worker, written `URL[,name=…][,blocks=N][,prefix-caching=on|off]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkerConfig {
+    /// Unique name; host and port of the URL by default.
+    pub name: String,
+    /// Where it listens.
+    pub(crate) authority: Authority,
+    /// What comes before `/v1` in its paths; empty or without a slash at its end.
+    pub(crate) base_path: String,
+    /// Its KV blocks, if they are not to be read from its metrics.
+    pub blocks: Option<u32>,
+    /// Whether it shares blocks between requests, if not as the gateway's default.
+    pub prefix_caching: Option<bool>,
+}
+
+/// What is wrong with a worker's description.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("worker `{given}`: {problem}")]
+pub struct WorkerConfigError {
+    given: String,
+    problem: String,
+}
+
+impl WorkerConfig {
+    /// The URL, as it was given but for a slash at its end.
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("http://{}{}", self.authority, self.base_path)
+    }
+
+    fn from_url(url: &str) -> Result<Self, String> {
+        let with_scheme = if url.contains("://") {
+            url.to_owned()
+        } else {
+            format!("http://{url}")
+        };
+        let uri: Uri = with_scheme
+            .parse()
+            .map_err(|error| format!("not a URL ({error}); write http://HOST:PORT"))?;
+        if uri.scheme() != Some(&Scheme::HTTP) {
+            return Err("only http:// URLs are supported".to_owned());
+        }
+        let authority = uri
+            .authority()
+            .filter(|authority| !authority.host().is_empty())
+            .ok_or("no host; write http://HOST:PORT")?;
+        if uri.query().is_some() {
+            return Err("a worker's URL has no query".to_owned());
+        }
+        Ok(Self {
+            name: authority.to_string(),
+            authority: authority.clone(),
+            base_path: uri.path().trim_end_matches('/').to_owned(),
+            blocks: None,
+            prefix_caching: None,
+        })
+    }
+}
+
+impl FromStr for WorkerConfig {
+    type Err = WorkerConfigError;
+
+    fn from_str(given: &str) -> Result<Self, WorkerConfigError> {
+        let fail = |problem: String| WorkerConfigError {
+            given: given.to_owned(),
+            problem,
+        };
+        let mut parts = given.split(',');
+        let mut worker = Self::from_url(parts.next().unwrap_or("").trim()).map_err(fail)?;
+        for option in parts {
+            let (key, value) = option
+                .split_once('=')
+                .ok_or_else(|| fail(format!("`{option}` is not KEY=VALUE")))?;
+            match (key.trim(), value.trim()) {
+                ("name", "") => return Err(fail("`name` is empty".to_owned())),
+                ("name", name) => worker.name = name.to_owned(),
+                ("blocks", blocks) => {
+                    let blocks = blocks.parse().ok().filter(|&blocks| blocks > 0);
+                    let problem = "`blocks` is not a whole number above 0";
+                    worker.blocks = Some(blocks.ok_or_else(|| fail(problem.to_owned()))?);
+                }
+                ("prefix-caching", "on") => worker.prefix_caching = Some(true),
+                ("prefix-caching", "off") => worker.prefix_caching = Some(false),
+                ("prefix-caching", _) => {
+                    return Err(fail("`prefix-caching` is neither on nor off".to_owned()));
+                }
+                (key, _) => {
+                    let known = "name, blocks or prefix-caching";
+                    return Err(fail(format!("unknown option `{key}`: use {known}")));
+                }
+            }
+        }
+        Ok(worker)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_is_a_url_and_options() {
+        let plain: WorkerConfig = "http://10.0.0.7:8000/".parse().unwrap();
+        assert_eq!(plain.url(), "http://10.0.0.7:8000");
+        assert_eq!(plain.name, "10.0.0.7:8000");
+
+        let full: WorkerConfig = "gpu1:8000/engine,name=a,blocks=27312,prefix-caching=off"
+            .parse()
+            .unwrap();
+        assert_eq!(full.url(), "http://gpu1:8000/engine");
+        assert_eq!((full.name.as_str(), full.blocks), ("a", Some(27312)));
+        assert_eq!(full.prefix_caching, Some(false));
+    }
+
+    #[test]
+    fn errors_name_the_part_at_fault() {
+        for (given, says) in [
+            ("https://a:1", "only http://"),
+            ("http://", "URL"),
+            ("http://a:1,blocks=none", "`blocks`"),
+            ("http://a:1,colour=red", "`colour`"),
+            ("http://a:1,name", "KEY=VALUE"),
+            ("http://a:1?x=1", "query"),
+        ] {
+            let error = given.parse::<WorkerConfig>().unwrap_err().to_string();
+            assert!(error.contains(says), "{given}: {error}");
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! One request to one worker, as a proxy sends it.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{self, HeaderName};
+use http::uri::PathAndQuery;
+use http::{HeaderMap, HeaderValue, Method, Request, Response};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+
+use crate::workers::Worker;
+
+/// Engines close idle connections (vLLM after 5 s). Letting go of them first avoids sending a
+/// request into a connection that is being closed.
+const IDLE_CONNECTION_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// Idle connections kept per worker: as many as a burst leaves behind.
+const IDLE_CONNECTIONS: usize = 1024;
+
+/// Headers that belong to one connection, not to the message (RFC 9110, section 7.6.1).
+const HOP_BY_HOP: [HeaderName; 9] = [
+    header::CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    header::PROXY_AUTHENTICATE,
+    header::PROXY_AUTHORIZATION,
+    header::TE,
+    header::TRAILER,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+];
+
+/// Removes what must not pass a proxy, the headers that `Connection` names included.
+pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    let named: Vec<HeaderName> = headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+        .collect();
+    for name in named.iter().chain(&HOP_BY_HOP) {
+        headers.remove(name);
+    }
+}
+
+/// What is sent to a worker, and again to another if that one fails.
+#[derive(Debug)]
+pub(crate) struct Message {
+    pub(crate) method: Method,
+    pub(crate) path: PathAndQuery,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
+}
+
+impl Message {
+    /// Takes a client's request. `request_id` is added unless the client sent one.
+    pub(crate) fn new(head: http::request::Parts, body: Bytes, request_id: HeaderValue) -> Self {
+        let mut headers = head.headers;
+        strip_hop_by_hop(&mut headers);
+        // The body is in hand, whole; both follow from it and from the worker's address.
+        headers.remove(header::EXPECT);
+        headers.remove(header::HOST);
+        headers.entry("x-request-id").or_insert(request_id);
+        let path = head.uri.into_parts().path_and_query;
+        Self {
+            method: head.method,
+            path: path.unwrap_or(PathAndQuery::from_static("/")),
+            headers,
+            body,
+        }
+    }
+}
+
+/// Why a worker gave no answer.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ForwardError {
+    /// Nothing was sent: the worker is not there.
+    #[error("cannot connect: {0}")]
+    Connect(String),
+    /// The connection broke before the first byte of an answer.
+    #[error("connection broke: {0}")]
+    Broken(String),
+    /// No first byte in time.
+    #[error("no answer within {0:?}")]
+    TimedOut(Duration),
+    /// The request cannot be written as HTTP.
+    #[error("cannot be forwarded: {0}")]
+    Malformed(#[from] http::Error),
+}
+
+impl ForwardError {
+    pub(crate) fn broken(error: &dyn std::error::Error) -> Self {
+        Self::Broken(root_cause(error))
+    }
+}
+
+/// Sends messages over pooled connections.
+#[derive(Clone, Debug)]
+pub(crate) struct Forwarder {
+    client: Client<HttpConnector, Full<Bytes>>,
+    first_byte_timeout: Duration,
+}
+
+impl Forwarder {
+    pub(crate) fn new(connect_timeout: Duration, first_byte_timeout: Duration) -> Self {
+        let mut connector = HttpConnector::new();
+        connector.set_nodelay(true);
+        connector.set_connect_timeout(Some(connect_timeout));
+        let client = Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(IDLE_CONNECTION_TIMEOUT)
+            .pool_max_idle_per_host(IDLE_CONNECTIONS)
+            .build(connector);
+        Self {
+            client,
+            first_byte_timeout,
+        }
+    }
+
+    /// Sends the message and waits for the head of the answer. Dropping the future, or later the
+    /// body, closes the connection, which is how an engine learns that nobody listens.
+    pub(crate) async fn send(
+        &self,
+        worker: &Worker,
+        message: &Message,
+    ) -> Result<Response<Incoming>, ForwardError> {
+        let mut request = Request::new(Full::new(message.body.clone()));
+        *request.method_mut() = message.method.clone();
+        *request.uri_mut() = worker.uri(&message.path)?;
+        *request.headers_mut() = message.headers.clone();
+        let answer = self.client.request(request);
+        match tokio::time::timeout(self.first_byte_timeout, answer).await {
+            Ok(Ok(response)) => Ok(response),
+            Ok(Err(error)) if error.is_connect() => Err(ForwardError::Connect(root_cause(&error))),
+            Ok(Err(error)) => Err(ForwardError::broken(&error)),
+            Err(_) => Err(ForwardError::TimedOut(self.first_byte_timeout)),
+        }
+    }
+}
+
+/// The innermost error: the outer ones say only that something failed.
+fn root_cause(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_of_the_connection_stay_behind() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            ("connection", "keep-alive, X-Private"),
+            ("x-private", "1"),
+            ("keep-alive", "timeout=5"),
+            ("te", "trailers"),
+            ("x-custom", "kept"),
+            ("authorization", "Bearer kept"),
+        ] {
+            headers.append(name, HeaderValue::from_static(value));
+        }
+        strip_hop_by_hop(&mut headers);
+        let mut left: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
+        left.sort_unstable();
+        assert_eq!(left, ["authorization", "x-custom"]);
+    }
+}

@@ -1,0 +1,237 @@
+//! What the gateway counts, under the prefix `foresee_`, in base units.
+
+use std::fmt;
+use std::sync::atomic::AtomicU64;
+
+use foresee_core::fleet::{WorkerSnapshot, WorkerState};
+use prometheus_client::encoding::text;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::Registry;
+
+type Label = [(&'static str, &'static str); 1];
+type WorkerLabel = [(&'static str, String); 1];
+type WorkerGauge = Family<WorkerLabel, Gauge>;
+
+/// How a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// The worker's answer went through whole.
+    Ok,
+    /// The request was refused as it is: by the gateway, or by the worker with a 4xx.
+    Refused,
+    /// The worker answered with a 5xx.
+    WorkerError,
+    /// The worker failed and nobody could take over.
+    WorkerFailed,
+    /// There was no worker to ask.
+    Unavailable,
+    /// The client left before the end.
+    ClientLeft,
+}
+
+impl Outcome {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Refused => "refused",
+            Self::WorkerError => "worker_error",
+            Self::WorkerFailed => "worker_failed",
+            Self::Unavailable => "unavailable",
+            Self::ClientLeft => "client_left",
+        }
+    }
+}
+
+/// All metrics of one gateway.
+#[derive(Debug)]
+pub(crate) struct Metrics {
+    registry: Registry,
+    requests: Family<Label, Counter>,
+    pub(crate) retries: Counter,
+    overlap_blocks: Family<Label, Counter>,
+    pub(crate) prompt_tokens: Counter,
+    pub(crate) output_tokens: Counter,
+    pub(crate) decision_duration: Histogram,
+    pub(crate) time_to_first_token: Histogram,
+    pub(crate) inter_token_latency: Histogram,
+    pub(crate) probe_failures: Family<WorkerLabel, Counter>,
+    bookings: Gauge,
+    tracked_edges: Gauge,
+    worker_up: WorkerGauge,
+    worker_requests: WorkerGauge,
+    worker_active_blocks: WorkerGauge,
+    worker_cached_blocks: WorkerGauge,
+    worker_capacity_blocks: WorkerGauge,
+    worker_prefill_tokens: WorkerGauge,
+    worker_context_tokens: WorkerGauge,
+    worker_prefill_speed: Family<WorkerLabel, Gauge<f64, AtomicU64>>,
+    worker_inter_token_latency: Family<WorkerLabel, Gauge<f64, AtomicU64>>,
+}
+
+impl Metrics {
+    pub(crate) fn new() -> Self {
+        // 1 µs to 65 ms; 1 ms to 524 s; 0.1 ms to 52 s.
+        let decision_duration = Histogram::new(exponential_buckets(1e-6, 2.0, 17));
+        let time_to_first_token = Histogram::new(exponential_buckets(1e-3, 2.0, 20));
+        let inter_token_latency = Histogram::new(exponential_buckets(1e-4, 2.0, 20));
+        let mut metrics = Self {
+            registry: Registry::with_prefix("foresee"),
+            requests: Family::default(),
+            retries: Counter::default(),
+            overlap_blocks: Family::default(),
+            prompt_tokens: Counter::default(),
+            output_tokens: Counter::default(),
+            decision_duration,
+            time_to_first_token,
+            inter_token_latency,
+            probe_failures: Family::default(),
+            bookings: Gauge::default(),
+            tracked_edges: Gauge::default(),
+            worker_up: Family::default(),
+            worker_requests: Family::default(),
+            worker_active_blocks: Family::default(),
+            worker_cached_blocks: Family::default(),
+            worker_capacity_blocks: Family::default(),
+            worker_prefill_tokens: Family::default(),
+            worker_context_tokens: Family::default(),
+            worker_prefill_speed: Family::default(),
+            worker_inter_token_latency: Family::default(),
+        };
+        metrics.register();
+        metrics
+    }
+
+    fn register(&mut self) {
+        macro_rules! register {
+            ($($field:ident: $help:literal,)*) => {
+                $(self.registry.register(stringify!($field), $help, self.$field.clone());)*
+            };
+        }
+        register! {
+            requests: "Requests that ended, by how",
+            retries: "Requests sent again to another worker before their first byte",
+            overlap_blocks: "Prompt blocks: predicted cached on the chosen worker, the best any worker offered, actually cached by the engine's own report",
+            prompt_tokens: "Prompt tokens routed, as counted or estimated",
+            output_tokens: "Output tokens seen",
+            bookings: "Requests booked now",
+            tracked_edges: "Runs of blocks tracked; memory is proportional to it",
+            probe_failures: "Health probes that failed",
+            worker_up: "Whether the worker can be chosen",
+            worker_requests: "Requests booked on the worker",
+            worker_active_blocks: "Predicted active KV blocks of the worker",
+            worker_cached_blocks: "Predicted cached KV blocks of the worker, active ones included",
+            worker_capacity_blocks: "KV blocks of the worker, as configured, reported or assumed",
+            worker_prefill_tokens: "Booked prompt tokens not yet computed, by forecast",
+            worker_context_tokens: "Prompt and output tokens of running requests",
+        }
+        let seconds = prometheus_client::registry::Unit::Seconds;
+        let histograms = [
+            (
+                "decision_duration",
+                "Time of one routing decision",
+                &self.decision_duration,
+            ),
+            (
+                "time_to_first_token",
+                "From the request's arrival to its first output token",
+                &self.time_to_first_token,
+            ),
+            (
+                "inter_token_latency",
+                "Between two output tokens of one request",
+                &self.inter_token_latency,
+            ),
+        ];
+        for (name, help, histogram) in histograms {
+            self.registry
+                .register_with_unit(name, help, seconds.clone(), histogram.clone());
+        }
+        self.registry.register_with_unit(
+            "worker_inter_token_latency",
+            "Learned time between two tokens of one request",
+            seconds,
+            self.worker_inter_token_latency.clone(),
+        );
+        self.registry.register(
+            "worker_prefill_tokens_per_second",
+            "Learned prefill speed",
+            self.worker_prefill_speed.clone(),
+        );
+    }
+
+    pub(crate) fn ended(&self, outcome: Outcome) {
+        self.requests
+            .get_or_create(&[("outcome", outcome.as_str())])
+            .inc();
+    }
+
+    pub(crate) fn overlap(&self, kind: &'static str, blocks: u32) {
+        self.overlap_blocks
+            .get_or_create(&[("kind", kind)])
+            .inc_by(u64::from(blocks));
+    }
+
+    /// The exposition text, with the workers as they stand.
+    pub(crate) fn expose(
+        &self,
+        workers: &[WorkerSnapshot],
+        bookings: usize,
+        edges: usize,
+    ) -> Result<String, fmt::Error> {
+        self.bookings.set(bookings as i64);
+        self.tracked_edges.set(edges as i64);
+        self.show(&self.worker_up, workers, |worker| {
+            u64::from(worker.state == WorkerState::Healthy)
+        });
+        self.show(&self.worker_requests, workers, |worker| {
+            worker.requests.into()
+        });
+        self.show(&self.worker_active_blocks, workers, |worker| {
+            worker.active_blocks
+        });
+        self.show(&self.worker_cached_blocks, workers, |worker| {
+            worker.cached_blocks
+        });
+        self.show(&self.worker_capacity_blocks, workers, |worker| {
+            worker.capacity_blocks.into()
+        });
+        self.show(&self.worker_prefill_tokens, workers, |worker| {
+            worker.prefill_tokens
+        });
+        self.show(&self.worker_context_tokens, workers, |worker| {
+            worker.context_tokens
+        });
+        self.worker_prefill_speed.clear();
+        self.worker_inter_token_latency.clear();
+        for worker in workers {
+            let label = [("worker", worker.name.clone())];
+            self.worker_prefill_speed
+                .get_or_create(&label)
+                .set(worker.prefill_speed);
+            self.worker_inter_token_latency
+                .get_or_create(&label)
+                .set(worker.inter_token_latency.as_secs_f64());
+        }
+        let mut exposition = String::new();
+        text::encode(&mut exposition, &self.registry)?;
+        Ok(exposition)
+    }
+
+    /// Sets one gauge of every worker, and forgets workers that are gone.
+    fn show(
+        &self,
+        gauge: &WorkerGauge,
+        workers: &[WorkerSnapshot],
+        value: impl Fn(&WorkerSnapshot) -> u64,
+    ) {
+        gauge.clear();
+        for worker in workers {
+            gauge
+                .get_or_create(&[("worker", worker.name.clone())])
+                .set(i64::try_from(value(worker)).unwrap_or(i64::MAX));
+        }
+    }
+}

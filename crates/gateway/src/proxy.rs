@@ -1,0 +1,392 @@
+//! The API: read a request, route it, send it on, and try elsewhere while nothing was answered.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use foresee_core::booking::Booking;
+use foresee_core::fleet::WorkerId;
+use foresee_core::router::{Request as RouteRequest, RouteError, Router};
+use foresee_core::sequence::Sequence;
+use foresee_engine::error::ApiError;
+use foresee_engine::request::{ApiRequest, BodyError, Endpoint};
+use http::{HeaderValue, Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt, Either, LengthLimitError, Limited};
+use hyper::body::{Body as _, Frame, Incoming};
+
+use crate::clock::Clock;
+use crate::config::GatewayConfig;
+use crate::forward::{ForwardError, Forwarder, Message, strip_hop_by_hop};
+use crate::metrics::{Metrics, Outcome};
+use crate::reply::{self, Body};
+use crate::text::TextRatios;
+use crate::watch::{Watch, Watched};
+use crate::workers::{Worker, Workers};
+
+/// Bodies longer than this are parsed and hashed away from the I/O threads: at about 1 GB/s,
+/// shorter ones delay nobody by more than 0.3 ms.
+const PARSED_IN_PLACE: usize = 256 << 10;
+
+/// Workers that may break a connection over one request before it is given up: a request that
+/// kills engines must not visit them all.
+const MAX_BROKEN: usize = 3;
+
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// What all requests of a gateway share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) config: GatewayConfig,
+    pub(crate) router: Router,
+    pub(crate) workers: Workers,
+    pub(crate) forwarder: Forwarder,
+    pub(crate) metrics: Metrics,
+    pub(crate) clock: Clock,
+    pub(crate) text: TextRatios,
+    pub(crate) request_ids: RequestIds,
+}
+
+/// Makes ids that no other gateway makes.
+#[derive(Debug)]
+pub(crate) struct RequestIds {
+    prefix: u64,
+    next: AtomicU64,
+}
+
+impl RequestIds {
+    pub(crate) fn new() -> Self {
+        use std::hash::{BuildHasher, RandomState};
+        Self {
+            prefix: RandomState::new().hash_one(std::process::id()),
+            next: AtomicU64::new(0),
+        }
+    }
+
+    fn next(&self) -> HeaderValue {
+        let serial = self.next.fetch_add(1, Ordering::Relaxed);
+        let id = format!("{:016x}-{serial:x}", self.prefix);
+        HeaderValue::try_from(id).unwrap_or(HeaderValue::from_static("unnamed"))
+    }
+}
+
+/// What routing needs to know of a request.
+#[derive(Debug)]
+struct Job {
+    model: String,
+    sequence: Sequence,
+    max_tokens: Option<u32>,
+    streams: bool,
+    prompt_bytes: usize,
+}
+
+/// An answer of which nothing has been passed on yet.
+#[derive(Debug)]
+struct Answer {
+    worker: Arc<Worker>,
+    response: Response<Incoming>,
+    /// The first piece of a stream, read to see that the worker lives.
+    first: Option<Frame<Bytes>>,
+}
+
+impl Shared {
+    /// Answers one request to the public API.
+    pub(crate) async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
+        let request_id = self.request_ids.next();
+        let given_id = request.headers().get("x-request-id").cloned();
+        let mut response = match self.try_answer(request, request_id.clone()).await {
+            Ok(response) => response,
+            Err(error) => {
+                self.metrics.ended(match error.status {
+                    503 => Outcome::Unavailable,
+                    500.. => Outcome::WorkerFailed,
+                    _ => Outcome::Refused,
+                });
+                reply::error(&error)
+            }
+        };
+        response
+            .headers_mut()
+            .entry("x-request-id")
+            .or_insert(given_id.unwrap_or(request_id));
+        response
+    }
+
+    async fn try_answer(
+        self: &Arc<Self>,
+        request: Request<Incoming>,
+        request_id: HeaderValue,
+    ) -> Result<Response<Body>, ApiError> {
+        let arrived = self.clock.now();
+        let (head, body) = request.into_parts();
+        let endpoint = match (&head.method, head.uri.path()) {
+            (&Method::POST, "/v1/chat/completions") => Some(Endpoint::ChatCompletions),
+            (&Method::POST, "/v1/completions") => Some(Endpoint::Completions),
+            (&Method::POST, "/v1/embeddings") => Some(Endpoint::Embeddings),
+            (&Method::GET, "/v1/models") => return Ok(self.models()),
+            (&Method::GET, "/health") => return Ok(self.health()),
+            _ => None,
+        };
+        let body = self.read_body(body).await?;
+        let compressed = head.headers.contains_key(http::header::CONTENT_ENCODING);
+        let job = match endpoint {
+            Some(endpoint) if !compressed => self.read_job(endpoint, body.clone()).await?,
+            // Not for us to read: placed by load alone.
+            _ => Job {
+                model: String::new(),
+                sequence: Sequence::opaque(0, self.config.router.block_size),
+                max_tokens: None,
+                streams: true,
+                prompt_bytes: 0,
+            },
+        };
+        let mut booking = self.route(&job)?;
+        let message = Message::new(head, body, request_id);
+        let answer = self.send_until_answered(&message, &mut booking).await?;
+        Ok(self.pass_through(answer, booking, job, arrived))
+    }
+
+    async fn read_body(&self, body: Incoming) -> Result<Bytes, ApiError> {
+        let limit = self.config.max_body_bytes;
+        if body.size_hint().lower() > limit as u64 {
+            return Err(ApiError::body_too_large(limit));
+        }
+        match Limited::new(body, limit).collect().await {
+            Ok(body) => Ok(body.to_bytes()),
+            Err(error) if error.is::<LengthLimitError>() => Err(ApiError::body_too_large(limit)),
+            Err(error) => {
+                let message = format!("The request body did not arrive whole: {error}.");
+                Err(ApiError::bad_request(message, None))
+            }
+        }
+    }
+
+    async fn read_job(self: &Arc<Self>, endpoint: Endpoint, body: Bytes) -> Result<Job, ApiError> {
+        if body.len() <= PARSED_IN_PLACE {
+            return Ok(self.parse_job(endpoint, &body)?);
+        }
+        let shared = Arc::clone(self);
+        let parsed = tokio::task::spawn_blocking(move || shared.parse_job(endpoint, &body)).await;
+        match parsed {
+            Ok(job) => Ok(job?),
+            Err(error) => {
+                tracing::error!(%error, "reading a body failed");
+                Err(ApiError::bad_request("The body cannot be read.", None))
+            }
+        }
+    }
+
+    fn parse_job(&self, endpoint: Endpoint, body: &[u8]) -> Result<Job, BodyError> {
+        let request = ApiRequest::parse(endpoint, body)?;
+        let bytes_per_token = self.text.get(&request.model);
+        Ok(Job {
+            sequence: request.sequence(self.config.router.block_size, bytes_per_token),
+            max_tokens: request.max_tokens,
+            streams: request.stream,
+            prompt_bytes: request.prompt_bytes(),
+            model: request.model,
+        })
+    }
+
+    fn route(&self, job: &Job) -> Result<Booking, ApiError> {
+        let request = RouteRequest {
+            model: &job.model,
+            sequence: &job.sequence,
+            max_tokens: job.max_tokens,
+            streams: job.streams,
+            excluded: &[],
+        };
+        let before = self.clock.now();
+        let booking = self.router.route(&request, before).map_err(no_worker)?;
+        let after = self.clock.now();
+        let metrics = &self.metrics;
+        metrics
+            .decision_duration
+            .observe(after.saturating_sub(before).as_secs_f64());
+        metrics.prompt_tokens.inc_by(job.sequence.tokens().into());
+        let decision = booking.decision();
+        metrics.overlap("predicted", decision.cost.overlap_blocks);
+        metrics.overlap("best", decision.best_overlap_blocks);
+        Ok(booking)
+    }
+
+    /// Sends the message to the booked worker and, while workers fail before their first byte,
+    /// to the next best one, moving the booking along.
+    async fn send_until_answered(
+        &self,
+        message: &Message,
+        booking: &mut Booking,
+    ) -> Result<Answer, ApiError> {
+        let mut failed: Vec<WorkerId> = Vec::new();
+        let mut broken = 0;
+        loop {
+            let Some(worker) = self.workers.get(booking.worker()) else {
+                // Removed since it was chosen.
+                failed.push(booking.worker());
+                self.reroute(booking, &failed).map_err(no_worker)?;
+                continue;
+            };
+            let error = match self.attempt(&worker, message).await {
+                Ok(answer) if answer.response.status() == StatusCode::SERVICE_UNAVAILABLE => {
+                    // It cannot serve now. If nobody else can, its answer says why.
+                    worker.suspect.notify_one();
+                    failed.push(worker.id);
+                    match self.reroute(booking, &failed) {
+                        Ok(()) => continue,
+                        Err(_) => return Ok(answer),
+                    }
+                }
+                Ok(answer) => return Ok(answer),
+                Err(error) => error,
+            };
+            let name = &worker.config.name;
+            tracing::warn!(worker = %name, %error, "worker gave no answer");
+            match error {
+                ForwardError::Malformed(_) => {
+                    let message = format!("The request {error}.");
+                    return Err(ApiError::bad_request(message, None));
+                }
+                ForwardError::TimedOut(_) => {
+                    let message = format!("Worker {name} gave {error}.");
+                    return Err(ApiError::timed_out(message));
+                }
+                ForwardError::Connect(_) => self.router.set_healthy(worker.id, false),
+                ForwardError::Broken(_) => broken += 1,
+            }
+            worker.suspect.notify_one();
+            failed.push(worker.id);
+            if broken == MAX_BROKEN {
+                let message =
+                    format!("{broken} workers broke the connection; the last was {name}.");
+                return Err(ApiError::bad_gateway(message));
+            }
+            match self.reroute(booking, &failed) {
+                Ok(()) => {}
+                // An idle connection that the worker was closing breaks once. A lone worker
+                // gets a second chance.
+                Err(_) if broken > 0 && failed.len() == 1 => {}
+                Err(_) if broken > 0 => {
+                    let message = format!("Worker {name} failed ({error}) and no other can serve.");
+                    return Err(ApiError::bad_gateway(message));
+                }
+                Err(error) => return Err(no_worker(error)),
+            }
+        }
+    }
+
+    fn reroute(&self, booking: &mut Booking, failed: &[WorkerId]) -> Result<(), RouteError> {
+        booking.reroute(failed, self.clock.now())?;
+        self.metrics.retries.inc();
+        Ok(())
+    }
+
+    /// Waits for the head of the answer and, if it is a stream, for its first piece: engines send
+    /// the head before they have done anything that could fail.
+    async fn attempt(
+        &self,
+        worker: &Arc<Worker>,
+        message: &Message,
+    ) -> Result<Answer, ForwardError> {
+        let response = self.forwarder.send(worker, message).await?;
+        let (head, mut body) = response.into_parts();
+        let mut first = None;
+        if Watched::is_stream(&head) {
+            first = match body.frame().await {
+                Some(Ok(frame)) => Some(frame),
+                Some(Err(error)) => return Err(ForwardError::broken(&error)),
+                None => return Err(ForwardError::Broken("the stream was empty".to_owned())),
+            };
+        }
+        Ok(Answer {
+            worker: Arc::clone(worker),
+            response: Response::from_parts(head, body),
+            first,
+        })
+    }
+
+    fn pass_through(
+        self: &Arc<Self>,
+        answer: Answer,
+        booking: Booking,
+        job: Job,
+        arrived: Duration,
+    ) -> Response<Body> {
+        let (mut head, body) = answer.response.into_parts();
+        strip_hop_by_hop(&mut head.headers);
+        let overlap_blocks = booking.decision().cost.overlap_blocks;
+        let overlap_tokens = overlap_blocks * job.sequence.block_size().get();
+        let headers = &mut head.headers;
+        headers.insert("x-foresee-worker", answer.worker.header.clone());
+        headers.insert("x-foresee-overlap-tokens", overlap_tokens.into());
+        let watch = Watch {
+            shared: Arc::clone(self),
+            worker: answer.worker,
+            booking,
+            arrived,
+            model: job.model,
+            prompt_bytes: job.prompt_bytes,
+        };
+        let watched = Watched::new(&head, body, answer.first, watch);
+        Response::from_parts(head, Either::Right(watched))
+    }
+
+    /// Every model some worker serves, as the first worker to serve it describes it.
+    fn models(&self) -> Response<Body> {
+        let mut listed: Vec<(String, String)> = Vec::new();
+        for worker in self.workers.all() {
+            for (id, model) in worker.models.read().iter() {
+                if !listed.iter().any(|(known, _)| known == id) {
+                    listed.push((id.clone(), model.get().to_owned()));
+                }
+            }
+        }
+        let models: Vec<&str> = listed.iter().map(|(_, model)| model.as_str()).collect();
+        let list = format!(r#"{{"object":"list","data":[{}]}}"#, models.join(","));
+        reply::json(StatusCode::OK, list)
+    }
+
+    /// As engines answer it: 200 and nothing, if a request could be served now.
+    fn health(&self) -> Response<Body> {
+        let status = if self.is_ready() {
+            StatusCode::OK
+        } else {
+            StatusCode::SERVICE_UNAVAILABLE
+        };
+        reply::whole(status, "text/plain", "")
+    }
+
+    /// Whether a worker can be chosen.
+    pub(crate) fn is_ready(&self) -> bool {
+        let sequence = Sequence::opaque(0, self.config.router.block_size);
+        let request = RouteRequest::new(&sequence);
+        self.router.explain(&request, self.clock.now()).is_ok()
+    }
+
+    /// Reads the body of an API request and says how it would be routed now.
+    pub(crate) fn explain(
+        &self,
+        endpoint: Endpoint,
+        body: &[u8],
+    ) -> Result<foresee_core::router::Explanation, ApiError> {
+        let job = self.parse_job(endpoint, body)?;
+        let request = RouteRequest {
+            model: &job.model,
+            sequence: &job.sequence,
+            max_tokens: job.max_tokens,
+            streams: job.streams,
+            excluded: &[],
+        };
+        let now = self.clock.now();
+        self.router.explain(&request, now).map_err(no_worker)
+    }
+}
+
+fn no_worker(error: RouteError) -> ApiError {
+    match error {
+        RouteError::UnknownModel(model) => ApiError::model_not_found(&model),
+        RouteError::NoWorker(_) => ApiError {
+            retry_after: Some(RETRY_AFTER),
+            ..ApiError::unavailable(format!("{error}: none is healthy. Try again shortly."))
+        },
+    }
+}

@@ -1,0 +1,203 @@
+//! Starting and stopping: two listeners, a probe per worker, and a shutdown that lets streams end.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use foresee_core::fleet::WorkerError;
+use foresee_core::router::{ConfigError, Router};
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::clock::Clock;
+use crate::config::GatewayConfig;
+use crate::forward::Forwarder;
+use crate::health::watch_worker;
+use crate::listen::listen;
+use crate::metrics::Metrics;
+use crate::proxy::{RequestIds, Shared};
+use crate::reply::Body;
+use crate::text::TextRatios;
+use crate::workers::Workers;
+
+/// How long a client may take to send the head of a request.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// After a failed `accept` (no file descriptor left, mostly): time for some to be closed.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(10);
+
+/// Why a gateway did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The address is taken or not ours.
+    #[error("cannot listen on {address}: {error}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        error: std::io::Error,
+    },
+    /// A setting is out of range.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A worker cannot join.
+    #[error(transparent)]
+    Worker(#[from] WorkerError),
+}
+
+/// A running gateway.
+#[derive(Debug)]
+pub struct Gateway {
+    shared: Arc<Shared>,
+    address: SocketAddr,
+    admin_address: SocketAddr,
+    stop: watch::Sender<bool>,
+    listeners: [JoinHandle<()>; 2],
+}
+
+impl Gateway {
+    /// Starts listening and probing. Must run inside a tokio runtime.
+    ///
+    /// # Errors
+    /// If an address cannot be bound, or the configuration contradicts itself.
+    pub fn start(config: GatewayConfig) -> Result<Self, StartError> {
+        let bind = |address| listen(address).map_err(|error| StartError::Listen { address, error });
+        let (api, admin) = (bind(config.listen)?, bind(config.admin_listen)?);
+        let address = api.local_addr().unwrap_or(config.listen);
+        let admin_address = admin.local_addr().unwrap_or(config.admin_listen);
+        let shared = Arc::new(Shared {
+            router: Router::new(config.router.clone())?,
+            workers: Workers::default(),
+            forwarder: Forwarder::new(config.connect_timeout, config.first_byte_timeout),
+            metrics: Metrics::new(),
+            clock: Clock::start(),
+            text: TextRatios::default(),
+            request_ids: RequestIds::new(),
+            config,
+        });
+        for worker in &shared.config.workers {
+            let added =
+                shared
+                    .workers
+                    .add(&shared.router, worker.clone(), shared.config.prefix_caching)?;
+            tokio::spawn(watch_worker(Arc::clone(&shared), added));
+        }
+        let (stop, stopped) = watch::channel(false);
+        let timeout = shared.config.shutdown_timeout;
+        let for_api = Arc::clone(&shared);
+        let for_admin = Arc::clone(&shared);
+        let listeners = [
+            tokio::spawn(serve(api, stopped.clone(), timeout, move |request| {
+                Arc::clone(&for_api).answer(request)
+            })),
+            tokio::spawn(serve(admin, stopped, timeout, move |request| {
+                Arc::clone(&for_admin).answer_admin(request)
+            })),
+        ];
+        Ok(Self {
+            shared,
+            address,
+            admin_address,
+            stop,
+            listeners,
+        })
+    }
+
+    /// Where the API listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Where the admin API listens.
+    #[must_use]
+    pub fn admin_address(&self) -> SocketAddr {
+        self.admin_address
+    }
+
+    /// The router, to look at.
+    #[must_use]
+    pub fn router(&self) -> &Router {
+        &self.shared.router
+    }
+
+    /// Stops accepting, lets running requests end until the configured deadline, and returns.
+    pub async fn shut_down(self) {
+        self.stop.send_replace(true);
+        for listener in self.listeners {
+            if let Err(error) = listener.await {
+                tracing::error!(%error, "a listener failed");
+            }
+        }
+        for worker in self.shared.workers.all() {
+            worker.removed.notify_one();
+        }
+    }
+}
+
+/// Accepts connections until told to stop, then waits for them to end, until the deadline.
+async fn serve<A, F>(
+    listener: TcpListener,
+    mut stopped: watch::Receiver<bool>,
+    timeout: Duration,
+    answer: A,
+) where
+    A: Fn(Request<Incoming>) -> F + Clone + Send + 'static,
+    F: Future<Output = Response<Body>> + Send + 'static,
+{
+    let graceful = GracefulShutdown::new();
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT);
+    loop {
+        let stream = tokio::select! {
+            _ = stopped.wait_for(|stopped| *stopped) => break,
+            accepted = accept(&listener) => accepted,
+        };
+        let answer = answer.clone();
+        let service = service_fn(move |request| {
+            let response = answer(request);
+            async move { Ok::<_, Infallible>(response.await) }
+        });
+        let connection = http.serve_connection(TokioIo::new(stream), service);
+        let connection = graceful.watch(connection);
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "connection ended early");
+            }
+        });
+    }
+    drop(listener);
+    if tokio::time::timeout(timeout, graceful.shutdown())
+        .await
+        .is_err()
+    {
+        tracing::warn!("streams were still running at the shutdown deadline");
+    }
+}
+
+async fn accept(listener: &TcpListener) -> TcpStream {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                if let Err(error) = stream.set_nodelay(true) {
+                    tracing::debug!(%error, "TCP_NODELAY was refused");
+                }
+                return stream;
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! An answer on its way through: passed on unchanged and unbuffered, read on the side.
+//!
+//! The body owns the request's booking. When it is dropped, at its end or because the client
+//! left, the booking goes with it, and so does the connection to the worker.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use foresee_core::booking::Booking;
+use foresee_engine::error::ApiError;
+use foresee_engine::stream::{StreamObserver, error_event};
+use foresee_engine::usage::{Usage, parse_usage};
+use http::header::{CONTENT_ENCODING, CONTENT_TYPE};
+use http::response;
+use hyper::body::{Body, Frame, Incoming};
+
+use crate::forward::ForwardError;
+use crate::metrics::Outcome;
+use crate::proxy::Shared;
+use crate::workers::Worker;
+
+/// Longest body that is kept to read its `usage`.
+const MAX_KEPT_BYTES: usize = 4 << 20;
+
+/// What the answer is worth reading as.
+#[derive(Debug)]
+enum Reader {
+    Events(StreamObserver),
+    /// A JSON body, kept until its end; shared with what is sent, so nothing is copied.
+    Json(Vec<Bytes>, usize),
+    /// Compressed, too long, an error, or no JSON.
+    Unread,
+}
+
+impl Reader {
+    fn of(head: &response::Parts) -> Self {
+        let content_type = head.headers.get(CONTENT_TYPE);
+        let content_type = content_type.map_or(&b""[..], |value| value.as_bytes());
+        if !head.status.is_success() || head.headers.contains_key(CONTENT_ENCODING) {
+            Self::Unread
+        } else if content_type.starts_with(b"text/event-stream") {
+            Self::Events(StreamObserver::new())
+        } else if content_type.starts_with(b"application/json") {
+            Self::Json(Vec::new(), 0)
+        } else {
+            Self::Unread
+        }
+    }
+}
+
+/// What must be known of a request to watch its answer.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) worker: Arc<Worker>,
+    pub(crate) booking: Booking,
+    pub(crate) arrived: Duration,
+    pub(crate) model: String,
+    /// Bytes of prompt text, to learn how many make a token; 0 if there is nothing to learn.
+    pub(crate) prompt_bytes: usize,
+}
+
+/// The body of an answer.
+#[derive(Debug)]
+pub(crate) struct Watched {
+    inner: Incoming,
+    /// What was read already and is sent before `inner` is asked again.
+    waiting: Option<Frame<Bytes>>,
+    reader: Reader,
+    outcome: Outcome,
+    counted_tokens: u32,
+    last_token: Option<Duration>,
+    /// Gone once the answer has ended.
+    watch: Option<Watch>,
+}
+
+impl Watched {
+    /// Whether the answer is a stream of events that went well so far.
+    pub(crate) fn is_stream(head: &response::Parts) -> bool {
+        matches!(Reader::of(head), Reader::Events(_))
+    }
+
+    /// `first` is what was already read of `body`.
+    pub(crate) fn new(
+        head: &response::Parts,
+        body: Incoming,
+        first: Option<Frame<Bytes>>,
+        watch: Watch,
+    ) -> Self {
+        let outcome = if head.status.is_server_error() {
+            Outcome::WorkerError
+        } else if head.status.is_client_error() {
+            Outcome::Refused
+        } else {
+            Outcome::Ok
+        };
+        let mut watched = Self {
+            inner: body,
+            waiting: None,
+            reader: Reader::of(head),
+            outcome,
+            counted_tokens: 0,
+            last_token: None,
+            watch: Some(watch),
+        };
+        if let Some(frame) = first {
+            watched.read(&frame);
+            watched.waiting = Some(frame);
+        }
+        watched.end_if_complete();
+        watched
+    }
+
+    fn read(&mut self, frame: &Frame<Bytes>) {
+        let Some(data) = frame.data_ref() else {
+            return;
+        };
+        match &mut self.reader {
+            Reader::Unread => {}
+            Reader::Json(_, length) if *length + data.len() > MAX_KEPT_BYTES => {
+                self.reader = Reader::Unread;
+            }
+            Reader::Json(chunks, length) => {
+                *length += data.len();
+                chunks.push(data.clone());
+            }
+            Reader::Events(observer) => {
+                observer.feed(data);
+                let tokens = observer.tokens();
+                self.count(tokens);
+            }
+        }
+    }
+
+    /// Brings the booking to `total` output tokens.
+    fn count(&mut self, total: u32) {
+        let Some(watch) = &mut self.watch else {
+            return;
+        };
+        if total == self.counted_tokens {
+            return;
+        }
+        let now = watch.shared.clock.now();
+        let metrics = &watch.shared.metrics;
+        if let Some(new) = total.checked_sub(self.counted_tokens) {
+            watch.booking.tokens(new, now);
+            metrics.output_tokens.inc_by(u64::from(new));
+            match self.last_token.replace(now) {
+                None => {
+                    let waited = now.saturating_sub(watch.arrived);
+                    metrics.time_to_first_token.observe(waited.as_secs_f64());
+                }
+                Some(last) => {
+                    let gap = now.saturating_sub(last).as_secs_f64();
+                    metrics.inter_token_latency.observe(gap / f64::from(new));
+                }
+            }
+        } else {
+            watch.booking.set_tokens(total, now);
+        }
+        self.counted_tokens = total;
+    }
+
+    /// A body of known length is not asked for more once it has come whole.
+    fn end_if_complete(&mut self) {
+        if self.inner.is_end_stream() {
+            self.end();
+        }
+    }
+
+    /// The worker ended its answer as it should.
+    fn end(&mut self) {
+        let usage = match &self.reader {
+            Reader::Events(observer) => observer.usage(),
+            Reader::Json(chunks, _) => match chunks.as_slice() {
+                [whole] => parse_usage(whole),
+                parts => parse_usage(&parts.concat()),
+            },
+            Reader::Unread => None,
+        };
+        let Some(mut watch) = self.watch.take() else {
+            return;
+        };
+        let shared = Arc::clone(&watch.shared);
+        let now = shared.clock.now();
+        shared.metrics.ended(self.outcome);
+        if let Some(usage) = usage {
+            if let (Reader::Json(..), Some(tokens)) = (&self.reader, usage.completion_tokens) {
+                watch.booking.set_tokens(tokens, now);
+                shared.metrics.output_tokens.inc_by(u64::from(tokens));
+            }
+            watch.learn(usage);
+        }
+        if self.outcome == Outcome::Ok {
+            watch.booking.finish(now);
+        }
+    }
+
+    /// The connection to the worker broke. What the client gets instead of the rest.
+    fn broke(&mut self, error: &hyper::Error) -> Option<Bytes> {
+        let watch = self.watch.take()?;
+        let error = ForwardError::broken(error);
+        tracing::warn!(worker = %watch.worker.config.name, %error, "answer broke off");
+        watch.shared.metrics.ended(Outcome::WorkerFailed);
+        watch.worker.suspect.notify_one();
+        let Reader::Events(observer) = &self.reader else {
+            return None;
+        };
+        let message = format!(
+            "Worker {} failed in the middle of its answer ({error}). Send the request again.",
+            watch.worker.config.name
+        );
+        let mut rest = Vec::new();
+        if observer.mid_event() {
+            rest.extend_from_slice(b"\n\n");
+        }
+        rest.extend(error_event(&ApiError::bad_gateway(message)));
+        Some(rest.into())
+    }
+}
+
+impl Watch {
+    fn learn(&self, usage: Usage) {
+        if let Some(cached) = usage.cached_tokens {
+            let block_size = self.booking.sequence().block_size().get();
+            self.shared.metrics.overlap("actual", cached / block_size);
+        }
+        if let Some(tokens) = usage.prompt_tokens {
+            self.shared
+                .text
+                .observe(&self.model, self.prompt_bytes, tokens);
+        }
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        if let Some(watch) = &self.watch {
+            watch.shared.metrics.ended(Outcome::ClientLeft);
+        }
+    }
+}
+
+impl Body for Watched {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        if let Some(frame) = self.waiting.take() {
+            return Poll::Ready(Some(Ok(frame)));
+        }
+        if self.watch.is_none() {
+            return Poll::Ready(None);
+        }
+        Poll::Ready(
+            match ready!(Pin::new(&mut self.inner).poll_frame(context)) {
+                Some(Ok(frame)) => {
+                    self.read(&frame);
+                    self.end_if_complete();
+                    Some(Ok(frame))
+                }
+                Some(Err(error)) => match self.broke(&error) {
+                    Some(rest) => Some(Ok(Frame::data(rest))),
+                    None => Some(Err(error)),
+                },
+                None => {
+                    self.end();
+                    None
+                }
+            },
+        )
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.watch.is_none() && self.waiting.is_none()
+    }
+}

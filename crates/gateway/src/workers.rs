@@ -1,0 +1,97 @@
+//! Where the workers are: what the router knows by id, with an address.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use foresee_core::fleet::{WorkerError, WorkerId, WorkerSpec};
+use foresee_core::router::Router;
+use http::uri::{PathAndQuery, Scheme};
+use http::{HeaderValue, Uri};
+use parking_lot::RwLock;
+use serde_json::value::RawValue;
+use tokio::sync::Notify;
+
+use crate::config::WorkerConfig;
+
+/// One worker, as requests reach it.
+#[derive(Debug)]
+pub(crate) struct Worker {
+    pub(crate) id: WorkerId,
+    pub(crate) config: WorkerConfig,
+    /// Its name, ready for the response header.
+    pub(crate) header: HeaderValue,
+    /// The entries of its `/v1/models`, as it wrote them.
+    pub(crate) models: RwLock<Vec<(String, Box<RawValue>)>>,
+    /// Asks for a probe now rather than at the next interval.
+    pub(crate) suspect: Notify,
+    /// Tells its probe to end.
+    pub(crate) removed: Notify,
+}
+
+impl Worker {
+    /// The worker's URL for a path and query of the gateway's.
+    pub(crate) fn uri(&self, path: &PathAndQuery) -> Result<Uri, http::Error> {
+        let path = if self.config.base_path.is_empty() {
+            path.clone()
+        } else {
+            format!("{}{path}", self.config.base_path).parse()?
+        };
+        Uri::builder()
+            .scheme(Scheme::HTTP)
+            .authority(self.config.authority.clone())
+            .path_and_query(path)
+            .build()
+    }
+}
+
+/// All workers. The router decides who may serve; this says where they are.
+#[derive(Debug, Default)]
+pub(crate) struct Workers {
+    by_id: RwLock<HashMap<WorkerId, Arc<Worker>>>,
+}
+
+impl Workers {
+    /// Adds a worker to the router and to this list. It serves once a probe has found it.
+    pub(crate) fn add(
+        &self,
+        router: &Router,
+        config: WorkerConfig,
+        prefix_caching: bool,
+    ) -> Result<Arc<Worker>, WorkerError> {
+        let id = router.add_worker(WorkerSpec {
+            name: config.name.clone(),
+            models: Vec::new(),
+            capacity_blocks: config.blocks,
+            prefix_caching: config.prefix_caching.unwrap_or(prefix_caching),
+        })?;
+        let header = HeaderValue::from_str(&config.name);
+        let worker = Arc::new(Worker {
+            id,
+            header: header.unwrap_or(HeaderValue::from_static("unprintable")),
+            config,
+            models: RwLock::default(),
+            suspect: Notify::new(),
+            removed: Notify::new(),
+        });
+        self.by_id.write().insert(id, Arc::clone(&worker));
+        Ok(worker)
+    }
+
+    pub(crate) fn remove(&self, router: &Router, id: WorkerId) {
+        if let Some(worker) = self.by_id.write().remove(&id) {
+            router.remove_worker(id);
+            worker.removed.notify_one();
+        }
+    }
+
+    pub(crate) fn get(&self, id: WorkerId) -> Option<Arc<Worker>> {
+        self.by_id.read().get(&id).cloned()
+    }
+
+    /// Every worker, in the order they joined.
+    pub(crate) fn all(&self) -> Vec<Arc<Worker>> {
+        let mut all: Vec<_> = self.by_id.read().values().cloned().collect();
+        all.sort_by_key(|worker| worker.id);
+        all
+    }
+}
