@@ -76,9 +76,9 @@ pub enum ReplayError {
     #[error("an engine has blocks of {engine} tokens, the router of {router}")]
     BlockSize {
         /// The engine's.
-        engine: u32,
+        engine: NonZeroU32,
         /// The router's.
-        router: u32,
+        router: NonZeroU32,
     },
 }
 
@@ -198,7 +198,7 @@ struct Replay<'a> {
 
 impl<'a> Replay<'a> {
     fn new(config: &'a ReplayConfig, workload: &'a Workload) -> Result<Self, ReplayError> {
-        let block_size = config.router.block_size.get();
+        let block_size = config.router.block_size;
         let router = Router::new(config.router.clone())?;
         let mut workers = Vec::new();
         for (index, engine) in config.engines.iter().enumerate() {

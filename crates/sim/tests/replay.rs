@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
+use std::num::NonZeroU32;
+
 use foresee_core::choose::Policy;
 use foresee_core::router::RouterConfig;
 use foresee_sim::engine::EngineConfig;
@@ -9,6 +11,8 @@ use foresee_sim::law::L40S_8B;
 use foresee_sim::replay::{Progress, ReplayConfig, ReplayError, compare, run};
 use foresee_sim::report::Outcome;
 use foresee_sim::workload::{Chat, Shape, Workload};
+
+const BLOCK: NonZeroU32 = NonZeroU32::new(16).unwrap();
 
 const EVERY_POLICY: [Policy; 6] = [
     Policy::Kv,
@@ -22,7 +26,7 @@ const EVERY_POLICY: [Policy; 6] = [
 fn fleet(blocks: u32, workers: u32) -> ReplayConfig {
     let engine = EngineConfig {
         blocks,
-        ..EngineConfig::from_preset(&L40S_8B, 16)
+        ..EngineConfig::from_preset(&L40S_8B, BLOCK)
     };
     ReplayConfig::uniform(RouterConfig::default(), &engine, workers)
 }
@@ -140,11 +144,12 @@ fn progress_counts_up_to_the_end() {
 #[test]
 fn block_sizes_must_agree() {
     let mut config = fleet(200, 1);
-    config.engines[0].block_size = 32;
+    let other = NonZeroU32::new(32).unwrap();
+    config.engines[0].block_size = other;
     let error = run(&config, &chat(), &mut |_| ()).unwrap_err();
     let expected = ReplayError::BlockSize {
-        engine: 32,
-        router: 16,
+        engine: other,
+        router: BLOCK,
     };
     assert_eq!(error, expected);
 }
