@@ -2,12 +2,15 @@
 //! drive it with, and replay with the router in the loop.
 //!
 //! [`engine::Engine`] is a state machine without a clock: its driver decides whether the time a
-//! step takes passes on a virtual clock or on the wall.
+//! step takes passes on a virtual clock or on the wall. [`server`] lets it pass on the wall, and
+//! puts vLLM's HTTP API in front.
 
 pub mod arrivals;
 pub mod blocks;
 pub mod engine;
 pub mod law;
 pub mod prompt;
+pub mod server;
+pub mod text;
 pub mod trace;
 pub mod workload;
