@@ -1,2 +1,56 @@
-//! The routing decision.
+//! The decision: which worker gets the next request, by predicted load and cache.
+//!
+//! This crate does no I/O, reads no clock and is not async: time comes in as an argument, so the
+//! code that serves traffic is the code that runs in the simulator and in the property tests.
+//!
+//! Read in this order: [`sequence`] (what a prompt is), `tree` and `shadow` (what a worker holds
+//! and still caches), `forecast` (how fast it is), [`cost`] and [`choose`] (numbers, then a
+//! choice among numbers), [`fleet`] (the workers), [`router`] (one decision), [`booking`] (what
+//! it holds until it ends).
+//!
+//! ```
+//! use std::time::Duration;
+//! use foresee_core::fleet::WorkerSpec;
+//! use foresee_core::router::{Request, Router, RouterConfig};
+//! use foresee_core::sequence::{Sequence, salt};
+//!
+//! let config = RouterConfig::default();
+//! let block_size = config.block_size;
+//! let router = Router::new(config)?;
+//! for name in ["a", "b"] {
+//!     let worker = router.add_worker(WorkerSpec {
+//!         name: name.to_owned(),
+//!         prefix_caching: true,
+//!         ..WorkerSpec::default()
+//!     })?;
+//!     router.set_healthy(worker, true);
+//! }
+//!
+//! let prompt: Vec<u32> = (0..100).collect();
+//! let sequence = Sequence::from_tokens(&prompt, block_size, salt("llama", None, None));
+//! let mut booking = router.route(&Request::new(&sequence), Duration::ZERO)?;
+//! booking.tokens(1, Duration::from_millis(80));
+//!
+//! let chosen = router
+//!     .workers(Duration::from_millis(80))
+//!     .into_iter()
+//!     .find(|worker| worker.id == booking.worker());
+//! assert_eq!(chosen.map(|worker| worker.active_blocks), Some(7)); // ⌈(100 + 1) / 16⌉
+//!
+//! drop(booking); // frees everything
+//! assert!(router.workers(Duration::ZERO).iter().all(|worker| worker.active_blocks == 0));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+pub mod booking;
+pub mod choose;
+pub mod cost;
+pub mod fleet;
+mod forecast;
+pub mod router;
 pub mod sequence;
+mod shadow;
+mod tree;
+
+pub use shadow::DEFAULT_CAPACITY_BLOCKS;
+pub use tree::Depth;

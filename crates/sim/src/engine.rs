@@ -12,6 +12,7 @@
 //! time in between.
 
 use std::collections::VecDeque;
+use std::num::NonZeroU32;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,8 +27,8 @@ use crate::law::{Preset, StepLaw, StepLoad};
 /// What an engine is, fixed for its life.
 #[derive(Clone, Debug)]
 pub struct EngineConfig {
-    /// Tokens per block; at least 1.
-    pub block_size: u32,
+    /// Tokens per block.
+    pub block_size: NonZeroU32,
     /// Blocks of KV cache.
     pub blocks: u32,
     /// Most tokens computed in one step; at least 1.
@@ -47,7 +48,7 @@ pub struct EngineConfig {
 impl EngineConfig {
     /// An engine with a preset's step times and memory, and vLLM's defaults for the rest.
     #[must_use]
-    pub fn from_preset(preset: &Preset, block_size: u32) -> Self {
+    pub fn from_preset(preset: &Preset, block_size: NonZeroU32) -> Self {
         Self {
             block_size,
             blocks: preset.kv_tokens / block_size,
@@ -235,7 +236,7 @@ impl Engine {
             return Err(SubmitError::Empty);
         }
         let tokens = request.prompt_tokens.saturating_add(request.output_tokens);
-        let needed = tokens.div_ceil(self.config.block_size);
+        let needed = self.blocks_for(tokens);
         let capacity = self.pool.capacity();
         if needed > capacity {
             return Err(SubmitError::NeverFits { needed, capacity });
@@ -453,7 +454,7 @@ impl Engine {
             }
             debug_assert_eq!(admitted.blocks.len(), hits, "a cached prefix has no holes");
             admitted.stored = hits;
-            admitted.computed = hits as u32 * self.config.block_size;
+            admitted.computed = hits as u32 * self.config.block_size.get();
             if admitted.cached_tokens.is_none() {
                 admitted.cached_tokens = Some(admitted.computed);
                 self.totals.admitted += 1;
@@ -470,7 +471,7 @@ impl Engine {
     fn admission(&self, candidate: &Progress, budget: u32) -> Option<Admission> {
         let known = candidate.known();
         let hits = self.cached_depth(candidate);
-        let hit_tokens = hits as u32 * self.config.block_size;
+        let hit_tokens = hits as u32 * self.config.block_size.get();
         let chunk = (known - hit_tokens).min(budget);
         let blocks = self.blocks_for(hit_tokens + chunk);
         let free = self.pool.free();
@@ -518,7 +519,7 @@ impl Engine {
         }
 
         let tokens = progress.computed + chunk;
-        let needed = tokens.div_ceil(self.config.block_size) as usize;
+        let needed = tokens.div_ceil(self.config.block_size.get()) as usize;
         while progress.blocks.len() < needed {
             let Some(Allocated { block, evicted }) = self.pool.allocate() else {
                 debug_assert!(false, "room was made before");
@@ -552,6 +553,6 @@ impl Engine {
     }
 
     fn blocks_for(&self, tokens: u32) -> u32 {
-        tokens.div_ceil(self.config.block_size)
+        tokens.div_ceil(self.config.block_size.get())
     }
 }

@@ -1,6 +1,10 @@
 //! An LLM engine without a GPU: an iteration-level model on a virtual clock, the workloads to
 //! drive it with, and replay with the router in the loop.
 //!
+//! Read in this order: [`law`] (how long a step takes), [`blocks`] (the KV cache), [`engine`]
+//! (what a step does), [`prompt`], [`trace`] and [`workload`] (what clients send), [`arrivals`]
+//! (when), [`replay`] (all of it with the router), [`prediction`] and [`report`] (what came out).
+//!
 //! [`engine::Engine`] is a state machine without a clock: its driver decides whether the time a
 //! step takes passes on a virtual clock or on the wall. [`server`] lets it pass on the wall, and
 //! puts vLLM's HTTP API in front.
@@ -9,7 +13,10 @@ pub mod arrivals;
 pub mod blocks;
 pub mod engine;
 pub mod law;
+pub mod prediction;
 pub mod prompt;
+pub mod replay;
+pub mod report;
 pub mod server;
 pub mod text;
 pub mod trace;

@@ -60,7 +60,7 @@ impl ServerConfig {
     /// A model that runs at its real speed, with as long a context as fits, up to 128k tokens.
     #[must_use]
     pub fn new(model: impl Into<String>, engine: EngineConfig) -> Self {
-        let capacity = engine.blocks.saturating_mul(engine.block_size);
+        let capacity = engine.blocks.saturating_mul(engine.block_size.get());
         Self {
             model: model.into(),
             engine,
@@ -71,7 +71,7 @@ impl ServerConfig {
 
     fn check(&self) -> Result<(), &'static str> {
         let engine = &self.engine;
-        let capacity = engine.blocks.saturating_mul(engine.block_size);
+        let capacity = engine.blocks.saturating_mul(engine.block_size.get());
         if !(self.time_scale > 0.0 && self.time_scale.is_finite()) {
             return Err("the time scale must be above 0");
         }

@@ -104,8 +104,7 @@ impl Default for Shape {
 impl Shape {
     fn request(&self, own_stream: u64, arrival: Arrival, rng: &mut SmallRng) -> WorkloadRequest {
         let mut isl = spread(self.isl, self.isl_spread, rng);
-        let heavy = rng.random_bool(self.heavy_fraction.clamp(0.0, 1.0));
-        if heavy {
+        if rng.random::<f64>() < self.heavy_fraction {
             isl = (f64::from(isl) * self.heavy_factor) as u32;
         }
         let osl = spread(self.osl, self.osl_spread, rng);
@@ -131,8 +130,8 @@ impl Shape {
 pub struct Chat {
     /// How many.
     pub conversations: u32,
-    /// Conversations that begin per second, on average; their beginnings are a Poisson process.
-    pub rate: f64,
+    /// Mean time between the beginnings of two; they are a Poisson process.
+    pub gap: Duration,
     /// Turns of each conversation are uniform in `1..=max_turns`.
     pub max_turns: u32,
     /// Length of the system prompt that all share.
@@ -149,7 +148,7 @@ impl Default for Chat {
     fn default() -> Self {
         Self {
             conversations: 400,
-            rate: 4.0,
+            gap: Duration::from_millis(250),
             max_turns: 8,
             system_tokens: 1200,
             message_tokens: 600,
@@ -185,6 +184,14 @@ pub const NAMED: [(&str, &str); 7] = [
 pub struct UnknownWorkload {
     /// The name asked for.
     pub name: String,
+}
+
+/// A rate that cannot be replayed at.
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+#[error("cannot replay a trace at {rate} times its rate: it must be a positive number")]
+pub struct InvalidRate {
+    /// The rate asked for.
+    pub rate: f64,
 }
 
 impl Workload {
@@ -272,7 +279,7 @@ impl Workload {
         let mut next_stream = SYSTEM_STREAM + 1;
         for _ in 0..chat.conversations {
             let gap: f64 = Exp1.sample(&mut rng);
-            start += Duration::from_secs_f64(gap / chat.rate.max(f64::MIN_POSITIVE));
+            start += chat.gap.mul_f64(gap);
             let mut arrival = Arrival::At(start);
             let mut prompt = Prompt::new().then(SYSTEM_STREAM, chat.system_tokens);
             for _ in 0..rng.random_range(1..=chat.max_turns.max(1)) {
@@ -303,9 +310,16 @@ impl Workload {
 
     /// A trace's requests, arriving `rate` times as fast as they did. Equal hash ids become
     /// equal tokens.
-    #[must_use]
-    pub fn from_trace(trace: &[TraceRequest], rate: f64) -> Self {
+    ///
+    /// # Errors
+    /// When `rate` is not a positive number, or so small that the trace never ends.
+    pub fn from_trace(trace: &[TraceRequest], rate: f64) -> Result<Self, InvalidRate> {
+        if rate <= 0.0 {
+            return Err(InvalidRate { rate });
+        }
         let requests = trace.iter().map(|request| {
+            let seconds = request.arrival.as_secs_f64() / rate;
+            let arrival = Duration::try_from_secs_f64(seconds).map_err(|_| InvalidRate { rate })?;
             let mut prompt = Prompt::new();
             let mut left = request.prompt_tokens;
             for &hash_id in &request.hash_ids {
@@ -313,18 +327,18 @@ impl Workload {
                 prompt = prompt.then(hash_id, tokens);
                 left -= tokens;
             }
-            WorkloadRequest {
+            Ok(WorkloadRequest {
                 prompt,
                 answer_stream: None,
                 output_tokens: request.output_tokens,
-                arrival: Arrival::At(request.arrival.div_f64(rate)),
-            }
+                arrival: Arrival::At(arrival),
+            })
         });
-        Self {
+        Ok(Self {
             name: "trace".to_owned(),
-            requests: requests.collect(),
+            requests: requests.collect::<Result<_, _>>()?,
             concurrency: 0,
-        }
+        })
     }
 }
 
@@ -415,7 +429,8 @@ mod tests {
             output_tokens: 5,
             hash_ids: hash_ids.to_vec(),
         };
-        let workload = Workload::from_trace(&[request([4, 5]), request([4, 6])], 2.0);
+        let trace = [request([4, 5]), request([4, 6])];
+        let workload = Workload::from_trace(&trace, 2.0).unwrap();
         let prompts = [&workload.requests[0].prompt, &workload.requests[1].prompt];
         let expected = [5, 6].map(|own| Prompt::new().then(4, 512).then(own, 188));
         assert_eq!(prompts, [&expected[0], &expected[1]]);
@@ -423,5 +438,8 @@ mod tests {
             workload.requests[0].arrival,
             Arrival::At(Duration::from_secs(5))
         );
+        for rate in [0.0, -1.0, f64::NAN, 1e-300] {
+            assert!(Workload::from_trace(&trace, rate).is_err());
+        }
     }
 }

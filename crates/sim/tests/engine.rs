@@ -15,7 +15,7 @@ use foresee_sim::law::L40S_8B;
 use foresee_sim::prompt::Prompt;
 use proptest::prelude::*;
 
-const BLOCK: u32 = 16;
+const BLOCK: NonZeroU32 = NonZeroU32::new(16).unwrap();
 
 fn config(blocks: u32) -> EngineConfig {
     EngineConfig {
@@ -26,8 +26,7 @@ fn config(blocks: u32) -> EngineConfig {
 }
 
 fn hashes(prompt: &Prompt) -> Arc<[SequenceHash]> {
-    let block_size = NonZeroU32::new(BLOCK).unwrap();
-    Arc::from(prompt.sequence(block_size).hashes())
+    Arc::from(prompt.sequence(BLOCK).hashes())
 }
 
 fn request(id: u64, prompt: &Prompt, output_tokens: u32) -> EngineRequest {

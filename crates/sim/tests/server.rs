@@ -6,6 +6,7 @@
 )]
 
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -24,6 +25,7 @@ use hyper_util::rt::TokioExecutor;
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
+const BLOCK: NonZeroU32 = NonZeroU32::new(16).unwrap();
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A server on a free port, cut off when this is dropped, and a client for it.
@@ -34,7 +36,7 @@ struct Served {
 }
 
 async fn start(time_scale: f64) -> Served {
-    let mut config = ServerConfig::new("m", EngineConfig::from_preset(&L40S_8B, 16));
+    let mut config = ServerConfig::new("m", EngineConfig::from_preset(&L40S_8B, BLOCK));
     config.time_scale = time_scale;
     start_with(config).await
 }
@@ -429,7 +431,7 @@ async fn shutdown_cuts_streams() {
 
 #[tokio::test]
 async fn contradictory_configurations_are_refused() {
-    let fine = ServerConfig::new("m", EngineConfig::from_preset(&L40S_8B, 16));
+    let fine = ServerConfig::new("m", EngineConfig::from_preset(&L40S_8B, BLOCK));
     let mut no_time = fine.clone();
     no_time.time_scale = 0.0;
     let mut too_long = fine.clone();

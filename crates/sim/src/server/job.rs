@@ -1,6 +1,5 @@
 //! What a request body asks of the engine: prompts as tokens, answers of a known length.
 
-use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -169,7 +168,7 @@ impl Prompts {
             tokens.extend((0..answer.tokens).map(|index| answer.answer.token(index)));
         }
         let salt = sequence::salt(&request.model, None, request.cache_salt.as_deref());
-        let block_size = NonZeroU32::new(config.engine.block_size).unwrap_or(NonZeroU32::MIN);
+        let block_size = config.engine.block_size;
         let sequence = Sequence::from_tokens(&tokens, block_size, salt);
         EngineRequest {
             id: 0,

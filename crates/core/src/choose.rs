@@ -1,0 +1,272 @@
+//! A choice among workers whose load and overlap are known.
+//!
+//! Every policy reads the same bookings under the same lock, so each sees all choices made
+//! before its own. They differ only in what they look at.
+
+use std::fmt;
+use std::str::FromStr;
+
+use rand::Rng;
+use rand::rngs::SmallRng;
+
+use crate::cost::{Cost, Demand};
+use crate::sequence::SequenceHash;
+use crate::tree::{Depth, Slot};
+
+/// How a worker is chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Policy {
+    /// Least [`Cost`](crate::cost::Cost): predicted prefill work and active blocks.
+    #[default]
+    Kv,
+    /// Each worker in turn.
+    RoundRobin,
+    /// Any worker, evenly.
+    Random,
+    /// The worker with the fewest running requests.
+    LeastRequests,
+    /// The less busy, by requests, of two workers drawn at random (Mitzenmacher, 2001).
+    PowerOfTwo,
+    /// The same worker for the same first 1,024 prompt tokens, by rendezvous hashing, unless it
+    /// runs more than 1.25 times the mean number of requests: then the next in the prompt's
+    /// own order (consistent hashing with bounded loads; Mirrokni, Thorup, Zadimoghaddam, 2018).
+    ConsistentHash,
+}
+
+impl Policy {
+    /// Every policy, with its name.
+    pub const ALL: [(Policy, &'static str); 6] = [
+        (Policy::Kv, "kv"),
+        (Policy::RoundRobin, "round-robin"),
+        (Policy::Random, "random"),
+        (Policy::LeastRequests, "least-requests"),
+        (Policy::PowerOfTwo, "power-of-two"),
+        (Policy::ConsistentHash, "consistent-hash"),
+    ];
+}
+
+impl fmt::Display for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = Self::ALL.iter().find(|(policy, _)| policy == self);
+        f.pad(name.map_or("", |(_, name)| name))
+    }
+}
+
+/// A policy's name that is none of [`Policy::ALL`].
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "unknown policy `{0}`: use kv, round-robin, random, least-requests, power-of-two or consistent-hash"
+)]
+pub struct UnknownPolicy(String);
+
+impl FromStr for Policy {
+    type Err = UnknownPolicy;
+
+    fn from_str(name: &str) -> Result<Self, UnknownPolicy> {
+        Self::ALL
+            .into_iter()
+            .find_map(|(policy, known)| (known == name).then_some(policy))
+            .ok_or_else(|| UnknownPolicy(name.to_owned()))
+    }
+}
+
+/// What the chosen worker looked like when it was chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Decision {
+    /// Its cost.
+    pub cost: Cost,
+    /// The largest overlap, in blocks, that any eligible worker offered.
+    pub best_overlap_blocks: u32,
+}
+
+/// What a worker's bookings add up to.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Load {
+    /// Blocks pinned by running requests, shared ones once.
+    pub(crate) active_blocks: u64,
+    /// Prompt and output tokens of running requests, not deduplicated: what a decode step reads.
+    pub(crate) context_tokens: u64,
+    pub(crate) requests: u32,
+    /// Tells workers apart in consistent hashing; does not change when others come and go.
+    pub(crate) identity: u64,
+}
+
+/// The workers to choose from and what is known of them, indexed by slot.
+pub(crate) struct Field<'a> {
+    pub(crate) eligible: &'a [Slot],
+    pub(crate) excluded: &'a [Slot],
+    pub(crate) loads: &'a [Load],
+    pub(crate) depths: &'a [Depth],
+    pub(crate) demand: Demand,
+    pub(crate) hashes: &'a [SequenceHash],
+}
+
+/// Prompt tokens that decide where consistent hashing sends a request.
+const HASHED_TOKENS: usize = 1024;
+/// How far above the mean number of requests consistent hashing lets a worker go.
+const LOAD_BOUND: f64 = 1.25;
+
+impl Field<'_> {
+    fn slots(&self) -> impl Iterator<Item = Slot> + Clone + '_ {
+        self.eligible
+            .iter()
+            .copied()
+            .filter(|slot| !self.excluded.contains(slot))
+    }
+
+    pub(crate) fn cost_of(&self, slot: Slot) -> f64 {
+        let index = slot as usize;
+        self.demand
+            .cost(self.loads[index].active_blocks, self.depths[index])
+            .total
+    }
+
+    /// What speaks for choosing `slot`.
+    pub(crate) fn decision(&self, slot: Slot) -> Decision {
+        let overlaps = self
+            .eligible
+            .iter()
+            .map(|&slot| self.depths[slot as usize].overlap());
+        let index = slot as usize;
+        Decision {
+            cost: self
+                .demand
+                .cost(self.loads[index].active_blocks, self.depths[index]),
+            best_overlap_blocks: overlaps.max().unwrap_or(0).min(self.demand.reusable_blocks),
+        }
+    }
+
+    fn requests(&self, slot: Slot) -> u32 {
+        self.loads[slot as usize].requests
+    }
+
+    /// Chooses a worker, or none if none is eligible. `turn` counts the choices made before.
+    pub(crate) fn choose(
+        &self,
+        policy: Policy,
+        temperature: f64,
+        block_size: usize,
+        turn: u64,
+        rng: &mut SmallRng,
+    ) -> Option<Slot> {
+        match policy {
+            Policy::Kv if temperature > 0.0 => self.sample_by_cost(temperature, rng),
+            Policy::Kv => self.least(rng, |slot| self.cost_of(slot)),
+            Policy::RoundRobin => {
+                let count = self.slots().count() as u64;
+                let position = turn.checked_rem(count)?;
+                self.slots().nth(position as usize)
+            }
+            Policy::Random => self.least(rng, |_| 0),
+            Policy::LeastRequests => self.least(rng, |slot| self.requests(slot)),
+            Policy::PowerOfTwo => self.less_busy_of_two(rng),
+            Policy::ConsistentHash => {
+                let deciding = (HASHED_TOKENS / block_size).clamp(1, self.hashes.len().max(1));
+                match self.hashes.get(deciding - 1) {
+                    Some(&key) => self.by_hash_within_bound(key),
+                    // Shorter than a block: there is no prefix to stay close to.
+                    None => self.least(rng, |slot| self.requests(slot)),
+                }
+            }
+        }
+    }
+
+    /// The slot with the least `measure`; each of several equal ones is as likely.
+    #[inline]
+    fn least<T: PartialOrd>(
+        &self,
+        rng: &mut SmallRng,
+        measure: impl Fn(Slot) -> T,
+    ) -> Option<Slot> {
+        let mut best: Option<(T, Slot)> = None;
+        let mut equal = 1;
+        for slot in self.slots() {
+            let measured = measure(slot);
+            match &mut best {
+                Some((least, chosen)) if measured == *least => {
+                    equal += 1;
+                    if rng.random_range(0..equal) == 0 {
+                        *chosen = slot;
+                    }
+                }
+                Some((least, _)) if measured > *least => {}
+                _ => {
+                    best = Some((measured, slot));
+                    equal = 1;
+                }
+            }
+        }
+        best.map(|(_, slot)| slot)
+    }
+
+    /// Samples by softmax over costs divided by their range.
+    fn sample_by_cost(&self, temperature: f64, rng: &mut SmallRng) -> Option<Slot> {
+        let mut chosen = None;
+        let mut total = 0.0;
+        for (slot, weight) in self.softmax_weights(temperature) {
+            total += weight;
+            if rng.random::<f64>() * total < weight {
+                chosen = Some(slot);
+            }
+        }
+        chosen
+    }
+
+    /// Each slot's share in the choice, up to a common factor. At temperature 0 all of it goes
+    /// to the slots of least cost.
+    pub(crate) fn softmax_weights(
+        &self,
+        temperature: f64,
+    ) -> impl Iterator<Item = (Slot, f64)> + '_ {
+        let (mut least, mut most) = (f64::INFINITY, f64::NEG_INFINITY);
+        for slot in self.slots() {
+            let cost = self.cost_of(slot);
+            least = least.min(cost);
+            most = most.max(cost);
+        }
+        let range = most - least;
+        self.slots().map(move |slot| {
+            let above = self.cost_of(slot) - least;
+            let weight = if above == 0.0 {
+                1.0
+            } else {
+                (-(above / range) / temperature).exp()
+            };
+            (slot, weight)
+        })
+    }
+
+    fn less_busy_of_two(&self, rng: &mut SmallRng) -> Option<Slot> {
+        let count = self.slots().count();
+        if count == 0 {
+            return None;
+        }
+        let first = rng.random_range(0..count);
+        let second = if count > 1 {
+            (first + rng.random_range(1..count)) % count
+        } else {
+            first
+        };
+        let (first, second) = (self.slots().nth(first)?, self.slots().nth(second)?);
+        let keep_first = self.requests(first) <= self.requests(second);
+        Some(if keep_first { first } else { second })
+    }
+
+    fn by_hash_within_bound(&self, key: SequenceHash) -> Option<Slot> {
+        let count = self.slots().count();
+        let running: u64 = self
+            .slots()
+            .map(|slot| u64::from(self.requests(slot)))
+            .sum();
+        let bound = (LOAD_BOUND * (running + 1) as f64 / count as f64).ceil() as u32;
+        self.slots()
+            .filter(|&slot| self.requests(slot) < bound)
+            .max_by_key(|&slot| rendezvous(key, self.loads[slot as usize].identity))
+    }
+}
+
+/// A worker's rank for a key: the highest wins (rendezvous hashing; Thaler, Ravishankar, 1998).
+fn rendezvous(key: SequenceHash, identity: u64) -> u64 {
+    let product = u128::from(key ^ identity) * 0x9E37_79B9_7F4A_7C15;
+    (product as u64) ^ ((product >> 64) as u64)
+}

@@ -1,0 +1,57 @@
+//! What placing a request on a worker costs, in blocks.
+//!
+//! The cost of NVIDIA Dynamo's KV router (issue 1723, PR 1731):
+//!
+//! `overlap_weight × blocks to compute there + active blocks if placed there`
+//!
+//! The first term is prefill work, the second memory held and read by every decode step. Both
+//! fall with overlap: a block that a running request already pins is resident once. A weight of
+//! 0 ignores overlap in both, which leaves pure load balancing: otherwise a thousand equal
+//! prompts would still gather on one worker.
+
+use crate::tree::Depth;
+
+/// One worker's cost for one request, part by part, in blocks.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Cost {
+    /// Leading blocks of the prompt that need not be computed there.
+    pub overlap_blocks: u32,
+    /// Blocks of the prompt that must be computed there.
+    pub prefill_blocks: u32,
+    /// Active blocks of the worker with this request placed on it.
+    pub active_blocks: u64,
+    /// `overlap_weight × prefill_blocks + active_blocks`.
+    pub total: f64,
+}
+
+/// What of a request the cost depends on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Demand {
+    /// Blocks of the prompt, the partial last one included.
+    pub(crate) blocks: u32,
+    /// The most blocks a cache can spare: at least one token is computed.
+    pub(crate) reusable_blocks: u32,
+    pub(crate) overlap_weight: f64,
+}
+
+impl Demand {
+    /// `active` is what the worker's running requests pin, in blocks; `depth` is how deep the
+    /// prompt reaches there.
+    #[inline]
+    pub(crate) fn cost(self, active: u64, depth: Depth) -> Cost {
+        let overlap_blocks = depth.overlap().min(self.reusable_blocks);
+        let prefill_blocks = self.blocks - overlap_blocks;
+        let resident = if self.overlap_weight > 0.0 {
+            depth.active
+        } else {
+            0
+        };
+        let active_blocks = active + u64::from(self.blocks - resident.min(self.blocks));
+        Cost {
+            overlap_blocks,
+            prefill_blocks,
+            active_blocks,
+            total: self.overlap_weight * f64::from(prefill_blocks) + active_blocks as f64,
+        }
+    }
+}

@@ -1,0 +1,310 @@
+//! The workers there are: who may serve which model, and what each is known to carry.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use rapidhash::v3::{DEFAULT_RAPID_SECRETS, rapidhash_v3_seeded};
+
+use crate::choose::Load;
+use crate::forecast::{Decode, Prefill};
+use crate::shadow::{DEFAULT_CAPACITY_BLOCKS, Shadow};
+use crate::tree::Slot;
+
+/// Names one worker for as long as it is known. A worker removed and added again, even under
+/// the same name, has another id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct WorkerId {
+    pub(crate) slot: Slot,
+    pub(crate) generation: u64,
+}
+
+/// What a worker is, as far as routing cares.
+#[derive(Clone, Debug, Default)]
+pub struct WorkerSpec {
+    /// Unique among the workers.
+    pub name: String,
+    /// Models it serves; empty while unknown, and then it is eligible for every model.
+    pub models: Vec<String>,
+    /// KV blocks it has; unknown is taken as [`DEFAULT_CAPACITY_BLOCKS`].
+    pub capacity_blocks: Option<u32>,
+    /// Without prefix caching no two requests share a block there.
+    pub prefix_caching: bool,
+}
+
+/// Whether a worker can be chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WorkerState {
+    /// It can.
+    Healthy,
+    /// Its probe fails; requests it still runs stay booked.
+    Unhealthy,
+    /// It finishes what it has and gets nothing new.
+    Draining,
+}
+
+impl WorkerState {
+    /// The name used in the admin API and in metrics.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Healthy => "healthy",
+            Self::Unhealthy => "unhealthy",
+            Self::Draining => "draining",
+        }
+    }
+}
+
+/// One worker at one instant.
+#[derive(Clone, Debug)]
+pub struct WorkerSnapshot {
+    /// The worker.
+    pub id: WorkerId,
+    /// Its name.
+    pub name: String,
+    /// Whether it can be chosen.
+    pub state: WorkerState,
+    /// Models it serves; empty while unknown.
+    pub models: Vec<String>,
+    /// Requests booked on it.
+    pub requests: u32,
+    /// Blocks pinned by them, shared ones once.
+    pub active_blocks: u64,
+    /// Prompt and output tokens of them, not deduplicated.
+    pub context_tokens: u64,
+    /// Booked prompt tokens that it has not computed yet, by forecast.
+    pub prefill_tokens: u64,
+    /// Blocks its prefix cache holds by the shadow's account, pinned or not.
+    pub cached_blocks: u64,
+    /// Its KV blocks, configured or assumed.
+    pub capacity_blocks: u32,
+    /// Learned prefill speed, in tokens per second.
+    pub prefill_speed: f64,
+    /// Learned time between two tokens of one request.
+    pub inter_token_latency: Duration,
+}
+
+/// Why a worker cannot join.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum WorkerError {
+    /// Two workers of one name could not be told apart.
+    #[error(
+        "a worker named `{0}` exists already: give this one another name, or remove that one first"
+    )]
+    NameTaken(String),
+    /// Every structure indexed by worker is bounded.
+    #[error("there are {0} workers already, which is the limit")]
+    TooMany(usize),
+}
+
+/// Most workers one router takes.
+pub const MAX_WORKERS: usize = 4096;
+
+#[derive(Debug)]
+pub(crate) struct Worker {
+    pub(crate) id: WorkerId,
+    pub(crate) name: String,
+    models: Vec<String>,
+    healthy: bool,
+    draining: bool,
+    pub(crate) prefix_caching: bool,
+    pub(crate) prefill: Prefill,
+    pub(crate) decode: Decode,
+    pub(crate) shadow: Shadow,
+    /// Blocks pinned through the prefix tree: active blocks less the unshared ones.
+    pub(crate) pinned: u64,
+}
+
+impl Worker {
+    pub(crate) fn state(&self) -> WorkerState {
+        match (self.draining, self.healthy) {
+            (true, _) => WorkerState::Draining,
+            (false, true) => WorkerState::Healthy,
+            (false, false) => WorkerState::Unhealthy,
+        }
+    }
+}
+
+/// All workers, by slot, and who is eligible for which model.
+#[derive(Debug, Default)]
+pub(crate) struct Fleet {
+    workers: Vec<Option<Worker>>,
+    /// Apart from `workers`, so that a decision over hundreds of them reads little memory.
+    pub(crate) loads: Vec<Load>,
+    eligible: Eligible,
+    generations: u64,
+}
+
+#[derive(Debug, Default)]
+struct Eligible {
+    for_any_model: Vec<Slot>,
+    /// Models that some worker, eligible or not, is known to serve.
+    by_model: HashMap<String, Vec<Slot>>,
+    /// Workers whose models are not known: they might serve any.
+    of_unknown_models: Vec<Slot>,
+}
+
+impl Fleet {
+    pub(crate) fn add(&mut self, spec: WorkerSpec) -> Result<WorkerId, WorkerError> {
+        if self.iter().any(|worker| worker.name == spec.name) {
+            return Err(WorkerError::NameTaken(spec.name));
+        }
+        let slot = match self.workers.iter().position(Option::is_none) {
+            Some(free) => free,
+            None if self.workers.len() == MAX_WORKERS => {
+                return Err(WorkerError::TooMany(MAX_WORKERS));
+            }
+            None => {
+                self.workers.push(None);
+                self.loads.push(Load::default());
+                self.workers.len() - 1
+            }
+        };
+        self.generations += 1;
+        let id = WorkerId {
+            slot: slot as Slot,
+            generation: self.generations,
+        };
+        self.loads[slot] = Load {
+            identity: rapidhash_v3_seeded(spec.name.as_bytes(), &DEFAULT_RAPID_SECRETS),
+            ..Load::default()
+        };
+        self.workers[slot] = Some(Worker {
+            id,
+            name: spec.name,
+            models: spec.models,
+            healthy: false,
+            draining: false,
+            prefix_caching: spec.prefix_caching,
+            prefill: Prefill::default(),
+            decode: Decode::default(),
+            shadow: Shadow::new(spec.capacity_blocks.unwrap_or(DEFAULT_CAPACITY_BLOCKS)),
+            pinned: 0,
+        });
+        self.find_eligible();
+        Ok(id)
+    }
+
+    pub(crate) fn remove(&mut self, id: WorkerId) -> bool {
+        if self.get(id).is_none() {
+            return false;
+        }
+        self.workers[id.slot as usize] = None;
+        self.loads[id.slot as usize] = Load::default();
+        self.find_eligible();
+        true
+    }
+
+    /// The worker, unless it was removed since.
+    pub(crate) fn get(&self, id: WorkerId) -> Option<&Worker> {
+        let worker = self.workers.get(id.slot as usize)?.as_ref()?;
+        (worker.id == id).then_some(worker)
+    }
+
+    /// The worker and its load, unless it was removed since.
+    pub(crate) fn get_mut(&mut self, id: WorkerId) -> Option<(&mut Worker, &mut Load)> {
+        let worker = self.workers.get_mut(id.slot as usize)?.as_mut()?;
+        let load = self.loads.get_mut(id.slot as usize)?;
+        (worker.id == id).then_some((worker, load))
+    }
+
+    pub(crate) fn at(&self, slot: Slot) -> Option<&Worker> {
+        self.workers.get(slot as usize)?.as_ref()
+    }
+
+    pub(crate) fn slots(&self) -> usize {
+        self.workers.len()
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Worker> {
+        self.workers.iter().flatten()
+    }
+
+    pub(crate) fn set_healthy(&mut self, id: WorkerId, healthy: bool) {
+        self.update(id, |worker| worker.healthy = healthy);
+    }
+
+    pub(crate) fn set_draining(&mut self, id: WorkerId, draining: bool) {
+        self.update(id, |worker| worker.draining = draining);
+    }
+
+    pub(crate) fn set_models(&mut self, id: WorkerId, models: Vec<String>) {
+        self.update(id, |worker| worker.models = models);
+    }
+
+    fn update(&mut self, id: WorkerId, change: impl FnOnce(&mut Worker)) {
+        if let Some((worker, _)) = self.get_mut(id) {
+            change(worker);
+            self.find_eligible();
+        }
+    }
+
+    /// Workers that may serve `model` now; an empty name stands for any model. `None` if all
+    /// workers' models are known and this is none of them.
+    pub(crate) fn eligible(&self, model: &str) -> Option<&[Slot]> {
+        if model.is_empty() {
+            return Some(&self.eligible.for_any_model);
+        }
+        match self.eligible.by_model.get(model) {
+            Some(slots) => Some(slots),
+            None => {
+                let unknown = self.iter().any(|worker| worker.models.is_empty());
+                (unknown || self.iter().next().is_none())
+                    .then_some(self.eligible.of_unknown_models.as_slice())
+            }
+        }
+    }
+
+    /// Who is eligible changes a million times less often than it is asked, so it is kept.
+    fn find_eligible(&mut self) {
+        let mut eligible = Eligible::default();
+        for worker in self.iter() {
+            for model in &worker.models {
+                eligible.by_model.entry(model.clone()).or_default();
+            }
+        }
+        for worker in self.iter() {
+            if worker.state() != WorkerState::Healthy {
+                continue;
+            }
+            let slot = worker.id.slot;
+            eligible.for_any_model.push(slot);
+            for model in &worker.models {
+                if let Some(slots) = eligible.by_model.get_mut(model)
+                    && slots.last() != Some(&slot)
+                {
+                    slots.push(slot);
+                }
+            }
+            if worker.models.is_empty() {
+                eligible.of_unknown_models.push(slot);
+                eligible
+                    .by_model
+                    .values_mut()
+                    .for_each(|slots| slots.push(slot));
+            }
+        }
+        self.eligible = eligible;
+    }
+
+    pub(crate) fn snapshot(&self, now: Duration) -> Vec<WorkerSnapshot> {
+        self.iter()
+            .map(|worker| {
+                let load = self.loads[worker.id.slot as usize];
+                WorkerSnapshot {
+                    id: worker.id,
+                    name: worker.name.clone(),
+                    state: worker.state(),
+                    models: worker.models.clone(),
+                    requests: load.requests,
+                    active_blocks: load.active_blocks,
+                    context_tokens: load.context_tokens,
+                    prefill_tokens: worker.prefill.backlog(now),
+                    cached_blocks: worker.pinned + worker.shadow.cached_blocks(),
+                    capacity_blocks: worker.shadow.capacity(),
+                    prefill_speed: worker.prefill.speed(),
+                    inter_token_latency: worker.decode.inter_token_latency(),
+                }
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,157 @@
+//! What is learned of a worker's pace from watching its streams, and what follows from it for
+//! prompts that wait there.
+
+use std::time::Duration;
+
+/// Tokens per second assumed until a worker has shown its own prefill speed; published profiles
+/// of 8B and 70B models lie between 10,000 and 15,000.
+const PRIOR_PREFILL_SPEED: f64 = 10_000.0;
+/// How much the prior weighs, in seconds of observed prefill.
+const PRIOR_SECONDS: f64 = 0.2;
+const PRIOR_INTER_TOKEN_LATENCY: f64 = 0.03;
+const PRIOR_OUTPUT_TOKENS: f64 = 128.0;
+
+/// Share of the past that remains after one more sample.
+const FORGETTING: f64 = 0.98;
+
+/// Prompt tokens booked on a worker and not yet computed.
+///
+/// What is booked and unsettled is an exact integer. Between first tokens, the part of it that
+/// the worker must have computed by now is estimated from its learned speed; each first token
+/// replaces estimate by fact.
+#[derive(Clone, Debug)]
+pub(crate) struct Prefill {
+    unsettled: u64,
+    /// Estimated tokens of `unsettled` that are computed as of `estimated_at`.
+    computed: f64,
+    estimated_at: Duration,
+    last_settled_at: Duration,
+    /// Exponentially forgotten sums; their ratio is the speed. Summing before dividing weighs
+    /// first tokens that come together, with no time between them, rightly.
+    settled_tokens: f64,
+    busy_seconds: f64,
+}
+
+impl Default for Prefill {
+    fn default() -> Self {
+        Self {
+            unsettled: 0,
+            computed: 0.0,
+            estimated_at: Duration::ZERO,
+            last_settled_at: Duration::ZERO,
+            settled_tokens: PRIOR_PREFILL_SPEED * PRIOR_SECONDS,
+            busy_seconds: PRIOR_SECONDS,
+        }
+    }
+}
+
+impl Prefill {
+    /// Learned speed, in tokens per second.
+    pub(crate) fn speed(&self) -> f64 {
+        self.settled_tokens / self.busy_seconds
+    }
+
+    /// Tokens still to be computed at `now`, as far as can be told.
+    pub(crate) fn backlog(&self, now: Duration) -> u64 {
+        let left = self.unsettled as f64 - self.computed_by(now);
+        left.max(0.0).round() as u64
+    }
+
+    /// How long a prompt of `tokens` uncached tokens booked now waits and computes.
+    pub(crate) fn time_to_first_token(&self, tokens: u32, now: Duration) -> Duration {
+        let ahead = self.backlog(now) as f64 + f64::from(tokens);
+        Duration::from_secs_f64(ahead / self.speed())
+    }
+
+    pub(crate) fn book(&mut self, tokens: u32, now: Duration) {
+        self.advance(now);
+        self.unsettled += u64::from(tokens);
+    }
+
+    /// A prompt of `tokens` uncached tokens, booked at `booked_at`, got its first token.
+    pub(crate) fn settle(&mut self, tokens: u32, booked_at: Duration, now: Duration) {
+        // The worker was busy with it from when it was booked, or from the end of the one before.
+        let busy = now.saturating_sub(self.last_settled_at.max(booked_at));
+        self.settled_tokens = self.settled_tokens * FORGETTING + f64::from(tokens);
+        // A millisecond keeps the speed finite when all prompts are cache hits.
+        self.busy_seconds = (self.busy_seconds * FORGETTING + busy.as_secs_f64()).max(1e-3);
+        self.last_settled_at = now.max(self.last_settled_at);
+        self.release(tokens, now);
+    }
+
+    /// `tokens` left the backlog without a first token to learn from.
+    pub(crate) fn release(&mut self, tokens: u32, now: Duration) {
+        self.advance(now);
+        self.unsettled -= u64::from(tokens);
+        self.computed = (self.computed - f64::from(tokens)).max(0.0);
+    }
+
+    fn computed_by(&self, now: Duration) -> f64 {
+        let elapsed = now.saturating_sub(self.estimated_at).as_secs_f64();
+        (self.computed + elapsed * self.speed()).min(self.unsettled as f64)
+    }
+
+    fn advance(&mut self, now: Duration) {
+        self.computed = self.computed_by(now);
+        self.estimated_at = now.max(self.estimated_at);
+    }
+}
+
+/// How fast a worker's running requests produce tokens.
+#[derive(Clone, Debug)]
+pub(crate) struct Decode {
+    inter_token_seconds: f64,
+}
+
+impl Default for Decode {
+    fn default() -> Self {
+        Self {
+            inter_token_seconds: PRIOR_INTER_TOKEN_LATENCY,
+        }
+    }
+}
+
+impl Decode {
+    pub(crate) fn inter_token_latency(&self) -> Duration {
+        Duration::from_secs_f64(self.inter_token_seconds)
+    }
+
+    /// One request produced `tokens` within `elapsed`.
+    pub(crate) fn observe(&mut self, tokens: u32, elapsed: Duration) {
+        if tokens > 0 && !elapsed.is_zero() {
+            let sample = elapsed.as_secs_f64() / f64::from(tokens);
+            self.inter_token_seconds += (1.0 - FORGETTING) * (sample - self.inter_token_seconds);
+        }
+    }
+
+    /// Tokens a request has produced this long after its first.
+    pub(crate) fn tokens_after(&self, elapsed: Duration) -> u32 {
+        (elapsed.as_secs_f64() / self.inter_token_seconds) as u32
+    }
+}
+
+/// How long answers are, over all workers.
+#[derive(Clone, Debug)]
+pub(crate) struct OutputLength {
+    mean: f64,
+}
+
+impl Default for OutputLength {
+    fn default() -> Self {
+        Self {
+            mean: PRIOR_OUTPUT_TOKENS,
+        }
+    }
+}
+
+impl OutputLength {
+    pub(crate) fn observe(&mut self, tokens: u32) {
+        self.mean += (1.0 - FORGETTING) * (f64::from(tokens) - self.mean);
+    }
+
+    /// Expected output tokens of a request that asked for at most `max_tokens`.
+    pub(crate) fn expect(&self, max_tokens: Option<u32>) -> u32 {
+        let mean = self.mean.round() as u32;
+        max_tokens.map_or(mean, |limit| limit.min(mean))
+    }
+}

@@ -1,0 +1,123 @@
+//! What a worker's cache must still contain when nobody tells: the engine's own replacement
+//! rule, run on what was sent to it.
+//!
+//! vLLM's rule (`BlockPool` and `FreeKVCacheBlockQueue`): a block without references goes to the
+//! end of one free queue, a freed request's blocks tail first; new blocks are taken from the
+//! front, and only then does a cached block lose its content; a hit takes it out of the queue.
+//! So one free queue entry per freed request is enough here: its blocks lie on one path of the
+//! [`PrefixTree`] and leave from the tail upwards.
+
+use std::collections::VecDeque;
+
+use crate::tree::{NO_NODE, NodeId, PrefixTree, Slot, Unpinned};
+
+/// Blocks assumed where nobody says how many a worker has: 8B weights on a 48 GB card leave
+/// about this much. It bounds the router's memory for that worker.
+pub const DEFAULT_CAPACITY_BLOCKS: u32 = 12_288;
+
+/// One freed request in the free queue.
+#[derive(Debug)]
+struct Freed {
+    /// Blocks whose content nobody can ask for again (partial blocks, output of unknown
+    /// tokens). They were the request's tail, so they are taken first.
+    unhashed: u32,
+    /// Where the blocks that this freeing unpinned begin, deepest first.
+    node: NodeId,
+    stamp: u64,
+}
+
+/// The free queue of one worker.
+#[derive(Debug)]
+pub(crate) struct Shadow {
+    capacity: u32,
+    queue: VecDeque<Freed>,
+    /// Unpinned blocks that are still cached.
+    cached: u64,
+    unhashed: u64,
+    last_stamp: u64,
+}
+
+impl Shadow {
+    pub(crate) fn new(capacity: u32) -> Self {
+        Self {
+            capacity,
+            queue: VecDeque::new(),
+            cached: 0,
+            unhashed: 0,
+            last_stamp: 0,
+        }
+    }
+
+    pub(crate) fn capacity(&self) -> u32 {
+        self.capacity
+    }
+
+    pub(crate) fn set_capacity(&mut self, blocks: u32) {
+        self.capacity = blocks;
+    }
+
+    /// Unpinned blocks that are still cached.
+    pub(crate) fn cached_blocks(&self) -> u64 {
+        self.cached
+    }
+
+    /// A number that marks one freeing; none is used twice.
+    pub(crate) fn next_stamp(&mut self) -> u64 {
+        self.last_stamp += 1;
+        self.last_stamp
+    }
+
+    /// Cached blocks were pinned again.
+    pub(crate) fn revived(&mut self, blocks: u32) {
+        self.cached -= u64::from(blocks);
+    }
+
+    /// A request's blocks were freed under `stamp`, with `unhashed` blocks at its tail.
+    pub(crate) fn freed(&mut self, unpinned: Unpinned, unhashed: u32, stamp: u64) {
+        self.cached += u64::from(unpinned.cached);
+        self.unhashed += u64::from(unhashed);
+        if unpinned.deepest != NO_NODE || unhashed > 0 {
+            self.queue.push_back(Freed {
+                unhashed,
+                node: unpinned.deepest,
+                stamp,
+            });
+        }
+    }
+
+    /// Evicts until the worker's `active` blocks and what is left here fit its capacity.
+    pub(crate) fn make_room(&mut self, active: u64, worker: Slot, tree: &mut PrefixTree) {
+        let fits = u64::from(self.capacity).saturating_sub(active);
+        while self.cached + self.unhashed > fits
+            && let Some(front) = self.queue.front_mut()
+        {
+            let excess = self.cached + self.unhashed - fits;
+            let want = u32::try_from(excess).unwrap_or(u32::MAX);
+            let taken = front.unhashed.min(want);
+            front.unhashed -= taken;
+            self.unhashed -= u64::from(taken);
+            if front.unhashed > 0 {
+                return;
+            }
+            let (evicted, next) = tree.evict(front.node, worker, front.stamp, want - taken);
+            self.cached -= u64::from(evicted);
+            match next {
+                Some(node) => front.node = node,
+                None => {
+                    self.queue.pop_front();
+                }
+            }
+        }
+        self.drop_stale(worker, tree);
+    }
+
+    /// Entries whose blocks were pinned again are found only when they reach the front. Live
+    /// ones hold at least a block each, so a queue much longer than the capacity is mostly stale.
+    fn drop_stale(&mut self, worker: Slot, tree: &mut PrefixTree) {
+        if self.queue.len() > 2 * self.capacity as usize + 64 {
+            self.queue.retain(|entry| {
+                entry.unhashed > 0 || tree.is_freed_by(entry.node, worker, entry.stamp)
+            });
+        }
+    }
+}

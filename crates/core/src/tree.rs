@@ -1,0 +1,511 @@
+//! Which prefixes each worker holds: a path-compressed trie over sequence hashes.
+//!
+//! An edge is a slice of some request's own hash chain, so a node stands for a run of blocks
+//! that no known request divides. Each node lists the workers that hold it: how many bookings
+//! *pin* it there, and how many of its blocks the worker has *computed*, which stay cached when
+//! the pins are gone until the [`shadow`](crate::shadow) evicts them.
+//!
+//! A sequence hash identifies its whole prefix, so one flat map from the first hash of an edge
+//! to its node replaces a child table per node, and the point where a prompt leaves an edge is
+//! found by bisection. Every operation costs the number of branchings on a path, not of blocks.
+//!
+//! Along a path, from the root down, pins never rise and a worker that holds a node holds all
+//! nodes above it whole. All that follows relies on this.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::Arc;
+
+use slab::Slab;
+use smallvec::SmallVec;
+
+use crate::sequence::SequenceHash;
+
+/// A request's hashes, shared between its booking and the edges made from it.
+pub(crate) type Chain = Arc<[SequenceHash]>;
+
+/// Index of a worker in the router's tables.
+pub(crate) type Slot = u32;
+
+pub(crate) type NodeId = u32;
+
+/// No node: the parent of the first edge of a path, or the path of a prompt without full blocks.
+pub(crate) const NO_NODE: NodeId = u32::MAX;
+
+/// How deep a prompt reaches on one worker, in leading blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Depth {
+    /// Blocks the worker has computed and, as far as is known, still caches.
+    pub cached: u32,
+    /// Blocks pinned by running requests.
+    pub active: u32,
+}
+
+impl Depth {
+    /// Blocks that need not be computed again: an active block is cached by the time a request
+    /// queued behind it runs.
+    #[must_use]
+    pub fn overlap(self) -> u32 {
+        self.cached.max(self.active)
+    }
+}
+
+/// Where a chain leaves the tree.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Match {
+    /// The last node reached, or [`NO_NODE`].
+    node: NodeId,
+    /// Blocks of that node's edge that matched; at least one.
+    within: u32,
+    /// Blocks matched from the root.
+    blocks: u32,
+}
+
+/// What pinning a path changed on its worker, in blocks.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pinned {
+    pub(crate) node: NodeId,
+    /// Blocks from the root to the end of `node`: all of the chain, but for hash collisions.
+    pub(crate) path: u32,
+    /// Blocks that no booking pinned before.
+    pub(crate) blocks: u32,
+    /// How many of those were cached and are no longer up for eviction.
+    pub(crate) revived: u32,
+}
+
+/// What unpinning a path changed on its worker, in blocks.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Unpinned {
+    /// Blocks that no booking pins any longer.
+    pub(crate) blocks: u32,
+    /// How many of those stay cached.
+    pub(crate) cached: u32,
+    /// The deepest node with cached blocks that this unpinning freed, or [`NO_NODE`].
+    pub(crate) deepest: NodeId,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Hold {
+    worker: Slot,
+    /// Bookings on the worker whose path includes the node.
+    pins: u32,
+    /// Leading blocks of the edge that the worker has computed and still caches.
+    computed: u32,
+    /// Which freeing unpinned the node; says nothing while it is pinned.
+    freed_by: u64,
+}
+
+#[derive(Debug)]
+struct Node {
+    /// The hashes of a request through this node, from its first block; at least `end` long.
+    chain: Chain,
+    /// The edge is `chain[start..end]`.
+    start: u32,
+    end: u32,
+    parent: NodeId,
+    children: u32,
+    /// Exclusive or of all children's ids: the id itself when there is one child, which is all
+    /// that merging needs to know.
+    children_xor: NodeId,
+    /// Sorted by worker. Most nodes are held by one.
+    holds: SmallVec<[Hold; 1]>,
+}
+
+impl Node {
+    fn len(&self) -> u32 {
+        self.end - self.start
+    }
+
+    fn first_hash(&self) -> SequenceHash {
+        self.chain[self.start as usize]
+    }
+
+    fn hold_index(&self, worker: Slot) -> Result<usize, usize> {
+        self.holds.binary_search_by_key(&worker, |hold| hold.worker)
+    }
+
+    fn hold_mut(&mut self, worker: Slot) -> Option<&mut Hold> {
+        let index = self.hold_index(worker).ok()?;
+        self.holds.get_mut(index)
+    }
+
+    /// The worker's hold if `freed_by` is what last unpinned it.
+    fn hold_freed_by(&mut self, worker: Slot, freed_by: u64) -> Option<&mut Hold> {
+        self.hold_mut(worker)
+            .filter(|hold| hold.pins == 0 && hold.freed_by == freed_by)
+    }
+
+    fn remove_hold(&mut self, worker: Slot) {
+        if let Ok(index) = self.hold_index(worker) {
+            self.holds.remove(index);
+        }
+    }
+
+    /// Whether every worker treats this node and its only child alike, so that the two can be
+    /// one. A booking or an eviction that ends between them shows as a difference.
+    fn same_holds(&self, child: &Node) -> bool {
+        self.holds.len() == child.holds.len()
+            && self.holds.iter().zip(&child.holds).all(|(upper, lower)| {
+                upper.worker == lower.worker
+                    && upper.pins == lower.pins
+                    && (upper.pins > 0 || upper.freed_by == lower.freed_by)
+                    && (upper.computed == self.len() || lower.computed == 0)
+            })
+    }
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct PrefixTree {
+    nodes: Slab<Node>,
+    by_first_hash: HashMap<SequenceHash, NodeId, BuildHasherDefault<AlreadyHashed>>,
+    /// Chains that lost a node: possibly the last reference to a long allocation, so the owner
+    /// of the lock takes them and drops them outside of it.
+    pub(crate) garbage: SmallVec<[Chain; 4]>,
+}
+
+impl PrefixTree {
+    /// Finds how deep `chain` reaches on every worker. `depths` is indexed by slot and must be
+    /// zero for workers that hold nothing.
+    pub(crate) fn descend(&self, chain: &[SequenceHash], depths: &mut [Depth]) -> Match {
+        let mut reached = Match {
+            node: NO_NODE,
+            within: 0,
+            blocks: 0,
+        };
+        while let Some(first) = chain.get(reached.blocks as usize)
+            && let Some(&id) = self.by_first_hash.get(first)
+        {
+            let node = &self.nodes[id as usize];
+            if node.start != reached.blocks {
+                // Two prefixes of different length share a 64-bit hash. Treat it as unknown.
+                break;
+            }
+            let rest = &chain[reached.blocks as usize..];
+            let edge = &node.chain[node.start as usize..node.end as usize];
+            let within = common_prefix(rest, edge);
+            for hold in &node.holds {
+                let Some(depth) = depths.get_mut(hold.worker as usize) else {
+                    continue;
+                };
+                if hold.computed > 0 {
+                    depth.cached = node.start + hold.computed.min(within);
+                }
+                if hold.pins > 0 {
+                    depth.active = node.start + within;
+                }
+            }
+            reached = Match {
+                node: id,
+                within,
+                blocks: node.start + within,
+            };
+            if within < node.len() {
+                break;
+            }
+        }
+        reached
+    }
+
+    /// Pins the whole of `chain` on `worker`. `at` is where [`descend`](Self::descend) left it,
+    /// with no change to the tree since.
+    pub(crate) fn pin(&mut self, at: Match, chain: &Chain, worker: Slot) -> Pinned {
+        let mut node = at.node;
+        if node != NO_NODE && at.within < self.nodes[node as usize].len() {
+            node = self.split(node, at.within);
+        }
+        if let Some(first) = chain.get(at.blocks as usize)
+            // Taken already only by a collision of 64-bit hashes: then the rest stays unshared.
+            && !self.by_first_hash.contains_key(first)
+        {
+            node = self.add_leaf(chain, at.blocks, node);
+        }
+
+        let mut pinned = Pinned {
+            node,
+            path: self.nodes.get(node as usize).map_or(0, |node| node.end),
+            blocks: 0,
+            revived: 0,
+        };
+        let mut ancestor = node;
+        while ancestor != NO_NODE {
+            let node = &mut self.nodes[ancestor as usize];
+            let length = node.len();
+            match node.hold_index(worker) {
+                Ok(index) => {
+                    let hold = &mut node.holds[index];
+                    if hold.pins == 0 {
+                        pinned.blocks += length;
+                        pinned.revived += hold.computed;
+                    }
+                    hold.pins += 1;
+                }
+                Err(index) => {
+                    pinned.blocks += length;
+                    node.holds.insert(
+                        index,
+                        Hold {
+                            worker,
+                            pins: 1,
+                            computed: 0,
+                            freed_by: 0,
+                        },
+                    );
+                }
+            }
+            ancestor = node.parent;
+        }
+        pinned
+    }
+
+    /// Records that `worker` has computed every block up to the end of `node`, which it pins.
+    pub(crate) fn mark_computed(&mut self, node: NodeId, worker: Slot) {
+        let mut id = node;
+        while id != NO_NODE {
+            let node = &mut self.nodes[id as usize];
+            let length = node.len();
+            match node.hold_mut(worker) {
+                Some(hold) if hold.computed < length => hold.computed = length,
+                // What is computed is computed all the way up.
+                _ => return,
+            }
+            id = node.parent;
+        }
+    }
+
+    /// Takes back one [`pin`](Self::pin). Blocks computed meanwhile stay cached, stamped with
+    /// `freed_by`; the others are gone.
+    pub(crate) fn unpin(&mut self, node: NodeId, worker: Slot, freed_by: u64) -> Unpinned {
+        let mut unpinned = Unpinned {
+            blocks: 0,
+            cached: 0,
+            deepest: NO_NODE,
+        };
+        let mut id = node;
+        while id != NO_NODE {
+            let node = &mut self.nodes[id as usize];
+            let (length, parent) = (node.len(), node.parent);
+            let Some(hold) = node.hold_mut(worker) else {
+                debug_assert!(false, "a pinned node has a hold");
+                break;
+            };
+            debug_assert!(hold.pins > 0, "unpinned more often than pinned");
+            hold.pins -= 1;
+            if hold.pins == 0 {
+                unpinned.blocks += length;
+                unpinned.cached += hold.computed;
+                hold.freed_by = freed_by;
+                if hold.computed == 0 {
+                    node.remove_hold(worker);
+                } else if unpinned.deepest == NO_NODE {
+                    unpinned.deepest = id;
+                }
+            }
+            id = parent;
+        }
+        self.tidy_path(node);
+        unpinned
+    }
+
+    /// Evicts up to `want` blocks that `freed_by` unpinned on `worker`, from the tail of `node`
+    /// upwards. Returns how many went, and where to go on, if any are left.
+    pub(crate) fn evict(
+        &mut self,
+        node: NodeId,
+        worker: Slot,
+        freed_by: u64,
+        want: u32,
+    ) -> (u32, Option<NodeId>) {
+        let mut evicted = 0;
+        let mut id = node;
+        while let Some(node) = self.nodes.get_mut(id as usize)
+            && let Some(hold) = node.hold_freed_by(worker, freed_by)
+        {
+            if evicted == want && hold.computed > 0 {
+                return (evicted, Some(id));
+            }
+            let taken = hold.computed.min(want - evicted);
+            hold.computed -= taken;
+            evicted += taken;
+            if hold.computed > 0 {
+                return (evicted, Some(id));
+            }
+            node.remove_hold(worker);
+            let parent = node.parent;
+            self.tidy(id);
+            id = parent;
+        }
+        (evicted, None)
+    }
+
+    /// Whether `freed_by` is still what last unpinned `node` on `worker`.
+    pub(crate) fn is_freed_by(&mut self, node: NodeId, worker: Slot, freed_by: u64) -> bool {
+        self.nodes
+            .get_mut(node as usize)
+            .is_some_and(|node| node.hold_freed_by(worker, freed_by).is_some())
+    }
+
+    /// Forgets all that `worker` holds. Visits every node: for when a worker leaves.
+    pub(crate) fn forget_worker(&mut self, worker: Slot) {
+        let ids: Vec<NodeId> = self.nodes.iter().map(|(id, _)| id as NodeId).collect();
+        for &id in &ids {
+            self.nodes[id as usize].remove_hold(worker);
+        }
+        for id in ids {
+            self.tidy(id);
+        }
+    }
+
+    /// Number of edges: what the tree's memory is proportional to.
+    pub(crate) fn len(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// Cuts an edge after `keep` blocks. The lower part keeps its id, because bookings that end
+    /// with the edge remember it; returns the new upper part.
+    fn split(&mut self, lower_id: NodeId, keep: u32) -> NodeId {
+        let lower = &mut self.nodes[lower_id as usize];
+        let cut = lower.start + keep;
+        let mut upper = Node {
+            chain: Arc::clone(&lower.chain),
+            start: lower.start,
+            end: cut,
+            parent: lower.parent,
+            children: 1,
+            children_xor: lower_id,
+            holds: lower.holds.clone(),
+        };
+        for hold in &mut upper.holds {
+            hold.computed = hold.computed.min(keep);
+        }
+        for hold in &mut lower.holds {
+            // A hold with nothing left stays: the shadow's queue finds the upper part through it.
+            hold.computed = hold.computed.saturating_sub(keep);
+        }
+        lower.start = cut;
+        let (upper_hash, lower_hash) = (upper.first_hash(), lower.first_hash());
+        let parent = upper.parent;
+        let upper_id = self.nodes.insert(upper) as NodeId;
+        self.nodes[lower_id as usize].parent = upper_id;
+        self.by_first_hash.insert(upper_hash, upper_id);
+        self.by_first_hash.insert(lower_hash, lower_id);
+        self.replace_child(parent, lower_id, upper_id);
+        upper_id
+    }
+
+    fn add_leaf(&mut self, chain: &Chain, start: u32, parent: NodeId) -> NodeId {
+        let leaf = self.nodes.insert(Node {
+            chain: Arc::clone(chain),
+            start,
+            end: chain.len() as u32,
+            parent,
+            children: 0,
+            children_xor: 0,
+            holds: SmallVec::new(),
+        }) as NodeId;
+        self.by_first_hash.insert(chain[start as usize], leaf);
+        if let Some(parent) = self.nodes.get_mut(parent as usize) {
+            parent.children += 1;
+            parent.children_xor ^= leaf;
+        }
+        leaf
+    }
+
+    /// Tidies every node from `leaf` to the root.
+    fn tidy_path(&mut self, leaf: NodeId) {
+        let mut id = leaf;
+        while id != NO_NODE {
+            id = self.tidy(id);
+        }
+    }
+
+    /// Removes the node, and what that leaves empty above it, if nobody holds it; joins it with
+    /// its only child if nothing tells the two apart any longer. Returns the next node above
+    /// that was not looked at.
+    fn tidy(&mut self, mut id: NodeId) -> NodeId {
+        while let Some(node) = self.nodes.get(id as usize)
+            && node.holds.is_empty()
+            && node.children == 0
+        {
+            let parent = node.parent;
+            let node = self.nodes.remove(id as usize);
+            self.by_first_hash.remove(&node.first_hash());
+            self.garbage.push(node.chain);
+            if let Some(parent) = self.nodes.get_mut(parent as usize) {
+                parent.children -= 1;
+                parent.children_xor ^= id;
+            }
+            id = parent;
+        }
+        let parent = self
+            .nodes
+            .get(id as usize)
+            .map_or(NO_NODE, |node| node.parent);
+        self.merge_with_only_child(id);
+        parent
+    }
+
+    fn merge_with_only_child(&mut self, upper_id: NodeId) {
+        let Some(upper) = self.nodes.get(upper_id as usize) else {
+            return;
+        };
+        let lower_id = upper.children_xor;
+        if upper.children != 1 || !upper.same_holds(&self.nodes[lower_id as usize]) {
+            return;
+        }
+        let upper = self.nodes.remove(upper_id as usize);
+        let lower = &mut self.nodes[lower_id as usize];
+        self.by_first_hash.remove(&lower.first_hash());
+        for (hold, above) in lower.holds.iter_mut().zip(&upper.holds) {
+            hold.computed += above.computed;
+        }
+        lower.start = upper.start;
+        lower.parent = upper.parent;
+        self.by_first_hash.insert(upper.first_hash(), lower_id);
+        self.replace_child(upper.parent, upper_id, lower_id);
+        self.garbage.push(upper.chain);
+    }
+
+    fn replace_child(&mut self, parent: NodeId, old: NodeId, new: NodeId) {
+        if let Some(parent) = self.nodes.get_mut(parent as usize) {
+            parent.children_xor ^= old ^ new;
+        }
+    }
+}
+
+/// Length of the common prefix of two chains that agree in their first hash. Equal at `i` means
+/// equal before `i`, so bisection finds it.
+fn common_prefix(a: &[SequenceHash], b: &[SequenceHash]) -> u32 {
+    let shorter = a.len().min(b.len());
+    debug_assert!(shorter > 0 && a[0] == b[0]);
+    if a[shorter - 1] == b[shorter - 1] {
+        return shorter as u32;
+    }
+    let (mut equal, mut different) = (0, shorter - 1);
+    while different - equal > 1 {
+        let middle = equal.midpoint(different);
+        if a[middle] == b[middle] {
+            equal = middle;
+        } else {
+            different = middle;
+        }
+    }
+    different as u32
+}
+
+/// Sequence hashes are uniform already; hashing them again would double the cost of a look-up.
+#[derive(Debug, Default)]
+struct AlreadyHashed(u64);
+
+impl Hasher for AlreadyHashed {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        debug_assert!(false, "only u64 keys are used, not {bytes:?}");
+    }
+
+    fn write_u64(&mut self, hash: u64) {
+        self.0 = hash;
+    }
+}
