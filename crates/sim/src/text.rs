@@ -38,13 +38,23 @@ impl Answer {
     /// The mean length of answers that end by themselves, in tokens.
     pub const MEAN_LENGTH: f64 = 200.0;
 
-    /// The answer to a prompt, one for each `choice`.
+    /// The answer to a prompt.
     #[must_use]
-    pub fn to(prompt: &[u32], choice: u32) -> Self {
-        let seed = prompt.iter().fold(u64::from(choice), |folded, &token| {
-            mix(folded ^ u64::from(token))
-        });
+    pub fn to(prompt: &[u32]) -> Self {
+        let seed = prompt
+            .iter()
+            .fold(0, |folded, &token| mix(folded ^ u64::from(token)));
         Self { seed }
+    }
+
+    /// Another answer to the same prompt, for each number but 0.
+    #[must_use]
+    pub fn choice(self, choice: u32) -> Self {
+        // An odd factor keeps the choices apart without changing the first.
+        let distance = u64::from(choice).wrapping_mul(0xD6E8_FEB8_6659_FD93);
+        Self {
+            seed: self.seed.wrapping_add(distance),
+        }
     }
 
     /// How many tokens it has if nothing limits it: at least 1, exponentially distributed.
@@ -106,7 +116,7 @@ mod tests {
 
     #[test]
     fn an_answers_text_is_its_tokens() {
-        let answer = Answer::to(&tokenize(b"a question"), 0);
+        let answer = Answer::to(&tokenize(b"a question"));
         let tokens: Vec<u32> = (0..50).map(|index| answer.token(index)).collect();
         assert_eq!(tokenize(answer.text(0..50).as_bytes()), tokens);
         assert_eq!(
@@ -117,9 +127,9 @@ mod tests {
 
     #[test]
     fn answers_differ_by_prompt_and_choice_and_have_the_mean_length() {
-        let answers: Vec<Answer> = (0..4000).map(|n| Answer::to(&[n], n % 2)).collect();
-        assert_eq!(answers[0], Answer::to(&[0], 0));
-        assert_ne!(answers[0], Answer::to(&[0], 1));
+        let answers: Vec<Answer> = (0..4000).map(|n| Answer::to(&[n]).choice(n % 2)).collect();
+        assert_eq!(answers[0], Answer::to(&[0]).choice(0));
+        assert_ne!(answers[0], Answer::to(&[0]).choice(1));
         let sum: f64 = answers
             .iter()
             .map(|answer| f64::from(answer.length()))

@@ -12,8 +12,11 @@ use crate::engine::EngineRequest;
 use crate::server::ServerConfig;
 use crate::text::{Answer, tokenize};
 
-/// Most answers one request may ask for, over all its prompts.
-const MOST_CHOICES: u64 = 4096;
+/// Most answers to one prompt that a request may ask for.
+const MOST_CHOICES: u32 = 128;
+
+/// Most prompts in a batch.
+const MOST_PROMPTS: u32 = 4096;
 
 /// A request, ready to be submitted and answered.
 #[derive(Debug)]
@@ -76,18 +79,21 @@ impl Job {
             let message = "Stream options can only be defined when `stream=True`.";
             return Err(ApiError::bad_request(message, Some("stream_options")));
         }
-        let choices = u64::from(request.prompts) * u64::from(request.choices);
-        if choices > MOST_CHOICES {
-            let message =
-                format!("At most {MOST_CHOICES} choices can be asked for, not {choices}.");
+        if request.choices > MOST_CHOICES {
+            let message = format!("n must be at most {MOST_CHOICES}.");
             return Err(ApiError::bad_request(message, Some("n")));
+        }
+        if request.prompts > MOST_PROMPTS {
+            let message = format!("A request may hold at most {MOST_PROMPTS} prompts.");
+            return Err(ApiError::bad_request(message, None));
         }
 
         let prompts = Prompts::read(&request, endpoint);
         let limit = output_limit(config, &request, endpoint, &prompts)?;
         let ignore_eos = fields.ignore_eos.unwrap_or(false);
-        let answers: Vec<PlannedAnswer> = (0..choices as u32)
-            .map(|choice| PlannedAnswer::to(&prompts.tokens, choice, limit, ignore_eos))
+        let answer = Answer::to(&prompts.tokens);
+        let answers: Vec<PlannedAnswer> = (0..request.prompts * request.choices)
+            .map(|choice| PlannedAnswer::limited(answer.choice(choice), limit, ignore_eos))
             .collect();
         let requests = answers.iter().zip(0_u32..).map(|(answer, choice)| {
             if choice / request.choices == 0 {
@@ -189,8 +195,7 @@ impl Prompts {
 }
 
 impl PlannedAnswer {
-    fn to(prompt: &[u32], choice: u32, limit: u32, ignore_eos: bool) -> Self {
-        let answer = Answer::to(prompt, choice);
+    fn limited(answer: Answer, limit: u32, ignore_eos: bool) -> Self {
         let length = answer.length();
         let (tokens, finish_reason) = if ignore_eos || length > limit {
             (limit, "length")
