@@ -6,7 +6,8 @@
 //! (when), [`replay`] (all of it with the router), [`prediction`] and [`report`] (what came out).
 //!
 //! [`engine::Engine`] is a state machine without a clock: its driver decides whether the time a
-//! step takes passes on a virtual clock or on the wall.
+//! step takes passes on a virtual clock or on the wall. [`server`] lets it pass on the wall, and
+//! puts vLLM's HTTP API in front.
 
 pub mod arrivals;
 pub mod blocks;
@@ -16,5 +17,7 @@ pub mod prediction;
 pub mod prompt;
 pub mod replay;
 pub mod report;
+pub mod server;
+pub mod text;
 pub mod trace;
 pub mod workload;
