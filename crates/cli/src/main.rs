@@ -7,6 +7,7 @@ mod flags;
 mod replay;
 mod serve;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -18,7 +19,12 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// A router for LLM engines that predicts each worker's load and cache instead of polling.
 #[derive(Debug, Parser)]
-#[command(name = "foresee", version, args_override_self = true)]
+#[command(
+    name = "foresee",
+    version,
+    args_override_self = true,
+    allow_negative_numbers = true
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -56,6 +62,7 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .init();
     let done = match cli.command {
         Command::Serve(args) => serve::serve(args),
