@@ -16,5 +16,6 @@ pub mod prediction;
 pub mod prompt;
 pub mod replay;
 pub mod report;
+mod table;
 pub mod trace;
 pub mod workload;
