@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
+use std::num::NonZeroU32;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,10 +12,13 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
+use foresee_sim::engine::EngineConfig;
+use foresee_sim::law::L40S_8B;
 use foresee_sim::load::{
     FailureKind, LiveOutcome, LiveReport, LoadConfig, LoadError, NamedOutcome, Progress, run,
 };
 use foresee_sim::prompt::Prompt;
+use foresee_sim::server::{ServerConfig, bind, serve as serve_model};
 use foresee_sim::workload::{Arrival, Shape, Workload, WorkloadRequest};
 use http_body_util::BodyExt;
 use hyper::body::{Body, Frame, Incoming};
@@ -125,6 +129,7 @@ where
     tokio::spawn(async move {
         loop {
             let (socket, _) = listener.accept().await.unwrap();
+            socket.set_nodelay(true).unwrap();
             let reply = reply.clone();
             let service = service_fn(move |request: Request<Incoming>| {
                 let reply = reply.clone();
@@ -432,6 +437,43 @@ async fn arrivals_and_think_times_pass_as_fast_as_the_engine_runs() {
         })
         .collect();
     assert_eq!(lengths, [400; 3]);
+}
+
+#[tokio::test]
+async fn the_model_engine_counts_exactly_the_tokens_of_the_workload() {
+    const SCALE: f64 = 200.0;
+    let listener = bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let server = ServerConfig {
+        time_scale: SCALE,
+        ..ServerConfig::new(
+            "m",
+            EngineConfig::from_preset(&L40S_8B, NonZeroU32::new(16).unwrap()),
+        )
+    };
+    tokio::spawn(serve_model(server, listener, std::future::pending()));
+    let shape = Shape {
+        isl: 640,
+        isl_spread: 0.5,
+        osl: 20,
+        prefixes: 1,
+        ..Shape::default()
+    };
+    let workload = Workload::closed_loop(&shape, 40, 2, 1);
+    let config = LoadConfig {
+        time_scale: SCALE,
+        ..LoadConfig::new(address, "m")
+    };
+    let outcome = load(&config, &workload).await;
+    assert_eq!((outcome.finished, outcome.output_tokens), (40, 40 * 20));
+    let prompt_tokens: u32 = workload.requests.iter().map(|it| it.prompt.len()).sum();
+    assert_eq!(outcome.prompt_tokens, u64::from(prompt_tokens));
+    // The prefix is half of every prompt, and cached but for the first and the longest.
+    assert!(
+        (0.4..0.5).contains(&outcome.hit_share),
+        "{}",
+        outcome.hit_share
+    );
 }
 
 #[tokio::test]
