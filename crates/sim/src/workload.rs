@@ -437,8 +437,8 @@ mod tests {
         let mean = lengths.iter().sum::<u32>() / 1000;
         assert!((6500..7500).contains(&mean), "{mean}");
         let heavy = Workload::named("burst-heavy", 1).unwrap();
-        let heavy = heavy.requests.iter().filter(|it| it.prompt.len() == 35_000);
-        assert!((60..140).contains(&heavy.count()));
+        let heavy = heavy.requests.iter().filter(|it| it.prompt.len() == 22_500);
+        assert!((50..110).contains(&heavy.count()));
     }
 
     #[test]
@@ -467,7 +467,10 @@ mod tests {
     fn a_seed_decides_everything() {
         for (name, _) in NAMED {
             assert_eq!(Workload::named(name, 3), Workload::named(name, 3));
-            assert_ne!(Workload::named(name, 3), Workload::named(name, 4));
+            // With one prefix and one length there is nothing to decide.
+            if name != "burst-one-prefix" {
+                assert_ne!(Workload::named(name, 3), Workload::named(name, 4));
+            }
         }
         assert!(Workload::named("sead", 0).is_err());
     }
