@@ -226,7 +226,10 @@ impl Shared {
                 self.reroute(booking, &failed).map_err(no_worker)?;
                 continue;
             };
-            let error = match self.attempt(&worker, message).await {
+            let limit = self.config.first_byte_timeout;
+            let attempt = tokio::time::timeout(limit, self.attempt(&worker, message));
+            let attempt = attempt.await.unwrap_or(Err(ForwardError::TimedOut(limit)));
+            let error = match attempt {
                 Ok(answer) if answer.response.status() == StatusCode::SERVICE_UNAVAILABLE => {
                     // It cannot serve now. If nobody else can, its answer says why.
                     worker.suspect.notify_one();

@@ -77,7 +77,7 @@ impl Gateway {
         let shared = Arc::new(Shared {
             router: Router::new(config.router.clone())?,
             workers: Workers::default(),
-            forwarder: Forwarder::new(config.connect_timeout, config.first_byte_timeout),
+            forwarder: Forwarder::new(config.connect_timeout),
             metrics: Metrics::new(),
             clock: Clock::start(),
             text: TextRatios::default(),
