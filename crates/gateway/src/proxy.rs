@@ -293,7 +293,7 @@ impl Shared {
         let response = self.forwarder.send(worker, message).await?;
         let (head, mut body) = response.into_parts();
         let mut first = None;
-        if Watched::is_stream(&head) {
+        if Watched::is_stream(&head) && !body.is_end_stream() {
             first = match body.frame().await {
                 Some(Ok(frame)) => Some(frame),
                 Some(Err(error)) => return Err(ForwardError::broken(&error)),
