@@ -89,12 +89,27 @@ struct Answer {
     first: Option<Frame<Bytes>>,
 }
 
+/// A request without an answer yet. Dropped as such, it counts as one whose client left.
+#[derive(Debug)]
+struct Unanswered<'m>(Option<&'m Metrics>);
+
+impl Drop for Unanswered<'_> {
+    fn drop(&mut self) {
+        if let Some(metrics) = self.0 {
+            metrics.ended(Outcome::ClientLeft);
+        }
+    }
+}
+
 impl Shared {
     /// Answers one request to the public API.
     pub(crate) async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
         let request_id = self.request_ids.next();
         let given_id = request.headers().get("x-request-id").cloned();
-        let mut response = match self.try_answer(request, request_id.clone()).await {
+        let mut unanswered = Unanswered(Some(&self.metrics));
+        let answered = self.try_answer(request, request_id.clone()).await;
+        unanswered.0 = None;
+        let mut response = match answered {
             Ok(response) => response,
             Err(error) => {
                 self.metrics.ended(match error.status {
