@@ -191,6 +191,9 @@ impl Watched {
         };
         let shared = Arc::clone(&watch.shared);
         let now = shared.clock.now();
+        if matches!(&self.reader, Reader::Events(observer) if observer.has_error()) {
+            self.outcome = Outcome::WorkerError;
+        }
         shared.metrics.ended(self.outcome);
         if let Some(usage) = usage {
             if let (Reader::Json(..), Some(tokens)) = (&self.reader, usage.completion_tokens) {
