@@ -3,13 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use foresee_core::fleet::{WorkerId, WorkerSnapshot};
 use foresee_core::router::Explanation;
 use foresee_engine::error::ApiError;
 use foresee_engine::request::Endpoint;
 use http::{Method, Request, Response, StatusCode};
-use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -53,11 +51,11 @@ impl Shared {
             (&Method::GET, "/metrics") => self.expose_metrics(),
             (&Method::GET, "/admin/workers") => Ok(self.list_workers()),
             (&Method::POST, "/admin/workers") => {
-                let body = self.read_admin_body(body).await?;
+                let body = self.read_body(&head.headers, body).await?;
                 self.add_worker(&body)
             }
             (&Method::POST, "/admin/explain") => {
-                let body = self.read_admin_body(body).await?;
+                let body = self.read_body(&head.headers, body).await?;
                 let explanation = self.explain(endpoint_of(&body), &body)?;
                 Ok(reply::json(
                     StatusCode::OK,
@@ -68,14 +66,6 @@ impl Shared {
                 self.drain_worker(path.trim_start_matches("/admin/workers/"))
             }
             (method, path) => Err(ApiError::path_not_found(method.as_str(), path)),
-        }
-    }
-
-    async fn read_admin_body(&self, body: Incoming) -> Result<Bytes, ApiError> {
-        let limit = self.config.max_body_bytes;
-        match Limited::new(body, limit).collect().await {
-            Ok(body) => Ok(body.to_bytes()),
-            Err(_) => Err(ApiError::body_too_large(limit)),
         }
     }
 

@@ -11,7 +11,8 @@ use foresee_core::router::{Request as RouteRequest, RouteError, Router};
 use foresee_core::sequence::Sequence;
 use foresee_engine::error::ApiError;
 use foresee_engine::request::{ApiRequest, BodyError, Endpoint};
-use http::{HeaderValue, Method, Request, Response, StatusCode};
+use http::header::{CONTENT_ENCODING, EXPECT};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Either, LengthLimitError, Limited};
 use hyper::body::{Body as _, Frame, Incoming};
 
@@ -31,6 +32,9 @@ const PARSED_IN_PLACE: usize = 256 << 10;
 /// Workers that may break a connection over one request before it is given up: a request that
 /// kills engines must not visit them all.
 const MAX_BROKEN: usize = 3;
+
+/// How long a client may take to send the rest of a body that was refused.
+const DISCARD_TIMEOUT: Duration = Duration::from_secs(5);
 
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -142,8 +146,8 @@ impl Shared {
             (&Method::GET, "/health") => return Ok(self.health()),
             _ => None,
         };
-        let body = self.read_body(body).await?;
-        let compressed = head.headers.contains_key(http::header::CONTENT_ENCODING);
+        let body = self.read_body(&head.headers, body).await?;
+        let compressed = head.headers.contains_key(CONTENT_ENCODING);
         let job = match endpoint {
             Some(endpoint) if !compressed => self.read_job(endpoint, body.clone()).await?,
             // Not for us to read: placed by load alone.
@@ -161,14 +165,25 @@ impl Shared {
         Ok(self.pass_through(answer, booking, job, arrived))
     }
 
-    async fn read_body(&self, body: Incoming) -> Result<Bytes, ApiError> {
+    pub(crate) async fn read_body(
+        &self,
+        headers: &HeaderMap,
+        mut body: Incoming,
+    ) -> Result<Bytes, ApiError> {
         let limit = self.config.max_body_bytes;
         if body.size_hint().lower() > limit as u64 {
+            // A client that asks first is still waiting to be told to send.
+            if !headers.contains_key(EXPECT) {
+                tokio::spawn(discard(body));
+            }
             return Err(ApiError::body_too_large(limit));
         }
-        match Limited::new(body, limit).collect().await {
+        match Limited::new(&mut body, limit).collect().await {
             Ok(body) => Ok(body.to_bytes()),
-            Err(error) if error.is::<LengthLimitError>() => Err(ApiError::body_too_large(limit)),
+            Err(error) if error.is::<LengthLimitError>() => {
+                tokio::spawn(discard(body));
+                Err(ApiError::body_too_large(limit))
+            }
             Err(error) => {
                 let message = format!("The request body did not arrive whole: {error}.");
                 Err(ApiError::bad_request(message, None))
@@ -397,6 +412,14 @@ impl Shared {
         let now = self.clock.now();
         self.router.explain(&request, now).map_err(no_worker)
     }
+}
+
+/// Reads the rest of a body that was refused: most clients read no answer before they have sent
+/// everything, and breaking the connection would lose it.
+async fn discard(mut body: Incoming) {
+    let rest = async { while let Some(Ok(_)) = body.frame().await {} };
+    // One that takes longer finds the connection closed.
+    let _ = tokio::time::timeout(DISCARD_TIMEOUT, rest).await;
 }
 
 fn no_worker(error: RouteError) -> ApiError {
