@@ -16,7 +16,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 
 use crate::clock::Clock;
 use crate::config::GatewayConfig;
@@ -130,7 +130,8 @@ impl Gateway {
         &self.shared.router
     }
 
-    /// Stops accepting, lets running requests end until the configured deadline, and returns.
+    /// Stops accepting, lets running requests end until the configured deadline, breaks off those
+    /// that did not, and returns.
     pub async fn shut_down(self) {
         self.stop.send_replace(true);
         for listener in self.listeners {
@@ -144,7 +145,8 @@ impl Gateway {
     }
 }
 
-/// Accepts connections until told to stop, then waits for them to end, until the deadline.
+/// Accepts connections until told to stop, then waits for them to end. Those that are still open
+/// at the deadline are closed, and what they hold on workers is freed.
 async fn serve<A, F>(
     listener: TcpListener,
     mut stopped: watch::Receiver<bool>,
@@ -155,6 +157,7 @@ async fn serve<A, F>(
     F: Future<Output = Response<Body>> + Send + 'static,
 {
     let graceful = GracefulShutdown::new();
+    let mut connections = JoinSet::new();
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIMEOUT);
@@ -170,11 +173,13 @@ async fn serve<A, F>(
         });
         let connection = http.serve_connection(TokioIo::new(stream), service);
         let connection = graceful.watch(connection);
-        tokio::spawn(async move {
+        connections.spawn(async move {
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "connection ended early");
             }
         });
+        // Forgets those that have ended.
+        while connections.try_join_next().is_some() {}
     }
     drop(listener);
     if tokio::time::timeout(timeout, graceful.shutdown())
@@ -183,6 +188,7 @@ async fn serve<A, F>(
     {
         tracing::warn!("streams were still running at the shutdown deadline");
     }
+    connections.shutdown().await;
 }
 
 async fn accept(listener: &TcpListener) -> TcpStream {
