@@ -62,10 +62,10 @@ impl Shared {
                     show_explanation(&explanation).to_string(),
                 ))
             }
-            (&Method::DELETE, _) if path.starts_with("/admin/workers/") => {
-                self.drain_worker(path.trim_start_matches("/admin/workers/"))
-            }
-            (method, path) => Err(ApiError::path_not_found(method.as_str(), path)),
+            (method, path) => match path.strip_prefix("/admin/workers/") {
+                Some(name) if method == Method::DELETE => self.drain_worker(&percent_decoded(name)),
+                _ => Err(ApiError::path_not_found(method.as_str(), path)),
+            },
         }
     }
 
@@ -153,6 +153,25 @@ impl Shared {
         }
         self.workers.remove(&self.router, id);
     }
+}
+
+/// A part of a path as it was meant: names are often `HOST:PORT`, and many clients write that
+/// colon as `%3A`. What is no escape stands for itself.
+fn percent_decoded(text: &str) -> String {
+    let mut decoded = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&byte, after)) = rest.split_first() {
+        let digits = after.get(..2).filter(|_| byte == b'%');
+        let digits = digits.and_then(|digits| std::str::from_utf8(digits).ok());
+        let escaped = digits.and_then(|digits| u8::from_str_radix(digits, 16).ok());
+        decoded.push(escaped.unwrap_or(byte));
+        rest = if escaped.is_some() {
+            &after[2..]
+        } else {
+            after
+        };
+    }
+    String::from_utf8_lossy(&decoded).into_owned()
 }
 
 /// Which API a body is for, by the field that only that one has.
