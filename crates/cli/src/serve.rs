@@ -1,6 +1,7 @@
 //! `foresee serve` and `foresee check-config`.
 
 use std::net::SocketAddr;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -8,7 +9,9 @@ use anyhow::Context;
 use clap::Args;
 use foresee_core::choose::Policy;
 use foresee_core::router::Router;
-use foresee_gateway::{Gateway, GatewayConfig, WorkerConfig, raise_open_file_limit};
+use foresee_gateway::{
+    Gateway, GatewayConfig, WorkerConfig, default_io_threads, raise_open_file_limit,
+};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::flags::{RouterArgs, Switch};
@@ -57,6 +60,9 @@ pub(crate) struct ServeArgs {
     /// Seconds running streams may take to end at shutdown
     #[arg(long, default_value = "30", value_parser = seconds, value_name = "SECONDS", env = "FORESEE_SHUTDOWN_TIMEOUT")]
     shutdown_timeout: Duration,
+    /// Threads that serve the API; half of the processors by default
+    #[arg(long, value_name = "N", env = "FORESEE_IO_THREADS")]
+    io_threads: Option<NonZeroUsize>,
 }
 
 impl ServeArgs {
@@ -72,6 +78,7 @@ impl ServeArgs {
             connect_timeout: self.connect_timeout,
             first_byte_timeout: self.first_byte_timeout,
             shutdown_timeout: self.shutdown_timeout,
+            io_threads: self.io_threads.unwrap_or_else(default_io_threads),
         }
     }
 }

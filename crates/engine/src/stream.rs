@@ -107,6 +107,18 @@ impl StreamObserver {
         self.usage
     }
 
+    /// Whether the stream has said that it is complete.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        self.done
+    }
+
+    /// Whether the stream has reported an error.
+    #[must_use]
+    pub fn has_error(&self) -> bool {
+        self.error
+    }
+
     /// Whether the bytes so far end inside an event, so that it must be ended with a blank line
     /// before another can follow.
     #[must_use]

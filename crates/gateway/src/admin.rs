@@ -3,13 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use foresee_core::fleet::{WorkerId, WorkerSnapshot};
 use foresee_core::router::Explanation;
 use foresee_engine::error::ApiError;
 use foresee_engine::request::Endpoint;
 use http::{Method, Request, Response, StatusCode};
-use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -53,29 +51,21 @@ impl Shared {
             (&Method::GET, "/metrics") => self.expose_metrics(),
             (&Method::GET, "/admin/workers") => Ok(self.list_workers()),
             (&Method::POST, "/admin/workers") => {
-                let body = self.read_admin_body(body).await?;
+                let body = self.read_body(&head.headers, body).await?;
                 self.add_worker(&body)
             }
             (&Method::POST, "/admin/explain") => {
-                let body = self.read_admin_body(body).await?;
+                let body = self.read_body(&head.headers, body).await?;
                 let explanation = self.explain(endpoint_of(&body), &body)?;
                 Ok(reply::json(
                     StatusCode::OK,
                     show_explanation(&explanation).to_string(),
                 ))
             }
-            (&Method::DELETE, _) if path.starts_with("/admin/workers/") => {
-                self.drain_worker(path.trim_start_matches("/admin/workers/"))
-            }
-            (method, path) => Err(ApiError::path_not_found(method.as_str(), path)),
-        }
-    }
-
-    async fn read_admin_body(&self, body: Incoming) -> Result<Bytes, ApiError> {
-        let limit = self.config.max_body_bytes;
-        match Limited::new(body, limit).collect().await {
-            Ok(body) => Ok(body.to_bytes()),
-            Err(_) => Err(ApiError::body_too_large(limit)),
+            (method, path) => match path.strip_prefix("/admin/workers/") {
+                Some(name) if method == Method::DELETE => self.drain_worker(&percent_decoded(name)),
+                _ => Err(ApiError::path_not_found(method.as_str(), path)),
+            },
         }
     }
 
@@ -163,6 +153,25 @@ impl Shared {
         }
         self.workers.remove(&self.router, id);
     }
+}
+
+/// A part of a path as it was meant: names are often `HOST:PORT`, and many clients write that
+/// colon as `%3A`. What is no escape stands for itself.
+fn percent_decoded(text: &str) -> String {
+    let mut decoded = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&byte, after)) = rest.split_first() {
+        let digits = after.get(..2).filter(|_| byte == b'%');
+        let digits = digits.and_then(|digits| std::str::from_utf8(digits).ok());
+        let escaped = digits.and_then(|digits| u8::from_str_radix(digits, 16).ok());
+        decoded.push(escaped.unwrap_or(byte));
+        rest = if escaped.is_some() {
+            &after[2..]
+        } else {
+            after
+        };
+    }
+    String::from_utf8_lossy(&decoded).into_owned()
 }
 
 /// Which API a body is for, by the field that only that one has.

@@ -103,11 +103,10 @@ impl ForwardError {
 #[derive(Clone, Debug)]
 pub(crate) struct Forwarder {
     client: Client<HttpConnector, Full<Bytes>>,
-    first_byte_timeout: Duration,
 }
 
 impl Forwarder {
-    pub(crate) fn new(connect_timeout: Duration, first_byte_timeout: Duration) -> Self {
+    pub(crate) fn new(connect_timeout: Duration) -> Self {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(connect_timeout));
@@ -116,10 +115,7 @@ impl Forwarder {
             .pool_idle_timeout(IDLE_CONNECTION_TIMEOUT)
             .pool_max_idle_per_host(IDLE_CONNECTIONS)
             .build(connector);
-        Self {
-            client,
-            first_byte_timeout,
-        }
+        Self { client }
     }
 
     /// Sends the message and waits for the head of the answer. Dropping the future, or later the
@@ -133,12 +129,10 @@ impl Forwarder {
         *request.method_mut() = message.method.clone();
         *request.uri_mut() = worker.uri(&message.path)?;
         *request.headers_mut() = message.headers.clone();
-        let answer = self.client.request(request);
-        match tokio::time::timeout(self.first_byte_timeout, answer).await {
-            Ok(Ok(response)) => Ok(response),
-            Ok(Err(error)) if error.is_connect() => Err(ForwardError::Connect(root_cause(&error))),
-            Ok(Err(error)) => Err(ForwardError::broken(&error)),
-            Err(_) => Err(ForwardError::TimedOut(self.first_byte_timeout)),
+        match self.client.request(request).await {
+            Ok(response) => Ok(response),
+            Err(error) if error.is_connect() => Err(ForwardError::Connect(root_cause(&error))),
+            Err(error) => Err(ForwardError::broken(&error)),
         }
     }
 }

@@ -115,7 +115,7 @@ async fn get(shared: &Shared, worker: &Worker, path: &'static str) -> Option<Byt
         body: Bytes::new(),
     };
     let answered = async {
-        let response = shared.forwarder.send(worker, &message).await.ok()?;
+        let response = shared.probes.send(worker, &message).await.ok()?;
         if !response.status().is_success() {
             return None;
         }

@@ -22,7 +22,7 @@ pub(crate) enum Outcome {
     Ok,
     /// The request was refused as it is: by the gateway, or by the worker with a 4xx.
     Refused,
-    /// The worker answered with a 5xx.
+    /// The worker answered with a 5xx, or with an error in its stream.
     WorkerError,
     /// The worker failed and nobody could take over.
     WorkerFailed,

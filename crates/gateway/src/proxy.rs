@@ -11,7 +11,8 @@ use foresee_core::router::{Request as RouteRequest, RouteError, Router};
 use foresee_core::sequence::Sequence;
 use foresee_engine::error::ApiError;
 use foresee_engine::request::{ApiRequest, BodyError, Endpoint};
-use http::{HeaderValue, Method, Request, Response, StatusCode};
+use http::header::{CONTENT_ENCODING, EXPECT};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Either, LengthLimitError, Limited};
 use hyper::body::{Body as _, Frame, Incoming};
 
@@ -32,6 +33,9 @@ const PARSED_IN_PLACE: usize = 256 << 10;
 /// kills engines must not visit them all.
 const MAX_BROKEN: usize = 3;
 
+/// How long a client may take to send the rest of a body that was refused.
+const DISCARD_TIMEOUT: Duration = Duration::from_secs(5);
+
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// What all requests of a gateway share.
@@ -40,7 +44,8 @@ pub(crate) struct Shared {
     pub(crate) config: GatewayConfig,
     pub(crate) router: Router,
     pub(crate) workers: Workers,
-    pub(crate) forwarder: Forwarder,
+    /// Carries probes. Requests go by the forwarder of the thread they are on.
+    pub(crate) probes: Forwarder,
     pub(crate) metrics: Metrics,
     pub(crate) clock: Clock,
     pub(crate) text: TextRatios,
@@ -89,12 +94,33 @@ struct Answer {
     first: Option<Frame<Bytes>>,
 }
 
+/// A request without an answer yet. Dropped as such, it counts as one whose client left.
+#[derive(Debug)]
+struct Unanswered<'m>(Option<&'m Metrics>);
+
+impl Drop for Unanswered<'_> {
+    fn drop(&mut self) {
+        if let Some(metrics) = self.0 {
+            metrics.ended(Outcome::ClientLeft);
+        }
+    }
+}
+
 impl Shared {
     /// Answers one request to the public API.
-    pub(crate) async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
+    pub(crate) async fn answer(
+        self: Arc<Self>,
+        forwarder: Arc<Forwarder>,
+        request: Request<Incoming>,
+    ) -> Response<Body> {
         let request_id = self.request_ids.next();
         let given_id = request.headers().get("x-request-id").cloned();
-        let mut response = match self.try_answer(request, request_id.clone()).await {
+        let mut unanswered = Unanswered(Some(&self.metrics));
+        let answered = self
+            .try_answer(&forwarder, request, request_id.clone())
+            .await;
+        unanswered.0 = None;
+        let mut response = match answered {
             Ok(response) => response,
             Err(error) => {
                 self.metrics.ended(match error.status {
@@ -114,6 +140,7 @@ impl Shared {
 
     async fn try_answer(
         self: &Arc<Self>,
+        forwarder: &Forwarder,
         request: Request<Incoming>,
         request_id: HeaderValue,
     ) -> Result<Response<Body>, ApiError> {
@@ -127,8 +154,8 @@ impl Shared {
             (&Method::GET, "/health") => return Ok(self.health()),
             _ => None,
         };
-        let body = self.read_body(body).await?;
-        let compressed = head.headers.contains_key(http::header::CONTENT_ENCODING);
+        let body = self.read_body(&head.headers, body).await?;
+        let compressed = head.headers.contains_key(CONTENT_ENCODING);
         let job = match endpoint {
             Some(endpoint) if !compressed => self.read_job(endpoint, body.clone()).await?,
             // Not for us to read: placed by load alone.
@@ -142,18 +169,31 @@ impl Shared {
         };
         let mut booking = self.route(&job)?;
         let message = Message::new(head, body, request_id);
-        let answer = self.send_until_answered(&message, &mut booking).await?;
+        let answer = self
+            .send_until_answered(forwarder, &message, &mut booking)
+            .await?;
         Ok(self.pass_through(answer, booking, job, arrived))
     }
 
-    async fn read_body(&self, body: Incoming) -> Result<Bytes, ApiError> {
+    pub(crate) async fn read_body(
+        &self,
+        headers: &HeaderMap,
+        mut body: Incoming,
+    ) -> Result<Bytes, ApiError> {
         let limit = self.config.max_body_bytes;
         if body.size_hint().lower() > limit as u64 {
+            // A client that asks first is still waiting to be told to send.
+            if !headers.contains_key(EXPECT) {
+                tokio::spawn(discard(body));
+            }
             return Err(ApiError::body_too_large(limit));
         }
-        match Limited::new(body, limit).collect().await {
+        match Limited::new(&mut body, limit).collect().await {
             Ok(body) => Ok(body.to_bytes()),
-            Err(error) if error.is::<LengthLimitError>() => Err(ApiError::body_too_large(limit)),
+            Err(error) if error.is::<LengthLimitError>() => {
+                tokio::spawn(discard(body));
+                Err(ApiError::body_too_large(limit))
+            }
             Err(error) => {
                 let message = format!("The request body did not arrive whole: {error}.");
                 Err(ApiError::bad_request(message, None))
@@ -214,6 +254,7 @@ impl Shared {
     /// to the next best one, moving the booking along.
     async fn send_until_answered(
         &self,
+        forwarder: &Forwarder,
         message: &Message,
         booking: &mut Booking,
     ) -> Result<Answer, ApiError> {
@@ -226,7 +267,10 @@ impl Shared {
                 self.reroute(booking, &failed).map_err(no_worker)?;
                 continue;
             };
-            let error = match self.attempt(&worker, message).await {
+            let limit = self.config.first_byte_timeout;
+            let attempt = tokio::time::timeout(limit, attempt(forwarder, &worker, message));
+            let attempt = attempt.await.unwrap_or(Err(ForwardError::TimedOut(limit)));
+            let error = match attempt {
                 Ok(answer) if answer.response.status() == StatusCode::SERVICE_UNAVAILABLE => {
                     // It cannot serve now. If nobody else can, its answer says why.
                     worker.suspect.notify_one();
@@ -278,30 +322,6 @@ impl Shared {
         booking.reroute(failed, self.clock.now())?;
         self.metrics.retries.inc();
         Ok(())
-    }
-
-    /// Waits for the head of the answer and, if it is a stream, for its first piece: engines send
-    /// the head before they have done anything that could fail.
-    async fn attempt(
-        &self,
-        worker: &Arc<Worker>,
-        message: &Message,
-    ) -> Result<Answer, ForwardError> {
-        let response = self.forwarder.send(worker, message).await?;
-        let (head, mut body) = response.into_parts();
-        let mut first = None;
-        if Watched::is_stream(&head) {
-            first = match body.frame().await {
-                Some(Ok(frame)) => Some(frame),
-                Some(Err(error)) => return Err(ForwardError::broken(&error)),
-                None => return Err(ForwardError::Broken("the stream was empty".to_owned())),
-            };
-        }
-        Ok(Answer {
-            worker: Arc::clone(worker),
-            response: Response::from_parts(head, body),
-            first,
-        })
     }
 
     fn pass_through(
@@ -379,6 +399,38 @@ impl Shared {
         let now = self.clock.now();
         self.router.explain(&request, now).map_err(no_worker)
     }
+}
+
+/// Waits for the head of the answer and, if it is a stream, for its first piece: engines send
+/// the head before they have done anything that could fail.
+async fn attempt(
+    forwarder: &Forwarder,
+    worker: &Arc<Worker>,
+    message: &Message,
+) -> Result<Answer, ForwardError> {
+    let response = forwarder.send(worker, message).await?;
+    let (head, mut body) = response.into_parts();
+    let mut first = None;
+    if Watched::is_stream(&head) && !body.is_end_stream() {
+        first = match body.frame().await {
+            Some(Ok(frame)) => Some(frame),
+            Some(Err(error)) => return Err(ForwardError::broken(&error)),
+            None => return Err(ForwardError::Broken("the stream was empty".to_owned())),
+        };
+    }
+    Ok(Answer {
+        worker: Arc::clone(worker),
+        response: Response::from_parts(head, body),
+        first,
+    })
+}
+
+/// Reads the rest of a body that was refused: most clients read no answer before they have sent
+/// everything, and breaking the connection would lose it.
+async fn discard(mut body: Incoming) {
+    let rest = async { while let Some(Ok(_)) = body.frame().await {} };
+    // One that takes longer finds the connection closed.
+    let _ = tokio::time::timeout(DISCARD_TIMEOUT, rest).await;
 }
 
 fn no_worker(error: RouteError) -> ApiError {

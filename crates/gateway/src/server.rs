@@ -1,7 +1,13 @@
 //! Starting and stopping: two listeners, a probe per worker, and a shutdown that lets streams end.
+//!
+//! The API is served by threads that share nothing but the router and the counters: each accepts
+//! from the same queue and runs its own event loop with its own connections to the workers. A
+//! request stays on the thread that accepted it, so its events wake no other; for a stream of
+//! small events, that is most of what they cost.
 
 use std::convert::Infallible;
 use std::future::Future;
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,8 +21,8 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::sync::{oneshot, watch};
+use tokio::task::{JoinHandle, JoinSet};
 
 use crate::clock::Clock;
 use crate::config::GatewayConfig;
@@ -44,8 +50,11 @@ pub enum StartError {
         /// The address.
         address: SocketAddr,
         /// What the system said.
-        error: std::io::Error,
+        error: io::Error,
     },
+    /// The system gives no thread or event loop.
+    #[error("cannot start an I/O thread: {0}")]
+    Thread(io::Error),
     /// A setting is out of range.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -61,7 +70,9 @@ pub struct Gateway {
     address: SocketAddr,
     admin_address: SocketAddr,
     stop: watch::Sender<bool>,
-    listeners: [JoinHandle<()>; 2],
+    /// Ends when its thread does.
+    io_threads: Vec<oneshot::Receiver<()>>,
+    admin: JoinHandle<()>,
 }
 
 impl Gateway {
@@ -77,7 +88,7 @@ impl Gateway {
         let shared = Arc::new(Shared {
             router: Router::new(config.router.clone())?,
             workers: Workers::default(),
-            forwarder: Forwarder::new(config.connect_timeout, config.first_byte_timeout),
+            probes: Forwarder::new(config.connect_timeout),
             metrics: Metrics::new(),
             clock: Clock::start(),
             text: TextRatios::default(),
@@ -92,23 +103,26 @@ impl Gateway {
             tokio::spawn(watch_worker(Arc::clone(&shared), added));
         }
         let (stop, stopped) = watch::channel(false);
-        let timeout = shared.config.shutdown_timeout;
-        let for_api = Arc::clone(&shared);
+        let api = api.into_std().map_err(StartError::Thread)?;
+        let io_threads = (0..shared.config.io_threads.get())
+            .map(|number| {
+                let api = api.try_clone()?;
+                start_io_thread(number, api, Arc::clone(&shared), stopped.clone())
+            })
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(StartError::Thread)?;
         let for_admin = Arc::clone(&shared);
-        let listeners = [
-            tokio::spawn(serve(api, stopped.clone(), timeout, move |request| {
-                Arc::clone(&for_api).answer(request)
-            })),
-            tokio::spawn(serve(admin, stopped, timeout, move |request| {
-                Arc::clone(&for_admin).answer_admin(request)
-            })),
-        ];
+        let timeout = shared.config.shutdown_timeout;
+        let admin = tokio::spawn(serve(admin, stopped, timeout, move |request| {
+            Arc::clone(&for_admin).answer_admin(request)
+        }));
         Ok(Self {
             shared,
             address,
             admin_address,
             stop,
-            listeners,
+            io_threads,
+            admin,
         })
     }
 
@@ -130,13 +144,16 @@ impl Gateway {
         &self.shared.router
     }
 
-    /// Stops accepting, lets running requests end until the configured deadline, and returns.
+    /// Stops accepting, lets running requests end until the configured deadline, breaks off those
+    /// that did not, and returns.
     pub async fn shut_down(self) {
         self.stop.send_replace(true);
-        for listener in self.listeners {
-            if let Err(error) = listener.await {
-                tracing::error!(%error, "a listener failed");
-            }
+        for thread in self.io_threads {
+            // The error says that the thread has ended, which is what is waited for.
+            let _ = thread.await;
+        }
+        if let Err(error) = self.admin.await {
+            tracing::error!(%error, "the admin listener failed");
         }
         for worker in self.shared.workers.all() {
             worker.removed.notify_one();
@@ -144,7 +161,38 @@ impl Gateway {
     }
 }
 
-/// Accepts connections until told to stop, then waits for them to end, until the deadline.
+/// Serves the API on a thread of its own until told to stop.
+fn start_io_thread(
+    number: usize,
+    listener: std::net::TcpListener,
+    shared: Arc<Shared>,
+    stopped: watch::Receiver<bool>,
+) -> io::Result<oneshot::Receiver<()>> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let (running, ended) = oneshot::channel::<()>();
+    let serve_api = async move {
+        let listener = TcpListener::from_std(listener)?;
+        let timeout = shared.config.shutdown_timeout;
+        let forwarder = Arc::new(Forwarder::new(shared.config.connect_timeout));
+        let answer = move |request| Arc::clone(&shared).answer(Arc::clone(&forwarder), request);
+        serve(listener, stopped, timeout, answer).await;
+        Ok::<(), io::Error>(())
+    };
+    std::thread::Builder::new()
+        .name(format!("io-{number}"))
+        .spawn(move || {
+            if let Err(error) = runtime.block_on(serve_api) {
+                tracing::error!(%error, "an I/O thread failed");
+            }
+            drop(running);
+        })?;
+    Ok(ended)
+}
+
+/// Accepts connections until told to stop, then waits for them to end. Those that are still open
+/// at the deadline are closed, and what they hold on workers is freed.
 async fn serve<A, F>(
     listener: TcpListener,
     mut stopped: watch::Receiver<bool>,
@@ -155,6 +203,7 @@ async fn serve<A, F>(
     F: Future<Output = Response<Body>> + Send + 'static,
 {
     let graceful = GracefulShutdown::new();
+    let mut connections = JoinSet::new();
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIMEOUT);
@@ -170,11 +219,13 @@ async fn serve<A, F>(
         });
         let connection = http.serve_connection(TokioIo::new(stream), service);
         let connection = graceful.watch(connection);
-        tokio::spawn(async move {
+        connections.spawn(async move {
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "connection ended early");
             }
         });
+        // Forgets those that have ended.
+        while connections.try_join_next().is_some() {}
     }
     drop(listener);
     if tokio::time::timeout(timeout, graceful.shutdown())
@@ -183,6 +234,7 @@ async fn serve<A, F>(
     {
         tracing::warn!("streams were still running at the shutdown deadline");
     }
+    connections.shutdown().await;
 }
 
 async fn accept(listener: &TcpListener) -> TcpStream {

@@ -171,6 +171,11 @@ impl Watched {
         }
     }
 
+    /// Whether the answer has said that nothing follows: a connection may break after that.
+    fn is_done(&self) -> bool {
+        matches!(&self.reader, Reader::Events(observer) if observer.is_done())
+    }
+
     /// The worker ended its answer as it should.
     fn end(&mut self) {
         let usage = match &self.reader {
@@ -186,6 +191,9 @@ impl Watched {
         };
         let shared = Arc::clone(&watch.shared);
         let now = shared.clock.now();
+        if matches!(&self.reader, Reader::Events(observer) if observer.has_error()) {
+            self.outcome = Outcome::WorkerError;
+        }
         shared.metrics.ended(self.outcome);
         if let Some(usage) = usage {
             if let (Reader::Json(..), Some(tokens)) = (&self.reader, usage.completion_tokens) {
@@ -264,6 +272,10 @@ impl Body for Watched {
                     self.read(&frame);
                     self.end_if_complete();
                     Some(Ok(frame))
+                }
+                Some(Err(_)) if self.is_done() => {
+                    self.end();
+                    None
                 }
                 Some(Err(error)) => match self.broke(&error) {
                     Some(rest) => Some(Ok(Frame::data(rest))),
