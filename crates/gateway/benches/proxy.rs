@@ -45,16 +45,19 @@ fn main() {
 enum Kind {
     /// A chat of 2 KB, answered whole.
     Whole,
-    /// The same, answered in 16 events a millisecond apart.
+    /// The same, answered in 16 events one after the other.
     Stream,
+    /// The same, the events a millisecond apart: none ever shares a system call with another.
+    SlowStream,
     /// 28 KB of text that no other request shares.
     Distinct,
 }
 
 impl Kind {
-    const ALL: [(Kind, &'static str); 3] = [
+    const ALL: [(Kind, &'static str); 4] = [
         (Kind::Whole, "whole"),
         (Kind::Stream, "stream"),
+        (Kind::SlowStream, "slow-stream"),
         (Kind::Distinct, "distinct"),
     ];
 
@@ -83,9 +86,10 @@ impl Kind {
             .map(char::from)
             .take(length)
             .collect();
-        let stream = self == Kind::Stream;
+        let stream = matches!(self, Kind::Stream | Kind::SlowStream);
+        let gap = u8::from(self == Kind::SlowStream);
         format!(
-            r#"{{"model":"m","stream":{stream},"max_tokens":16,"messages":[{{"role":"system","content":"You are helpful."}},{{"role":"user","content":"{words}"}}]}}"#
+            r#"{{"model":"m","stream":{stream},"gap_ms":{gap},"max_tokens":16,"messages":[{{"role":"system","content":"You are helpful."}},{{"role":"user","content":"{words}"}}]}}"#
         )
     }
 }
@@ -98,6 +102,7 @@ async fn measure() {
     for (label, kind, requests) in [
         ("2 KB chat, answered whole", Kind::Whole, 40_000),
         ("2 KB chat, answered in 16 events", Kind::Stream, 20_000),
+        ("the same, events 1 ms apart", Kind::SlowStream, 20_000),
         (
             "28 KB chat, every prompt different",
             Kind::Distinct,
@@ -209,6 +214,7 @@ async fn answer(stream: &mut TcpStream) -> Option<()> {
     } else if memchr::memmem::find(&body, br#""stream":true"#).is_some() {
         let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
         stream.write_all(head.as_bytes()).await.ok()?;
+        let slowly = memchr::memmem::find(&body, br#""gap_ms":1"#).is_some();
         for event in 0..EVENTS {
             let data = if event + 1 == EVENTS {
                 "data: [DONE]\n\n".to_owned()
@@ -219,7 +225,9 @@ async fn answer(stream: &mut TcpStream) -> Option<()> {
             };
             let chunk = format!("{:x}\r\n{data}\r\n", data.len());
             stream.write_all(chunk.as_bytes()).await.ok()?;
-            tokio::time::sleep(Duration::from_millis(1)).await;
+            if slowly {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
         }
         stream.write_all(b"0\r\n\r\n").await.ok()?;
     } else {
