@@ -1,5 +1,6 @@
 //! One request to one worker, as a proxy sends it.
 
+use std::io;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -79,9 +80,15 @@ impl Message {
 /// Why a worker gave no answer.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ForwardError {
-    /// Nothing was sent: the worker is not there.
+    /// Nothing was sent: nobody listens at the worker's address.
     #[error("cannot connect: {0}")]
-    Connect(String),
+    Absent(String),
+    /// Nothing was sent: the connection did not come about in time.
+    #[error("cannot connect: {0}")]
+    Unreached(String),
+    /// Nothing was sent: this machine has no file descriptor or port left. No worker's fault.
+    #[error("no connection can be opened here: {0}")]
+    Exhausted(String),
     /// The connection broke before the first byte of an answer.
     #[error("connection broke: {0}")]
     Broken(String),
@@ -94,6 +101,30 @@ pub(crate) enum ForwardError {
 }
 
 impl ForwardError {
+    fn connect(error: &(dyn std::error::Error + 'static)) -> Self {
+        let mut cause = Some(error);
+        while let Some(error) = cause {
+            if let Some(error) = error.downcast_ref::<io::Error>() {
+                return Self::from_io(error);
+            }
+            cause = error.source();
+        }
+        Self::Absent(root_cause(error))
+    }
+
+    fn from_io(error: &io::Error) -> Self {
+        // The same on Linux, macOS and the BSDs; `io::ErrorKind` has no name for them.
+        const ENFILE: i32 = 23;
+        const EMFILE: i32 = 24;
+        match (error.kind(), error.raw_os_error()) {
+            (_, Some(ENFILE | EMFILE)) | (io::ErrorKind::AddrNotAvailable, _) => {
+                Self::Exhausted(error.to_string())
+            }
+            (io::ErrorKind::TimedOut, _) => Self::Unreached(error.to_string()),
+            _ => Self::Absent(error.to_string()),
+        }
+    }
+
     pub(crate) fn broken(error: &dyn std::error::Error) -> Self {
         Self::Broken(root_cause(error))
     }
@@ -131,7 +162,7 @@ impl Forwarder {
         *request.headers_mut() = message.headers.clone();
         match self.client.request(request).await {
             Ok(response) => Ok(response),
-            Err(error) if error.is_connect() => Err(ForwardError::Connect(root_cause(&error))),
+            Err(error) if error.is_connect() => Err(ForwardError::connect(&error)),
             Err(error) => Err(ForwardError::broken(&error)),
         }
     }

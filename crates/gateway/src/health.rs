@@ -13,7 +13,7 @@ use http_body_util::{BodyExt, Limited};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::forward::Message;
+use crate::forward::{ForwardError, Message};
 use crate::proxy::Shared;
 use crate::workers::Worker;
 
@@ -31,9 +31,10 @@ pub(crate) async fn watch_worker(shared: Arc<Shared>, worker: Arc<Worker>) {
     let mut failures = 0;
     let mut successes = 0;
     loop {
-        let alive = get(&shared, &worker, "/health").await.is_some();
+        let asked_at = shared.clock.now();
+        let answer = get(&shared, &worker, "/health").await;
         let name = &worker.config.name;
-        if alive {
+        if answer.is_ok() {
             if successes % PROBES_PER_LOOK_AT_MODELS == 0 {
                 learn_what_it_serves(&shared, &worker).await;
             }
@@ -42,6 +43,9 @@ pub(crate) async fn watch_worker(shared: Arc<Shared>, worker: Arc<Worker>) {
             }
             shared.router.set_healthy(worker.id, true);
             (failures, successes) = (0, successes + 1);
+        } else if answer == Err(NoAnswer::Late) && worker.heard_at() > asked_at {
+            // Too busy to answer a probe, and not too busy to serve.
+            tracing::debug!(worker = %name, "probe is late, but streams come through");
         } else {
             let label = [("worker", name.clone())];
             shared.metrics.probe_failures.get_or_create(&label).inc();
@@ -63,14 +67,14 @@ pub(crate) async fn watch_worker(shared: Arc<Shared>, worker: Arc<Worker>) {
 
 /// Asks for models and cache size before the first request, so that it is routed right.
 async fn learn_what_it_serves(shared: &Shared, worker: &Worker) {
-    if let Some(body) = get(shared, worker, "/v1/models").await {
+    if let Ok(body) = get(shared, worker, "/v1/models").await {
         let models = read_models(&body);
         let names = models.iter().map(|(id, _)| id.clone()).collect();
         shared.router.set_models(worker.id, names);
         *worker.models.write() = models;
     }
     if worker.config.blocks.is_none()
-        && let Some(body) = get(shared, worker, "/metrics").await
+        && let Ok(body) = get(shared, worker, "/metrics").await
         && let Some(cache) = CacheConfig::parse(&String::from_utf8_lossy(&body))
     {
         if let Some(blocks) = cache.blocks {
@@ -106,8 +110,17 @@ fn read_models(body: &[u8]) -> Vec<(String, Box<RawValue>)> {
     list.data.into_iter().filter_map(read).collect()
 }
 
+/// Why a probe has no answer to show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum NoAnswer {
+    /// None came in time.
+    Late,
+    /// The connection failed, or the answer was no success.
+    Bad,
+}
+
 /// The body of a successful answer in time; nothing else counts.
-async fn get(shared: &Shared, worker: &Worker, path: &'static str) -> Option<Bytes> {
+async fn get(shared: &Shared, worker: &Worker, path: &'static str) -> Result<Bytes, NoAnswer> {
     let message = Message {
         method: Method::GET,
         path: PathAndQuery::from_static(path),
@@ -115,16 +128,21 @@ async fn get(shared: &Shared, worker: &Worker, path: &'static str) -> Option<Byt
         body: Bytes::new(),
     };
     let answered = async {
-        let response = shared.probes.send(worker, &message).await.ok()?;
+        let sent = shared.probes.send(worker, &message).await;
+        let response = sent.map_err(|error| match error {
+            ForwardError::Unreached(_) | ForwardError::Exhausted(_) => NoAnswer::Late,
+            _ => NoAnswer::Bad,
+        })?;
         if !response.status().is_success() {
-            return None;
+            return Err(NoAnswer::Bad);
         }
-        let body = Limited::new(response.into_body(), MAX_PROBE_BYTES);
-        Some(body.collect().await.ok()?.to_bytes())
+        let body = Limited::new(response.into_body(), MAX_PROBE_BYTES).collect();
+        Ok(body.await.map_err(|_| NoAnswer::Bad)?.to_bytes())
     };
     let limit = shared
         .config
         .connect_timeout
         .max(Duration::from_millis(100));
-    tokio::time::timeout(limit, answered).await.ok()?
+    let in_time = tokio::time::timeout(limit, answered).await;
+    in_time.unwrap_or(Err(NoAnswer::Late))
 }

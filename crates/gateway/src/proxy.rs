@@ -36,6 +36,9 @@ const MAX_BROKEN: usize = 3;
 /// How long a client may take to send the rest of a body that was refused.
 const DISCARD_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Time for connections to end when no more can be opened.
+const EXHAUSTED_PAUSE: Duration = Duration::from_millis(20);
+
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// What all requests of a gateway share.
@@ -260,6 +263,7 @@ impl Shared {
     ) -> Result<Answer, ApiError> {
         let mut failed: Vec<WorkerId> = Vec::new();
         let mut broken = 0;
+        let deadline = self.clock.now() + self.config.first_byte_timeout;
         loop {
             let Some(worker) = self.workers.get(booking.worker()) else {
                 // Removed since it was chosen.
@@ -286,6 +290,19 @@ impl Shared {
             let name = &worker.config.name;
             tracing::warn!(worker = %name, %error, "worker gave no answer");
             match error {
+                // Connections that end make room. The request keeps its place.
+                ForwardError::Exhausted(_) if self.clock.now() < deadline => {
+                    tokio::time::sleep(EXHAUSTED_PAUSE).await;
+                    continue;
+                }
+                ForwardError::Exhausted(_) => {
+                    return Err(ApiError {
+                        retry_after: Some(RETRY_AFTER),
+                        ..ApiError::unavailable(format!(
+                            "The router is out of connections: {error}."
+                        ))
+                    });
+                }
                 ForwardError::Malformed(_) => {
                     let message = format!("The request {error}.");
                     return Err(ApiError::bad_request(message, None));
@@ -294,7 +311,9 @@ impl Shared {
                     let message = format!("Worker {name} gave {error}.");
                     return Err(ApiError::timed_out(message));
                 }
-                ForwardError::Connect(_) => self.router.set_healthy(worker.id, false),
+                ForwardError::Absent(_) => self.router.set_healthy(worker.id, false),
+                // Late, perhaps because this machine is busy: the probe shall decide.
+                ForwardError::Unreached(_) => {}
                 ForwardError::Broken(_) => broken += 1,
             }
             worker.suspect.notify_one();

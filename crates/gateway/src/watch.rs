@@ -118,6 +118,9 @@ impl Watched {
         let Some(data) = frame.data_ref() else {
             return;
         };
+        if let Some(watch) = &self.watch {
+            watch.worker.heard(watch.shared.clock.now());
+        }
         match &mut self.reader {
             Reader::Unread => {}
             Reader::Json(_, length) if *length + data.len() > MAX_KEPT_BYTES => {

@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use foresee_core::fleet::{WorkerError, WorkerId, WorkerSpec};
 use foresee_core::router::Router;
@@ -26,9 +28,22 @@ pub(crate) struct Worker {
     pub(crate) suspect: Notify,
     /// Tells its probe to end.
     pub(crate) removed: Notify,
+    /// When something last came from it, in milliseconds of the gateway's clock.
+    heard_at: AtomicU64,
 }
 
 impl Worker {
+    /// Something came from it.
+    pub(crate) fn heard(&self, now: Duration) {
+        self.heard_at
+            .store(now.as_millis() as u64, Ordering::Relaxed);
+    }
+
+    /// When something last came from it.
+    pub(crate) fn heard_at(&self) -> Duration {
+        Duration::from_millis(self.heard_at.load(Ordering::Relaxed))
+    }
+
     /// The worker's URL for a path and query of the gateway's.
     pub(crate) fn uri(&self, path: &PathAndQuery) -> Result<Uri, http::Error> {
         let path = if self.config.base_path.is_empty() {
@@ -72,6 +87,7 @@ impl Workers {
             models: RwLock::default(),
             suspect: Notify::new(),
             removed: Notify::new(),
+            heard_at: AtomicU64::new(0),
         });
         self.by_id.write().insert(id, Arc::clone(&worker));
         Ok(worker)
