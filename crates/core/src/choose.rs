@@ -11,7 +11,7 @@ use rand::rngs::SmallRng;
 
 use crate::cost::{Cost, Demand};
 use crate::sequence::SequenceHash;
-use crate::tree::{Depth, Slot};
+use crate::tree::{Depth, Match, Slot};
 
 /// How a worker is chosen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -75,7 +75,7 @@ impl FromStr for Policy {
 pub struct Decision {
     /// Its cost.
     pub cost: Cost,
-    /// The largest overlap, in blocks, that any eligible worker offered.
+    /// The largest overlap, in blocks, that any worker offered.
     pub best_overlap_blocks: u32,
 }
 
@@ -114,25 +114,18 @@ impl Field<'_> {
             .filter(|slot| !self.excluded.contains(slot))
     }
 
-    pub(crate) fn cost_of(&self, slot: Slot) -> f64 {
+    #[inline]
+    pub(crate) fn cost_of(&self, slot: Slot) -> Cost {
         let index = slot as usize;
         self.demand
             .cost(self.loads[index].active_blocks, self.depths[index])
-            .total
     }
 
-    /// What speaks for choosing `slot`.
-    pub(crate) fn decision(&self, slot: Slot) -> Decision {
-        let overlaps = self
-            .eligible
-            .iter()
-            .map(|&slot| self.depths[slot as usize].overlap());
-        let index = slot as usize;
+    /// What speaks for choosing `slot`, for a prompt that reaches as deep as `at`.
+    pub(crate) fn decision(&self, slot: Slot, at: &Match) -> Decision {
         Decision {
-            cost: self
-                .demand
-                .cost(self.loads[index].active_blocks, self.depths[index]),
-            best_overlap_blocks: overlaps.max().unwrap_or(0).min(self.demand.reusable_blocks),
+            cost: self.cost_of(slot),
+            best_overlap_blocks: at.best_overlap.min(self.demand.reusable_blocks),
         }
     }
 
@@ -151,7 +144,7 @@ impl Field<'_> {
     ) -> Option<Slot> {
         match policy {
             Policy::Kv if temperature > 0.0 => self.sample_by_cost(temperature, rng),
-            Policy::Kv => self.least(rng, |slot| self.cost_of(slot)),
+            Policy::Kv => self.least_cost(rng),
             Policy::RoundRobin => {
                 let count = self.slots().count() as u64;
                 let position = turn.checked_rem(count)?;
@@ -171,32 +164,46 @@ impl Field<'_> {
         }
     }
 
+    /// The slot of least cost; of equal ones that with the least to compute, then any.
+    ///
+    /// The one loop that visits every worker at every decision, so it is written out.
+    fn least_cost(&self, rng: &mut SmallRng) -> Option<Slot> {
+        let mut chosen = None;
+        let mut least = (f64::INFINITY, u32::MAX);
+        let mut equal = 1;
+        for slot in self.slots() {
+            let cost = self.cost_of(slot);
+            if cost.total > least.0 {
+                continue;
+            }
+            let measured = (cost.total, cost.prefill_blocks);
+            if measured < least {
+                least = measured;
+                chosen = Some(slot);
+                equal = 1;
+            } else if measured == least && is_drawn(&mut equal, rng) {
+                chosen = Some(slot);
+            }
+        }
+        chosen
+    }
+
     /// The slot with the least `measure`; each of several equal ones is as likely.
-    #[inline]
-    fn least<T: PartialOrd>(
-        &self,
-        rng: &mut SmallRng,
-        measure: impl Fn(Slot) -> T,
-    ) -> Option<Slot> {
-        let mut best: Option<(T, Slot)> = None;
+    fn least(&self, rng: &mut SmallRng, measure: impl Fn(Slot) -> u32) -> Option<Slot> {
+        let mut chosen = None;
+        let mut least = u32::MAX;
         let mut equal = 1;
         for slot in self.slots() {
             let measured = measure(slot);
-            match &mut best {
-                Some((least, chosen)) if measured == *least => {
-                    equal += 1;
-                    if rng.random_range(0..equal) == 0 {
-                        *chosen = slot;
-                    }
-                }
-                Some((least, _)) if measured > *least => {}
-                _ => {
-                    best = Some((measured, slot));
-                    equal = 1;
-                }
+            if chosen.is_none() || measured < least {
+                least = measured;
+                chosen = Some(slot);
+                equal = 1;
+            } else if measured == least && is_drawn(&mut equal, rng) {
+                chosen = Some(slot);
             }
         }
-        best.map(|(_, slot)| slot)
+        chosen
     }
 
     /// Samples by softmax over costs divided by their range.
@@ -220,13 +227,13 @@ impl Field<'_> {
     ) -> impl Iterator<Item = (Slot, f64)> + '_ {
         let (mut least, mut most) = (f64::INFINITY, f64::NEG_INFINITY);
         for slot in self.slots() {
-            let cost = self.cost_of(slot);
+            let cost = self.cost_of(slot).total;
             least = least.min(cost);
             most = most.max(cost);
         }
         let range = most - least;
         self.slots().map(move |slot| {
-            let above = self.cost_of(slot) - least;
+            let above = self.cost_of(slot).total - least;
             let weight = if above == 0.0 {
                 1.0
             } else {
@@ -263,6 +270,13 @@ impl Field<'_> {
             .filter(|&slot| self.requests(slot) < bound)
             .max_by_key(|&slot| rendezvous(key, self.loads[slot as usize].identity))
     }
+}
+
+/// Whether one more equal candidate replaces the one held so far: each of `n` ends up held with
+/// probability 1/n.
+fn is_drawn(equal: &mut u32, rng: &mut SmallRng) -> bool {
+    *equal += 1;
+    rng.random_range(0..*equal) == 0
 }
 
 /// A worker's rank for a key: the highest wins (rendezvous hashing; Thaler, Ravishankar, 1998).

@@ -348,7 +348,7 @@ impl State {
                 &mut rng,
             )
             .ok_or_else(|| RouteError::NoWorker(request.model.to_owned()))?;
-        let decision = field.decision(slot);
+        let decision = field.decision(slot, &at);
         let worker = self
             .fleet
             .at(slot)
@@ -369,7 +369,7 @@ impl State {
         let no_worker = || RouteError::NoWorker(request.model.to_owned());
         self.fleet.get(worker).ok_or_else(no_worker)?;
         let field = self.field(request, &[])?;
-        Ok((worker, field.decision(worker.slot), at))
+        Ok((worker, field.decision(worker.slot, &at), at))
     }
 
     fn explain(&mut self, request: &Request<'_>) -> Result<Explanation, RouteError> {
@@ -389,7 +389,7 @@ impl State {
                     requests: load.requests,
                     active_blocks: load.active_blocks,
                     depth,
-                    cost: field.demand.cost(load.active_blocks, depth),
+                    cost: field.cost_of(slot),
                     probability,
                 })
             })

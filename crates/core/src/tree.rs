@@ -59,6 +59,8 @@ pub(crate) struct Match {
     within: u32,
     /// Blocks matched from the root.
     blocks: u32,
+    /// The largest overlap of any worker.
+    pub(crate) best_overlap: u32,
 }
 
 /// What pinning a path changed on its worker, in blocks.
@@ -171,6 +173,7 @@ impl PrefixTree {
             node: NO_NODE,
             within: 0,
             blocks: 0,
+            best_overlap: 0,
         };
         while let Some(first) = chain.get(reached.blocks as usize)
             && let Some(&id) = self.by_first_hash.get(first)
@@ -193,12 +196,11 @@ impl PrefixTree {
                 if hold.pins > 0 {
                     depth.active = node.start + within;
                 }
+                reached.best_overlap = reached.best_overlap.max(depth.overlap());
             }
-            reached = Match {
-                node: id,
-                within,
-                blocks: node.start + within,
-            };
+            reached.node = id;
+            reached.within = within;
+            reached.blocks = node.start + within;
             if within < node.len() {
                 break;
             }

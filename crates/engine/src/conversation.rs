@@ -19,6 +19,10 @@ const CONTENT: u8 = 0xFE;
 const TOOL_CALLS: u8 = 0xFD;
 const TOOLS: u8 = 0xFC;
 
+/// What stands between a conversation's canonical bytes and its answer's text: followed by that
+/// text, the bytes are those of the conversation with the answer as its next message.
+pub const ANSWER_HEADING: &[u8] = b"\xffassistant\xfe";
+
 /// The canonical bytes, written message by message.
 #[derive(Debug, Default)]
 pub(crate) struct Conversation {

@@ -12,6 +12,7 @@ use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
+pub use crate::conversation::ANSWER_HEADING;
 use crate::conversation::{Conversation, Messages};
 use crate::lenient::Gist;
 use crate::prompts::{Prompts, ReadPrompts};

@@ -2,7 +2,7 @@
 
 use std::num::NonZeroU32;
 
-use foresee_engine::request::{ApiRequest, Endpoint, Prompt};
+use foresee_engine::request::{ANSWER_HEADING, ApiRequest, Endpoint, Prompt};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -126,6 +126,16 @@ fn tool_calls_are_part_of_the_conversation() {
     assert_eq!(text(&with), expected);
     let without = messages(&json!([{"role": "assistant", "content": null, "tool_calls": []}]));
     assert_eq!(text(&without), b"\xffassistant\xfe");
+}
+
+#[test]
+fn an_answer_can_be_foretold_as_the_next_message() {
+    let question = json!({"role": "user", "content": "Why?"});
+    let answer = json!({"role": "assistant", "content": "Because."});
+    let before = messages(&json!([question]));
+    let after = messages(&json!([question, answer]));
+    let foretold = [text(&before), ANSWER_HEADING, b"Because."].concat();
+    assert_eq!(text(&after), foretold);
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! What a gateway is told at its start.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::num::NonZeroUsize;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -31,6 +32,8 @@ pub struct GatewayConfig {
     pub first_byte_timeout: Duration,
     /// How long running streams may take to end at shutdown.
     pub shutdown_timeout: Duration,
+    /// Threads that serve the API.
+    pub io_threads: NonZeroUsize,
 }
 
 impl Default for GatewayConfig {
@@ -46,8 +49,17 @@ impl Default for GatewayConfig {
             connect_timeout: Duration::from_secs(2),
             first_byte_timeout: Duration::from_secs(600),
             shutdown_timeout: Duration::from_secs(30),
+            io_threads: default_io_threads(),
         }
     }
+}
+
+/// Half of the processors: one carries some ten thousand streams, and events that share a thread
+/// share its wake-ups. The others are for reading long prompts.
+#[must_use]
+pub fn default_io_threads() -> NonZeroUsize {
+    let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    NonZeroUsize::new(processors / 2).unwrap_or(NonZeroUsize::MIN)
 }
 
 /// One worker, written `URL[,name=…][,blocks=N][,prefix-caching=on|off]`.

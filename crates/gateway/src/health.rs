@@ -74,7 +74,9 @@ async fn learn_what_it_serves(shared: &Shared, worker: &Worker) {
         && let Some(cache) = CacheConfig::parse(&String::from_utf8_lossy(&body))
     {
         if let Some(blocks) = cache.blocks {
-            shared.router.set_capacity(worker.id, blocks);
+            // vLLM keeps one block of each engine to itself.
+            let usable = blocks.saturating_sub(cache.engines);
+            shared.router.set_capacity(worker.id, usable);
         }
         let ours = shared.config.router.block_size.get();
         if let Some(theirs) = cache.block_size.filter(|&theirs| theirs != ours) {
@@ -113,7 +115,7 @@ async fn get(shared: &Shared, worker: &Worker, path: &'static str) -> Option<Byt
         body: Bytes::new(),
     };
     let answered = async {
-        let response = shared.forwarder.send(worker, &message).await.ok()?;
+        let response = shared.probes.send(worker, &message).await.ok()?;
         if !response.status().is_success() {
             return None;
         }

@@ -18,6 +18,6 @@ mod text;
 mod watch;
 mod workers;
 
-pub use config::{GatewayConfig, WorkerConfig, WorkerConfigError};
+pub use config::{GatewayConfig, WorkerConfig, WorkerConfigError, default_io_threads};
 pub use listen::raise_open_file_limit;
 pub use server::{Gateway, StartError};

@@ -44,7 +44,8 @@ pub(crate) struct Shared {
     pub(crate) config: GatewayConfig,
     pub(crate) router: Router,
     pub(crate) workers: Workers,
-    pub(crate) forwarder: Forwarder,
+    /// Carries probes. Requests go by the forwarder of the thread they are on.
+    pub(crate) probes: Forwarder,
     pub(crate) metrics: Metrics,
     pub(crate) clock: Clock,
     pub(crate) text: TextRatios,
@@ -107,11 +108,17 @@ impl Drop for Unanswered<'_> {
 
 impl Shared {
     /// Answers one request to the public API.
-    pub(crate) async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
+    pub(crate) async fn answer(
+        self: Arc<Self>,
+        forwarder: Arc<Forwarder>,
+        request: Request<Incoming>,
+    ) -> Response<Body> {
         let request_id = self.request_ids.next();
         let given_id = request.headers().get("x-request-id").cloned();
         let mut unanswered = Unanswered(Some(&self.metrics));
-        let answered = self.try_answer(request, request_id.clone()).await;
+        let answered = self
+            .try_answer(&forwarder, request, request_id.clone())
+            .await;
         unanswered.0 = None;
         let mut response = match answered {
             Ok(response) => response,
@@ -133,6 +140,7 @@ impl Shared {
 
     async fn try_answer(
         self: &Arc<Self>,
+        forwarder: &Forwarder,
         request: Request<Incoming>,
         request_id: HeaderValue,
     ) -> Result<Response<Body>, ApiError> {
@@ -161,7 +169,9 @@ impl Shared {
         };
         let mut booking = self.route(&job)?;
         let message = Message::new(head, body, request_id);
-        let answer = self.send_until_answered(&message, &mut booking).await?;
+        let answer = self
+            .send_until_answered(forwarder, &message, &mut booking)
+            .await?;
         Ok(self.pass_through(answer, booking, job, arrived))
     }
 
@@ -244,6 +254,7 @@ impl Shared {
     /// to the next best one, moving the booking along.
     async fn send_until_answered(
         &self,
+        forwarder: &Forwarder,
         message: &Message,
         booking: &mut Booking,
     ) -> Result<Answer, ApiError> {
@@ -257,7 +268,7 @@ impl Shared {
                 continue;
             };
             let limit = self.config.first_byte_timeout;
-            let attempt = tokio::time::timeout(limit, self.attempt(&worker, message));
+            let attempt = tokio::time::timeout(limit, attempt(forwarder, &worker, message));
             let attempt = attempt.await.unwrap_or(Err(ForwardError::TimedOut(limit)));
             let error = match attempt {
                 Ok(answer) if answer.response.status() == StatusCode::SERVICE_UNAVAILABLE => {
@@ -311,30 +322,6 @@ impl Shared {
         booking.reroute(failed, self.clock.now())?;
         self.metrics.retries.inc();
         Ok(())
-    }
-
-    /// Waits for the head of the answer and, if it is a stream, for its first piece: engines send
-    /// the head before they have done anything that could fail.
-    async fn attempt(
-        &self,
-        worker: &Arc<Worker>,
-        message: &Message,
-    ) -> Result<Answer, ForwardError> {
-        let response = self.forwarder.send(worker, message).await?;
-        let (head, mut body) = response.into_parts();
-        let mut first = None;
-        if Watched::is_stream(&head) && !body.is_end_stream() {
-            first = match body.frame().await {
-                Some(Ok(frame)) => Some(frame),
-                Some(Err(error)) => return Err(ForwardError::broken(&error)),
-                None => return Err(ForwardError::Broken("the stream was empty".to_owned())),
-            };
-        }
-        Ok(Answer {
-            worker: Arc::clone(worker),
-            response: Response::from_parts(head, body),
-            first,
-        })
     }
 
     fn pass_through(
@@ -412,6 +399,30 @@ impl Shared {
         let now = self.clock.now();
         self.router.explain(&request, now).map_err(no_worker)
     }
+}
+
+/// Waits for the head of the answer and, if it is a stream, for its first piece: engines send
+/// the head before they have done anything that could fail.
+async fn attempt(
+    forwarder: &Forwarder,
+    worker: &Arc<Worker>,
+    message: &Message,
+) -> Result<Answer, ForwardError> {
+    let response = forwarder.send(worker, message).await?;
+    let (head, mut body) = response.into_parts();
+    let mut first = None;
+    if Watched::is_stream(&head) && !body.is_end_stream() {
+        first = match body.frame().await {
+            Some(Ok(frame)) => Some(frame),
+            Some(Err(error)) => return Err(ForwardError::broken(&error)),
+            None => return Err(ForwardError::Broken("the stream was empty".to_owned())),
+        };
+    }
+    Ok(Answer {
+        worker: Arc::clone(worker),
+        response: Response::from_parts(head, body),
+        first,
+    })
 }
 
 /// Reads the rest of a body that was refused: most clients read no answer before they have sent

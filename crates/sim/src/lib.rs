@@ -4,17 +4,23 @@
 //! Read in this order: [`law`] (how long a step takes), [`blocks`] (the KV cache), [`engine`]
 //! (what a step does), [`prompt`], [`trace`] and [`workload`] (what clients send), [`arrivals`]
 //! (when), [`replay`] (all of it with the router), [`prediction`] and [`report`] (what came out).
+//! [`load`] sends the same workloads to a live address.
 //!
 //! [`engine::Engine`] is a state machine without a clock: its driver decides whether the time a
-//! step takes passes on a virtual clock or on the wall.
+//! step takes passes on a virtual clock or on the wall. [`server`] lets it pass on the wall, and
+//! puts vLLM's HTTP API in front.
 
 pub mod arrivals;
 pub mod blocks;
 pub mod engine;
 pub mod law;
+pub mod load;
 pub mod prediction;
 pub mod prompt;
 pub mod replay;
 pub mod report;
+pub mod server;
+mod table;
+pub mod text;
 pub mod trace;
 pub mod workload;

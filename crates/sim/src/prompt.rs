@@ -5,6 +5,9 @@ use std::num::NonZeroU32;
 
 use foresee_core::sequence::Sequence;
 
+/// How many different tokens prompts are made of, as many as a large model has.
+pub(crate) const VOCABULARY: NonZeroU32 = NonZeroU32::new(1 << 17).expect("not zero");
+
 /// A run of tokens from the beginning of a stream. Equal streams have equal tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Piece {
@@ -67,14 +70,13 @@ impl Prompt {
     /// Its tokens, cut and hashed as a router and an engine see them.
     #[must_use]
     pub fn sequence(&self, block_size: NonZeroU32) -> Sequence {
-        const VOCABULARY: NonZeroU32 = NonZeroU32::new(1 << 17).expect("not zero");
         let tokens: Vec<u32> = self.tokens(VOCABULARY).collect();
         Sequence::from_tokens(&tokens, block_size, 0)
     }
 }
 
 /// The finaliser of splitmix64: neighbouring numbers become unrelated ones.
-fn mix(number: u64) -> u64 {
+pub(crate) fn mix(number: u64) -> u64 {
     let number = number.wrapping_add(0x9E37_79B9_7F4A_7C15);
     let number = (number ^ (number >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     let number = (number ^ (number >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);

@@ -19,7 +19,7 @@ use foresee_core::router::{ConfigError, Request, RouteError, Router, RouterConfi
 use crate::arrivals::Arrivals;
 use crate::engine::{Engine, EngineConfig, EngineRequest, Step, TokenEvent};
 use crate::prediction::{Booked, Sampler, unallocated};
-use crate::report::{Latency, Outcome, Report};
+use crate::report::{Latency, Outcome, Report, imbalance};
 use crate::workload::Workload;
 
 /// A fleet and its router.
@@ -421,12 +421,4 @@ impl<'a> Replay<'a> {
             end_to_end: Latency::of(&mut self.end_to_end),
         }
     }
-}
-
-/// The worst worker's share over the mean; 1 is even.
-fn imbalance(shares: impl ExactSizeIterator<Item = u64> + Clone) -> f64 {
-    let workers = shares.len().max(1) as f64;
-    let worst = shares.clone().max().unwrap_or(0) as f64;
-    let mean = shares.sum::<u64>() as f64 / workers;
-    if mean > 0.0 { worst / mean } else { 1.0 }
 }

@@ -5,6 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::prediction::PredictionError;
+use crate::table::{COUNT, MILLISECONDS, PERCENT, RATIO, Row, SECONDS, write_table};
 
 /// Outcomes of one workload under several policies.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -90,16 +91,18 @@ fn percentile(samples: &mut [f32], share: f64) -> f64 {
     f64::from(*sample)
 }
 
+/// The worst worker's share over the mean; 1 is even.
+pub(crate) fn imbalance(shares: impl ExactSizeIterator<Item = u64> + Clone) -> f64 {
+    let workers = shares.len().max(1) as f64;
+    let worst = shares.clone().max().unwrap_or(0) as f64;
+    let mean = shares.sum::<u64>() as f64 / workers;
+    if mean > 0.0 { worst / mean } else { 1.0 }
+}
+
 /// The outcomes side by side, a column for each policy.
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const SECONDS: fn(f64) -> String = |seconds| format!("{seconds:.3}");
-        const MILLISECONDS: fn(f64) -> String = |seconds| format!("{:.1}", seconds * 1e3);
-        const PERCENT: fn(f64) -> String = |share| format!("{:.1}", share * 100.0);
-        const RATIO: fn(f64) -> String = |ratio| format!("{ratio:.2}");
-        const COUNT: fn(f64) -> String = |count| format!("{count:.0}");
-        type Row = (&'static str, fn(f64) -> String, fn(&Outcome) -> f64);
-        const ROWS: [Row; 19] = [
+        const ROWS: [Row<Outcome>; 19] = [
             ("TTFT mean, s", SECONDS, |it| it.time_to_first_token.mean),
             ("TTFT p50, s", SECONDS, |it| it.time_to_first_token.p50),
             ("TTFT p99, s", SECONDS, |it| it.time_to_first_token.p99),
@@ -130,27 +133,9 @@ impl fmt::Display for Report {
             }),
             ("blocks leaked", COUNT, |it| it.leaked_blocks as f64),
         ];
-        const LABEL: usize = 28;
-        let width = |outcome: &Outcome| outcome.policy.len().max(8) + 2;
-
-        write!(
-            f,
-            "{:LABEL$}",
-            format!("{}, {} workers", self.workload, self.workers)
-        )?;
-        for outcome in &self.outcomes {
-            write!(f, "{:>width$}", outcome.policy, width = width(outcome))?;
-        }
-        writeln!(f)?;
-        for (label, show, value) in ROWS {
-            write!(f, "{label:LABEL$}")?;
-            for outcome in &self.outcomes {
-                let shown = show(value(outcome));
-                write!(f, "{shown:>width$}", width = width(outcome))?;
-            }
-            writeln!(f)?;
-        }
-        Ok(())
+        let title = format!("{}, {} workers", self.workload, self.workers);
+        let columns = self.outcomes.iter().map(|it| (it.policy.as_str(), it));
+        write_table(f, &title, columns, &ROWS)
     }
 }
 

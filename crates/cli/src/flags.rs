@@ -1,0 +1,184 @@
+//! Flags that several subcommands share.
+
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use foresee_core::choose::Policy;
+use foresee_core::router::RouterConfig;
+use foresee_sim::engine::EngineConfig;
+use foresee_sim::law::{Preset, UnknownPreset};
+use foresee_sim::workload::{NAMED, Recipe, Shape, Workload};
+
+/// How the router decides.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct RouterArgs {
+    /// What computing a prompt block costs, in active blocks; 0 is pure load balancing
+    #[arg(long, default_value_t = 1.0, env = "FORESEE_OVERLAP_WEIGHT")]
+    pub(crate) overlap_weight: f64,
+    /// 0 takes the least cost; above, samples by softmax over costs
+    #[arg(long, default_value_t = 0.0, env = "FORESEE_TEMPERATURE")]
+    pub(crate) temperature: f64,
+    /// Tokens per KV block: the engine's own
+    #[arg(
+        long,
+        default_value = "16",
+        value_name = "TOKENS",
+        env = "FORESEE_BLOCK_SIZE"
+    )]
+    pub(crate) block_size: NonZeroU32,
+    /// Fixes every random choice
+    #[arg(long, default_value_t = 0, env = "FORESEE_SEED")]
+    pub(crate) seed: u64,
+}
+
+impl RouterArgs {
+    pub(crate) fn config(&self, policy: Policy) -> RouterConfig {
+        RouterConfig {
+            policy,
+            overlap_weight: self.overlap_weight,
+            temperature: self.temperature,
+            block_size: self.block_size,
+            seed: self.seed,
+        }
+    }
+}
+
+/// `on` or `off`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Switch {
+    On,
+    Off,
+}
+
+/// What a model engine is like.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct ModelEngineArgs {
+    /// Model and accelerator it imitates: l40s-8b or h100-70b-tp4
+    #[arg(long, default_value = "l40s-8b", value_name = "PRESET", value_parser = preset)]
+    pub(crate) engine: &'static Preset,
+    /// KV blocks of each engine, if not the preset's
+    #[arg(long)]
+    pub(crate) blocks: Option<NonZeroU32>,
+    /// Most tokens an engine computes in one step, if not the preset's
+    #[arg(long)]
+    pub(crate) max_num_batched_tokens: Option<NonZeroU32>,
+    /// Most requests an engine runs at once
+    #[arg(long, default_value = "256")]
+    pub(crate) max_num_seqs: NonZeroU32,
+    /// Whether an engine shares blocks between requests
+    #[arg(long, default_value = "on")]
+    pub(crate) prefix_caching: Switch,
+}
+
+impl ModelEngineArgs {
+    pub(crate) fn config(&self, block_size: NonZeroU32, seed: u64) -> EngineConfig {
+        let mut config = EngineConfig::from_preset(self.engine, block_size);
+        config.max_num_seqs = self.max_num_seqs.get();
+        config.prefix_caching = self.prefix_caching == Switch::On;
+        config.seed = seed;
+        if let Some(blocks) = self.blocks {
+            config.blocks = blocks.get();
+        }
+        if let Some(tokens) = self.max_num_batched_tokens {
+            config.max_num_batched_tokens = tokens.get();
+        }
+        config
+    }
+}
+
+/// Changes to a named workload. What is not given stays as the name has it.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct WorkloadArgs {
+    /// Requests (conversations, for chat)
+    #[arg(long)]
+    pub(crate) requests: Option<u32>,
+    /// Requests in flight at a time, for the seed workloads
+    #[arg(long)]
+    pub(crate) concurrency: Option<usize>,
+    /// Mean prompt length, in tokens
+    #[arg(long)]
+    pub(crate) isl: Option<u32>,
+    /// Mean answer length, in tokens
+    #[arg(long)]
+    pub(crate) osl: Option<u32>,
+    /// Prompt lengths vary by this share, up and down
+    #[arg(long)]
+    pub(crate) isl_spread: Option<f64>,
+    /// Answer lengths vary by this share, up and down
+    #[arg(long)]
+    pub(crate) osl_spread: Option<f64>,
+    /// Share of prompts that are longer by --heavy-factor
+    #[arg(long)]
+    pub(crate) heavy_fraction: Option<f64>,
+    /// How many times longer those are
+    #[arg(long)]
+    pub(crate) heavy_factor: Option<f64>,
+    /// Number of prefixes that prompts begin with; 0 for none
+    #[arg(long)]
+    pub(crate) prefixes: Option<u32>,
+    /// Share of a prompt that is its prefix
+    #[arg(long)]
+    pub(crate) prefix_share: Option<f64>,
+    /// Mean time between two conversations, for chat, in milliseconds
+    #[arg(long)]
+    pub(crate) gap_ms: Option<u64>,
+}
+
+impl WorkloadArgs {
+    /// Makes the workload of that name, changed as asked.
+    pub(crate) fn make(&self, name: &str, seed: u64) -> anyhow::Result<Workload> {
+        let mut recipe = Recipe::named(name)?;
+        match &mut recipe {
+            Recipe::ClosedLoop {
+                shape,
+                requests,
+                concurrency,
+            } => {
+                self.reshape(shape);
+                replace(requests, self.requests);
+                replace(concurrency, self.concurrency);
+            }
+            Recipe::Burst { shape, requests } => {
+                self.reshape(shape);
+                replace(requests, self.requests);
+            }
+            Recipe::Chat(chat) => {
+                replace(&mut chat.conversations, self.requests);
+                replace(&mut chat.message_tokens, self.isl);
+                replace(&mut chat.answer_tokens, self.osl);
+                replace(&mut chat.gap, self.gap_ms.map(Duration::from_millis));
+            }
+        }
+        let mut workload = recipe.make(seed);
+        workload.name = name.to_owned();
+        Ok(workload)
+    }
+
+    fn reshape(&self, shape: &mut Shape) {
+        replace(&mut shape.isl, self.isl);
+        replace(&mut shape.osl, self.osl);
+        replace(&mut shape.isl_spread, self.isl_spread);
+        replace(&mut shape.osl_spread, self.osl_spread);
+        replace(&mut shape.heavy_fraction, self.heavy_fraction);
+        replace(&mut shape.heavy_factor, self.heavy_factor);
+        replace(&mut shape.prefixes, self.prefixes);
+        replace(&mut shape.prefix_share, self.prefix_share);
+    }
+}
+
+fn replace<T>(setting: &mut T, given: Option<T>) {
+    if let Some(given) = given {
+        *setting = given;
+    }
+}
+
+/// The workloads there are, for `--help`.
+pub(crate) fn list_workloads() -> String {
+    let lines = NAMED.map(|(name, what)| format!("  {name:<18} {what}"));
+    format!("Workloads:\n{}", lines.join("\n"))
+}
+
+fn preset(name: &str) -> Result<&'static Preset, UnknownPreset> {
+    name.parse()
+}

@@ -1,0 +1,297 @@
+//! What the proxy costs: CPU time per request of the gateway's process alone, and its memory
+//! after many different prompts. `cargo bench -p foresee-gateway`.
+//!
+//! Two copies of this program play the worker and the clients, so that their CPU time is not
+//! counted: roles are told by the first argument. Both speak HTTP over keep-alive connections by
+//! hand, with as little of it as there can be. Linux only: it reads `/proc/self`.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use foresee_core::fleet::WorkerState;
+use foresee_gateway::{Gateway, GatewayConfig};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
+const CONNECTIONS: usize = 32;
+const EVENTS: usize = 16;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() {
+    let mut arguments = std::env::args().skip(1);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    match arguments.next().as_deref() {
+        Some("worker") => runtime.block_on(worker()),
+        Some("clients") => {
+            let address = arguments.next().unwrap();
+            let kind = Kind::of(&arguments.next().unwrap());
+            let requests = arguments.next().unwrap().parse().unwrap();
+            runtime.block_on(clients(address, kind, requests));
+        }
+        _ => runtime.block_on(measure()),
+    }
+}
+
+/// What the clients send and the worker answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// A chat of 2 KB, answered whole.
+    Whole,
+    /// The same, answered in 16 events a millisecond apart.
+    Stream,
+    /// 28 KB of text that no other request shares.
+    Distinct,
+}
+
+impl Kind {
+    const ALL: [(Kind, &'static str); 3] = [
+        (Kind::Whole, "whole"),
+        (Kind::Stream, "stream"),
+        (Kind::Distinct, "distinct"),
+    ];
+
+    fn of(name: &str) -> Self {
+        Self::ALL.iter().find(|(_, it)| *it == name).unwrap().0
+    }
+
+    fn name(self) -> &'static str {
+        Self::ALL.iter().find(|(it, _)| *it == self).unwrap().1
+    }
+
+    /// The body of request `number`; all of one kind are equally long.
+    fn body(self, number: usize) -> String {
+        let length = if self == Kind::Distinct {
+            28_000
+        } else {
+            1_900
+        };
+        let subject = if self == Kind::Distinct {
+            number
+        } else {
+            number % 10
+        };
+        let words: String = (0..)
+            .flat_map(|word| format!("{subject:06}-{word} ").into_bytes())
+            .map(char::from)
+            .take(length)
+            .collect();
+        let stream = self == Kind::Stream;
+        format!(
+            r#"{{"model":"m","stream":{stream},"max_tokens":16,"messages":[{{"role":"system","content":"You are helpful."}},{{"role":"user","content":"{words}"}}]}}"#
+        )
+    }
+}
+
+async fn measure() {
+    println!(
+        "{:44}{:>10}{:>12}{:>12}",
+        "", "requests", "CPU µs each", "requests/s"
+    );
+    for (label, kind, requests) in [
+        ("2 KB chat, answered whole", Kind::Whole, 40_000),
+        ("2 KB chat, answered in 16 events", Kind::Stream, 20_000),
+        (
+            "28 KB chat, every prompt different",
+            Kind::Distinct,
+            100_000,
+        ),
+    ] {
+        let (mut worker, mut said) = spawn(&["worker"]);
+        let mut address = String::new();
+        said.read_line(&mut address).unwrap();
+        let gateway = Gateway::start(GatewayConfig {
+            listen: "127.0.0.1:0".parse().unwrap(),
+            admin_listen: "127.0.0.1:0".parse().unwrap(),
+            workers: vec![address.trim().parse().unwrap()],
+            ..GatewayConfig::default()
+        })
+        .unwrap();
+        let healthy = || gateway.router().workers(Duration::ZERO)[0].state == WorkerState::Healthy;
+        while !healthy() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        // Connections, threads and caches as they are in service.
+        run_clients(&gateway, kind, 2_000).await;
+        let (cpu, memory, start) = (cpu_time(), resident_bytes(), Instant::now());
+        run_clients(&gateway, kind, requests).await;
+        let (cpu, elapsed) = (cpu_time() - cpu, start.elapsed());
+        println!(
+            "{label:44}{requests:>10}{:>12.1}{:>12.0}",
+            cpu.as_secs_f64() * 1e6 / requests as f64,
+            requests as f64 / elapsed.as_secs_f64(),
+        );
+        if kind == Kind::Distinct {
+            println!(
+                "memory before and after them: {:.1} MB, {:.1} MB; {} edges tracked",
+                memory as f64 / 1e6,
+                resident_bytes() as f64 / 1e6,
+                gateway.router().tracked_edges(),
+            );
+        }
+        gateway.shut_down().await;
+        worker.kill().unwrap();
+        worker.wait().unwrap();
+    }
+}
+
+async fn run_clients(gateway: &Gateway, kind: Kind, requests: usize) {
+    let address = gateway.address().to_string();
+    let (mut clients, _said) = spawn(&["clients", &address, kind.name(), &requests.to_string()]);
+    let ended = tokio::task::spawn_blocking(move || clients.wait().unwrap());
+    assert!(ended.await.unwrap().success(), "a request failed");
+}
+
+fn spawn(arguments: &[&str]) -> (Child, BufReader<ChildStdout>) {
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(arguments)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let said = BufReader::new(child.stdout.take().unwrap());
+    (child, said)
+}
+
+/// User and system time of this process.
+fn cpu_time() -> Duration {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
+    // The name, in parentheses, may hold spaces; utime and stime are fields 14 and 15.
+    let fields: Vec<&str> = stat
+        .rsplit_once(')')
+        .unwrap()
+        .1
+        .split_whitespace()
+        .collect();
+    let ticks: u64 = fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
+    Duration::from_millis(ticks * 10)
+}
+
+fn resident_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmRSS"))
+        .unwrap();
+    let kilobytes: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+    kilobytes * 1024
+}
+
+/// Answers health probes and chats until it is killed.
+async fn worker() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    println!("http://{}", listener.local_addr().unwrap());
+    std::io::stdout().flush().unwrap();
+    loop {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        stream.set_nodelay(true).unwrap();
+        tokio::spawn(async move { while answer(&mut stream).await.is_some() {} });
+    }
+}
+
+/// Reads one request and answers it. `None` at the end of the connection.
+async fn answer(stream: &mut TcpStream) -> Option<()> {
+    let (head, body) = read_message(stream).await?;
+    if head.starts_with("GET /health") {
+        stream
+            .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+            .await
+            .ok()?;
+    } else if head.starts_with("GET") {
+        let missing = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n";
+        stream.write_all(missing).await.ok()?;
+    } else if memchr::memmem::find(&body, br#""stream":true"#).is_some() {
+        let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
+        stream.write_all(head.as_bytes()).await.ok()?;
+        for event in 0..EVENTS {
+            let data = if event + 1 == EVENTS {
+                "data: [DONE]\n\n".to_owned()
+            } else {
+                format!(
+                    "data: {{\"id\":\"chatcmpl-1\",\"object\":\"chat.completion.chunk\",\"created\":1,\"model\":\"m\",\"choices\":[{{\"index\":0,\"delta\":{{\"content\":\" word{event}\"}},\"logprobs\":null,\"finish_reason\":null}}]}}\n\n"
+                )
+            };
+            let chunk = format!("{:x}\r\n{data}\r\n", data.len());
+            stream.write_all(chunk.as_bytes()).await.ok()?;
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        stream.write_all(b"0\r\n\r\n").await.ok()?;
+    } else {
+        let text = "word ".repeat(16);
+        let answer = format!(
+            r#"{{"id":"chatcmpl-1","object":"chat.completion","created":1,"model":"m","choices":[{{"index":0,"message":{{"role":"assistant","content":"{text}"}},"finish_reason":"length"}}],"usage":{{"prompt_tokens":480,"completion_tokens":16,"total_tokens":496}}}}"#
+        );
+        let response = format!(
+            "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{answer}",
+            answer.len()
+        );
+        stream.write_all(response.as_bytes()).await.ok()?;
+    }
+    Some(())
+}
+
+/// Sends so many requests over [`CONNECTIONS`] connections. Panics if one is not answered whole.
+async fn clients(address: String, kind: Kind, requests: usize) {
+    let tasks: Vec<_> = (0..CONNECTIONS)
+        .map(|connection| {
+            let address = address.clone();
+            tokio::spawn(async move {
+                let mut stream = TcpStream::connect(&address).await.unwrap();
+                stream.set_nodelay(true).unwrap();
+                for number in (connection..requests).step_by(CONNECTIONS) {
+                    let body = kind.body(number);
+                    let request = format!(
+                        "POST /v1/chat/completions HTTP/1.1\r\nhost: {address}\r\nauthorization: Bearer key\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+                        body.len()
+                    );
+                    stream.write_all(request.as_bytes()).await.unwrap();
+                    let (head, _) = read_message(&mut stream).await.expect("an answer");
+                    assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+                }
+            })
+        })
+        .collect();
+    for task in tasks {
+        task.await.unwrap();
+    }
+}
+
+/// Reads one whole HTTP message; with chunked coding, up to and with the last chunk.
+async fn read_message(stream: &mut TcpStream) -> Option<(String, Vec<u8>)> {
+    let mut bytes = Vec::with_capacity(4096);
+    let mut body_start = None;
+    let mut body_length = None;
+    loop {
+        if stream.read_buf(&mut bytes).await.ok()? == 0 {
+            return None;
+        }
+        if body_start.is_none()
+            && let Some(end) = memchr::memmem::find(&bytes, b"\r\n\r\n")
+        {
+            body_start = Some(end + 4);
+            let head = String::from_utf8_lossy(&bytes[..end]).to_ascii_lowercase();
+            let length = head
+                .lines()
+                .find_map(|line| line.strip_prefix("content-length: "));
+            body_length = length.map(|it| it.parse::<usize>().unwrap());
+            if body_length.is_none() && !head.contains("chunked") {
+                body_length = Some(0);
+            }
+        }
+        let Some(start) = body_start else { continue };
+        let complete = match body_length {
+            Some(length) => bytes.len() >= start + length,
+            None => bytes.ends_with(b"0\r\n\r\n"),
+        };
+        if complete {
+            let body = bytes.split_off(start);
+            return Some((String::from_utf8_lossy(&bytes).into_owned(), body));
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! What a request body asks of the engine: prompts as tokens, answers of a known length.
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use foresee_core::sequence::{self, Sequence};
+use foresee_engine::error::ApiError;
+use foresee_engine::request::{ANSWER_HEADING, ApiRequest, Endpoint, Prompt};
+use serde::Deserialize;
+
+use crate::engine::EngineRequest;
+use crate::server::ServerConfig;
+use crate::text::{Answer, tokenize};
+
+/// Most answers to one prompt that a request may ask for.
+const MOST_CHOICES: u32 = 128;
+
+/// Most prompts in a batch.
+const MOST_PROMPTS: u32 = 4096;
+
+/// A request, ready to be submitted and answered.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) endpoint: Endpoint,
+    /// The response's id without the prefix of its endpoint.
+    pub(super) name: String,
+    /// Seconds since 1970.
+    pub(super) created: u64,
+    pub(super) model: String,
+    pub(super) stream: bool,
+    pub(super) usage_at_end: bool,
+    pub(super) usage_in_each_event: bool,
+    /// Tokens of all prompts.
+    pub(super) prompt_tokens: u32,
+    /// One for each choice.
+    pub(super) answers: Vec<PlannedAnswer>,
+    /// One for each choice; their ids are not given yet.
+    pub(super) requests: Vec<EngineRequest>,
+}
+
+/// An answer and where it ends.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PlannedAnswer {
+    pub(super) answer: Answer,
+    pub(super) tokens: u32,
+    /// `stop` or `length`.
+    pub(super) finish_reason: &'static str,
+}
+
+/// What only the engine reads of a body.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct EngineFields {
+    ignore_eos: Option<bool>,
+    stream_options: Option<StreamOptions>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct StreamOptions {
+    include_usage: Option<bool>,
+    continuous_usage_stats: Option<bool>,
+}
+
+impl Job {
+    pub(super) fn read(
+        config: &ServerConfig,
+        endpoint: Endpoint,
+        name: String,
+        body: &[u8],
+    ) -> Result<Self, ApiError> {
+        let request = ApiRequest::parse(endpoint, body)?;
+        let fields: EngineFields = serde_json::from_slice(body)
+            .map_err(|error| ApiError::bad_request(error.to_string(), None))?;
+        if !request.model.is_empty() && request.model != config.model {
+            return Err(ApiError::model_not_found(&request.model));
+        }
+        if fields.stream_options.is_some() && !request.stream {
+            let message = "Stream options can only be defined when `stream=True`.";
+            return Err(ApiError::bad_request(message, Some("stream_options")));
+        }
+        if request.choices > MOST_CHOICES {
+            let message = format!("n must be at most {MOST_CHOICES}.");
+            return Err(ApiError::bad_request(message, Some("n")));
+        }
+        if request.prompts > MOST_PROMPTS {
+            let message = format!("A request may hold at most {MOST_PROMPTS} prompts.");
+            return Err(ApiError::bad_request(message, None));
+        }
+
+        let prompts = Prompts::read(&request, endpoint);
+        let limit = output_limit(config, &request, endpoint, &prompts)?;
+        let ignore_eos = fields.ignore_eos.unwrap_or(false);
+        let answer = Answer::to(&prompts.tokens);
+        let answers: Vec<PlannedAnswer> = (0..request.prompts * request.choices)
+            .map(|choice| PlannedAnswer::limited(answer.choice(choice), limit, ignore_eos))
+            .collect();
+        let requests = answers.iter().zip(0_u32..).map(|(answer, choice)| {
+            if choice / request.choices == 0 {
+                prompts.first_request(config, &request, *answer)
+            } else {
+                prompts.further_request(*answer)
+            }
+        });
+        let options = fields.stream_options.unwrap_or_default();
+        let usage_at_end = options.include_usage.unwrap_or(false);
+        Ok(Self {
+            endpoint,
+            name,
+            created: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |since| since.as_secs()),
+            model: config.model.clone(),
+            stream: request.stream && endpoint != Endpoint::Embeddings,
+            usage_at_end,
+            usage_in_each_event: usage_at_end && options.continuous_usage_stats.unwrap_or(false),
+            prompt_tokens: prompts.total(request.prompts),
+            requests: requests.collect(),
+            answers,
+        })
+    }
+}
+
+/// The prompts of a request in tokens.
+struct Prompts {
+    /// The first one, as far as it is text or ids.
+    tokens: Vec<u32>,
+    /// Tokens of the first one that stand for something else, after the others.
+    opaque_tail: u32,
+    /// Tokens of each further prompt.
+    further: u32,
+}
+
+impl Prompts {
+    fn read(request: &ApiRequest, endpoint: Endpoint) -> Self {
+        let tokens = match &request.prompt {
+            Prompt::Tokens(tokens) => tokens.clone(),
+            Prompt::Text(text) if endpoint == Endpoint::ChatCompletions => {
+                tokenize(&[text, ANSWER_HEADING].concat())
+            }
+            Prompt::Text(text) => tokenize(text),
+        };
+        let unmatched = request.unmatched.bytes.div_ceil(4) + request.unmatched.tokens;
+        let unmatched = u32::try_from(unmatched).unwrap_or(u32::MAX);
+        let (opaque_tail, further) = match request.prompts - 1 {
+            0 => (unmatched, 0),
+            others => (0, unmatched.div_ceil(others).max(1)),
+        };
+        Self {
+            tokens,
+            opaque_tail,
+            further,
+        }
+    }
+
+    fn first(&self) -> u32 {
+        let tokens = u32::try_from(self.tokens.len()).unwrap_or(u32::MAX);
+        tokens.saturating_add(self.opaque_tail)
+    }
+
+    fn total(&self, prompts: u32) -> u32 {
+        let further = self.further.saturating_mul(prompts - 1);
+        self.first().saturating_add(further)
+    }
+
+    fn first_request(
+        &self,
+        config: &ServerConfig,
+        request: &ApiRequest,
+        answer: PlannedAnswer,
+    ) -> EngineRequest {
+        let mut tokens = self.tokens.clone();
+        if self.opaque_tail == 0 {
+            tokens.extend((0..answer.tokens).map(|index| answer.answer.token(index)));
+        }
+        let salt = sequence::salt(&request.model, None, request.cache_salt.as_deref());
+        let block_size = config.engine.block_size;
+        let sequence = Sequence::from_tokens(&tokens, block_size, salt);
+        EngineRequest {
+            id: 0,
+            hashes: Arc::from(sequence.hashes()),
+            prompt_tokens: self.first(),
+            output_tokens: answer.tokens,
+        }
+    }
+
+    fn further_request(&self, answer: PlannedAnswer) -> EngineRequest {
+        EngineRequest {
+            id: 0,
+            hashes: Arc::from([]),
+            prompt_tokens: self.further,
+            output_tokens: answer.tokens,
+        }
+    }
+}
+
+impl PlannedAnswer {
+    fn limited(answer: Answer, limit: u32, ignore_eos: bool) -> Self {
+        let length = answer.length();
+        let (tokens, finish_reason) = if ignore_eos || length > limit {
+            (limit, "length")
+        } else {
+            (length, "stop")
+        };
+        Self {
+            answer,
+            tokens,
+            finish_reason,
+        }
+    }
+}
+
+/// The most tokens each answer may have.
+fn output_limit(
+    config: &ServerConfig,
+    request: &ApiRequest,
+    endpoint: Endpoint,
+    prompts: &Prompts,
+) -> Result<u32, ApiError> {
+    let longest = prompts.first().max(prompts.further);
+    let length = config.max_model_len;
+    if longest == 0 {
+        let message = "The prompt is empty.";
+        return Err(ApiError::bad_request(message, Some("prompt")));
+    }
+    if request.max_tokens == Some(0) {
+        let message = "max_tokens must be at least 1, got 0.";
+        return Err(ApiError::bad_request(message, Some("max_tokens")));
+    }
+    let room = length.saturating_sub(longest);
+    let asked = match endpoint {
+        // One step computes the prompt, and what it would generate is the embedding.
+        Endpoint::Embeddings => Some(1),
+        Endpoint::Completions => request.max_tokens.or(Some(16)),
+        Endpoint::ChatCompletions => request.max_tokens,
+    };
+    if room == 0 || asked.is_some_and(|asked| asked > room) {
+        let requested = u64::from(longest) + u64::from(asked.unwrap_or(1));
+        let message = format!(
+            "This model's maximum context length is {length} tokens. However, you requested \
+             {requested} tokens ({longest} in the prompt, {} in the completion). Please reduce \
+             the length of the prompt or the completion.",
+            asked.unwrap_or(1),
+        );
+        return Err(ApiError::bad_request(message, None));
+    }
+    Ok(asked.unwrap_or(room))
+}

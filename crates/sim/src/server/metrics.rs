@@ -1,0 +1,57 @@
+//! `/metrics`, in vLLM's names.
+
+use std::fmt::Write;
+
+use crate::server::ServerConfig;
+use crate::server::clockwork::Snapshot;
+
+/// The text for a scraper.
+pub(super) fn render(config: &ServerConfig, snapshot: &Snapshot) -> String {
+    let totals = snapshot.totals;
+    let blocks = config.engine.blocks;
+    let usage = f64::from(snapshot.pinned_blocks) / f64::from(blocks.max(1));
+    let model = escape(&config.model);
+    let mut text = String::new();
+    let mut write = |name: &str, kind: &str, value: f64| {
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "# TYPE vllm:{name} {kind}");
+        let _ = writeln!(
+            text,
+            r#"vllm:{name}{{engine="0",model_name="{model}"}} {value:?}"#
+        );
+    };
+    write("num_requests_running", "gauge", snapshot.running as f64);
+    write("num_requests_waiting", "gauge", snapshot.waiting as f64);
+    write("kv_cache_usage_perc", "gauge", usage);
+    for (name, sum) in [
+        ("num_preemptions_total", totals.preemptions),
+        ("prefix_cache_queries_total", totals.prompt_tokens),
+        ("prefix_cache_hits_total", totals.cached_tokens),
+        ("prompt_tokens_total", totals.prompt_tokens),
+        ("generation_tokens_total", totals.output_tokens),
+    ] {
+        write(name, "counter", sum as f64);
+    }
+    let prefix_caching = if config.engine.prefix_caching {
+        "True"
+    } else {
+        "False"
+    };
+    // vLLM never gives out one of its blocks, and counts usage without it.
+    let _ = writeln!(
+        text,
+        "# TYPE vllm:cache_config_info gauge\n\
+         vllm:cache_config_info{{block_size=\"{}\",enable_prefix_caching=\"{prefix_caching}\",\
+         engine=\"0\",num_gpu_blocks=\"{}\"}} 1.0",
+        config.engine.block_size,
+        blocks.saturating_add(1),
+    );
+    text
+}
+
+fn escape(label: &str) -> String {
+    label
+        .replace('\\', r"\\")
+        .replace('"', "\\\"")
+        .replace('\n', "\\n")
+}
