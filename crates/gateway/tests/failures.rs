@@ -502,6 +502,16 @@ async fn a_wrong_request_is_refused_as_openai_refuses_it() {
 }
 
 #[tokio::test]
+async fn there_are_no_tunnels() {
+    let worker = FakeWorker::start().await;
+    let gateway = gateway(&[&worker]).await;
+    let request = "CONNECT example.org:80 HTTP/1.1\r\nhost: example.org:80\r\n\r\n";
+    let mut client = Client::sending(gateway.address(), request).await;
+    client.answer().await.error(404);
+    assert!(worker.is_idle());
+}
+
+#[tokio::test]
 async fn a_body_over_the_limit_is_refused() {
     let mut worker = FakeWorker::start().await;
     let mut config = config(&[&worker]);

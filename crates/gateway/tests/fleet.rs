@@ -141,7 +141,7 @@ async fn what_a_worker_says_of_itself_is_learned() {
     let gateway = gateway(&[&worker]).await;
     let worker = shown(&gateway, "a").await.unwrap();
     assert_eq!(worker["models"], json!(["m", "adapter"]));
-    assert_eq!(worker["capacity_blocks"], 27312);
+    assert_eq!(worker["capacity_blocks"], 27311, "one block is never used");
     assert_eq!(worker["state"], "healthy");
 }
 

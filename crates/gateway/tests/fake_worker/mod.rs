@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -582,6 +583,7 @@ pub(crate) fn config(workers: &[&FakeWorker]) -> GatewayConfig {
         probe_interval: PROBE_INTERVAL,
         connect_timeout: Duration::from_secs(1),
         shutdown_timeout: Duration::from_secs(2),
+        io_threads: NonZeroUsize::MIN.saturating_add(1),
         ..GatewayConfig::default()
     };
     config.router.policy = Policy::RoundRobin;
