@@ -155,6 +155,8 @@ impl Shared {
             (&Method::POST, "/v1/embeddings") => Some(Endpoint::Embeddings),
             (&Method::GET, "/v1/models") => return Ok(self.models()),
             (&Method::GET, "/health") => return Ok(self.health()),
+            // A tunnel, which neither we nor an engine can be.
+            (&Method::CONNECT, _) => return Err(ApiError::path_not_found("CONNECT", "tunnel")),
             _ => None,
         };
         let body = self.read_body(&head.headers, body).await?;
