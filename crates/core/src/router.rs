@@ -235,6 +235,16 @@ impl Router {
         }
     }
 
+    /// A worker lost its cache: it was restarted, or told to drop it. What is booked stays.
+    pub fn forget_cache(&self, id: WorkerId) {
+        let mut state = self.lock();
+        if let Some((worker, _)) = state.fleet.get_mut(id) {
+            worker.shadow.clear();
+            state.tree.forget_computed(id.slot);
+        }
+        release(state);
+    }
+
     /// Chooses a worker for the request and books it there, in one step.
     ///
     /// # Errors
@@ -264,6 +274,16 @@ impl Router {
         let mut state = self.lock();
         state.advance(now);
         state.fleet.snapshot(now)
+    }
+
+    /// Whether some worker can be chosen.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        let state = self.lock();
+        state
+            .fleet
+            .eligible("")
+            .is_some_and(|slots| !slots.is_empty())
     }
 
     /// Bookings that exist now, on whatever worker.

@@ -61,6 +61,13 @@ impl Shadow {
         self.cached
     }
 
+    /// The worker has lost its cache.
+    pub(crate) fn clear(&mut self) {
+        self.queue.clear();
+        self.cached = 0;
+        self.unhashed = 0;
+    }
+
     /// A number that marks one freeing; none is used twice.
     pub(crate) fn next_stamp(&mut self) -> u64 {
         self.last_stamp += 1;

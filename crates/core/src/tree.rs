@@ -348,9 +348,25 @@ impl PrefixTree {
 
     /// Forgets all that `worker` holds. Visits every node: for when a worker leaves.
     pub(crate) fn forget_worker(&mut self, worker: Slot) {
+        self.retain_holds(worker, |_| false);
+    }
+
+    /// Forgets what `worker` has computed, but not what is pinned there. Visits every node: for
+    /// when a worker has lost its cache.
+    pub(crate) fn forget_computed(&mut self, worker: Slot) {
+        self.retain_holds(worker, |hold| {
+            hold.computed = 0;
+            hold.pins > 0
+        });
+    }
+
+    fn retain_holds(&mut self, worker: Slot, mut keep: impl FnMut(&mut Hold) -> bool) {
         let ids: Vec<NodeId> = self.nodes.iter().map(|(id, _)| id as NodeId).collect();
         for &id in &ids {
-            self.nodes[id as usize].remove_hold(worker);
+            let node = &mut self.nodes[id as usize];
+            if node.hold_mut(worker).is_some_and(|hold| !keep(hold)) {
+                node.remove_hold(worker);
+            }
         }
         for id in ids {
             self.tidy(id);

@@ -29,6 +29,7 @@ enum Step {
     Finish(usize),
     RemoveWorker(usize),
     AddWorker(usize),
+    ForgetCache(usize),
 }
 
 /// Prompts over two tokens share prefixes of every length, and end anywhere in each other.
@@ -41,7 +42,7 @@ fn prompt() -> impl Strategy<Value = Vec<u32>> {
     })
 }
 
-fn step(streams: impl Strategy<Value = bool>) -> impl Strategy<Value = Step> {
+fn step(streams: impl Strategy<Value = bool> + 'static) -> impl Strategy<Value = Step> {
     let which = 0..64usize;
     prop_oneof![
         6 => (prompt(), streams)
@@ -55,6 +56,7 @@ fn step(streams: impl Strategy<Value = bool>) -> impl Strategy<Value = Step> {
         2 => which.prop_map(Step::Finish),
         1 => (0..3usize).prop_map(Step::RemoveWorker),
         1 => (0..3usize).prop_map(Step::AddWorker),
+        1 => (0..3usize).prop_map(Step::ForgetCache),
     ]
 }
 
@@ -324,6 +326,15 @@ impl Pair {
                 }
             }
             (Step::AddWorker(worker), _) => self.add_worker(worker),
+            (Step::ForgetCache(worker), _) => {
+                if let Some(id) = self.ids[worker]
+                    && let Some(model) = self.model.get_mut(&id)
+                {
+                    self.router.forget_cache(id);
+                    model.computed.clear();
+                    model.free.clear();
+                }
+            }
             _ => {}
         }
     }

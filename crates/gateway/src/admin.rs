@@ -42,7 +42,7 @@ impl Shared {
             (&Method::GET, "/health/live") => {
                 Ok(reply::whole(StatusCode::OK, "text/plain", "ok\n"))
             }
-            (&Method::GET, "/health/ready") if self.is_ready() => {
+            (&Method::GET, "/health/ready") if self.router.is_ready() => {
                 Ok(reply::whole(StatusCode::OK, "text/plain", "ok\n"))
             }
             (&Method::GET, "/health/ready") => {
@@ -122,7 +122,7 @@ impl Shared {
             .add(&self.router, config, self.config.prefix_caching)
             .map_err(|error| ApiError::bad_request(error.to_string(), Some("url")))?;
         tokio::spawn(watch_worker(Arc::clone(self), worker));
-        let body = json!({ "name": name, "state": "joining" });
+        let body = json!({ "name": name });
         Ok(reply::json(StatusCode::ACCEPTED, body.to_string()))
     }
 

@@ -6,8 +6,8 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use foresee_core::router::RouterConfig;
-use http::Uri;
 use http::uri::{Authority, Scheme};
+use http::{HeaderValue, Uri};
 
 /// How a gateway listens, routes and fails. The defaults are those of the command line.
 #[derive(Clone, Debug)]
@@ -92,6 +92,11 @@ impl WorkerConfig {
         format!("http://{}{}", self.authority, self.base_path)
     }
 
+    /// The name as a header's value. Only names that can be one are accepted.
+    pub(crate) fn header(&self) -> HeaderValue {
+        HeaderValue::from_str(&self.name).unwrap_or(HeaderValue::from_static(""))
+    }
+
     fn from_url(url: &str) -> Result<Self, String> {
         let with_scheme = if url.contains("://") {
             url.to_owned()
@@ -136,7 +141,13 @@ impl FromStr for WorkerConfig {
                 .split_once('=')
                 .ok_or_else(|| fail(format!("`{option}` is not KEY=VALUE")))?;
             match (key.trim(), value.trim()) {
-                ("name", "") => return Err(fail("`name` is empty".to_owned())),
+                ("name", name)
+                    if name.is_empty() || !name.bytes().all(|it| it.is_ascii_graphic()) =>
+                {
+                    return Err(fail(
+                        "`name` is not made of visible ASCII characters".to_owned(),
+                    ));
+                }
                 ("name", name) => worker.name = name.to_owned(),
                 ("blocks", blocks) => {
                     let blocks = blocks.parse().ok().filter(|&blocks| blocks > 0);
@@ -184,6 +195,8 @@ mod tests {
             ("http://a:1,blocks=none", "`blocks`"),
             ("http://a:1,colour=red", "`colour`"),
             ("http://a:1,name", "KEY=VALUE"),
+            ("http://a:1,name=", "`name`"),
+            ("http://a:1,name=two words", "`name`"),
             ("http://a:1?x=1", "query"),
         ] {
             let error = given.parse::<WorkerConfig>().unwrap_err().to_string();

@@ -19,6 +19,9 @@ use crate::workers::Worker;
 /// request into a connection that is being closed.
 const IDLE_CONNECTION_TIMEOUT: Duration = Duration::from_secs(4);
 
+/// Time without traffic after which a connection is asked whether its other end still lives.
+pub(crate) const KEEPALIVE: Duration = Duration::from_secs(30);
+
 /// Idle connections kept per worker: as many as a burst leaves behind.
 const IDLE_CONNECTIONS: usize = 1024;
 
@@ -56,11 +59,19 @@ pub(crate) struct Message {
     pub(crate) path: PathAndQuery,
     pub(crate) headers: HeaderMap,
     pub(crate) body: Bytes,
+    /// Sending it twice does no harm: a worker that broke off may have acted on the first.
+    pub(crate) may_repeat: bool,
 }
 
 impl Message {
-    /// Takes a client's request. `request_id` is added unless the client sent one.
-    pub(crate) fn new(head: http::request::Parts, body: Bytes, request_id: HeaderValue) -> Self {
+    /// Takes a client's request. `request_id` is added unless the client sent one. `generates`:
+    /// it asks for an answer and changes nothing.
+    pub(crate) fn new(
+        head: http::request::Parts,
+        body: Bytes,
+        request_id: HeaderValue,
+        generates: bool,
+    ) -> Self {
         let mut headers = head.headers;
         strip_hop_by_hop(&mut headers);
         // The body is in hand, whole; both follow from it and from the worker's address.
@@ -69,6 +80,7 @@ impl Message {
         headers.entry("x-request-id").or_insert(request_id);
         let path = head.uri.into_parts().path_and_query;
         Self {
+            may_repeat: generates || head.method.is_idempotent(),
             method: head.method,
             path: path.unwrap_or(PathAndQuery::from_static("/")),
             headers,
@@ -133,7 +145,8 @@ impl ForwardError {
 /// Sends messages over pooled connections.
 #[derive(Clone, Debug)]
 pub(crate) struct Forwarder {
-    client: Client<HttpConnector, Full<Bytes>>,
+    pooled: Client<HttpConnector, Full<Bytes>>,
+    unpooled: Client<HttpConnector, Full<Bytes>>,
 }
 
 impl Forwarder {
@@ -141,12 +154,18 @@ impl Forwarder {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(connect_timeout));
-        let client = Client::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(IDLE_CONNECTION_TIMEOUT)
-            .pool_max_idle_per_host(IDLE_CONNECTIONS)
-            .build(connector);
-        Self { client }
+        connector.set_keepalive(Some(KEEPALIVE));
+        let client = |idle_connections| {
+            Client::builder(TokioExecutor::new())
+                .pool_timer(TokioTimer::new())
+                .pool_idle_timeout(IDLE_CONNECTION_TIMEOUT)
+                .pool_max_idle_per_host(idle_connections)
+                .build(connector.clone())
+        };
+        Self {
+            pooled: client(IDLE_CONNECTIONS),
+            unpooled: client(0),
+        }
     }
 
     /// Sends the message and waits for the head of the answer. Dropping the future, or later the
@@ -156,15 +175,32 @@ impl Forwarder {
         worker: &Worker,
         message: &Message,
     ) -> Result<Response<Incoming>, ForwardError> {
-        let mut request = Request::new(Full::new(message.body.clone()));
-        *request.method_mut() = message.method.clone();
-        *request.uri_mut() = worker.uri(&message.path)?;
-        *request.headers_mut() = message.headers.clone();
-        match self.client.request(request).await {
-            Ok(response) => Ok(response),
-            Err(error) if error.is_connect() => Err(ForwardError::connect(&error)),
-            Err(error) => Err(ForwardError::broken(&error)),
-        }
+        send_by(&self.pooled, worker, message).await
+    }
+
+    /// As [`send`](Self::send), over a connection that nothing was sent on before.
+    pub(crate) async fn send_apart(
+        &self,
+        worker: &Worker,
+        message: &Message,
+    ) -> Result<Response<Incoming>, ForwardError> {
+        send_by(&self.unpooled, worker, message).await
+    }
+}
+
+async fn send_by(
+    client: &Client<HttpConnector, Full<Bytes>>,
+    worker: &Worker,
+    message: &Message,
+) -> Result<Response<Incoming>, ForwardError> {
+    let mut request = Request::new(Full::new(message.body.clone()));
+    *request.method_mut() = message.method.clone();
+    *request.uri_mut() = worker.uri(&message.path)?;
+    *request.headers_mut() = message.headers.clone();
+    match client.request(request).await {
+        Ok(response) => Ok(response),
+        Err(error) if error.is_connect() => Err(ForwardError::connect(&error)),
+        Err(error) => Err(ForwardError::broken(&error)),
     }
 }
 

@@ -24,6 +24,10 @@ const FAILURES_UNTIL_OUT: u32 = 2;
 /// Every so many probes the models are asked for again: adapters come and go.
 const PROBES_PER_LOOK_AT_MODELS: u32 = 10;
 
+/// Least time between two probes, however many requests ask for one: failures in a row shall be
+/// more than one moment.
+const PROBE_GAP: Duration = Duration::from_millis(10);
+
 const MAX_PROBE_BYTES: usize = 4 << 20;
 
 /// Probes `worker` until it is removed.
@@ -31,10 +35,15 @@ pub(crate) async fn watch_worker(shared: Arc<Shared>, worker: Arc<Worker>) {
     let mut failures = 0;
     let mut successes = 0;
     loop {
+        tokio::time::sleep(PROBE_GAP).await;
         let asked_at = shared.clock.now();
         let answer = get(&shared, &worker, "/health").await;
         let name = &worker.config.name;
         if answer.is_ok() {
+            if worker.is_back() {
+                tracing::info!(worker = %name, "worker was away: its cache counts as empty");
+                shared.router.forget_cache(worker.id);
+            }
             if successes % PROBES_PER_LOOK_AT_MODELS == 0 {
                 learn_what_it_serves(&shared, &worker).await;
             }
@@ -47,6 +56,9 @@ pub(crate) async fn watch_worker(shared: Arc<Shared>, worker: Arc<Worker>) {
             // Too busy to answer a probe, and not too busy to serve.
             tracing::debug!(worker = %name, "probe is late, but streams come through");
         } else {
+            if answer == Err(NoAnswer::Absent) {
+                worker.is_absent();
+            }
             let label = [("worker", name.clone())];
             shared.metrics.probe_failures.get_or_create(&label).inc();
             (failures, successes) = (failures + 1, 0);
@@ -115,6 +127,8 @@ fn read_models(body: &[u8]) -> Vec<(String, Box<RawValue>)> {
 enum NoAnswer {
     /// None came in time.
     Late,
+    /// Nobody listens there.
+    Absent,
     /// The connection failed, or the answer was no success.
     Bad,
 }
@@ -126,11 +140,13 @@ async fn get(shared: &Shared, worker: &Worker, path: &'static str) -> Result<Byt
         path: PathAndQuery::from_static(path),
         headers: HeaderMap::new(),
         body: Bytes::new(),
+        may_repeat: true,
     };
     let answered = async {
         let sent = shared.probes.send(worker, &message).await;
         let response = sent.map_err(|error| match error {
             ForwardError::Unreached(_) | ForwardError::Exhausted(_) => NoAnswer::Late,
+            ForwardError::Absent(_) => NoAnswer::Absent,
             _ => NoAnswer::Bad,
         })?;
         if !response.status().is_success() {

@@ -1,10 +1,12 @@
 //! The server: an OpenAI-compatible proxy that asks the router where each request should go.
 //!
-//! One request's life: [`proxy`] reads it, routes it and sends it on; `watch` passes the answer
-//! through and tells the booking what it sees; dropping the answer frees the booking. Beside
-//! that, `workers` and `health` keep the fleet, [`admin`] shows it, `metrics` counts.
+//! One request's life: `proxy` reads and routes it, `attempts` sends it until a worker answers,
+//! by `forward`; `watch` passes the answer through and tells the booking what it sees; dropping
+//! the answer frees the booking. Beside that, `workers` and `health` keep the fleet, `admin`
+//! shows it, `metrics` counts, and `server` starts and stops it all.
 
 mod admin;
+mod attempts;
 mod clock;
 mod config;
 mod forward;

@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::atomic::AtomicU64;
 
 use foresee_core::fleet::{WorkerSnapshot, WorkerState};
+use parking_lot::Mutex;
 use prometheus_client::encoding::text;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -49,6 +50,7 @@ impl Outcome {
 #[derive(Debug)]
 pub(crate) struct Metrics {
     registry: Registry,
+    exposing: Mutex<()>,
     requests: Family<Label, Counter>,
     pub(crate) retries: Counter,
     overlap_blocks: Family<Label, Counter>,
@@ -79,6 +81,7 @@ impl Metrics {
         let inter_token_latency = Histogram::new(exponential_buckets(1e-4, 2.0, 20));
         let mut metrics = Self {
             registry: Registry::with_prefix("foresee"),
+            exposing: Mutex::new(()),
             requests: Family::default(),
             retries: Counter::default(),
             overlap_blocks: Family::default(),
@@ -181,6 +184,8 @@ impl Metrics {
         bookings: usize,
         edges: usize,
     ) -> Result<String, fmt::Error> {
+        // Gauges are cleared and set again: another scrape must not see them in between.
+        let _one_at_a_time = self.exposing.lock();
         self.bookings.set(bookings as i64);
         self.tracked_edges.set(edges as i64);
         self.show(&self.worker_up, workers, |worker| {

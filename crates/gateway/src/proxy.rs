@@ -1,4 +1,4 @@
-//! The API: read a request, route it, send it on, and try elsewhere while nothing was answered.
+//! The API: read a request, route it, have it answered, and pass the answer on.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -6,40 +6,31 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use foresee_core::booking::Booking;
-use foresee_core::fleet::WorkerId;
-use foresee_core::router::{Request as RouteRequest, RouteError, Router};
+use foresee_core::router::{Request as RouteRequest, Router};
 use foresee_core::sequence::Sequence;
 use foresee_engine::error::ApiError;
 use foresee_engine::request::{ApiRequest, BodyError, Endpoint};
 use http::header::{CONTENT_ENCODING, EXPECT};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Either, LengthLimitError, Limited};
-use hyper::body::{Body as _, Frame, Incoming};
+use hyper::body::{Body as _, Incoming};
 
+use crate::attempts::{Answer, Attempts, no_worker};
 use crate::clock::Clock;
 use crate::config::GatewayConfig;
-use crate::forward::{ForwardError, Forwarder, Message, strip_hop_by_hop};
+use crate::forward::{Forwarder, Message, strip_hop_by_hop};
 use crate::metrics::{Metrics, Outcome};
 use crate::reply::{self, Body};
 use crate::text::TextRatios;
 use crate::watch::{Watch, Watched};
-use crate::workers::{Worker, Workers};
+use crate::workers::Workers;
 
 /// Bodies longer than this are parsed and hashed away from the I/O threads: at about 1 GB/s,
 /// shorter ones delay nobody by more than 0.3 ms.
 const PARSED_IN_PLACE: usize = 256 << 10;
 
-/// Workers that may break a connection over one request before it is given up: a request that
-/// kills engines must not visit them all.
-const MAX_BROKEN: usize = 3;
-
 /// How long a client may take to send the rest of a body that was refused.
 const DISCARD_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Time for connections to end when no more can be opened.
-const EXHAUSTED_PAUSE: Duration = Duration::from_millis(20);
-
-const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// What all requests of a gateway share.
 #[derive(Debug)]
@@ -86,15 +77,6 @@ struct Job {
     max_tokens: Option<u32>,
     streams: bool,
     prompt_bytes: usize,
-}
-
-/// An answer of which nothing has been passed on yet.
-#[derive(Debug)]
-struct Answer {
-    worker: Arc<Worker>,
-    response: Response<Incoming>,
-    /// The first piece of a stream, read to see that the worker lives.
-    first: Option<Frame<Bytes>>,
 }
 
 /// A request without an answer yet. Dropped as such, it counts as one whose client left.
@@ -173,10 +155,9 @@ impl Shared {
             },
         };
         let mut booking = self.route(&job)?;
-        let message = Message::new(head, body, request_id);
-        let answer = self
-            .send_until_answered(forwarder, &message, &mut booking)
-            .await?;
+        let message = Message::new(head, body, request_id, endpoint.is_some());
+        let mut attempts = Attempts::new(self, forwarder, &message);
+        let answer = attempts.until_answered(&mut booking).await?;
         Ok(self.pass_through(answer, booking, job, arrived))
     }
 
@@ -249,100 +230,7 @@ impl Shared {
             .decision_duration
             .observe(after.saturating_sub(before).as_secs_f64());
         metrics.prompt_tokens.inc_by(job.sequence.tokens().into());
-        let decision = booking.decision();
-        metrics.overlap("predicted", decision.cost.overlap_blocks);
-        metrics.overlap("best", decision.best_overlap_blocks);
         Ok(booking)
-    }
-
-    /// Sends the message to the booked worker and, while workers fail before their first byte,
-    /// to the next best one, moving the booking along.
-    async fn send_until_answered(
-        &self,
-        forwarder: &Forwarder,
-        message: &Message,
-        booking: &mut Booking,
-    ) -> Result<Answer, ApiError> {
-        let mut failed: Vec<WorkerId> = Vec::new();
-        let mut broken = 0;
-        let deadline = self.clock.now() + self.config.first_byte_timeout;
-        loop {
-            let Some(worker) = self.workers.get(booking.worker()) else {
-                // Removed since it was chosen.
-                failed.push(booking.worker());
-                self.reroute(booking, &failed).map_err(no_worker)?;
-                continue;
-            };
-            let limit = self.config.first_byte_timeout;
-            let attempt = tokio::time::timeout(limit, attempt(forwarder, &worker, message));
-            let attempt = attempt.await.unwrap_or(Err(ForwardError::TimedOut(limit)));
-            let error = match attempt {
-                Ok(answer) if answer.response.status() == StatusCode::SERVICE_UNAVAILABLE => {
-                    // It cannot serve now. If nobody else can, its answer says why.
-                    worker.suspect.notify_one();
-                    failed.push(worker.id);
-                    match self.reroute(booking, &failed) {
-                        Ok(()) => continue,
-                        Err(_) => return Ok(answer),
-                    }
-                }
-                Ok(answer) => return Ok(answer),
-                Err(error) => error,
-            };
-            let name = &worker.config.name;
-            tracing::warn!(worker = %name, %error, "worker gave no answer");
-            match error {
-                // Connections that end make room. The request keeps its place.
-                ForwardError::Exhausted(_) if self.clock.now() < deadline => {
-                    tokio::time::sleep(EXHAUSTED_PAUSE).await;
-                    continue;
-                }
-                ForwardError::Exhausted(_) => {
-                    return Err(ApiError {
-                        retry_after: Some(RETRY_AFTER),
-                        ..ApiError::unavailable(format!(
-                            "The router is out of connections: {error}."
-                        ))
-                    });
-                }
-                ForwardError::Malformed(_) => {
-                    let message = format!("The request {error}.");
-                    return Err(ApiError::bad_request(message, None));
-                }
-                ForwardError::TimedOut(_) => {
-                    let message = format!("Worker {name} gave {error}.");
-                    return Err(ApiError::timed_out(message));
-                }
-                ForwardError::Absent(_) => self.router.set_healthy(worker.id, false),
-                // Late, perhaps because this machine is busy: the probe shall decide.
-                ForwardError::Unreached(_) => {}
-                ForwardError::Broken(_) => broken += 1,
-            }
-            worker.suspect.notify_one();
-            failed.push(worker.id);
-            if broken == MAX_BROKEN {
-                let message =
-                    format!("{broken} workers broke the connection; the last was {name}.");
-                return Err(ApiError::bad_gateway(message));
-            }
-            match self.reroute(booking, &failed) {
-                Ok(()) => {}
-                // An idle connection that the worker was closing breaks once. A lone worker
-                // gets a second chance.
-                Err(_) if broken > 0 && failed.len() == 1 => {}
-                Err(_) if broken > 0 => {
-                    let message = format!("Worker {name} failed ({error}) and no other can serve.");
-                    return Err(ApiError::bad_gateway(message));
-                }
-                Err(error) => return Err(no_worker(error)),
-            }
-        }
-    }
-
-    fn reroute(&self, booking: &mut Booking, failed: &[WorkerId]) -> Result<(), RouteError> {
-        booking.reroute(failed, self.clock.now())?;
-        self.metrics.retries.inc();
-        Ok(())
     }
 
     fn pass_through(
@@ -354,7 +242,10 @@ impl Shared {
     ) -> Response<Body> {
         let (mut head, body) = answer.response.into_parts();
         strip_hop_by_hop(&mut head.headers);
-        let overlap_blocks = booking.decision().cost.overlap_blocks;
+        let decision = booking.decision();
+        let overlap_blocks = decision.cost.overlap_blocks;
+        self.metrics.overlap("predicted", overlap_blocks);
+        self.metrics.overlap("best", decision.best_overlap_blocks);
         let overlap_tokens = overlap_blocks * job.sequence.block_size().get();
         let headers = &mut head.headers;
         headers.insert("x-foresee-worker", answer.worker.header.clone());
@@ -388,19 +279,12 @@ impl Shared {
 
     /// As engines answer it: 200 and nothing, if a request could be served now.
     fn health(&self) -> Response<Body> {
-        let status = if self.is_ready() {
+        let status = if self.router.is_ready() {
             StatusCode::OK
         } else {
             StatusCode::SERVICE_UNAVAILABLE
         };
         reply::whole(status, "text/plain", "")
-    }
-
-    /// Whether a worker can be chosen.
-    pub(crate) fn is_ready(&self) -> bool {
-        let sequence = Sequence::opaque(0, self.config.router.block_size);
-        let request = RouteRequest::new(&sequence);
-        self.router.explain(&request, self.clock.now()).is_ok()
     }
 
     /// Reads the body of an API request and says how it would be routed now.
@@ -422,44 +306,10 @@ impl Shared {
     }
 }
 
-/// Waits for the head of the answer and, if it is a stream, for its first piece: engines send
-/// the head before they have done anything that could fail.
-async fn attempt(
-    forwarder: &Forwarder,
-    worker: &Arc<Worker>,
-    message: &Message,
-) -> Result<Answer, ForwardError> {
-    let response = forwarder.send(worker, message).await?;
-    let (head, mut body) = response.into_parts();
-    let mut first = None;
-    if Watched::is_stream(&head) && !body.is_end_stream() {
-        first = match body.frame().await {
-            Some(Ok(frame)) => Some(frame),
-            Some(Err(error)) => return Err(ForwardError::broken(&error)),
-            None => return Err(ForwardError::Broken("the stream was empty".to_owned())),
-        };
-    }
-    Ok(Answer {
-        worker: Arc::clone(worker),
-        response: Response::from_parts(head, body),
-        first,
-    })
-}
-
 /// Reads the rest of a body that was refused: most clients read no answer before they have sent
 /// everything, and breaking the connection would lose it.
 async fn discard(mut body: Incoming) {
     let rest = async { while let Some(Ok(_)) = body.frame().await {} };
     // One that takes longer finds the connection closed.
     let _ = tokio::time::timeout(DISCARD_TIMEOUT, rest).await;
-}
-
-fn no_worker(error: RouteError) -> ApiError {
-    match error {
-        RouteError::UnknownModel(model) => ApiError::model_not_found(&model),
-        RouteError::NoWorker(_) => ApiError {
-            retry_after: Some(RETRY_AFTER),
-            ..ApiError::unavailable(format!("{error}: none is healthy. Try again shortly."))
-        },
-    }
 }

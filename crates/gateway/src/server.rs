@@ -20,13 +20,14 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
+use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::clock::Clock;
 use crate::config::GatewayConfig;
-use crate::forward::Forwarder;
+use crate::forward::{Forwarder, KEEPALIVE};
 use crate::health::watch_worker;
 use crate::listen::listen;
 use crate::metrics::Metrics;
@@ -95,13 +96,17 @@ impl Gateway {
             request_ids: RequestIds::new(),
             config,
         });
-        for worker in &shared.config.workers {
-            let added =
+        let workers: Vec<_> = shared
+            .config
+            .workers
+            .iter()
+            .map(|worker| {
+                let prefix_caching = shared.config.prefix_caching;
                 shared
                     .workers
-                    .add(&shared.router, worker.clone(), shared.config.prefix_caching)?;
-            tokio::spawn(watch_worker(Arc::clone(&shared), added));
-        }
+                    .add(&shared.router, worker.clone(), prefix_caching)
+            })
+            .collect::<Result<_, _>>()?;
         let (stop, stopped) = watch::channel(false);
         let api = api.into_std().map_err(StartError::Thread)?;
         let io_threads = (0..shared.config.io_threads.get())
@@ -111,6 +116,9 @@ impl Gateway {
             })
             .collect::<Result<Vec<_>, _>>()
             .map_err(StartError::Thread)?;
+        for worker in workers {
+            tokio::spawn(watch_worker(Arc::clone(&shared), worker));
+        }
         let for_admin = Arc::clone(&shared);
         let timeout = shared.config.shutdown_timeout;
         let admin = tokio::spawn(serve(admin, stopped, timeout, move |request| {
@@ -186,6 +194,8 @@ fn start_io_thread(
             if let Err(error) = runtime.block_on(serve_api) {
                 tracing::error!(%error, "an I/O thread failed");
             }
+            // With it go the connections to workers.
+            drop(runtime);
             drop(running);
         })?;
     Ok(ended)
@@ -241,8 +251,13 @@ async fn accept(listener: &TcpListener) -> TcpStream {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                if let Err(error) = stream.set_nodelay(true) {
-                    tracing::debug!(%error, "TCP_NODELAY was refused");
+                // Without the first, small events wait for each other. Without the second, a client
+                // that vanished holds its booking until something is written to it.
+                let keepalive = TcpKeepalive::new().with_time(KEEPALIVE);
+                let socket = SockRef::from(&stream);
+                let set = stream.set_nodelay(true);
+                if let Err(error) = set.and_then(|()| socket.set_tcp_keepalive(&keepalive)) {
+                    tracing::debug!(%error, "an option of a connection was refused");
                 }
                 return stream;
             }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use foresee_core::fleet::{WorkerError, WorkerId, WorkerSpec};
@@ -30,6 +30,8 @@ pub(crate) struct Worker {
     pub(crate) removed: Notify,
     /// When something last came from it, in milliseconds of the gateway's clock.
     heard_at: AtomicU64,
+    /// Nobody listened at its address: when somebody does again, its cache is gone.
+    absent: AtomicBool,
 }
 
 impl Worker {
@@ -42,6 +44,16 @@ impl Worker {
     /// When something last came from it.
     pub(crate) fn heard_at(&self) -> Duration {
         Duration::from_millis(self.heard_at.load(Ordering::Relaxed))
+    }
+
+    /// Nobody listens at its address.
+    pub(crate) fn is_absent(&self) {
+        self.absent.store(true, Ordering::Relaxed);
+    }
+
+    /// It answers. Returns whether it was absent since this was last asked.
+    pub(crate) fn is_back(&self) -> bool {
+        self.absent.swap(false, Ordering::Relaxed)
     }
 
     /// The worker's URL for a path and query of the gateway's.
@@ -79,15 +91,15 @@ impl Workers {
             capacity_blocks: config.blocks,
             prefix_caching: config.prefix_caching.unwrap_or(prefix_caching),
         })?;
-        let header = HeaderValue::from_str(&config.name);
         let worker = Arc::new(Worker {
             id,
-            header: header.unwrap_or(HeaderValue::from_static("unprintable")),
+            header: config.header(),
             config,
             models: RwLock::default(),
             suspect: Notify::new(),
             removed: Notify::new(),
             heard_at: AtomicU64::new(0),
+            absent: AtomicBool::new(false),
         });
         self.by_id.write().insert(id, Arc::clone(&worker));
         Ok(worker)

@@ -94,6 +94,32 @@ async fn a_worker_that_dies_gets_nothing_until_it_returns() {
 }
 
 #[tokio::test]
+async fn a_worker_that_was_away_has_an_empty_cache() {
+    let mut worker = FakeWorker::start().await;
+    let gateway = gateway(&[&worker]).await;
+    let long = "a prompt of many blocks ".repeat(40);
+    let body = chat(&long, false);
+    let mut client = Client::sending(gateway.address(), http("POST", CHAT, &body)).await;
+    worker.request().await.answer_json("{}").await;
+    client.answer().await;
+    let cached = || workers(&gateway)["a"].cached_blocks;
+    until("the prompt to be cached", || cached() > 10).await;
+
+    worker.die().await;
+    until("the probe to fail", || {
+        state(&gateway, "a") == WorkerState::Unhealthy
+    })
+    .await;
+    assert!(cached() > 10, "it may only be unreachable");
+    worker.come_back();
+    until("the probe to succeed", || {
+        state(&gateway, "a") == WorkerState::Healthy
+    })
+    .await;
+    assert_eq!(cached(), 0);
+}
+
+#[tokio::test]
 async fn one_failed_probe_is_no_outage() {
     let worker = FakeWorker::start().await;
     let mut config = config(&[&worker]);
@@ -270,7 +296,7 @@ async fn a_worker_may_be_removed_by_any_name() {
     for (name, path) in [
         ("127.0.0.1:8000", "127.0.0.1:8000"),
         ("127.0.0.1:8000", "127.0.0.1%3A8000"),
-        ("rack 1/é", "rack%201%2F%c3%A9"),
+        ("rack/1", "rack%2f1"),
         ("50%", "50%"),
     ] {
         let body = json!({ "url": worker.spec(name) }).to_string();
