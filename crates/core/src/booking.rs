@@ -180,7 +180,7 @@ impl Booking {
             None => state.decide(&request)?,
         };
         state.free(self.key, false);
-        let at = state.read(&request);
+        let (_, at) = state.read(&request);
         let key = state.book(chosen, decision, at, &request);
         release(state);
         (self.key, self.worker, self.decision) = (key, chosen, decision);

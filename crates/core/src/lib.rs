@@ -45,6 +45,7 @@
 pub mod booking;
 pub mod choose;
 pub mod cost;
+mod depths;
 pub mod fleet;
 mod forecast;
 pub mod router;

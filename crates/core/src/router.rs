@@ -22,6 +22,7 @@ use smallvec::SmallVec;
 use crate::booking::{Booking, BookingKey, Record};
 use crate::choose::{Decision, Field, Policy};
 use crate::cost::{Cost, Demand};
+use crate::depths::Depths;
 use crate::fleet::{Fleet, WorkerError, WorkerId, WorkerSnapshot, WorkerSpec};
 use crate::forecast::OutputLength;
 use crate::sequence::Sequence;
@@ -156,8 +157,6 @@ pub(crate) struct State {
     pub(crate) serial: u64,
     rng: SmallRng,
     turn: u64,
-    /// Scratch for [`Self::read`], indexed by slot.
-    depths: Vec<Depth>,
     /// The latest time anybody told.
     pub(crate) now: Duration,
 }
@@ -187,7 +186,6 @@ impl Router {
                 due: BinaryHeap::new(),
                 serial: 0,
                 turn: 0,
-                depths: Vec::new(),
                 now: Duration::ZERO,
             })),
         })
@@ -254,8 +252,10 @@ impl Router {
         state.advance(now);
         let (worker, decision, at) = state.decide(request)?;
         let key = state.book(worker, decision, at, request);
+        // Under the lock, whose cache line the reference count shares.
+        let router = self.clone();
         release(state);
-        Ok(Booking::new(self.clone(), key, worker, decision, request))
+        Ok(Booking::new(router, key, worker, decision, request))
     }
 
     /// What [`route`](Self::route) would look at. Books nothing and draws no random number.
@@ -312,17 +312,17 @@ pub(crate) fn release(mut state: MutexGuard<'_, State>) {
 }
 
 impl State {
-    /// Reads every worker's depth for the request into `self.depths`.
-    pub(crate) fn read(&mut self, request: &Request<'_>) -> Match {
-        self.depths.clear();
-        self.depths.resize(self.fleet.slots(), Depth::default());
-        self.tree
-            .descend(request.sequence.hashes(), &mut self.depths)
+    /// Reads how deep the request's prompt reaches on every worker.
+    pub(crate) fn read(&self, request: &Request<'_>) -> (Depths, Match) {
+        let mut depths = Depths::zero(self.fleet.slots());
+        let at = self.tree.descend(request.sequence.hashes(), &mut depths);
+        (depths, at)
     }
 
     fn field<'a>(
         &'a self,
         request: &Request<'a>,
+        depths: &'a [Depth],
         excluded: &'a [Slot],
     ) -> Result<Field<'a>, RouteError> {
         let eligible = self
@@ -333,7 +333,7 @@ impl State {
             eligible,
             excluded,
             loads: &self.fleet.loads,
-            depths: &self.depths,
+            depths,
             demand: Demand {
                 blocks: request.sequence.blocks(),
                 reusable_blocks: request.sequence.reusable_blocks(),
@@ -355,10 +355,10 @@ impl State {
         &mut self,
         request: &Request<'_>,
     ) -> Result<(WorkerId, Decision, Match), RouteError> {
-        let at = self.read(request);
+        let (depths, at) = self.read(request);
         let excluded = self.excluded(request);
         let mut rng = self.rng.clone();
-        let field = self.field(request, &excluded)?;
+        let field = self.field(request, &depths, &excluded)?;
         let slot = field
             .choose(
                 self.config.policy,
@@ -385,24 +385,24 @@ impl State {
         worker: WorkerId,
         request: &Request<'_>,
     ) -> Result<(WorkerId, Decision, Match), RouteError> {
-        let at = self.read(request);
+        let (depths, at) = self.read(request);
         let no_worker = || RouteError::NoWorker(request.model.to_owned());
         self.fleet.get(worker).ok_or_else(no_worker)?;
-        let field = self.field(request, &[])?;
+        let field = self.field(request, &depths, &[])?;
         Ok((worker, field.decision(worker.slot, &at), at))
     }
 
     fn explain(&mut self, request: &Request<'_>) -> Result<Explanation, RouteError> {
-        self.read(request);
+        let (depths, _) = self.read(request);
         let excluded = self.excluded(request);
-        let field = self.field(request, &excluded)?;
+        let field = self.field(request, &depths, &excluded)?;
         let weights = self.probabilities(&field);
         let candidates: Vec<Candidate> = weights
             .into_iter()
             .filter_map(|(slot, probability)| {
                 let worker = self.fleet.at(slot)?;
                 let load = self.fleet.loads[slot as usize];
-                let depth = self.depths[slot as usize];
+                let depth = depths[slot as usize];
                 Some(Candidate {
                     id: worker.id,
                     name: worker.name.clone(),
