@@ -60,7 +60,7 @@ impl Prefill {
     /// How long a prompt of `tokens` uncached tokens booked now waits and computes.
     pub(crate) fn time_to_first_token(&self, tokens: u32, now: Duration) -> Duration {
         let ahead = self.backlog(now) as f64 + f64::from(tokens);
-        Duration::from_secs_f64(ahead / self.speed())
+        seconds(ahead / self.speed())
     }
 
     pub(crate) fn book(&mut self, tokens: u32, now: Duration) {
@@ -70,6 +70,10 @@ impl Prefill {
 
     /// A prompt of `tokens` uncached tokens, booked at `booked_at`, got its first token.
     pub(crate) fn settle(&mut self, tokens: u32, booked_at: Duration, now: Duration) {
+        if tokens == 0 {
+            // Nothing was computed, or nothing is known of what was: no sample of the speed.
+            return;
+        }
         // The worker was busy with it from when it was booked, or from the end of the one before.
         let busy = now.saturating_sub(self.last_settled_at.max(booked_at));
         self.settled_tokens = self.settled_tokens * FORGETTING + f64::from(tokens);
@@ -113,7 +117,7 @@ impl Default for Decode {
 
 impl Decode {
     pub(crate) fn inter_token_latency(&self) -> Duration {
-        Duration::from_secs_f64(self.inter_token_seconds)
+        seconds(self.inter_token_seconds)
     }
 
     /// One request produced `tokens` within `elapsed`.
@@ -128,6 +132,11 @@ impl Decode {
     pub(crate) fn tokens_after(&self, elapsed: Duration) -> u32 {
         (elapsed.as_secs_f64() / self.inter_token_seconds) as u32
     }
+}
+
+/// However long a forecast is, it is a duration.
+fn seconds(forecast: f64) -> Duration {
+    Duration::try_from_secs_f64(forecast).unwrap_or(Duration::MAX)
 }
 
 /// How long answers are, over all workers.

@@ -356,13 +356,6 @@ impl PrefixTree {
         (evicted, None)
     }
 
-    /// Whether `freed_by` is still what last unpinned `node` on `worker`.
-    pub(crate) fn is_freed_by(&mut self, node: NodeId, worker: Slot, freed_by: u64) -> bool {
-        self.nodes
-            .get_mut(node as usize)
-            .is_some_and(|node| node.hold_freed_by(worker, freed_by).is_some())
-    }
-
     /// Forgets all that `worker` holds. Visits every node: for when a worker leaves.
     pub(crate) fn forget_worker(&mut self, worker: Slot) {
         self.retain_holds(worker, |_| false);
