@@ -345,7 +345,6 @@ impl PrefixTree {
             hold.computed -= taken;
             evicted += taken;
             if hold.computed > 0 {
-                self.shorten(id);
                 return (evicted, Some(id));
             }
             node.remove_hold(worker);
