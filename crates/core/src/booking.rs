@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use crate::choose::Decision;
 use crate::fleet::WorkerId;
-use crate::router::{Request, RouteError, Router, State, release};
+use crate::router::{Reading, Request, RouteError, Router, State, release};
 use crate::sequence::Sequence;
-use crate::tree::{Match, NO_NODE, NodeId};
+use crate::tree::{NO_NODE, NodeId};
 
 /// Finds a booking's record, and never another's: slab keys are used again, serials are not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -35,6 +35,8 @@ pub(crate) struct Record {
     unsettled_tokens: u32,
     /// The worker has computed the prompt; said by its first token, not by a forecast.
     computed: bool,
+    /// The worker said how many tokens it generated; otherwise their number is a forecast.
+    counted: bool,
     /// Its output is watched; otherwise it is forecast.
     streams: bool,
     expected_tokens: u32,
@@ -123,6 +125,9 @@ impl Booking {
 
     /// The worker produced `count` further output tokens, the first one included.
     pub fn tokens(&mut self, count: u32, now: Duration) {
+        if count == 0 {
+            return;
+        }
         let mut state = self.router.lock();
         state.advance(now);
         state.first_token(self.key, now);
@@ -137,7 +142,7 @@ impl Booking {
         if total > 0 {
             state.first_token(self.key, now);
         }
-        state.set_generated(self.key, total);
+        state.count(self.key, total);
         release(state);
     }
 
@@ -174,30 +179,34 @@ impl Booking {
         };
         let mut state = self.router.lock();
         state.advance(now);
-        // Before anything is freed: what speaks for another worker is how things stand.
-        let (chosen, decision, _) = match worker {
-            Some(worker) => state.decide_for(worker, &request)?,
-            None => state.decide(&request)?,
+        let chosen = match worker {
+            Some(worker) if state.fleet.get(worker).is_some() => worker,
+            Some(_) => return Err(RouteError::NoWorker(request.model.to_owned())),
+            None => state.choose(&request)?.0,
         };
-        state.free(self.key, false);
-        let (_, at) = state.read(&request);
-        let key = state.book(chosen, decision, at, &request);
+        state.free(self.key);
+        // Again, because its own blocks are no overlap any longer.
+        let reading = state.read(&request);
+        (self.key, self.decision) = state.book(chosen, &reading, &request);
+        self.worker = chosen;
         release(state);
-        (self.key, self.worker, self.decision) = (key, chosen, decision);
         Ok(())
     }
 
     /// The request ended as it should. Like dropping, but teaches how long answers are.
-    pub fn finish(mut self, now: Duration) {
-        self.first_token(now);
-        self.router.lock().learn_from_end(self.key, now);
+    pub fn finish(self, now: Duration) {
+        let mut state = self.router.lock();
+        state.advance(now);
+        state.first_token(self.key, now);
+        state.learn_from_end(self.key, now);
+        release(state);
     }
 }
 
 impl Drop for Booking {
     fn drop(&mut self) {
         let mut state = self.router.lock();
-        state.free(self.key, true);
+        state.free(self.key);
         release(state);
     }
 }
@@ -209,14 +218,14 @@ impl State {
             .filter(|record| record.serial == key.serial)
     }
 
-    /// Books what [`decide`](Self::decide) decided; nothing may happen in between.
+    /// Books on `worker`. Nothing may happen between [`read`](Self::read) and this.
     pub(crate) fn book(
         &mut self,
         worker: WorkerId,
-        decision: Decision,
-        at: Match,
+        reading: &Reading,
         request: &Request<'_>,
-    ) -> BookingKey {
+    ) -> (BookingKey, Decision) {
+        let decision = self.decision(worker.slot, reading, request);
         self.serial += 1;
         let sequence = request.sequence;
         let now = self.now;
@@ -230,6 +239,7 @@ impl State {
             generated_tokens: 0,
             unsettled_tokens: 0,
             computed: false,
+            counted: false,
             streams: request.streams,
             expected_tokens: self.output_length.expect(request.max_tokens),
             booked_at: now,
@@ -239,7 +249,7 @@ impl State {
             let mut pinned_blocks = 0;
             if worker.prefix_caching {
                 let chain = sequence.shared_hashes();
-                let pinned = self.tree.pin(at, chain, worker.id.slot);
+                let pinned = self.tree.pin(reading.at, chain, worker.id.slot);
                 record.node = pinned.node;
                 record.hashed_blocks = pinned.path;
                 pinned_blocks = u64::from(pinned.blocks);
@@ -249,10 +259,9 @@ impl State {
             let cached_tokens = decision.cost.overlap_blocks * record.block_size;
             record.unsettled_tokens = record.prompt_tokens.saturating_sub(cached_tokens);
             if !record.streams {
-                record.token_at = now
-                    + worker
-                        .prefill
-                        .time_to_first_token(record.unsettled_tokens, now);
+                let prefill = &worker.prefill;
+                let wait = prefill.time_to_first_token(record.unsettled_tokens, now);
+                record.token_at = now.saturating_add(wait);
             }
             worker.prefill.book(record.unsettled_tokens, now);
             load.requests += 1;
@@ -270,7 +279,19 @@ impl State {
             self.due.push(Reverse((record.token_at, key)));
         }
         self.bookings.insert(record);
-        key
+        self.drop_stale_forecasts();
+        (key, decision)
+    }
+
+    /// Requests that end early leave their forecasts behind, due at any later time.
+    fn drop_stale_forecasts(&mut self) {
+        let bookings = &self.bookings;
+        if self.due.len() > 2 * bookings.len() + 64 {
+            self.due.retain(|Reverse((_, key))| {
+                let record = bookings.get(key.index);
+                record.is_some_and(|record| record.serial == key.serial && !record.computed)
+            });
+        }
     }
 
     fn first_token(&mut self, key: BookingKey, now: Duration) {
@@ -308,9 +329,17 @@ impl State {
         let learns = record.streams && record.generated_tokens > 0;
         let worker = record.worker;
         record.token_at = now.max(record.token_at);
-        self.set_generated(key, total);
+        self.count(key, total);
         if learns && let Some((worker, _)) = self.fleet.get_mut(worker) {
             worker.decode.observe(count, elapsed);
+        }
+    }
+
+    /// The worker said that it has generated `total` tokens.
+    fn count(&mut self, key: BookingKey, total: u32) {
+        if let Some(record) = self.record(key) {
+            record.counted = true;
+            self.set_generated(key, total);
         }
     }
 
@@ -334,22 +363,20 @@ impl State {
     }
 
     fn learn_from_end(&mut self, key: BookingKey, now: Duration) {
-        let Some(record) = self.record(key) else {
+        // A forecast teaches nothing, least of all itself.
+        let Some(record) = self.record(key).filter(|record| record.counted) else {
             return;
         };
         let (generated, streams, worker) = (record.generated_tokens, record.streams, record.worker);
         let decoding = now.saturating_sub(record.token_at);
-        if generated == 0 {
-            return;
-        }
         self.output_length.observe(generated);
         if !streams && let Some((worker, _)) = self.fleet.get_mut(worker) {
             worker.decode.observe(generated, decoding);
         }
     }
 
-    /// Takes a booking back. `keeps_cache`: what it computed stays in the worker's cache.
-    pub(crate) fn free(&mut self, key: BookingKey, keeps_cache: bool) {
+    /// Takes a booking back. What it computed stays in the worker's cache.
+    fn free(&mut self, key: BookingKey) {
         let known = self.record(key).is_some();
         let Some(record) = known.then(|| self.bookings.remove(key.index)) else {
             return;
@@ -369,11 +396,7 @@ impl State {
         let unpinned = self.tree.unpin(record.node, worker.id.slot, stamp);
         worker.pinned -= u64::from(unpinned.blocks);
         load.active_blocks -= u64::from(unpinned.blocks);
-        let left_behind = if record.computed && keeps_cache {
-            unshared
-        } else {
-            0
-        };
+        let left_behind = if record.computed { unshared } else { 0 };
         worker.shadow.freed(unpinned, left_behind, stamp);
         worker
             .shadow
@@ -410,9 +433,10 @@ impl State {
             .tokens_after(decoding)
             .saturating_add(1)
             .min(expected);
-        let per_block = worker.decode.inter_token_latency() * block_size;
+        let inter_token = worker.decode.inter_token_latency();
+        let per_block = inter_token.saturating_mul(block_size);
         self.set_generated(key, total);
         // Never again at this very instant, however fast the worker was learned to be.
-        (total < expected).then(|| now + per_block.max(Duration::from_millis(1)))
+        (total < expected).then(|| now.saturating_add(per_block.max(Duration::from_millis(1))))
     }
 }

@@ -1,6 +1,7 @@
 //! The workers there are: who may serve which model, and what each is known to carry.
 
 use std::collections::HashMap;
+use std::mem;
 use std::time::Duration;
 
 use rapidhash::v3::{DEFAULT_RAPID_SECRETS, rapidhash_v3_seeded};
@@ -220,20 +221,22 @@ impl Fleet {
     }
 
     pub(crate) fn set_healthy(&mut self, id: WorkerId, healthy: bool) {
-        self.update(id, |worker| worker.healthy = healthy);
+        self.update(id, |worker| &mut worker.healthy, healthy);
     }
 
     pub(crate) fn set_draining(&mut self, id: WorkerId, draining: bool) {
-        self.update(id, |worker| worker.draining = draining);
+        self.update(id, |worker| &mut worker.draining, draining);
     }
 
     pub(crate) fn set_models(&mut self, id: WorkerId, models: Vec<String>) {
-        self.update(id, |worker| worker.models = models);
+        self.update(id, |worker| &mut worker.models, models);
     }
 
-    fn update(&mut self, id: WorkerId, change: impl FnOnce(&mut Worker)) {
-        if let Some((worker, _)) = self.get_mut(id) {
-            change(worker);
+    fn update<T: PartialEq>(&mut self, id: WorkerId, of: fn(&mut Worker) -> &mut T, new: T) {
+        // Every probe says again what is known already.
+        if let Some((worker, _)) = self.get_mut(id)
+            && mem::replace(of(worker), new) != *of(worker)
+        {
             self.find_eligible();
         }
     }

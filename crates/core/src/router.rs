@@ -55,9 +55,12 @@ impl Default for RouterConfig {
     }
 }
 
+/// Far more than anybody needs, and little enough to keep every cost finite.
+const MOST_WEIGHT: f64 = 1e6;
+
 /// A setting outside its range.
 #[derive(Debug, thiserror::Error, PartialEq)]
-#[error("`{field}` is {value}: it must be a finite number of at least 0")]
+#[error("`{field}` is {value}: it must be a number from 0 to {MOST_WEIGHT}")]
 pub struct ConfigError {
     /// The setting, as the command line names it.
     pub field: &'static str,
@@ -165,13 +168,13 @@ impl Router {
     /// A router without workers.
     ///
     /// # Errors
-    /// If a weight or temperature is negative or not finite.
+    /// If the weight or the temperature is negative, not a number, or absurdly large.
     pub fn new(config: RouterConfig) -> Result<Self, ConfigError> {
         for (field, value) in [
             ("overlap-weight", config.overlap_weight),
             ("temperature", config.temperature),
         ] {
-            if !value.is_finite() || value < 0.0 {
+            if !(0.0..=MOST_WEIGHT).contains(&value) {
                 return Err(ConfigError { field, value });
             }
         }
@@ -228,9 +231,15 @@ impl Router {
 
     /// Says how many KV blocks a worker has.
     pub fn set_capacity(&self, id: WorkerId, blocks: u32) {
-        if let Some((worker, _)) = self.lock().fleet.get_mut(id) {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        if let Some((worker, load)) = state.fleet.get_mut(id) {
             worker.shadow.set_capacity(blocks);
+            worker
+                .shadow
+                .make_room(load.active_blocks, id.slot, &mut state.tree);
         }
+        release(guard);
     }
 
     /// A worker lost its cache: it was restarted, or told to drop it. What is booked stays.
@@ -250,8 +259,8 @@ impl Router {
     pub fn route(&self, request: &Request<'_>, now: Duration) -> Result<Booking, RouteError> {
         let mut state = self.lock();
         state.advance(now);
-        let (worker, decision, at) = state.decide(request)?;
-        let key = state.book(worker, decision, at, request);
+        let (worker, reading) = state.choose(request)?;
+        let (key, decision) = state.book(worker, &reading, request);
         // Under the lock, whose cache line the reference count shares.
         let router = self.clone();
         release(state);
@@ -265,7 +274,9 @@ impl Router {
     pub fn explain(&self, request: &Request<'_>, now: Duration) -> Result<Explanation, RouteError> {
         let mut state = self.lock();
         state.advance(now);
-        state.explain(request)
+        let explanation = state.explain(request);
+        release(state);
+        explanation
     }
 
     /// Every worker as it stands.
@@ -273,7 +284,9 @@ impl Router {
     pub fn workers(&self, now: Duration) -> Vec<WorkerSnapshot> {
         let mut state = self.lock();
         state.advance(now);
-        state.fleet.snapshot(now)
+        let snapshots = state.fleet.snapshot(state.now);
+        release(state);
+        snapshots
     }
 
     /// Whether some worker can be chosen.
@@ -311,18 +324,26 @@ pub(crate) fn release(mut state: MutexGuard<'_, State>) {
     drop(garbage);
 }
 
+/// What a decision reads of one prompt.
+#[derive(Debug)]
+pub(crate) struct Reading {
+    depths: Depths,
+    /// Where it leaves the tree.
+    pub(crate) at: Match,
+}
+
 impl State {
     /// Reads how deep the request's prompt reaches on every worker.
-    pub(crate) fn read(&self, request: &Request<'_>) -> (Depths, Match) {
+    pub(crate) fn read(&self, request: &Request<'_>) -> Reading {
         let mut depths = Depths::zero(self.fleet.slots());
         let at = self.tree.descend(request.sequence.hashes(), &mut depths);
-        (depths, at)
+        Reading { depths, at }
     }
 
     fn field<'a>(
         &'a self,
         request: &Request<'a>,
-        depths: &'a [Depth],
+        reading: &'a Reading,
         excluded: &'a [Slot],
     ) -> Result<Field<'a>, RouteError> {
         let eligible = self
@@ -333,14 +354,33 @@ impl State {
             eligible,
             excluded,
             loads: &self.fleet.loads,
-            depths,
-            demand: Demand {
-                blocks: request.sequence.blocks(),
-                reusable_blocks: request.sequence.reusable_blocks(),
-                overlap_weight: self.config.overlap_weight,
-            },
+            depths: &reading.depths,
+            demand: self.demand(request),
             hashes: request.sequence.hashes(),
         })
+    }
+
+    fn demand(&self, request: &Request<'_>) -> Demand {
+        Demand {
+            blocks: request.sequence.blocks(),
+            reusable_blocks: request.sequence.reusable_blocks(),
+            overlap_weight: self.config.overlap_weight,
+        }
+    }
+
+    /// What speaks for placing the request at `slot`, as last [read](Self::read).
+    pub(crate) fn decision(
+        &self,
+        slot: Slot,
+        reading: &Reading,
+        request: &Request<'_>,
+    ) -> Decision {
+        let demand = self.demand(request);
+        let active = self.fleet.loads[slot as usize].active_blocks;
+        Decision {
+            cost: demand.cost(active, reading.depths[slot as usize]),
+            best_overlap_blocks: reading.at.best_overlap.min(demand.reusable_blocks),
+        }
     }
 
     /// Slots of those excluded workers that still exist.
@@ -351,15 +391,16 @@ impl State {
             .collect()
     }
 
-    pub(crate) fn decide(
+    /// Reads, then chooses a worker. Also tells what was read.
+    pub(crate) fn choose(
         &mut self,
         request: &Request<'_>,
-    ) -> Result<(WorkerId, Decision, Match), RouteError> {
-        let (depths, at) = self.read(request);
+    ) -> Result<(WorkerId, Reading), RouteError> {
+        let reading = self.read(request);
         let excluded = self.excluded(request);
         let mut rng = self.rng.clone();
-        let field = self.field(request, &depths, &excluded)?;
-        let slot = field
+        let worker = self
+            .field(request, &reading, &excluded)?
             .choose(
                 self.config.policy,
                 self.config.temperature,
@@ -367,42 +408,25 @@ impl State {
                 self.turn,
                 &mut rng,
             )
-            .ok_or_else(|| RouteError::NoWorker(request.model.to_owned()))?;
-        let decision = field.decision(slot, &at);
-        let worker = self
-            .fleet
-            .at(slot)
+            .and_then(|slot| self.fleet.at(slot))
             .map(|worker| worker.id)
             .ok_or_else(|| RouteError::NoWorker(request.model.to_owned()))?;
         self.rng = rng;
         self.turn += 1;
-        Ok((worker, decision, at))
-    }
-
-    /// As [`decide`](Self::decide) where the worker is given.
-    pub(crate) fn decide_for(
-        &mut self,
-        worker: WorkerId,
-        request: &Request<'_>,
-    ) -> Result<(WorkerId, Decision, Match), RouteError> {
-        let (depths, at) = self.read(request);
-        let no_worker = || RouteError::NoWorker(request.model.to_owned());
-        self.fleet.get(worker).ok_or_else(no_worker)?;
-        let field = self.field(request, &depths, &[])?;
-        Ok((worker, field.decision(worker.slot, &at), at))
+        Ok((worker, reading))
     }
 
     fn explain(&mut self, request: &Request<'_>) -> Result<Explanation, RouteError> {
-        let (depths, _) = self.read(request);
+        let reading = self.read(request);
         let excluded = self.excluded(request);
-        let field = self.field(request, &depths, &excluded)?;
+        let field = self.field(request, &reading, &excluded)?;
         let weights = self.probabilities(&field);
-        let candidates: Vec<Candidate> = weights
+        let mut candidates: Vec<Candidate> = weights
             .into_iter()
             .filter_map(|(slot, probability)| {
                 let worker = self.fleet.at(slot)?;
                 let load = self.fleet.loads[slot as usize];
-                let depth = depths[slot as usize];
+                let depth = reading.depths[slot as usize];
                 Some(Candidate {
                     id: worker.id,
                     name: worker.name.clone(),
@@ -417,6 +441,7 @@ impl State {
         if candidates.is_empty() {
             return Err(RouteError::NoWorker(request.model.to_owned()));
         }
+        candidates.sort_unstable_by_key(|candidate| candidate.id);
         Ok(Explanation {
             policy: self.config.policy,
             overlap_weight: self.config.overlap_weight,

@@ -13,6 +13,9 @@ use std::sync::Arc;
 
 use rapidhash::v3::{RapidSecrets, rapidhash_v3_inline};
 
+/// What is beyond this length of a prompt does not count: no engine takes it.
+const MOST_TOKENS: usize = u32::MAX as usize;
+
 /// Identifies a prefix: all tokens up to and including one full block, and the salt.
 pub type SequenceHash = u64;
 
@@ -45,10 +48,11 @@ impl Sequence {
     /// Hashes token ids. `block_size` is in tokens; the partial last block has no hash.
     #[must_use]
     pub fn from_tokens(tokens: &[u32], block_size: NonZeroU32, salt: u64) -> Self {
+        let tokens = &tokens[..tokens.len().min(MOST_TOKENS)];
         let blocks = tokens.chunks_exact(block_size.get() as usize);
         Self {
             hashes: chain_hashes(blocks.map(bytemuck::cast_slice::<u32, u8>), salt),
-            tokens: saturating_u32(tokens.len()),
+            tokens: tokens.len() as u32,
             block_size,
         }
     }
@@ -63,11 +67,13 @@ impl Sequence {
     pub fn from_text(text: &[u8], bytes_per_token: f64, block_size: NonZeroU32, salt: u64) -> Self {
         let bytes_per_block = (bytes_per_token * f64::from(block_size.get())).round();
         let piece = (bytes_per_block as usize).max(1);
+        let most_bytes = piece.saturating_mul(MOST_TOKENS / block_size.get() as usize);
+        let text = &text[..text.len().min(most_bytes)];
         let salt = chain(salt, piece as u64);
-        let tokens = (text.len() * block_size.get() as usize).div_ceil(piece);
+        let tokens = (text.len() as u128 * u128::from(block_size.get())).div_ceil(piece as u128);
         Self {
             hashes: chain_hashes(text.chunks_exact(piece), salt),
-            tokens: saturating_u32(tokens),
+            tokens: tokens as u32,
             block_size,
         }
     }
@@ -205,8 +211,4 @@ fn chain(previous: u64, link: u64) -> u64 {
     const ODD: u64 = 0x9E37_79B9_7F4A_7C15;
     let product = u128::from(previous ^ ODD) * u128::from(link ^ ODD.rotate_left(32) | 1);
     ((product as u64) ^ ((product >> 64) as u64)).wrapping_add(link)
-}
-
-fn saturating_u32(length: usize) -> u32 {
-    u32::try_from(length).unwrap_or(u32::MAX)
 }

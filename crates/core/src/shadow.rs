@@ -104,7 +104,7 @@ impl Shadow {
             front.unhashed -= taken;
             self.unhashed -= u64::from(taken);
             if front.unhashed > 0 {
-                return;
+                break;
             }
             let (evicted, next) = tree.evict(front.node, worker, front.stamp, want - taken);
             self.cached -= u64::from(evicted);
@@ -122,8 +122,10 @@ impl Shadow {
     /// ones hold at least a block each, so a queue much longer than the capacity is mostly stale.
     fn drop_stale(&mut self, worker: Slot, tree: &mut PrefixTree) {
         if self.queue.len() > 2 * self.capacity as usize + 64 {
-            self.queue.retain(|entry| {
-                entry.unhashed > 0 || tree.is_freed_by(entry.node, worker, entry.stamp)
+            self.queue.retain_mut(|entry| {
+                let (_, left) = tree.evict(entry.node, worker, entry.stamp, 0);
+                entry.node = left.unwrap_or(NO_NODE);
+                left.is_some() || entry.unhashed > 0
             });
         }
     }
