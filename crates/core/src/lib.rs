@@ -5,8 +5,8 @@
 //!
 //! Read in this order: [`sequence`] (what a prompt is), `tree` and `shadow` (what a worker holds
 //! and still caches), `forecast` (how fast it is), [`cost`] and [`choose`] (numbers, then a
-//! choice among numbers), [`fleet`] (the workers), [`router`] (one decision), [`booking`] (what
-//! it holds until it ends).
+//! choice among numbers), [`fleet`] (the workers), `state` (what a decision reads), `ledger` (what
+//! bookings change), and the two that are used from outside: [`router`] and [`booking`].
 //!
 //! ```
 //! use std::time::Duration;
@@ -44,13 +44,18 @@
 
 pub mod booking;
 pub mod choose;
+mod config;
 pub mod cost;
 mod depths;
 pub mod fleet;
 mod forecast;
+mod ledger;
+mod record;
+mod request;
 pub mod router;
 pub mod sequence;
 mod shadow;
+mod state;
 mod tree;
 
 pub use shadow::DEFAULT_CAPACITY_BLOCKS;
