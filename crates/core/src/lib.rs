@@ -3,8 +3,8 @@
 //! This crate does no I/O, reads no clock and is not async: time comes in as an argument, so the
 //! code that serves traffic is the code that runs in the simulator and in the property tests.
 //!
-//! Read in this order: [`sequence`] (what a prompt is), `tree` and `shadow` (what a worker holds
-//! and still caches), `forecast` (how fast it is), [`cost`] and [`choose`] (numbers, then a
+//! Read in this order: [`sequence`] (what a prompt is), `tree` (what a worker holds), `shadow` and
+//! [`cache`] (what it still caches, by its own rule or by its events), `forecast` (how fast it is), [`cost`] and [`choose`] (numbers, then a
 //! choice among numbers), [`fleet`] (the workers), `state` (what a decision reads), `ledger` (what
 //! bookings change), and the two that are used from outside: [`router`] and [`booking`].
 //!
@@ -43,6 +43,7 @@
 //! ```
 
 pub mod booking;
+pub mod cache;
 pub mod choose;
 mod config;
 pub mod cost;

@@ -9,6 +9,7 @@
 use std::time::Duration;
 
 use crate::booking::Booking;
+use crate::cache::Changes;
 use crate::config::MOST_WEIGHT;
 pub use crate::config::{ConfigError, RouterConfig};
 use crate::fleet::{WorkerError, WorkerId, WorkerSnapshot, WorkerSpec};
@@ -56,6 +57,7 @@ impl Router {
         let known = state.fleet.remove(id);
         if known {
             state.tree.forget_worker(id.slot);
+            state.cache.forget_worker(id.slot);
         }
         release(state);
         known
@@ -97,6 +99,40 @@ impl Router {
             state.tree.forget_computed(id.slot);
         }
         release(state);
+    }
+
+    /// Says who tells what a worker caches from now on: its events
+    /// ([`update_cache`](Self::update_cache)), or the shadow of what is sent to it. Either begins
+    /// with an empty cache.
+    pub fn follow_events(&self, id: WorkerId, follows: bool) {
+        let mut state = self.state.lock();
+        if let Some((worker, _)) = state.fleet.get_mut(id)
+            && worker.shadow.is_idle() != follows
+        {
+            worker.shadow.clear();
+            worker.shadow.set_idle(follows);
+            worker.told = 0;
+            state.tree.forget_computed(id.slot);
+            state.cache.forget_worker(id.slot);
+        }
+        release(state);
+    }
+
+    /// A worker's events said that its cache changed. Means nothing for a worker that does not
+    /// [follow events](Self::follow_events).
+    pub fn update_cache(&self, id: WorkerId, changes: &Changes) {
+        let state = &mut *self.state.lock();
+        if let Some((worker, _)) = state.fleet.get_mut(id)
+            && worker.shadow.is_idle()
+        {
+            state.cache.update(id.slot, changes, &mut worker.told);
+        }
+    }
+
+    /// Prefixes that some worker's events say it caches.
+    #[must_use]
+    pub fn cached_prefixes(&self) -> usize {
+        self.state.lock().cache.len()
     }
 
     /// Chooses a worker for the request and books it there, in one step.

@@ -14,6 +14,7 @@ use rand::rngs::SmallRng;
 use slab::Slab;
 use smallvec::SmallVec;
 
+use crate::cache::CacheIndex;
 use crate::choose::{Decision, Field};
 use crate::config::RouterConfig;
 use crate::cost::Demand;
@@ -44,6 +45,7 @@ pub(crate) struct State {
     config: RouterConfig,
     pub(crate) fleet: Fleet,
     pub(crate) tree: PrefixTree,
+    pub(crate) cache: CacheIndex,
     pub(crate) bookings: Slab<Record>,
     pub(crate) output_length: OutputLength,
     /// When the next forecast event of each unwatched request is due.
@@ -78,6 +80,7 @@ impl State {
             config,
             fleet: Fleet::default(),
             tree: PrefixTree::default(),
+            cache: CacheIndex::default(),
             bookings: Slab::new(),
             output_length: OutputLength::default(),
             due: BinaryHeap::new(),
@@ -90,7 +93,9 @@ impl State {
     /// Reads how deep the request's prompt reaches on every worker.
     pub(crate) fn read(&self, request: &Request<'_>) -> Reading {
         let mut depths = Depths::zero(self.fleet.slots());
-        let at = self.tree.descend(request.sequence.hashes(), &mut depths);
+        let chain = request.sequence.hashes();
+        let mut at = self.tree.descend(chain, &mut depths);
+        at.best_overlap = at.best_overlap.max(self.cache.descend(chain, &mut depths));
         Reading { depths, at }
     }
 
