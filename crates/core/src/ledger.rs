@@ -239,6 +239,7 @@ impl State {
         let per_block = inter_token.saturating_mul(block_size);
         self.set_generated(key, total);
         // Never again at this very instant, however fast the worker was learned to be.
-        (total < expected).then(|| now.saturating_add(per_block.max(Duration::from_millis(1))))
+        let pause = per_block.max(Duration::from_millis(1));
+        now.checked_add(pause).filter(|_| total < expected)
     }
 }
