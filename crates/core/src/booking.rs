@@ -109,7 +109,7 @@ impl Booking {
     /// excluded.
     ///
     /// # Errors
-    /// As [`Router::route`]; the booking stays where it is.
+    /// As [`Router::route`](crate::router::Router::route); the booking stays where it is.
     pub fn reroute(&mut self, excluded: &[WorkerId], now: Duration) -> Result<(), RouteError> {
         self.rebook(now, excluded, None)
     }
