@@ -6,7 +6,11 @@ use crate::server::ServerConfig;
 use crate::server::clockwork::Snapshot;
 
 /// The text for a scraper.
-pub(super) fn render(config: &ServerConfig, snapshot: &Snapshot) -> String {
+pub(super) fn render(
+    config: &ServerConfig,
+    snapshot: &Snapshot,
+    published_batches: Option<u64>,
+) -> String {
     let totals = snapshot.totals;
     let blocks = config.engine.blocks;
     let usage = f64::from(snapshot.pinned_blocks) / f64::from(blocks.max(1));
@@ -31,6 +35,10 @@ pub(super) fn render(config: &ServerConfig, snapshot: &Snapshot) -> String {
         ("generation_tokens_total", totals.output_tokens),
     ] {
         write(name, "counter", sum as f64);
+    }
+    if let Some(batches) = published_batches {
+        // Not vLLM's: it tells a test what a subscriber should have heard.
+        write("kv_event_batches_total", "counter", batches as f64);
     }
     let prefix_caching = if config.engine.prefix_caching {
         "True"
