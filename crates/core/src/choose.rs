@@ -11,7 +11,7 @@ use rand::rngs::SmallRng;
 
 use crate::cost::{Cost, Demand};
 use crate::sequence::SequenceHash;
-use crate::tree::{Depth, Match, Slot};
+use crate::tree::{Depth, Slot};
 
 /// How a worker is chosen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -119,14 +119,6 @@ impl Field<'_> {
         let index = slot as usize;
         self.demand
             .cost(self.loads[index].active_blocks, self.depths[index])
-    }
-
-    /// What speaks for choosing `slot`, for a prompt that reaches as deep as `at`.
-    pub(crate) fn decision(&self, slot: Slot, at: &Match) -> Decision {
-        Decision {
-            cost: self.cost_of(slot),
-            best_overlap_blocks: at.best_overlap.min(self.demand.reusable_blocks),
-        }
     }
 
     fn requests(&self, slot: Slot) -> u32 {

@@ -56,3 +56,69 @@ impl Demand {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 100 blocks, the last one partial.
+    fn demand(overlap_weight: f64) -> Demand {
+        Demand {
+            blocks: 100,
+            reusable_blocks: 99,
+            overlap_weight,
+        }
+    }
+
+    #[test]
+    fn nothing_is_known_of_an_empty_worker() {
+        let cost = demand(1.0).cost(0, Depth::default());
+        assert_eq!((cost.overlap_blocks, cost.prefill_blocks), (0, 100));
+        assert_eq!((cost.active_blocks, cost.total), (100, 200.0));
+    }
+
+    #[test]
+    fn cached_blocks_spare_computing_but_take_room() {
+        let depth = Depth {
+            cached: 60,
+            active: 0,
+        };
+        let cost = demand(1.0).cost(500, depth);
+        assert_eq!((cost.overlap_blocks, cost.prefill_blocks), (60, 40));
+        assert_eq!((cost.active_blocks, cost.total), (600, 640.0));
+    }
+
+    #[test]
+    fn active_blocks_spare_both() {
+        let depth = Depth {
+            cached: 20,
+            active: 60,
+        };
+        let cost = demand(2.0).cost(500, depth);
+        assert_eq!((cost.overlap_blocks, cost.prefill_blocks), (60, 40));
+        assert_eq!((cost.active_blocks, cost.total), (540, 620.0));
+    }
+
+    #[test]
+    fn the_last_token_is_always_computed() {
+        let depth = Depth {
+            cached: 100,
+            active: 100,
+        };
+        let cost = demand(1.0).cost(100, depth);
+        assert_eq!((cost.overlap_blocks, cost.prefill_blocks), (99, 1));
+        assert_eq!((cost.active_blocks, cost.total), (100, 101.0));
+    }
+
+    #[test]
+    fn weight_zero_is_load_alone() {
+        let depth = Depth {
+            cached: 99,
+            active: 99,
+        };
+        let near = demand(0.0).cost(10, depth);
+        let far = demand(0.0).cost(10, Depth::default());
+        assert_eq!((near.total, far.total), (110.0, 110.0));
+        assert_eq!(near.prefill_blocks, 1, "still told, for who looks");
+    }
+}

@@ -1,6 +1,7 @@
 //! The workers there are: who may serve which model, and what each is known to carry.
 
 use std::collections::HashMap;
+use std::mem;
 use std::time::Duration;
 
 use rapidhash::v3::{DEFAULT_RAPID_SECRETS, rapidhash_v3_seeded};
@@ -73,8 +74,10 @@ pub struct WorkerSnapshot {
     pub context_tokens: u64,
     /// Booked prompt tokens that it has not computed yet, by forecast.
     pub prefill_tokens: u64,
-    /// Blocks its prefix cache holds by the shadow's account, pinned or not.
+    /// Blocks its prefix cache holds: by its events, or by the shadow's account, pinned or not.
     pub cached_blocks: u64,
+    /// Its events tell what it caches; otherwise the shadow does.
+    pub follows_events: bool,
     /// Its KV blocks, configured or assumed.
     pub capacity_blocks: u32,
     /// Learned prefill speed, in tokens per second.
@@ -112,6 +115,8 @@ pub(crate) struct Worker {
     pub(crate) shadow: Shadow,
     /// Blocks pinned through the prefix tree: active blocks less the unshared ones.
     pub(crate) pinned: u64,
+    /// Blocks cached by its events' account.
+    pub(crate) told: u64,
 }
 
 impl Worker {
@@ -179,6 +184,7 @@ impl Fleet {
             decode: Decode::default(),
             shadow: Shadow::new(spec.capacity_blocks.unwrap_or(DEFAULT_CAPACITY_BLOCKS)),
             pinned: 0,
+            told: 0,
         });
         self.find_eligible();
         Ok(id)
@@ -220,20 +226,22 @@ impl Fleet {
     }
 
     pub(crate) fn set_healthy(&mut self, id: WorkerId, healthy: bool) {
-        self.update(id, |worker| worker.healthy = healthy);
+        self.update(id, |worker| &mut worker.healthy, healthy);
     }
 
     pub(crate) fn set_draining(&mut self, id: WorkerId, draining: bool) {
-        self.update(id, |worker| worker.draining = draining);
+        self.update(id, |worker| &mut worker.draining, draining);
     }
 
     pub(crate) fn set_models(&mut self, id: WorkerId, models: Vec<String>) {
-        self.update(id, |worker| worker.models = models);
+        self.update(id, |worker| &mut worker.models, models);
     }
 
-    fn update(&mut self, id: WorkerId, change: impl FnOnce(&mut Worker)) {
-        if let Some((worker, _)) = self.get_mut(id) {
-            change(worker);
+    fn update<T: PartialEq>(&mut self, id: WorkerId, of: fn(&mut Worker) -> &mut T, new: T) {
+        // Every probe says again what is known already.
+        if let Some((worker, _)) = self.get_mut(id)
+            && mem::replace(of(worker), new) != *of(worker)
+        {
             self.find_eligible();
         }
     }
@@ -299,7 +307,12 @@ impl Fleet {
                     active_blocks: load.active_blocks,
                     context_tokens: load.context_tokens,
                     prefill_tokens: worker.prefill.backlog(now),
-                    cached_blocks: worker.pinned + worker.shadow.cached_blocks(),
+                    cached_blocks: if worker.shadow.is_idle() {
+                        worker.told
+                    } else {
+                        worker.pinned + worker.shadow.cached_blocks()
+                    },
+                    follows_events: worker.shadow.is_idle(),
                     capacity_blocks: worker.shadow.capacity(),
                     prefill_speed: worker.prefill.speed(),
                     inter_token_latency: worker.decode.inter_token_latency(),

@@ -11,7 +11,10 @@
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
-use rapidhash::v3::{RapidSecrets, rapidhash_v3_inline};
+use rapidhash::v3::{DEFAULT_RAPID_SECRETS, rapidhash_v3_inline};
+
+/// What is beyond this length of a prompt does not count: no engine takes it.
+const MOST_TOKENS: usize = u32::MAX as usize;
 
 /// Identifies a prefix: all tokens up to and including one full block, and the salt.
 pub type SequenceHash = u64;
@@ -21,13 +24,12 @@ pub type SequenceHash = u64;
 #[must_use]
 pub fn salt(model: &str, lora: Option<&str>, cache_salt: Option<&str>) -> u64 {
     // A length before each part keeps ("ab", "c") apart from ("a", "bc").
-    let secrets = RapidSecrets::seed_cpp(0);
     let mut folded = 0;
     for part in [Some(model), lora, cache_salt] {
         let length = part.map_or(u64::MAX, |text| text.len() as u64);
         folded = chain(folded, length);
         if let Some(text) = part {
-            folded = chain(folded, hash_bytes(text.as_bytes(), &secrets));
+            folded = chain(folded, hash_bytes(text.as_bytes()));
         }
     }
     folded
@@ -45,10 +47,11 @@ impl Sequence {
     /// Hashes token ids. `block_size` is in tokens; the partial last block has no hash.
     #[must_use]
     pub fn from_tokens(tokens: &[u32], block_size: NonZeroU32, salt: u64) -> Self {
+        let tokens = &tokens[..tokens.len().min(MOST_TOKENS)];
         let blocks = tokens.chunks_exact(block_size.get() as usize);
         Self {
             hashes: chain_hashes(blocks.map(bytemuck::cast_slice::<u32, u8>), salt),
-            tokens: saturating_u32(tokens.len()),
+            tokens: tokens.len() as u32,
             block_size,
         }
     }
@@ -63,11 +66,13 @@ impl Sequence {
     pub fn from_text(text: &[u8], bytes_per_token: f64, block_size: NonZeroU32, salt: u64) -> Self {
         let bytes_per_block = (bytes_per_token * f64::from(block_size.get())).round();
         let piece = (bytes_per_block as usize).max(1);
+        let most_bytes = piece.saturating_mul(MOST_TOKENS / block_size.get() as usize);
+        let text = &text[..text.len().min(most_bytes)];
         let salt = chain(salt, piece as u64);
-        let tokens = (text.len() * block_size.get() as usize).div_ceil(piece);
+        let tokens = (text.len() as u128 * u128::from(block_size.get())).div_ceil(piece as u128);
         Self {
             hashes: chain_hashes(text.chunks_exact(piece), salt),
-            tokens: saturating_u32(tokens),
+            tokens: tokens as u32,
             block_size,
         }
     }
@@ -182,21 +187,27 @@ impl BytesPerToken {
     }
 }
 
+/// The sequence hash of a block of `tokens` that follows a prefix with hash `previous`; the salt,
+/// if it is the first.
+#[must_use]
+pub fn extend(previous: SequenceHash, tokens: &[u32]) -> SequenceHash {
+    chain(previous, hash_bytes(bytemuck::cast_slice(tokens)))
+}
+
 fn chain_hashes<'a>(blocks: impl ExactSizeIterator<Item = &'a [u8]>, salt: u64) -> Arc<[u64]> {
-    let secrets = RapidSecrets::seed_cpp(salt);
     let mut previous = salt;
     // Collecting an exact-size iterator into an Arc allocates once.
     blocks
         .map(|block| {
-            previous = chain(previous, hash_bytes(block, &secrets));
+            previous = chain(previous, hash_bytes(block));
             previous
         })
         .collect()
 }
 
 #[inline]
-fn hash_bytes(bytes: &[u8], secrets: &RapidSecrets) -> u64 {
-    rapidhash_v3_inline::<true, false, false>(bytes, secrets)
+fn hash_bytes(bytes: &[u8]) -> u64 {
+    rapidhash_v3_inline::<true, false, false>(bytes, &DEFAULT_RAPID_SECRETS)
 }
 
 /// Extends a chain by one link: multiply to 128 bits and fold, the mixer of wyhash and rapidhash.
@@ -205,8 +216,4 @@ fn chain(previous: u64, link: u64) -> u64 {
     const ODD: u64 = 0x9E37_79B9_7F4A_7C15;
     let product = u128::from(previous ^ ODD) * u128::from(link ^ ODD.rotate_left(32) | 1);
     ((product as u64) ^ ((product >> 64) as u64)).wrapping_add(link)
-}
-
-fn saturating_u32(length: usize) -> u32 {
-    u32::try_from(length).unwrap_or(u32::MAX)
 }

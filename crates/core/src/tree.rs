@@ -9,11 +9,16 @@
 //! to its node replaces a child table per node, and the point where a prompt leaves an edge is
 //! found by bisection. Every operation costs the number of branchings on a path, not of blocks.
 //!
-//! Along a path, from the root down, pins never rise and a worker that holds a node holds all
-//! nodes above it whole. All that follows relies on this.
+//! Along a path, from the root down, pins never rise, and a worker that has computed blocks of a
+//! node has computed all nodes above it whole. All that follows relies on this.
+//!
+//! Edges share the chains they were made from, so most changes copy nothing. Where a small
+//! remainder would keep a long chain alive it gets a copy of its own, of bounded length: what
+//! the tree occupies follows from the blocks that are held, not from the prompts they came in.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::mem;
 use std::sync::Arc;
 
 use slab::Slab;
@@ -28,6 +33,12 @@ pub(crate) type Chain = Arc<[SequenceHash]>;
 pub(crate) type Slot = u32;
 
 pub(crate) type NodeId = u32;
+
+/// The most hashes that are copied at once, under the router's lock: 8 KiB.
+const MOST_COPIED: u32 = 1024;
+/// How many times as long as its edge a node's chain may be, and how long it may always be.
+const CHAIN_PER_EDGE: usize = 4;
+const SHORT_CHAIN: usize = 64;
 
 /// No node: the parent of the first edge of a path, or the path of a prompt without full blocks.
 pub(crate) const NO_NODE: NodeId = u32::MAX;
@@ -99,9 +110,10 @@ struct Hold {
 
 #[derive(Debug)]
 struct Node {
-    /// The hashes of a request through this node, from its first block; at least `end` long.
+    /// The hashes of a request through this node, from its block `offset` to `end` or further.
     chain: Chain,
-    /// The edge is `chain[start..end]`.
+    offset: u32,
+    /// The edge's blocks, as counted from the root.
     start: u32,
     end: u32,
     parent: NodeId,
@@ -118,8 +130,12 @@ impl Node {
         self.end - self.start
     }
 
+    fn edge(&self) -> &[SequenceHash] {
+        &self.chain[(self.start - self.offset) as usize..(self.end - self.offset) as usize]
+    }
+
     fn first_hash(&self) -> SequenceHash {
-        self.chain[self.start as usize]
+        self.chain[(self.start - self.offset) as usize]
     }
 
     fn hold_index(&self, worker: Slot) -> Result<usize, usize> {
@@ -184,8 +200,7 @@ impl PrefixTree {
                 break;
             }
             let rest = &chain[reached.blocks as usize..];
-            let edge = &node.chain[node.start as usize..node.end as usize];
-            let within = common_prefix(rest, edge);
+            let within = common_prefix(rest, node.edge());
             for hold in &node.holds {
                 let Some(depth) = depths.get_mut(hold.worker as usize) else {
                     continue;
@@ -305,6 +320,7 @@ impl PrefixTree {
             id = parent;
         }
         self.tidy_path(node);
+        self.shorten(node);
         unpinned
     }
 
@@ -337,13 +353,6 @@ impl PrefixTree {
             id = parent;
         }
         (evicted, None)
-    }
-
-    /// Whether `freed_by` is still what last unpinned `node` on `worker`.
-    pub(crate) fn is_freed_by(&mut self, node: NodeId, worker: Slot, freed_by: u64) -> bool {
-        self.nodes
-            .get_mut(node as usize)
-            .is_some_and(|node| node.hold_freed_by(worker, freed_by).is_some())
     }
 
     /// Forgets all that `worker` holds. Visits every node: for when a worker leaves.
@@ -385,6 +394,7 @@ impl PrefixTree {
         let cut = lower.start + keep;
         let mut upper = Node {
             chain: Arc::clone(&lower.chain),
+            offset: lower.offset,
             start: lower.start,
             end: cut,
             parent: lower.parent,
@@ -413,6 +423,7 @@ impl PrefixTree {
     fn add_leaf(&mut self, chain: &Chain, start: u32, parent: NodeId) -> NodeId {
         let leaf = self.nodes.insert(Node {
             chain: Arc::clone(chain),
+            offset: 0,
             start,
             end: chain.len() as u32,
             parent,
@@ -440,6 +451,7 @@ impl PrefixTree {
     /// its only child if nothing tells the two apart any longer. Returns the next node above
     /// that was not looked at.
     fn tidy(&mut self, mut id: NodeId) -> NodeId {
+        let mut lost_a_child = false;
         while let Some(node) = self.nodes.get(id as usize)
             && node.holds.is_empty()
             && node.children == 0
@@ -453,12 +465,16 @@ impl PrefixTree {
                 parent.children_xor ^= id;
             }
             id = parent;
+            lost_a_child = true;
         }
         let parent = self
             .nodes
             .get(id as usize)
             .map_or(NO_NODE, |node| node.parent);
         self.merge_with_only_child(id);
+        if lost_a_child {
+            self.shorten(id);
+        }
         parent
     }
 
@@ -470,9 +486,21 @@ impl PrefixTree {
         if upper.children != 1 || !upper.same_holds(&self.nodes[lower_id as usize]) {
             return;
         }
+        let lower = &self.nodes[lower_id as usize];
+        // Compared, because after a collision of hashes it need not be the same path.
+        let covered = lower.offset <= upper.start
+            && lower.chain[(upper.start - lower.offset) as usize] == upper.first_hash();
+        if !covered && upper.len() + lower.len() > MOST_COPIED {
+            return;
+        }
         let upper = self.nodes.remove(upper_id as usize);
         let lower = &mut self.nodes[lower_id as usize];
         self.by_first_hash.remove(&lower.first_hash());
+        if !covered {
+            let joined = [upper.edge(), lower.edge()].concat().into();
+            self.garbage.push(mem::replace(&mut lower.chain, joined));
+            lower.offset = upper.start;
+        }
         for (hold, above) in lower.holds.iter_mut().zip(&upper.holds) {
             hold.computed += above.computed;
         }
@@ -481,6 +509,24 @@ impl PrefixTree {
         self.by_first_hash.insert(upper.first_hash(), lower_id);
         self.replace_child(upper.parent, upper_id, lower_id);
         self.garbage.push(upper.chain);
+    }
+
+    /// Cuts off the end of a leaf that nobody holds any longer, and lets go of a chain that has
+    /// become much longer than the edge.
+    fn shorten(&mut self, id: NodeId) {
+        let Some(node) = self.nodes.get_mut(id as usize) else {
+            return;
+        };
+        if node.children == 0 && node.holds.iter().all(|hold| hold.pins == 0) {
+            let held = node.holds.iter().map(|hold| hold.computed).max();
+            node.end = node.start + held.unwrap_or(0).max(1);
+        }
+        let may_be = SHORT_CHAIN.max(CHAIN_PER_EDGE * node.len() as usize);
+        if node.chain.len() > may_be && node.len() <= MOST_COPIED {
+            let own = Arc::from(node.edge());
+            self.garbage.push(mem::replace(&mut node.chain, own));
+            node.offset = node.start;
+        }
     }
 
     fn replace_child(&mut self, parent: NodeId, old: NodeId, new: NodeId) {
@@ -512,7 +558,7 @@ fn common_prefix(a: &[SequenceHash], b: &[SequenceHash]) -> u32 {
 
 /// Sequence hashes are uniform already; hashing them again would double the cost of a look-up.
 #[derive(Debug, Default)]
-struct AlreadyHashed(u64);
+pub(crate) struct AlreadyHashed(u64);
 
 impl Hasher for AlreadyHashed {
     fn finish(&self) -> u64 {
@@ -527,3 +573,7 @@ impl Hasher for AlreadyHashed {
         self.0 = hash;
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;

@@ -1,0 +1,135 @@
+//! The slow, obviously right model of one worker: a `HashMap<SequenceHash, HashSet<RequestId>>`,
+//! a list for the free queue, and no cleverness.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::num::NonZeroU32;
+
+use foresee_core::sequence::{Sequence, SequenceHash};
+
+pub(crate) const BLOCK_SIZE: NonZeroU32 = NonZeroU32::new(2).unwrap();
+
+/// One block in a worker's free queue; `None` is one whose content nobody can ask for.
+type FreeBlock = Option<SequenceHash>;
+
+#[derive(Debug, Default)]
+pub(crate) struct NaiveWorker {
+    prefix_caching: bool,
+    capacity: usize,
+    pinned: HashMap<SequenceHash, HashSet<u64>>,
+    computed: HashSet<SequenceHash>,
+    /// In the order in which the blocks will be taken.
+    free: VecDeque<FreeBlock>,
+    unshared: HashMap<u64, usize>,
+}
+
+impl NaiveWorker {
+    pub(crate) fn new(capacity: usize, prefix_caching: bool) -> Self {
+        Self {
+            prefix_caching,
+            capacity,
+            ..Self::default()
+        }
+    }
+
+    pub(crate) fn active(&self) -> usize {
+        self.pinned.len() + self.unshared.values().sum::<usize>()
+    }
+
+    /// Blocks without a reference that a request could still hit.
+    pub(crate) fn reusable(&self) -> usize {
+        self.free.iter().flatten().count()
+    }
+
+    /// Blocks that somebody may still ask for, pinned or not.
+    pub(crate) fn cached(&self) -> usize {
+        self.pinned.len() + self.reusable()
+    }
+
+    pub(crate) fn set_capacity(&mut self, capacity: usize) {
+        self.capacity = capacity;
+        self.make_room();
+    }
+
+    pub(crate) fn forget_cache(&mut self) {
+        self.computed.clear();
+        self.free.clear();
+    }
+
+    pub(crate) fn book(&mut self, request: u64, sequence: &Sequence) {
+        if self.prefix_caching {
+            for &hash in sequence.hashes() {
+                self.pinned.entry(hash).or_default().insert(request);
+                self.free.retain(|&free| free != Some(hash));
+            }
+        }
+        self.grow(request, sequence, 0);
+    }
+
+    pub(crate) fn grow(&mut self, request: u64, sequence: &Sequence, generated: u32) {
+        let blocks = (sequence.tokens() + generated).div_ceil(BLOCK_SIZE.get()) as usize;
+        let shared = if self.prefix_caching {
+            sequence.hashes().len()
+        } else {
+            0
+        };
+        self.unshared.insert(request, blocks - shared);
+        self.make_room();
+    }
+
+    pub(crate) fn computed(&mut self, sequence: &Sequence) {
+        if self.prefix_caching {
+            self.computed.extend(sequence.hashes());
+        }
+    }
+
+    /// `computed`: the request had its first token, so its unshared blocks are in the way of
+    /// others' until they are taken.
+    pub(crate) fn free(&mut self, request: u64, sequence: &Sequence, computed: bool) {
+        let unshared = self.unshared.remove(&request).unwrap_or(0);
+        if !self.prefix_caching {
+            return;
+        }
+        if computed {
+            self.free.extend(std::iter::repeat_n(None, unshared));
+        }
+        for hash in sequence.hashes().iter().rev() {
+            let Some(by) = self.pinned.get_mut(hash) else {
+                continue;
+            };
+            by.remove(&request);
+            if by.is_empty() {
+                self.pinned.remove(hash);
+                if self.computed.contains(hash) {
+                    self.free.push_back(Some(*hash));
+                }
+            }
+        }
+        self.make_room();
+    }
+
+    fn make_room(&mut self) {
+        if !self.prefix_caching {
+            return;
+        }
+        while self.free.len() > self.capacity.saturating_sub(self.active()) {
+            if let Some(Some(hash)) = self.free.pop_front() {
+                self.computed.remove(&hash);
+            }
+        }
+    }
+
+    /// Leading blocks that are (cached, active).
+    pub(crate) fn depth(&self, sequence: &Sequence) -> (usize, usize) {
+        let leading = |holds: &dyn Fn(&SequenceHash) -> bool| {
+            sequence
+                .hashes()
+                .iter()
+                .take_while(|hash| holds(hash))
+                .count()
+        };
+        (
+            leading(&|hash| self.computed.contains(hash)),
+            leading(&|hash| self.pinned.contains_key(hash)),
+        )
+    }
+}

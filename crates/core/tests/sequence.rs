@@ -1,0 +1,156 @@
+//! What a sequence promises: equal hashes mean equal prefixes, and nothing else is equal.
+
+#![allow(clippy::unwrap_used)]
+
+use std::num::NonZeroU32;
+
+use foresee_core::sequence::{BytesPerToken, Sequence, salt};
+use proptest::prelude::*;
+
+const FOUR: NonZeroU32 = NonZeroU32::new(4).unwrap();
+
+#[test]
+fn salts_tell_model_adapter_and_cache_salt_apart() {
+    let parts = [
+        ("a", None, None),
+        ("b", None, None),
+        ("ab", None, None),
+        ("a", Some("b"), None),
+        ("a", None, Some("b")),
+        ("a", Some(""), None),
+        ("a", None, Some("")),
+        ("a", Some("b"), Some("c")),
+        ("a", Some("bc"), Some("")),
+        ("a", Some("c"), Some("b")),
+        ("", None, None),
+    ];
+    let prompt: Vec<u32> = (0..40).collect();
+    for (i, &(model, lora, cache_salt)) in parts.iter().enumerate() {
+        let one = Sequence::from_tokens(&prompt, FOUR, salt(model, lora, cache_salt));
+        assert_eq!(one.hashes().len(), 10);
+        for &(model, lora, cache_salt) in &parts[..i] {
+            let other = Sequence::from_tokens(&prompt, FOUR, salt(model, lora, cache_salt));
+            let equal = one.hashes().iter().zip(other.hashes());
+            assert_eq!(equal.filter(|(a, b)| a == b).count(), 0);
+        }
+    }
+}
+
+#[test]
+fn partial_blocks_count_and_have_no_hash() {
+    for (tokens, blocks, hashes, reusable) in [
+        (0, 0, 0, 0),
+        (1, 1, 0, 0),
+        (4, 1, 1, 0),
+        (5, 2, 1, 1),
+        (8, 2, 2, 1),
+        (9, 3, 2, 2),
+    ] {
+        let sequence = Sequence::from_tokens(&vec![1; tokens], FOUR, 0);
+        assert_eq!(sequence.tokens() as usize, tokens);
+        assert_eq!(sequence.blocks(), blocks);
+        assert_eq!(sequence.hashes().len(), hashes);
+        assert_eq!(sequence.reusable_blocks(), reusable);
+    }
+}
+
+#[test]
+fn an_opaque_tail_counts_and_matches_nothing() {
+    let head = Sequence::from_tokens(&[7; 10], FOUR, 0);
+    let whole = head.clone().with_opaque_tail(90);
+    assert_eq!(whole.hashes(), head.hashes());
+    assert_eq!((whole.tokens(), whole.blocks()), (100, 25));
+    assert_eq!(whole.with_opaque_tail(u32::MAX).tokens(), u32::MAX);
+    assert!(Sequence::opaque(1000, FOUR).hashes().is_empty());
+}
+
+/// Leading blocks with equal content, and with equal hashes.
+fn common<T: PartialEq>(a: &[T], b: &[T]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
+proptest! {
+    /// Hashes agree exactly as far as whole blocks do.
+    #[test]
+    fn equal_prefixes_have_equal_hashes(
+        a in prop::collection::vec(0..2_u32, 0..60),
+        b in prop::collection::vec(0..2_u32, 0..60),
+        keep in 0..60_usize,
+        block_size in 1..9_u32,
+        salt in any::<u64>(),
+    ) {
+        let b: Vec<u32> = a.iter().take(keep).chain(&b).copied().collect();
+        let block_size = NonZeroU32::new(block_size).unwrap();
+        let hash = |tokens: &[u32]| Sequence::from_tokens(tokens, block_size, salt);
+        let blocks = common(&a, &b) / block_size.get() as usize;
+        prop_assert_eq!(common(hash(&a).hashes(), hash(&b).hashes()), blocks);
+    }
+
+    /// The same for text; and however it is cut, there are no more hashes than full blocks.
+    #[test]
+    fn text_behaves_as_tokens_do(
+        a in prop::collection::vec(0..2_u8, 0..300),
+        b in prop::collection::vec(0..2_u8, 0..300),
+        keep in 0..300_usize,
+        bytes_per_token in prop_oneof![
+            0.25..8.0,
+            Just(0.0), Just(-1.0), Just(1e-9), Just(1e30), Just(f64::NAN), Just(f64::INFINITY),
+        ],
+        block_size in prop_oneof![1..9_u32, Just(u32::MAX)],
+    ) {
+        let b: Vec<u8> = a.iter().take(keep).chain(&b).copied().collect();
+        let block_size = NonZeroU32::new(block_size).unwrap();
+        let cut = |text: &[u8]| Sequence::from_text(text, bytes_per_token, block_size, 3);
+        let (one, other) = (cut(&a), cut(&b));
+        for sequence in [&one, &other] {
+            let full = sequence.tokens() / block_size.get();
+            prop_assert!(sequence.hashes().len() <= full as usize);
+        }
+        let piece = ((bytes_per_token * f64::from(block_size.get())).round() as usize).max(1);
+        let most = (u32::MAX / block_size.get()) as usize;
+        let pieces = (common(&a, &b) / piece).min(most);
+        prop_assert_eq!(common(one.hashes(), other.hashes()), pieces);
+    }
+}
+
+#[test]
+fn text_is_estimated_by_its_bytes() {
+    let sequence = Sequence::from_text(&[b'x'; 1000], 4.0, FOUR, 0);
+    assert_eq!((sequence.tokens(), sequence.blocks()), (250, 63));
+    assert_eq!(sequence.hashes().len(), 62);
+    let coarser = Sequence::from_text(&[b'x'; 1000], 5.0, FOUR, 0);
+    assert_eq!(coarser.tokens(), 200);
+    assert_eq!(common(sequence.hashes(), coarser.hashes()), 0);
+}
+
+#[test]
+fn bytes_per_token_follow_what_is_seen_and_not_every_wobble() {
+    let mut ratio = BytesPerToken::default();
+    assert_eq!(ratio.get(), 4.0);
+    for _ in 0..100 {
+        assert!(!ratio.observe(4_400, 1_000), "10 % more is no reason");
+    }
+    assert_eq!(ratio.get(), 4.0);
+
+    let mut ratio = BytesPerToken::default();
+    let changes: Vec<usize> = (0..300).filter(|_| ratio.observe(2_000, 1_000)).collect();
+    assert_eq!(changes, [15], "once, when enough was seen");
+    assert_eq!(ratio.get(), 2.0);
+    let changes = (0..1000).filter(|_| ratio.observe(6_000, 1_000)).count();
+    assert!(changes < 12, "{changes} changes on the way from 2 to 6");
+    assert!((ratio.get() / 6.0 - 1.0).abs() < 0.16, "{}", ratio.get());
+}
+
+#[test]
+fn bytes_per_token_take_nothing_from_nothing() {
+    let mut ratio = BytesPerToken::default();
+    for _ in 0..100 {
+        assert!(!ratio.observe(0, 10));
+        assert!(!ratio.observe(10, 0));
+    }
+    assert_eq!(ratio.get(), 4.0);
+    for _ in 0..100 {
+        ratio.observe(usize::MAX, 1);
+    }
+    assert_eq!(ratio.get(), 64.0);
+}
