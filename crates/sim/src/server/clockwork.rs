@@ -36,6 +36,8 @@ pub(super) struct Snapshot {
     pub(super) running: usize,
     pub(super) waiting: usize,
     pub(super) pinned_blocks: u32,
+    /// Distinct blocks in the prefix cache.
+    pub(super) cached_hashes: usize,
     pub(super) totals: Totals,
 }
 
@@ -219,6 +221,7 @@ impl Driver {
                     running: self.engine.running(),
                     waiting: self.engine.waiting(),
                     pinned_blocks: self.engine.pinned_blocks(),
+                    cached_hashes: self.engine.cached_hashes(),
                     totals: self.engine.totals(),
                 });
             }
