@@ -27,7 +27,9 @@ pub(crate) struct ServeArgs {
     /// Where metrics, health and admin listen: not for the public
     #[arg(long, default_value = "127.0.0.1:8081", env = "FORESEE_ADMIN_LISTEN")]
     admin_listen: SocketAddr,
-    /// A worker's URL and its options, by commas: name=NAME, blocks=N, prefix-caching=on|off; repeat for more
+    /// A worker's URL and its options, by commas: name=NAME, blocks=N, prefix-caching=on|off,
+    /// kv-events=tcp://HOST:PORT, replay=tcp://HOST:PORT; repeat for more. Write
+    /// kv-events=bind:tcp://*:PORT if the engine dials the router
     ///
     /// In FORESEE_WORKER they are separated by white space.
     #[arg(
@@ -79,6 +81,7 @@ impl ServeArgs {
             first_byte_timeout: self.first_byte_timeout,
             shutdown_timeout: self.shutdown_timeout,
             io_threads: self.io_threads.unwrap_or_else(default_io_threads),
+            ..GatewayConfig::default()
         }
     }
 }

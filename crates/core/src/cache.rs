@@ -126,6 +126,16 @@ impl CacheView {
         self.blocks.is_empty()
     }
 
+    /// What an index that knows nothing must be told.
+    #[must_use]
+    pub fn contents(&self) -> Changes {
+        let reachable = self.blocks.values().filter(|it| it.reachable);
+        Changes {
+            added: reachable.map(|it| it.hash).collect(),
+            ..self.no_changes()
+        }
+    }
+
     /// Blocks came to be cached.
     pub fn store(&mut self, stored: &StoredBlocks<'_>) -> Changes {
         let mut changes = self.no_changes();

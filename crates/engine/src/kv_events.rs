@@ -8,11 +8,16 @@
 //! What is decoded is what was said. What it means for an index (stores and removes to be
 //! counted, unknown parents, groups that are windows) is for the index to know.
 mod decode;
+mod encode;
 mod extra_keys;
 mod framing;
 
 pub use decode::{DecodeError, decode_batch};
-pub use framing::{FrameError, Message, Replay, parse_message, parse_replay, replay_request};
+pub use encode::{Layout, encode_batch};
+pub use framing::{
+    FrameError, Message, Replay, parse_message, parse_replay, parse_replay_request, replay_end,
+    replay_request,
+};
 
 /// The events of one engine step, in order. Order matters: what is cleared may be stored again
 /// in the same batch.

@@ -13,9 +13,9 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::config::WorkerConfig;
-use crate::health::watch_worker;
 use crate::reply::{self, Body};
 use crate::shared::Shared;
+use crate::workers::{Worker, start_watching};
 
 const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -84,9 +84,11 @@ impl Shared {
     }
 
     fn show(&self, worker: &WorkerSnapshot) -> Value {
+        let known = self.workers.get(worker.id);
+        let follows_events = known.as_ref().is_some_and(|it| it.events.read().followed);
         json!({
             "name": worker.name,
-            "url": self.workers.get(worker.id).map(|worker| worker.config.url()),
+            "url": known.as_ref().map(|worker| worker.config.url()),
             "state": worker.state.as_str(),
             "models": worker.models,
             "requests": worker.requests,
@@ -94,7 +96,8 @@ impl Shared {
             "context_tokens": worker.context_tokens,
             "prefill_tokens": worker.prefill_tokens,
             "cached_blocks": worker.cached_blocks,
-            "cache_source": "shadow",
+            "cache_source": if follows_events { "events" } else { "shadow" },
+            "kv_events": known.and_then(|worker| show_events(&worker)),
             "capacity_blocks": worker.capacity_blocks,
             "prefill_tokens_per_second": worker.prefill_speed,
             "inter_token_latency_seconds": worker.inter_token_latency.as_secs_f64(),
@@ -121,7 +124,7 @@ impl Shared {
             .workers
             .add(&self.router, config, self.config.prefix_caching)
             .map_err(|error| ApiError::bad_request(error.to_string(), Some("url")))?;
-        tokio::spawn(watch_worker(Arc::clone(self), worker));
+        start_watching(self, worker);
         let body = json!({ "name": name });
         Ok(reply::json(StatusCode::ACCEPTED, body.to_string()))
     }
@@ -153,6 +156,23 @@ impl Shared {
         }
         self.workers.remove(&self.router, id);
     }
+}
+
+/// How a worker's KV events stand; `None` if it has none.
+fn show_events(worker: &Worker) -> Option<Value> {
+    let source = worker.config.kv_events.as_ref()?;
+    let standing = worker.events.read();
+    Some(json!({
+        "source": source.to_string(),
+        "replay": source.replay,
+        "state": standing.state.as_str(),
+        "exact": standing.exact,
+        "last_sequence": standing.last_sequence,
+        "lag_seconds": standing.lag_seconds,
+        "batches": standing.batches,
+        "gaps": standing.gaps,
+        "lost": standing.lost,
+    }))
 }
 
 /// A part of a path as it was meant: names are often `HOST:PORT`, and many clients write that

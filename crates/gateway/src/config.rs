@@ -9,6 +9,8 @@ use foresee_core::router::RouterConfig;
 use http::uri::{Authority, Scheme};
 use http::{HeaderValue, Uri};
 
+use crate::subscribe::{EventSource, check_endpoint};
+
 /// How a gateway listens, routes and fails. The defaults are those of the command line.
 #[derive(Clone, Debug)]
 pub struct GatewayConfig {
@@ -26,6 +28,8 @@ pub struct GatewayConfig {
     pub max_body_bytes: usize,
     /// Time between two health probes of a worker.
     pub probe_interval: Duration,
+    /// How long a worker's KV events may be unusable until its cache is guessed instead.
+    pub events_grace: Duration,
     /// How long a worker may take to accept a connection, or to answer a probe.
     pub connect_timeout: Duration,
     /// How long a worker may take until the first byte of its answer.
@@ -46,6 +50,7 @@ impl Default for GatewayConfig {
             prefix_caching: true,
             max_body_bytes: 32 << 20,
             probe_interval: Duration::from_secs(1),
+            events_grace: Duration::from_secs(5),
             connect_timeout: Duration::from_secs(2),
             first_byte_timeout: Duration::from_secs(600),
             shutdown_timeout: Duration::from_secs(30),
@@ -62,7 +67,8 @@ pub fn default_io_threads() -> NonZeroUsize {
     NonZeroUsize::new(processors / 2).unwrap_or(NonZeroUsize::MIN)
 }
 
-/// One worker, written `URL[,name=…][,blocks=N][,prefix-caching=on|off]`.
+/// One worker, written
+/// `URL[,name=…][,blocks=N][,prefix-caching=on|off][,kv-events=ENDPOINT[,replay=ENDPOINT]]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkerConfig {
     /// Unique name; host and port of the URL by default.
@@ -75,6 +81,8 @@ pub struct WorkerConfig {
     pub blocks: Option<u32>,
     /// Whether it shares blocks between requests, if not as the gateway's default.
     pub prefix_caching: Option<bool>,
+    /// Where it says what it caches, if it does.
+    pub kv_events: Option<EventSource>,
 }
 
 /// What is wrong with a worker's description.
@@ -122,6 +130,7 @@ impl WorkerConfig {
             base_path: uri.path().trim_end_matches('/').to_owned(),
             blocks: None,
             prefix_caching: None,
+            kv_events: None,
         })
     }
 }
@@ -136,6 +145,7 @@ impl FromStr for WorkerConfig {
         };
         let mut parts = given.split(',');
         let mut worker = Self::from_url(parts.next().unwrap_or("").trim()).map_err(fail)?;
+        let mut replay = None;
         for option in parts {
             let (key, value) = option
                 .split_once('=')
@@ -159,10 +169,27 @@ impl FromStr for WorkerConfig {
                 ("prefix-caching", _) => {
                     return Err(fail("`prefix-caching` is neither on nor off".to_owned()));
                 }
+                ("kv-events", source) => {
+                    let source = source.parse();
+                    worker.kv_events =
+                        Some(source.map_err(|error| fail(format!("`kv-events`: {error}")))?);
+                }
+                ("replay", endpoint) => {
+                    let checked = check_endpoint(endpoint);
+                    checked.map_err(|error| fail(format!("`replay`: {error}")))?;
+                    replay = Some(endpoint.to_owned());
+                }
                 (key, _) => {
-                    let known = "name, blocks or prefix-caching";
+                    let known = "name, blocks, prefix-caching, kv-events or replay";
                     return Err(fail(format!("unknown option `{key}`: use {known}")));
                 }
+            }
+        }
+        match (&mut worker.kv_events, replay) {
+            (Some(source), replay) => source.replay = replay,
+            (None, None) => {}
+            (None, Some(_)) => {
+                return Err(fail("`replay` goes with `kv-events`".to_owned()));
             }
         }
         Ok(worker)
@@ -185,6 +212,24 @@ mod tests {
         assert_eq!(full.url(), "http://gpu1:8000/engine");
         assert_eq!((full.name.as_str(), full.blocks), ("a", Some(27312)));
         assert_eq!(full.prefix_caching, Some(false));
+        assert_eq!(full.kv_events, None);
+
+        let events: WorkerConfig = "a:1,replay=tcp://a:5558,kv-events=tcp://a:5557"
+            .parse()
+            .unwrap();
+        let source = events.kv_events.unwrap();
+        assert_eq!(
+            (source.endpoint.as_str(), source.binds),
+            ("tcp://a:5557", false)
+        );
+        assert_eq!(source.replay.as_deref(), Some("tcp://a:5558"));
+
+        let dialled: WorkerConfig = "a:1,kv-events=bind:tcp://*:5557".parse().unwrap();
+        let source = dialled.kv_events.unwrap();
+        assert_eq!(
+            (source.endpoint.as_str(), source.binds),
+            ("tcp://0.0.0.0:5557", true)
+        );
     }
 
     #[test]
@@ -198,6 +243,11 @@ mod tests {
             ("http://a:1,name=", "`name`"),
             ("http://a:1,name=two words", "`name`"),
             ("http://a:1?x=1", "query"),
+            ("http://a:1,replay=tcp://a:1", "goes with"),
+            ("http://a:1,kv-events=a:5557", "`kv-events`"),
+            ("http://a:1,kv-events=tcp://*:5557", "`*`"),
+            ("http://a:1,kv-events=udp://a:5557", "`kv-events`"),
+            ("http://a:1,kv-events=tcp://a:1,replay=nowhere", "`replay`"),
         ] {
             let error = given.parse::<WorkerConfig>().unwrap_err().to_string();
             assert!(error.contains(says), "{given}: {error}");

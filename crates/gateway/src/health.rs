@@ -43,6 +43,10 @@ pub(crate) async fn watch_worker(shared: Arc<Shared>, worker: Arc<Worker>) {
             if worker.is_back() {
                 tracing::info!(worker = %name, "worker was away: its cache counts as empty");
                 shared.router.forget_cache(worker.id);
+                worker.resubscribe.notify_one();
+            } else if failures >= FAILURES_UNTIL_OUT {
+                // Its connections may be gone without anybody having said so.
+                worker.resubscribe.notify_one();
             }
             if successes % PROBES_PER_LOOK_AT_MODELS == 0 {
                 learn_what_it_serves(&shared, &worker).await;
@@ -70,7 +74,7 @@ pub(crate) async fn watch_worker(shared: Arc<Shared>, worker: Arc<Worker>) {
             }
         }
         tokio::select! {
-            () = worker.removed.notified() => return,
+            () = worker.until_removed() => return,
             () = worker.suspect.notified() => {}
             () = tokio::time::sleep(shared.config.probe_interval) => {}
         }
@@ -83,7 +87,7 @@ async fn learn_what_it_serves(shared: &Shared, worker: &Worker) {
         let models = read_models(&body);
         let names = models.iter().map(|(id, _)| id.clone()).collect();
         shared.router.set_models(worker.id, names);
-        *worker.models.write() = models;
+        worker.set_models(models);
     }
     if worker.config.blocks.is_none()
         && let Ok(body) = get(shared, worker, "/metrics").await

@@ -2,7 +2,7 @@
 //!
 //! One request's life: `proxy` reads and routes it, `attempts` sends it until a worker answers,
 //! by `forward`; `watch` passes the answer through and tells the booking what it sees; dropping
-//! the answer frees the booking. Beside that, `workers` and `health` keep the fleet, `admin`
+//! the answer frees the booking. Beside that, `workers` and `health` keep the fleet, `subscribe` follows its caches, `admin`
 //! shows it, `metrics` counts, and `server` starts and stops it all.
 
 mod admin;
@@ -17,6 +17,7 @@ mod proxy;
 mod reply;
 mod server;
 mod shared;
+mod subscribe;
 mod text;
 mod watch;
 mod workers;
@@ -24,3 +25,4 @@ mod workers;
 pub use config::{GatewayConfig, WorkerConfig, WorkerConfigError, default_io_threads};
 pub use listen::raise_open_file_limit;
 pub use server::{Gateway, StartError};
+pub use subscribe::EventSource;

@@ -60,6 +60,9 @@ pub(crate) struct Metrics {
     pub(crate) time_to_first_token: Histogram,
     pub(crate) inter_token_latency: Histogram,
     pub(crate) probe_failures: Family<WorkerLabel, Counter>,
+    pub(crate) kv_event_batches: Family<WorkerLabel, Counter>,
+    pub(crate) kv_event_gaps: Family<WorkerLabel, Counter>,
+    worker_events_live: WorkerGauge,
     bookings: Gauge,
     tracked_edges: Gauge,
     worker_up: WorkerGauge,
@@ -91,6 +94,9 @@ impl Metrics {
             time_to_first_token,
             inter_token_latency,
             probe_failures: Family::default(),
+            kv_event_batches: Family::default(),
+            kv_event_gaps: Family::default(),
+            worker_events_live: Family::default(),
             bookings: Gauge::default(),
             tracked_edges: Gauge::default(),
             worker_up: Family::default(),
@@ -122,6 +128,9 @@ impl Metrics {
             bookings: "Requests booked now",
             tracked_edges: "Runs of blocks tracked; memory is proportional to it",
             probe_failures: "Health probes that failed",
+            kv_event_batches: "Batches of KV events applied, replayed ones included",
+            kv_event_gaps: "Times that batches of KV events were missing, replayed or not",
+            worker_events_live: "Whether the worker's KV events tell what it caches, rather than the shadow",
             worker_up: "Whether the worker can be chosen",
             worker_requests: "Requests booked on the worker",
             worker_active_blocks: "Predicted active KV blocks of the worker",
@@ -169,6 +178,19 @@ impl Metrics {
         self.requests
             .get_or_create(&[("outcome", outcome.as_str())])
             .inc();
+    }
+
+    /// Whether a worker's events are what the router follows.
+    pub(crate) fn events_live(&self, worker: &str, live: bool) {
+        let label = [("worker", worker.to_owned())];
+        let gauge = self.worker_events_live.get_or_create(&label);
+        gauge.set(live.into());
+    }
+
+    /// A worker is gone.
+    pub(crate) fn forget_events(&self, worker: &str) {
+        let label = [("worker", worker.to_owned())];
+        self.worker_events_live.remove(&label);
     }
 
     pub(crate) fn overlap(&self, kind: &'static str, blocks: u32) {

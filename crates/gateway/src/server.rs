@@ -28,13 +28,12 @@ use tokio::task::{JoinHandle, JoinSet};
 use crate::clock::Clock;
 use crate::config::GatewayConfig;
 use crate::forward::{Forwarder, KEEPALIVE};
-use crate::health::watch_worker;
 use crate::listen::listen;
 use crate::metrics::Metrics;
 use crate::reply::Body;
 use crate::shared::{RequestIds, Shared};
 use crate::text::TextRatios;
-use crate::workers::Workers;
+use crate::workers::{Workers, start_watching};
 
 /// How long a client may take to send the head of a request.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -117,7 +116,7 @@ impl Gateway {
             .collect::<Result<Vec<_>, _>>()
             .map_err(StartError::Thread)?;
         for worker in workers {
-            tokio::spawn(watch_worker(Arc::clone(&shared), worker));
+            start_watching(&shared, worker);
         }
         let for_admin = Arc::clone(&shared);
         let timeout = shared.config.shutdown_timeout;
@@ -164,7 +163,7 @@ impl Gateway {
             tracing::error!(%error, "the admin listener failed");
         }
         for worker in self.shared.workers.all() {
-            worker.removed.notify_one();
+            worker.remove();
         }
     }
 }

@@ -11,9 +11,12 @@ use http::uri::{PathAndQuery, Scheme};
 use http::{HeaderValue, Uri};
 use parking_lot::RwLock;
 use serde_json::value::RawValue;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use crate::config::WorkerConfig;
+use crate::health::watch_worker;
+use crate::shared::Shared;
+use crate::subscribe::{Board, follow_events};
 
 /// One worker, as requests reach it.
 #[derive(Debug)]
@@ -26,12 +29,20 @@ pub(crate) struct Worker {
     pub(crate) models: RwLock<Vec<(String, Box<RawValue>)>>,
     /// Asks for a probe now rather than at the next interval.
     pub(crate) suspect: Notify,
-    /// Tells its probe to end.
-    pub(crate) removed: Notify,
+    /// How its KV events stand.
+    pub(crate) events: Board,
+    /// Asks for its KV events to be subscribed to anew: it was away.
+    pub(crate) resubscribe: Notify,
+    /// Whether it has said which models it serves.
+    knows_models: watch::Sender<bool>,
+    /// Tells what watches it to end.
+    removed: watch::Sender<bool>,
     /// When something last came from it, in milliseconds of the gateway's clock.
     heard_at: AtomicU64,
     /// Nobody listened at its address: when somebody does again, its cache is gone.
     absent: AtomicBool,
+    /// It came back after being absent, and whoever follows its events does not know yet.
+    lost_its_cache: AtomicBool,
 }
 
 impl Worker {
@@ -53,7 +64,46 @@ impl Worker {
 
     /// It answers. Returns whether it was absent since this was last asked.
     pub(crate) fn is_back(&self) -> bool {
-        self.absent.swap(false, Ordering::Relaxed)
+        let was_absent = self.absent.swap(false, Ordering::Relaxed);
+        self.lost_its_cache.fetch_or(was_absent, Ordering::Relaxed);
+        was_absent
+    }
+
+    /// Whether it came back after being absent since this was last asked.
+    pub(crate) fn lost_its_cache(&self) -> bool {
+        self.lost_its_cache.swap(false, Ordering::Relaxed)
+    }
+
+    /// It said which models it serves.
+    pub(crate) fn set_models(&self, models: Vec<(String, Box<RawValue>)>) {
+        let known = !models.is_empty();
+        *self.models.write() = models;
+        self.knows_models.send_replace(known);
+    }
+
+    /// The first model it serves, once it has said so.
+    pub(crate) async fn first_model(&self) -> String {
+        let mut known = self.knows_models.subscribe();
+        loop {
+            // The sender is as old as this worker, so waiting does not fail.
+            let _ = known.wait_for(|known| *known).await;
+            if let Some((model, _)) = self.models.read().first() {
+                return model.clone();
+            }
+            let _ = known.changed().await;
+        }
+    }
+
+    /// Tells what watches it to end.
+    pub(crate) fn remove(&self) {
+        self.removed.send_replace(true);
+    }
+
+    /// Waits until it is removed.
+    pub(crate) async fn until_removed(&self) {
+        let mut removed = self.removed.subscribe();
+        // The sender is as old as this worker, so waiting does not fail.
+        let _ = removed.wait_for(|removed| *removed).await;
     }
 
     /// The worker's URL for a path and query of the gateway's.
@@ -97,9 +147,13 @@ impl Workers {
             config,
             models: RwLock::default(),
             suspect: Notify::new(),
-            removed: Notify::new(),
+            events: Board::default(),
+            resubscribe: Notify::new(),
+            knows_models: watch::Sender::new(false),
+            removed: watch::Sender::new(false),
             heard_at: AtomicU64::new(0),
             absent: AtomicBool::new(false),
+            lost_its_cache: AtomicBool::new(false),
         });
         self.by_id.write().insert(id, Arc::clone(&worker));
         Ok(worker)
@@ -108,7 +162,7 @@ impl Workers {
     pub(crate) fn remove(&self, router: &Router, id: WorkerId) {
         if let Some(worker) = self.by_id.write().remove(&id) {
             router.remove_worker(id);
-            worker.removed.notify_one();
+            worker.remove();
         }
     }
 
@@ -122,4 +176,10 @@ impl Workers {
         all.sort_by_key(|worker| worker.id);
         all
     }
+}
+
+/// Starts what watches a worker until it is removed.
+pub(crate) fn start_watching(shared: &Arc<Shared>, worker: Arc<Worker>) {
+    tokio::spawn(watch_worker(Arc::clone(shared), Arc::clone(&worker)));
+    tokio::spawn(follow_events(Arc::clone(shared), worker));
 }

@@ -1,13 +1,14 @@
 //! The engine behind HTTP in real time: a stand-in for vLLM that needs no GPU.
 //!
 //! It answers what a router asks of vLLM, in vLLM's shapes: completions, chats and embeddings,
-//! streamed or not, `/v1/models`, `/health`, `/metrics`, and errors. A request whose client goes
+//! streamed or not, `/v1/models`, `/health`, `/metrics`, errors, and KV events over ZMQ. A request whose client goes
 //! away is aborted at once.
 
 mod clockwork;
 mod completion;
 mod job;
 mod metrics;
+mod publish;
 mod wire;
 
 use std::convert::Infallible;
@@ -34,6 +35,10 @@ use tokio::task::JoinSet;
 use crate::engine::EngineConfig;
 use crate::server::clockwork::Clockwork;
 use crate::server::job::Job;
+use crate::server::publish::Publication;
+
+pub use crate::server::publish::KvEventsConfig;
+pub use foresee_engine::kv_events::Layout;
 
 /// Largest request body, in bytes.
 const BODY_LIMIT: usize = 64 << 20;
@@ -54,6 +59,8 @@ pub struct ServerConfig {
     pub time_scale: f64,
     /// Most tokens of prompt and output together. At most what the KV cache holds.
     pub max_model_len: u32,
+    /// How it publishes what it caches; `None` for not at all.
+    pub kv_events: Option<KvEventsConfig>,
 }
 
 impl ServerConfig {
@@ -66,6 +73,7 @@ impl ServerConfig {
             engine,
             time_scale: 1.0,
             max_model_len: capacity.min(131_072),
+            kv_events: None,
         }
     }
 
@@ -102,7 +110,7 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 /// Serves until `shutdown` completes; then connections are cut, as when an engine dies.
 ///
 /// # Errors
-/// When the configuration is contradictory.
+/// When the configuration is contradictory, or KV events cannot be published where it says.
 pub async fn serve(
     config: ServerConfig,
     listener: TcpListener,
@@ -111,13 +119,21 @@ pub async fn serve(
     config
         .check()
         .map_err(|message| io::Error::new(io::ErrorKind::InvalidInput, message))?;
-    // The engine keeps events for somebody to take; here is nobody.
+    let (publication, publisher) = match config.kv_events.clone() {
+        Some(events) => {
+            let (publication, publisher) = Publication::open(events).await?;
+            (Some(publication), Some(publisher))
+        }
+        None => (None, None),
+    };
     let engine = EngineConfig {
-        cache_events: false,
+        // Without a publisher nobody would take them.
+        cache_events: publisher.is_some(),
         ..config.engine.clone()
     };
     let server = Arc::new(Server {
-        clockwork: Clockwork::start(engine, config.time_scale),
+        clockwork: Clockwork::start(engine, config.time_scale, publisher),
+        published: publication.as_ref().map(Publication::counter),
         config,
         requests: AtomicU64::new(0),
     });
@@ -125,7 +141,7 @@ pub async fn serve(
     tokio::pin!(shutdown);
     loop {
         let accepted = tokio::select! {
-            () = &mut shutdown => return Ok(()),
+            () = &mut shutdown => break,
             accepted = listener.accept() => accepted,
         };
         match accepted {
@@ -137,6 +153,10 @@ pub async fn serve(
         }
         while connections.try_join_next().is_some() {}
     }
+    if let Some(publication) = publication {
+        publication.close().await;
+    }
+    Ok(())
 }
 
 struct Server {
@@ -144,6 +164,8 @@ struct Server {
     clockwork: Clockwork,
     /// Requests so far, to name them.
     requests: AtomicU64,
+    /// Batches of KV events published so far.
+    published: Option<Arc<AtomicU64>>,
 }
 
 impl Server {
@@ -189,7 +211,9 @@ impl Server {
             (&Method::GET, "/health") => return Ok(response(TEXT, Vec::new())),
             (&Method::GET, "/metrics") => {
                 let snapshot = self.clockwork.snapshot().await.map_err(stopping)?;
-                let text = metrics::render(&self.config, &snapshot);
+                let published = self.published.as_ref();
+                let published = published.map(|batches| batches.load(Ordering::Relaxed));
+                let text = metrics::render(&self.config, &snapshot, published);
                 return Ok(response(PROMETHEUS, text.into_bytes()));
             }
             (method, path) => return Err(ApiError::path_not_found(method.as_str(), path)),

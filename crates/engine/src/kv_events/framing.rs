@@ -55,6 +55,29 @@ pub fn replay_request(from: u64) -> [Vec<u8>; 2] {
     [Vec::new(), from.to_be_bytes().to_vec()]
 }
 
+/// Understands what a ROUTER socket receives after the asker's identity: the sequence number to
+/// begin at. As with vLLM, what is no such request gets no answer.
+#[must_use]
+pub fn parse_replay_request<F: AsRef<[u8]>>(frames: &[F]) -> Option<u64> {
+    let [empty, from] = frames else {
+        return None;
+    };
+    let from = from.as_ref().try_into().ok().map(u64::from_be_bytes);
+    from.filter(|_| empty.as_ref().is_empty())
+}
+
+/// The frames that end a replay, as vLLM sends them since 0.26: an empty one, an empty topic, the
+/// highest number, and no payload.
+#[must_use]
+pub fn replay_end() -> [Vec<u8>; 4] {
+    [
+        Vec::new(),
+        Vec::new(),
+        END.to_be_bytes().to_vec(),
+        Vec::new(),
+    ]
+}
+
 /// Understands what a DEALER socket receives in answer: an empty frame, then sequence number and
 /// payload (vLLM up to 0.25, older SGLang), or topic, sequence number and payload.
 ///
@@ -150,5 +173,10 @@ mod tests {
     #[test]
     fn a_replay_request_is_eight_bytes_after_an_empty_frame() {
         assert_eq!(replay_request(7), [vec![], SEVEN.to_vec()]);
+        assert_eq!(parse_replay_request(&replay_request(7)), Some(7));
+        assert_eq!(parse_replay_request(&[SEVEN]), None);
+        assert_eq!(parse_replay_request(&[b"x", SEVEN]), None);
+        assert_eq!(parse_replay_request(&[&b""[..], b"short"]), None);
+        assert_eq!(parse_replay(&replay_end()), Ok(Replay::End));
     }
 }

@@ -11,6 +11,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use crate::engine::{Engine, EngineConfig, EngineRequest, Step, SubmitError, Totals};
+use crate::server::publish::{Content, Publisher};
 
 /// How far the clock may fall behind. Timers are coarse and machines busy, so steps that end late
 /// are made up for; after a longer halt the time is lost.
@@ -35,11 +36,20 @@ pub(super) struct Snapshot {
     pub(super) running: usize,
     pub(super) waiting: usize,
     pub(super) pinned_blocks: u32,
+    /// Distinct blocks in the prefix cache.
+    pub(super) cached_hashes: usize,
     pub(super) totals: Totals,
 }
 
+/// A request to the engine, and what its blocks contain, if that is known.
+#[derive(Clone, Debug)]
+pub(super) struct Submission {
+    pub(super) request: EngineRequest,
+    pub(super) content: Option<Arc<Content>>,
+}
+
 enum Command {
-    Submit(Vec<EngineRequest>, watch::Sender<Outcome>),
+    Submit(Vec<Submission>, watch::Sender<Outcome>),
     Abort(Range<u64>),
     Snapshot(oneshot::Sender<Snapshot>),
 }
@@ -58,13 +68,14 @@ pub(super) struct Stopped;
 
 impl Clockwork {
     /// Starts an engine that runs `speed` times as fast as its step law says.
-    pub(super) fn start(config: EngineConfig, speed: f64) -> Self {
+    pub(super) fn start(config: EngineConfig, speed: f64, publisher: Option<Publisher>) -> Self {
         let (commands, inbox) = mpsc::unbounded_channel();
         let driver = Driver {
             engine: Engine::new(config),
             speed,
             inbox,
             recipients: HashMap::new(),
+            publisher,
         };
         tokio::spawn(driver.run());
         Self {
@@ -74,11 +85,11 @@ impl Clockwork {
     }
 
     /// Submits the choices of a request. Their ids are given here.
-    pub(super) fn submit(&self, mut choices: Vec<EngineRequest>) -> Generation {
+    pub(super) fn submit(&self, mut choices: Vec<Submission>) -> Generation {
         let count = choices.len() as u64;
         let first = self.next_id.fetch_add(count, Ordering::Relaxed);
         for (choice, id) in choices.iter_mut().zip(first..) {
-            choice.id = id;
+            choice.request.id = id;
         }
         let begun = Ok(vec![Progress::default(); choices.len()]);
         let (sender, progress) = watch::channel(begun);
@@ -148,6 +159,7 @@ struct Driver {
     speed: f64,
     inbox: mpsc::UnboundedReceiver<Command>,
     recipients: HashMap<u64, Recipient>,
+    publisher: Option<Publisher>,
 }
 
 impl Driver {
@@ -164,6 +176,9 @@ impl Driver {
                 clock = Instant::now();
                 continue;
             };
+            if let Some(publisher) = &mut self.publisher {
+                publisher.note(self.engine.take_cache_events());
+            }
             let now = Instant::now();
             clock = clock.max(now.checked_sub(MOST_LAG).unwrap_or(now));
             clock += step.duration.div_f64(self.speed);
@@ -197,7 +212,7 @@ impl Driver {
             Command::Abort(ids) => {
                 for id in ids {
                     self.engine.abort(id);
-                    self.recipients.remove(&id);
+                    self.forget(id);
                 }
             }
             Command::Snapshot(reply) => {
@@ -206,32 +221,47 @@ impl Driver {
                     running: self.engine.running(),
                     waiting: self.engine.waiting(),
                     pinned_blocks: self.engine.pinned_blocks(),
+                    cached_hashes: self.engine.cached_hashes(),
                     totals: self.engine.totals(),
                 });
             }
         }
     }
 
-    fn submit(&mut self, choices: Vec<EngineRequest>, progress: watch::Sender<Outcome>) {
+    fn submit(&mut self, choices: Vec<Submission>, progress: watch::Sender<Outcome>) {
         let progress = Arc::new(progress);
-        let ids: Vec<u64> = choices.iter().map(|choice| choice.id).collect();
-        for (choice, request) in choices.into_iter().enumerate() {
-            let id = request.id;
-            if let Err(error) = self.engine.submit(request) {
+        let ids: Vec<u64> = choices.iter().map(|choice| choice.request.id).collect();
+        for (choice, submission) in choices.into_iter().enumerate() {
+            let id = submission.request.id;
+            if let Err(error) = self.engine.submit(submission.request) {
                 for id in ids {
                     self.engine.abort(id);
-                    self.recipients.remove(&id);
+                    self.forget(id);
                 }
                 // Whoever asked may have gone.
                 let _ = progress.send(Err(error));
                 return;
+            }
+            if let (Some(publisher), Some(content)) = (&mut self.publisher, submission.content) {
+                publisher.remember(id, content);
             }
             let progress = progress.clone();
             self.recipients.insert(id, Recipient { progress, choice });
         }
     }
 
+    fn forget(&mut self, id: u64) {
+        self.recipients.remove(&id);
+        if let Some(publisher) = &mut self.publisher {
+            publisher.forget(id);
+        }
+    }
+
     fn end_step(&mut self, step: Step) {
+        // Before anybody is answered, so that who knows of an answer may know of its blocks.
+        if let Some(publisher) = &mut self.publisher {
+            publisher.publish();
+        }
         for event in self.engine.end_step(step) {
             let Some(recipient) = self.recipients.get(&event.id) else {
                 continue;
@@ -245,7 +275,7 @@ impl Driver {
                 }
             });
             if event.finished {
-                self.recipients.remove(&event.id);
+                self.forget(event.id);
             }
         }
     }

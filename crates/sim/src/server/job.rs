@@ -10,6 +10,8 @@ use serde::Deserialize;
 
 use crate::engine::EngineRequest;
 use crate::server::ServerConfig;
+use crate::server::clockwork::Submission;
+use crate::server::publish::Content;
 use crate::text::{Answer, tokenize};
 
 /// Most answers to one prompt that a request may ask for.
@@ -35,7 +37,7 @@ pub(super) struct Job {
     /// One for each choice.
     pub(super) answers: Vec<PlannedAnswer>,
     /// One for each choice; their ids are not given yet.
-    pub(super) requests: Vec<EngineRequest>,
+    pub(super) requests: Vec<Submission>,
 }
 
 /// An answer and where it ends.
@@ -168,28 +170,45 @@ impl Prompts {
         config: &ServerConfig,
         request: &ApiRequest,
         answer: PlannedAnswer,
-    ) -> EngineRequest {
+    ) -> Submission {
         let mut tokens = self.tokens.clone();
         if self.opaque_tail == 0 {
             tokens.extend((0..answer.tokens).map(|index| answer.answer.token(index)));
         }
-        let salt = sequence::salt(&request.model, None, request.cache_salt.as_deref());
+        // A request that names no model is for the one there is.
+        let salt = sequence::salt(&config.model, None, request.cache_salt.as_deref());
         let block_size = config.engine.block_size;
         let sequence = Sequence::from_tokens(&tokens, block_size, salt);
-        EngineRequest {
+        let hashes: Arc<[u64]> = Arc::from(sequence.hashes());
+        let content = Content {
+            hashes: Arc::clone(&hashes),
+            tokens,
+            block_size: block_size.get(),
+            cache_salt: request.cache_salt.as_deref().map(Into::into),
+        };
+        let request = EngineRequest {
             id: 0,
-            hashes: Arc::from(sequence.hashes()),
+            hashes,
             prompt_tokens: self.first(),
             output_tokens: answer.tokens,
+        };
+        Submission {
+            request,
+            // Kept as long as the request is there, so only if somebody will be told.
+            content: config.kv_events.is_some().then(|| Arc::new(content)),
         }
     }
 
-    fn further_request(&self, answer: PlannedAnswer) -> EngineRequest {
-        EngineRequest {
+    fn further_request(&self, answer: PlannedAnswer) -> Submission {
+        let request = EngineRequest {
             id: 0,
             hashes: Arc::from([]),
             prompt_tokens: self.further,
             output_tokens: answer.tokens,
+        };
+        Submission {
+            request,
+            content: None,
         }
     }
 }

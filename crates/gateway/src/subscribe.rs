@@ -1,0 +1,409 @@
+//! Follows the KV events of each worker that publishes them, so that the router knows its cache.
+//!
+//! Nothing that goes wrong here leaves a worker dark. A gap is replayed, and if it cannot be, the
+//! stream carries on, marked as inexact. A connection is opened again for ever. An engine that
+//! begins anew begins with an empty cache. And if there are no usable events for a while, the
+//! router goes back to guessing from what it sends there (the shadow), until there are.
+
+mod follow;
+mod sockets;
+mod source;
+mod standing;
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use foresee_core::cache::Changes;
+use foresee_engine::kv_events::Message;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use crate::shared::Shared;
+use crate::subscribe::follow::{Follower, Received};
+use crate::subscribe::sockets::{Feed, Heard, SocketError, read_message, replay};
+pub use crate::subscribe::source::EventSource;
+pub(crate) use crate::subscribe::source::check_endpoint;
+pub(crate) use crate::subscribe::standing::{Board, EventsState};
+use crate::workers::Worker;
+
+/// Pauses between attempts to connect: they double from the first to the last.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LAST_PAUSE: Duration = Duration::from_secs(2);
+
+/// How long after a connection the engine is asked whether all it published has come: what it
+/// sent before our subscription reached it has not.
+const FIRST_CHECK: Duration = Duration::from_millis(500);
+
+/// How often a silent engine is asked. There is no heartbeat, and the last batch before a silence
+/// can be lost as any other.
+const CHECK_INTERVAL: Duration = Duration::from_secs(2);
+
+/// Prefixes the router is told of at a time, under its lock.
+const MOST_CHANGES: usize = 1024;
+
+/// How long replay is left alone after it failed.
+const REPLAY_REST: Duration = Duration::from_secs(5);
+
+/// Follows a worker's events until it is removed, if it publishes any.
+pub(crate) async fn follow_events(shared: Arc<Shared>, worker: Arc<Worker>) {
+    let Some(source) = worker.config.kv_events.clone() else {
+        return;
+    };
+    worker.events.change(|it| it.state = EventsState::Waiting);
+    shared.metrics.events_live(&worker.config.name, false);
+    let following = async {
+        let model = worker.first_model().await;
+        let block_size = shared.config.router.block_size;
+        let subscription = Subscription {
+            shared: &shared,
+            worker: &worker,
+            source: &source,
+            follower: Follower::new(block_size, model),
+            unusable_since: Some(Instant::now()),
+            replay_rests_until: Instant::now(),
+            told: None,
+        };
+        subscription.run().await;
+    };
+    tokio::select! {
+        () = worker.until_removed() => {}
+        () = following => {}
+    }
+    shared.metrics.forget_events(&worker.config.name);
+}
+
+/// What was said last in the log about a subscription, so that it is said once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Told {
+    Live,
+    Unusable,
+}
+
+struct Subscription<'s> {
+    shared: &'s Shared,
+    worker: &'s Worker,
+    source: &'s EventSource,
+    follower: Follower,
+    /// Since when there are no usable events.
+    unusable_since: Option<Instant>,
+    replay_rests_until: Instant,
+    told: Option<Told>,
+}
+
+impl Subscription<'_> {
+    async fn run(mut self) {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            self.set_state(EventsState::Connecting);
+            match Feed::open(self.source).await {
+                Ok(feed) => {
+                    pause = FIRST_PAUSE;
+                    self.listen(feed).await;
+                }
+                Err(error) => tracing::debug!(
+                    worker = %self.worker.config.name, source = %self.source, %error,
+                    "cannot subscribe to KV events"
+                ),
+            }
+            self.is_unusable("there is no connection");
+            sleep(pause).await;
+            pause = (pause * 2).min(LAST_PAUSE);
+        }
+    }
+
+    /// Follows a socket until its connection is lost.
+    async fn listen(&mut self, mut feed: Feed) {
+        let grace = self.shared.config.events_grace;
+        let mut connected = false;
+        let mut check_at = Instant::now() + grace;
+        loop {
+            let heard = tokio::select! {
+                heard = feed.next() => Some(heard),
+                () = self.worker.resubscribe.notified() => return,
+                () = sleep_until(check_at) => None,
+            };
+            match heard {
+                Some(Heard::Connected) => {
+                    connected = true;
+                    self.look_at_worker();
+                    self.catch_up().await;
+                    self.judge();
+                    check_at = Instant::now() + FIRST_CHECK;
+                }
+                Some(Heard::Disconnected) => {
+                    connected = false;
+                    self.set_state(EventsState::Connecting);
+                    self.unusable_since.get_or_insert_with(Instant::now);
+                    if !self.source.binds {
+                        return;
+                    }
+                    check_at = Instant::now() + grace;
+                }
+                Some(Heard::Frames(frames)) => {
+                    self.take(&frames).await;
+                    self.judge();
+                    check_at = Instant::now() + CHECK_INTERVAL;
+                }
+                None if connected => {
+                    self.catch_up().await;
+                    self.judge();
+                    check_at = Instant::now() + CHECK_INTERVAL;
+                }
+                None => {
+                    self.is_unusable("nobody has connected");
+                    check_at = Instant::now() + grace.max(FIRST_CHECK);
+                }
+            }
+        }
+    }
+
+    /// The worker may have come back without its cache, or with another model.
+    fn look_at_worker(&mut self) {
+        if self.worker.lost_its_cache() && self.follower.last().is_some() {
+            let removed = self.follower.clear();
+            self.has_restarted(&removed);
+        }
+        let models = self.worker.models.read();
+        let Some((model, _)) = models.first() else {
+            return;
+        };
+        if model != self.follower.model() {
+            let removed = self.follower.clear();
+            self.follower = Follower::new(self.shared.config.router.block_size, model.clone());
+            self.tell_router(&removed);
+        }
+    }
+
+    /// Applies a live message, after whatever is missing before it.
+    async fn take(&mut self, frames: &[Bytes]) {
+        let Some(message) = read_message(frames) else {
+            return;
+        };
+        let mut may_replay = true;
+        loop {
+            match self.follower.receive(&message) {
+                Received::Applied(changes) => {
+                    self.applied(&changes);
+                    self.note_lag();
+                    return;
+                }
+                Received::Known => return,
+                Received::Restarted(removed) => self.has_restarted(&removed),
+                Received::Gap(from) if may_replay => {
+                    may_replay = false;
+                    // Having come late is no loss on the way.
+                    if self.follower.last().is_some() {
+                        self.count_gap();
+                    }
+                    self.replay_from(from).await;
+                }
+                Received::Gap(from) => self.skip(from, message.sequence),
+            }
+        }
+    }
+
+    /// Asks for what the engine published since the last batch applied, or all it still has.
+    ///
+    /// The last batch itself is asked for again: if the answer begins with it, the engine is the
+    /// one it was, and if not, its cache is another.
+    async fn catch_up(&mut self) {
+        let last = self.follower.last();
+        let from = last.map_or(0, |last| last.sequence);
+        let before = self.follower.last();
+        let Some(count) = self.replay_from(from).await else {
+            return;
+        };
+        let restarted = before.is_some() && self.follower.last().is_none();
+        if before.is_some() && count == 0 {
+            let removed = self.follower.clear();
+            self.has_restarted(&removed);
+            self.replay_from(0).await;
+        } else if restarted {
+            self.replay_from(0).await;
+        }
+    }
+
+    /// Replays from a number on. Returns how many batches came; `None` if the worker has no
+    /// replay, or it fails. If it turns out that the engine has restarted, nothing is applied.
+    async fn replay_from(&mut self, from: u64) -> Option<usize> {
+        let endpoint = self.source.replay.as_deref()?;
+        if Instant::now() < self.replay_rests_until {
+            return None;
+        }
+        let replayed = replay(endpoint, from, |message| self.take_replayed(message)).await;
+        match replayed {
+            Ok(count) => Some(count),
+            Err(error) => {
+                self.replay_rests_until = Instant::now() + REPLAY_REST;
+                self.say_replay_failed(&error);
+                None
+            }
+        }
+    }
+
+    /// Returns whether further batches are wanted.
+    fn take_replayed(&mut self, message: &Message<'_>) -> bool {
+        loop {
+            match self.follower.receive(message) {
+                Received::Applied(changes) => self.applied(&changes),
+                Received::Known => {}
+                Received::Restarted(removed) => {
+                    self.has_restarted(&removed);
+                    return false;
+                }
+                // The engine keeps only so many.
+                Received::Gap(from) => {
+                    self.skip(from, message.sequence);
+                    continue;
+                }
+            }
+            return true;
+        }
+    }
+
+    fn applied(&mut self, changes: &[Changes]) {
+        for changes in changes {
+            self.tell_router(changes);
+        }
+        let label = [("worker", self.worker.config.name.clone())];
+        let metrics = &self.shared.metrics;
+        metrics.kv_event_batches.get_or_create(&label).inc();
+        let (last, exact) = (self.follower.last(), self.follower.is_exact());
+        self.worker.events.change(|it| {
+            it.batches += 1;
+            it.last_sequence = last.map(|last| last.sequence);
+            it.exact = exact;
+        });
+    }
+
+    fn note_lag(&self) {
+        let sent = self.follower.last().and_then(|last| last.timestamp);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        if let (Some(sent), Ok(now)) = (sent, now) {
+            let lag = (now.as_secs_f64() - sent).max(0.0);
+            self.worker.events.change(|it| it.lag_seconds = Some(lag));
+        }
+    }
+
+    /// In parts, so that no decision waits for a whole cache to be told.
+    fn tell_router(&self, changes: &Changes) {
+        let (router, stride) = (&self.shared.router, changes.stride);
+        for removed in changes.removed.chunks(MOST_CHANGES) {
+            let (added, removed) = (Vec::new(), removed.to_vec());
+            let part = Changes {
+                added,
+                removed,
+                stride,
+            };
+            router.update_cache(self.worker.id, &part);
+        }
+        for added in changes.added.chunks(MOST_CHANGES) {
+            let (added, removed) = (added.to_vec(), Vec::new());
+            let part = Changes {
+                added,
+                removed,
+                stride,
+            };
+            router.update_cache(self.worker.id, &part);
+        }
+    }
+
+    fn count_gap(&self) {
+        let label = [("worker", self.worker.config.name.clone())];
+        let metrics = &self.shared.metrics;
+        metrics.kv_event_gaps.get_or_create(&label).inc();
+        self.worker.events.change(|it| it.gaps += 1);
+    }
+
+    fn skip(&mut self, from: u64, to: u64) {
+        let joins = self.follower.last().is_none();
+        self.follower.skip_to(to);
+        let worker = &self.worker.config.name;
+        if joins {
+            tracing::info!(
+                %worker, first = to,
+                "KV events before this one are not to be had: blocks cached before count as absent"
+            );
+            return;
+        }
+        let already = self.worker.events.read().lost > 0;
+        self.worker.events.change(|it| it.lost += 1);
+        if already {
+            tracing::debug!(%worker, from, to, "KV events are lost");
+        } else {
+            tracing::warn!(
+                %worker, from, to,
+                "KV events are lost and cannot be replayed: what is known of this cache is no \
+                 longer exact"
+            );
+        }
+    }
+
+    fn has_restarted(&self, removed: &Changes) {
+        self.tell_router(removed);
+        self.worker.events.change(|it| {
+            it.last_sequence = None;
+            it.exact = true;
+        });
+        tracing::info!(
+            worker = %self.worker.config.name,
+            "the engine has been restarted: its cache counts as empty"
+        );
+    }
+
+    fn say_replay_failed(&self, error: &SocketError) {
+        tracing::warn!(
+            worker = %self.worker.config.name, replay = ?self.source.replay, %error,
+            "KV events cannot be replayed"
+        );
+    }
+
+    /// Says whether events are usable, now that something came.
+    fn judge(&mut self) {
+        if let Some(fault) = self.follower.fault() {
+            self.set_state(EventsState::Faulty);
+            self.is_unusable(&fault);
+            return;
+        }
+        self.unusable_since = None;
+        self.set_state(EventsState::Live);
+        if self.told == Some(Told::Live) {
+            return;
+        }
+        let name = &self.worker.config.name;
+        if !self.worker.events.read().followed {
+            let router = &self.shared.router;
+            router.follow_events(self.worker.id, true);
+            self.tell_router(&self.follower.contents());
+        }
+        let exact = self.follower.is_exact();
+        self.worker.events.change(|it| {
+            it.followed = true;
+            it.exact = exact;
+        });
+        self.shared.metrics.events_live(name, true);
+        tracing::info!(worker = %name, source = %self.source, "KV events are followed");
+        self.told = Some(Told::Live);
+    }
+
+    /// Gives up on events, for now, if they have been unusable for long.
+    fn is_unusable(&mut self, why: &str) {
+        let since = *self.unusable_since.get_or_insert_with(Instant::now);
+        if self.told == Some(Told::Unusable) || since.elapsed() < self.shared.config.events_grace {
+            return;
+        }
+        let name = &self.worker.config.name;
+        self.shared.router.follow_events(self.worker.id, false);
+        self.worker.events.change(|it| it.followed = false);
+        self.shared.metrics.events_live(name, false);
+        tracing::warn!(
+            worker = %name, source = %self.source, why,
+            "no usable KV events: its cache is guessed from what is sent there"
+        );
+        self.told = Some(Told::Unusable);
+    }
+
+    fn set_state(&self, state: EventsState) {
+        self.worker.events.change(|it| it.state = state);
+    }
+}

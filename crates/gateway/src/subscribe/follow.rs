@@ -1,0 +1,346 @@
+//! Where a worker's stream of events stands: which batch is next, and what all before it left in
+//! the cache. Pure: it is handed messages, wherever they come from.
+
+use std::num::NonZeroU32;
+
+use foresee_core::cache::{CacheView, Changes, StoredBlocks};
+use foresee_core::sequence;
+use foresee_engine::kv_events::{
+    Adapter, Attention, BlockKey, BlockRemoved, BlockStored, Event, EventBatch, Medium, Message,
+    decode_batch,
+};
+
+/// Batches in a row that cannot be read until the stream counts as unreadable.
+const MOST_UNREADABLE: u32 = 3;
+
+/// What became of a message.
+#[derive(Debug, PartialEq)]
+pub(super) enum Received {
+    /// It was next, and changed this, event by event.
+    Applied(Vec<Changes>),
+    /// It is known already.
+    Known,
+    /// Batches are missing before it, from this number on. It was not applied.
+    Gap(u64),
+    /// The engine counts from the beginning: another process, with an empty cache. The message
+    /// was not applied.
+    Restarted(Changes),
+}
+
+/// The last batch that was applied, which also tells one engine process from another.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Last {
+    pub(super) sequence: u64,
+    /// By the engine's clock, in seconds since 1970.
+    pub(super) timestamp: Option<f64>,
+}
+
+/// Follows one engine's stream.
+#[derive(Debug)]
+pub(super) struct Follower {
+    view: CacheView,
+    block_size: NonZeroU32,
+    /// The name requests for the model itself come under.
+    model: String,
+    last: Option<Last>,
+    /// The group of layers that is followed: the first seen that attends to everything. A prefix
+    /// that is cached for one such group is cached for all.
+    group: Option<Option<u32>>,
+    /// Something was missed or could not be read since the cache was last empty.
+    missed: bool,
+    unreadable: u32,
+    /// An engine's block size that the router's does not divide.
+    unfit_block_size: Option<u32>,
+}
+
+impl Follower {
+    /// Follows an engine whose cache is empty. `block_size` is the router's.
+    pub(super) fn new(block_size: NonZeroU32, model: String) -> Self {
+        Self {
+            view: CacheView::new(block_size),
+            block_size,
+            model,
+            last: None,
+            group: None,
+            missed: false,
+            unreadable: 0,
+            unfit_block_size: None,
+        }
+    }
+
+    pub(super) fn model(&self) -> &str {
+        &self.model
+    }
+
+    pub(super) fn last(&self) -> Option<Last> {
+        self.last
+    }
+
+    /// All that is cached, for an index that begins anew.
+    pub(super) fn contents(&self) -> Changes {
+        self.view.contents()
+    }
+
+    /// Whether the view is what the engine has.
+    pub(super) fn is_exact(&self) -> bool {
+        !self.missed && self.view.is_exact()
+    }
+
+    /// Why the events cannot be used, if they cannot.
+    pub(super) fn fault(&self) -> Option<String> {
+        if let Some(theirs) = self.unfit_block_size {
+            let ours = self.block_size;
+            return Some(format!(
+                "the engine's blocks of {theirs} tokens are no multiple of --block-size {ours}"
+            ));
+        }
+        (self.unreadable >= MOST_UNREADABLE).then(|| "its batches cannot be read".to_owned())
+    }
+
+    /// Takes a message, if it is next.
+    pub(super) fn receive(&mut self, message: &Message<'_>) -> Received {
+        let next = self.last.map_or(0, |last| last.sequence.saturating_add(1));
+        if message.sequence > next {
+            return Received::Gap(next);
+        }
+        let decoded = decode_batch(message.payload);
+        let timestamp = decoded.as_ref().ok().and_then(|batch| batch.timestamp);
+        if let Some(last) = self.last
+            && message.sequence < next
+        {
+            // Replay and the live stream overlap, so a lower number alone means nothing. A batch
+            // made after the last one does, and where engines tell no time, the first number.
+            let is_another = match (timestamp, last.timestamp) {
+                (Some(now), Some(before)) => now > before,
+                _ => message.sequence == 0 && last.sequence > 0,
+            };
+            if is_another {
+                return Received::Restarted(self.clear());
+            }
+            return Received::Known;
+        }
+        self.last = Some(Last {
+            sequence: message.sequence,
+            timestamp,
+        });
+        let Ok(batch) = decoded else {
+            self.unreadable += 1;
+            self.missed = true;
+            return Received::Applied(Vec::new());
+        };
+        self.unreadable = 0;
+        Received::Applied(self.apply(&batch))
+    }
+
+    /// Carries on at a batch although those before it are missing.
+    pub(super) fn skip_to(&mut self, sequence: u64) {
+        self.missed = true;
+        let timestamp = self.last.and_then(|last| last.timestamp);
+        self.last = sequence.checked_sub(1).map(|sequence| Last {
+            sequence,
+            timestamp,
+        });
+    }
+
+    /// The engine is another, or has lost its cache.
+    pub(super) fn clear(&mut self) -> Changes {
+        self.last = None;
+        self.forget_blocks()
+    }
+
+    fn forget_blocks(&mut self) -> Changes {
+        self.missed = false;
+        self.view.clear()
+    }
+
+    fn apply(&mut self, batch: &EventBatch) -> Vec<Changes> {
+        let changes = batch.events.iter().filter_map(|event| match event {
+            Event::Stored(stored) => self.store(stored),
+            Event::Removed(removed) => self.remove(removed),
+            Event::Cleared { medium } => {
+                let here = medium.is_none_or(|medium| medium == Medium::Gpu);
+                here.then(|| self.forget_blocks())
+            }
+        });
+        let changes: Vec<_> = changes
+            .filter(|it| !it.added.is_empty() || !it.removed.is_empty())
+            .collect();
+        self.missed |= batch.malformed > 0 || batch.truncated;
+        changes
+    }
+
+    fn store(&mut self, stored: &BlockStored) -> Option<Changes> {
+        if stored.medium != Medium::Gpu || stored.attention == Attention::Other {
+            return None;
+        }
+        if *self.group.get_or_insert(stored.group) != stored.group {
+            return None;
+        }
+        let lora = match &stored.adapter {
+            Adapter::Base => None,
+            Adapter::Named(name) => Some(&**name),
+            // No request can be matched with it.
+            Adapter::Unnamed => return None,
+        };
+        // What depends on media is more than its tokens say: no prompt of tokens matches it.
+        let of_tokens_alone = stored.extras.iter().map(|extra| extra.block as usize).min();
+        let blocks = of_tokens_alone.unwrap_or(usize::MAX);
+        let blocks = blocks.min(stored.hashes.len());
+        let hashes: Vec<u64> = stored.hashes[..blocks]
+            .iter()
+            .map(|&BlockKey(hash)| hash)
+            .collect();
+        if hashes.is_empty() {
+            return None;
+        }
+        if stored.block_size % self.block_size != 0 {
+            self.unfit_block_size = Some(stored.block_size);
+        }
+        if stored.blocks().is_none() {
+            self.missed = true;
+            return None;
+        }
+        let tokens = &stored.tokens[..blocks * stored.block_size as usize];
+        // A request for an adapter names it instead of the model.
+        let model = lora.unwrap_or(&self.model);
+        Some(self.view.store(&StoredBlocks {
+            parent: stored.parent.map(|BlockKey(hash)| hash),
+            hashes: &hashes,
+            tokens,
+            block_size: stored.block_size,
+            salt: sequence::salt(model, None, stored.cache_salt.as_deref()),
+        }))
+    }
+
+    fn remove(&mut self, removed: &BlockRemoved) -> Option<Changes> {
+        if removed.medium != Medium::Gpu || self.group != Some(removed.group) {
+            return None;
+        }
+        let hashes: Vec<u64> = removed.hashes.iter().map(|&BlockKey(hash)| hash).collect();
+        Some(self.view.remove(&hashes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use foresee_engine::kv_events::{Layout, encode_batch};
+
+    const BLOCK: NonZeroU32 = NonZeroU32::new(2).unwrap();
+
+    fn follower() -> Follower {
+        Follower::new(BLOCK, "m".to_owned())
+    }
+
+    fn payload(timestamp: f64, events: Vec<Event>) -> Vec<u8> {
+        let batch = EventBatch {
+            timestamp: Some(timestamp),
+            events,
+            ..EventBatch::default()
+        };
+        encode_batch(&batch, Layout::Map)
+    }
+
+    fn stored(parent: Option<u64>, hash: u64, tokens: [u32; 2]) -> Event {
+        Event::Stored(BlockStored {
+            hashes: vec![BlockKey(hash)],
+            parent: parent.map(BlockKey),
+            tokens: tokens.to_vec(),
+            block_size: 2,
+            ..BlockStored::default()
+        })
+    }
+
+    fn receive(follower: &mut Follower, sequence: u64, payload: &[u8]) -> Received {
+        follower.receive(&Message {
+            topic: b"",
+            sequence,
+            payload,
+        })
+    }
+
+    #[test]
+    fn blocks_are_found_as_requests_are_hashed() {
+        let mut follower = follower();
+        let events = vec![stored(None, 7, [1, 2]), stored(Some(7), 8, [3, 4])];
+        let Received::Applied(changes) = receive(&mut follower, 0, &payload(1.0, events)) else {
+            panic!("not applied");
+        };
+        let salt = sequence::salt("m", None, None);
+        let prompt = sequence::Sequence::from_tokens(&[1, 2, 3, 4], BLOCK, salt);
+        let added: Vec<u64> = changes.into_iter().flat_map(|it| it.added).collect();
+        assert_eq!(added, prompt.hashes());
+        assert!(follower.is_exact());
+    }
+
+    #[test]
+    fn what_is_missing_is_said_and_can_be_passed_over() {
+        let mut follower = follower();
+        let first = payload(1.0, vec![stored(None, 7, [1, 2])]);
+        assert!(matches!(
+            receive(&mut follower, 0, &first),
+            Received::Applied(_)
+        ));
+        let third = payload(3.0, vec![stored(Some(7), 8, [3, 4])]);
+        assert_eq!(receive(&mut follower, 2, &third), Received::Gap(1));
+        follower.skip_to(2);
+        assert!(matches!(
+            receive(&mut follower, 2, &third),
+            Received::Applied(_)
+        ));
+        assert!(!follower.is_exact());
+        // Whatever was missed is gone with everything else.
+        let cleared = payload(4.0, vec![Event::Cleared { medium: None }]);
+        let Received::Applied(changes) = receive(&mut follower, 3, &cleared) else {
+            panic!("not applied");
+        };
+        assert_eq!(changes[0].removed.len(), 2);
+        assert!(follower.is_exact());
+    }
+
+    #[test]
+    fn a_lower_number_is_known_or_another_process() {
+        let mut follower = follower();
+        for (sequence, hash) in [(0, 7), (1, 8)] {
+            let events = vec![stored(None, hash, [hash as u32, 0])];
+            receive(
+                &mut follower,
+                sequence,
+                &payload(10.0 + sequence as f64, events),
+            );
+        }
+        let again = payload(10.0, vec![stored(None, 7, [7, 0])]);
+        assert_eq!(receive(&mut follower, 0, &again), Received::Known);
+        let new = payload(20.0, vec![stored(None, 9, [9, 0])]);
+        let Received::Restarted(changes) = receive(&mut follower, 0, &new) else {
+            panic!("not restarted");
+        };
+        assert_eq!(changes.removed.len(), 2);
+        assert!(matches!(
+            receive(&mut follower, 0, &new),
+            Received::Applied(_)
+        ));
+        assert_eq!(follower.contents().added.len(), 1);
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_a_fault() {
+        let mut follower = follower();
+        for sequence in 0..3 {
+            assert_eq!(follower.fault(), None);
+            receive(&mut follower, sequence, b"no batch");
+        }
+        assert!(follower.fault().unwrap().contains("cannot be read"));
+        receive(&mut follower, 3, &payload(1.0, vec![]));
+        assert_eq!(follower.fault(), None);
+
+        let odd = Event::Stored(BlockStored {
+            hashes: vec![BlockKey(1)],
+            tokens: vec![1, 2, 3],
+            block_size: 3,
+            ..BlockStored::default()
+        });
+        receive(&mut follower, 4, &payload(2.0, vec![odd]));
+        assert!(follower.fault().unwrap().contains("blocks of 3 tokens"));
+    }
+}

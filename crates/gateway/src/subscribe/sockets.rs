@@ -1,0 +1,166 @@
+//! The sockets: live messages through a bounded queue, and one exchange with a replay socket.
+//!
+//! The crate `zeromq` reconnects a SUB socket by itself, with pauses that grow to 30 s and cannot
+//! be set, and without saying from which peer a message comes. So a lost connection ends the
+//! socket here, and whoever opened it opens another, when it likes.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use foresee_engine::kv_events::{Message, Replay, parse_message, parse_replay, replay_request};
+use futures_util::StreamExt;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use zeromq::{
+    DealerSocket, Socket, SocketEvent, SocketRecv, SocketSend, SubSocket, ZmqError, ZmqMessage,
+};
+
+use crate::subscribe::source::EventSource;
+
+/// Messages, and their bytes, that may wait to be decoded. What comes on top is left out, which
+/// shows as a gap, which is replayed.
+const MOST_WAITING: usize = 4096;
+const MOST_WAITING_BYTES: usize = 64 << 20;
+
+/// How long a connection and its handshake may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How long a replay socket may take for one answer. Engines answer between two steps.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Answers one replay may have: twice what engines keep.
+const MOST_ANSWERS: usize = 20_000;
+
+/// Why there is no socket, or no answer.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum SocketError {
+    #[error("no answer in time")]
+    Late,
+    #[error("{0}")]
+    Zmq(#[from] ZmqError),
+    #[error("more answers than an engine keeps")]
+    Endless,
+}
+
+/// What a subscription hears.
+#[derive(Debug)]
+pub(super) enum Heard {
+    Connected,
+    /// With a socket that connects, nothing comes after this.
+    Disconnected,
+    /// Frames, to be read with [`parse_message`].
+    Frames(Vec<Bytes>),
+}
+
+/// A SUB socket, read by a task of its own so that nothing waits for the decoder.
+#[derive(Debug)]
+pub(super) struct Feed {
+    heard: mpsc::Receiver<Heard>,
+    waiting_bytes: Arc<AtomicUsize>,
+    reader: JoinHandle<()>,
+}
+
+impl Drop for Feed {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+impl Feed {
+    /// Connects to the worker, or binds where it dials.
+    pub(super) async fn open(source: &EventSource) -> Result<Self, SocketError> {
+        let mut socket = SubSocket::new();
+        // Before there is anything to hear of.
+        let mut monitor = socket.monitor();
+        socket.subscribe("").await?;
+        if source.binds {
+            socket.bind(&source.endpoint).await?;
+        } else {
+            // It tries again until it is stopped.
+            let connected = timeout(CONNECT_TIMEOUT, socket.connect(&source.endpoint)).await;
+            connected.map_err(|_| SocketError::Late)??;
+        }
+        let (outbox, heard) = mpsc::channel(MOST_WAITING);
+        let waiting_bytes = Arc::<AtomicUsize>::default();
+        let waiting = Arc::clone(&waiting_bytes);
+        let reader = tokio::spawn(async move {
+            loop {
+                let heard = tokio::select! {
+                    Some(event) = monitor.next() => match event {
+                        SocketEvent::Connected(..) | SocketEvent::Accepted(..) => Heard::Connected,
+                        SocketEvent::Disconnected(_) => Heard::Disconnected,
+                        _ => continue,
+                    },
+                    received = socket.recv() => {
+                        // The monitor tells of the connection that an error ends.
+                        let Ok(message) = received else { continue };
+                        let frames = message.into_vec();
+                        let bytes = size_of(&frames);
+                        let before = waiting.fetch_add(bytes, Ordering::Relaxed);
+                        if before + bytes > MOST_WAITING_BYTES
+                            || outbox.try_send(Heard::Frames(frames)).is_err()
+                        {
+                            waiting.fetch_sub(bytes, Ordering::Relaxed);
+                        }
+                        continue;
+                    }
+                };
+                if outbox.send(heard).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Self {
+            heard,
+            waiting_bytes,
+            reader,
+        })
+    }
+
+    pub(super) async fn next(&mut self) -> Heard {
+        let heard = self.heard.recv().await.unwrap_or(Heard::Disconnected);
+        if let Heard::Frames(frames) = &heard {
+            self.waiting_bytes
+                .fetch_sub(size_of(frames), Ordering::Relaxed);
+        }
+        heard
+    }
+}
+
+fn size_of(frames: &[Bytes]) -> usize {
+    frames.iter().map(Bytes::len).sum()
+}
+
+/// Reads frames of a live message. What is no batch is left out.
+pub(super) fn read_message(frames: &[Bytes]) -> Option<Message<'_>> {
+    parse_message(frames).ok()
+}
+
+/// Asks for all batches from a number on, and hands over each until `wanted` says no. Returns how
+/// many came.
+pub(super) async fn replay(
+    endpoint: &str,
+    from: u64,
+    mut wanted: impl FnMut(&Message<'_>) -> bool,
+) -> Result<usize, SocketError> {
+    let mut socket = DealerSocket::new();
+    let connected = timeout(CONNECT_TIMEOUT, socket.connect(endpoint)).await;
+    connected.map_err(|_| SocketError::Late)??;
+    let request = replay_request(from).map(Bytes::from).to_vec();
+    let request = ZmqMessage::try_from(request).map_err(|_| ZmqError::NoMessage)?;
+    socket.send(request).await?;
+    for count in 0..MOST_ANSWERS {
+        let answer = timeout(ANSWER_TIMEOUT, socket.recv()).await;
+        let answer = answer.map_err(|_| SocketError::Late)??;
+        match parse_replay(&answer.into_vec()) {
+            Ok(Replay::Batch(message)) if wanted(&message) => {}
+            Ok(Replay::Batch(_)) => return Ok(count + 1),
+            Ok(Replay::End) => return Ok(count),
+            Err(error) => tracing::debug!(endpoint, %error, "an answer to replay is no batch"),
+        }
+    }
+    Err(SocketError::Endless)
+}
