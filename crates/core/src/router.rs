@@ -27,6 +27,9 @@ use crate::forecast::OutputLength;
 use crate::sequence::Sequence;
 use crate::tree::{Chain, Depth, Match, PrefixTree, Slot};
 
+/// vLLM's own, in tokens.
+const DEFAULT_BLOCK_SIZE: NonZeroU32 = NonZeroU32::new(16).unwrap();
+
 /// How a router decides.
 #[derive(Clone, Debug)]
 pub struct RouterConfig {
@@ -48,7 +51,7 @@ impl Default for RouterConfig {
             policy: Policy::Kv,
             overlap_weight: 1.0,
             temperature: 0.0,
-            block_size: NonZeroU32::MIN.saturating_add(15),
+            block_size: DEFAULT_BLOCK_SIZE,
             seed: 0,
         }
     }
@@ -385,6 +388,7 @@ impl State {
     ) -> Result<(WorkerId, Match), RouteError> {
         let at = self.read(request);
         let excluded = self.excluded(request);
+        // A copy: a decision that fails draws nothing, and the field borrows the rest.
         let mut rng = self.rng.clone();
         let worker = self
             .field(request, &excluded)?
