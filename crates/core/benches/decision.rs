@@ -17,6 +17,10 @@ use foresee_core::fleet::WorkerSpec;
 use foresee_core::router::{Request, Router, RouterConfig};
 use foresee_core::sequence::{Sequence, salt};
 
+// As in the program: chains are allocated by one thread and may be freed by another.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() {
     divan::main();
 }

@@ -16,7 +16,7 @@ use crate::tree::{Depth, Slot};
 /// How a worker is chosen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Policy {
-    /// Least [`Cost`](crate::cost::Cost): predicted prefill work and active blocks.
+    /// Least [`Cost`]: predicted prefill work and active blocks.
     #[default]
     Kv,
     /// Each worker in turn.
@@ -158,14 +158,21 @@ impl Field<'_> {
 
     /// The slot of least cost; of equal ones that with the least to compute, then any.
     ///
-    /// The one loop that visits every worker at every decision, so it is written out.
+    /// The one loop that visits every worker at every decision, so it is written out: what it
+    /// reads is in locals, and nothing but a new best branches.
     fn least_cost(&self, rng: &mut SmallRng) -> Option<Slot> {
+        let (demand, loads, depths) = (self.demand, self.loads, self.depths);
+        let excludes = !self.excluded.is_empty();
         let mut chosen = None;
         let mut least = (f64::INFINITY, u32::MAX);
         let mut equal = 1;
-        for slot in self.slots() {
-            let cost = self.cost_of(slot);
-            if cost.total > least.0 {
+        for &slot in self.eligible {
+            let index = slot as usize;
+            let (Some(load), Some(&depth)) = (loads.get(index), depths.get(index)) else {
+                continue;
+            };
+            let cost = demand.cost(load.active_blocks, depth);
+            if cost.total > least.0 || (excludes && self.excluded.contains(&slot)) {
                 continue;
             }
             let measured = (cost.total, cost.prefill_blocks);

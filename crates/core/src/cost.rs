@@ -51,7 +51,8 @@ impl Demand {
             overlap_blocks,
             prefill_blocks,
             active_blocks,
-            total: self.overlap_weight * f64::from(prefill_blocks) + active_blocks as f64,
+            // By way of i64, which the processor converts in one instruction.
+            total: self.overlap_weight * f64::from(prefill_blocks) + active_blocks as i64 as f64,
         }
     }
 }

@@ -74,8 +74,10 @@ pub struct WorkerSnapshot {
     pub context_tokens: u64,
     /// Booked prompt tokens that it has not computed yet, by forecast.
     pub prefill_tokens: u64,
-    /// Blocks its prefix cache holds by the shadow's account, pinned or not.
+    /// Blocks its prefix cache holds: by its events, or by the shadow's account, pinned or not.
     pub cached_blocks: u64,
+    /// Its events tell what it caches; otherwise the shadow does.
+    pub follows_events: bool,
     /// Its KV blocks, configured or assumed.
     pub capacity_blocks: u32,
     /// Learned prefill speed, in tokens per second.
@@ -113,6 +115,8 @@ pub(crate) struct Worker {
     pub(crate) shadow: Shadow,
     /// Blocks pinned through the prefix tree: active blocks less the unshared ones.
     pub(crate) pinned: u64,
+    /// Blocks cached by its events' account.
+    pub(crate) told: u64,
 }
 
 impl Worker {
@@ -180,6 +184,7 @@ impl Fleet {
             decode: Decode::default(),
             shadow: Shadow::new(spec.capacity_blocks.unwrap_or(DEFAULT_CAPACITY_BLOCKS)),
             pinned: 0,
+            told: 0,
         });
         self.find_eligible();
         Ok(id)
@@ -302,7 +307,12 @@ impl Fleet {
                     active_blocks: load.active_blocks,
                     context_tokens: load.context_tokens,
                     prefill_tokens: worker.prefill.backlog(now),
-                    cached_blocks: worker.pinned + worker.shadow.cached_blocks(),
+                    cached_blocks: if worker.shadow.is_idle() {
+                        worker.told
+                    } else {
+                        worker.pinned + worker.shadow.cached_blocks()
+                    },
+                    follows_events: worker.shadow.is_idle(),
                     capacity_blocks: worker.shadow.capacity(),
                     prefill_speed: worker.prefill.speed(),
                     inter_token_latency: worker.decode.inter_token_latency(),

@@ -3,10 +3,10 @@
 //! This crate does no I/O, reads no clock and is not async: time comes in as an argument, so the
 //! code that serves traffic is the code that runs in the simulator and in the property tests.
 //!
-//! Read in this order: [`sequence`] (what a prompt is), `tree` and `shadow` (what a worker holds
-//! and still caches), `forecast` (how fast it is), [`cost`] and [`choose`] (numbers, then a
-//! choice among numbers), [`fleet`] (the workers), [`router`] (one decision), [`booking`] (what
-//! it holds until it ends).
+//! Read in this order: [`sequence`] (what a prompt is), `tree` (what a worker holds), `shadow` and
+//! [`cache`] (what it still caches, by its own rule or by its events), `forecast` (how fast it is), [`cost`] and [`choose`] (numbers, then a
+//! choice among numbers), [`fleet`] (the workers), `state` (what a decision reads), `ledger` (what
+//! bookings change), and the two that are used from outside: [`router`] and [`booking`].
 //!
 //! ```
 //! use std::time::Duration;
@@ -43,13 +43,20 @@
 //! ```
 
 pub mod booking;
+pub mod cache;
 pub mod choose;
+mod config;
 pub mod cost;
+mod depths;
 pub mod fleet;
 mod forecast;
+mod ledger;
+mod record;
+mod request;
 pub mod router;
 pub mod sequence;
 mod shadow;
+mod state;
 mod tree;
 
 pub use shadow::DEFAULT_CAPACITY_BLOCKS;

@@ -11,7 +11,7 @@
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
-use rapidhash::v3::{RapidSecrets, rapidhash_v3_inline};
+use rapidhash::v3::{DEFAULT_RAPID_SECRETS, rapidhash_v3_inline};
 
 /// What is beyond this length of a prompt does not count: no engine takes it.
 const MOST_TOKENS: usize = u32::MAX as usize;
@@ -24,13 +24,12 @@ pub type SequenceHash = u64;
 #[must_use]
 pub fn salt(model: &str, lora: Option<&str>, cache_salt: Option<&str>) -> u64 {
     // A length before each part keeps ("ab", "c") apart from ("a", "bc").
-    let secrets = RapidSecrets::seed_cpp(0);
     let mut folded = 0;
     for part in [Some(model), lora, cache_salt] {
         let length = part.map_or(u64::MAX, |text| text.len() as u64);
         folded = chain(folded, length);
         if let Some(text) = part {
-            folded = chain(folded, hash_bytes(text.as_bytes(), &secrets));
+            folded = chain(folded, hash_bytes(text.as_bytes()));
         }
     }
     folded
@@ -188,21 +187,27 @@ impl BytesPerToken {
     }
 }
 
+/// The sequence hash of a block of `tokens` that follows a prefix with hash `previous`; the salt,
+/// if it is the first.
+#[must_use]
+pub fn extend(previous: SequenceHash, tokens: &[u32]) -> SequenceHash {
+    chain(previous, hash_bytes(bytemuck::cast_slice(tokens)))
+}
+
 fn chain_hashes<'a>(blocks: impl ExactSizeIterator<Item = &'a [u8]>, salt: u64) -> Arc<[u64]> {
-    let secrets = RapidSecrets::seed_cpp(salt);
     let mut previous = salt;
     // Collecting an exact-size iterator into an Arc allocates once.
     blocks
         .map(|block| {
-            previous = chain(previous, hash_bytes(block, &secrets));
+            previous = chain(previous, hash_bytes(block));
             previous
         })
         .collect()
 }
 
 #[inline]
-fn hash_bytes(bytes: &[u8], secrets: &RapidSecrets) -> u64 {
-    rapidhash_v3_inline::<true, false, false>(bytes, secrets)
+fn hash_bytes(bytes: &[u8]) -> u64 {
+    rapidhash_v3_inline::<true, false, false>(bytes, &DEFAULT_RAPID_SECRETS)
 }
 
 /// Extends a chain by one link: multiply to 128 bits and fold, the mixer of wyhash and rapidhash.

@@ -30,6 +30,8 @@ struct Freed {
 #[derive(Debug)]
 pub(crate) struct Shadow {
     capacity: u32,
+    /// Events tell what is cached, so that nothing is kept here.
+    is_idle: bool,
     queue: VecDeque<Freed>,
     /// Unpinned blocks that are still cached.
     cached: u64,
@@ -41,6 +43,7 @@ impl Shadow {
     pub(crate) fn new(capacity: u32) -> Self {
         Self {
             capacity,
+            is_idle: false,
             queue: VecDeque::new(),
             cached: 0,
             unhashed: 0,
@@ -54,6 +57,15 @@ impl Shadow {
 
     pub(crate) fn set_capacity(&mut self, blocks: u32) {
         self.capacity = blocks;
+    }
+
+    /// Whether somebody else tells what is cached.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.is_idle
+    }
+
+    pub(crate) fn set_idle(&mut self, is_idle: bool) {
+        self.is_idle = is_idle;
     }
 
     /// Unpinned blocks that are still cached.
@@ -94,7 +106,8 @@ impl Shadow {
 
     /// Evicts until the worker's `active` blocks and what is left here fit its capacity.
     pub(crate) fn make_room(&mut self, active: u64, worker: Slot, tree: &mut PrefixTree) {
-        let fits = u64::from(self.capacity).saturating_sub(active);
+        let capacity = if self.is_idle { 0 } else { self.capacity };
+        let fits = u64::from(capacity).saturating_sub(active);
         while self.cached + self.unhashed > fits
             && let Some(front) = self.queue.front_mut()
         {

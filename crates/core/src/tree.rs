@@ -558,7 +558,7 @@ fn common_prefix(a: &[SequenceHash], b: &[SequenceHash]) -> u32 {
 
 /// Sequence hashes are uniform already; hashing them again would double the cost of a look-up.
 #[derive(Debug, Default)]
-struct AlreadyHashed(u64);
+pub(crate) struct AlreadyHashed(u64);
 
 impl Hasher for AlreadyHashed {
     fn finish(&self) -> u64 {

@@ -14,8 +14,8 @@ use serde_json::{Value, json};
 
 use crate::config::WorkerConfig;
 use crate::health::watch_worker;
-use crate::proxy::Shared;
 use crate::reply::{self, Body};
+use crate::shared::Shared;
 
 const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 

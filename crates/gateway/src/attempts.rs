@@ -17,7 +17,7 @@ use http_body_util::BodyExt;
 use hyper::body::{Body as _, Frame, Incoming};
 
 use crate::forward::{ForwardError, Forwarder, Message};
-use crate::proxy::Shared;
+use crate::shared::Shared;
 use crate::watch::Watched;
 use crate::workers::Worker;
 

@@ -14,7 +14,7 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use crate::forward::{ForwardError, Message};
-use crate::proxy::Shared;
+use crate::shared::Shared;
 use crate::workers::Worker;
 
 /// Probes in a row that must fail before a worker is taken out, so that one slow answer is not

@@ -16,6 +16,7 @@ mod metrics;
 mod proxy;
 mod reply;
 mod server;
+mod shared;
 mod text;
 mod watch;
 mod workers;

@@ -1,12 +1,11 @@
 //! The API: read a request, route it, have it answered, and pass the answer on.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use foresee_core::booking::Booking;
-use foresee_core::router::{Request as RouteRequest, Router};
+use foresee_core::router::Request as RouteRequest;
 use foresee_core::sequence::Sequence;
 use foresee_engine::error::ApiError;
 use foresee_engine::request::{ApiRequest, BodyError, Endpoint};
@@ -16,14 +15,11 @@ use http_body_util::{BodyExt, Either, LengthLimitError, Limited};
 use hyper::body::{Body as _, Incoming};
 
 use crate::attempts::{Answer, Attempts, no_worker};
-use crate::clock::Clock;
-use crate::config::GatewayConfig;
 use crate::forward::{Forwarder, Message, strip_hop_by_hop};
 use crate::metrics::{Metrics, Outcome};
 use crate::reply::{self, Body};
-use crate::text::TextRatios;
+use crate::shared::Shared;
 use crate::watch::{Watch, Watched};
-use crate::workers::Workers;
 
 /// Bodies longer than this are parsed and hashed away from the I/O threads: at about 1 GB/s,
 /// shorter ones delay nobody by more than 0.3 ms.
@@ -31,43 +27,6 @@ const PARSED_IN_PLACE: usize = 256 << 10;
 
 /// How long a client may take to send the rest of a body that was refused.
 const DISCARD_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// What all requests of a gateway share.
-#[derive(Debug)]
-pub(crate) struct Shared {
-    pub(crate) config: GatewayConfig,
-    pub(crate) router: Router,
-    pub(crate) workers: Workers,
-    /// Carries probes. Requests go by the forwarder of the thread they are on.
-    pub(crate) probes: Forwarder,
-    pub(crate) metrics: Metrics,
-    pub(crate) clock: Clock,
-    pub(crate) text: TextRatios,
-    pub(crate) request_ids: RequestIds,
-}
-
-/// Makes ids that no other gateway makes.
-#[derive(Debug)]
-pub(crate) struct RequestIds {
-    prefix: u64,
-    next: AtomicU64,
-}
-
-impl RequestIds {
-    pub(crate) fn new() -> Self {
-        use std::hash::{BuildHasher, RandomState};
-        Self {
-            prefix: RandomState::new().hash_one(std::process::id()),
-            next: AtomicU64::new(0),
-        }
-    }
-
-    fn next(&self) -> HeaderValue {
-        let serial = self.next.fetch_add(1, Ordering::Relaxed);
-        let id = format!("{:016x}-{serial:x}", self.prefix);
-        HeaderValue::try_from(id).unwrap_or(HeaderValue::from_static("unnamed"))
-    }
-}
 
 /// What routing needs to know of a request.
 #[derive(Debug)]
@@ -77,6 +36,18 @@ struct Job {
     max_tokens: Option<u32>,
     streams: bool,
     prompt_bytes: usize,
+}
+
+impl Job {
+    fn request(&self) -> RouteRequest<'_> {
+        RouteRequest {
+            model: &self.model,
+            sequence: &self.sequence,
+            max_tokens: self.max_tokens,
+            streams: self.streams,
+            excluded: &[],
+        }
+    }
 }
 
 /// A request without an answer yet. Dropped as such, it counts as one whose client left.
@@ -215,15 +186,11 @@ impl Shared {
     }
 
     fn route(&self, job: &Job) -> Result<Booking, ApiError> {
-        let request = RouteRequest {
-            model: &job.model,
-            sequence: &job.sequence,
-            max_tokens: job.max_tokens,
-            streams: job.streams,
-            excluded: &[],
-        };
         let before = self.clock.now();
-        let booking = self.router.route(&request, before).map_err(no_worker)?;
+        let booking = self
+            .router
+            .route(&job.request(), before)
+            .map_err(no_worker)?;
         let after = self.clock.now();
         let metrics = &self.metrics;
         metrics
@@ -294,15 +261,8 @@ impl Shared {
         body: &[u8],
     ) -> Result<foresee_core::router::Explanation, ApiError> {
         let job = self.parse_job(endpoint, body)?;
-        let request = RouteRequest {
-            model: &job.model,
-            sequence: &job.sequence,
-            max_tokens: job.max_tokens,
-            streams: job.streams,
-            excluded: &[],
-        };
         let now = self.clock.now();
-        self.router.explain(&request, now).map_err(no_worker)
+        self.router.explain(&job.request(), now).map_err(no_worker)
     }
 }
 

@@ -31,8 +31,8 @@ use crate::forward::{Forwarder, KEEPALIVE};
 use crate::health::watch_worker;
 use crate::listen::listen;
 use crate::metrics::Metrics;
-use crate::proxy::{RequestIds, Shared};
 use crate::reply::Body;
+use crate::shared::{RequestIds, Shared};
 use crate::text::TextRatios;
 use crate::workers::Workers;
 

@@ -19,7 +19,7 @@ use hyper::body::{Body, Frame, Incoming};
 
 use crate::forward::ForwardError;
 use crate::metrics::Outcome;
-use crate::proxy::Shared;
+use crate::shared::Shared;
 use crate::workers::Worker;
 
 /// Longest body that is kept to read its `usage`.

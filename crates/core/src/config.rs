@@ -1,0 +1,48 @@
+//! How a router decides, as its owner sets it.
+
+use std::num::NonZeroU32;
+
+use crate::choose::Policy;
+
+/// vLLM's own, in tokens.
+const DEFAULT_BLOCK_SIZE: NonZeroU32 = NonZeroU32::new(16).unwrap();
+
+/// How a router decides.
+#[derive(Clone, Debug)]
+pub struct RouterConfig {
+    /// How a worker is chosen.
+    pub policy: Policy,
+    /// What a block to compute costs, in active blocks; 0 is pure load balancing.
+    pub overlap_weight: f64,
+    /// 0 takes the least cost; above, workers are sampled by softmax over costs.
+    pub temperature: f64,
+    /// Tokens per KV block, as the engines have it.
+    pub block_size: NonZeroU32,
+    /// Fixes every random choice.
+    pub seed: u64,
+}
+
+impl Default for RouterConfig {
+    fn default() -> Self {
+        Self {
+            policy: Policy::Kv,
+            overlap_weight: 1.0,
+            temperature: 0.0,
+            block_size: DEFAULT_BLOCK_SIZE,
+            seed: 0,
+        }
+    }
+}
+
+/// Far more than anybody needs, and little enough to keep every cost finite.
+pub(crate) const MOST_WEIGHT: f64 = 1e6;
+
+/// A setting outside its range.
+#[derive(Debug, thiserror::Error, PartialEq)]
+#[error("`{field}` is {value}: it must be a number from 0 to {MOST_WEIGHT}")]
+pub struct ConfigError {
+    /// The setting, as the command line names it.
+    pub field: &'static str,
+    /// What it was set to.
+    pub value: f64,
+}

@@ -1,0 +1,56 @@
+//! The router's side of a booking.
+
+use std::time::Duration;
+
+use crate::fleet::WorkerId;
+use crate::tree::NodeId;
+
+/// Finds a booking's record, and never another's: slab keys are used again, serials are not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct BookingKey {
+    pub(crate) serial: u64,
+    pub(crate) index: usize,
+}
+
+/// The router's side of a booking.
+#[derive(Debug)]
+pub(crate) struct Record {
+    pub(crate) serial: u64,
+    pub(crate) worker: WorkerId,
+    /// End of its path in the prefix tree.
+    pub(crate) node: NodeId,
+    /// Blocks of the prompt booked through the tree; the others are its own.
+    pub(crate) hashed_blocks: u32,
+    pub(crate) block_size: u32,
+    pub(crate) prompt_tokens: u32,
+    pub(crate) generated_tokens: u32,
+    /// Share in its worker's prefill backlog: 0 once settled.
+    pub(crate) unsettled_tokens: u32,
+    /// The worker has computed the prompt; said by its first token, not by a forecast.
+    pub(crate) computed: bool,
+    /// The worker said how many tokens it generated; otherwise their number is a forecast.
+    pub(crate) counted: bool,
+    /// Its output is watched; otherwise it is forecast.
+    pub(crate) streams: bool,
+    pub(crate) expected_tokens: u32,
+    pub(crate) booked_at: Duration,
+    /// When its latest token came or, for the first and while unwatched, should have come.
+    pub(crate) token_at: Duration,
+}
+
+impl Record {
+    pub(crate) fn blocks(&self) -> u32 {
+        let tokens = u64::from(self.prompt_tokens) + u64::from(self.generated_tokens);
+        let blocks = tokens.div_ceil(u64::from(self.block_size));
+        u32::try_from(blocks).unwrap_or(u32::MAX)
+    }
+
+    /// Blocks that no other request can share: the partial one and those of the output.
+    pub(crate) fn unshared_blocks(&self) -> u32 {
+        self.blocks() - self.hashed_blocks
+    }
+
+    pub(crate) fn context_tokens(&self) -> u64 {
+        u64::from(self.prompt_tokens) + u64::from(self.generated_tokens)
+    }
+}

@@ -1,0 +1,79 @@
+//! What is asked of a router, and what it answers: requests, refusals, explanations.
+
+use crate::choose::Policy;
+use crate::cost::Cost;
+use crate::fleet::WorkerId;
+use crate::sequence::Sequence;
+use crate::tree::Depth;
+
+/// Why no worker was chosen.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum RouteError {
+    /// Workers are known, and none of them serves this model.
+    #[error("no worker serves the model `{0}`")]
+    UnknownModel(String),
+    /// Every worker that serves the model is unhealthy, draining, or was excluded.
+    #[error("no worker is available for the model `{0}`")]
+    NoWorker(String),
+}
+
+/// What is to be placed.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// Model name; empty accepts any worker.
+    pub model: &'a str,
+    /// The prompt.
+    pub sequence: &'a Sequence,
+    /// The most output tokens it may produce.
+    pub max_tokens: Option<u32>,
+    /// Whether its output will be watched. If not, its progress is forecast.
+    pub streams: bool,
+    /// Workers not to choose: those that failed it already.
+    pub excluded: &'a [WorkerId],
+}
+
+impl<'a> Request<'a> {
+    /// A streamed request for any model, with no other wish.
+    #[must_use]
+    pub fn new(sequence: &'a Sequence) -> Self {
+        Self {
+            model: "",
+            sequence,
+            max_tokens: None,
+            streams: true,
+            excluded: &[],
+        }
+    }
+}
+
+/// One worker in an [`Explanation`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Candidate {
+    /// The worker.
+    pub id: WorkerId,
+    /// Its name.
+    pub name: String,
+    /// Requests booked on it.
+    pub requests: u32,
+    /// Its active blocks before this request.
+    pub active_blocks: u64,
+    /// How deep the prompt reaches there.
+    pub depth: Depth,
+    /// The parts of its cost.
+    pub cost: Cost,
+    /// How likely `kv` is to choose it, as things stand.
+    pub probability: f64,
+}
+
+/// How a request would be decided now.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Explanation {
+    /// The policy that decides. Costs and probabilities are those of `kv`.
+    pub policy: Policy,
+    /// Weight of the prefill blocks in the cost.
+    pub overlap_weight: f64,
+    /// Temperature of the choice.
+    pub temperature: f64,
+    /// Every eligible worker, in the order they joined.
+    pub candidates: Vec<Candidate>,
+}

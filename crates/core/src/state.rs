@@ -1,0 +1,221 @@
+//! Everything behind the router's lock, and how a decision reads it.
+//!
+//! Read, choose and book are one critical section. Work proportional to a prompt (hashing,
+//! tokenising, allocating) is done before the lock is taken, freeing after it is released.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::{Mutex, MutexGuard};
+use rand::SeedableRng;
+use rand::rngs::SmallRng;
+use slab::Slab;
+use smallvec::SmallVec;
+
+use crate::cache::CacheIndex;
+use crate::choose::{Decision, Field};
+use crate::config::RouterConfig;
+use crate::cost::Demand;
+use crate::depths::Depths;
+use crate::fleet::{Fleet, WorkerId};
+use crate::forecast::OutputLength;
+use crate::record::{BookingKey, Record};
+use crate::request::{Candidate, Explanation, Request, RouteError};
+use crate::tree::{Chain, Match, PrefixTree, Slot};
+
+/// The state, shared by a router's handles and its bookings.
+#[derive(Clone, Debug)]
+pub(crate) struct Locked(Arc<Mutex<State>>);
+
+impl Locked {
+    pub(crate) fn new(state: State) -> Self {
+        Self(Arc::new(Mutex::new(state)))
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock()
+    }
+}
+
+/// Everything behind the lock.
+#[derive(Debug)]
+pub(crate) struct State {
+    config: RouterConfig,
+    pub(crate) fleet: Fleet,
+    pub(crate) tree: PrefixTree,
+    pub(crate) cache: CacheIndex,
+    pub(crate) bookings: Slab<Record>,
+    pub(crate) output_length: OutputLength,
+    /// When the next forecast event of each unwatched request is due.
+    pub(crate) due: BinaryHeap<Reverse<(Duration, BookingKey)>>,
+    pub(crate) serial: u64,
+    rng: SmallRng,
+    turn: u64,
+    /// The latest time anybody told.
+    pub(crate) now: Duration,
+}
+
+/// Ends a critical section. Hash chains that lost their last node may be long allocations, so
+/// they are freed after the lock.
+pub(crate) fn release(mut state: MutexGuard<'_, State>) {
+    let garbage: SmallVec<[Chain; 4]> = std::mem::take(&mut state.tree.garbage);
+    drop(state);
+    drop(garbage);
+}
+
+/// What a decision reads of one prompt.
+#[derive(Debug)]
+pub(crate) struct Reading {
+    depths: Depths,
+    /// Where it leaves the tree.
+    pub(crate) at: Match,
+}
+
+impl State {
+    pub(crate) fn new(config: RouterConfig) -> Self {
+        Self {
+            rng: SmallRng::seed_from_u64(config.seed),
+            config,
+            fleet: Fleet::default(),
+            tree: PrefixTree::default(),
+            cache: CacheIndex::default(),
+            bookings: Slab::new(),
+            output_length: OutputLength::default(),
+            due: BinaryHeap::new(),
+            serial: 0,
+            turn: 0,
+            now: Duration::ZERO,
+        }
+    }
+
+    /// Reads how deep the request's prompt reaches on every worker.
+    pub(crate) fn read(&self, request: &Request<'_>) -> Reading {
+        let mut depths = Depths::zero(self.fleet.slots());
+        let chain = request.sequence.hashes();
+        let mut at = self.tree.descend(chain, &mut depths);
+        at.best_overlap = at.best_overlap.max(self.cache.descend(chain, &mut depths));
+        Reading { depths, at }
+    }
+
+    fn field<'a>(
+        &'a self,
+        request: &Request<'a>,
+        reading: &'a Reading,
+        excluded: &'a [Slot],
+    ) -> Result<Field<'a>, RouteError> {
+        let eligible = self
+            .fleet
+            .eligible(request.model)
+            .ok_or_else(|| RouteError::UnknownModel(request.model.to_owned()))?;
+        Ok(Field {
+            eligible,
+            excluded,
+            loads: &self.fleet.loads,
+            depths: &reading.depths,
+            demand: self.demand(request),
+            hashes: request.sequence.hashes(),
+        })
+    }
+
+    fn demand(&self, request: &Request<'_>) -> Demand {
+        Demand {
+            blocks: request.sequence.blocks(),
+            reusable_blocks: request.sequence.reusable_blocks(),
+            overlap_weight: self.config.overlap_weight,
+        }
+    }
+
+    /// What speaks for placing the request at `slot`, as last [read](Self::read).
+    pub(crate) fn decision(
+        &self,
+        slot: Slot,
+        reading: &Reading,
+        request: &Request<'_>,
+    ) -> Decision {
+        let demand = self.demand(request);
+        let active = self.fleet.loads[slot as usize].active_blocks;
+        Decision {
+            cost: demand.cost(active, reading.depths[slot as usize]),
+            best_overlap_blocks: reading.at.best_overlap.min(demand.reusable_blocks),
+        }
+    }
+
+    /// Slots of those excluded workers that still exist.
+    fn excluded(&self, request: &Request<'_>) -> SmallVec<[Slot; 4]> {
+        let known = request.excluded.iter();
+        known
+            .filter_map(|&id| self.fleet.get(id).map(|_| id.slot))
+            .collect()
+    }
+
+    /// Reads, then chooses a worker. Also tells what was read.
+    pub(crate) fn choose(
+        &mut self,
+        request: &Request<'_>,
+    ) -> Result<(WorkerId, Reading), RouteError> {
+        let reading = self.read(request);
+        let excluded = self.excluded(request);
+        // A copy: a decision that fails draws nothing, and the field borrows the rest.
+        let mut rng = self.rng.clone();
+        let worker = self
+            .field(request, &reading, &excluded)?
+            .choose(
+                self.config.policy,
+                self.config.temperature,
+                self.config.block_size.get() as usize,
+                self.turn,
+                &mut rng,
+            )
+            .and_then(|slot| self.fleet.at(slot))
+            .map(|worker| worker.id)
+            .ok_or_else(|| RouteError::NoWorker(request.model.to_owned()))?;
+        self.rng = rng;
+        self.turn += 1;
+        Ok((worker, reading))
+    }
+
+    pub(crate) fn explain(&mut self, request: &Request<'_>) -> Result<Explanation, RouteError> {
+        let reading = self.read(request);
+        let excluded = self.excluded(request);
+        let field = self.field(request, &reading, &excluded)?;
+        let weights = self.probabilities(&field);
+        let mut candidates: Vec<Candidate> = weights
+            .into_iter()
+            .filter_map(|(slot, probability)| {
+                let worker = self.fleet.at(slot)?;
+                let load = self.fleet.loads[slot as usize];
+                let depth = reading.depths[slot as usize];
+                Some(Candidate {
+                    id: worker.id,
+                    name: worker.name.clone(),
+                    requests: load.requests,
+                    active_blocks: load.active_blocks,
+                    depth,
+                    cost: field.cost_of(slot),
+                    probability,
+                })
+            })
+            .collect();
+        if candidates.is_empty() {
+            return Err(RouteError::NoWorker(request.model.to_owned()));
+        }
+        candidates.sort_unstable_by_key(|candidate| candidate.id);
+        Ok(Explanation {
+            policy: self.config.policy,
+            overlap_weight: self.config.overlap_weight,
+            temperature: self.config.temperature,
+            candidates,
+        })
+    }
+
+    /// How likely `kv` is to choose each eligible worker.
+    fn probabilities(&self, field: &Field<'_>) -> Vec<(Slot, f64)> {
+        let weights = field.softmax_weights(self.config.temperature);
+        let mut weights: Vec<(Slot, f64)> = weights.collect();
+        let total: f64 = weights.iter().map(|(_, weight)| weight).sum();
+        weights.iter_mut().for_each(|(_, weight)| *weight /= total);
+        weights
+    }
+}

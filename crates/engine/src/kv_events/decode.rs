@@ -1,0 +1,420 @@
+//! A batch's bytes, read once from front to back.
+
+use thiserror::Error;
+
+use super::extra_keys::{self, Context};
+use super::{Adapter, Attention, BlockKey, BlockRemoved, BlockStored, Event, EventBatch, Medium};
+use crate::msgpack::{Malformed, Reader, Value};
+
+/// Why a payload has no batch in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum DecodeError {
+    /// It is no MessagePack array or map.
+    #[error("the payload is no batch: it is neither an array nor a map")]
+    NotABatch,
+    /// It has no list of events, or breaks off before it.
+    #[error("the payload is no batch: it has no list of events")]
+    NoEvents,
+}
+
+/// The shortest event worth keeping: an array of a tag and one hash.
+const MIN_EVENT_BYTES: usize = 15;
+
+/// Reads the payload of one message.
+///
+/// Time and memory are bounded by the payload's length, whatever is in it.
+///
+/// # Errors
+/// If there is no list of events in it. From the list's start on it is read as far as it goes,
+/// and what is wrong with it is said in the batch.
+pub fn decode_batch(payload: &[u8]) -> Result<EventBatch, DecodeError> {
+    let mut reader = Reader::new(payload);
+    let (length, named) = match reader.next() {
+        Ok(Value::Array(length)) => (length, false),
+        Ok(Value::Map(length)) => (length, true),
+        _ => return Err(DecodeError::NotABatch),
+    };
+    let mut batch = EventBatch::default();
+    let mut has_events = false;
+    for position in 0..length {
+        let part = if named {
+            Part::named(&mut reader)
+        } else {
+            Ok(Part::at(position))
+        };
+        has_events |= matches!(
+            (part, reader.peek()),
+            (Ok(Part::Events), Ok(Value::Array(_)))
+        );
+        if part
+            .and_then(|part| part.read(&mut reader, &mut batch))
+            .is_err()
+        {
+            batch.truncated = true;
+            break;
+        }
+    }
+    has_events.then_some(batch).ok_or(DecodeError::NoEvents)
+}
+
+/// What a place or a name in a batch stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    Timestamp,
+    Events,
+    Rank,
+    Unknown,
+}
+
+impl Part {
+    fn at(position: u32) -> Self {
+        match position {
+            0 => Self::Timestamp,
+            1 => Self::Events,
+            2 => Self::Rank,
+            _ => Self::Unknown,
+        }
+    }
+
+    fn named(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
+        Ok(match reader.whole()? {
+            Value::Text(b"ts") => Self::Timestamp,
+            Value::Text(b"events") => Self::Events,
+            // vLLM's name for it, and SGLang's.
+            Value::Text(b"data_parallel_rank" | b"attn_dp_rank") => Self::Rank,
+            _ => Self::Unknown,
+        })
+    }
+
+    /// An error means that the reader is lost.
+    fn read(self, reader: &mut Reader<'_>, batch: &mut EventBatch) -> Result<(), Malformed> {
+        if self == Self::Events && matches!(reader.peek()?, Value::Array(_)) {
+            return read_events(reader, batch);
+        }
+        match (self, reader.whole()?) {
+            (Self::Timestamp, Value::Float(seconds)) => batch.timestamp = Some(seconds),
+            (Self::Timestamp, Value::Unsigned(seconds)) => batch.timestamp = Some(seconds as f64),
+            (Self::Rank, Value::Unsigned(rank)) => {
+                batch.data_parallel_rank = u32::try_from(rank).ok();
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+fn read_events(reader: &mut Reader<'_>, batch: &mut EventBatch) -> Result<(), Malformed> {
+    let Value::Array(length) = reader.next()? else {
+        return Err(Malformed);
+    };
+    let possible = reader.remaining() / MIN_EVENT_BYTES;
+    let expected = usize::try_from(length).unwrap_or(usize::MAX);
+    batch.events.reserve_exact(expected.min(possible));
+    for _ in 0..length {
+        let start = *reader;
+        match read_event(reader) {
+            Ok(event) => batch.events.push(event),
+            Err(fault) => {
+                let count = match fault {
+                    Fault::Unknown => &mut batch.unknown,
+                    Fault::Malformed => &mut batch.malformed,
+                };
+                *count = count.saturating_add(1);
+                // Its header and its values tell where it ends, even if they make no sense.
+                *reader = start;
+                reader.skip()?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Why an event is left out.
+#[derive(Clone, Copy, Debug)]
+enum Fault {
+    Unknown,
+    Malformed,
+}
+
+impl From<Malformed> for Fault {
+    fn from(_: Malformed) -> Self {
+        Self::Malformed
+    }
+}
+
+/// Reads one event. After an error the reader is anywhere in it.
+fn read_event(reader: &mut Reader<'_>) -> Result<Event, Fault> {
+    let mut fields = Fields::default();
+    match reader.next()? {
+        Value::Array(length) => {
+            let Some(last) = length.checked_sub(1) else {
+                return Err(Fault::Malformed);
+            };
+            let tag = Tag::read(reader)?;
+            fields.tag = Some(tag);
+            for position in 0..last {
+                fields.read(tag.field_at(position), reader)?;
+            }
+        }
+        Value::Map(length) => {
+            for _ in 0..length {
+                let field = match reader.whole()? {
+                    Value::Text(name) => Field::named(name),
+                    _ => Field::Unknown,
+                };
+                fields.read(field, reader)?;
+            }
+        }
+        _ => return Err(Fault::Malformed),
+    }
+    fields.into_event()
+}
+
+/// The types of events.
+#[derive(Clone, Copy, Debug)]
+enum Tag {
+    Stored,
+    Removed,
+    Cleared,
+}
+
+impl Tag {
+    fn read(reader: &mut Reader<'_>) -> Result<Self, Fault> {
+        match reader.next()? {
+            Value::Text(b"BlockStored") => Ok(Self::Stored),
+            Value::Text(b"BlockRemoved") => Ok(Self::Removed),
+            Value::Text(b"AllBlocksCleared") => Ok(Self::Cleared),
+            Value::Text(_) => Err(Fault::Unknown),
+            _ => Err(Fault::Malformed),
+        }
+    }
+
+    /// What stands at a place after the tag. New fields were only ever added at the end.
+    fn field_at(self, position: u32) -> Field {
+        const STORED: [Field; 11] = [
+            Field::Hashes,
+            Field::Parent,
+            Field::Tokens,
+            Field::BlockSize,
+            Field::LoraId,
+            Field::Medium,
+            Field::LoraName,
+            Field::ExtraKeys,
+            Field::Group,
+            Field::Kind,
+            Field::Window,
+        ];
+        const REMOVED: [Field; 3] = [Field::Hashes, Field::Medium, Field::Group];
+        const CLEARED: [Field; 1] = [Field::Medium];
+        let fields: &[Field] = match self {
+            Self::Stored => &STORED,
+            Self::Removed => &REMOVED,
+            Self::Cleared => &CLEARED,
+        };
+        usize::try_from(position)
+            .ok()
+            .and_then(|position| fields.get(position))
+            .copied()
+            .unwrap_or(Field::Unknown)
+    }
+}
+
+/// What a place or a name in an event stands for.
+#[derive(Clone, Copy, Debug)]
+enum Field {
+    Tag,
+    Hashes,
+    Parent,
+    Tokens,
+    BlockSize,
+    LoraId,
+    LoraName,
+    CacheSalt,
+    Medium,
+    ExtraKeys,
+    Group,
+    Kind,
+    Window,
+    Unknown,
+}
+
+impl Field {
+    fn named(name: &[u8]) -> Self {
+        match name {
+            b"type" => Self::Tag,
+            b"block_hashes" => Self::Hashes,
+            b"parent_block_hash" => Self::Parent,
+            b"token_ids" => Self::Tokens,
+            b"block_size" => Self::BlockSize,
+            b"lora_id" => Self::LoraId,
+            b"lora_name" => Self::LoraName,
+            b"cache_salt" => Self::CacheSalt,
+            b"medium" => Self::Medium,
+            b"extra_keys" => Self::ExtraKeys,
+            b"group_idx" => Self::Group,
+            b"kv_cache_spec_kind" => Self::Kind,
+            b"kv_cache_spec_sliding_window" => Self::Window,
+            _ => Self::Unknown,
+        }
+    }
+}
+
+/// The fields of all types of events together.
+#[derive(Default)]
+struct Fields<'p> {
+    tag: Option<Tag>,
+    hashes: Option<Vec<BlockKey>>,
+    parent: Option<BlockKey>,
+    tokens: Vec<u32>,
+    next_token: Option<u32>,
+    block_size: Option<u32>,
+    has_lora_id: bool,
+    lora_name: Option<&'p str>,
+    cache_salt: Option<&'p str>,
+    medium: Option<Medium>,
+    /// Where they begin. Understood last, because that takes other fields.
+    extra_keys: Option<Reader<'p>>,
+    group: Option<u32>,
+    attention: Attention,
+    sliding_window: Option<u32>,
+}
+
+impl<'p> Fields<'p> {
+    /// Reads the value of a field. What tells blocks apart must be as expected, or the event
+    /// would say something else; what only describes them may be anything.
+    fn read(&mut self, field: Field, reader: &mut Reader<'p>) -> Result<(), Fault> {
+        match field {
+            Field::Tag => self.tag = Some(Tag::read(reader)?),
+            Field::Hashes => self.hashes = Some(read_hashes(reader)?),
+            Field::Parent => {
+                self.parent = match reader.next()? {
+                    Value::Nil => None,
+                    hash => Some(block_key(hash)?),
+                }
+            }
+            Field::Tokens => self.read_tokens(reader)?,
+            Field::BlockSize => self.block_size = reader.u32_or_nil()?,
+            // SGLang's are texts, made anew by each process.
+            Field::LoraId => {
+                self.has_lora_id = !matches!(reader.whole()?, Value::Nil | Value::Unsigned(0));
+            }
+            Field::LoraName => self.lora_name = reader.text_or_nil()?,
+            Field::CacheSalt => self.cache_salt = reader.text_or_nil()?,
+            Field::Medium => self.medium = reader.text_or_nil()?.map(Medium::named),
+            Field::ExtraKeys => {
+                self.extra_keys = Some(*reader);
+                reader.skip()?;
+            }
+            Field::Group => self.group = reader.u32_or_nil()?,
+            Field::Kind => {
+                self.attention = match reader.whole()? {
+                    Value::Nil => Attention::Unsaid,
+                    Value::Text(kind) => Attention::of_kind(kind),
+                    _ => Attention::Other,
+                }
+            }
+            Field::Window => {
+                self.sliding_window = match reader.whole()? {
+                    Value::Unsigned(tokens) => u32::try_from(tokens).ok(),
+                    _ => None,
+                }
+            }
+            Field::Unknown => reader.skip()?,
+        }
+        Ok(())
+    }
+
+    fn read_tokens(&mut self, reader: &mut Reader<'_>) -> Result<(), Malformed> {
+        let count = reader.array_or_nil()?.unwrap_or(0);
+        let mut tokens = Vec::with_capacity(count);
+        let mut next_token = None;
+        reader.u32_run(count, &mut tokens);
+        while tokens.len() < count {
+            match reader.next()? {
+                // A pair, and all before it were pairs.
+                Value::Array(2) if tokens.is_empty() || next_token.is_some() => {
+                    tokens.push(token(reader.next()?)?);
+                    next_token = Some(token(reader.next()?)?);
+                }
+                number if next_token.is_none() => {
+                    tokens.push(token(number)?);
+                    reader.u32_run(count - tokens.len(), &mut tokens);
+                }
+                _ => return Err(Malformed),
+            }
+        }
+        self.tokens = tokens;
+        self.next_token = next_token;
+        Ok(())
+    }
+
+    fn into_event(mut self) -> Result<Event, Fault> {
+        let tag = self.tag.ok_or(Fault::Malformed)?;
+        if let Tag::Cleared = tag {
+            let medium = self.medium;
+            return Ok(Event::Cleared { medium });
+        }
+        let hashes = self.hashes.take().ok_or(Fault::Malformed)?;
+        if let Tag::Removed = tag {
+            return Ok(Event::Removed(BlockRemoved {
+                hashes,
+                medium: self.medium.unwrap_or_default(),
+                group: self.group,
+            }));
+        }
+        let context = Context {
+            lora_name: self.lora_name,
+            starts_sequence: self.parent.is_none(),
+        };
+        let extra_keys = match &mut self.extra_keys {
+            Some(reader) => extra_keys::read(reader, context)?,
+            None => extra_keys::ExtraKeys::default(),
+        };
+        let adapter = match self.lora_name {
+            Some(name) if !name.is_empty() => Adapter::Named(name.into()),
+            _ if self.has_lora_id => Adapter::Unnamed,
+            _ => Adapter::Base,
+        };
+        Ok(Event::Stored(BlockStored {
+            hashes,
+            parent: self.parent,
+            tokens: self.tokens,
+            next_token: self.next_token,
+            block_size: self.block_size.unwrap_or(0),
+            adapter,
+            cache_salt: self.cache_salt.map(Into::into).or(extra_keys.cache_salt),
+            medium: self.medium.unwrap_or_default(),
+            group: self.group,
+            attention: self.attention,
+            sliding_window: self.sliding_window,
+            extras: extra_keys.extras,
+        }))
+    }
+}
+
+fn read_hashes(reader: &mut Reader<'_>) -> Result<Vec<BlockKey>, Malformed> {
+    let count = reader.array_or_nil()?.ok_or(Malformed)?;
+    let mut hashes = Vec::with_capacity(count);
+    for _ in 0..count {
+        hashes.push(block_key(reader.next()?)?);
+    }
+    Ok(hashes)
+}
+
+fn block_key(hash: Value<'_>) -> Result<BlockKey, Malformed> {
+    match hash {
+        Value::Unsigned(number) => Ok(BlockKey(number)),
+        // The same 64 bits, read as the other type.
+        Value::Negative(number) => Ok(BlockKey(number.cast_unsigned())),
+        Value::Bytes(digest) if !digest.is_empty() => Ok(BlockKey::from_digest(digest)),
+        _ => Err(Malformed),
+    }
+}
+
+fn token(id: Value<'_>) -> Result<u32, Malformed> {
+    match id {
+        Value::Unsigned(id) => Ok(id as u32),
+        Value::Negative(id) => Ok(id as u32),
+        _ => Err(Malformed),
+    }
+}

@@ -1,0 +1,101 @@
+//! vLLM's `extra_keys`: per block, what went into its hash besides tokens.
+//!
+//! The names of adapter, media and salt come one after the other with nothing to say which is
+//! which, so their places and shapes must: the adapter's name is first, media are pairs of
+//! identifier and offset (plain texts in older releases), the salt is the last text, and only in
+//! the first block of a sequence.
+
+use super::{BlockExtra, ExtraKey};
+use crate::msgpack::{Malformed, Reader, Value};
+
+/// What is known of the event before its extra keys are understood.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Context<'p> {
+    pub(super) lora_name: Option<&'p str>,
+    /// Whether the first block is the first of its sequence.
+    pub(super) starts_sequence: bool,
+}
+
+/// What extra keys say.
+#[derive(Debug, Default)]
+pub(super) struct ExtraKeys {
+    pub(super) extras: Vec<BlockExtra>,
+    pub(super) cache_salt: Option<Box<str>>,
+}
+
+/// Reads the whole field.
+pub(super) fn read(reader: &mut Reader<'_>, context: Context<'_>) -> Result<ExtraKeys, Malformed> {
+    let mut found = ExtraKeys::default();
+    let blocks = reader.array_or_nil()?.unwrap_or(0);
+    for block in 0..u32::try_from(blocks).map_err(|_| Malformed)? {
+        read_block(reader, block, context, &mut found.extras)?;
+        if block == 0 && context.starts_sequence {
+            let salt = found
+                .extras
+                .iter()
+                .rposition(|extra| matches!(extra.key, ExtraKey::Text(_)));
+            if let Some(BlockExtra {
+                key: ExtraKey::Text(salt),
+                ..
+            }) = salt.map(|index| found.extras.remove(index))
+            {
+                found.cache_salt = Some(salt);
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Reads the keys of one block. What is not understood is kept as it was encoded: the block
+/// depends on it, so it must not pass for one that does not.
+fn read_block(
+    reader: &mut Reader<'_>,
+    block: u32,
+    context: Context<'_>,
+    extras: &mut Vec<BlockExtra>,
+) -> Result<(), Malformed> {
+    let start = *reader;
+    let keys = match reader.next()? {
+        Value::Nil => return Ok(()),
+        Value::Array(keys) => keys,
+        _ => {
+            *reader = start;
+            let key = ExtraKey::Encoded(reader.raw()?.into());
+            extras.push(BlockExtra { block, key });
+            return Ok(());
+        }
+    };
+    for index in 0..keys {
+        let key = read_key(reader)?;
+        let is_adapter = index == 0
+            && matches!((&key, context.lora_name), (ExtraKey::Text(text), Some(name)) if **text == *name);
+        if !is_adapter {
+            extras.push(BlockExtra { block, key });
+        }
+    }
+    Ok(())
+}
+
+fn read_key(reader: &mut Reader<'_>) -> Result<ExtraKey, Malformed> {
+    let mut ahead = *reader;
+    let encoded = reader.raw()?;
+    let understood = match ahead.next()? {
+        Value::Text(text) => str::from_utf8(text)
+            .ok()
+            .map(|text| ExtraKey::Text(text.into())),
+        Value::Array(2) => media(&mut ahead),
+        _ => None,
+    };
+    Ok(understood.unwrap_or_else(|| ExtraKey::Encoded(encoded.into())))
+}
+
+/// Reads the rest of a pair of identifier and offset.
+fn media(pair: &mut Reader<'_>) -> Option<ExtraKey> {
+    let id = pair.text_or_nil().ok()??.into();
+    let offset = match pair.next().ok()? {
+        Value::Unsigned(offset) => i64::try_from(offset).ok()?,
+        Value::Negative(offset) => offset,
+        _ => return None,
+    };
+    Some(ExtraKey::Media { id, offset })
+}
