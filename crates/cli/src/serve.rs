@@ -27,7 +27,7 @@ pub(crate) struct ServeArgs {
     /// Where metrics, health and admin listen: not for the public
     #[arg(long, default_value = "127.0.0.1:8081", env = "FORESEE_ADMIN_LISTEN")]
     admin_listen: SocketAddr,
-    /// A worker: URL[,name=NAME][,blocks=N][,prefix-caching=on|off]; repeat for more
+    /// A worker's URL and its options, by commas: name=NAME, blocks=N, prefix-caching=on|off; repeat for more
     ///
     /// In FORESEE_WORKER they are separated by white space.
     #[arg(

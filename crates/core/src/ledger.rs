@@ -198,7 +198,11 @@ impl State {
         let unpinned = self.tree.unpin(record.node, worker.id.slot, stamp);
         worker.pinned -= u64::from(unpinned.blocks);
         load.active_blocks -= u64::from(unpinned.blocks);
-        let left_behind = if record.computed { unshared } else { 0 };
+        let left_behind = if record.computed {
+            record.output_blocks()
+        } else {
+            0
+        };
         worker.shadow.freed(unpinned, left_behind, stamp);
         worker
             .shadow
