@@ -26,6 +26,9 @@ type ByHash<V> = HashMap<u64, V, BuildHasherDefault<AlreadyHashed>>;
 /// Runs of blocks with unknown parents that are kept, waiting for them.
 const MAX_PARKED: usize = 256;
 
+/// Token ids of all of those together, but for the last.
+const MAX_PARKED_TOKENS: usize = 1 << 20;
+
 /// Blocks one view follows at most. A stream that loses removals must not grow it for ever.
 const MAX_BLOCKS: usize = 1 << 22;
 
@@ -88,8 +91,9 @@ pub struct CacheView {
     stride: u32,
     blocks: ByHash<Block>,
     parked: VecDeque<Parked>,
-    /// Blocks that are cached behind one that is not. Rare: engines evict tails first.
-    unreachable: usize,
+    /// Blocks that went before their children did, and how many of those are left. Rare: engines
+    /// evict tails first.
+    holes: ByHash<u32>,
     exact: bool,
 }
 
@@ -102,7 +106,7 @@ impl CacheView {
             stride: 0,
             blocks: ByHash::default(),
             parked: VecDeque::new(),
-            unreachable: 0,
+            holes: ByHash::default(),
             exact: true,
         }
     }
@@ -192,16 +196,15 @@ impl CacheView {
             }
             let block = *block;
             self.blocks.remove(name);
-            if let Some(parent) = self.blocks.get_mut(&block.parent) {
-                parent.children = parent.children.saturating_sub(1);
+            self.lose_child(block.parent);
+            if block.children > 0 {
+                self.holes.insert(*name, block.children);
             }
             if block.reachable {
                 changes.removed.push(block.hash);
-            } else {
-                self.unreachable -= 1;
-            }
-            if block.children > 0 {
-                self.set_reachable_behind(*name, false, &mut changes);
+                if block.children > 0 {
+                    self.set_reachable_behind(*name, false, &mut changes);
+                }
             }
         }
         changes
@@ -210,7 +213,7 @@ impl CacheView {
     /// Nothing is cached any more.
     pub fn clear(&mut self) -> Changes {
         self.parked.clear();
-        self.unreachable = 0;
+        self.holes.clear();
         self.exact = true;
         let blocks = std::mem::take(&mut self.blocks);
         let reachable = blocks.into_values().filter(|it| it.reachable);
@@ -237,11 +240,13 @@ impl CacheView {
                 (previous, reachable) = (block.hash, block.reachable);
             } else {
                 previous = tokens.chunks_exact(ours).fold(previous, extend);
+                // Zero, unless it comes back in front of blocks that stayed.
+                let children = self.holes.remove(&name).unwrap_or(0);
                 let block = Block {
                     hash: previous,
                     parent,
                     stores: 1,
-                    children: 0,
+                    children,
                     reachable,
                 };
                 self.blocks.insert(name, block);
@@ -250,46 +255,47 @@ impl CacheView {
                 }
                 if reachable {
                     changes.added.push(previous);
-                } else {
-                    self.unreachable += 1;
-                }
-                if self.unreachable > 0 {
-                    self.adopt(name, reachable, changes);
+                    if children > 0 {
+                        self.set_reachable_behind(name, true, changes);
+                    }
                 }
             }
             parent = name;
         }
     }
 
-    /// A block came back in front of blocks that stayed: it is their parent again.
-    fn adopt(&mut self, name: u64, reachable: bool, changes: &mut Changes) {
-        let orphans = self.blocks.values().filter(|it| it.parent == name).count();
-        if let Some(block) = self.blocks.get_mut(&name) {
-            block.children = orphans as u32;
-        }
-        if orphans > 0 && reachable {
-            self.set_reachable_behind(name, true, changes);
+    /// A block whose parent is `name` went.
+    fn lose_child(&mut self, name: u64) {
+        if let Some(parent) = self.blocks.get_mut(&name) {
+            parent.children = parent.children.saturating_sub(1);
+        } else if let Some(children) = self.holes.get_mut(&name) {
+            *children = children.saturating_sub(1);
+            if *children == 0 {
+                self.holes.remove(&name);
+            }
         }
     }
 
-    /// Marks everything behind a block. Looks at every block: for holes, which are rare.
+    /// Marks everything behind a block. Looks at every block once: for holes, which are rare.
     fn set_reachable_behind(&mut self, name: u64, reachable: bool, changes: &mut Changes) {
-        let mut parents = vec![name];
-        while let Some(parent) = parents.pop() {
-            for (&child, block) in &mut self.blocks {
-                if block.parent != parent || block.reachable == reachable {
-                    continue;
-                }
-                block.reachable = reachable;
-                if reachable {
-                    changes.added.push(block.hash);
-                    self.unreachable -= 1;
-                } else {
-                    changes.removed.push(block.hash);
-                    self.unreachable += 1;
-                }
-                parents.push(child);
+        let mut children: ByHash<Vec<u64>> = ByHash::default();
+        for (&child, block) in &self.blocks {
+            if block.reachable != reachable {
+                children.entry(block.parent).or_default().push(child);
             }
+        }
+        let mut behind = children.remove(&name).unwrap_or_default();
+        while let Some(name) = behind.pop() {
+            if let Some(block) = self.blocks.get_mut(&name) {
+                block.reachable = reachable;
+                let changed = if reachable {
+                    &mut changes.added
+                } else {
+                    &mut changes.removed
+                };
+                changed.push(block.hash);
+            }
+            behind.extend(children.remove(&name).unwrap_or_default());
         }
     }
 
@@ -297,7 +303,8 @@ impl CacheView {
         let Some(parent) = stored.parent else {
             return;
         };
-        if self.parked.len() == MAX_PARKED {
+        let tokens: usize = self.parked.iter().map(|run| run.tokens.len()).sum();
+        if self.parked.len() == MAX_PARKED || tokens > MAX_PARKED_TOKENS {
             self.parked.pop_front();
             self.exact = false;
         }
