@@ -134,7 +134,7 @@ impl Fleet {
             worker += &format!(",replay={replay}");
         }
         let fleet = Self::start(&worker);
-        fleet.becomes(|worker| follows(worker)).await;
+        fleet.becomes(follows).await;
         fleet
     }
 
@@ -366,6 +366,26 @@ async fn a_restart_empties_the_cache_with_replay() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restart_empties_the_cache_without_replay() {
     a_restart_empties_the_cache(publishing()).await;
+}
+
+/// The new process may well have counted further than the old one before anybody looks.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_is_noticed_however_far_the_new_engine_has_come() {
+    let mut engine = Engine::start(engine_of(4096, Some(with_replay())));
+    let fleet = Fleet::following(&engine).await;
+    fleet.send(&prompts(11)[10], 20).await;
+    fleet.catches_up(&engine).await;
+
+    engine.stop().await;
+    engine.start_again();
+    for prompt in prompts(20) {
+        let body = json!({ "prompt": prompt, "max_tokens": 20, "ignore_eos": true });
+        http(engine.address, "POST", "/v1/completions", &body.to_string()).await;
+    }
+    fleet.catches_up(&engine).await;
+    let cached = fleet.gateway.router().cached_prefixes() as u64;
+    assert_eq!(cached, engine.metric("model_engine:cached_blocks").await);
+    assert_eq!(fleet.worker().await["kv_events"]["exact"], true);
 }
 
 #[tokio::test(flavor = "multi_thread")]
