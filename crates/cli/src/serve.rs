@@ -27,8 +27,8 @@ pub(crate) struct ServeArgs {
     /// Where metrics, health and admin listen: not for the public
     #[arg(long, default_value = "127.0.0.1:8081", env = "FORESEE_ADMIN_LISTEN")]
     admin_listen: SocketAddr,
-    /// A worker: URL[,name=NAME][,blocks=N][,prefix-caching=on|off]
-    /// [,kv-events=tcp://HOST:PORT[,replay=tcp://HOST:PORT]]; repeat for more. Write
+    /// A worker's URL and its options, by commas: name=NAME, blocks=N, prefix-caching=on|off,
+    /// kv-events=tcp://HOST:PORT, replay=tcp://HOST:PORT; repeat for more. Write
     /// kv-events=bind:tcp://*:PORT if the engine dials the router
     ///
     /// In FORESEE_WORKER they are separated by white space.

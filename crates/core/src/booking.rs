@@ -109,7 +109,7 @@ impl Booking {
     /// excluded.
     ///
     /// # Errors
-    /// As [`Router::route`]; the booking stays where it is.
+    /// As [`Router::route`](crate::router::Router::route); the booking stays where it is.
     pub fn reroute(&mut self, excluded: &[WorkerId], now: Duration) -> Result<(), RouteError> {
         self.rebook(now, excluded, None)
     }
@@ -158,5 +158,34 @@ impl Drop for Booking {
         let mut state = self.state.lock();
         state.free(self.key);
         release(state);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::fleet::WorkerSpec;
+    use crate::router::{Router, RouterConfig};
+
+    /// Behind a long backlog, forecasts are due long after their requests were given up.
+    #[test]
+    fn forecasts_of_ended_requests_do_not_pile_up() {
+        let config = RouterConfig::default();
+        let sequence = Sequence::opaque(1_000_000, config.block_size);
+        let router = Router::new(config).unwrap();
+        let worker = router.add_worker(WorkerSpec::default()).unwrap();
+        router.set_healthy(worker, true);
+        let unwatched = Request {
+            streams: false,
+            ..Request::new(&sequence)
+        };
+        let book = || router.route(&unwatched, Duration::ZERO).unwrap();
+        let live: Vec<Booking> = (0..10).map(|_| book()).collect();
+        for _ in 0..1_000 {
+            drop(book());
+        }
+        let due = live[0].state.lock().due.len();
+        assert!(due <= 2 * live.len() + 64 + 2, "{due} forecasts");
     }
 }

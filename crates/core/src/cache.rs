@@ -1,7 +1,7 @@
 //! What workers cache, as their own events tell it.
 //!
 //! [`CacheView`] follows one engine's events and turns them into changes in terms of sequence
-//! hashes; it belongs to whoever listens to that engine, outside the router's lock. [`CacheIndex`]
+//! hashes; it belongs to whoever listens to that engine, outside the router's lock. `CacheIndex`
 //! is the router's side: which workers hold which prefix.
 //!
 //! Engines' own hashes are opaque names here. Blocks are hashed anew from their token ids, so

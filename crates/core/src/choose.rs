@@ -16,7 +16,7 @@ use crate::tree::{Depth, Slot};
 /// How a worker is chosen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Policy {
-    /// Least [`Cost`](crate::cost::Cost): predicted prefill work and active blocks.
+    /// Least [`Cost`]: predicted prefill work and active blocks.
     #[default]
     Kv,
     /// Each worker in turn.

@@ -4,6 +4,9 @@ use std::num::NonZeroU32;
 
 use crate::choose::Policy;
 
+/// vLLM's own, in tokens.
+const DEFAULT_BLOCK_SIZE: NonZeroU32 = NonZeroU32::new(16).unwrap();
+
 /// How a router decides.
 #[derive(Clone, Debug)]
 pub struct RouterConfig {
@@ -25,7 +28,7 @@ impl Default for RouterConfig {
             policy: Policy::Kv,
             overlap_weight: 1.0,
             temperature: 0.0,
-            block_size: NonZeroU32::MIN.saturating_add(15),
+            block_size: DEFAULT_BLOCK_SIZE,
             seed: 0,
         }
     }

@@ -198,7 +198,11 @@ impl State {
         let unpinned = self.tree.unpin(record.node, worker.id.slot, stamp);
         worker.pinned -= u64::from(unpinned.blocks);
         load.active_blocks -= u64::from(unpinned.blocks);
-        let left_behind = if record.computed { unshared } else { 0 };
+        let left_behind = if record.computed {
+            record.output_blocks()
+        } else {
+            0
+        };
         worker.shadow.freed(unpinned, left_behind, stamp);
         worker
             .shadow
@@ -239,6 +243,7 @@ impl State {
         let per_block = inter_token.saturating_mul(block_size);
         self.set_generated(key, total);
         // Never again at this very instant, however fast the worker was learned to be.
-        (total < expected).then(|| now.saturating_add(per_block.max(Duration::from_millis(1))))
+        let pause = per_block.max(Duration::from_millis(1));
+        now.checked_add(pause).filter(|_| total < expected)
     }
 }

@@ -50,6 +50,16 @@ impl Record {
         self.blocks() - self.hashed_blocks
     }
 
+    /// Full blocks of output it has filled. Its engine keeps them like any full block; here nobody
+    /// can ask for them, because their tokens are not known. The last token is not stored: nothing
+    /// followed it.
+    pub(crate) fn output_blocks(&self) -> u32 {
+        let stored = u64::from(self.generated_tokens).saturating_sub(1);
+        let full = (u64::from(self.prompt_tokens) + stored) / u64::from(self.block_size);
+        let full = u32::try_from(full).unwrap_or(u32::MAX);
+        full.saturating_sub(self.hashed_blocks)
+    }
+
     pub(crate) fn context_tokens(&self) -> u64 {
         u64::from(self.prompt_tokens) + u64::from(self.generated_tokens)
     }

@@ -1,10 +1,10 @@
 //! What a worker's cache must still contain when nobody tells: the engine's own replacement
 //! rule, run on what was sent to it.
 //!
-//! vLLM's rule (`BlockPool` and `FreeKVCacheBlockQueue`): a block without references goes to the
-//! end of one free queue, a freed request's blocks tail first; new blocks are taken from the
-//! front, and only then does a cached block lose its content; a hit takes it out of the queue.
-//! So one free queue entry per freed request is enough here: its blocks lie on one path of the
+//! vLLM's rule (`BlockPool` and `FreeKVCacheBlockQueue`): a full block without references goes to
+//! the end of one free queue, a freed request's blocks tail first, and a partial block to its
+//! front, so that it is taken next and evicts nothing. New blocks are taken from the front, and
+//! only then does a cached block lose its content; a hit takes it out of the queue. So one entry per freed request is enough here: its blocks lie on one path of the
 //! [`PrefixTree`] and leave from the tail upwards.
 
 use std::collections::VecDeque;
@@ -18,9 +18,9 @@ pub const DEFAULT_CAPACITY_BLOCKS: u32 = 12_288;
 /// One freed request in the free queue.
 #[derive(Debug)]
 struct Freed {
-    /// Blocks whose content nobody can ask for again (partial blocks, output of unknown
-    /// tokens). They were the request's tail, so they are taken first.
-    unhashed: u32,
+    /// Full blocks of output whose tokens are not known here. They were the request's tail, so
+    /// they are taken first.
+    output: u32,
     /// Where the blocks that this freeing unpinned begin, deepest first.
     node: NodeId,
     stamp: u64,
@@ -35,7 +35,7 @@ pub(crate) struct Shadow {
     queue: VecDeque<Freed>,
     /// Unpinned blocks that are still cached.
     cached: u64,
-    unhashed: u64,
+    output: u64,
     last_stamp: u64,
 }
 
@@ -46,7 +46,7 @@ impl Shadow {
             is_idle: false,
             queue: VecDeque::new(),
             cached: 0,
-            unhashed: 0,
+            output: 0,
             last_stamp: 0,
         }
     }
@@ -77,7 +77,7 @@ impl Shadow {
     pub(crate) fn clear(&mut self) {
         self.queue.clear();
         self.cached = 0;
-        self.unhashed = 0;
+        self.output = 0;
     }
 
     /// A number that marks one freeing; none is used twice.
@@ -91,13 +91,13 @@ impl Shadow {
         self.cached -= u64::from(blocks);
     }
 
-    /// A request's blocks were freed under `stamp`, with `unhashed` blocks at its tail.
-    pub(crate) fn freed(&mut self, unpinned: Unpinned, unhashed: u32, stamp: u64) {
+    /// A request's blocks were freed under `stamp`, with `output` blocks of output at its tail.
+    pub(crate) fn freed(&mut self, unpinned: Unpinned, output: u32, stamp: u64) {
         self.cached += u64::from(unpinned.cached);
-        self.unhashed += u64::from(unhashed);
-        if unpinned.deepest != NO_NODE || unhashed > 0 {
+        self.output += u64::from(output);
+        if unpinned.deepest != NO_NODE || output > 0 {
             self.queue.push_back(Freed {
-                unhashed,
+                output,
                 node: unpinned.deepest,
                 stamp,
             });
@@ -108,15 +108,15 @@ impl Shadow {
     pub(crate) fn make_room(&mut self, active: u64, worker: Slot, tree: &mut PrefixTree) {
         let capacity = if self.is_idle { 0 } else { self.capacity };
         let fits = u64::from(capacity).saturating_sub(active);
-        while self.cached + self.unhashed > fits
+        while self.cached + self.output > fits
             && let Some(front) = self.queue.front_mut()
         {
-            let excess = self.cached + self.unhashed - fits;
+            let excess = self.cached + self.output - fits;
             let want = u32::try_from(excess).unwrap_or(u32::MAX);
-            let taken = front.unhashed.min(want);
-            front.unhashed -= taken;
-            self.unhashed -= u64::from(taken);
-            if front.unhashed > 0 {
+            let taken = front.output.min(want);
+            front.output -= taken;
+            self.output -= u64::from(taken);
+            if front.output > 0 {
                 break;
             }
             let (evicted, next) = tree.evict(front.node, worker, front.stamp, want - taken);
@@ -138,7 +138,7 @@ impl Shadow {
             self.queue.retain_mut(|entry| {
                 let (_, left) = tree.evict(entry.node, worker, entry.stamp, 0);
                 entry.node = left.unwrap_or(NO_NODE);
-                left.is_some() || entry.unhashed > 0
+                left.is_some() || entry.output > 0
             });
         }
     }

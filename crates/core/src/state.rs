@@ -157,6 +157,7 @@ impl State {
     ) -> Result<(WorkerId, Reading), RouteError> {
         let reading = self.read(request);
         let excluded = self.excluded(request);
+        // A copy: a decision that fails draws nothing, and the field borrows the rest.
         let mut rng = self.rng.clone();
         let worker = self
             .field(request, &reading, &excluded)?

@@ -38,6 +38,18 @@ struct Job {
     prompt_bytes: usize,
 }
 
+impl Job {
+    fn request(&self) -> RouteRequest<'_> {
+        RouteRequest {
+            model: &self.model,
+            sequence: &self.sequence,
+            max_tokens: self.max_tokens,
+            streams: self.streams,
+            excluded: &[],
+        }
+    }
+}
+
 /// A request without an answer yet. Dropped as such, it counts as one whose client left.
 #[derive(Debug)]
 struct Unanswered<'m>(Option<&'m Metrics>);
@@ -174,15 +186,11 @@ impl Shared {
     }
 
     fn route(&self, job: &Job) -> Result<Booking, ApiError> {
-        let request = RouteRequest {
-            model: &job.model,
-            sequence: &job.sequence,
-            max_tokens: job.max_tokens,
-            streams: job.streams,
-            excluded: &[],
-        };
         let before = self.clock.now();
-        let booking = self.router.route(&request, before).map_err(no_worker)?;
+        let booking = self
+            .router
+            .route(&job.request(), before)
+            .map_err(no_worker)?;
         let after = self.clock.now();
         let metrics = &self.metrics;
         metrics
@@ -253,15 +261,8 @@ impl Shared {
         body: &[u8],
     ) -> Result<foresee_core::router::Explanation, ApiError> {
         let job = self.parse_job(endpoint, body)?;
-        let request = RouteRequest {
-            model: &job.model,
-            sequence: &job.sequence,
-            max_tokens: job.max_tokens,
-            streams: job.streams,
-            excluded: &[],
-        };
         let now = self.clock.now();
-        self.router.explain(&request, now).map_err(no_worker)
+        self.router.explain(&job.request(), now).map_err(no_worker)
     }
 }
 

@@ -140,15 +140,21 @@ impl BlockPool {
 
     /// Drops one reference to each of a request's `blocks`, given in the order of its tokens.
     ///
-    /// They join the free queue last block first, so that a prompt's tail is evicted before its
-    /// beginning, which more requests can use.
+    /// Full blocks join the free queue last block first, so that a prompt's tail is evicted before
+    /// its beginning, which more requests can use. A partial block is of no use to anybody and is
+    /// taken next.
     pub fn release(&mut self, blocks: &[BlockId]) {
         for &block in blocks.iter().rev() {
             let references = &mut self.blocks[block as usize].references;
             debug_assert!(*references > 0, "released more often than taken");
             *references -= 1;
-            if *references == 0 {
+            if *references > 0 {
+                continue;
+            }
+            if self.blocks[block as usize].hash.is_some() {
                 self.enqueue_free(block);
+            } else {
+                self.enqueue_next(block);
             }
         }
     }
@@ -183,6 +189,18 @@ impl BlockPool {
             newest => self.blocks[newest as usize].newer = block,
         }
         self.newest_free = block;
+        self.free += 1;
+    }
+
+    /// Puts a free block at the front of the queue.
+    fn enqueue_next(&mut self, block: BlockId) {
+        self.blocks[block as usize].older = NONE;
+        self.blocks[block as usize].newer = self.oldest_free;
+        match self.oldest_free {
+            NONE => self.newest_free = block,
+            oldest => self.blocks[oldest as usize].older = block,
+        }
+        self.oldest_free = block;
         self.free += 1;
     }
 
@@ -275,8 +293,13 @@ mod tests {
         fn release(&mut self, blocks: &[BlockId]) {
             for &block in blocks.iter().rev() {
                 self.references[block as usize] -= 1;
-                if self.references[block as usize] == 0 {
+                if self.references[block as usize] > 0 {
+                    continue;
+                }
+                if self.stored.iter().any(|(_, holder)| *holder == block) {
                     self.free.push_back(block);
+                } else {
+                    self.free.push_front(block);
                 }
             }
         }

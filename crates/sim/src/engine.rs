@@ -23,6 +23,7 @@ use rand::rngs::SmallRng;
 
 use crate::blocks::{Allocated, BlockId, BlockPool};
 use crate::law::{Preset, StepLaw, StepLoad};
+use crate::prompt::mix;
 
 /// What an engine is, fixed for its life.
 #[derive(Clone, Debug)]
@@ -534,17 +535,17 @@ impl Engine {
             return;
         }
         let full = (tokens / self.config.block_size) as usize;
-        let full = full.min(progress.request.hashes.len());
-        if full <= progress.stored {
-            return;
-        }
-        let entering = progress.stored..full;
-        for block in entering.clone() {
-            let hash = progress.request.hashes[block];
+        for block in progress.stored..full {
+            let hashes = &progress.request.hashes;
+            let hash = hashes.get(block).copied();
+            let hash = hash.unwrap_or_else(|| unasked_hash(progress.request.id, block));
             self.pool.store(progress.blocks[block], hash);
         }
-        progress.stored = full;
-        if recording {
+        // Nobody can be told of blocks whose content is not known.
+        let known = full.min(progress.request.hashes.len());
+        let entering = progress.stored.min(known)..known;
+        progress.stored = progress.stored.max(full);
+        if recording && !entering.is_empty() {
             self.cache_events.push(CacheEvent::Stored {
                 request: progress.request.id,
                 blocks: entering,
@@ -555,4 +556,9 @@ impl Engine {
     fn blocks_for(&self, tokens: u32) -> u32 {
         tokens.div_ceil(self.config.block_size.get())
     }
+}
+/// The hash of a full block whose content is not known: an engine stores it like any other, and no
+/// request can ask for it.
+fn unasked_hash(request: u64, block: usize) -> SequenceHash {
+    mix(mix(request) ^ block as u64)
 }

@@ -20,6 +20,8 @@ pub(crate) struct NaiveWorker {
     /// In the order in which the blocks will be taken.
     free: VecDeque<FreeBlock>,
     unshared: HashMap<u64, usize>,
+    /// Full blocks of output of each request.
+    output: HashMap<u64, usize>,
 }
 
 impl NaiveWorker {
@@ -73,6 +75,9 @@ impl NaiveWorker {
             0
         };
         self.unshared.insert(request, blocks - shared);
+        let stored = sequence.tokens() + generated.saturating_sub(1);
+        let full = (stored / BLOCK_SIZE.get()) as usize;
+        self.output.insert(request, full.saturating_sub(shared));
         self.make_room();
     }
 
@@ -82,15 +87,16 @@ impl NaiveWorker {
         }
     }
 
-    /// `computed`: the request had its first token, so its unshared blocks are in the way of
-    /// others' until they are taken.
+    /// `computed`: the request had its first token, so the full blocks of its output are in the
+    /// way of others' until they are taken.
     pub(crate) fn free(&mut self, request: u64, sequence: &Sequence, computed: bool) {
-        let unshared = self.unshared.remove(&request).unwrap_or(0);
+        self.unshared.remove(&request);
+        let output = self.output.remove(&request).unwrap_or(0);
         if !self.prefix_caching {
             return;
         }
         if computed {
-            self.free.extend(std::iter::repeat_n(None, unshared));
+            self.free.extend(std::iter::repeat_n(None, output));
         }
         for hash in sequence.hashes().iter().rev() {
             let Some(by) = self.pinned.get_mut(hash) else {
