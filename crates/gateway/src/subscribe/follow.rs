@@ -404,11 +404,12 @@ mod tests {
                 }
                 for event in decode_batch(message.payload).unwrap().events {
                     match event {
-                        Event::Stored(it) if it.attention != Attention::Other => {
-                            if *followed.get_or_insert(it.group) == it.group {
-                                let hashes = it.hashes.into_iter();
-                                hashes.for_each(|hash| *counts.entry(hash).or_default() += 1);
-                            }
+                        Event::Stored(it)
+                            if it.attention != Attention::Other
+                                && *followed.get_or_insert(it.group) == it.group =>
+                        {
+                            let hashes = it.hashes.into_iter();
+                            hashes.for_each(|hash| *counts.entry(hash).or_default() += 1);
                         }
                         Event::Removed(it) if followed == Some(it.group) => {
                             let hashes = it.hashes.into_iter();
