@@ -9,7 +9,9 @@ use std::num::{NonZeroU32, NonZeroU64};
 use std::time::Duration;
 
 use bytes::Bytes;
-use foresee_engine::kv_events::{BlockKey, BlockStored, Event, EventBatch, encode_batch};
+use foresee_engine::kv_events::{
+    BlockKey, BlockStored, Event, EventBatch, encode_batch, parse_replay_request, replay_end,
+};
 use foresee_gateway::{Gateway, GatewayConfig, WorkerConfig};
 use foresee_sim::engine::EngineConfig;
 use foresee_sim::law::L40S_8B;
@@ -19,7 +21,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use zeromq::{PubSocket, Socket, SocketSend, ZmqMessage};
+use zeromq::{PubSocket, RouterSocket, Socket, SocketRecv, SocketSend, ZmqMessage};
 
 const BLOCK: u32 = 16;
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -368,6 +370,26 @@ async fn a_restart_empties_the_cache_without_replay() {
     a_restart_empties_the_cache(publishing()).await;
 }
 
+/// The new process may well have counted further than the old one before anybody looks.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_is_noticed_however_far_the_new_engine_has_come() {
+    let mut engine = Engine::start(engine_of(4096, Some(with_replay())));
+    let fleet = Fleet::following(&engine).await;
+    fleet.send(&prompts(11)[10], 20).await;
+    fleet.catches_up(&engine).await;
+
+    engine.stop().await;
+    engine.start_again();
+    for prompt in prompts(20) {
+        let body = json!({ "prompt": prompt, "max_tokens": 20, "ignore_eos": true });
+        http(engine.address, "POST", "/v1/completions", &body.to_string()).await;
+    }
+    fleet.catches_up(&engine).await;
+    let cached = fleet.gateway.router().cached_prefixes() as u64;
+    assert_eq!(cached, engine.metric("model_engine:cached_blocks").await);
+    assert_eq!(fleet.worker().await["kv_events"]["exact"], true);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn without_events_the_shadow_serves_until_there_are_some() {
     let events = with_replay();
@@ -421,6 +443,78 @@ async fn blocks_that_do_not_fit_are_left_to_the_shadow() {
         .await;
 }
 
+/// The frames of a batch that stores one block.
+fn batch(sequence: u64, timestamp: f64, block: u32) -> [Bytes; 3] {
+    let batch = EventBatch {
+        timestamp: Some(timestamp),
+        events: vec![Event::Stored(BlockStored {
+            hashes: vec![BlockKey(u64::from(block) + 1)],
+            tokens: (0..BLOCK).map(|token| block + token).collect(),
+            block_size: BLOCK,
+            ..BlockStored::default()
+        })],
+        ..EventBatch::default()
+    };
+    [
+        Bytes::new(),
+        Bytes::copy_from_slice(&sequence.to_be_bytes()),
+        encode_batch(&batch, Layout::Map).into(),
+    ]
+}
+
+fn message(frames: &[Bytes]) -> ZmqMessage {
+    ZmqMessage::try_from(frames.to_vec()).unwrap()
+}
+
+/// Replay fails when it is needed, and works later.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_lost_is_found_again_when_replay_works() {
+    let (endpoint, replay) = (free_endpoint(), free_endpoint());
+    let engine = Engine::start(engine_of(4096, None));
+    let worker = format!("{},kv-events={endpoint},replay={replay}", engine.address);
+    let mut publisher = PubSocket::new();
+    publisher.bind(&endpoint).await.unwrap();
+    let fleet = Fleet::start(&worker);
+    fleet.becomes(follows).await;
+    let batches: Vec<_> = (0..3).map(|n| batch(n, n as f64, n as u32)).collect();
+    // Repeated until the subscription has reached the publisher.
+    for (batch, is_heard) in [(0, json!(0)), (2, json!(2))] {
+        let send = async {
+            loop {
+                publisher.send(message(&batches[batch])).await.unwrap();
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::select! {
+            () = send => {}
+            () = fleet.becomes(|worker| worker["kv_events"]["last_sequence"] == is_heard) => {}
+        }
+    }
+    assert_eq!(fleet.worker().await["kv_events"]["exact"], false);
+    assert_eq!(fleet.gateway.router().cached_prefixes(), 2);
+
+    let mut router = RouterSocket::new();
+    router.bind(&replay).await.unwrap();
+    let answer = async {
+        loop {
+            let request = router.recv().await.unwrap().into_vec();
+            let from = parse_replay_request(&request[1..]).unwrap() as usize;
+            let end = replay_end().map(Bytes::from).to_vec();
+            let again = batches[from..].iter();
+            let again = again.map(|it| [&[Bytes::new()][..], it].concat());
+            for frames in again.chain([end]) {
+                let frames = [&request[..1], &frames].concat();
+                router.send(message(&frames)).await.unwrap();
+            }
+        }
+    };
+    tokio::select! {
+        () = answer => {}
+        () = fleet.becomes(|worker| worker["kv_events"]["exact"] == true) => {}
+    }
+    assert_eq!(fleet.gateway.router().cached_prefixes(), 3);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_engine_that_dials_is_heard() {
     let endpoint = free_endpoint();
@@ -444,23 +538,9 @@ async fn an_engine_that_dials_is_heard() {
         let mut sequence = 0_u64;
         let send = async {
             loop {
-                let batch = EventBatch {
-                    timestamp: Some(f64::from(process) * 1e6 + sequence as f64),
-                    events: vec![Event::Stored(BlockStored {
-                        hashes: vec![BlockKey(process as u64 * 1000 + 1)],
-                        tokens: (0..BLOCK).map(|token| process as u32 + token).collect(),
-                        block_size: BLOCK,
-                        ..BlockStored::default()
-                    })],
-                    ..EventBatch::default()
-                };
-                let frames = vec![
-                    Bytes::new(),
-                    Bytes::copy_from_slice(&sequence.to_be_bytes()),
-                    encode_batch(&batch, Layout::Map).into(),
-                ];
-                let message = ZmqMessage::try_from(frames).unwrap();
-                publisher.send(message).await.unwrap();
+                let timestamp = f64::from(process) * 1e6 + sequence as f64;
+                let frames = batch(sequence, timestamp, process as u32);
+                publisher.send(message(&frames)).await.unwrap();
                 sequence += 1;
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }

@@ -38,6 +38,11 @@ const FIRST_CHECK: Duration = Duration::from_millis(500);
 /// can be lost as any other.
 const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 
+/// How often an inexact view is made anew from all the engine still has, and how long to wait if
+/// that no longer reaches back to its start.
+const REBUILD_INTERVAL: Duration = Duration::from_secs(5);
+const HOPELESS_REBUILD_INTERVAL: Duration = Duration::from_secs(300);
+
 /// Prefixes the router is told of at a time, under its lock.
 const MOST_CHANGES: usize = 1024;
 
@@ -61,6 +66,7 @@ pub(crate) async fn follow_events(shared: Arc<Shared>, worker: Arc<Worker>) {
             follower: Follower::new(block_size, model),
             unusable_since: Some(Instant::now()),
             replay_rests_until: Instant::now(),
+            rebuild_at: Instant::now(),
             told: None,
         };
         subscription.run().await;
@@ -87,6 +93,7 @@ struct Subscription<'s> {
     /// Since when there are no usable events.
     unusable_since: Option<Instant>,
     replay_rests_until: Instant,
+    rebuild_at: Instant,
     told: Option<Told>,
 }
 
@@ -141,11 +148,13 @@ impl Subscription<'_> {
                 }
                 Some(Heard::Frames(frames)) => {
                     self.take(&frames).await;
+                    self.rebuild().await;
                     self.judge();
                     check_at = Instant::now() + CHECK_INTERVAL;
                 }
                 None if connected => {
                     self.catch_up().await;
+                    self.rebuild().await;
                     self.judge();
                     check_at = Instant::now() + CHECK_INTERVAL;
                 }
@@ -221,6 +230,53 @@ impl Subscription<'_> {
         } else if restarted {
             self.replay_from(0).await;
         }
+    }
+
+    /// Makes an inexact view anew, if the engine still has all it published.
+    async fn rebuild(&mut self) {
+        let Some(endpoint) = self.source.replay.as_deref() else {
+            return;
+        };
+        let now = Instant::now();
+        if self.follower.is_exact() || now < self.rebuild_at.max(self.replay_rests_until) {
+            return;
+        }
+        self.rebuild_at = now + REBUILD_INTERVAL;
+        let block_size = self.shared.config.router.block_size;
+        let mut anew = Follower::new(block_size, self.follower.model().to_owned());
+        let mut is_whole = true;
+        let replayed = replay(endpoint, 0, |message| {
+            is_whole = matches!(
+                anew.receive(message),
+                Received::Applied(_) | Received::Known
+            );
+            is_whole
+        });
+        if let Err(error) = replayed.await {
+            tracing::debug!(worker = %self.worker.config.name, %error, "no rebuild");
+            return;
+        }
+        if !is_whole || !anew.is_exact() {
+            self.rebuild_at = now + HOPELESS_REBUILD_INTERVAL;
+            return;
+        }
+        let before = std::mem::replace(&mut self.follower, anew);
+        let Changes { added, stride, .. } = before.contents();
+        self.tell_router(&Changes {
+            added: Vec::new(),
+            removed: added,
+            stride,
+        });
+        self.tell_router(&self.follower.contents());
+        let last = self.follower.last();
+        self.worker.events.change(|it| {
+            it.exact = true;
+            it.last_sequence = last.map(|last| last.sequence);
+        });
+        tracing::info!(
+            worker = %self.worker.config.name,
+            "all KV events were replayed: what is known of this cache is exact again"
+        );
     }
 
     /// Replays from a number on. Returns how many batches came; `None` if the worker has no

@@ -223,8 +223,11 @@ impl Follower {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+    use std::path::{Path, PathBuf};
+
     use super::*;
-    use foresee_engine::kv_events::{Layout, encode_batch};
+    use foresee_engine::kv_events::{Layout, encode_batch, parse_message};
 
     const BLOCK: NonZeroU32 = NonZeroU32::new(2).unwrap();
 
@@ -342,5 +345,92 @@ mod tests {
         });
         receive(&mut follower, 4, &payload(2.0, vec![odd]));
         assert!(follower.fault().unwrap().contains("blocks of 3 tokens"));
+    }
+
+    /// Whole messages recorded from engines that ran, and those of the folder that
+    /// `FORESEE_KV_CAPTURES` names.
+    fn recordings() -> Vec<(PathBuf, Vec<u8>)> {
+        let ours = Path::new(env!("CARGO_MANIFEST_DIR")).join("../engine/tests/kv_events/recorded");
+        let further = std::env::var_os("FORESEE_KV_CAPTURES").map(PathBuf::from);
+        let mut folders: Vec<PathBuf> = std::iter::once(ours).chain(further).collect();
+        let mut recordings = Vec::new();
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(folder).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    folders.push(path);
+                } else if path.to_string_lossy().ends_with(".stream.bin") {
+                    let bytes = std::fs::read(&path).unwrap();
+                    recordings.push((path, bytes));
+                }
+            }
+        }
+        recordings
+    }
+
+    /// A recording is messages of `u32` frames, each a `u32` length and as many bytes.
+    fn messages(mut rest: &[u8]) -> Vec<Vec<Vec<u8>>> {
+        let mut take = |length: Option<usize>| {
+            let length = length.unwrap_or(4);
+            let (taken, after) = rest.split_at_checked(length)?;
+            rest = after;
+            Some(taken.to_vec())
+        };
+        let number = |bytes: Vec<u8>| u32::from_be_bytes(bytes.try_into().unwrap()) as usize;
+        let mut messages = Vec::new();
+        while let Some(frames) = take(None) {
+            let frames = (0..number(frames)).map(|_| {
+                let length = take(None).map(number);
+                take(length).unwrap()
+            });
+            messages.push(frames.collect());
+        }
+        messages
+    }
+
+    #[test]
+    fn recorded_streams_leave_what_was_stored_and_not_removed() {
+        let recordings = recordings();
+        assert!(recordings.len() >= 2);
+        for (path, bytes) in recordings {
+            let mut follower = Follower::new(NonZeroU32::MIN, "m".to_owned());
+            let mut counts = HashMap::<BlockKey, i64>::new();
+            let mut followed = None;
+            for frames in messages(&bytes) {
+                let message = parse_message(&frames).unwrap();
+                if let Received::Gap(_) = follower.receive(&message) {
+                    follower.skip_to(message.sequence);
+                    assert!(matches!(follower.receive(&message), Received::Applied(_)));
+                }
+                for event in decode_batch(message.payload).unwrap().events {
+                    match event {
+                        Event::Stored(it)
+                            if it.attention != Attention::Other
+                                && *followed.get_or_insert(it.group) == it.group =>
+                        {
+                            let hashes = it.hashes.into_iter();
+                            hashes.for_each(|hash| *counts.entry(hash).or_default() += 1);
+                        }
+                        Event::Removed(it) if followed == Some(it.group) => {
+                            let hashes = it.hashes.into_iter();
+                            hashes.for_each(|hash| *counts.entry(hash).or_default() -= 1);
+                        }
+                        Event::Cleared { .. } => counts.clear(),
+                        _ => {}
+                    }
+                }
+            }
+            assert_eq!(follower.fault(), None, "{}", path.display());
+            let left = counts.values().filter(|count| **count > 0).count();
+            eprintln!(
+                "{}: {left} blocks, {} followed, exact: {}",
+                path.display(),
+                follower.view.len(),
+                follower.is_exact()
+            );
+            if follower.is_exact() {
+                assert_eq!(follower.view.len(), left, "{}", path.display());
+            }
+        }
     }
 }

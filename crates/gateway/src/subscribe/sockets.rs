@@ -77,6 +77,7 @@ impl Feed {
         let mut monitor = socket.monitor();
         socket.subscribe("").await?;
         if source.binds {
+            remove_stale_socket(&source.endpoint);
             socket.bind(&source.endpoint).await?;
         } else {
             // It tries again until it is stopped.
@@ -127,6 +128,19 @@ impl Feed {
                 .fetch_sub(size_of(frames), Ordering::Relaxed);
         }
         heard
+    }
+}
+
+/// A process that was killed leaves its `ipc://` socket behind, where nobody can bind then.
+/// libzmq removes it before it binds; `zeromq` does not.
+fn remove_stale_socket(endpoint: &str) {
+    use std::os::unix::fs::FileTypeExt;
+    let Some(path) = endpoint.strip_prefix("ipc://") else {
+        return;
+    };
+    if std::fs::symlink_metadata(path).is_ok_and(|it| it.file_type().is_socket()) {
+        // If it stays, binding says what is wrong.
+        let _ = std::fs::remove_file(path);
     }
 }
 

@@ -206,6 +206,7 @@ impl Publication {
         let mut sockets = JoinSet::new();
 
         let mut publisher = PubSocket::new();
+        remove_stale_socket(&config.endpoint);
         let bound = publisher.bind(&config.endpoint).await;
         bound.map_err(|error| refused(&config.endpoint, error))?;
         let (outbox, batches) = mpsc::channel(MOST_UNSENT);
@@ -213,6 +214,7 @@ impl Publication {
 
         if let Some(endpoint) = &config.replay {
             let mut router = RouterSocket::new();
+            remove_stale_socket(endpoint);
             let bound = router.bind(endpoint).await;
             bound.map_err(|error| refused(endpoint, error))?;
             sockets.spawn(replay(router, topic, Arc::clone(&kept), stopped));
@@ -244,6 +246,19 @@ impl Publication {
     pub(super) async fn close(mut self) {
         self.stop.send_replace(true);
         while self.sockets.join_next().await.is_some() {}
+    }
+}
+
+/// An engine that was killed leaves its `ipc://` socket behind. libzmq removes it before it binds,
+/// `zeromq` does not.
+fn remove_stale_socket(endpoint: &str) {
+    use std::os::unix::fs::FileTypeExt;
+    let Some(path) = endpoint.strip_prefix("ipc://") else {
+        return;
+    };
+    if std::fs::symlink_metadata(path).is_ok_and(|it| it.file_type().is_socket()) {
+        // If it stays, binding says what is wrong.
+        let _ = std::fs::remove_file(path);
     }
 }
 
