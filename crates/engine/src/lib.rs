@@ -9,5 +9,6 @@ mod lenient;
 mod prompts;
 pub mod request;
 pub mod stream;
+pub mod tokenizer;
 pub mod usage;
 pub mod worker_metrics;
