@@ -2,13 +2,17 @@
 //!
 //! Everything here is pure: bytes in, meaning out. Nothing does I/O, and no input, however
 //! malformed, panics or grows a buffer without bound.
+pub mod chat;
+pub mod chat_template;
 mod conversation;
 pub mod error;
 mod event;
 mod lenient;
 mod prompts;
+mod python_json;
 pub mod request;
 pub mod stream;
+mod strftime;
 pub mod tokenizer;
 pub mod usage;
 pub mod worker_metrics;
