@@ -1,7 +1,8 @@
-//! What LLM engines speak: OpenAI bodies, token streams, error bodies and metrics.
+//! What LLM engines speak: OpenAI bodies, token streams, error bodies, metrics, and tokens.
 //!
-//! Everything here is pure: bytes in, meaning out. Nothing does I/O, and no input, however
-//! malformed, panics or grows a buffer without bound.
+//! Everything here is pure: bytes in, meaning out. Nothing does I/O but the loading of a model's
+//! tokenizer and chat template, and no input, however malformed, panics or grows a buffer without
+//! bound.
 pub mod chat;
 pub mod chat_template;
 mod conversation;

@@ -17,6 +17,7 @@ mod proxy;
 mod reply;
 mod server;
 mod text;
+mod tokens;
 mod watch;
 mod workers;
 
