@@ -1,4 +1,5 @@
 //! Chats are rendered as engines render them.
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use std::fs;
 use std::path::Path;
