@@ -47,6 +47,12 @@ pub(crate) struct ServeArgs {
     /// `off`: no two requests share a block, on any worker that does not say otherwise
     #[arg(long, default_value = "on", env = "FORESEE_PREFIX_CACHING")]
     prefix_caching: Switch,
+    /// The model's folder or tokenizer.json, to match prompts by the engine's own tokens
+    ///
+    /// The folder's chat template is used too. Without it, token counts are estimated and
+    /// prefixes matched on text. If an engine's token counts differ, its model falls back to text.
+    #[arg(long, value_name = "PATH", env = "FORESEE_TOKENIZER")]
+    tokenizer: Option<PathBuf>,
     /// Longest request body, in bytes
     #[arg(long, default_value_t = 32 << 20, env = "FORESEE_MAX_BODY_BYTES")]
     max_body_bytes: usize,
@@ -75,6 +81,7 @@ impl ServeArgs {
             workers: self.workers,
             router: self.router.config(self.policy),
             prefix_caching: self.prefix_caching == Switch::On,
+            tokenizer: self.tokenizer,
             max_body_bytes: self.max_body_bytes,
             probe_interval: self.probe_interval,
             connect_timeout: self.connect_timeout,
@@ -137,12 +144,16 @@ pub(crate) fn check_config(args: ServeArgs) -> anyhow::Result<()> {
         };
         router.add_worker(spec)?;
     }
+    config.check_tokenizer()?;
     println!("listen           {}", config.listen);
     println!("admin-listen     {}", config.admin_listen);
     println!("policy           {}", config.router.policy);
     println!("overlap-weight   {}", config.router.overlap_weight);
     println!("temperature      {}", config.router.temperature);
     println!("block-size       {}", config.router.block_size);
+    if let Some(tokenizer) = &config.tokenizer {
+        println!("tokenizer        {}", tokenizer.display());
+    }
     for worker in &config.workers {
         println!("worker           {} at {}", worker.name, worker.url());
     }

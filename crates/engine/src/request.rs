@@ -41,6 +41,8 @@ pub struct ApiRequest {
     pub choices: u32,
     /// Keeps this prompt's cache apart from others'.
     pub cache_salt: Option<String>,
+    /// Whether a tokenizer is to frame the prompt with special tokens, if the request says.
+    pub add_special_tokens: Option<bool>,
     /// How many prompts the request holds, at least 1. Each gets `choices` answers.
     pub prompts: u32,
     /// The prompt, or the first of a batch.
@@ -109,11 +111,39 @@ impl ApiRequest {
     /// known to measure; it cuts text into blocks, and token ids do not need it.
     #[must_use]
     pub fn sequence(&self, block_size: NonZeroU32, bytes_per_token: f64) -> Sequence {
-        let salt = sequence::salt(&self.model, None, self.cache_salt.as_deref());
-        let sequence = match &self.prompt {
-            Prompt::Text(text) => Sequence::from_text(text, bytes_per_token, block_size, salt),
-            Prompt::Tokens(tokens) => Sequence::from_tokens(tokens, block_size, salt),
-        };
+        match &self.prompt {
+            Prompt::Text(text) => {
+                let salt = self.salt();
+                let sequence = Sequence::from_text(text, bytes_per_token, block_size, salt);
+                self.with_unmatched(sequence, bytes_per_token)
+            }
+            Prompt::Tokens(ids) => self.sequence_of_ids(ids, block_size, bytes_per_token),
+        }
+    }
+
+    /// The prompt as the prefix cache sees it, from its token ids.
+    #[must_use]
+    pub fn sequence_of_ids(
+        &self,
+        ids: &[u32],
+        block_size: NonZeroU32,
+        bytes_per_token: f64,
+    ) -> Sequence {
+        let sequence = Sequence::from_tokens(ids, block_size, self.salt());
+        self.with_unmatched(sequence, bytes_per_token)
+    }
+
+    /// Whether the prompt is all that the engine will count: nothing follows it unmatched.
+    #[must_use]
+    pub fn is_one_prompt(&self) -> bool {
+        self.prompts == 1 && self.unmatched == Unmatched::default()
+    }
+
+    fn salt(&self) -> u64 {
+        sequence::salt(&self.model, None, self.cache_salt.as_deref())
+    }
+
+    fn with_unmatched(&self, sequence: Sequence, bytes_per_token: f64) -> Sequence {
         let unmatched = self.unmatched.bytes as f64 / bytes_per_token.max(f64::MIN_POSITIVE)
             + self.unmatched.tokens as f64;
         sequence.with_opaque_tail(unmatched.ceil() as u32)
@@ -140,6 +170,7 @@ struct Fields<'b> {
     max_tokens: Gist,
     max_completion_tokens: Gist,
     choices: Gist,
+    add_special_tokens: Gist,
     cache_salt: Option<&'b RawValue>,
     tools: Option<&'b RawValue>,
     conversation: Option<Conversation>,
@@ -155,6 +186,7 @@ enum Key {
     MaxCompletionTokens,
     N,
     CacheSalt,
+    AddSpecialTokens,
     Tools,
     Messages,
     Prompt,
@@ -173,6 +205,7 @@ impl<'b> Fields<'b> {
             max_tokens: Gist::Null,
             max_completion_tokens: Gist::Null,
             choices: Gist::Null,
+            add_special_tokens: Gist::Null,
             cache_salt: None,
             tools: None,
             conversation: None,
@@ -219,6 +252,10 @@ impl<'b> Fields<'b> {
             cache_salt: self
                 .cache_salt
                 .and_then(|raw| serde_json::from_str(raw.get()).ok()),
+            add_special_tokens: match self.add_special_tokens {
+                Gist::Bool(add) => Some(add),
+                _ => None,
+            },
             prompts: self.prompts.count.max(1),
             prompt,
             unmatched,
@@ -282,6 +319,7 @@ impl<'b> Visitor<'b> for &mut Fields<'b> {
                 Key::MaxTokens => self.max_tokens = body.next_value()?,
                 Key::MaxCompletionTokens => self.max_completion_tokens = body.next_value()?,
                 Key::N => self.choices = body.next_value()?,
+                Key::AddSpecialTokens => self.add_special_tokens = body.next_value()?,
                 Key::CacheSalt => self.cache_salt = Some(body.next_value()?),
                 Key::Tools => self.tools = Some(body.next_value()?),
                 Key::Messages if self.is_prompt(key) => {

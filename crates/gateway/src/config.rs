@@ -2,6 +2,7 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -9,7 +10,9 @@ use foresee_core::router::RouterConfig;
 use http::uri::{Authority, Scheme};
 use http::{HeaderValue, Uri};
 
+use crate::server::StartError;
 use crate::subscribe::{EventSource, check_endpoint};
+use crate::tokens::Tokens;
 
 /// How a gateway listens, routes and fails. The defaults are those of the command line.
 #[derive(Clone, Debug)]
@@ -24,6 +27,8 @@ pub struct GatewayConfig {
     pub router: RouterConfig,
     /// Whether workers share blocks between requests, unless one says otherwise.
     pub prefix_caching: bool,
+    /// A model folder or `tokenizer.json`. Without it, prompts are matched as text.
+    pub tokenizer: Option<PathBuf>,
     /// Longest request body accepted, in bytes.
     pub max_body_bytes: usize,
     /// Time between two health probes of a worker.
@@ -40,6 +45,19 @@ pub struct GatewayConfig {
     pub io_threads: NonZeroUsize,
 }
 
+impl GatewayConfig {
+    /// Reads the tokenizer and the template beside it, if one is given, and lets go of them.
+    ///
+    /// # Errors
+    /// If the tokenizer cannot be used, so that a gateway would not start.
+    pub fn check_tokenizer(&self) -> Result<(), StartError> {
+        if let Some(path) = &self.tokenizer {
+            Tokens::load(path)?;
+        }
+        Ok(())
+    }
+}
+
 impl Default for GatewayConfig {
     fn default() -> Self {
         Self {
@@ -48,6 +66,7 @@ impl Default for GatewayConfig {
             workers: Vec::new(),
             router: RouterConfig::default(),
             prefix_caching: true,
+            tokenizer: None,
             max_body_bytes: 32 << 20,
             probe_interval: Duration::from_secs(1),
             events_grace: Duration::from_secs(5),

@@ -19,6 +19,7 @@ mod server;
 mod shared;
 mod subscribe;
 mod text;
+mod tokens;
 mod watch;
 mod workers;
 

@@ -54,6 +54,8 @@ pub(crate) struct Metrics {
     requests: Family<Label, Counter>,
     pub(crate) retries: Counter,
     overlap_blocks: Family<Label, Counter>,
+    tokenized_prompts: Family<Label, Counter>,
+    token_parity: Family<Label, Counter>,
     pub(crate) prompt_tokens: Counter,
     pub(crate) output_tokens: Counter,
     pub(crate) decision_duration: Histogram,
@@ -88,6 +90,8 @@ impl Metrics {
             requests: Family::default(),
             retries: Counter::default(),
             overlap_blocks: Family::default(),
+            tokenized_prompts: Family::default(),
+            token_parity: Family::default(),
             prompt_tokens: Counter::default(),
             output_tokens: Counter::default(),
             decision_duration,
@@ -123,6 +127,8 @@ impl Metrics {
             requests: "Requests that ended, by how",
             retries: "Requests sent again to another worker before their first byte",
             overlap_blocks: "Prompt blocks: predicted cached on the chosen worker, the best any worker offered, actually cached by the engine's own report",
+            tokenized_prompts: "Text prompts that were matched as tokens, or the reason why as text",
+            token_parity: "Prompt token counts reported by engines: equal to ours, or different",
             prompt_tokens: "Prompt tokens routed, as counted or estimated",
             output_tokens: "Output tokens seen",
             bookings: "Requests booked now",
@@ -191,6 +197,18 @@ impl Metrics {
     pub(crate) fn forget_events(&self, worker: &str) {
         let label = [("worker", worker.to_owned())];
         self.worker_events_live.remove(&label);
+    }
+
+    /// A prompt was matched as tokens, or as text for some reason.
+    pub(crate) fn tokenized(&self, as_what: &'static str) {
+        self.tokenized_prompts
+            .get_or_create(&[("as", as_what)])
+            .inc();
+    }
+
+    pub(crate) fn token_parity(&self, equal: bool) {
+        let result = if equal { "equal" } else { "different" };
+        self.token_parity.get_or_create(&[("result", result)]).inc();
     }
 
     pub(crate) fn overlap(&self, kind: &'static str, blocks: u32) {

@@ -25,6 +25,9 @@ use crate::watch::{Watch, Watched};
 /// shorter ones delay nobody by more than 0.3 ms.
 const PARSED_IN_PLACE: usize = 256 << 10;
 
+/// The same for bodies that are tokenised, at about 10 MB/s.
+const TOKENIZED_IN_PLACE: usize = 4 << 10;
+
 /// How long a client may take to send the rest of a body that was refused.
 const DISCARD_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -36,6 +39,8 @@ struct Job {
     max_tokens: Option<u32>,
     streams: bool,
     prompt_bytes: usize,
+    /// How many tokens our tokenizer counted, if the engine ought to count the same.
+    counted_tokens: Option<u32>,
 }
 
 impl Job {
@@ -123,6 +128,7 @@ impl Shared {
                 max_tokens: None,
                 streams: true,
                 prompt_bytes: 0,
+                counted_tokens: None,
             },
         };
         let mut booking = self.route(&job)?;
@@ -159,11 +165,24 @@ impl Shared {
     }
 
     async fn read_job(self: &Arc<Self>, endpoint: Endpoint, body: Bytes) -> Result<Job, ApiError> {
-        if body.len() <= PARSED_IN_PLACE {
+        let in_place = match self.tokens {
+            Some(_) => TOKENIZED_IN_PLACE,
+            None => PARSED_IN_PLACE,
+        };
+        if body.len() <= in_place {
             return Ok(self.parse_job(endpoint, &body)?);
         }
+        let permit = match &self.tokens {
+            Some(tokens) => tokens.permit().await,
+            None => None,
+        };
         let shared = Arc::clone(self);
-        let parsed = tokio::task::spawn_blocking(move || shared.parse_job(endpoint, &body)).await;
+        let parsed = tokio::task::spawn_blocking(move || {
+            // Goes on even if the client leaves, so the permit goes with it.
+            let _permit = permit;
+            shared.parse_job(endpoint, &body)
+        });
+        let parsed = parsed.await;
         match parsed {
             Ok(job) => Ok(job?),
             Err(error) => {
@@ -176,8 +195,19 @@ impl Shared {
     fn parse_job(&self, endpoint: Endpoint, body: &[u8]) -> Result<Job, BodyError> {
         let request = ApiRequest::parse(endpoint, body)?;
         let bytes_per_token = self.text.get(&request.model);
+        let block_size = self.config.router.block_size;
+        let ids = self
+            .tokens
+            .as_ref()
+            .and_then(|tokens| tokens.encode(endpoint, &request, body, &self.metrics));
+        let sequence = match &ids {
+            Some(ids) => request.sequence_of_ids(ids, block_size, bytes_per_token),
+            None => request.sequence(block_size, bytes_per_token),
+        };
+        let comparable = ids.is_some() && request.is_one_prompt();
         Ok(Job {
-            sequence: request.sequence(self.config.router.block_size, bytes_per_token),
+            counted_tokens: comparable.then(|| sequence.tokens()),
+            sequence,
             max_tokens: request.max_tokens,
             streams: request.stream,
             prompt_bytes: request.prompt_bytes(),
@@ -224,6 +254,7 @@ impl Shared {
             arrived,
             model: job.model,
             prompt_bytes: job.prompt_bytes,
+            counted_tokens: job.counted_tokens,
         };
         let watched = Watched::new(&head, body, answer.first, watch);
         Response::from_parts(head, Either::Right(watched))

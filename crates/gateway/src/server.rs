@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use foresee_core::fleet::WorkerError;
 use foresee_core::router::{ConfigError, Router};
+use foresee_engine::tokenizer::TokenizerError;
 use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -33,6 +34,7 @@ use crate::metrics::Metrics;
 use crate::reply::Body;
 use crate::shared::{RequestIds, Shared};
 use crate::text::TextRatios;
+use crate::tokens::Tokens;
 use crate::workers::{Workers, start_watching};
 
 /// How long a client may take to send the head of a request.
@@ -58,6 +60,9 @@ pub enum StartError {
     /// A setting is out of range.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// The tokenizer cannot be used.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
     /// A worker cannot join.
     #[error(transparent)]
     Worker(#[from] WorkerError),
@@ -79,8 +84,11 @@ impl Gateway {
     /// Starts listening and probing. Must run inside a tokio runtime.
     ///
     /// # Errors
-    /// If an address cannot be bound, or the configuration contradicts itself.
+    /// If an address cannot be bound, the tokenizer cannot be read, or the configuration
+    /// contradicts itself.
     pub fn start(config: GatewayConfig) -> Result<Self, StartError> {
+        // Takes seconds, in which nobody is to wait for an answer.
+        let tokens = config.tokenizer.as_deref().map(Tokens::load).transpose()?;
         let bind = |address| listen(address).map_err(|error| StartError::Listen { address, error });
         let (api, admin) = (bind(config.listen)?, bind(config.admin_listen)?);
         let address = api.local_addr().unwrap_or(config.listen);
@@ -92,6 +100,7 @@ impl Gateway {
             metrics: Metrics::new(),
             clock: Clock::start(),
             text: TextRatios::default(),
+            tokens,
             request_ids: RequestIds::new(),
             config,
         });

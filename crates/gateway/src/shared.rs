@@ -10,6 +10,7 @@ use crate::config::GatewayConfig;
 use crate::forward::Forwarder;
 use crate::metrics::Metrics;
 use crate::text::TextRatios;
+use crate::tokens::Tokens;
 use crate::workers::Workers;
 
 /// One gateway's state.
@@ -23,6 +24,7 @@ pub(crate) struct Shared {
     pub(crate) metrics: Metrics,
     pub(crate) clock: Clock,
     pub(crate) text: TextRatios,
+    pub(crate) tokens: Option<Tokens>,
     pub(crate) request_ids: RequestIds,
 }
 

@@ -61,6 +61,8 @@ pub(crate) struct Watch {
     pub(crate) model: String,
     /// Bytes of prompt text, to learn how many make a token; 0 if there is nothing to learn.
     pub(crate) prompt_bytes: usize,
+    /// Tokens that our tokenizer counted in the prompt, if the engine ought to count the same.
+    pub(crate) counted_tokens: Option<u32>,
 }
 
 /// The body of an answer.
@@ -243,6 +245,9 @@ impl Watch {
             self.shared
                 .text
                 .observe(&self.model, self.prompt_bytes, tokens);
+            if let (Some(ours), Some(counted)) = (&self.shared.tokens, self.counted_tokens) {
+                ours.compare(&self.model, counted, tokens, &self.shared.metrics);
+            }
         }
     }
 }
