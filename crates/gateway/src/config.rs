@@ -7,10 +7,10 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use foresee_core::router::RouterConfig;
+use foresee_engine::tokenizer::TokenizerError;
 use http::uri::{Authority, Scheme};
 use http::{HeaderValue, Uri};
 
-use crate::server::StartError;
 use crate::subscribe::{EventSource, check_endpoint};
 use crate::tokens::Tokens;
 
@@ -50,7 +50,7 @@ impl GatewayConfig {
     ///
     /// # Errors
     /// If the tokenizer cannot be used, so that a gateway would not start.
-    pub fn check_tokenizer(&self) -> Result<(), StartError> {
+    pub fn check_tokenizer(&self) -> Result<(), TokenizerError> {
         if let Some(path) = &self.tokenizer {
             Tokens::load(path)?;
         }
