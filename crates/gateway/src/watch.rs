@@ -120,9 +120,11 @@ impl Watched {
         let Some(data) = frame.data_ref() else {
             return;
         };
-        if let Some(watch) = &self.watch {
-            watch.worker.heard(watch.shared.clock.now());
-        }
+        let Some(watch) = &self.watch else {
+            return;
+        };
+        let now = watch.shared.clock.now();
+        watch.worker.heard(now);
         match &mut self.reader {
             Reader::Unread => {}
             Reader::Json(_, length) if *length + data.len() > MAX_KEPT_BYTES => {
@@ -135,20 +137,19 @@ impl Watched {
             Reader::Events(observer) => {
                 observer.feed(data);
                 let tokens = observer.tokens();
-                self.count(tokens);
+                self.count(tokens, now);
             }
         }
     }
 
-    /// Brings the booking to `total` output tokens.
-    fn count(&mut self, total: u32) {
+    /// Brings the booking to `total` output tokens, as of `now`.
+    fn count(&mut self, total: u32, now: Duration) {
         let Some(watch) = &mut self.watch else {
             return;
         };
         if total == self.counted_tokens {
             return;
         }
-        let now = watch.shared.clock.now();
         let metrics = &watch.shared.metrics;
         if let Some(new) = total.checked_sub(self.counted_tokens) {
             watch.booking.tokens(new, now);
