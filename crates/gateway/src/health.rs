@@ -91,15 +91,16 @@ async fn learn_what_it_serves(shared: &Shared, worker: &Worker) {
     }
     if worker.config.blocks.is_none()
         && let Ok(body) = get(shared, worker, "/metrics").await
-        && let Some(cache) = CacheConfig::parse(&String::from_utf8_lossy(&body))
     {
-        if let Some(blocks) = cache.blocks {
-            // vLLM keeps one block of each engine to itself.
-            let usable = blocks.saturating_sub(cache.engines);
-            shared.router.set_capacity(worker.id, usable);
+        let engines = CacheConfig::parse(&String::from_utf8_lossy(&body));
+        let blocks: Option<Vec<u32>> = engines.iter().map(|(_, cache)| cache.blocks).collect();
+        if let Some(blocks) = blocks.filter(|blocks| !blocks.is_empty()) {
+            let all = blocks.into_iter().fold(0, u32::saturating_add);
+            shared.router.set_capacity(worker.id, all);
         }
         let ours = shared.config.router.block_size.get();
-        if let Some(theirs) = cache.block_size.filter(|&theirs| theirs != ours) {
+        let theirs = engines.iter().find_map(|(_, cache)| cache.block_size);
+        if let Some(theirs) = theirs.filter(|&theirs| theirs != ours) {
             tracing::warn!(
                 worker = %worker.config.name, theirs, ours,
                 "block sizes differ: start with --block-size set to the engine's own"

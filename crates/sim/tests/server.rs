@@ -367,12 +367,9 @@ async fn it_describes_itself() {
     let models: Value = serde_json::from_slice(&models).unwrap();
     assert_eq!(models["data"][0]["id"], "m");
     let metrics = served.metrics().await;
-    let cache = CacheConfig::parse(&metrics).unwrap();
+    let (_, cache) = CacheConfig::parse(&metrics)[0];
     let blocks = L40S_8B.kv_tokens / 16;
-    assert_eq!(
-        (cache.block_size, cache.blocks),
-        (Some(16), Some(blocks + 1))
-    );
+    assert_eq!((cache.block_size, cache.blocks), (Some(16), Some(blocks)));
     assert_eq!(cache.prefix_caching, Some(true));
     assert_eq!(metric(&metrics, "num_preemptions_total"), 0.0);
 }
