@@ -90,6 +90,8 @@ pub struct CacheView {
     /// The engine's block size over the router's; 0 until it is known.
     stride: u32,
     blocks: ByHash<Block>,
+    /// The sum of all blocks' stores.
+    stored: u64,
     parked: VecDeque<Parked>,
     /// Blocks that went before their children did, and how many of those are left. Rare: engines
     /// evict tails first.
@@ -105,6 +107,7 @@ impl CacheView {
             block_size,
             stride: 0,
             blocks: ByHash::default(),
+            stored: 0,
             parked: VecDeque::new(),
             holes: ByHash::default(),
             exact: true,
@@ -128,6 +131,14 @@ impl CacheView {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.blocks.is_empty()
+    }
+
+    /// Blocks of the engine's memory that its cache takes: each as often as it was stored and not
+    /// yet removed. If that is more than the engine has, removals were lost. Runs that wait for
+    /// their parents are not counted.
+    #[must_use]
+    pub fn stored_blocks(&self) -> u64 {
+        self.stored
     }
 
     /// What an index that knows nothing must be told.
@@ -191,6 +202,7 @@ impl CacheView {
                 continue;
             };
             block.stores -= 1;
+            self.stored -= 1;
             if block.stores > 0 {
                 continue;
             }
@@ -215,6 +227,7 @@ impl CacheView {
         self.parked.clear();
         self.holes.clear();
         self.exact = true;
+        self.stored = 0;
         let blocks = std::mem::take(&mut self.blocks);
         let reachable = blocks.into_values().filter(|it| it.reachable);
         Changes {
@@ -235,6 +248,7 @@ impl CacheView {
         let ours = self.block_size.get() as usize;
         let theirs = ours * self.stride as usize;
         for (&name, tokens) in hashes.iter().zip(tokens.chunks_exact(theirs)) {
+            self.stored += 1;
             if let Some(block) = self.blocks.get_mut(&name) {
                 block.stores += 1;
                 (previous, reachable) = (block.hash, block.reachable);

@@ -189,6 +189,8 @@ proptest! {
             for engine in &engines {
                 prop_assert!(engine.view.is_exact());
                 prop_assert_eq!(engine.view.len(), engine.stores.len());
+                let stored: u32 = engine.stores.values().sum();
+                prop_assert_eq!(engine.view.stored_blocks(), u64::from(stored));
             }
             let sequence = Sequence::from_tokens(&probe, OURS, SALT);
             let explained = router.explain(&Request::new(&sequence), Duration::ZERO).unwrap();
