@@ -35,6 +35,9 @@ enum Command {
     /// Put workers behind one OpenAI-compatible address
     ///
     /// Example: foresee serve --worker http://gpu1:8000 --worker http://gpu2:8000
+    ///
+    /// FORESEE_LOG=info,foresee::answer=debug also logs each answer: what was predicted of it, and
+    /// what came true.
     Serve(serve::ServeArgs),
     /// Read the configuration that `serve` would use, and say what it comes to
     CheckConfig(serve::ServeArgs),

@@ -208,6 +208,74 @@ async fn serve_ends_well_on_sigterm() {
     assert!(status.success(), "{status}");
 }
 
+/// One line for each answer: what was predicted, and what came true.
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_are_in_the_log_if_asked_for() {
+    let block_size = RouterConfig::default().block_size;
+    let engine = EngineConfig::from_preset(&L40S_8B, block_size);
+    let config = ServerConfig {
+        time_scale: TIME_SCALE,
+        ..ServerConfig::new("model", engine)
+    };
+    let listener = bind(ANY_PORT.parse().unwrap()).unwrap();
+    let worker = format!("{},name=w", listener.local_addr().unwrap());
+    tokio::spawn(serve(config, listener, std::future::pending()));
+    let mut child = foresee(&["serve", "--listen", ANY_PORT, "--admin-listen", ANY_PORT])
+        .args(["--worker", &worker])
+        .env("FORESEE_LOG", "info,foresee::answer=debug")
+        .spawn()
+        .unwrap();
+    let (told, mut lines) = tokio::sync::mpsc::unbounded_channel();
+    let stderr = child.stderr.take().unwrap();
+    std::thread::spawn(move || {
+        use std::io::BufRead;
+        let lines = std::io::BufReader::new(stderr).lines();
+        lines.for_each(|line| drop(told.send(line.unwrap())));
+    });
+    let mut line_with = async |what: &str| {
+        let find = async {
+            loop {
+                let line = lines.recv().await.unwrap();
+                if line.contains(what) {
+                    return line;
+                }
+            }
+        };
+        tokio::time::timeout(PATIENCE, find).await.unwrap()
+    };
+    let listening = line_with("listening").await;
+    let api = listening.split("api=").nth(1).unwrap();
+    let api: SocketAddr = api.split(' ').next().unwrap().parse().unwrap();
+    line_with("worker is healthy").await;
+    let prompt: Vec<String> = (0..100).map(|token: u32| token.to_string()).collect();
+    let body = format!(
+        r#"{{"model": "model", "prompt": [{}], "max_tokens": 5, "ignore_eos": true}}"#,
+        prompt.join(",")
+    );
+    for found in [0, 6] {
+        let mut stream = TcpStream::connect(api).await.unwrap();
+        let request = format!(
+            "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
+             x-request-id: r{found}\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        let line = line_with("foresee::answer").await;
+        for part in [
+            format!(r#"request="r{found}" worker=w model=model outcome="ok""#),
+            "prompt_tokens=100 output_tokens=5".to_owned(),
+            format!("predicted_blocks={found} best_blocks={found} actual_blocks={found}"),
+        ] {
+            assert!(line.contains(&part), "{part} in {line}");
+        }
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
 #[test]
 fn a_configuration_is_read_and_judged() {
     let file = std::env::temp_dir().join(format!("foresee-{}.toml", std::process::id()));

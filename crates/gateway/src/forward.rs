@@ -87,6 +87,12 @@ impl Message {
             body,
         }
     }
+
+    /// What the request is called, by its client or by us.
+    pub(crate) fn request_id(&self) -> HeaderValue {
+        let id = self.headers.get("x-request-id").cloned();
+        id.unwrap_or(HeaderValue::from_static(""))
+    }
 }
 
 /// Why a worker gave no answer.

@@ -51,10 +51,10 @@ pub(crate) async fn watch_worker(shared: Arc<Shared>, worker: Arc<Worker>) {
             if successes % PROBES_PER_LOOK_AT_MODELS == 0 {
                 learn_what_it_serves(&shared, &worker).await;
             }
+            shared.router.set_healthy(worker.id, true);
             if successes == 0 {
                 tracing::info!(worker = %name, "worker is healthy");
             }
-            shared.router.set_healthy(worker.id, true);
             (failures, successes) = (0, successes + 1);
         } else if answer == Err(NoAnswer::Late) && worker.heard_at() > asked_at {
             // Too busy to answer a probe, and not too busy to serve.

@@ -1,11 +1,13 @@
 //! The server: an OpenAI-compatible proxy that asks the router where each request should go.
 //!
 //! One request's life: `proxy` reads and routes it, `attempts` sends it until a worker answers,
-//! by `forward`; `watch` passes the answer through and tells the booking what it sees; dropping
-//! the answer frees the booking. Beside that, `workers` and `health` keep the fleet, `subscribe` follows its caches, `admin`
-//! shows it, `metrics` counts, and `server` starts and stops it all.
+//! by `forward`; `watch` passes the answer through and tells the booking what it sees, `answered`
+//! says how it ended; dropping the answer frees the booking. Beside that, `workers` and `health`
+//! keep the fleet, `subscribe` follows its caches, `admin` shows it, `metrics` counts, and `server`
+//! starts and stops it all.
 
 mod admin;
+mod answered;
 mod attempts;
 mod clock;
 mod config;

@@ -1,5 +1,6 @@
 //! What the gateway counts, under the prefix `foresee_`, in base units.
 
+use std::cmp::Ordering;
 use std::fmt;
 use std::sync::atomic::AtomicU64;
 
@@ -34,7 +35,7 @@ pub(crate) enum Outcome {
 }
 
 impl Outcome {
-    fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Ok => "ok",
             Self::Refused => "refused",
@@ -54,6 +55,7 @@ pub(crate) struct Metrics {
     requests: Family<Label, Counter>,
     pub(crate) retries: Counter,
     overlap_blocks: Family<Label, Counter>,
+    overlap_predictions: Family<Label, Counter>,
     tokenized_prompts: Family<Label, Counter>,
     token_parity: Family<Label, Counter>,
     pub(crate) prompt_tokens: Counter,
@@ -90,6 +92,7 @@ impl Metrics {
             requests: Family::default(),
             retries: Counter::default(),
             overlap_blocks: Family::default(),
+            overlap_predictions: Family::default(),
             tokenized_prompts: Family::default(),
             token_parity: Family::default(),
             prompt_tokens: Counter::default(),
@@ -127,6 +130,7 @@ impl Metrics {
             requests: "Requests that ended, by how",
             retries: "Requests sent again to another worker before their first byte",
             overlap_blocks: "Prompt blocks: predicted cached on the chosen worker, the best any worker offered, actually cached by the engine's own report",
+            overlap_predictions: "Requests whose overlap was predicted exactly, too large or too small, in blocks, where the engine reports it",
             tokenized_prompts: "Text prompts that were matched as tokens, or the reason why as text",
             token_parity: "Prompt token counts reported by engines: equal to ours, or different",
             prompt_tokens: "Prompt tokens routed, as counted or estimated",
@@ -215,6 +219,18 @@ impl Metrics {
         self.overlap_blocks
             .get_or_create(&[("kind", kind)])
             .inc_by(u64::from(blocks));
+    }
+
+    /// What a request was predicted to find cached, in blocks, and found.
+    pub(crate) fn prediction(&self, predicted: u32, actual: u32) {
+        let result = match predicted.cmp(&actual) {
+            Ordering::Equal => "exact",
+            Ordering::Greater => "over",
+            Ordering::Less => "under",
+        };
+        self.overlap_predictions
+            .get_or_create(&[("result", result)])
+            .inc();
     }
 
     /// The exposition text, with the workers as they stand.

@@ -39,6 +39,8 @@ struct Job {
     max_tokens: Option<u32>,
     streams: bool,
     prompt_bytes: usize,
+    /// It is one prompt and asks for one answer.
+    is_single: bool,
     /// How many tokens our tokenizer counted, if the engine ought to count the same.
     counted_tokens: Option<u32>,
 }
@@ -128,6 +130,7 @@ impl Shared {
                 max_tokens: None,
                 streams: true,
                 prompt_bytes: 0,
+                is_single: false,
                 counted_tokens: None,
             },
         };
@@ -135,7 +138,7 @@ impl Shared {
         let message = Message::new(head, body, request_id, endpoint.is_some());
         let mut attempts = Attempts::new(self, forwarder, &message);
         let answer = attempts.until_answered(&mut booking).await?;
-        Ok(self.pass_through(answer, booking, job, arrived))
+        Ok(self.pass_through(answer, booking, job, arrived, message.request_id()))
     }
 
     pub(crate) async fn read_body(
@@ -207,6 +210,7 @@ impl Shared {
         let comparable = ids.is_some() && request.is_one_prompt();
         Ok(Job {
             counted_tokens: comparable.then(|| sequence.tokens()),
+            is_single: request.is_one_prompt() && request.choices == 1,
             sequence,
             max_tokens: request.max_tokens,
             streams: request.stream,
@@ -236,6 +240,7 @@ impl Shared {
         booking: Booking,
         job: Job,
         arrived: Duration,
+        request_id: HeaderValue,
     ) -> Response<Body> {
         let (mut head, body) = answer.response.into_parts();
         strip_hop_by_hop(&mut head.headers);
@@ -252,7 +257,9 @@ impl Shared {
             worker: answer.worker,
             booking,
             arrived,
+            request_id,
             model: job.model,
+            is_single: job.is_single,
             prompt_bytes: job.prompt_bytes,
             counted_tokens: job.counted_tokens,
         };

@@ -14,9 +14,10 @@ use foresee_engine::error::ApiError;
 use foresee_engine::stream::{StreamObserver, error_event};
 use foresee_engine::usage::{Usage, parse_usage};
 use http::header::{CONTENT_ENCODING, CONTENT_TYPE};
-use http::response;
+use http::{HeaderValue, response};
 use hyper::body::{Body, Frame, Incoming};
 
+use crate::answered::Ending;
 use crate::forward::ForwardError;
 use crate::metrics::Outcome;
 use crate::shared::Shared;
@@ -58,7 +59,11 @@ pub(crate) struct Watch {
     pub(crate) worker: Arc<Worker>,
     pub(crate) booking: Booking,
     pub(crate) arrived: Duration,
+    /// What the client and the worker call the request.
+    pub(crate) request_id: HeaderValue,
     pub(crate) model: String,
+    /// It is one prompt with one answer, so that what is reported is said of it.
+    pub(crate) is_single: bool,
     /// Bytes of prompt text, to learn how many make a token; 0 if there is nothing to learn.
     pub(crate) prompt_bytes: usize,
     /// Tokens that our tokenizer counted in the prompt, if the engine ought to count the same.
@@ -74,6 +79,7 @@ pub(crate) struct Watched {
     reader: Reader,
     outcome: Outcome,
     counted_tokens: u32,
+    first_token: Option<Duration>,
     last_token: Option<Duration>,
     /// Gone once the answer has ended.
     watch: Option<Watch>,
@@ -105,6 +111,7 @@ impl Watched {
             reader: Reader::of(head),
             outcome,
             counted_tokens: 0,
+            first_token: None,
             last_token: None,
             watch: Some(watch),
         };
@@ -156,6 +163,7 @@ impl Watched {
             metrics.output_tokens.inc_by(u64::from(new));
             match self.last_token.replace(now) {
                 None => {
+                    self.first_token = Some(now);
                     let waited = now.saturating_sub(watch.arrived);
                     metrics.time_to_first_token.observe(waited.as_secs_f64());
                 }
@@ -182,15 +190,31 @@ impl Watched {
         matches!(&self.reader, Reader::Events(observer) if observer.is_done())
     }
 
+    /// What a stream has reported so far.
+    fn reported(&self) -> Option<Usage> {
+        match &self.reader {
+            Reader::Events(observer) => observer.usage(),
+            _ => None,
+        }
+    }
+
+    fn ending(&self, outcome: Outcome, usage: Option<Usage>) -> Ending {
+        Ending {
+            outcome,
+            usage: usage.unwrap_or_default(),
+            output_tokens: self.counted_tokens,
+            first_token: self.first_token,
+        }
+    }
+
     /// The worker ended its answer as it should.
     fn end(&mut self) {
         let usage = match &self.reader {
-            Reader::Events(observer) => observer.usage(),
             Reader::Json(chunks, _) => match chunks.as_slice() {
                 [whole] => parse_usage(whole),
                 parts => parse_usage(&parts.concat()),
             },
-            Reader::Unread => None,
+            _ => self.reported(),
         };
         let Some(mut watch) = self.watch.take() else {
             return;
@@ -200,14 +224,15 @@ impl Watched {
         if matches!(&self.reader, Reader::Events(observer) if observer.has_error()) {
             self.outcome = Outcome::WorkerError;
         }
-        shared.metrics.ended(self.outcome);
         if let Some(usage) = usage {
             if let (Reader::Json(..), Some(tokens)) = (&self.reader, usage.completion_tokens) {
                 watch.booking.set_tokens(tokens, now);
                 shared.metrics.output_tokens.inc_by(u64::from(tokens));
+                self.counted_tokens = tokens;
             }
             watch.learn(usage);
         }
+        watch.has_ended(&self.ending(self.outcome, usage));
         if self.outcome == Outcome::Ok {
             watch.booking.finish(now);
         }
@@ -218,7 +243,7 @@ impl Watched {
         let watch = self.watch.take()?;
         let error = ForwardError::broken(error);
         tracing::warn!(worker = %watch.worker.config.name, %error, "answer broke off");
-        watch.shared.metrics.ended(Outcome::WorkerFailed);
+        watch.has_ended(&self.ending(Outcome::WorkerFailed, self.reported()));
         watch.worker.suspect.notify_one();
         let Reader::Events(observer) = &self.reader else {
             return None;
@@ -238,10 +263,6 @@ impl Watched {
 
 impl Watch {
     fn learn(&self, usage: Usage) {
-        if let Some(cached) = usage.cached_tokens {
-            let block_size = self.booking.sequence().block_size().get();
-            self.shared.metrics.overlap("actual", cached / block_size);
-        }
         if let Some(tokens) = usage.prompt_tokens {
             self.shared
                 .text
@@ -256,7 +277,7 @@ impl Watch {
 impl Drop for Watched {
     fn drop(&mut self) {
         if let Some(watch) = &self.watch {
-            watch.shared.metrics.ended(Outcome::ClientLeft);
+            watch.has_ended(&self.ending(Outcome::ClientLeft, self.reported()));
         }
     }
 }

@@ -119,6 +119,8 @@ async fn usage_corrects_the_count() {
     let text = metrics(&gateway).await;
     let actual = "foresee_overlap_blocks_total{kind=\"actual\"}";
     assert_eq!(value(&text, actual), Some(2.0));
+    let under = "foresee_overlap_predictions_total{result=\"under\"}";
+    assert_eq!(value(&text, under), Some(1.0));
 }
 
 #[tokio::test]

@@ -1,0 +1,58 @@
+//! What an answer was predicted to find cached, and what its engine says it found: one line in the
+//! log, and the count of right predictions.
+//!
+//! The line is written at level debug under a target of its own, so that it costs nothing unless
+//! asked for: `FORESEE_LOG=info,foresee::answer=debug`.
+
+use std::time::Duration;
+
+use foresee_engine::usage::Usage;
+
+use crate::metrics::Outcome;
+use crate::watch::Watch;
+
+/// How an answer ended.
+#[derive(Debug)]
+pub(crate) struct Ending {
+    pub(crate) outcome: Outcome,
+    /// What the engine reported; what it did not is `None`.
+    pub(crate) usage: Usage,
+    pub(crate) output_tokens: u32,
+    /// When its first token came, if that was seen.
+    pub(crate) first_token: Option<Duration>,
+}
+
+impl Watch {
+    /// Counts the answer, holds its prediction against the engine's report, and says both.
+    pub(crate) fn has_ended(&self, ending: &Ending) {
+        let Ending { outcome, usage, .. } = ending;
+        let metrics = &self.shared.metrics;
+        metrics.ended(*outcome);
+        let decision = self.booking.decision();
+        let block_size = self.booking.sequence().block_size().get();
+        let predicted = decision.cost.overlap_blocks;
+        let actual = usage.cached_tokens.map(|tokens| tokens / block_size);
+        if let Some(actual) = actual {
+            metrics.overlap("actual", actual);
+            // What several prompts or answers found in the cache is one number for all of them.
+            if self.is_single {
+                metrics.prediction(predicted, actual);
+            }
+        }
+        let waited = |at: Duration| at.saturating_sub(self.arrived).as_secs_f64();
+        tracing::debug!(
+            target: "foresee::answer",
+            request = ?self.request_id,
+            worker = %self.worker.config.name,
+            model = %self.model,
+            outcome = outcome.as_str(),
+            prompt_tokens = usage.prompt_tokens.unwrap_or(self.booking.sequence().tokens()),
+            output_tokens = ending.output_tokens,
+            predicted_blocks = predicted,
+            best_blocks = decision.best_overlap_blocks,
+            actual_blocks = actual,
+            ttft_seconds = ending.first_token.map(waited),
+            "answered"
+        );
+    }
+}
