@@ -6,6 +6,7 @@ mod engine;
 mod flags;
 mod replay;
 mod serve;
+mod verify;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -47,6 +48,14 @@ enum Command {
     ///
     /// Example: foresee replay --workload chat --policy kv,round-robin
     Replay(replay::ReplayArgs),
+    /// Hold the router's predictions against engines that run, yours for instance
+    ///
+    /// Starts a router of its own, with the flags of `serve`, sends requests through it and
+    /// compares what it predicted with what the engines report. They should serve nobody else
+    /// meanwhile. Fails if the predictions do not hold.
+    ///
+    /// Example: foresee verify --worker http://gpu1:8000,kv-events=tcp://gpu1:5557 --html report.html
+    Verify(verify::VerifyArgs),
     /// Serve one model engine over HTTP: stands in for vLLM, without a GPU
     Engine(engine::EngineArgs),
 }
@@ -59,7 +68,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse_from(arguments);
     let filter = EnvFilter::try_from_env("FORESEE_LOG").unwrap_or_else(|_| match cli.command {
         // Their output is a report, and eight engines would talk into it.
-        Command::Demo(_) | Command::Replay(_) => EnvFilter::new("error"),
+        Command::Demo(_) | Command::Replay(_) | Command::Verify(_) => EnvFilter::new("error"),
         _ => EnvFilter::new("info"),
     });
     tracing_subscriber::fmt()
@@ -68,6 +77,7 @@ fn main() -> ExitCode {
         .with_ansi(std::io::stderr().is_terminal())
         .init();
     let done = match cli.command {
+        Command::Verify(args) => return verify::verify(args).unwrap_or_else(|error| fail(&error)),
         Command::Serve(args) => serve::serve(args),
         Command::CheckConfig(args) => serve::check_config(args),
         Command::Demo(args) => demo::demo(args),

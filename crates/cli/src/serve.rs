@@ -74,7 +74,7 @@ pub(crate) struct ServeArgs {
 }
 
 impl ServeArgs {
-    fn gateway(self) -> GatewayConfig {
+    pub(crate) fn gateway(self) -> GatewayConfig {
         GatewayConfig {
             listen: self.listen,
             admin_listen: self.admin_listen,

@@ -12,7 +12,9 @@
 
 pub mod arrivals;
 pub mod blocks;
+mod chart;
 pub mod engine;
+mod http;
 pub mod law;
 pub mod load;
 pub mod prediction;
@@ -23,4 +25,5 @@ pub mod server;
 mod table;
 pub mod text;
 pub mod trace;
+pub mod verify;
 pub mod workload;

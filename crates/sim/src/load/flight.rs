@@ -1,29 +1,22 @@
 //! One request as its client sees it: sent, read token by token, ended one way or another.
 
-use std::error::Error;
 use std::time::Duration;
 
 use bytes::Bytes;
 use foresee_engine::stream::StreamObserver;
 use foresee_engine::usage::Usage;
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::BodyExt;
+use hyper::Uri;
 use hyper::body::Incoming;
-use hyper::header::{CONTENT_TYPE, HeaderValue};
-use hyper::{Method, Request, Response, Uri};
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioExecutor;
 
+use crate::http::{HttpClient, chain, client, post, refusal, shortened};
 use crate::load::clock::Clock;
 use crate::load::hang_up::HangUp;
 use crate::load::outcome::FailureKind;
 
-/// The longest message that is kept of a failure, in characters.
-const LONGEST_MESSAGE: usize = 300;
-
 /// Where requests are sent, over connections that are kept for the next.
 pub(super) struct Target {
-    client: Client<HttpConnector, Full<Bytes>>,
+    client: HttpClient,
     uri: Uri,
     timeout: Duration,
 }
@@ -31,22 +24,11 @@ pub(super) struct Target {
 impl Target {
     /// Sends to `uri`, and waits up to `timeout` of real time for the end of an answer.
     pub(super) fn new(uri: Uri, timeout: Duration) -> Self {
-        let mut connector = HttpConnector::new();
-        connector.set_nodelay(true);
         Self {
-            client: Client::builder(TokioExecutor::new()).build(connector),
+            client: client(),
             uri,
             timeout,
         }
-    }
-
-    fn request(&self, body: Bytes) -> Request<Full<Bytes>> {
-        let mut request = Request::new(Full::new(body));
-        *request.method_mut() = Method::POST;
-        *request.uri_mut() = self.uri.clone();
-        let json = HeaderValue::from_static("application/json");
-        request.headers_mut().insert(CONTENT_TYPE, json);
-        request
     }
 }
 
@@ -128,7 +110,7 @@ impl Flight {
 
 impl Record {
     async fn exchange(&mut self, target: &Target, body: Bytes, clock: Clock) -> End {
-        let response = match target.client.request(target.request(body)).await {
+        let response = match target.client.request(post(&target.uri, body)).await {
             Ok(response) => response,
             Err(error) if error.is_connect() => {
                 return End::Failed(FailureKind::Connect, chain(&error));
@@ -138,7 +120,9 @@ impl Record {
         let worker = response.headers().get("x-foresee-worker");
         self.worker = worker.map(|name| String::from_utf8_lossy(name.as_bytes()).into_owned());
         if !response.status().is_success() {
-            return refusal(response).await;
+            let status = response.status().as_u16();
+            let kind = FailureKind::Status(status);
+            return End::Failed(kind, refusal(response).await);
         }
         self.read(response.into_body(), clock).await
     }
@@ -204,26 +188,4 @@ impl Record {
         self.gaps.resize(self.gaps.len() + new_tokens - 1, 0.0);
         self.tokens_came = Some((first, now));
     }
-}
-
-async fn refusal(response: Response<Incoming>) -> End {
-    const LONGEST_BODY: usize = 1 << 16;
-    let status = response.status();
-    let body = Limited::new(response.into_body(), LONGEST_BODY).collect();
-    let message = match body.await {
-        Ok(body) => shortened(&String::from_utf8_lossy(&body.to_bytes())),
-        Err(error) => chain(error.as_ref()),
-    };
-    End::Failed(FailureKind::Status(status.as_u16()), message)
-}
-
-/// An error and what caused it.
-fn chain(error: &(dyn Error + 'static)) -> String {
-    let causes = std::iter::successors(Some(error), |&error| error.source());
-    let causes: Vec<String> = causes.map(ToString::to_string).collect();
-    shortened(&causes.join(": "))
-}
-
-fn shortened(message: &str) -> String {
-    message.trim().chars().take(LONGEST_MESSAGE).collect()
 }
