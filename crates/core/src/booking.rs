@@ -46,6 +46,30 @@ impl Booking {
         }
     }
 
+    pub(crate) fn router(&self) -> &Locked {
+        &self.state
+    }
+
+    pub(crate) fn key(&self) -> BookingKey {
+        self.key
+    }
+
+    /// What was asked for when it was booked.
+    pub(crate) fn request<'a>(&'a self, excluded: &'a [WorkerId]) -> Request<'a> {
+        Request {
+            model: &self.model,
+            sequence: &self.sequence,
+            max_tokens: self.max_tokens,
+            streams: self.streams,
+            excluded,
+        }
+    }
+
+    /// It was freed where it was and booked anew.
+    pub(crate) fn is_now(&mut self, key: BookingKey, worker: WorkerId, decision: Decision) {
+        (self.key, self.worker, self.decision) = (key, worker, decision);
+    }
+
     /// The worker it is booked on.
     #[must_use]
     pub fn worker(&self) -> WorkerId {
@@ -120,13 +144,7 @@ impl Booking {
         excluded: &[WorkerId],
         worker: Option<WorkerId>,
     ) -> Result<(), RouteError> {
-        let request = Request {
-            model: &self.model,
-            sequence: &self.sequence,
-            max_tokens: self.max_tokens,
-            streams: self.streams,
-            excluded,
-        };
+        let request = self.request(excluded);
         let mut state = self.state.lock();
         state.advance(now);
         let chosen = match worker {
@@ -137,9 +155,9 @@ impl Booking {
         state.free(self.key);
         // Again, because its own blocks are no overlap any longer.
         let reading = state.read(&request);
-        (self.key, self.decision) = state.book(chosen, &reading, &request);
-        self.worker = chosen;
+        let (key, decision) = state.book(chosen, &reading, &request);
         release(state);
+        self.is_now(key, chosen, decision);
         Ok(())
     }
 

@@ -91,13 +91,21 @@ pub(crate) struct Load {
     pub(crate) identity: u64,
 }
 
+/// What placing the request on each worker costs, by slot.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Prices<'a> {
+    /// One prompt's cost follows from how deep it reaches.
+    OfOne(Demand, &'a [Depth]),
+    /// Those of several prompts were summed up.
+    Summed(&'a [Cost]),
+}
+
 /// The workers to choose from and what is known of them, indexed by slot.
 pub(crate) struct Field<'a> {
     pub(crate) eligible: &'a [Slot],
     pub(crate) excluded: &'a [Slot],
     pub(crate) loads: &'a [Load],
-    pub(crate) depths: &'a [Depth],
-    pub(crate) demand: Demand,
+    pub(crate) prices: Prices<'a>,
     pub(crate) hashes: &'a [SequenceHash],
 }
 
@@ -117,8 +125,12 @@ impl Field<'_> {
     #[inline]
     pub(crate) fn cost_of(&self, slot: Slot) -> Cost {
         let index = slot as usize;
-        self.demand
-            .cost(self.loads[index].active_blocks, self.depths[index])
+        match self.prices {
+            Prices::OfOne(demand, depths) => {
+                demand.cost(self.loads[index].active_blocks, depths[index])
+            }
+            Prices::Summed(costs) => costs[index],
+        }
     }
 
     fn requests(&self, slot: Slot) -> u32 {
@@ -156,22 +168,35 @@ impl Field<'_> {
         }
     }
 
+    fn least_cost(&self, rng: &mut SmallRng) -> Option<Slot> {
+        let loads = self.loads;
+        match self.prices {
+            Prices::OfOne(demand, depths) => self.least_cost_by(rng, |index| {
+                let (load, depth) = (loads.get(index)?, depths.get(index)?);
+                Some(demand.cost(load.active_blocks, *depth))
+            }),
+            Prices::Summed(costs) => self.least_cost_by(rng, |index| costs.get(index).copied()),
+        }
+    }
+
     /// The slot of least cost; of equal ones that with the least to compute, then any.
     ///
     /// The one loop that visits every worker at every decision, so it is written out: what it
     /// reads is in locals, and nothing but a new best branches.
-    fn least_cost(&self, rng: &mut SmallRng) -> Option<Slot> {
-        let (demand, loads, depths) = (self.demand, self.loads, self.depths);
+    #[inline]
+    fn least_cost_by(
+        &self,
+        rng: &mut SmallRng,
+        cost: impl Fn(usize) -> Option<Cost>,
+    ) -> Option<Slot> {
         let excludes = !self.excluded.is_empty();
         let mut chosen = None;
         let mut least = (f64::INFINITY, u32::MAX);
         let mut equal = 1;
         for &slot in self.eligible {
-            let index = slot as usize;
-            let (Some(load), Some(&depth)) = (loads.get(index), depths.get(index)) else {
+            let Some(cost) = cost(slot as usize) else {
                 continue;
             };
-            let cost = demand.cost(load.active_blocks, depth);
             if cost.total > least.0 || (excludes && self.excluded.contains(&slot)) {
                 continue;
             }

@@ -24,6 +24,28 @@ pub struct Cost {
     pub total: f64,
 }
 
+impl Cost {
+    /// A worker with `active` blocks and nothing placed on it yet.
+    pub(crate) fn of_nothing(active: u64) -> Self {
+        Self {
+            overlap_blocks: 0,
+            prefill_blocks: 0,
+            active_blocks: active,
+            total: active as i64 as f64,
+        }
+    }
+
+    /// Places one more request there, whose prompt reaches as deep as `depth`.
+    pub(crate) fn add(&mut self, demand: Demand, depth: Depth) {
+        let one = demand.cost(self.active_blocks, depth);
+        self.overlap_blocks = self.overlap_blocks.saturating_add(one.overlap_blocks);
+        self.prefill_blocks = self.prefill_blocks.saturating_add(one.prefill_blocks);
+        self.active_blocks = one.active_blocks;
+        self.total = demand.overlap_weight * f64::from(self.prefill_blocks)
+            + self.active_blocks as i64 as f64;
+    }
+}
+
 /// What of a request the cost depends on.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Demand {

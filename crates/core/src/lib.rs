@@ -6,7 +6,7 @@
 //! Read in this order: [`sequence`] (what a prompt is), `tree` (what a worker holds), `shadow` and
 //! [`cache`] (what it still caches, by its own rule or by its events), `forecast` (how fast it is), [`cost`] and [`choose`] (numbers, then a
 //! choice among numbers), [`fleet`] (the workers), `state` (what a decision reads), `ledger` (what
-//! bookings change), and the two that are used from outside: [`router`] and [`booking`].
+//! bookings change), and those that are used from outside: [`router`], [`booking`] and [`batch`].
 //!
 //! ```
 //! use std::time::Duration;
@@ -42,6 +42,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+pub mod batch;
 pub mod booking;
 pub mod cache;
 pub mod choose;

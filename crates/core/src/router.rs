@@ -8,12 +8,14 @@
 
 use std::time::Duration;
 
+use crate::batch::{Batch, Members};
 use crate::booking::Booking;
 use crate::cache::Changes;
 use crate::config::MOST_WEIGHT;
 pub use crate::config::{ConfigError, RouterConfig};
 use crate::fleet::{WorkerError, WorkerId, WorkerSnapshot, WorkerSpec};
 pub use crate::request::{Candidate, Explanation, Request, RouteError};
+use crate::sequence::Sequence;
 use crate::state::{Locked, State, release};
 
 /// Predicts load and cache of a fleet and places requests on it. A handle: clones share one
@@ -150,14 +152,63 @@ impl Router {
         Ok(Booking::new(shared, key, worker, decision, request))
     }
 
+    /// Chooses one worker for the request and for others like it with the `further` prompts, of
+    /// which there are less than [`MOST_IN_BATCH`](crate::batch::MOST_IN_BATCH), and books each
+    /// there, in one step.
+    ///
+    /// # Errors
+    /// As [`route`](Self::route).
+    pub fn route_batch(
+        &self,
+        request: &Request<'_>,
+        further: &[Sequence],
+        now: Duration,
+    ) -> Result<Batch, RouteError> {
+        if further.is_empty() {
+            let booking = self.route(request, now)?;
+            let (worker, decision) = (booking.worker(), *booking.decision());
+            return Ok(Batch::new(std::iter::once(booking), worker, decision));
+        }
+        let members = Members::like(request, further);
+        let mut state = self.state.lock();
+        state.advance(now);
+        let sums = state.sum(&members);
+        let worker = state.choose_for_all(&members, &sums)?;
+        let booked = state.book_all(worker, &members);
+        release(state);
+        let bookings =
+            booked
+                .into_iter()
+                .zip(members.requests())
+                .map(|((key, decision), request)| {
+                    Booking::new(self.state.clone(), key, worker, decision, request)
+                });
+        Ok(Batch::new(bookings, worker, sums.decision(worker)))
+    }
+
     /// What [`route`](Self::route) would look at. Books nothing and draws no random number.
     ///
     /// # Errors
     /// As [`route`](Self::route).
     pub fn explain(&self, request: &Request<'_>, now: Duration) -> Result<Explanation, RouteError> {
+        self.explain_batch(request, &[], now)
+    }
+
+    /// What [`route_batch`](Self::route_batch) would look at. Depths and costs are sums over the
+    /// prompts.
+    ///
+    /// # Errors
+    /// As [`route`](Self::route).
+    pub fn explain_batch(
+        &self,
+        request: &Request<'_>,
+        further: &[Sequence],
+        now: Duration,
+    ) -> Result<Explanation, RouteError> {
+        let members = Members::like(request, further);
         let mut state = self.state.lock();
         state.advance(now);
-        let explanation = state.explain(request);
+        let explanation = state.explain(&members);
         release(state);
         explanation
     }

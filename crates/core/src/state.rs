@@ -14,8 +14,9 @@ use rand::rngs::SmallRng;
 use slab::Slab;
 use smallvec::SmallVec;
 
+use crate::batch::Members;
 use crate::cache::CacheIndex;
-use crate::choose::{Decision, Field};
+use crate::choose::{Decision, Field, Prices};
 use crate::config::RouterConfig;
 use crate::cost::Demand;
 use crate::depths::Depths;
@@ -23,7 +24,7 @@ use crate::fleet::{Fleet, WorkerId};
 use crate::forecast::OutputLength;
 use crate::record::{BookingKey, Record};
 use crate::request::{Candidate, Explanation, Request, RouteError};
-use crate::tree::{Chain, Match, PrefixTree, Slot};
+use crate::tree::{Chain, Depth, Match, PrefixTree, Slot};
 
 /// The state, shared by a router's handles and its bookings.
 #[derive(Clone, Debug)]
@@ -73,6 +74,13 @@ pub(crate) struct Reading {
     pub(crate) at: Match,
 }
 
+impl Reading {
+    /// By slot.
+    pub(crate) fn depths(&self) -> &[Depth] {
+        &self.depths
+    }
+}
+
 impl State {
     pub(crate) fn new(config: RouterConfig) -> Self {
         Self {
@@ -102,7 +110,7 @@ impl State {
     fn field<'a>(
         &'a self,
         request: &Request<'a>,
-        reading: &'a Reading,
+        prices: Prices<'a>,
         excluded: &'a [Slot],
     ) -> Result<Field<'a>, RouteError> {
         let eligible = self
@@ -113,13 +121,12 @@ impl State {
             eligible,
             excluded,
             loads: &self.fleet.loads,
-            depths: &reading.depths,
-            demand: self.demand(request),
+            prices,
             hashes: request.sequence.hashes(),
         })
     }
 
-    fn demand(&self, request: &Request<'_>) -> Demand {
+    pub(crate) fn demand(&self, request: &Request<'_>) -> Demand {
         Demand {
             blocks: request.sequence.blocks(),
             reusable_blocks: request.sequence.reusable_blocks(),
@@ -156,11 +163,22 @@ impl State {
         request: &Request<'_>,
     ) -> Result<(WorkerId, Reading), RouteError> {
         let reading = self.read(request);
+        let prices = Prices::OfOne(self.demand(request), &reading.depths);
+        let worker = self.pick(request, prices)?;
+        Ok((worker, reading))
+    }
+
+    /// Chooses a worker at these prices.
+    pub(crate) fn pick(
+        &mut self,
+        request: &Request<'_>,
+        prices: Prices<'_>,
+    ) -> Result<WorkerId, RouteError> {
         let excluded = self.excluded(request);
         // A copy: a decision that fails draws nothing, and the field borrows the rest.
         let mut rng = self.rng.clone();
         let worker = self
-            .field(request, &reading, &excluded)?
+            .field(request, prices, &excluded)?
             .choose(
                 self.config.policy,
                 self.config.temperature,
@@ -173,26 +191,26 @@ impl State {
             .ok_or_else(|| RouteError::NoWorker(request.model.to_owned()))?;
         self.rng = rng;
         self.turn += 1;
-        Ok((worker, reading))
+        Ok(worker)
     }
 
-    pub(crate) fn explain(&mut self, request: &Request<'_>) -> Result<Explanation, RouteError> {
-        let reading = self.read(request);
+    pub(crate) fn explain(&self, members: &Members<'_>) -> Result<Explanation, RouteError> {
+        let request = &members.requests()[0];
+        let sums = self.sum(members);
         let excluded = self.excluded(request);
-        let field = self.field(request, &reading, &excluded)?;
+        let field = self.field(request, Prices::Summed(&sums.costs), &excluded)?;
         let weights = self.probabilities(&field);
         let mut candidates: Vec<Candidate> = weights
             .into_iter()
             .filter_map(|(slot, probability)| {
                 let worker = self.fleet.at(slot)?;
                 let load = self.fleet.loads[slot as usize];
-                let depth = reading.depths[slot as usize];
                 Some(Candidate {
                     id: worker.id,
                     name: worker.name.clone(),
                     requests: load.requests,
                     active_blocks: load.active_blocks,
-                    depth,
+                    depth: sums.depths[slot as usize],
                     cost: field.cost_of(slot),
                     probability,
                 })

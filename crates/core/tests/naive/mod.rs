@@ -11,7 +11,7 @@ pub(crate) const BLOCK_SIZE: NonZeroU32 = NonZeroU32::new(2).unwrap();
 /// One block in a worker's free queue; `None` is one whose content nobody can ask for.
 type FreeBlock = Option<SequenceHash>;
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct NaiveWorker {
     prefix_caching: bool,
     capacity: usize,
