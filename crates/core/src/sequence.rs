@@ -87,8 +87,7 @@ impl Sequence {
         }
     }
 
-    /// Adds `tokens` whose content is not hashed, after the hashed ones: what follows an image,
-    /// or the further prompts of a batch.
+    /// Adds `tokens` whose content is not hashed, after the hashed ones: what follows an image.
     #[must_use]
     pub fn with_opaque_tail(mut self, tokens: u32) -> Self {
         self.tokens = self.tokens.saturating_add(tokens);

@@ -1,33 +1,41 @@
-//! One event of a streamed answer: how many tokens it carries, and what it reports.
+//! One event of a streamed answer: what its choices carry, and what it reports.
 
 use std::fmt;
 
 use serde::Deserialize;
 use serde::de::{Deserializer, SeqAccess, Visitor};
 use serde_json::value::RawValue;
+use smallvec::SmallVec;
 
 use crate::lenient::Gist;
 use crate::usage::Usage;
 
 /// What the data of one event says.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Event {
-    /// Tokens the choices carry: as many as they list ids, else one for each that says anything.
-    pub(crate) tokens: u32,
-    /// Whether there are choices. If not, the usage is the whole request's, else one choice's.
-    pub(crate) has_choices: bool,
+    /// If there are none, the usage is the whole request's, else one choice's.
+    pub(crate) choices: SmallVec<[Piece; 1]>,
     pub(crate) usage: Option<Usage>,
     pub(crate) is_error: bool,
+}
+
+/// What an event says of one choice.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Piece {
+    /// Which choice; the first where it is not said.
+    pub(crate) index: u32,
+    /// As many as it lists ids, else one if it says anything.
+    pub(crate) tokens: u32,
+    /// Whether nothing more of it will come.
+    pub(crate) finished: bool,
 }
 
 impl Event {
     /// Reads an event's data; `None` if it is not such an object.
     pub(crate) fn parse(data: &[u8]) -> Option<Self> {
         let fields: Fields<'_> = serde_json::from_slice(data).ok()?;
-        let choices = fields.choices.unwrap_or_default();
         Some(Self {
-            tokens: choices.tokens,
-            has_choices: choices.count > 0,
+            choices: fields.choices.unwrap_or_default().0,
             usage: fields.usage.and_then(Usage::read),
             // Older vLLM puts the error's fields at the top.
             is_error: fields.error.is_present()
@@ -50,6 +58,8 @@ struct Fields<'d> {
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Choice {
+    index: Gist,
+    finish_reason: Gist,
     delta: Option<Delta>,
     text: Gist,
     token_ids: Gist,
@@ -80,22 +90,19 @@ impl Choice {
     }
 }
 
-/// The choices, summed up as they are read.
+/// The choices, each reduced to what counts as it is read.
 #[derive(Default)]
-struct Choices {
-    count: usize,
-    tokens: u32,
-}
+struct Choices(SmallVec<[Piece; 1]>);
 
 impl<'de> Deserialize<'de> for Choices {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_seq(SumChoices)
+        deserializer.deserialize_seq(ReduceChoices)
     }
 }
 
-struct SumChoices;
+struct ReduceChoices;
 
-impl<'de> Visitor<'de> for SumChoices {
+impl<'de> Visitor<'de> for ReduceChoices {
     type Value = Choices;
 
     fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -105,8 +112,11 @@ impl<'de> Visitor<'de> for SumChoices {
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Choices, A::Error> {
         let mut choices = Choices::default();
         while let Some(choice) = list.next_element::<Choice>()? {
-            choices.count += 1;
-            choices.tokens = choices.tokens.saturating_add(choice.tokens());
+            choices.0.push(Piece {
+                index: choice.index.count().unwrap_or(0),
+                tokens: choice.tokens(),
+                finished: choice.finish_reason.is_present(),
+            });
         }
         Ok(choices)
     }

@@ -14,6 +14,7 @@ mod msgpack;
 mod prompts;
 mod python_json;
 pub mod request;
+mod sequences;
 pub mod stream;
 mod strftime;
 pub mod tokenizer;

@@ -4,12 +4,16 @@ use std::fmt;
 
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
+use foresee_core::batch::MOST_IN_BATCH;
+
 use crate::request::{Prompt, Unmatched};
 
-/// The first prompt, and how much the others hold.
+/// The first prompts, and how much the others hold.
 #[derive(Debug, Default)]
 pub(crate) struct Prompts {
     pub(crate) first: Option<Prompt>,
+    /// Those that follow it, as many as are booked apart.
+    pub(crate) further: Vec<Prompt>,
     pub(crate) count: u32,
     pub(crate) unmatched: Unmatched,
 }
@@ -17,8 +21,8 @@ pub(crate) struct Prompts {
 impl Prompts {
     fn add_text(&mut self, text: &str) {
         self.count = self.count.saturating_add(1);
-        if self.first.is_none() {
-            self.first = Some(Prompt::Text(text.as_bytes().to_vec()));
+        if self.has_room() {
+            self.add(Prompt::Text(text.as_bytes().to_vec()));
         } else {
             self.unmatched.bytes += text.len();
         }
@@ -26,10 +30,22 @@ impl Prompts {
 
     fn add_tokens(&mut self, tokens: Vec<u32>) {
         self.count = self.count.saturating_add(1);
-        if self.first.is_none() {
-            self.first = Some(Prompt::Tokens(tokens));
+        if self.has_room() {
+            self.add(Prompt::Tokens(tokens));
         } else {
             self.unmatched.tokens += tokens.len();
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        self.further.len() + 1 < MOST_IN_BATCH
+    }
+
+    fn add(&mut self, prompt: Prompt) {
+        if self.first.is_none() {
+            self.first = Some(prompt);
+        } else {
+            self.further.push(prompt);
         }
     }
 }

@@ -16,6 +16,7 @@ pub use crate::conversation::ANSWER_HEADING;
 use crate::conversation::{Conversation, Messages};
 use crate::lenient::Gist;
 use crate::prompts::{Prompts, ReadPrompts};
+pub use crate::sequences::Sequences;
 
 /// Which API a body was sent to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +48,10 @@ pub struct ApiRequest {
     pub prompts: u32,
     /// The prompt, or the first of a batch.
     pub prompt: Prompt,
-    /// What comes besides and is only counted.
+    /// The prompts of a batch that follow it, less than
+    /// [`MOST_IN_BATCH`](foresee_core::batch::MOST_IN_BATCH) of them.
+    pub further: Vec<Prompt>,
+    /// What comes besides and is only counted: after the only prompt, or beside those of a batch.
     pub unmatched: Unmatched,
 }
 
@@ -62,7 +66,7 @@ pub enum Prompt {
 }
 
 /// The part of a request that counts as load but is compared with nothing: whatever follows an
-/// image or the like, and the further prompts of a batch.
+/// image or the like, and the prompts of a batch that are too many.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Unmatched {
     /// Bytes of text.
@@ -107,54 +111,63 @@ impl ApiRequest {
         }
     }
 
-    /// The prompt as the prefix cache sees it. `bytes_per_token` is what the engine's tokens are
-    /// known to measure; it cuts text into blocks, and token ids do not need it.
-    #[must_use]
-    pub fn sequence(&self, block_size: NonZeroU32, bytes_per_token: f64) -> Sequence {
-        match &self.prompt {
-            Prompt::Text(text) => {
-                let salt = self.salt();
-                let sequence = Sequence::from_text(text, bytes_per_token, block_size, salt);
-                self.with_unmatched(sequence, bytes_per_token)
-            }
-            Prompt::Tokens(ids) => self.sequence_of_ids(ids, block_size, bytes_per_token),
-        }
+    /// The prompt, or those of a batch that are more than counted.
+    pub fn all_prompts(&self) -> impl Iterator<Item = &Prompt> {
+        std::iter::once(&self.prompt).chain(&self.further)
     }
 
-    /// The prompt as the prefix cache sees it, from its token ids.
+    /// The prompts as the prefix cache sees them: in the order of [`all_prompts`](Self::all_prompts),
+    /// by their token `ids` as far as those are given, by what they hold otherwise.
+    /// `bytes_per_token` is what the engine's tokens are known to measure; it cuts text into
+    /// blocks.
     #[must_use]
-    pub fn sequence_of_ids(
+    pub fn sequences(
         &self,
-        ids: &[u32],
+        ids: &[Option<Vec<u32>>],
         block_size: NonZeroU32,
         bytes_per_token: f64,
-    ) -> Sequence {
-        let sequence = Sequence::from_tokens(ids, block_size, self.salt());
-        self.with_unmatched(sequence, bytes_per_token)
-    }
-
-    /// Whether the prompt is all that the engine will count: nothing follows it unmatched.
-    #[must_use]
-    pub fn is_one_prompt(&self) -> bool {
-        self.prompts == 1 && self.unmatched == Unmatched::default()
-    }
-
-    fn salt(&self) -> u64 {
-        sequence::salt(&self.model, None, self.cache_salt.as_deref())
-    }
-
-    fn with_unmatched(&self, sequence: Sequence, bytes_per_token: f64) -> Sequence {
+    ) -> Sequences {
+        let salt = sequence::salt(&self.model, None, self.cache_salt.as_deref());
+        let cut = |prompt: &Prompt, ids: Option<&Option<Vec<u32>>>| match (ids, prompt) {
+            (Some(Some(ids)), _) | (_, Prompt::Tokens(ids)) => {
+                Sequence::from_tokens(ids, block_size, salt)
+            }
+            (_, Prompt::Text(text)) => Sequence::from_text(text, bytes_per_token, block_size, salt),
+        };
         let unmatched = self.unmatched.bytes as f64 / bytes_per_token.max(f64::MIN_POSITIVE)
             + self.unmatched.tokens as f64;
-        sequence.with_opaque_tail(unmatched.ceil() as u32)
+        let unmatched = unmatched.ceil() as u32;
+        let first = cut(&self.prompt, ids.first());
+        if self.prompts == 1 {
+            return Sequences::of_one(first.with_opaque_tail(unmatched), self.choices);
+        }
+        let further = self.further.iter().zip(1..);
+        let further = further.map(|(prompt, index)| cut(prompt, ids.get(index)));
+        Sequences::of_batch(
+            first,
+            further.collect(),
+            self.prompts,
+            self.choices,
+            unmatched,
+        )
+    }
+
+    /// Whether the prompts are all that the engine will count.
+    #[must_use]
+    pub fn is_matched_whole(&self) -> bool {
+        self.unmatched == Unmatched::default()
     }
 
     /// Bytes of prompt text that the engine's count of prompt tokens stands for, to learn how
     /// many bytes make a token; 0 if part of the prompt was no text.
     #[must_use]
     pub fn prompt_bytes(&self) -> usize {
-        match &self.prompt {
-            Prompt::Text(text) if self.unmatched.tokens == 0 => text.len() + self.unmatched.bytes,
+        let bytes = self.all_prompts().map(|prompt| match prompt {
+            Prompt::Text(text) => Some(text.len()),
+            Prompt::Tokens(_) => None,
+        });
+        match bytes.sum::<Option<usize>>() {
+            Some(bytes) if self.unmatched.tokens == 0 => bytes + self.unmatched.bytes,
             _ => 0,
         }
     }
@@ -247,7 +260,10 @@ impl<'b> Fields<'b> {
             model: self.model.unwrap_or_default(),
             stream: matches!(self.stream, Gist::Bool(true) | Gist::Number(1.0)),
             max_tokens: max_completion_tokens.or(self.max_tokens.count()),
-            choices: self.choices.count().unwrap_or(1).max(1),
+            choices: match self.endpoint {
+                Endpoint::Embeddings => 1,
+                _ => self.choices.count().unwrap_or(1).max(1),
+            },
             // A salt that is no string is refused by the engine.
             cache_salt: self
                 .cache_salt
@@ -258,6 +274,7 @@ impl<'b> Fields<'b> {
             },
             prompts: self.prompts.count.max(1),
             prompt,
+            further: self.prompts.further,
             unmatched,
         })
     }

@@ -3,7 +3,9 @@
 //! The bytes themselves are never touched. They may be cut anywhere: what is seen depends on the
 //! bytes, not on where they were cut.
 
+use foresee_core::batch::MOST_IN_BATCH;
 use memchr::{memchr, memchr2};
+use smallvec::SmallVec;
 
 use crate::error::ApiError;
 use crate::event::Event;
@@ -23,6 +25,15 @@ pub struct Seen {
     pub error: bool,
 }
 
+/// How one choice of an answer stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Its output tokens known of so far.
+    pub tokens: u32,
+    /// Whether nothing more of it will come.
+    pub finished: bool,
+}
+
 /// Reads the event stream of one response as it passes.
 ///
 /// A token is counted for each choice that an event adds text, reasoning or tool calls to. Where
@@ -37,6 +48,7 @@ pub struct StreamObserver {
     /// The last byte was `\r`: a `\n` that follows belongs to the same line end.
     after_cr: bool,
     tokens: u32,
+    choices: SmallVec<[Progress; 1]>,
     usage: Option<Usage>,
     done: bool,
     error: bool,
@@ -98,6 +110,12 @@ impl StreamObserver {
     #[must_use]
     pub fn tokens(&self) -> u32 {
         self.tokens
+    }
+
+    /// How each choice stands, by its index; the last of [`MOST_IN_BATCH`] is all that follow.
+    #[must_use]
+    pub fn choices(&self) -> &[Progress] {
+        &self.choices
     }
 
     /// The engine's latest report. Its prompt and cached tokens are the request's; its completion
@@ -221,7 +239,12 @@ impl StreamObserver {
 
     fn take_event(&mut self, event: &Event) {
         self.error |= event.is_error;
-        self.tokens = self.tokens.saturating_add(event.tokens);
+        for piece in &event.choices {
+            let choice = self.choice(piece.index);
+            choice.tokens = choice.tokens.saturating_add(piece.tokens);
+            choice.finished |= piece.finished;
+            self.tokens = self.tokens.saturating_add(piece.tokens);
+        }
         let Some(usage) = event.usage else {
             return;
         };
@@ -231,11 +254,24 @@ impl StreamObserver {
         };
         // A report beside choices is about one of them. It can show that the count is too low,
         // but a higher count may well be right, for there may be other choices.
-        self.tokens = if event.has_choices {
-            self.tokens.max(reported)
-        } else {
-            reported
-        };
+        match event.choices.as_slice() {
+            [] => self.tokens = reported,
+            [piece] => {
+                let choice = self.choice(piece.index);
+                choice.tokens = choice.tokens.max(reported);
+                let tokens = self.choices.iter().map(|choice| choice.tokens);
+                self.tokens = self.tokens.max(tokens.fold(0, u32::saturating_add));
+            }
+            _ => self.tokens = self.tokens.max(reported),
+        }
+    }
+
+    fn choice(&mut self, index: u32) -> &mut Progress {
+        let index = (index as usize).min(MOST_IN_BATCH - 1);
+        if self.choices.len() <= index {
+            self.choices.resize(index + 1, Progress::default());
+        }
+        &mut self.choices[index]
     }
 
     fn take_unreadable(&mut self) {

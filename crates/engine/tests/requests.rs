@@ -1,7 +1,9 @@
 //! What is read of request bodies as clients send them.
+#![allow(clippy::unwrap_used, missing_docs)]
 
 use std::num::NonZeroU32;
 
+use foresee_core::batch::MOST_IN_BATCH;
 use foresee_engine::request::{ANSWER_HEADING, ApiRequest, Endpoint, Prompt};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -154,7 +156,7 @@ fn what_follows_an_image_is_only_counted() {
     assert!(request.unmatched.tokens >= 100);
     assert_eq!(request.prompt_bytes(), 0, "teaches nothing about text");
     let block = NonZeroU32::new(16).unwrap();
-    let sequence = request.sequence(block, 4.0);
+    let sequence = request.sequences(&[], block, 4.0).first;
     assert!(sequence.tokens() as usize > request.unmatched.tokens);
 }
 
@@ -166,22 +168,25 @@ fn prompts_come_in_four_forms() {
     ] {
         let read = |value: &str| {
             let request = parse(endpoint, &format!(r#"{{"{field}": {value}}}"#));
-            let unmatched = (request.unmatched.bytes, request.unmatched.tokens);
-            (request.prompts, request.prompt, unmatched)
+            assert!(request.is_matched_whole());
+            let prompts: Vec<Prompt> = request.all_prompts().cloned().collect();
+            assert_eq!(prompts.len(), request.prompts as usize);
+            prompts
         };
         let text = |text: &str| Prompt::Text(text.into());
-        assert_eq!(read(r#""a\nb""#), (1, text("a\nb"), (0, 0)));
-        assert_eq!(read(r#"["ab", "cde", "f"]"#), (3, text("ab"), (4, 0)));
+        let ids = |ids: &[u32]| Prompt::Tokens(ids.to_vec());
+        assert_eq!(read(r#""a\nb""#), [text("a\nb")]);
         assert_eq!(
-            read("[1, 2, 151645]"),
-            (1, Prompt::Tokens(vec![1, 2, 151_645]), (0, 0))
+            read(r#"["ab", "cde", "f"]"#),
+            [text("ab"), text("cde"), text("f")]
         );
+        assert_eq!(read("[1, 2, 151645]"), [ids(&[1, 2, 151_645])]);
         assert_eq!(
             read("[[1, 2], [3], [4, 5]]"),
-            (3, Prompt::Tokens(vec![1, 2]), (0, 3))
+            [ids(&[1, 2]), ids(&[3]), ids(&[4, 5])]
         );
-        assert_eq!(read("[]"), (1, text(""), (0, 0)));
-        assert_eq!(read("null"), (1, text(""), (0, 0)));
+        assert_eq!(read("[]"), [text("")]);
+        assert_eq!(read("null"), [text("")]);
     }
     let conversation = r#"{"messages": [{"role": "user", "content": "x"}]}"#;
     assert_eq!(
@@ -304,7 +309,7 @@ fn sequences_match_only_under_the_same_model_and_salt() {
     let sequence = |model: &str, salt: &str| {
         let prompt = "word ".repeat(100);
         let body = json!({"model": model, "prompt": prompt, "cache_salt": salt}).to_string();
-        complete(&body).sequence(block, 4.0)
+        complete(&body).sequences(&[], block, 4.0).first
     };
     let first = sequence("m", "s");
     assert_eq!(first.tokens(), 125);
@@ -312,9 +317,67 @@ fn sequences_match_only_under_the_same_model_and_salt() {
     assert_eq!(first, sequence("m", "s"));
     assert_ne!(first.hashes()[0], sequence("lora", "s").hashes()[0]);
     assert_ne!(first.hashes()[0], sequence("m", "t").hashes()[0]);
+}
 
-    let batch = complete(r#"{"prompt": [[1, 2, 3], [4, 5]]}"#).sequence(block, 4.0);
-    assert_eq!((batch.tokens(), batch.hashes().len()), (5, 0));
+/// The tokens of each sequence that is booked.
+fn booked(body: &str) -> Vec<u32> {
+    let block = NonZeroU32::new(2).unwrap();
+    let sequences = complete(body).sequences(&[], block, 4.0);
+    let all = std::iter::once(&sequences.first).chain(&sequences.further);
+    all.map(|sequence| sequence.tokens()).collect()
+}
+
+#[test]
+fn each_answer_to_each_prompt_is_a_sequence() {
+    let block = NonZeroU32::new(2).unwrap();
+    let body = r#"{"n": 2, "prompt": [[1, 2, 3], [4, 5], [1, 2]]}"#;
+    assert_eq!(booked(body), [3, 3, 2, 2, 2, 2]);
+    let sequences = complete(body).sequences(&[], block, 4.0);
+    assert_eq!(sequences.prompt_tokens, 7, "as engines report them");
+    assert_eq!(sequences.first, sequences.further[0]);
+    let first = sequences.first.hashes();
+    assert_ne!(first, sequences.further[1].hashes());
+    assert_eq!(first, sequences.further[3].hashes());
+
+    let texts = r#"{"prompt": ["12345678", "1234", "x"]}"#;
+    assert_eq!(booked(texts), [2, 1, 1]);
+    let known = vec![None, Some(vec![7, 8, 9]), None];
+    let sequences = complete(texts).sequences(&known, block, 4.0);
+    assert_eq!(sequences.further[0].tokens(), 3);
+    assert_eq!(sequences.prompt_tokens, 6);
+
+    assert_eq!(booked(r#"{"n": 3, "prompt": [1, 2, 3]}"#), [3, 3, 3]);
+    let embedded = parse(Endpoint::Embeddings, r#"{"n": 3, "input": ["abcd", "e"]}"#);
+    assert_eq!(embedded.sequences(&[], block, 4.0).further.len(), 1);
+}
+
+#[test]
+fn what_is_too_much_to_book_apart_is_counted() {
+    let prompts = |count: usize| vec![json!([1, 2, 3]); count];
+    let body = |count, n: u32| json!({"prompt": prompts(count), "n": n}).to_string();
+    assert_eq!(booked(&body(MOST_IN_BATCH, 1)), [3; MOST_IN_BATCH]);
+    for (count, n, rest) in [
+        (MOST_IN_BATCH + 1, 1, 6),
+        (1000, 1, 3 * (1000 - 63)),
+        // 63 answers begin 32 prompts.
+        (MOST_IN_BATCH, 2, 3 * 32),
+        (1, 1000, 0),
+        (2, u32::MAX, 3),
+    ] {
+        let booked = booked(&body(count, n));
+        assert_eq!(booked.len(), MOST_IN_BATCH, "{count} × {n}");
+        let (last, apart) = booked.split_last().unwrap();
+        assert!(apart.iter().all(|&tokens| tokens == 3));
+        assert_eq!(*last as usize, rest, "{count} × {n}");
+    }
+    let images = r#"{"input": [{"image": "x"}, "abcd", {"image": "y"}]}"#;
+    let request = parse(Endpoint::Embeddings, images);
+    let sequences = request.sequences(&[], NonZeroU32::new(2).unwrap(), 4.0);
+    assert_eq!(sequences.first.tokens(), 1);
+    assert_eq!(
+        sequences.further[0].tokens() as usize,
+        request.unmatched.tokens
+    );
 }
 
 #[derive(Clone, Debug)]
@@ -407,7 +470,7 @@ proptest! {
     ) {
         for endpoint in ENDPOINTS {
             if let Ok(request) = ApiRequest::parse(endpoint, body.as_bytes()) {
-                let _ = request.sequence(NonZeroU32::new(16).unwrap(), ratio);
+                let _ = request.sequences(&[], NonZeroU32::new(16).unwrap(), ratio);
             }
         }
     }

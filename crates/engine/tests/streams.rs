@@ -1,7 +1,8 @@
 //! What is seen of streams as engines send them.
 
+use foresee_core::batch::MOST_IN_BATCH;
 use foresee_engine::error::ApiError;
-use foresee_engine::stream::{MAX_EVENT_BYTES, Seen, StreamObserver, error_event};
+use foresee_engine::stream::{MAX_EVENT_BYTES, Progress, Seen, StreamObserver, error_event};
 use foresee_engine::usage::{Usage, parse_usage};
 use proptest::prelude::*;
 
@@ -92,8 +93,24 @@ fn completions_are_counted_by_ids_choices_and_continuous_usage() {
     assert_eq!(whole(events[0]).0.tokens(), 4);
     // Usage may also show that more was generated than was seen; then one more event.
     let (observer, sum, last) = whole(VLLM_COMPLETION);
-    assert_eq!((observer.tokens(), sum), (10, 10));
+    assert_eq!((observer.tokens(), sum), (11, 11));
     assert!(!last.done);
+    let choice = |tokens, finished| Progress { tokens, finished };
+    assert_eq!(observer.choices(), [choice(10, true), choice(1, false)]);
+}
+
+#[test]
+fn choices_beyond_the_last_are_summed_up_in_it() {
+    let mut observer = StreamObserver::new();
+    for index in [0, 3, MOST_IN_BATCH - 1, MOST_IN_BATCH, 4_000_000_000] {
+        let event = format!("data: {{\"choices\":[{{\"index\":{index},\"text\":\"x\"}}]}}\n\n");
+        observer.feed(event.as_bytes());
+    }
+    assert_eq!(observer.tokens(), 5);
+    let tokens: Vec<u32> = observer.choices().iter().map(|it| it.tokens).collect();
+    assert_eq!(tokens.len(), MOST_IN_BATCH);
+    assert_eq!(tokens[..5], [1, 0, 0, 1, 0]);
+    assert_eq!(tokens[MOST_IN_BATCH - 1], 3);
 }
 
 #[test]

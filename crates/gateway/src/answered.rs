@@ -28,13 +28,15 @@ impl Watch {
         let Ending { outcome, usage, .. } = ending;
         let metrics = &self.shared.metrics;
         metrics.ended(*outcome);
-        let decision = self.booking.decision();
-        let block_size = self.booking.sequence().block_size().get();
+        let decision = self.batch.decision();
+        let block_size = self.shared.config.router.block_size.get();
         let predicted = decision.cost.overlap_blocks;
-        let actual = usage.cached_tokens.map(|tokens| tokens / block_size);
+        // Of several answers, engines report what one of them found in the cache.
+        let alone = self.batch.prompts() == 1;
+        let cached_tokens = usage.cached_tokens.filter(|_| alone);
+        let actual = cached_tokens.map(|tokens| tokens / block_size);
         if let Some(actual) = actual {
             metrics.overlap("actual", actual);
-            // What several prompts or answers found in the cache is one number for all of them.
             if self.is_single {
                 metrics.prediction(predicted, actual);
             }
@@ -46,7 +48,7 @@ impl Watch {
             worker = %self.worker.config.name,
             model = %self.model,
             outcome = outcome.as_str(),
-            prompt_tokens = usage.prompt_tokens.unwrap_or(self.booking.sequence().tokens()),
+            prompt_tokens = usage.prompt_tokens.unwrap_or(self.prompt_tokens),
             output_tokens = ending.output_tokens,
             predicted_blocks = predicted,
             best_blocks = decision.best_overlap_blocks,

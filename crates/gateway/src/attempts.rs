@@ -2,13 +2,13 @@
 //! worker, and when to give up.
 //!
 //! Until the first byte of an answer nothing has been passed on, so another worker can take
-//! over, and the booking moves with the request.
+//! over, and what is booked moves with the request.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use foresee_core::booking::Booking;
+use foresee_core::batch::Batch;
 use foresee_core::fleet::WorkerId;
 use foresee_core::router::RouteError;
 use foresee_engine::error::ApiError;
@@ -65,14 +65,11 @@ impl<'a> Attempts<'a> {
     }
 
     /// Sends the message to the booked worker and, as long as that helps, to the next best one.
-    pub(crate) async fn until_answered(
-        &mut self,
-        booking: &mut Booking,
-    ) -> Result<Answer, ApiError> {
+    pub(crate) async fn until_answered(&mut self, batch: &mut Batch) -> Result<Answer, ApiError> {
         loop {
-            let Some(worker) = self.shared.workers.get(booking.worker()) else {
+            let Some(worker) = self.shared.workers.get(batch.worker()) else {
                 // Removed since it was chosen.
-                self.move_on(booking).map_err(no_worker)?;
+                self.move_on(batch).map_err(no_worker)?;
                 continue;
             };
             let limit = self.shared.config.first_byte_timeout;
@@ -81,12 +78,12 @@ impl<'a> Attempts<'a> {
                 // It cannot serve now. If nobody else can, its answer says why.
                 Ok(answer) if answer.response.status() == StatusCode::SERVICE_UNAVAILABLE => {
                     worker.suspect.notify_one();
-                    if self.move_on(booking).is_err() {
+                    if self.move_on(batch).is_err() {
                         return Ok(answer);
                     }
                 }
                 Ok(answer) => return Ok(answer),
-                Err(error) => self.recover(error, &worker, booking).await?,
+                Err(error) => self.recover(error, &worker, batch).await?,
             }
         }
     }
@@ -120,7 +117,7 @@ impl<'a> Attempts<'a> {
         &mut self,
         error: ForwardError,
         worker: &Worker,
-        booking: &mut Booking,
+        batch: &mut Batch,
     ) -> Result<(), ApiError> {
         let name = &worker.config.name;
         if let ForwardError::Exhausted(_) = error {
@@ -139,14 +136,14 @@ impl<'a> Attempts<'a> {
             ForwardError::Absent(_) => {
                 worker.is_absent();
                 self.shared.router.set_healthy(worker.id, false);
-                self.move_on(booking).map_err(no_worker)
+                self.move_on(batch).map_err(no_worker)
             }
             // Late, perhaps because this machine is busy: the probe shall decide.
-            ForwardError::Unreached(_) => self.move_on(booking).map_err(no_worker),
+            ForwardError::Unreached(_) => self.move_on(batch).map_err(no_worker),
             ForwardError::Broken(_) => {
                 self.broken += 1;
                 let may_repeat = self.message.may_repeat && self.broken < MAX_BROKEN;
-                if may_repeat && self.move_on(booking).is_ok() {
+                if may_repeat && self.move_on(batch).is_ok() {
                     return Ok(());
                 }
                 // A connection kept open may have been closed just then. A lone worker gets a
@@ -171,10 +168,10 @@ impl<'a> Attempts<'a> {
         Ok(())
     }
 
-    /// Moves the booking to the best worker that has not failed.
-    fn move_on(&mut self, booking: &mut Booking) -> Result<(), RouteError> {
-        self.failed.push(booking.worker());
-        booking.reroute(&self.failed, self.shared.clock.now())?;
+    /// Moves the bookings to the best worker that has not failed.
+    fn move_on(&mut self, batch: &mut Batch) -> Result<(), RouteError> {
+        self.failed.push(batch.worker());
+        batch.reroute(&self.failed, self.shared.clock.now())?;
         self.shared.metrics.retries.inc();
         Ok(())
     }

@@ -87,7 +87,7 @@ async fn learn_what_it_serves(shared: &Shared, worker: &Worker) {
         let models = read_models(&body);
         let names = models.iter().map(|(id, _)| id.clone()).collect();
         shared.router.set_models(worker.id, names);
-        worker.set_models(models);
+        shared.workers.set_models(worker, models);
     }
     if worker.config.blocks.is_none()
         && let Ok(body) = get(shared, worker, "/metrics").await

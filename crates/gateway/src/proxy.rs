@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use foresee_core::booking::Booking;
+use foresee_core::batch::Batch;
 use foresee_core::router::Request as RouteRequest;
 use foresee_core::sequence::Sequence;
 use foresee_engine::error::ApiError;
-use foresee_engine::request::{ApiRequest, BodyError, Endpoint};
+use foresee_engine::request::{ApiRequest, BodyError, Endpoint, Sequences};
 use http::header::{CONTENT_ENCODING, EXPECT};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Either, LengthLimitError, Limited};
@@ -34,8 +34,11 @@ const DISCARD_TIMEOUT: Duration = Duration::from_secs(5);
 /// What routing needs to know of a request.
 #[derive(Debug)]
 struct Job {
+    /// By the name it was asked for or, if by none, the one it is known to go by.
     model: String,
-    sequence: Sequence,
+    /// Whether the request named it.
+    is_named: bool,
+    sequences: Sequences,
     max_tokens: Option<u32>,
     streams: bool,
     prompt_bytes: usize,
@@ -48,8 +51,8 @@ struct Job {
 impl Job {
     fn request(&self) -> RouteRequest<'_> {
         RouteRequest {
-            model: &self.model,
-            sequence: &self.sequence,
+            model: if self.is_named { &self.model } else { "" },
+            sequence: &self.sequences.first,
             max_tokens: self.max_tokens,
             streams: self.streams,
             excluded: &[],
@@ -126,7 +129,8 @@ impl Shared {
             // Not for us to read: placed by load alone.
             _ => Job {
                 model: String::new(),
-                sequence: Sequence::opaque(0, self.config.router.block_size),
+                is_named: false,
+                sequences: Sequences::of_one(Sequence::opaque(0, self.config.router.block_size), 1),
                 max_tokens: None,
                 streams: true,
                 prompt_bytes: 0,
@@ -134,11 +138,11 @@ impl Shared {
                 counted_tokens: None,
             },
         };
-        let mut booking = self.route(&job)?;
+        let mut batch = self.route(&job)?;
         let message = Message::new(head, body, request_id, endpoint.is_some());
         let mut attempts = Attempts::new(self, forwarder, &message);
-        let answer = attempts.until_answered(&mut booking).await?;
-        Ok(self.pass_through(answer, booking, job, arrived, message.request_id()))
+        let answer = attempts.until_answered(&mut batch).await?;
+        Ok(self.pass_through(answer, batch, job, arrived, message.request_id()))
     }
 
     pub(crate) async fn read_body(
@@ -196,22 +200,25 @@ impl Shared {
     }
 
     fn parse_job(&self, endpoint: Endpoint, body: &[u8]) -> Result<Job, BodyError> {
-        let request = ApiRequest::parse(endpoint, body)?;
+        let mut request = ApiRequest::parse(endpoint, body)?;
+        let is_named = !request.model.is_empty();
+        if !is_named {
+            // Engines take it for their own, so it is hashed as what they say they have cached.
+            request.model = self.workers.only_model().unwrap_or_default();
+        }
         let bytes_per_token = self.text.get(&request.model);
         let block_size = self.config.router.block_size;
-        let ids = self
-            .tokens
-            .as_ref()
-            .and_then(|tokens| tokens.encode(endpoint, &request, body, &self.metrics));
-        let sequence = match &ids {
-            Some(ids) => request.sequence_of_ids(ids, block_size, bytes_per_token),
-            None => request.sequence(block_size, bytes_per_token),
-        };
-        let comparable = ids.is_some() && request.is_one_prompt();
+        let ids = self.tokens.as_ref().map_or_else(Vec::new, |tokens| {
+            tokens.encode(endpoint, &request, body, &self.metrics)
+        });
+        let sequences = request.sequences(&ids, block_size, bytes_per_token);
+        let all_encoded = !ids.is_empty() && ids.iter().all(Option::is_some);
+        let comparable = all_encoded && request.is_matched_whole();
         Ok(Job {
-            counted_tokens: comparable.then(|| sequence.tokens()),
-            is_single: request.is_one_prompt() && request.choices == 1,
-            sequence,
+            counted_tokens: comparable.then_some(sequences.prompt_tokens),
+            is_single: sequences.further.is_empty() && request.is_matched_whole(),
+            is_named,
+            sequences,
             max_tokens: request.max_tokens,
             streams: request.stream,
             prompt_bytes: request.prompt_bytes(),
@@ -219,47 +226,50 @@ impl Shared {
         })
     }
 
-    fn route(&self, job: &Job) -> Result<Booking, ApiError> {
+    fn route(&self, job: &Job) -> Result<Batch, ApiError> {
         let before = self.clock.now();
-        let booking = self
+        let batch = self
             .router
-            .route(&job.request(), before)
+            .route_batch(&job.request(), &job.sequences.further, before)
             .map_err(no_worker)?;
         let after = self.clock.now();
         let metrics = &self.metrics;
         metrics
             .decision_duration
             .observe(after.saturating_sub(before).as_secs_f64());
-        metrics.prompt_tokens.inc_by(job.sequence.tokens().into());
-        Ok(booking)
+        let prompt_tokens = job.sequences.prompt_tokens;
+        metrics.prompt_tokens.inc_by(prompt_tokens.into());
+        Ok(batch)
     }
 
     fn pass_through(
         self: &Arc<Self>,
         answer: Answer,
-        booking: Booking,
+        batch: Batch,
         job: Job,
         arrived: Duration,
         request_id: HeaderValue,
     ) -> Response<Body> {
         let (mut head, body) = answer.response.into_parts();
         strip_hop_by_hop(&mut head.headers);
-        let decision = booking.decision();
+        let decision = batch.decision();
         let overlap_blocks = decision.cost.overlap_blocks;
         self.metrics.overlap("predicted", overlap_blocks);
         self.metrics.overlap("best", decision.best_overlap_blocks);
-        let overlap_tokens = overlap_blocks * job.sequence.block_size().get();
+        let block_size = self.config.router.block_size.get();
+        let overlap_tokens = overlap_blocks.saturating_mul(block_size);
         let headers = &mut head.headers;
         headers.insert("x-foresee-worker", answer.worker.header.clone());
         headers.insert("x-foresee-overlap-tokens", overlap_tokens.into());
         let watch = Watch {
             shared: Arc::clone(self),
             worker: answer.worker,
-            booking,
+            batch,
             arrived,
             request_id,
             model: job.model,
             is_single: job.is_single,
+            prompt_tokens: job.sequences.prompt_tokens,
             prompt_bytes: job.prompt_bytes,
             counted_tokens: job.counted_tokens,
         };
@@ -300,7 +310,10 @@ impl Shared {
     ) -> Result<foresee_core::router::Explanation, ApiError> {
         let job = self.parse_job(endpoint, body)?;
         let now = self.clock.now();
-        self.router.explain(&job.request(), now).map_err(no_worker)
+        let explained = self
+            .router
+            .explain_batch(&job.request(), &job.sequences.further, now);
+        explained.map_err(no_worker)
     }
 }
 

@@ -73,27 +73,40 @@ impl Tokens {
         Arc::clone(&self.permits).acquire_owned().await.ok()
     }
 
-    /// The ids of the request's prompt, or of the first of a batch; `None` if it is to be matched
-    /// as text instead.
+    /// The ids of each of the request's prompts; `None` for one that is to be matched as text
+    /// instead, or has brought its ids.
     pub(crate) fn encode(
         &self,
         endpoint: Endpoint,
         request: &ApiRequest,
         body: &[u8],
         metrics: &Metrics,
-    ) -> Option<Vec<u32>> {
-        let Prompt::Text(text) = &request.prompt else {
-            return None;
-        };
-        let ids = if self.has_given_up(&request.model) {
+    ) -> Vec<Option<Vec<u32>>> {
+        let encoded = request.all_prompts().map(|prompt| {
+            let Prompt::Text(text) = prompt else {
+                return None;
+            };
+            let ids = self.encode_one(endpoint, request, text, body);
+            metrics.tokenized(ids.as_ref().err().copied().unwrap_or("tokens"));
+            ids.ok()
+        });
+        encoded.collect()
+    }
+
+    fn encode_one(
+        &self,
+        endpoint: Endpoint,
+        request: &ApiRequest,
+        text: &[u8],
+        body: &[u8],
+    ) -> Result<Vec<u32>, &'static str> {
+        if self.has_given_up(&request.model) {
             Err("given_up")
         } else if endpoint == Endpoint::ChatCompletions {
             self.encode_chat(&request.model, body)
         } else {
             self.encode_text(text, request.add_special_tokens.unwrap_or(true))
-        };
-        metrics.tokenized(ids.as_ref().err().copied().unwrap_or("tokens"));
-        ids.ok()
+        }
     }
 
     fn encode_chat(&self, model: &str, body: &[u8]) -> Result<Vec<u32>, &'static str> {
@@ -189,7 +202,8 @@ mod tests {
 
     fn encode(tokens: &Tokens, endpoint: Endpoint, body: &str) -> Option<Vec<u32>> {
         let request = ApiRequest::parse(endpoint, body.as_bytes()).unwrap();
-        tokens.encode(endpoint, &request, body.as_bytes(), &Metrics::new())
+        let mut ids = tokens.encode(endpoint, &request, body.as_bytes(), &Metrics::new());
+        ids.swap_remove(0)
     }
 
     #[test]

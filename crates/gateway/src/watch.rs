@@ -1,7 +1,7 @@
 //! An answer on its way through: passed on unchanged and unbuffered, read on the side.
 //!
-//! The body owns the request's booking. When it is dropped, at its end or because the client
-//! left, the booking goes with it, and so does the connection to the worker.
+//! The body owns what the request has booked. When it is dropped, at its end or because the client
+//! left, the bookings go with it, and so does the connection to the worker.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use foresee_core::booking::Booking;
+use foresee_core::batch::Batch;
 use foresee_engine::error::ApiError;
 use foresee_engine::stream::{StreamObserver, error_event};
 use foresee_engine::usage::{Usage, parse_usage};
@@ -57,13 +57,16 @@ impl Reader {
 pub(crate) struct Watch {
     pub(crate) shared: Arc<Shared>,
     pub(crate) worker: Arc<Worker>,
-    pub(crate) booking: Booking,
+    /// One booking for each choice; the last may stand for several.
+    pub(crate) batch: Batch,
     pub(crate) arrived: Duration,
     /// What the client and the worker call the request.
     pub(crate) request_id: HeaderValue,
     pub(crate) model: String,
     /// It is one prompt with one answer, so that what is reported is said of it.
     pub(crate) is_single: bool,
+    /// Tokens of all prompts, as far as they are known.
+    pub(crate) prompt_tokens: u32,
     /// Bytes of prompt text, to learn how many make a token; 0 if there is nothing to learn.
     pub(crate) prompt_bytes: usize,
     /// Tokens that our tokenizer counted in the prompt, if the engine ought to count the same.
@@ -79,6 +82,8 @@ pub(crate) struct Watched {
     reader: Reader,
     outcome: Outcome,
     counted_tokens: u32,
+    /// The same for each choice, if there are several.
+    counted_apart: Vec<u32>,
     first_token: Option<Duration>,
     last_token: Option<Duration>,
     /// Gone once the answer has ended.
@@ -111,6 +116,7 @@ impl Watched {
             reader: Reader::of(head),
             outcome,
             counted_tokens: 0,
+            counted_apart: Vec::new(),
             first_token: None,
             last_token: None,
             watch: Some(watch),
@@ -144,12 +150,34 @@ impl Watched {
             Reader::Events(observer) => {
                 observer.feed(data);
                 let tokens = observer.tokens();
+                if watch.batch.prompts() > 1 {
+                    self.count_apart(now);
+                }
                 self.count(tokens, now);
             }
         }
     }
 
-    /// Brings the booking to `total` output tokens, as of `now`.
+    /// Brings each choice's booking to the output tokens it has by `now`.
+    fn count_apart(&mut self, now: Duration) {
+        let (Some(watch), Reader::Events(observer)) = (&mut self.watch, &self.reader) else {
+            return;
+        };
+        let bookings = watch.batch.prompts();
+        self.counted_apart.resize(bookings, 0);
+        let choices = observer.choices().iter().zip(&mut self.counted_apart);
+        for (index, (choice, counted)) in choices.enumerate() {
+            if let Some(booking) = watch.batch.booking(index) {
+                booking.tokens(choice.tokens.saturating_sub(*counted), now);
+            }
+            *counted = choice.tokens;
+            if choice.finished && index + 1 < bookings {
+                watch.batch.finish_one(index, now);
+            }
+        }
+    }
+
+    /// Brings the only booking to `total` output tokens, as of `now`, and counts them.
     fn count(&mut self, total: u32, now: Duration) {
         let Some(watch) = &mut self.watch else {
             return;
@@ -158,8 +186,12 @@ impl Watched {
             return;
         }
         let metrics = &watch.shared.metrics;
+        let is_alone = watch.batch.prompts() == 1;
+        let only = watch.batch.booking(0).filter(|_| is_alone);
         if let Some(new) = total.checked_sub(self.counted_tokens) {
-            watch.booking.tokens(new, now);
+            if let Some(booking) = only {
+                booking.tokens(new, now);
+            }
             metrics.output_tokens.inc_by(u64::from(new));
             match self.last_token.replace(now) {
                 None => {
@@ -172,8 +204,8 @@ impl Watched {
                     metrics.inter_token_latency.observe(gap / f64::from(new));
                 }
             }
-        } else {
-            watch.booking.set_tokens(total, now);
+        } else if let Some(booking) = only {
+            booking.set_tokens(total, now);
         }
         self.counted_tokens = total;
     }
@@ -226,7 +258,13 @@ impl Watched {
         }
         if let Some(usage) = usage {
             if let (Reader::Json(..), Some(tokens)) = (&self.reader, usage.completion_tokens) {
-                watch.booking.set_tokens(tokens, now);
+                // Of several choices only the sum is known.
+                let choices = watch.batch.prompts();
+                for choice in 0..choices {
+                    if let Some(booking) = watch.batch.booking(choice) {
+                        booking.set_tokens(tokens / choices as u32, now);
+                    }
+                }
                 shared.metrics.output_tokens.inc_by(u64::from(tokens));
                 self.counted_tokens = tokens;
             }
@@ -234,7 +272,7 @@ impl Watched {
         }
         watch.has_ended(&self.ending(self.outcome, usage));
         if self.outcome == Outcome::Ok {
-            watch.booking.finish(now);
+            watch.batch.finish(now);
         }
     }
 

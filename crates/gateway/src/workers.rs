@@ -74,8 +74,7 @@ impl Worker {
         self.lost_its_cache.swap(false, Ordering::Relaxed)
     }
 
-    /// It said which models it serves.
-    pub(crate) fn set_models(&self, models: Vec<(String, Box<RawValue>)>) {
+    fn set_models(&self, models: Vec<(String, Box<RawValue>)>) {
         let known = !models.is_empty();
         *self.models.write() = models;
         self.knows_models.send_replace(known);
@@ -87,11 +86,15 @@ impl Worker {
         loop {
             // The sender is as old as this worker, so waiting does not fail.
             let _ = known.wait_for(|known| *known).await;
-            if let Some((model, _)) = self.models.read().first() {
-                return model.clone();
+            if let Some(model) = self.tells_first_model() {
+                return model;
             }
             let _ = known.changed().await;
         }
+    }
+
+    fn tells_first_model(&self) -> Option<String> {
+        self.models.read().first().map(|(model, _)| model.clone())
     }
 
     /// Tells what watches it to end.
@@ -125,6 +128,7 @@ impl Worker {
 #[derive(Debug, Default)]
 pub(crate) struct Workers {
     by_id: RwLock<HashMap<WorkerId, Arc<Worker>>>,
+    only_model: RwLock<Option<String>>,
 }
 
 impl Workers {
@@ -160,10 +164,37 @@ impl Workers {
     }
 
     pub(crate) fn remove(&self, router: &Router, id: WorkerId) {
-        if let Some(worker) = self.by_id.write().remove(&id) {
+        let removed = self.by_id.write().remove(&id);
+        if let Some(worker) = removed {
             router.remove_worker(id);
             worker.remove();
+            self.find_only_model();
         }
+    }
+
+    /// A worker said which models it serves.
+    pub(crate) fn set_models(&self, worker: &Worker, models: Vec<(String, Box<RawValue>)>) {
+        worker.set_models(models);
+        self.find_only_model();
+    }
+
+    /// The model that a request without a name is for: the first of every worker that has told
+    /// which it serves. Where they differ it depends on the worker, which is not chosen yet, so
+    /// there is no answer, and such a request matches only others like it.
+    pub(crate) fn only_model(&self) -> Option<String> {
+        self.only_model.read().clone()
+    }
+
+    /// Kept, because it changes a million times less often than it is asked.
+    fn find_only_model(&self) {
+        // Held throughout: of two that look at once, the later one sees more.
+        let mut only_model = self.only_model.write();
+        let workers = self.by_id.read();
+        let mut models = workers
+            .values()
+            .filter_map(|worker| worker.tells_first_model());
+        let first = models.next();
+        *only_model = first.filter(|first| models.all(|model| model == *first));
     }
 
     pub(crate) fn get(&self, id: WorkerId) -> Option<Arc<Worker>> {

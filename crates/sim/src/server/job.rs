@@ -93,16 +93,21 @@ impl Job {
         let prompts = Prompts::read(&request, endpoint);
         let limit = output_limit(config, &request, endpoint, &prompts)?;
         let ignore_eos = fields.ignore_eos.unwrap_or(false);
-        let answer = Answer::to(&prompts.tokens);
         let answers: Vec<PlannedAnswer> = (0..request.prompts * request.choices)
-            .map(|choice| PlannedAnswer::limited(answer.choice(choice), limit, ignore_eos))
+            .map(|choice| {
+                let prompt = prompts.known(choice / request.choices);
+                let answer = Answer::to(prompt.unwrap_or_default());
+                // What is asked of a prompt alone is answered in the same way.
+                let choice = match prompt {
+                    Some(_) => choice % request.choices,
+                    None => choice,
+                };
+                PlannedAnswer::limited(answer.choice(choice), limit, ignore_eos)
+            })
             .collect();
         let requests = answers.iter().zip(0_u32..).map(|(answer, choice)| {
-            if choice / request.choices == 0 {
-                prompts.first_request(config, &request, *answer)
-            } else {
-                prompts.further_request(*answer)
-            }
+            let prompt = choice / request.choices;
+            prompts.submission(config, &request, prompt, *answer)
         });
         let options = fields.stream_options.unwrap_or_default();
         let usage_at_end = options.include_usage.unwrap_or(false);
@@ -116,7 +121,7 @@ impl Job {
             stream: request.stream && endpoint != Endpoint::Embeddings,
             usage_at_end,
             usage_in_each_event: usage_at_end && options.continuous_usage_stats.unwrap_or(false),
-            prompt_tokens: prompts.total(request.prompts),
+            prompt_tokens: prompts.total(),
             requests: requests.collect(),
             answers,
         })
@@ -125,53 +130,90 @@ impl Job {
 
 /// The prompts of a request in tokens.
 struct Prompts {
-    /// The first one, as far as it is text or ids.
-    tokens: Vec<u32>,
-    /// Tokens of the first one that stand for something else, after the others.
+    /// The first ones, as far as they are text or ids.
+    known: Vec<Vec<u32>>,
+    /// Tokens of the only one that stand for something else, after the others.
     opaque_tail: u32,
-    /// Tokens of each further prompt.
-    further: u32,
+    /// How many there are beyond the known ones, and tokens of each of them.
+    beyond: u32,
+    tokens_beyond: u32,
 }
 
 impl Prompts {
     fn read(request: &ApiRequest, endpoint: Endpoint) -> Self {
-        let tokens = match &request.prompt {
+        let known = request.all_prompts().map(|prompt| match prompt {
             Prompt::Tokens(tokens) => tokens.clone(),
             Prompt::Text(text) if endpoint == Endpoint::ChatCompletions => {
                 tokenize(&[text, ANSWER_HEADING].concat())
             }
             Prompt::Text(text) => tokenize(text),
-        };
+        });
+        let known: Vec<Vec<u32>> = known.collect();
         let unmatched = request.unmatched.bytes.div_ceil(4) + request.unmatched.tokens;
         let unmatched = u32::try_from(unmatched).unwrap_or(u32::MAX);
-        let (opaque_tail, further) = match request.prompts - 1 {
+        let beyond = request.prompts.saturating_sub(known.len() as u32);
+        let (opaque_tail, tokens_beyond) = match beyond {
             0 => (unmatched, 0),
-            others => (0, unmatched.div_ceil(others).max(1)),
+            _ => (0, unmatched.div_ceil(beyond).max(1)),
         };
         Self {
-            tokens,
+            known,
             opaque_tail,
-            further,
+            beyond,
+            tokens_beyond,
         }
     }
 
-    fn first(&self) -> u32 {
-        let tokens = u32::try_from(self.tokens.len()).unwrap_or(u32::MAX);
-        tokens.saturating_add(self.opaque_tail)
+    fn known(&self, prompt: u32) -> Option<&[u32]> {
+        self.known.get(prompt as usize).map(Vec::as_slice)
     }
 
-    fn total(&self, prompts: u32) -> u32 {
-        let further = self.further.saturating_mul(prompts - 1);
-        self.first().saturating_add(further)
+    fn tokens(&self, prompt: u32) -> u32 {
+        match self.known(prompt) {
+            Some(tokens) => {
+                let tokens = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
+                tokens.saturating_add(self.opaque_tail)
+            }
+            None => self.tokens_beyond,
+        }
     }
 
-    fn first_request(
+    fn count(&self) -> u32 {
+        self.known.len() as u32 + self.beyond
+    }
+
+    fn total(&self) -> u32 {
+        let tokens = (0..self.count()).map(|prompt| self.tokens(prompt));
+        tokens.fold(0, u32::saturating_add)
+    }
+
+    /// The shortest and the longest.
+    fn range(&self) -> (u32, u32) {
+        let tokens = || (0..self.count()).map(|prompt| self.tokens(prompt));
+        (tokens().min().unwrap_or(0), tokens().max().unwrap_or(0))
+    }
+
+    fn submission(
         &self,
         config: &ServerConfig,
         request: &ApiRequest,
+        prompt: u32,
         answer: PlannedAnswer,
     ) -> Submission {
-        let mut tokens = self.tokens.clone();
+        let prompt_tokens = self.tokens(prompt);
+        let Some(known) = self.known(prompt) else {
+            let request = EngineRequest {
+                id: 0,
+                hashes: Arc::from([]),
+                prompt_tokens,
+                output_tokens: answer.tokens,
+            };
+            return Submission {
+                request,
+                content: None,
+            };
+        };
+        let mut tokens = known.to_vec();
         if self.opaque_tail == 0 {
             tokens.extend((0..answer.tokens).map(|index| answer.answer.token(index)));
         }
@@ -189,26 +231,13 @@ impl Prompts {
         let request = EngineRequest {
             id: 0,
             hashes,
-            prompt_tokens: self.first(),
+            prompt_tokens,
             output_tokens: answer.tokens,
         };
         Submission {
             request,
             // Kept as long as the request is there, so only if somebody will be told.
             content: config.kv_events.is_some().then(|| Arc::new(content)),
-        }
-    }
-
-    fn further_request(&self, answer: PlannedAnswer) -> Submission {
-        let request = EngineRequest {
-            id: 0,
-            hashes: Arc::from([]),
-            prompt_tokens: self.further,
-            output_tokens: answer.tokens,
-        };
-        Submission {
-            request,
-            content: None,
         }
     }
 }
@@ -236,9 +265,9 @@ fn output_limit(
     endpoint: Endpoint,
     prompts: &Prompts,
 ) -> Result<u32, ApiError> {
-    let longest = prompts.first().max(prompts.further);
+    let (shortest, longest) = prompts.range();
     let length = config.max_model_len;
-    if longest == 0 {
+    if shortest == 0 {
         let message = "The prompt is empty.";
         return Err(ApiError::bad_request(message, Some("prompt")));
     }
