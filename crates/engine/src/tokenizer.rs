@@ -6,7 +6,6 @@
 //! side could differ.
 
 use std::fmt;
-use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
@@ -18,11 +17,11 @@ const CACHE_BYTES: usize = 128 << 20;
 /// A loaded tokenizer. Encoding from several threads at once is fine.
 pub struct Tokenizer {
     inner: fastokens::Tokenizer,
-    /// Put in front where special tokens are asked for and the file itself does not say so.
-    missing_bos: Option<u32>,
 }
 
-/// Whether the tokens that the model frames every text with are added.
+/// Whether the tokens that the model frames every text with are added: those that
+/// `tokenizer.json` names. What `tokenizer_config.json` says of it (`add_bos_token`) counts for
+/// nothing beside that file since transformers 5, which vLLM and SGLang use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Framing {
     /// As engines tokenise the prompt of a text completion.
@@ -80,12 +79,7 @@ impl Tokenizer {
         inner.set_truncation(None);
         inner.set_padding(None);
         inner.enable_segment_cache(CACHE_BYTES);
-        let mut tokenizer = Self {
-            inner,
-            missing_bos: None,
-        };
-        tokenizer.missing_bos = tokenizer.find_missing_bos(&file)?;
-        Ok(tokenizer)
+        Ok(Self { inner })
     }
 
     /// The ids of a text.
@@ -98,15 +92,11 @@ impl Tokenizer {
         let encoded = catch_unwind(AssertUnwindSafe(|| {
             self.inner.encode_with_special_tokens(text, add)
         }));
-        let mut ids = match encoded {
-            Ok(Ok(ids)) => ids,
-            Ok(Err(error)) => return Err(TokenizerError::Encode(error.to_string())),
-            Err(_) => return Err(TokenizerError::Encode("the tokenizer panicked".to_owned())),
-        };
-        if let (true, Some(bos)) = (add, self.missing_bos) {
-            ids.insert(0, bos);
+        match encoded {
+            Ok(Ok(ids)) => Ok(ids),
+            Ok(Err(error)) => Err(TokenizerError::Encode(error.to_string())),
+            Err(_) => Err(TokenizerError::Encode("the tokenizer panicked".to_owned())),
         }
-        Ok(ids)
     }
 
     /// Bytes of text whose ids were used again, and bytes that were tokenised.
@@ -115,27 +105,6 @@ impl Tokenizer {
         self.inner
             .segment_cache_stats()
             .map_or((0, 0), |stats| (stats.hit_bytes, stats.miss_bytes))
-    }
-
-    /// Llama-like tokenizers can be told in `tokenizer_config.json` to begin with a token that
-    /// `tokenizer.json` does not mention.
-    fn find_missing_bos(&self, file: &Path) -> Result<Option<u32>, TokenizerError> {
-        #[derive(Default, Deserialize)]
-        #[serde(default)]
-        struct Config {
-            add_bos_token: Option<bool>,
-            bos_token: Option<SpecialToken>,
-        }
-        let config: Config = fs::read(file.with_file_name("tokenizer_config.json"))
-            .ok()
-            .and_then(|config| serde_json::from_slice(&config).ok())
-            .unwrap_or_default();
-        let bos = match (config.add_bos_token, config.bos_token) {
-            (Some(true), Some(token)) => self.inner.token_to_id(token.text()),
-            _ => None,
-        };
-        let framed = self.encode("a", Framing::Added)?;
-        Ok(bos.filter(|bos| framed.first() != Some(bos)))
     }
 }
 
