@@ -106,7 +106,7 @@ impl Batch {
         let sums = state.sum(&members);
         self.worker = state.choose_for_all(&members, &sums)?;
         for booking in &bookings {
-            state.free(booking.key());
+            state.free(booking.key(), None);
         }
         // Again, because their own blocks are no overlap any longer.
         let sums = state.sum(&members);
