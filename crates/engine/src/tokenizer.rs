@@ -15,11 +15,16 @@ use serde::Deserialize;
 /// Memory for the ids of segments. A segment of more than a 64th of it is not kept.
 const CACHE_BYTES: usize = 128 << 20;
 
+/// What SentencePiece vocabularies write for a space.
+const SPACE: char = '\u{2581}';
+
 /// A loaded tokenizer. Encoding from several threads at once is fine.
 pub struct Tokenizer {
     inner: fastokens::Tokenizer,
     /// Put in front where special tokens are asked for and the file itself does not say so.
     missing_bos: Option<u32>,
+    /// Its vocabulary writes every byte as one character.
+    is_byte_level: bool,
 }
 
 /// Whether the tokens that the model frames every text with are added.
@@ -83,7 +88,9 @@ impl Tokenizer {
         let mut tokenizer = Self {
             inner,
             missing_bos: None,
+            is_byte_level: false,
         };
+        tokenizer.is_byte_level = tokenizer.writes_bytes_as_characters()?;
         tokenizer.missing_bos = tokenizer.find_missing_bos(&file)?;
         Ok(tokenizer)
     }
@@ -109,12 +116,38 @@ impl Tokenizer {
         Ok(ids)
     }
 
+    /// How many bytes of text each id stands for, up to the first that stands for none.
+    #[must_use]
+    pub fn text_lengths(&self, ids: &[u32]) -> Vec<usize> {
+        let lengths = ids.iter().map_while(|&id| {
+            let token = self.inner.id_to_token(id)?;
+            let is_byte = token.len() == 6 && token.starts_with("<0x") && token.ends_with('>');
+            if self.inner.is_special_token(id) {
+                None
+            } else if self.is_byte_level {
+                Some(token.chars().count())
+            } else if is_byte {
+                Some(1)
+            } else {
+                Some(token.replace(SPACE, " ").len())
+            }
+        });
+        lengths.collect()
+    }
+
     /// Bytes of text whose ids were used again, and bytes that were tokenised.
     #[must_use]
     pub fn reused_and_encoded_bytes(&self) -> (u64, u64) {
         self.inner
             .segment_cache_stats()
             .map_or((0, 0), |stats| (stats.hit_bytes, stats.miss_bytes))
+    }
+
+    /// Byte-level vocabularies write a line feed as `Ċ`.
+    fn writes_bytes_as_characters(&self) -> Result<bool, TokenizerError> {
+        let line_feed = self.encode("\n", Framing::InText)?;
+        let tokens = line_feed.iter().map(|&id| self.inner.id_to_token(id));
+        Ok(tokens.eq([Some("Ċ")]))
     }
 
     /// Llama-like tokenizers can be told in `tokenizer_config.json` to begin with a token that
