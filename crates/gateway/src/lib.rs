@@ -2,7 +2,7 @@
 //!
 //! One request's life: `proxy` reads and routes it, `attempts` sends it until a worker answers,
 //! by `forward`; `watch` passes the answer through and tells the booking what it sees, `answered`
-//! says how it ended; dropping the answer frees the booking. Beside that, `workers` and `health`
+//! says how it ended and `stored` what it left in the worker's cache; dropping the answer frees the booking. Beside that, `workers` and `health`
 //! keep the fleet, `subscribe` follows its caches, `admin` shows it, `metrics` counts, and `server`
 //! starts and stops it all.
 
@@ -19,6 +19,7 @@ mod proxy;
 mod reply;
 mod server;
 mod shared;
+mod stored;
 mod subscribe;
 mod text;
 mod tokens;

@@ -145,7 +145,7 @@ impl Metrics {
             worker_requests: "Requests booked on the worker",
             worker_active_blocks: "Predicted active KV blocks of the worker",
             worker_cached_blocks: "Predicted cached KV blocks of the worker, active ones included",
-            worker_capacity_blocks: "KV blocks of the worker, as configured, reported or assumed",
+            worker_capacity_blocks: "KV blocks of the worker, as configured, reported, learned or assumed",
             worker_prefill_tokens: "Booked prompt tokens not yet computed, by forecast",
             worker_context_tokens: "Prompt and output tokens of running requests",
         }

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use foresee_core::batch::Batch;
 use foresee_core::router::Request as RouteRequest;
 use foresee_core::sequence::Sequence;
+use foresee_engine::answer::Continuation;
 use foresee_engine::error::ApiError;
 use foresee_engine::request::{ApiRequest, BodyError, Endpoint, Sequences};
 use http::header::{CONTENT_ENCODING, EXPECT};
@@ -26,7 +27,7 @@ use crate::watch::{Watch, Watched};
 const PARSED_IN_PLACE: usize = 256 << 10;
 
 /// The same for bodies that are tokenised, at about 10 MB/s.
-const TOKENIZED_IN_PLACE: usize = 4 << 10;
+pub(crate) const TOKENIZED_IN_PLACE: usize = 4 << 10;
 
 /// How long a client may take to send the rest of a body that was refused.
 const DISCARD_TIMEOUT: Duration = Duration::from_secs(5);
@@ -44,6 +45,8 @@ struct Job {
     prompt_bytes: usize,
     /// It is one prompt and asks for one answer.
     is_single: bool,
+    /// Where the answer goes in the prompt's sequence, if that can be known.
+    continuation: Option<Continuation>,
     /// How many tokens our tokenizer counted, if the engine ought to count the same.
     counted_tokens: Option<u32>,
 }
@@ -135,6 +138,7 @@ impl Shared {
                 streams: true,
                 prompt_bytes: 0,
                 is_single: false,
+                continuation: None,
                 counted_tokens: None,
             },
         };
@@ -212,11 +216,20 @@ impl Shared {
             tokens.encode(endpoint, &request, body, &self.metrics)
         });
         let sequences = request.sequences(&ids, block_size, bytes_per_token);
+        let continuation = match endpoint {
+            Endpoint::Embeddings => None,
+            _ => request.continuation(
+                ids.first().and_then(Option::as_deref),
+                block_size,
+                bytes_per_token,
+            ),
+        };
         let all_encoded = !ids.is_empty() && ids.iter().all(Option::is_some);
         let comparable = all_encoded && request.is_matched_whole();
         Ok(Job {
             counted_tokens: comparable.then_some(sequences.prompt_tokens),
             is_single: sequences.further.is_empty() && request.is_matched_whole(),
+            continuation: continuation.filter(|it| !it.is_of_tokens() || self.tokens.is_some()),
             is_named,
             sequences,
             max_tokens: request.max_tokens,
@@ -270,6 +283,7 @@ impl Shared {
             model: job.model,
             is_single: job.is_single,
             prompt_tokens: job.sequences.prompt_tokens,
+            continuation: job.continuation,
             prompt_bytes: job.prompt_bytes,
             counted_tokens: job.counted_tokens,
         };
