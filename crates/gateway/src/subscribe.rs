@@ -43,9 +43,6 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 const REBUILD_INTERVAL: Duration = Duration::from_secs(5);
 const HOPELESS_REBUILD_INTERVAL: Duration = Duration::from_secs(300);
 
-/// Prefixes the router is told of at a time, under its lock.
-const MOST_CHANGES: usize = 1024;
-
 /// How long replay is left alone after it failed.
 const REPLAY_REST: Duration = Duration::from_secs(5);
 
@@ -341,27 +338,8 @@ impl Subscription<'_> {
         }
     }
 
-    /// In parts, so that no decision waits for a whole cache to be told.
     fn tell_router(&self, changes: &Changes) {
-        let (router, stride) = (&self.shared.router, changes.stride);
-        for removed in changes.removed.chunks(MOST_CHANGES) {
-            let (added, removed) = (Vec::new(), removed.to_vec());
-            let part = Changes {
-                added,
-                removed,
-                stride,
-            };
-            router.update_cache(self.worker.id, &part);
-        }
-        for added in changes.added.chunks(MOST_CHANGES) {
-            let (added, removed) = (added.to_vec(), Vec::new());
-            let part = Changes {
-                added,
-                removed,
-                stride,
-            };
-            router.update_cache(self.worker.id, &part);
-        }
+        self.shared.router.update_cache(self.worker.id, changes);
     }
 
     fn count_gap(&self) {
