@@ -403,7 +403,7 @@ fn blocks_are_bounded() {
     let run = 1 << 16;
     let tokens = vec![0; run];
     for start in 0..=64 {
-        let names: Vec<u64> = (0..run as u64).map(|it| 1 + start << 32 | it).collect();
+        let names: Vec<u64> = (0..run as u64).map(|it| ((1 + start) << 32) | it).collect();
         view.store(&StoredBlocks {
             parent: None,
             hashes: &names,

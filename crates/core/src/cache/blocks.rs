@@ -240,22 +240,25 @@ impl Blocks {
     /// a hole, or gone.
     pub(super) fn count_removal(&mut self, found: Found) -> bool {
         let id = found.id;
-        self.lower(STORES, id);
-        if self.is_stored(id) {
+        let block = self.at_mut(id);
+        if block.get(STORES) > 1 {
+            self.lower(STORES, id);
             return false;
         }
-        let block = self.at_mut(id);
         let parent = block.get(PARENT) as Id;
+        let has_children = block.get(CHILDREN) > 0;
         block.set(PARENT, u64::from(NONE));
+        block.set(STORES, 0);
         block.set(REACHABLE, 0);
-        if self.has_children(id) {
+        if has_children {
             self.holes.insert(u64::from(id), found.name);
         } else {
             self.remove(found);
         }
         if parent != NONE {
             self.lower(CHILDREN, parent);
-            if !self.has_children(parent) && !self.is_stored(parent) {
+            let block = self.at(parent);
+            if block.get(CHILDREN) == 0 && block.get(STORES) == 0 {
                 self.remove_hole(parent);
             }
         }
@@ -416,7 +419,7 @@ mod tests {
         fn blocks_are_counted_by_name(
             steps in prop::collection::vec((0..16u64, 0..16u64, any::<bool>()), 1..200)
         ) {
-            let name = |it: u64| name_of((it / 4 * 0x1234_5678_9ABC) << ID_BITS | it % 4);
+            let name = |it: u64| name_of(((it / 4 * 0x1234_5678_9ABC) << ID_BITS) | (it % 4));
             let mut blocks = Blocks::new();
             let mut model = HashMap::<u64, Model>::new();
             for (which, parent, stores) in steps {

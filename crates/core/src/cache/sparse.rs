@@ -86,26 +86,30 @@ impl<E: Entry> Sparse<E> {
             self.resize(self.places + self.places / 16 + 1);
             at = self.seek(entry.key());
         }
-        let run = self.entries[at..].iter().take_while(|it| !it.is_gap());
-        let end = at + run.count();
-        if end == self.entries.len() {
-            push(&mut self.entries, E::GAP);
+        // What is in the way moves down by one, up to the next gap.
+        let mut moved = entry;
+        while !moved.is_gap() {
+            match self.entries.get_mut(at) {
+                Some(place) => moved = std::mem::replace(place, moved),
+                None => {
+                    push(&mut self.entries, moved);
+                    break;
+                }
+            }
+            at += 1;
         }
-        self.entries.copy_within(at..end, at + 1);
-        self.entries[at] = entry;
         self.len += 1;
     }
 
-    pub(super) fn remove(&mut self, at: usize) {
+    pub(super) fn remove(&mut self, mut at: usize) {
         // What follows moves up, but not beyond where it belongs.
-        let mut end = at + 1;
-        while let Some(entry) = self.get(end)
-            && self.home(entry.key()) < end
+        while let Some(&next) = self.get(at + 1)
+            && self.home(next.key()) <= at
         {
-            end += 1;
+            self.entries[at] = next;
+            at += 1;
         }
-        self.entries.copy_within(at + 1..end, at);
-        self.entries[end - 1] = E::GAP;
+        self.entries[at] = E::GAP;
         self.len -= 1;
         if self.len * 100 < self.places * LEAST_IN_HUNDRED && self.places > FEWEST_PLACES {
             self.resize(self.len * 5 / 4);
