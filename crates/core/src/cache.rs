@@ -141,6 +141,12 @@ impl CacheView {
         self.stored
     }
 
+    /// How often the engine has stored the block of this name and not removed it.
+    #[must_use]
+    pub fn copies(&self, name: u64) -> u32 {
+        self.blocks.get(&name).map_or(0, |block| block.stores)
+    }
+
     /// What an index that knows nothing must be told.
     #[must_use]
     pub fn contents(&self) -> Changes {

@@ -97,6 +97,7 @@ async fn learn_what_it_serves(shared: &Shared, worker: &Worker) {
         if let Some(blocks) = blocks.filter(|blocks| !blocks.is_empty()) {
             let all = blocks.into_iter().fold(0, u32::saturating_add);
             shared.router.set_capacity(worker.id, all);
+            worker.set_capacity_blocks(all);
         }
         let ours = shared.config.router.block_size.get();
         let theirs = engines.iter().find_map(|(_, cache)| cache.block_size);
@@ -129,7 +130,7 @@ fn read_models(body: &[u8]) -> Vec<(String, Box<RawValue>)> {
 
 /// Why a probe has no answer to show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum NoAnswer {
+pub(crate) enum NoAnswer {
     /// None came in time.
     Late,
     /// Nobody listens there.
@@ -139,13 +140,18 @@ enum NoAnswer {
 }
 
 /// The body of a successful answer in time; nothing else counts.
-async fn get(shared: &Shared, worker: &Worker, path: &'static str) -> Result<Bytes, NoAnswer> {
+pub(crate) async fn get(
+    shared: &Shared,
+    worker: &Worker,
+    path: &'static str,
+) -> Result<Bytes, NoAnswer> {
     let message = Message {
         method: Method::GET,
         path: PathAndQuery::from_static(path),
         headers: HeaderMap::new(),
         body: Bytes::new(),
         may_repeat: true,
+        lists_cached: false,
     };
     let answered = async {
         let sent = shared.probes.send(worker, &message).await;

@@ -2,8 +2,9 @@
 //!
 //! One request's life: `proxy` reads and routes it, `attempts` sends it until a worker answers,
 //! by `forward`; `watch` passes the answer through and tells the booking what it sees, `answered`
-//! says how it ended and `stored` what it left in the worker's cache; dropping the answer frees the booking. Beside that, `workers` and `health`
-//! keep the fleet, `subscribe` follows its caches, `admin` shows it, `metrics` counts, and `server`
+//! says how it ended and `stored` what it left in the worker's cache; dropping the answer frees the
+//! booking. Beside that, `workers` and `health` keep the fleet, `subscribe` follows its caches,
+//! `sampler` asks what it carries, `admin` shows it, `metrics` counts, and `server`
 //! starts and stops it all.
 
 mod admin;
@@ -17,6 +18,7 @@ mod listen;
 mod metrics;
 mod proxy;
 mod reply;
+mod sampler;
 mod server;
 mod shared;
 mod stored;
