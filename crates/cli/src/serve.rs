@@ -64,6 +64,10 @@ pub(crate) struct ServeArgs {
     /// Seconds between two health probes of a worker
     #[arg(long, default_value = "1", value_parser = seconds, value_name = "SECONDS", env = "FORESEE_PROBE_INTERVAL")]
     probe_interval: Duration,
+    /// Seconds between two looks at each engine's own metrics, shown beside what is predicted and
+    /// never routed by; not at all by default
+    #[arg(long, value_parser = seconds, value_name = "SECONDS", env = "FORESEE_SAMPLE_ENGINES")]
+    sample_engines: Option<Duration>,
     /// Seconds a worker may take to accept a connection, or to answer a probe
     #[arg(long, default_value = "2", value_parser = seconds, value_name = "SECONDS", env = "FORESEE_CONNECT_TIMEOUT")]
     connect_timeout: Duration,
@@ -89,6 +93,7 @@ impl ServeArgs {
             tokenizer: self.tokenizer,
             max_body_bytes: self.max_body_bytes,
             probe_interval: self.probe_interval,
+            sample_engines: self.sample_engines,
             connect_timeout: self.connect_timeout,
             first_byte_timeout: self.first_byte_timeout,
             shutdown_timeout: self.shutdown_timeout,

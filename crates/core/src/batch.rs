@@ -174,6 +174,7 @@ impl Sums {
         let best = self.costs.iter().map(|cost| cost.overlap_blocks).max();
         Decision {
             cost: self.costs[worker.slot as usize],
+            depth: self.depths[worker.slot as usize],
             best_overlap_blocks: best.unwrap_or(0),
         }
     }

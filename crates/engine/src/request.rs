@@ -4,6 +4,7 @@
 //! Fields that routing does not need are skipped unseen, because judging them is the engine's
 //! business. A key given twice counts as last given, as in Python.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::num::NonZeroU32;
 
@@ -45,6 +46,9 @@ pub struct ApiRequest {
     pub cache_salt: Option<String>,
     /// Whether a tokenizer is to frame the prompt with special tokens, if the request says.
     pub add_special_tokens: Option<bool>,
+    /// Whether the engine is to list, among its KV events, the blocks it found cached for this
+    /// prompt (`vllm_xargs: {"kv_cache_report_mode": "full"}`).
+    pub lists_cached: bool,
     /// How many prompts the request holds, at least 1. Each gets `choices` answers.
     pub prompts: u32,
     /// The prompt, or the first of a batch.
@@ -243,6 +247,7 @@ struct Fields<'b> {
     continue_final_message: Gist,
     echo: Gist,
     cache_salt: Option<&'b RawValue>,
+    vllm_xargs: Option<&'b RawValue>,
     tools: Option<&'b RawValue>,
     conversation: Option<Conversation>,
     prompts: Prompts,
@@ -257,6 +262,7 @@ enum Key {
     MaxCompletionTokens,
     N,
     CacheSalt,
+    VllmXargs,
     AddSpecialTokens,
     AddGenerationPrompt,
     ContinueFinalMessage,
@@ -284,6 +290,7 @@ impl<'b> Fields<'b> {
             continue_final_message: Gist::Null,
             echo: Gist::Null,
             cache_salt: None,
+            vllm_xargs: None,
             tools: None,
             conversation: None,
             prompts: Prompts::default(),
@@ -348,6 +355,7 @@ impl<'b> Fields<'b> {
                 Gist::Bool(add) => Some(add),
                 _ => None,
             },
+            lists_cached: self.vllm_xargs.is_some_and(lists_cached),
             prompts: self.prompts.count.max(1),
             prompt,
             further: self.prompts.further,
@@ -381,6 +389,16 @@ impl<'b> Fields<'b> {
             param: Some(param),
         }
     }
+}
+
+fn lists_cached(xargs: &RawValue) -> bool {
+    #[derive(Deserialize)]
+    struct Xargs<'b> {
+        #[serde(borrow)]
+        kv_cache_report_mode: Cow<'b, str>,
+    }
+    let read = serde_json::from_str::<Xargs<'_>>(xargs.get());
+    read.is_ok_and(|it| it.kv_cache_report_mode == "full")
 }
 
 const MESSAGES_ARE: &str = "must be an array of objects, each with `role` and `content`, the \
@@ -417,6 +435,7 @@ impl<'b> Visitor<'b> for &mut Fields<'b> {
                 Key::ContinueFinalMessage => self.continue_final_message = body.next_value()?,
                 Key::Echo => self.echo = body.next_value()?,
                 Key::CacheSalt => self.cache_salt = Some(body.next_value()?),
+                Key::VllmXargs => self.vllm_xargs = Some(body.next_value()?),
                 Key::Tools => self.tools = Some(body.next_value()?),
                 Key::Messages if self.is_prompt(key) => {
                     let conversation = self.conversation.insert(Conversation::default());

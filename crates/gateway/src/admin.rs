@@ -95,6 +95,7 @@ impl Shared {
             "models": worker.models,
             "requests": worker.requests,
             "active_blocks": worker.active_blocks,
+            "engine_active_blocks": known.as_ref().and_then(|it| *it.engine_active_blocks.lock()),
             "context_tokens": worker.context_tokens,
             "prefill_tokens": worker.prefill_tokens,
             "cached_blocks": worker.cached_blocks,
@@ -183,6 +184,8 @@ fn show_events(worker: &Worker) -> Option<Value> {
         "batches": standing.batches,
         "gaps": standing.gaps,
         "lost": standing.lost,
+        "mistrusted": standing.mistrusted,
+        "lists_cached": standing.has_lists,
     }))
 }
 

@@ -35,6 +35,9 @@ pub struct GatewayConfig {
     pub probe_interval: Duration,
     /// How long a worker's KV events may be unusable until its cache is guessed instead.
     pub events_grace: Duration,
+    /// How often each worker is asked what it carries, to be shown beside what is predicted;
+    /// `None` for never. Nothing is routed by it.
+    pub sample_engines: Option<Duration>,
     /// How long a worker may take to accept a connection, or to answer a probe.
     pub connect_timeout: Duration,
     /// How long a worker may take until the first byte of its answer.
@@ -70,6 +73,7 @@ impl Default for GatewayConfig {
             max_body_bytes: 32 << 20,
             probe_interval: Duration::from_secs(1),
             events_grace: Duration::from_secs(5),
+            sample_engines: None,
             connect_timeout: Duration::from_secs(2),
             first_byte_timeout: Duration::from_secs(600),
             shutdown_timeout: Duration::from_secs(30),

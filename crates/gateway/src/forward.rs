@@ -61,6 +61,8 @@ pub(crate) struct Message {
     pub(crate) body: Bytes,
     /// Sending it twice does no harm: a worker that broke off may have acted on the first.
     pub(crate) may_repeat: bool,
+    /// It asks the worker to list what it finds cached among its KV events.
+    pub(crate) lists_cached: bool,
 }
 
 impl Message {
@@ -85,6 +87,7 @@ impl Message {
             path: path.unwrap_or(PathAndQuery::from_static("/")),
             headers,
             body,
+            lists_cached: false,
         }
     }
 

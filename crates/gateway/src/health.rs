@@ -113,6 +113,7 @@ pub(crate) async fn get(
         headers: HeaderMap::new(),
         body: Bytes::new(),
         may_repeat: true,
+        lists_cached: false,
     };
     let answered = async {
         let sent = shared.probes.send(worker, &message).await;

@@ -35,6 +35,7 @@ pub(crate) async fn learn_what_it_serves(shared: &Shared, worker: &Worker) {
         if let Some(blocks) = blocks.filter(|blocks| !blocks.is_empty()) {
             let all = blocks.into_iter().fold(0, u32::saturating_add);
             shared.router.set_capacity(worker.id, all);
+            worker.set_capacity_blocks(all);
         }
         compare_block_size(
             shared,
@@ -91,6 +92,7 @@ async fn ask_sglang(shared: &Shared, worker: &Worker) -> Result<Option<EventSour
     let info = ServerInfo::parse(&answer?).ok_or(NoAnswer::Bad)?;
     if let (None, Some(pages)) = (config.blocks, info.pages) {
         shared.router.set_capacity(worker.id, pages);
+        worker.set_capacity_blocks(pages);
     }
     compare_block_size(shared, worker, info.page_size);
     compare_ranks(worker, info.ranks as usize);

@@ -48,6 +48,8 @@ struct Job {
     is_single: bool,
     /// Where the answer goes in the prompt's sequence, if that can be known.
     continuation: Option<Continuation>,
+    /// It asks the worker to list what it finds cached among its KV events.
+    lists_cached: bool,
     /// How many tokens our tokenizer counted, if the engine ought to count the same.
     counted_tokens: Option<u32>,
     /// Workers that the client does not want.
@@ -142,13 +144,15 @@ impl Shared {
                 prompt_bytes: 0,
                 is_single: false,
                 continuation: None,
+                lists_cached: false,
                 counted_tokens: None,
                 ruled_out: Vec::new(),
             },
         };
         job.ruled_out = self.workers.ruled_out(&head.headers);
         let mut batch = self.route(&job)?;
-        let message = Message::new(head, body, request_id, endpoint.is_some());
+        let mut message = Message::new(head, body, request_id, endpoint.is_some());
+        message.lists_cached = job.lists_cached;
         let mut attempts = Attempts::new(self, forwarder, &message, &job.ruled_out);
         let answer = attempts.until_answered(&mut batch).await?;
         Ok(self.pass_through(answer, batch, job, arrived, message.request_id()))
@@ -236,6 +240,7 @@ impl Shared {
             is_single: sequences.further.is_empty() && request.is_matched_whole(),
             continuation: continuation.filter(|it| !it.is_of_tokens() || self.tokens.is_some()),
             is_named,
+            lists_cached: request.lists_cached,
             sequences,
             max_tokens: request.max_tokens,
             streams: request.stream,
@@ -290,6 +295,7 @@ impl Shared {
             is_single: job.is_single,
             prompt_tokens: job.sequences.prompt_tokens,
             continuation: job.continuation,
+            foretold: answer.foretold,
             prompt_bytes: job.prompt_bytes,
             counted_tokens: job.counted_tokens,
         };

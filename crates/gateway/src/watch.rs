@@ -75,6 +75,9 @@ pub(crate) struct Watch {
     pub(crate) prompt_tokens: u32,
     /// Where the answer goes in the prompt's sequence, if that can be known.
     pub(crate) continuation: Option<Continuation>,
+    /// Tokens of the prompt that KV events say the worker has cached, if the answer can tell
+    /// whether they are right.
+    pub(crate) foretold: Option<u32>,
     /// Bytes of prompt text, to learn how many make a token; 0 if there is nothing to learn.
     pub(crate) prompt_bytes: usize,
     /// Tokens that our tokenizer counted in the prompt, if the engine ought to count the same.

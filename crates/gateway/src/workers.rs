@@ -3,20 +3,21 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use foresee_core::fleet::{WorkerError, WorkerId, WorkerSpec};
 use foresee_core::router::Router;
 use http::uri::{PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderValue, Uri};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use tokio::sync::{Notify, watch};
 
 use crate::config::WorkerConfig;
 use crate::health::watch_worker;
+use crate::sampler::sample_engine;
 use crate::shared::Shared;
 use crate::subscribe::{Board, EventSource, KvEvents, follow_events};
 
@@ -43,12 +44,16 @@ pub(crate) struct Worker {
     pub(crate) event_source: watch::Sender<Option<EventSource>>,
     /// It was said in the log that its ranks are others than configured.
     pub(crate) told_of_ranks: AtomicBool,
+    /// Blocks that running requests pin by its own account, if it is asked and says so.
+    pub(crate) engine_active_blocks: Mutex<Option<u64>>,
     /// Asks for its KV events to be subscribed to anew: it was away.
     pub(crate) resubscribe: Notify,
     /// Whether it has said which models it serves.
     knows_models: watch::Sender<bool>,
     /// Tells what watches it to end.
     removed: watch::Sender<bool>,
+    /// How many blocks its cache has, if it said so; 0 if not.
+    capacity_blocks: AtomicU32,
     /// When something last came from it, in milliseconds of the gateway's clock.
     heard_at: AtomicU64,
     /// Nobody listened at its address: when somebody does again, its cache is gone.
@@ -67,6 +72,17 @@ impl Worker {
     /// When something last came from it.
     pub(crate) fn heard_at(&self) -> Duration {
         Duration::from_millis(self.heard_at.load(Ordering::Relaxed))
+    }
+
+    /// It said how many blocks its cache has.
+    pub(crate) fn set_capacity_blocks(&self, blocks: u32) {
+        self.capacity_blocks.store(blocks, Ordering::Relaxed);
+    }
+
+    /// How many blocks its cache has, if that is known.
+    pub(crate) fn capacity_blocks(&self) -> Option<u32> {
+        let said = self.capacity_blocks.load(Ordering::Relaxed);
+        self.config.blocks.or((said > 0).then_some(said))
     }
 
     /// Nobody listens at its address.
@@ -209,9 +225,11 @@ impl Workers {
             models: RwLock::default(),
             suspect: Notify::new(),
             events: Board::default(),
+            engine_active_blocks: Mutex::default(),
             resubscribe: Notify::new(),
             knows_models: watch::Sender::new(false),
             removed: watch::Sender::new(false),
+            capacity_blocks: AtomicU32::new(0),
             heard_at: AtomicU64::new(0),
             absent: AtomicBool::new(false),
             lost_its_cache: AtomicBool::new(false),
@@ -285,5 +303,6 @@ impl Workers {
 /// Starts what watches a worker until it is removed.
 pub(crate) fn start_watching(shared: &Arc<Shared>, worker: Arc<Worker>) {
     tokio::spawn(watch_worker(Arc::clone(shared), Arc::clone(&worker)));
-    tokio::spawn(follow_events(Arc::clone(shared), worker));
+    tokio::spawn(follow_events(Arc::clone(shared), Arc::clone(&worker)));
+    tokio::spawn(sample_engine(Arc::clone(shared), worker));
 }

@@ -285,6 +285,12 @@ impl Blocks {
         self.at(id).get(STORES) > 0
     }
 
+    /// How often it is stored.
+    pub(super) fn copies(&self, id: Id) -> u32 {
+        let excess = self.excess.get(&excess_key(STORES, id));
+        self.at(id).get(STORES) as u32 + excess.copied().unwrap_or(0)
+    }
+
     pub(super) fn has_children(&self, id: Id) -> bool {
         self.at(id).get(CHILDREN) > 0
     }

@@ -76,6 +76,13 @@ impl CacheView {
         self.stored
     }
 
+    /// How often the engine has stored the block of this name and not removed it.
+    #[must_use]
+    pub fn copies(&self, name: u64) -> u32 {
+        let id = self.blocks.find_stored(name);
+        id.map_or(0, |id| self.blocks.copies(id))
+    }
+
     /// What an index that knows nothing must be told.
     #[must_use]
     pub fn contents(&self) -> Changes {

@@ -4,11 +4,13 @@
 use std::num::NonZeroU32;
 
 use foresee_core::cache::{CacheView, Changes, StoredBlocks};
-use foresee_core::sequence;
+use foresee_core::sequence::{self, SequenceHash};
 use foresee_engine::kv_events::{
     Adapter, Attention, BlockKey, BlockRemoved, BlockStored, Event, EventBatch, Medium, Message,
     decode_batch,
 };
+
+use crate::subscribe::repeats::Repeats;
 
 /// Batches in a row that cannot be read until the stream counts as unreadable.
 const MOST_UNREADABLE: u32 = 3;
@@ -39,6 +41,7 @@ pub(super) struct Last {
 #[derive(Debug)]
 pub(super) struct Follower {
     view: CacheView,
+    repeats: Repeats,
     block_size: NonZeroU32,
     /// The name requests for the model itself come under.
     model: String,
@@ -54,6 +57,8 @@ pub(super) struct Follower {
     /// Something was missed or could not be read since the cache was last empty.
     missed: bool,
     unreadable: u32,
+    /// Tokens of an engine's block; 0 until it is known.
+    engine_block_size: u32,
     /// An engine's block size that the router's does not divide.
     unfit_block_size: Option<u32>,
 }
@@ -63,6 +68,7 @@ impl Follower {
     pub(super) fn new(block_size: NonZeroU32, model: String, rank: Option<u32>) -> Self {
         Self {
             view: CacheView::new(block_size),
+            repeats: Repeats::new(block_size),
             block_size,
             model,
             last: None,
@@ -71,7 +77,16 @@ impl Follower {
             group: None,
             missed: false,
             unreadable: 0,
+            engine_block_size: 0,
             unfit_block_size: None,
+        }
+    }
+
+    /// A follower of the same engine that begins again, with an empty cache.
+    pub(super) fn anew(&self, model: String) -> Self {
+        Self {
+            repeats: self.repeats.anew(),
+            ..Self::new(self.block_size, model, self.rank)
         }
     }
 
@@ -91,6 +106,44 @@ impl Follower {
     /// Whether the view is what the engine has.
     pub(super) fn is_exact(&self) -> bool {
         !self.missed && self.view.is_exact()
+    }
+
+    /// A prompt was sent that is exactly one of the engine's blocks.
+    pub(super) fn expect(&mut self, prompt: SequenceHash) {
+        self.repeats.expect(prompt);
+    }
+
+    /// Tokens of an engine's block; 0 until it is known.
+    pub(super) fn engine_block_size(&self) -> u32 {
+        self.engine_block_size
+    }
+
+    /// Answers say that the view is not what the engine has.
+    pub(super) fn doubt(&mut self) {
+        self.missed = true;
+    }
+
+    /// Whether stores that say again what is known count as lists of what is cached.
+    pub(super) fn has_lists(&self) -> bool {
+        self.repeats.are_lists()
+    }
+
+    /// Whether such stores were counted, and may have been wrongly.
+    pub(super) fn has_stores_in_doubt(&self) -> bool {
+        self.repeats.excess() > 0
+    }
+
+    /// Whether more was stored than the engine has blocks, and only because of those in doubt.
+    pub(super) fn is_overfull(&self, capacity: u32) -> bool {
+        let (stored, excess) = (self.view.stored_blocks(), self.repeats.excess());
+        let capacity = u64::from(capacity);
+        stored > capacity && stored.saturating_sub(excess) <= capacity
+    }
+
+    /// Stores that say again what is known are lists from now on, and those counted are taken
+    /// back.
+    pub(super) fn take_back_repeats(&mut self) -> Vec<Changes> {
+        self.repeats.take_back(&mut self.view)
     }
 
     /// Why the events cannot be used, if they cannot.
@@ -170,37 +223,40 @@ impl Follower {
 
     fn forget_blocks(&mut self) -> Changes {
         self.missed = false;
+        self.repeats.clear();
         self.view.clear()
     }
 
     fn apply(&mut self, batch: &EventBatch) -> Vec<Changes> {
-        let changes = batch.events.iter().filter_map(|event| match event {
-            Event::Stored(stored) => self.store(stored),
-            Event::Removed(removed) => self.remove(removed),
-            Event::Cleared { medium } => {
-                let here = medium.is_none_or(|medium| medium == Medium::Gpu);
-                here.then(|| self.forget_blocks())
+        let mut changes = Vec::new();
+        for event in &batch.events {
+            match event {
+                Event::Stored(stored) => changes.extend(self.store(stored)),
+                Event::Removed(removed) => changes.extend(self.remove(removed)),
+                Event::Cleared { medium } => {
+                    if medium.is_none_or(|medium| medium == Medium::Gpu) {
+                        changes.push(self.forget_blocks());
+                    }
+                }
             }
-        });
-        let changes: Vec<_> = changes
-            .filter(|it| !it.added.is_empty() || !it.removed.is_empty())
-            .collect();
+        }
+        changes.retain(|it| !it.added.is_empty() || !it.removed.is_empty());
         self.missed |= batch.malformed > 0 || batch.truncated;
         changes
     }
 
-    fn store(&mut self, stored: &BlockStored) -> Option<Changes> {
+    fn store(&mut self, stored: &BlockStored) -> Vec<Changes> {
         if stored.medium != Medium::Gpu || stored.attention == Attention::Other {
-            return None;
+            return Vec::new();
         }
         if *self.group.get_or_insert(stored.group) != stored.group {
-            return None;
+            return Vec::new();
         }
         let lora = match &stored.adapter {
             Adapter::Base => None,
             Adapter::Named(name) => Some(&**name),
             // No request can be matched with it.
-            Adapter::Unnamed => return None,
+            Adapter::Unnamed => return Vec::new(),
         };
         // What depends on media is more than its tokens say: no prompt of tokens matches it.
         let of_tokens_alone = stored.extras.iter().map(|extra| extra.block as usize).min();
@@ -211,25 +267,27 @@ impl Follower {
             .map(|&BlockKey(hash)| hash)
             .collect();
         if hashes.is_empty() {
-            return None;
+            return Vec::new();
         }
+        self.engine_block_size = stored.block_size;
         if stored.block_size % self.block_size != 0 {
             self.unfit_block_size = Some(stored.block_size);
         }
         if stored.blocks().is_none() {
             self.missed = true;
-            return None;
+            return Vec::new();
         }
         let tokens = &stored.tokens[..blocks * stored.block_size as usize];
         // A request for an adapter names it instead of the model.
         let model = lora.unwrap_or(&self.model);
-        Some(self.view.store(&StoredBlocks {
+        let stored = StoredBlocks {
             parent: stored.parent.map(|BlockKey(hash)| hash),
             hashes: &hashes,
             tokens,
             block_size: stored.block_size,
             salt: sequence::salt(model, None, stored.cache_salt.as_deref()),
-        }))
+        };
+        self.repeats.store(&mut self.view, &stored)
     }
 
     fn remove(&mut self, removed: &BlockRemoved) -> Option<Changes> {
@@ -237,7 +295,9 @@ impl Follower {
             return None;
         }
         let hashes: Vec<u64> = removed.hashes.iter().map(|&BlockKey(hash)| hash).collect();
-        Some(self.view.remove(&hashes))
+        let changes = self.view.remove(&hashes);
+        self.repeats.removed(&self.view, &hashes);
+        Some(changes)
     }
 }
 
@@ -247,6 +307,7 @@ mod tests {
     use std::path::{Path, PathBuf};
 
     use super::*;
+    use crate::subscribe::evidence::Claims;
     use foresee_engine::kv_events::{Layout, encode_batch, parse_message};
 
     const BLOCK: NonZeroU32 = NonZeroU32::new(2).unwrap();
@@ -482,5 +543,90 @@ mod tests {
                 assert_eq!(follower.view.len(), left, "{}", path.display());
             }
         }
+    }
+
+    #[test]
+    fn a_prompt_of_one_block_is_stored_again_and_listed_blocks_are_not() {
+        let mut follower = follower();
+        let block = || payload(1.0, vec![stored(None, 7, [1, 2])]);
+        let removed = payload(
+            1.0,
+            vec![Event::Removed(BlockRemoved {
+                hashes: vec![BlockKey(7)],
+                ..BlockRemoved::default()
+            })],
+        );
+        receive(&mut follower, 0, &block());
+        follower.take_back_repeats();
+        let salt = sequence::salt("m", None, None);
+        let prompt = sequence::Sequence::from_tokens(&[1, 2], BLOCK, salt);
+        follower.expect(prompt.hashes()[0]);
+        // The prompt itself, and a list.
+        receive(&mut follower, 1, &block());
+        receive(&mut follower, 2, &block());
+        receive(&mut follower, 3, &removed);
+        assert_eq!(follower.contents().added, prompt.hashes());
+        receive(&mut follower, 4, &removed);
+        assert!(follower.contents().added.is_empty());
+    }
+
+    /// What a request found cached, and how many batches had come before it was sent.
+    #[derive(serde::Deserialize)]
+    struct Found {
+        batches: usize,
+        cached_tokens: u32,
+        prompt: Vec<u32>,
+    }
+
+    /// A vLLM 0.32 of 23 blocks, some of whose requests asked it to list what they found cached
+    /// (`kv_cache_report_mode: full`). Such lists are taken for what they are from the `asked`th
+    /// request on. Returns which requests were foretold wrong.
+    fn wrong_with_lists(asked: Option<usize>) -> Vec<usize> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../engine/tests/kv_events/recorded/full_report");
+        let stream = std::fs::read(folder.join("full.stream.bin")).unwrap();
+        let found = std::fs::read(folder.join("found.json")).unwrap();
+        let found: Vec<Found> = serde_json::from_slice(&found).unwrap();
+        assert!(found.len() >= 70);
+        let engine_block = NonZeroU32::new(32).unwrap();
+        let mut follower = Follower::new(engine_block, "m".to_owned(), None);
+        let mut claims = Claims::default();
+        let mut messages = messages(&stream).into_iter();
+        let mut applied = 0;
+        let mut wrong = Vec::new();
+        for (number, found) in found.iter().enumerate() {
+            for frames in messages.by_ref().take(found.batches - applied) {
+                let message = parse_message(&frames).unwrap();
+                let Received::Applied(changes) = follower.receive(&message) else {
+                    panic!("batch {} was not applied", message.sequence);
+                };
+                changes.iter().for_each(|it| claims.update(it));
+            }
+            applied = found.batches;
+            if asked == Some(number) {
+                let changes = follower.take_back_repeats();
+                changes.iter().for_each(|it| claims.update(it));
+            }
+            let salt = sequence::salt("m", None, None);
+            let prompt = sequence::Sequence::from_tokens(&found.prompt, engine_block, salt);
+            let foretold = claims.depth(prompt.hashes()).min(prompt.reusable_blocks());
+            if foretold * 32 != found.cached_tokens {
+                wrong.push(number);
+            }
+        }
+        assert!(asked.is_some() || follower.is_overfull(23));
+        assert!(asked.is_none() || !follower.is_overfull(23));
+        wrong
+    }
+
+    #[test]
+    fn lists_of_what_is_cached_are_no_stores() {
+        let counted = wrong_with_lists(None);
+        assert!(counted.len() >= 3, "{counted:?}");
+        assert_eq!(wrong_with_lists(Some(0)), Vec::<usize>::new());
+        // Late, but then all is put right.
+        let late = wrong_with_lists(Some(40));
+        assert!(late.iter().all(|number| *number < 40), "{late:?}");
+        assert!(!late.is_empty());
     }
 }
