@@ -113,7 +113,10 @@ impl Capacity {
         self.at_least.push(distance);
         if self.at_least.len() == REPORTS_BEFORE_CHANGE {
             let least = self.at_least.drain(..).min().unwrap_or(0);
-            self.become_learned(least.min(2 * u64::from(self.blocks)));
+            let now = u64::from(self.blocks);
+            // Half of the way, because distances beyond the estimate are overestimated.
+            let gap = least.saturating_sub(now).min(2 * now);
+            self.become_learned(now + gap.div_ceil(2));
         }
     }
 
