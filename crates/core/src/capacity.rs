@@ -113,7 +113,10 @@ impl Capacity {
         self.at_least.push(distance);
         if self.at_least.len() == REPORTS_BEFORE_CHANGE {
             let least = self.at_least.drain(..).min().unwrap_or(0);
-            self.become_learned(least.min(2 * u64::from(self.blocks)));
+            let now = u64::from(self.blocks);
+            // Half of the way, because distances beyond the estimate are overestimated.
+            let gap = least.saturating_sub(now).min(2 * now);
+            self.become_learned(now + gap.div_ceil(2));
         }
     }
 
@@ -182,13 +185,13 @@ mod tests {
         for distance in [7_000, 6_000, 8_000] {
             capacity.hit(distance);
         }
-        assert_eq!(capacity.blocks(), 6_000);
+        assert_eq!(capacity.blocks(), 5_500, "half of the way");
         assert_eq!(capacity.source(), CapacitySource::Learned);
         capacity.hit(3_000);
         for _ in 0..3 {
             capacity.missed(2_000);
         }
-        assert_eq!(capacity.blocks(), 6_000, "more than that was hit");
+        assert_eq!(capacity.blocks(), 5_500, "more than that was hit");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::choose::Decision;
 use crate::fleet::WorkerId;
 use crate::record::{BookingKey, Record};
-use crate::reports::Verdict;
+use crate::reports::{Hits, Verdict};
 use crate::request::Request;
 use crate::sequence::Sequence;
 use crate::state::{Reading, State};
@@ -201,8 +201,12 @@ impl State {
         if worker.shadow.is_idle() {
             return;
         }
-        let next = prompt.hashes().get(claim.cached as usize).copied();
-        match worker.shadow.observe(&claim, tokens / block_size, next) {
+        let next = prompt.hashes().get(claim.expected() as usize).copied();
+        let hits = Hits {
+            blocks: tokens / block_size,
+            are_estimate: prompt.is_estimate(),
+        };
+        match worker.shadow.observe(&claim, hits, next) {
             Verdict::Kept => {}
             Verdict::LostBefore(stamp) => {
                 worker.shadow.forget_freed_before(stamp);

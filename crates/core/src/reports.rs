@@ -11,6 +11,15 @@ use crate::capacity::Capacity;
 /// Misses in a row, with no hit on anything as old, that mean the cache was lost.
 const MISSES_WHEN_LOST: u32 = 4;
 
+/// What a worker says it found of a prompt.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Hits {
+    /// Leading blocks.
+    pub(crate) blocks: u32,
+    /// Our blocks are pieces of text, so that a few more or less say nothing.
+    pub(crate) are_estimate: bool,
+}
+
 /// What a booking expected to be cached.
 #[derive(Clone, Debug)]
 pub(crate) struct Claim {
@@ -43,7 +52,13 @@ impl Claim {
         Some(run.behind + u64::from(index - run.start) + 1)
     }
 
-    /// A few blocks more or less say nothing: where prompts are text, lengths are estimates.
+    /// Blocks that should be found: those that others only compute by now are there as well when
+    /// they have.
+    pub(crate) fn expected(&self) -> u32 {
+        self.cached.max(self.active)
+    }
+
+    /// More than so many blocks short of what was expected is a miss to reckon with.
     fn tolerance(&self) -> u32 {
         1 + self.cached / 4
     }
@@ -69,17 +84,17 @@ pub(crate) struct Reports {
 }
 
 impl Reports {
-    /// The worker found `hits` blocks of what `claim` is about. `spared`: the block after those
+    /// The worker reports `hits` of what `claim` is about. `spared`: the block after those
     /// expected was evicted here, so many evicted blocks ago.
     pub(crate) fn observe(
         &mut self,
         claim: &Claim,
-        hits: u32,
+        hits: Hits,
         spared: Option<u64>,
         capacity: &mut Capacity,
     ) -> Verdict {
-        self.has_reported |= hits > 0;
-        if !self.has_reported || hits < claim.active {
+        self.has_reported |= hits.blocks > 0;
+        if !self.has_reported || hits.blocks < claim.active {
             return Verdict::Kept;
         }
         if let Some(evicted_since) = spared {
@@ -88,14 +103,17 @@ impl Reports {
         if claim.cached <= claim.active {
             return Verdict::Kept;
         }
-        let found = hits.min(claim.cached);
-        let is_miss = claim.cached - found > claim.tolerance();
+        let found = hits.blocks.min(claim.cached);
+        let missed = claim.cached - found;
+        let is_miss = missed > claim.tolerance();
         if found > claim.active
             && let Some(distance) = claim.distance(found - 1)
         {
             capacity.hit(distance);
         }
-        if is_miss && let Some(distance) = claim.distance(found) {
+        if (is_miss || missed > 0 && !hits.are_estimate)
+            && let Some(distance) = claim.distance(found)
+        {
             capacity.missed(distance);
         }
         self.count(claim, is_miss)

@@ -41,6 +41,7 @@ pub struct Sequence {
     hashes: Arc<[SequenceHash]>,
     tokens: u32,
     block_size: NonZeroU32,
+    is_estimate: bool,
 }
 
 impl Sequence {
@@ -53,6 +54,7 @@ impl Sequence {
             hashes: chain_hashes(blocks.map(bytemuck::cast_slice::<u32, u8>), salt),
             tokens: tokens.len() as u32,
             block_size,
+            is_estimate: false,
         }
     }
 
@@ -73,6 +75,7 @@ impl Sequence {
             hashes: chain_hashes(text.chunks_exact(piece), salt),
             tokens: tokens as u32,
             block_size,
+            is_estimate: true,
         }
     }
 
@@ -101,6 +104,7 @@ impl Sequence {
             hashes,
             tokens: u32::try_from(tokens).unwrap_or(u32::MAX),
             block_size: self.block_size,
+            is_estimate: self.is_estimate,
         }
     }
 
@@ -111,6 +115,7 @@ impl Sequence {
             hashes: Arc::from([]),
             tokens,
             block_size,
+            is_estimate: false,
         }
     }
 
@@ -135,6 +140,12 @@ impl Sequence {
     #[must_use]
     pub fn tokens(&self) -> u32 {
         self.tokens
+    }
+
+    /// Whether its blocks are pieces of text, of which an engine's are only about as long.
+    #[must_use]
+    pub fn is_estimate(&self) -> bool {
+        self.is_estimate
     }
 
     /// Tokens per block.

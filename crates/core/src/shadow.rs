@@ -15,7 +15,7 @@ use std::collections::VecDeque;
 use smallvec::SmallVec;
 
 use crate::capacity::{Capacity, CapacitySource};
-use crate::reports::{Claim, Reports, Run, Verdict};
+use crate::reports::{Claim, Hits, Reports, Run, Verdict};
 use crate::sequence::SequenceHash;
 use crate::tree::{Evicted, NodeId, PrefixTree, Revived, Slot, Unpinned};
 
@@ -268,16 +268,16 @@ impl Shadow {
         claim
     }
 
-    /// The worker reports that it found `hits` blocks of a prompt of which `claim` was made.
+    /// The worker reports `hits` of a prompt of which `claim` was made.
     /// `next` is the first block that the claim did not expect.
     pub(crate) fn observe(
         &mut self,
         claim: &Claim,
-        hits: u32,
+        hits: Hits,
         next: Option<SequenceHash>,
     ) -> Verdict {
         let spared = match next {
-            Some(next) if hits > claim.cached => self.evicted_since(next),
+            Some(next) if hits.blocks > claim.expected() => self.evicted_since(next),
             _ => None,
         };
         self.reports
