@@ -16,6 +16,7 @@ mod prompts;
 mod python_json;
 pub mod request;
 mod sequences;
+pub mod server_info;
 pub mod stream;
 mod strftime;
 pub mod tokenizer;
