@@ -45,20 +45,25 @@ pub(crate) struct Attempts<'a> {
     shared: &'a Shared,
     forwarder: &'a Forwarder,
     message: &'a Message,
-    /// Workers that failed, and are not asked again.
-    failed: Vec<WorkerId>,
+    /// Workers that are not asked: they failed, or the client ruled them out.
+    excluded: Vec<WorkerId>,
     /// Connections that broke with the request on its way.
     broken: usize,
     deadline: Duration,
 }
 
 impl<'a> Attempts<'a> {
-    pub(crate) fn new(shared: &'a Shared, forwarder: &'a Forwarder, message: &'a Message) -> Self {
+    pub(crate) fn new(
+        shared: &'a Shared,
+        forwarder: &'a Forwarder,
+        message: &'a Message,
+        ruled_out: &[WorkerId],
+    ) -> Self {
         Self {
             shared,
             forwarder,
             message,
-            failed: Vec::new(),
+            excluded: ruled_out.to_vec(),
             broken: 0,
             deadline: shared.clock.now() + shared.config.first_byte_timeout,
         }
@@ -170,8 +175,8 @@ impl<'a> Attempts<'a> {
 
     /// Moves the bookings to the best worker that has not failed.
     fn move_on(&mut self, batch: &mut Batch) -> Result<(), RouteError> {
-        self.failed.push(batch.worker());
-        batch.reroute(&self.failed, self.shared.clock.now())?;
+        self.excluded.push(batch.worker());
+        batch.reroute(&self.excluded, self.shared.clock.now())?;
         self.shared.metrics.retries.inc();
         Ok(())
     }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use foresee_core::batch::Batch;
+use foresee_core::fleet::WorkerId;
 use foresee_core::router::Request as RouteRequest;
 use foresee_core::sequence::Sequence;
 use foresee_engine::answer::Continuation;
@@ -49,6 +50,8 @@ struct Job {
     continuation: Option<Continuation>,
     /// How many tokens our tokenizer counted, if the engine ought to count the same.
     counted_tokens: Option<u32>,
+    /// Workers that the client does not want.
+    ruled_out: Vec<WorkerId>,
 }
 
 impl Job {
@@ -58,7 +61,7 @@ impl Job {
             sequence: &self.sequences.first,
             max_tokens: self.max_tokens,
             streams: self.streams,
-            excluded: &[],
+            excluded: &self.ruled_out,
         }
     }
 }
@@ -127,7 +130,7 @@ impl Shared {
         };
         let body = self.read_body(&head.headers, body).await?;
         let compressed = head.headers.contains_key(CONTENT_ENCODING);
-        let job = match endpoint {
+        let mut job = match endpoint {
             Some(endpoint) if !compressed => self.read_job(endpoint, body.clone()).await?,
             // Not for us to read: placed by load alone.
             _ => Job {
@@ -140,11 +143,13 @@ impl Shared {
                 is_single: false,
                 continuation: None,
                 counted_tokens: None,
+                ruled_out: Vec::new(),
             },
         };
+        job.ruled_out = self.workers.ruled_out(&head.headers);
         let mut batch = self.route(&job)?;
         let message = Message::new(head, body, request_id, endpoint.is_some());
-        let mut attempts = Attempts::new(self, forwarder, &message);
+        let mut attempts = Attempts::new(self, forwarder, &message, &job.ruled_out);
         let answer = attempts.until_answered(&mut batch).await?;
         Ok(self.pass_through(answer, batch, job, arrived, message.request_id()))
     }
@@ -236,6 +241,7 @@ impl Shared {
             streams: request.stream,
             prompt_bytes: request.prompt_bytes(),
             model: request.model,
+            ruled_out: Vec::new(),
         })
     }
 

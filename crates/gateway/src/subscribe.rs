@@ -21,9 +21,9 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::shared::Shared;
 use crate::subscribe::follow::{Follower, Received};
 use crate::subscribe::sockets::{Feed, Heard, SocketError, read_message, replay};
-pub use crate::subscribe::source::EventSource;
 pub(crate) use crate::subscribe::source::check_endpoint;
-pub(crate) use crate::subscribe::standing::{Board, EventsState};
+pub use crate::subscribe::source::{EventSource, KvEvents};
+pub(crate) use crate::subscribe::standing::{Board, EventsState, Standing};
 use crate::workers::Worker;
 
 /// Pauses between attempts to connect: they double from the first to the last.
@@ -49,33 +49,56 @@ const MOST_CHANGES: usize = 1024;
 /// How long replay is left alone after it failed.
 const REPLAY_REST: Duration = Duration::from_secs(5);
 
-/// Follows a worker's events until it is removed, if it publishes any.
+/// Follows a worker's events until it is removed, wherever they are at the time.
 pub(crate) async fn follow_events(shared: Arc<Shared>, worker: Arc<Worker>) {
-    let Some(source) = worker.config.kv_events.clone() else {
-        return;
-    };
-    worker.events.change(|it| it.state = EventsState::Waiting);
-    shared.metrics.events_live(&worker.config.name, false);
+    let mut sources = worker.event_source.subscribe();
     let following = async {
-        let model = worker.first_model().await;
-        let block_size = shared.config.router.block_size;
-        let subscription = Subscription {
-            shared: &shared,
-            worker: &worker,
-            source: &source,
-            follower: Follower::new(block_size, model),
-            unusable_since: Some(Instant::now()),
-            replay_rests_until: Instant::now(),
-            rebuild_at: Instant::now(),
-            told: None,
-        };
-        subscription.run().await;
+        loop {
+            let source = sources.borrow_and_update().clone();
+            stop_following(&shared, &worker);
+            let followed = async {
+                match &source {
+                    Some(source) => follow(&shared, &worker, source).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                // The sender is as old as this worker, so waiting does not fail.
+                _ = sources.changed() => {}
+                () = followed => {}
+            }
+        }
     };
     tokio::select! {
         () = worker.until_removed() => {}
         () = following => {}
     }
     shared.metrics.forget_events(&worker.config.name);
+}
+
+/// Nothing is known of a worker's events.
+fn stop_following(shared: &Shared, worker: &Worker) {
+    shared.router.follow_events(worker.id, false);
+    shared.metrics.forget_events(&worker.config.name);
+    worker.events.change(|it| *it = Standing::default());
+}
+
+async fn follow(shared: &Shared, worker: &Worker, source: &EventSource) {
+    worker.events.change(|it| it.state = EventsState::Waiting);
+    shared.metrics.events_live(&worker.config.name, false);
+    let model = worker.first_model().await;
+    let block_size = shared.config.router.block_size;
+    let subscription = Subscription {
+        shared,
+        worker,
+        source,
+        follower: Follower::new(block_size, model, worker.config.rank),
+        unusable_since: Some(Instant::now()),
+        replay_rests_until: Instant::now(),
+        rebuild_at: Instant::now(),
+        told: None,
+    };
+    subscription.run().await;
 }
 
 /// What was said last in the log about a subscription, so that it is said once.
@@ -178,7 +201,8 @@ impl Subscription<'_> {
         };
         if model != self.follower.model() {
             let removed = self.follower.clear();
-            self.follower = Follower::new(self.shared.config.router.block_size, model.clone());
+            let block_size = self.shared.config.router.block_size;
+            self.follower = Follower::new(block_size, model.clone(), self.worker.config.rank);
             self.tell_router(&removed);
         }
     }
@@ -243,7 +267,8 @@ impl Subscription<'_> {
         }
         self.rebuild_at = now + REBUILD_INTERVAL;
         let block_size = self.shared.config.router.block_size;
-        let mut anew = Follower::new(block_size, self.follower.model().to_owned());
+        let model = self.follower.model().to_owned();
+        let mut anew = Follower::new(block_size, model, self.worker.config.rank);
         let mut is_whole = true;
         let replayed = replay(endpoint, 0, |message| {
             is_whole = matches!(

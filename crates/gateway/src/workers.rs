@@ -1,5 +1,6 @@
 //! Where the workers are: what the router knows by id, with an address.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -8,15 +9,19 @@ use std::time::Duration;
 use foresee_core::fleet::{WorkerError, WorkerId, WorkerSpec};
 use foresee_core::router::Router;
 use http::uri::{PathAndQuery, Scheme};
-use http::{HeaderValue, Uri};
+use http::{HeaderMap, HeaderValue, Uri};
 use parking_lot::RwLock;
+use serde::Deserialize;
 use serde_json::value::RawValue;
 use tokio::sync::{Notify, watch};
 
 use crate::config::WorkerConfig;
 use crate::health::watch_worker;
 use crate::shared::Shared;
-use crate::subscribe::{Board, follow_events};
+use crate::subscribe::{Board, EventSource, KvEvents, follow_events};
+
+/// Pins a request to one of an engine's data-parallel ranks, for vLLM and SGLang alike.
+pub(crate) const RANK_HEADER: &str = "x-data-parallel-rank";
 
 /// One worker, as requests reach it.
 #[derive(Debug)]
@@ -25,12 +30,19 @@ pub(crate) struct Worker {
     pub(crate) config: WorkerConfig,
     /// Its name, ready for the response header.
     pub(crate) header: HeaderValue,
+    /// Its rank, ready for the header that pins a request to it; `None` if it is all there is at
+    /// its address.
+    pub(crate) rank_header: Option<HeaderValue>,
     /// The entries of its `/v1/models`, as it wrote them.
     pub(crate) models: RwLock<Vec<(String, Box<RawValue>)>>,
     /// Asks for a probe now rather than at the next interval.
     pub(crate) suspect: Notify,
     /// How its KV events stand.
     pub(crate) events: Board,
+    /// Where they are, by its configuration or by its own word.
+    pub(crate) event_source: watch::Sender<Option<EventSource>>,
+    /// It was said in the log that its ranks are others than configured.
+    pub(crate) told_of_ranks: AtomicBool,
     /// Asks for its KV events to be subscribed to anew: it was away.
     pub(crate) resubscribe: Notify,
     /// Whether it has said which models it serves.
@@ -78,6 +90,20 @@ impl Worker {
         let known = !models.is_empty();
         *self.models.write() = models;
         self.knows_models.send_replace(known);
+    }
+
+    /// Whether it says that it is a vLLM.
+    pub(crate) fn is_vllm(&self) -> bool {
+        #[derive(Deserialize)]
+        struct Model<'m> {
+            #[serde(borrow)]
+            owned_by: Cow<'m, str>,
+        }
+        let models = self.models.read();
+        let owner = |(_, model): &(String, Box<RawValue>)| {
+            serde_json::from_str(model.get()).is_ok_and(|it: Model<'_>| it.owned_by == "vllm")
+        };
+        models.iter().any(owner)
     }
 
     /// The first model it serves, once it has said so.
@@ -132,8 +158,33 @@ pub(crate) struct Workers {
 }
 
 impl Workers {
-    /// Adds a worker to the router and to this list. It serves once a probe has found it.
+    /// Adds an engine to the router and to this list, rank by rank: all or none. They serve once
+    /// a probe has found them.
     pub(crate) fn add(
+        &self,
+        router: &Router,
+        engine: &WorkerConfig,
+        prefix_caching: bool,
+    ) -> Result<Vec<Arc<Worker>>, WorkerError> {
+        let same_name = |worker: &Arc<Worker>| worker.config.engine_name() == engine.engine_name();
+        if self.by_id.read().values().any(same_name) {
+            return Err(WorkerError::NameTaken(engine.engine_name().to_owned()));
+        }
+        let mut added = Vec::new();
+        for config in engine.workers() {
+            match self.add_one(router, config, prefix_caching) {
+                Ok(worker) => added.push(worker),
+                Err(error) => {
+                    let ids = added.iter().map(|worker: &Arc<Worker>| worker.id);
+                    ids.for_each(|id| self.remove(router, id));
+                    return Err(error);
+                }
+            }
+        }
+        Ok(added)
+    }
+
+    fn add_one(
         &self,
         router: &Router,
         config: WorkerConfig,
@@ -148,7 +199,13 @@ impl Workers {
         let worker = Arc::new(Worker {
             id,
             header: config.header(),
+            rank_header: config.rank.map(HeaderValue::from),
+            event_source: watch::Sender::new(match &config.kv_events {
+                KvEvents::At(source) => Some(source.clone()),
+                KvEvents::Discovered | KvEvents::Off => None,
+            }),
             config,
+            told_of_ranks: AtomicBool::new(false),
             models: RwLock::default(),
             suspect: Notify::new(),
             events: Board::default(),
@@ -199,6 +256,22 @@ impl Workers {
 
     pub(crate) fn get(&self, id: WorkerId) -> Option<Arc<Worker>> {
         self.by_id.read().get(&id).cloned()
+    }
+
+    /// The workers that a client's headers rule out, by naming a rank that they are not. None, if
+    /// that would be all: then the engine says what is wrong with it.
+    pub(crate) fn ruled_out(&self, headers: &HeaderMap) -> Vec<WorkerId> {
+        let named = headers.get(RANK_HEADER).and_then(|rank| rank.to_str().ok());
+        let Some(named) = named.and_then(|rank| rank.trim().parse::<u32>().ok()) else {
+            return Vec::new();
+        };
+        let by_id = self.by_id.read();
+        let is_other = |worker: &&Arc<Worker>| worker.config.rank.is_some_and(|it| it != named);
+        let others: Vec<_> = by_id.values().filter(is_other).map(|it| it.id).collect();
+        if others.len() == by_id.len() {
+            return Vec::new();
+        }
+        others
     }
 
     /// Every worker, in the order they joined.

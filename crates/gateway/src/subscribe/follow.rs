@@ -43,6 +43,11 @@ pub(super) struct Follower {
     /// The name requests for the model itself come under.
     model: String,
     last: Option<Last>,
+    /// The data-parallel rank that is followed: the worker's or, if it has none, the first that
+    /// speaks.
+    rank: Option<u32>,
+    /// Another rank spoke, whose sequence numbers and blocks are its own.
+    other_rank: Option<u32>,
     /// The group of layers that is followed: the first seen that attends to everything. A prefix
     /// that is cached for one such group is cached for all.
     group: Option<Option<u32>>,
@@ -55,12 +60,14 @@ pub(super) struct Follower {
 
 impl Follower {
     /// Follows an engine whose cache is empty. `block_size` is the router's.
-    pub(super) fn new(block_size: NonZeroU32, model: String) -> Self {
+    pub(super) fn new(block_size: NonZeroU32, model: String, rank: Option<u32>) -> Self {
         Self {
             view: CacheView::new(block_size),
             block_size,
             model,
             last: None,
+            rank,
+            other_rank: None,
             group: None,
             missed: false,
             unreadable: 0,
@@ -88,6 +95,12 @@ impl Follower {
 
     /// Why the events cannot be used, if they cannot.
     pub(super) fn fault(&self) -> Option<String> {
+        if let (Some(theirs), Some(ours)) = (self.other_rank, self.rank) {
+            return Some(format!(
+                "events of data-parallel rank {theirs} come where rank {ours} publishes: give \
+                 each its own endpoint, or write ranks=N"
+            ));
+        }
         if let Some(theirs) = self.unfit_block_size {
             let ours = self.block_size;
             return Some(format!(
@@ -100,10 +113,17 @@ impl Follower {
     /// Takes a message, if it is next.
     pub(super) fn receive(&mut self, message: &Message<'_>) -> Received {
         let next = self.last.map_or(0, |last| last.sequence.saturating_add(1));
+        let decoded = decode_batch(message.payload);
+        let speaker = decoded.as_ref().ok().and_then(|it| it.data_parallel_rank);
+        if let Some(speaker) = speaker
+            && *self.rank.get_or_insert(speaker) != speaker
+        {
+            self.other_rank = Some(speaker);
+            return Received::Known;
+        }
         if message.sequence > next {
             return Received::Gap(next);
         }
-        let decoded = decode_batch(message.payload);
         let timestamp = decoded.as_ref().ok().and_then(|batch| batch.timestamp);
         if let Some(last) = self.last
             && message.sequence < next
@@ -232,7 +252,7 @@ mod tests {
     const BLOCK: NonZeroU32 = NonZeroU32::new(2).unwrap();
 
     fn follower() -> Follower {
-        Follower::new(BLOCK, "m".to_owned())
+        Follower::new(BLOCK, "m".to_owned(), None)
     }
 
     fn payload(timestamp: f64, events: Vec<Event>) -> Vec<u8> {
@@ -347,6 +367,36 @@ mod tests {
         assert!(follower.fault().unwrap().contains("blocks of 3 tokens"));
     }
 
+    fn batch_of(rank: u32, hash: u64) -> Vec<u8> {
+        let batch = EventBatch {
+            timestamp: Some(1.0),
+            events: vec![stored(None, hash, [hash as u32, 0])],
+            data_parallel_rank: Some(rank),
+            ..EventBatch::default()
+        };
+        encode_batch(&batch, Layout::Map)
+    }
+
+    #[test]
+    fn two_ranks_are_never_taken_for_one() {
+        let mut of_rank_1 = Follower::new(BLOCK, "m".to_owned(), Some(1));
+        assert_eq!(receive(&mut of_rank_1, 0, &batch_of(0, 7)), Received::Known);
+        assert!(of_rank_1.contents().added.is_empty());
+        assert!(
+            of_rank_1
+                .fault()
+                .unwrap()
+                .contains("rank 0 come where rank 1")
+        );
+
+        let mut of_any = follower();
+        for (rank, sequence) in [(3, 0), (4, 0), (4, 1)] {
+            receive(&mut of_any, sequence, &batch_of(rank, 7 + u64::from(rank)));
+        }
+        assert_eq!(of_any.contents().added.len(), 1);
+        assert!(of_any.fault().unwrap().contains("rank 4 come where rank 3"));
+    }
+
     /// Whole messages recorded from engines that ran, and those of the folder that
     /// `FORESEE_KV_CAPTURES` names.
     fn recordings() -> Vec<(PathBuf, Vec<u8>)> {
@@ -393,7 +443,7 @@ mod tests {
         let recordings = recordings();
         assert!(recordings.len() >= 2);
         for (path, bytes) in recordings {
-            let mut follower = Follower::new(NonZeroU32::MIN, "m".to_owned());
+            let mut follower = Follower::new(NonZeroU32::MIN, "m".to_owned(), None);
             let mut counts = HashMap::<BlockKey, i64>::new();
             let mut followed = None;
             for frames in messages(&bytes) {
