@@ -57,6 +57,15 @@ struct KvEventsArgs {
     /// Holds KV events back for so long, to see what that does
     #[arg(long, default_value_t = 0, value_name = "MILLISECONDS")]
     kv_lag: u64,
+    /// Falls silent after so many batches of KV events, to see what that does
+    #[arg(long, value_name = "BATCHES")]
+    kv_silent_after: Option<NonZeroU64>,
+    /// Begins anew with an empty cache after so many batches of KV events, once nothing runs
+    #[arg(long, value_name = "BATCHES")]
+    kv_restart_every: Option<NonZeroU64>,
+    /// Says nothing of evicted blocks, to see what that does
+    #[arg(long)]
+    kv_hide_removals: bool,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -77,6 +86,9 @@ impl KvEventsArgs {
             },
             drop_every: self.kv_drop_every,
             lag: Duration::from_millis(self.kv_lag),
+            silent_after: self.kv_silent_after,
+            restart_every: self.kv_restart_every,
+            hides_removals: self.kv_hide_removals,
             ..KvEventsConfig::new(endpoint)
         })
     }

@@ -10,7 +10,7 @@ use clap::Args;
 use foresee_core::choose::Policy;
 use foresee_core::router::Router;
 use foresee_gateway::{
-    Gateway, GatewayConfig, WorkerConfig, default_io_threads, raise_open_file_limit,
+    Gateway, GatewayConfig, KvEvents, WorkerConfig, default_io_threads, raise_open_file_limit,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -27,9 +27,14 @@ pub(crate) struct ServeArgs {
     /// Where metrics, health and admin listen: not for the public
     #[arg(long, default_value = "127.0.0.1:8081", env = "FORESEE_ADMIN_LISTEN")]
     admin_listen: SocketAddr,
-    /// A worker's URL and its options, by commas: name=NAME, blocks=N, prefix-caching=on|off,
-    /// kv-events=tcp://HOST:PORT, replay=tcp://HOST:PORT; repeat for more. Write
-    /// kv-events=bind:tcp://*:PORT if the engine dials the router
+    /// A worker's URL and its options, by commas: name=NAME, ranks=N, blocks=N,
+    /// prefix-caching=on|off, kv-events=tcp://HOST:PORT|off, replay=tcp://HOST:PORT,
+    /// topic=TOPIC; repeat for more
+    ///
+    /// ranks=N: an engine with N data-parallel ranks is N workers, NAME/0 and so on; rank r
+    /// publishes and replays at PORT + r. Without kv-events, an engine that tells where its events
+    /// are (SGLang; vLLM from 0.32 on) is followed there. Write kv-events=bind:tcp://*:PORT if
+    /// the engine dials the router.
     ///
     /// In FORESEE_WORKER they are separated by white space.
     #[arg(
@@ -59,6 +64,10 @@ pub(crate) struct ServeArgs {
     /// Seconds between two health probes of a worker
     #[arg(long, default_value = "1", value_parser = seconds, value_name = "SECONDS", env = "FORESEE_PROBE_INTERVAL")]
     probe_interval: Duration,
+    /// Seconds between two looks at each engine's own metrics, shown beside what is predicted and
+    /// never routed by; not at all by default
+    #[arg(long, value_parser = seconds, value_name = "SECONDS", env = "FORESEE_SAMPLE_ENGINES")]
+    sample_engines: Option<Duration>,
     /// Seconds a worker may take to accept a connection, or to answer a probe
     #[arg(long, default_value = "2", value_parser = seconds, value_name = "SECONDS", env = "FORESEE_CONNECT_TIMEOUT")]
     connect_timeout: Duration,
@@ -84,6 +93,7 @@ impl ServeArgs {
             tokenizer: self.tokenizer,
             max_body_bytes: self.max_body_bytes,
             probe_interval: self.probe_interval,
+            sample_engines: self.sample_engines,
             connect_timeout: self.connect_timeout,
             first_byte_timeout: self.first_byte_timeout,
             shutdown_timeout: self.shutdown_timeout,
@@ -137,7 +147,12 @@ pub(crate) fn check_config(args: ServeArgs) -> anyhow::Result<()> {
     let config = args.gateway();
     // Weights and names are checked where they are used.
     let router = Router::new(config.router.clone())?;
-    for worker in &config.workers {
+    let workers: Vec<_> = config
+        .workers
+        .iter()
+        .flat_map(WorkerConfig::workers)
+        .collect();
+    for worker in &workers {
         let spec = foresee_core::fleet::WorkerSpec {
             name: worker.name.clone(),
             ..Default::default()
@@ -154,8 +169,25 @@ pub(crate) fn check_config(args: ServeArgs) -> anyhow::Result<()> {
     if let Some(tokenizer) = &config.tokenizer {
         println!("tokenizer        {}", tokenizer.display());
     }
-    for worker in &config.workers {
-        println!("worker           {} at {}", worker.name, worker.url());
+    for worker in &workers {
+        print!("worker           {} at {}", worker.name, worker.url());
+        if let Some(rank) = worker.rank {
+            print!(", rank {rank}");
+        }
+        match &worker.kv_events {
+            KvEvents::Discovered => {}
+            KvEvents::Off => print!(", no KV events"),
+            KvEvents::At(source) => {
+                print!(", KV events at {source}");
+                if let Some(replay) = &source.replay {
+                    print!(", replay at {replay}");
+                }
+                if !source.topic.is_empty() {
+                    print!(", topic {}", source.topic);
+                }
+            }
+        }
+        println!();
     }
     println!("The configuration is good.");
     Ok(())

@@ -187,11 +187,14 @@ async fn verify_real(variable: &str, block_size: u32) {
         seed: now.as_secs(),
         ..config(block_size)
     };
-    // The second router meets warm caches, as after a restart.
+    // The second router meets warm caches, as after a restart. What they hold it can know if the
+    // engines tell again, and then the same prompts come once more.
+    let has_replay = workers.iter().all(|it| it.contains("replay="));
     for round in 0..2 {
         let gateway = gateway(&workers, block_size, tokenizer.clone());
+        let others = if has_replay { 0 } else { 10 * round };
         let config = VerifyConfig {
-            seed: config.seed.wrapping_add(10 * round),
+            seed: config.seed.wrapping_add(others),
             ..config.clone()
         };
         let found = verify(&gateway, has_events, config).await;

@@ -106,7 +106,7 @@ impl Batch {
         let sums = state.sum(&members);
         self.worker = state.choose_for_all(&members, &sums)?;
         for booking in &bookings {
-            state.free(booking.key());
+            state.free(booking.key(), None);
         }
         // Again, because their own blocks are no overlap any longer.
         let sums = state.sum(&members);
@@ -174,6 +174,7 @@ impl Sums {
         let best = self.costs.iter().map(|cost| cost.overlap_blocks).max();
         Decision {
             cost: self.costs[worker.slot as usize],
+            depth: self.depths[worker.slot as usize],
             best_overlap_blocks: best.unwrap_or(0),
         }
     }

@@ -24,6 +24,8 @@ pub struct Booking {
     sequence: Sequence,
     max_tokens: Option<u32>,
     streams: bool,
+    /// Prompt and output, once the output is known.
+    answered: Option<Sequence>,
 }
 
 impl Booking {
@@ -43,6 +45,7 @@ impl Booking {
             sequence: request.sequence.clone(),
             max_tokens: request.max_tokens,
             streams: request.streams,
+            answered: None,
         }
     }
 
@@ -67,6 +70,8 @@ impl Booking {
 
     /// It was freed where it was and booked anew.
     pub(crate) fn is_now(&mut self, key: BookingKey, worker: WorkerId, decision: Decision) {
+        // Another worker has stored nothing of what this one answered.
+        self.answered = None;
         (self.key, self.worker, self.decision) = (key, worker, decision);
     }
 
@@ -120,6 +125,28 @@ impl Booking {
         release(state);
     }
 
+    /// It is known what the worker has stored: `sequence` is the prompt and, after it, output.
+    /// When the booking ends, its blocks of output can be found again as those of a prompt can.
+    /// A sequence that does not begin with the prompt is ignored.
+    pub fn answered(&mut self, sequence: Sequence) {
+        let prompt = self.sequence.hashes();
+        // An equal hash is an equal prefix.
+        let begins_with_prompt =
+            prompt.is_empty() || sequence.hashes().get(prompt.len() - 1) == prompt.last();
+        if begins_with_prompt && sequence.block_size() == self.sequence.block_size() {
+            self.answered = Some(sequence);
+        }
+    }
+
+    /// The worker says that it took `tokens` of the prompt from its cache. What was predicted is
+    /// held against it: it tells how much the cache holds, and when it was lost. Only the first
+    /// call counts.
+    pub fn observed_cached(&mut self, tokens: u32) {
+        let mut state = self.state.lock();
+        state.observe_cached(self.key, &self.sequence, tokens);
+        release(state);
+    }
+
     /// Frees everything on its worker and books the same request on another, in one step.
     /// Output counted so far is forgotten: the other worker starts from the prompt.
     ///
@@ -152,7 +179,7 @@ impl Booking {
             Some(_) => return Err(RouteError::NoWorker(request.model.to_owned())),
             None => state.choose(&request)?.0,
         };
-        state.free(self.key);
+        state.free(self.key, None);
         // Again, because its own blocks are no overlap any longer.
         let reading = state.read(&request);
         let (key, decision) = state.book(chosen, &reading, &request);
@@ -174,7 +201,7 @@ impl Booking {
 impl Drop for Booking {
     fn drop(&mut self) {
         let mut state = self.state.lock();
-        state.free(self.key);
+        state.free(self.key, self.answered.as_ref());
         release(state);
     }
 }

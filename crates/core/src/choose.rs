@@ -75,6 +75,8 @@ impl FromStr for Policy {
 pub struct Decision {
     /// Its cost.
     pub cost: Cost,
+    /// How deep the prompt reached there.
+    pub depth: Depth,
     /// The largest overlap, in blocks, that any worker offered.
     pub best_overlap_blocks: u32,
 }

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use rapidhash::v3::{DEFAULT_RAPID_SECRETS, rapidhash_v3_seeded};
 
+use crate::capacity::CapacitySource;
 use crate::choose::Load;
 use crate::forecast::{Decode, Prefill};
-use crate::shadow::{DEFAULT_CAPACITY_BLOCKS, Shadow};
+use crate::shadow::Shadow;
 use crate::tree::Slot;
 
 /// Names one worker for as long as it is known. A worker removed and added again, even under
@@ -26,7 +27,8 @@ pub struct WorkerSpec {
     pub name: String,
     /// Models it serves; empty while unknown, and then it is eligible for every model.
     pub models: Vec<String>,
-    /// KV blocks it has; unknown is taken as [`DEFAULT_CAPACITY_BLOCKS`].
+    /// KV blocks it has; unknown begins as
+    /// [`DEFAULT_CAPACITY_BLOCKS`](crate::DEFAULT_CAPACITY_BLOCKS) and is learned.
     pub capacity_blocks: Option<u32>,
     /// Without prefix caching no two requests share a block there.
     pub prefix_caching: bool,
@@ -78,8 +80,10 @@ pub struct WorkerSnapshot {
     pub cached_blocks: u64,
     /// Its events tell what it caches; otherwise the shadow does.
     pub follows_events: bool,
-    /// Its KV blocks, configured or assumed.
+    /// Its KV blocks.
     pub capacity_blocks: u32,
+    /// Who says so.
+    pub capacity_source: CapacitySource,
     /// Learned prefill speed, in tokens per second.
     pub prefill_speed: f64,
     /// Learned time between two tokens of one request.
@@ -182,7 +186,7 @@ impl Fleet {
             prefix_caching: spec.prefix_caching,
             prefill: Prefill::default(),
             decode: Decode::default(),
-            shadow: Shadow::new(spec.capacity_blocks.unwrap_or(DEFAULT_CAPACITY_BLOCKS)),
+            shadow: Shadow::new(spec.capacity_blocks),
             pinned: 0,
             told: 0,
         });
@@ -314,6 +318,7 @@ impl Fleet {
                     },
                     follows_events: worker.shadow.is_idle(),
                     capacity_blocks: worker.shadow.capacity(),
+                    capacity_source: worker.shadow.capacity_source(),
                     prefill_speed: worker.prefill.speed(),
                     inter_token_latency: worker.decode.inter_token_latency(),
                 }

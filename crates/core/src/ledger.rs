@@ -9,7 +9,9 @@ use std::time::Duration;
 use crate::choose::Decision;
 use crate::fleet::WorkerId;
 use crate::record::{BookingKey, Record};
+use crate::reports::{Hits, Verdict};
 use crate::request::Request;
+use crate::sequence::Sequence;
 use crate::state::{Reading, State};
 use crate::tree::NO_NODE;
 
@@ -46,6 +48,7 @@ impl State {
             expected_tokens: self.output_length.expect(request.max_tokens),
             booked_at: now,
             token_at: now,
+            claim: None,
         };
         if let Some((worker, load)) = self.fleet.get_mut(worker) {
             let mut pinned_blocks = 0;
@@ -56,7 +59,13 @@ impl State {
                 record.hashed_blocks = pinned.path;
                 pinned_blocks = u64::from(pinned.blocks);
                 worker.pinned += pinned_blocks;
-                worker.shadow.revived(pinned.revived);
+                let depth = reading.depths()[worker.id.slot as usize];
+                let cached = depth.cached.min(sequence.reusable_blocks());
+                let in_use = load.active_blocks;
+                let shadow = &mut worker.shadow;
+                record.claim = Some(shadow.claim(cached, depth.active, &pinned.revived, in_use));
+                // Of a prompt that is cached whole the last block is computed again.
+                shadow.revived(&pinned.revived, depth.cached - cached);
             }
             let cached_tokens = decision.cost.overlap_blocks * record.block_size;
             record.unsettled_tokens = record.prompt_tokens.saturating_sub(cached_tokens);
@@ -177,8 +186,41 @@ impl State {
         }
     }
 
-    /// Takes a booking back. What it computed stays in the worker's cache.
-    pub(crate) fn free(&mut self, key: BookingKey) {
+    /// The worker said that it found `tokens` of the prompt in its cache.
+    pub(crate) fn observe_cached(&mut self, key: BookingKey, prompt: &Sequence, tokens: u32) {
+        let Some(record) = self.record(key) else {
+            return;
+        };
+        let (worker, block_size) = (record.worker, record.block_size);
+        let Some(claim) = record.claim.take() else {
+            return;
+        };
+        let Some((worker, load)) = self.fleet.get_mut(worker) else {
+            return;
+        };
+        if worker.shadow.is_idle() {
+            return;
+        }
+        let next = prompt.hashes().get(claim.expected() as usize).copied();
+        let hits = Hits {
+            blocks: tokens / block_size,
+            are_estimate: prompt.is_estimate(),
+        };
+        match worker.shadow.observe(&claim, hits, next) {
+            Verdict::Kept => {}
+            Verdict::LostBefore(stamp) => {
+                worker.shadow.forget_freed_before(stamp);
+                self.tree.forget_freed_before(worker.id.slot, stamp);
+            }
+        }
+        worker
+            .shadow
+            .make_room(load.active_blocks, worker.id.slot, &mut self.tree);
+    }
+
+    /// Takes a booking back. What it computed stays in the worker's cache, output included where
+    /// `answered`, prompt and output, tells its content.
+    pub(crate) fn free(&mut self, key: BookingKey, answered: Option<&Sequence>) {
         let known = self.record(key).is_some();
         let Some(record) = known.then(|| self.bookings.remove(key.index)) else {
             return;
@@ -194,15 +236,36 @@ impl State {
         if !worker.prefix_caching {
             return;
         }
-        let stamp = worker.shadow.next_stamp();
-        let unpinned = self.tree.unpin(record.node, worker.id.slot, stamp);
-        worker.pinned -= u64::from(unpinned.blocks);
-        load.active_blocks -= u64::from(unpinned.blocks);
-        let left_behind = if record.computed {
+        let slot = worker.id.slot;
+        let mut stamp = worker.shadow.next_stamp();
+        let mut left_behind = if record.computed {
             record.output_blocks()
         } else {
             0
         };
+        let mut node = record.node;
+        let has_computed = record.computed && self.tree.is_computed(node, slot);
+        if let Some(answered) = answered.filter(|_| has_computed && !worker.shadow.is_idle()) {
+            let chain = answered.shared_hashes();
+            let at = self.tree.descend(chain, &mut []);
+            let pinned = self.tree.pin(at, chain, slot);
+            self.tree.mark_computed(pinned.node, slot);
+            worker.shadow.revived(&pinned.revived, u32::MAX);
+            left_behind = left_behind.saturating_sub(pinned.blocks);
+            worker.pinned += u64::from(pinned.blocks);
+            load.active_blocks += u64::from(pinned.blocks);
+            // The longer path takes the place of the shorter, which frees nothing: but hashes
+            // may collide.
+            let shorter = self.tree.unpin(node, slot, stamp);
+            worker.pinned -= u64::from(shorter.blocks);
+            load.active_blocks -= u64::from(shorter.blocks);
+            worker.shadow.freed(shorter, 0, stamp);
+            stamp = worker.shadow.next_stamp();
+            node = pinned.node;
+        }
+        let unpinned = self.tree.unpin(node, slot, stamp);
+        worker.pinned -= u64::from(unpinned.blocks);
+        load.active_blocks -= u64::from(unpinned.blocks);
         worker.shadow.freed(unpinned, left_behind, stamp);
         worker
             .shadow

@@ -4,7 +4,8 @@
 //! code that serves traffic is the code that runs in the simulator and in the property tests.
 //!
 //! Read in this order: [`sequence`] (what a prompt is), `tree` (what a worker holds), `shadow` and
-//! [`cache`] (what it still caches, by its own rule or by its events), `forecast` (how fast it is), [`cost`] and [`choose`] (numbers, then a
+//! [`cache`] (what it still caches, by its own rule or by its events), `capacity` and `reports`
+//! (what its responses say of that), `forecast` (how fast it is), [`cost`] and [`choose`] (numbers, then a
 //! choice among numbers), [`fleet`] (the workers), `state` (what a decision reads), `ledger` (what
 //! bookings change), and those that are used from outside: [`router`], [`booking`] and [`batch`].
 //!
@@ -45,6 +46,7 @@
 pub mod batch;
 pub mod booking;
 pub mod cache;
+mod capacity;
 pub mod choose;
 mod config;
 pub mod cost;
@@ -53,6 +55,7 @@ pub mod fleet;
 mod forecast;
 mod ledger;
 mod record;
+mod reports;
 mod request;
 pub mod router;
 pub mod sequence;
@@ -60,5 +63,5 @@ mod shadow;
 mod state;
 mod tree;
 
-pub use shadow::DEFAULT_CAPACITY_BLOCKS;
+pub use capacity::{CapacitySource, DEFAULT_CAPACITY_BLOCKS};
 pub use tree::Depth;

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::fleet::WorkerId;
+use crate::reports::Claim;
 use crate::tree::NodeId;
 
 /// Finds a booking's record, and never another's: slab keys are used again, serials are not.
@@ -36,6 +37,8 @@ pub(crate) struct Record {
     pub(crate) booked_at: Duration,
     /// When its latest token came or, for the first and while unwatched, should have come.
     pub(crate) token_at: Duration,
+    /// What of the prompt it expected to be cached, until the worker has said what was.
+    pub(crate) claim: Option<Claim>,
 }
 
 impl Record {
@@ -50,8 +53,8 @@ impl Record {
         self.blocks() - self.hashed_blocks
     }
 
-    /// Full blocks of output it has filled. Its engine keeps them like any full block; here nobody
-    /// can ask for them, because their tokens are not known. The last token is not stored: nothing
+    /// Full blocks of output it has filled. Its engine keeps them like any full block, whether or
+    /// not their tokens are known here. The last token is not stored: nothing
     /// followed it.
     pub(crate) fn output_blocks(&self) -> u32 {
         let stored = u64::from(self.generated_tokens).saturating_sub(1);

@@ -8,15 +8,20 @@
 
 use std::time::Duration;
 
+use parking_lot::MutexGuard;
+
 use crate::batch::{Batch, Members};
 use crate::booking::Booking;
-use crate::cache::Changes;
+use crate::cache::{CacheIndex, Changes};
 use crate::config::MOST_WEIGHT;
 pub use crate::config::{ConfigError, RouterConfig};
 use crate::fleet::{WorkerError, WorkerId, WorkerSnapshot, WorkerSpec};
 pub use crate::request::{Candidate, Explanation, Request, RouteError};
 use crate::sequence::Sequence;
 use crate::state::{Locked, State, release};
+
+/// Prefixes that are told under one lock, at most: some ten microseconds.
+const MOST_TOLD_AT_ONCE: usize = 128;
 
 /// Predicts load and cache of a fleet and places requests on it. A handle: clones share one
 /// state.
@@ -122,13 +127,32 @@ impl Router {
 
     /// A worker's events said that its cache changed. Means nothing for a worker that does not
     /// [follow events](Self::follow_events).
+    ///
+    /// Of many changes, some are told at a time, so that no decision waits for all: meanwhile it
+    /// may find the cache between what it was and what it is.
     pub fn update_cache(&self, id: WorkerId, changes: &Changes) {
-        let state = &mut *self.state.lock();
+        let stride = changes.stride;
+        for hashes in changes.removed.chunks(MOST_TOLD_AT_ONCE) {
+            self.tell(id, |cache, told| {
+                cache.remove(id.slot, stride, hashes, told)
+            });
+        }
+        for hashes in changes.added.chunks(MOST_TOLD_AT_ONCE) {
+            self.tell(id, |cache, told| cache.add(id.slot, stride, hashes, told));
+        }
+    }
+
+    fn tell(&self, id: WorkerId, change: impl FnOnce(&mut CacheIndex, &mut u64)) {
+        let mut guard = self.state.lock();
+        let state = &mut *guard;
         if let Some((worker, _)) = state.fleet.get_mut(id)
             && worker.shadow.is_idle()
         {
-            state.cache.update(id.slot, changes, &mut worker.told);
+            change(&mut state.cache, &mut worker.told);
         }
+        // A stream of events that never pauses would else take the lock again and again before
+        // whoever waits for it wakes.
+        MutexGuard::unlock_fair(guard);
     }
 
     /// Prefixes that some worker's events say it caches.

@@ -41,6 +41,7 @@ pub struct Sequence {
     hashes: Arc<[SequenceHash]>,
     tokens: u32,
     block_size: NonZeroU32,
+    is_estimate: bool,
 }
 
 impl Sequence {
@@ -53,6 +54,7 @@ impl Sequence {
             hashes: chain_hashes(blocks.map(bytemuck::cast_slice::<u32, u8>), salt),
             tokens: tokens.len() as u32,
             block_size,
+            is_estimate: false,
         }
     }
 
@@ -64,8 +66,7 @@ impl Sequence {
     /// Sequences cut at different `bytes_per_token` never match each other.
     #[must_use]
     pub fn from_text(text: &[u8], bytes_per_token: f64, block_size: NonZeroU32, salt: u64) -> Self {
-        let bytes_per_block = (bytes_per_token * f64::from(block_size.get())).round();
-        let piece = (bytes_per_block as usize).max(1);
+        let piece = bytes_per_piece(bytes_per_token, block_size);
         let most_bytes = piece.saturating_mul(MOST_TOKENS / block_size.get() as usize);
         let text = &text[..text.len().min(most_bytes)];
         let salt = chain(salt, piece as u64);
@@ -74,6 +75,36 @@ impl Sequence {
             hashes: chain_hashes(text.chunks_exact(piece), salt),
             tokens: tokens as u32,
             block_size,
+            is_estimate: true,
+        }
+    }
+
+    /// The prompt followed by `ids`, where it is of tokens; `end` is its own.
+    #[must_use]
+    pub fn followed_by_tokens(&self, end: &OpenEnd, ids: &[u32]) -> Self {
+        self.followed_by(end, bytemuck::cast_slice(ids))
+    }
+
+    /// The prompt followed by `text`, where it is of text; `end` is its own.
+    #[must_use]
+    pub fn followed_by_text(&self, end: &OpenEnd, text: &[u8]) -> Self {
+        self.followed_by(end, text)
+    }
+
+    fn followed_by(&self, end: &OpenEnd, more: &[u8]) -> Self {
+        let content = [&end.rest, more].concat();
+        let last = self.hashes.last().copied().unwrap_or(end.salt);
+        let further = chain_hashes(content.chunks_exact(end.bytes_per_block), last);
+        let hashes: Arc<[SequenceHash]> = [&self.hashes[..], &further[..]].concat().into();
+        let rest = content.len() % end.bytes_per_block;
+        let blocks = hashes.len() as u64 * u64::from(self.block_size.get());
+        let partial = rest as u64 * u64::from(self.block_size.get());
+        let tokens = blocks + partial.div_ceil(end.bytes_per_block as u64);
+        Self {
+            hashes,
+            tokens: u32::try_from(tokens).unwrap_or(u32::MAX),
+            block_size: self.block_size,
+            is_estimate: self.is_estimate,
         }
     }
 
@@ -84,6 +115,7 @@ impl Sequence {
             hashes: Arc::from([]),
             tokens,
             block_size,
+            is_estimate: false,
         }
     }
 
@@ -110,6 +142,12 @@ impl Sequence {
         self.tokens
     }
 
+    /// Whether its blocks are pieces of text, of which an engine's are only about as long.
+    #[must_use]
+    pub fn is_estimate(&self) -> bool {
+        self.is_estimate
+    }
+
     /// Tokens per block.
     #[must_use]
     pub fn block_size(&self) -> NonZeroU32 {
@@ -128,6 +166,52 @@ impl Sequence {
     pub fn reusable_blocks(&self) -> u32 {
         self.tokens.saturating_sub(1) / self.block_size.get()
     }
+}
+
+/// How a prompt's last, partial block begins, so that its [`Sequence`] can go on once it is known
+/// what follows the prompt.
+#[derive(Clone, Debug)]
+pub struct OpenEnd {
+    rest: Vec<u8>,
+    bytes_per_block: usize,
+    /// What the first block is chained to.
+    salt: u64,
+}
+
+impl OpenEnd {
+    /// The end of a prompt that [`Sequence::from_tokens`] hashes.
+    #[must_use]
+    pub fn of_tokens(tokens: &[u32], block_size: NonZeroU32, salt: u64) -> Self {
+        let rest = tokens.chunks_exact(block_size.get() as usize).remainder();
+        Self {
+            rest: bytemuck::cast_slice(rest).to_vec(),
+            bytes_per_block: size_of::<u32>() * block_size.get() as usize,
+            salt,
+        }
+    }
+
+    /// The end of a prompt that [`Sequence::from_text`] hashes.
+    #[must_use]
+    pub fn of_text(text: &[u8], bytes_per_token: f64, block_size: NonZeroU32, salt: u64) -> Self {
+        let piece = bytes_per_piece(bytes_per_token, block_size);
+        Self {
+            rest: text.chunks_exact(piece).remainder().to_vec(),
+            bytes_per_block: piece,
+            salt: chain(salt, piece as u64),
+        }
+    }
+
+    /// Bytes of content that make a block.
+    #[must_use]
+    pub fn bytes_per_block(&self) -> usize {
+        self.bytes_per_block
+    }
+}
+
+/// How many bytes of text stand for one block.
+fn bytes_per_piece(bytes_per_token: f64, block_size: NonZeroU32) -> usize {
+    let bytes = (bytes_per_token * f64::from(block_size.get())).round();
+    (bytes as usize).max(1)
 }
 
 /// Learns how many bytes of prompt text stand for one token, from the prompt-token counts that

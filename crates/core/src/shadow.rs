@@ -4,16 +4,23 @@
 //! vLLM's rule (`BlockPool` and `FreeKVCacheBlockQueue`): a full block without references goes to
 //! the end of one free queue, a freed request's blocks tail first, and a partial block to its
 //! front, so that it is taken next and evicts nothing. New blocks are taken from the front, and
-//! only then does a cached block lose its content; a hit takes it out of the queue. So one entry per freed request is enough here: its blocks lie on one path of the
+//! only then does a cached block lose its content; a hit takes it out of the queue. Equal blocks
+//! are not made one: where a request computes what is cached already, both copies stay.
+//!
+//! So one entry per freed request is enough here: its blocks lie on one path of the
 //! [`PrefixTree`] and leave from the tail upwards.
 
 use std::collections::VecDeque;
 
-use crate::tree::{NO_NODE, NodeId, PrefixTree, Slot, Unpinned};
+use smallvec::SmallVec;
 
-/// Blocks assumed where nobody says how many a worker has: 8B weights on a 48 GB card leave
-/// about this much. It bounds the router's memory for that worker.
-pub const DEFAULT_CAPACITY_BLOCKS: u32 = 12_288;
+use crate::capacity::{Capacity, CapacitySource};
+use crate::reports::{Claim, Hits, Reports, Run, Verdict};
+use crate::sequence::SequenceHash;
+use crate::tree::{Evicted, NodeId, PrefixTree, Revived, Slot, Unpinned};
+
+/// Runs of blocks whose eviction is remembered, to see whether the engine still had them.
+const MOST_GHOSTS: usize = 1024;
 
 /// One freed request in the free queue.
 #[derive(Debug)]
@@ -21,42 +28,98 @@ struct Freed {
     /// Full blocks of output whose tokens are not known here. They were the request's tail, so
     /// they are taken first.
     output: u32,
-    /// Where the blocks that this freeing unpinned begin, deepest first.
+    /// Blocks of its path that nothing has pinned since.
+    cached: u32,
+    /// Blocks of its path that a request pinned and computed again. What lies below them is taken
+    /// before.
+    copies: u32,
+    /// Where those begin, deepest first.
     node: NodeId,
     stamp: u64,
+}
+
+impl Freed {
+    fn blocks(&self) -> u64 {
+        u64::from(self.output) + u64::from(self.cached) + u64::from(self.copies)
+    }
+
+    /// Takes up to `want` blocks and returns how many.
+    fn take(&mut self, want: u32, worker: Slot, tree: &mut PrefixTree) -> Evicted {
+        let output = self.output.min(want);
+        self.output -= output;
+        let mut taken = tree.evict(self.node, worker, self.stamp, want - output);
+        self.cached -= taken.blocks;
+        taken.blocks += output;
+        match taken.next {
+            Some(node) => self.node = node,
+            None => {
+                debug_assert_eq!(self.cached, 0, "a freed path is evicted whole");
+                taken.blocks += std::mem::take(&mut self.cached);
+                let copies = self.copies.min(want.saturating_sub(taken.blocks));
+                self.copies -= copies;
+                taken.blocks += copies;
+            }
+        }
+        taken
+    }
+}
+
+/// A run of blocks that was evicted whole.
+#[derive(Clone, Copy, Debug)]
+struct Ghost {
+    /// Its block nearest to the root.
+    uppermost: SequenceHash,
+    /// How many blocks had been evicted before, ever.
+    evicted: u64,
 }
 
 /// The free queue of one worker.
 #[derive(Debug)]
 pub(crate) struct Shadow {
-    capacity: u32,
+    capacity: Capacity,
     /// Events tell what is cached, so that nothing is kept here.
     is_idle: bool,
+    /// In the order of their stamps.
     queue: VecDeque<Freed>,
-    /// Unpinned blocks that are still cached.
+    /// Sums over the queue: blocks that a request could hit, and all.
     cached: u64,
-    output: u64,
+    free: u64,
     last_stamp: u64,
+    /// Blocks evicted, ever.
+    evicted: u64,
+    /// The latest runs evicted, while the capacity is being learned.
+    ghosts: VecDeque<Ghost>,
+    reports: Reports,
 }
 
 impl Shadow {
-    pub(crate) fn new(capacity: u32) -> Self {
+    /// `capacity` in blocks, if it is known.
+    pub(crate) fn new(capacity: Option<u32>) -> Self {
         Self {
-            capacity,
+            capacity: Capacity::new(capacity),
             is_idle: false,
             queue: VecDeque::new(),
             cached: 0,
-            output: 0,
+            free: 0,
             last_stamp: 0,
+            evicted: 0,
+            ghosts: VecDeque::new(),
+            reports: Reports::default(),
         }
     }
 
     pub(crate) fn capacity(&self) -> u32 {
-        self.capacity
+        self.capacity.blocks()
     }
 
+    pub(crate) fn capacity_source(&self) -> CapacitySource {
+        self.capacity.source()
+    }
+
+    /// The worker has said how many blocks it has.
     pub(crate) fn set_capacity(&mut self, blocks: u32) {
-        self.capacity = blocks;
+        self.capacity = Capacity::reported(blocks);
+        self.ghosts.clear();
     }
 
     /// Whether somebody else tells what is cached.
@@ -77,7 +140,9 @@ impl Shadow {
     pub(crate) fn clear(&mut self) {
         self.queue.clear();
         self.cached = 0;
-        self.output = 0;
+        self.free = 0;
+        self.ghosts.clear();
+        self.reports = Reports::default();
     }
 
     /// A number that marks one freeing; none is used twice.
@@ -86,60 +151,152 @@ impl Shadow {
         self.last_stamp
     }
 
-    /// Cached blocks were pinned again.
-    pub(crate) fn revived(&mut self, blocks: u32) {
-        self.cached -= u64::from(blocks);
+    /// Cached blocks were pinned again. The deepest `copied` of them the worker computes once
+    /// more, so that their earlier copies stay where they are, of use to nobody.
+    pub(crate) fn revived(&mut self, runs: &[Revived], mut copied: u32) {
+        for run in runs {
+            self.cached -= u64::from(run.blocks);
+            let Some(entry) = self.entry_mut(run.freed_by) else {
+                debug_assert!(false, "an unpinned block is in the queue");
+                continue;
+            };
+            let copies = copied.min(run.blocks);
+            copied -= copies;
+            entry.cached -= run.blocks;
+            entry.copies += copies;
+            self.free -= u64::from(run.blocks - copies);
+        }
     }
 
-    /// A request's blocks were freed under `stamp`, with `output` blocks of output at its tail.
+    fn entry_mut(&mut self, stamp: u64) -> Option<&mut Freed> {
+        let index = self.queue.binary_search_by_key(&stamp, |freed| freed.stamp);
+        self.queue.get_mut(index.ok()?)
+    }
+
+    /// A request's blocks were freed under `stamp`, with `output` blocks of unknown output at its
+    /// tail.
     pub(crate) fn freed(&mut self, unpinned: Unpinned, output: u32, stamp: u64) {
-        self.cached += u64::from(unpinned.cached);
-        self.output += u64::from(output);
-        if unpinned.deepest != NO_NODE || output > 0 {
-            self.queue.push_back(Freed {
-                output,
-                node: unpinned.deepest,
-                stamp,
-            });
+        let freed = Freed {
+            output,
+            cached: unpinned.cached,
+            copies: 0,
+            node: unpinned.deepest,
+            stamp,
+        };
+        self.cached += u64::from(freed.cached);
+        self.free += freed.blocks();
+        if freed.blocks() > 0 {
+            self.queue.push_back(freed);
         }
     }
 
     /// Evicts until the worker's `active` blocks and what is left here fit its capacity.
     pub(crate) fn make_room(&mut self, active: u64, worker: Slot, tree: &mut PrefixTree) {
-        let capacity = if self.is_idle { 0 } else { self.capacity };
+        let capacity = if self.is_idle {
+            0
+        } else {
+            self.capacity.blocks()
+        };
         let fits = u64::from(capacity).saturating_sub(active);
-        while self.cached + self.output > fits
+        while self.free > fits
             && let Some(front) = self.queue.front_mut()
         {
-            let excess = self.cached + self.output - fits;
-            let want = u32::try_from(excess).unwrap_or(u32::MAX);
-            let taken = front.output.min(want);
-            front.output -= taken;
-            self.output -= u64::from(taken);
-            if front.output > 0 {
-                break;
-            }
-            let (evicted, next) = tree.evict(front.node, worker, front.stamp, want - taken);
-            self.cached -= u64::from(evicted);
-            match next {
-                Some(node) => front.node = node,
-                None => {
+            let want = u32::try_from(self.free - fits).unwrap_or(u32::MAX);
+            let cached = front.cached;
+            let taken = front.take(want, worker, tree);
+            self.cached -= u64::from(cached - front.cached);
+            self.free -= u64::from(taken.blocks);
+            self.evicted += u64::from(taken.blocks);
+            if front.cached == 0 {
+                let is_empty = front.blocks() == 0;
+                self.remember(taken.uppermost);
+                if is_empty {
                     self.queue.pop_front();
                 }
             }
         }
-        self.drop_stale(worker, tree);
+        self.drop_empty();
     }
 
-    /// Entries whose blocks were pinned again are found only when they reach the front. Live
-    /// ones hold at least a block each, so a queue much longer than the capacity is mostly stale.
-    fn drop_stale(&mut self, worker: Slot, tree: &mut PrefixTree) {
-        if self.queue.len() > 2 * self.capacity as usize + 64 {
-            self.queue.retain_mut(|entry| {
-                let (_, left) = tree.evict(entry.node, worker, entry.stamp, 0);
-                entry.node = left.unwrap_or(NO_NODE);
-                left.is_some() || entry.output > 0
+    fn remember(&mut self, uppermost: Option<SequenceHash>) {
+        let Some(uppermost) = uppermost.filter(|_| self.capacity.is_learned()) else {
+            return;
+        };
+        if self.ghosts.len() == MOST_GHOSTS {
+            self.ghosts.pop_front();
+        }
+        self.ghosts.push_back(Ghost {
+            uppermost,
+            evicted: self.evicted,
+        });
+    }
+
+    /// Entries whose blocks were pinned again would go when they reach the front. Others hold at
+    /// least a block each, so a queue much longer than the capacity is mostly empty ones.
+    fn drop_empty(&mut self) {
+        if self.queue.len() > 2 * self.capacity.blocks() as usize + 64 {
+            self.queue.retain(|entry| entry.blocks() > 0);
+        }
+    }
+
+    /// What a new booking takes to be cached: it reaches `cached` blocks deep, the first `active`
+    /// of them pinned by others, and took these `runs` out of the queue, where they still are.
+    /// `in_use` is how many blocks the worker's requests pinned before.
+    pub(crate) fn claim(&self, cached: u32, active: u32, runs: &[Revived], in_use: u64) -> Claim {
+        let mut claim = Claim {
+            cached,
+            active,
+            made_at: self.last_stamp,
+            oldest: runs.first().map_or(u64::MAX, |run| run.freed_by),
+            runs: SmallVec::new(),
+        };
+        if self.is_idle || !self.capacity.is_learned() {
+            return claim;
+        }
+        let mut behind = in_use;
+        let mut entries = self.queue.iter().rev().peekable();
+        for run in runs.iter().rev() {
+            let is_behind = |entry: &&Freed| entry.stamp > run.freed_by;
+            while let Some(entry) = entries.next_if(|entry| is_behind(entry)) {
+                behind += entry.blocks();
+            }
+            claim.runs.push(Run {
+                start: run.start,
+                behind,
             });
         }
+        claim
+    }
+
+    /// The worker reports `hits` of a prompt of which `claim` was made.
+    /// `next` is the first block that the claim did not expect.
+    pub(crate) fn observe(
+        &mut self,
+        claim: &Claim,
+        hits: Hits,
+        next: Option<SequenceHash>,
+    ) -> Verdict {
+        let spared = match next {
+            Some(next) if hits.blocks > claim.expected() => self.evicted_since(next),
+            _ => None,
+        };
+        self.reports
+            .observe(claim, hits, spared, &mut self.capacity)
+    }
+
+    /// How many blocks were evicted after the run that began with `uppermost`.
+    fn evicted_since(&self, uppermost: SequenceHash) -> Option<u64> {
+        let mut latest_first = self.ghosts.iter().rev();
+        let ghost = latest_first.find(|ghost| ghost.uppermost == uppermost)?;
+        Some(self.evicted - ghost.evicted)
+    }
+
+    /// What was freed before `stamp` is not cached any longer.
+    pub(crate) fn forget_freed_before(&mut self, stamp: u64) {
+        self.queue.retain(|entry| entry.stamp >= stamp);
+        let cached = self.queue.iter().map(|entry| u64::from(entry.cached));
+        self.cached = cached.sum();
+        self.free = self.queue.iter().map(Freed::blocks).sum();
+        self.ghosts.clear();
     }
 }

@@ -143,8 +143,10 @@ impl State {
     ) -> Decision {
         let demand = self.demand(request);
         let active = self.fleet.loads[slot as usize].active_blocks;
+        let depth = reading.depths[slot as usize];
         Decision {
-            cost: demand.cost(active, reading.depths[slot as usize]),
+            cost: demand.cost(active, depth),
+            depth,
             best_overlap_blocks: reading.at.best_overlap.min(demand.reusable_blocks),
         }
     }

@@ -26,6 +26,10 @@ use smallvec::SmallVec;
 
 use crate::sequence::SequenceHash;
 
+mod outcome;
+
+pub(crate) use outcome::{Evicted, Pinned, Revived, Unpinned};
+
 /// A request's hashes, shared between its booking and the edges made from it.
 pub(crate) type Chain = Arc<[SequenceHash]>;
 
@@ -72,29 +76,6 @@ pub(crate) struct Match {
     blocks: u32,
     /// The largest overlap of any worker.
     pub(crate) best_overlap: u32,
-}
-
-/// What pinning a path changed on its worker, in blocks.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Pinned {
-    pub(crate) node: NodeId,
-    /// Blocks from the root to the end of `node`: all of the chain, but for hash collisions.
-    pub(crate) path: u32,
-    /// Blocks that no booking pinned before.
-    pub(crate) blocks: u32,
-    /// How many of those were cached and are no longer up for eviction.
-    pub(crate) revived: u32,
-}
-
-/// What unpinning a path changed on its worker, in blocks.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Unpinned {
-    /// Blocks that no booking pins any longer.
-    pub(crate) blocks: u32,
-    /// How many of those stay cached.
-    pub(crate) cached: u32,
-    /// The deepest node with cached blocks that this unpinning freed, or [`NO_NODE`].
-    pub(crate) deepest: NodeId,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -241,18 +222,18 @@ impl PrefixTree {
             node,
             path: self.nodes.get(node as usize).map_or(0, |node| node.end),
             blocks: 0,
-            revived: 0,
+            revived: SmallVec::new(),
         };
         let mut ancestor = node;
         while ancestor != NO_NODE {
             let node = &mut self.nodes[ancestor as usize];
-            let length = node.len();
+            let (start, length) = (node.start, node.len());
             match node.hold_index(worker) {
                 Ok(index) => {
                     let hold = &mut node.holds[index];
                     if hold.pins == 0 {
                         pinned.blocks += length;
-                        pinned.revived += hold.computed;
+                        pinned.revive(start, hold.computed, hold.freed_by);
                     }
                     hold.pins += 1;
                 }
@@ -287,6 +268,14 @@ impl PrefixTree {
             }
             id = node.parent;
         }
+    }
+
+    /// Whether all blocks up to the end of `node` are still cached on `worker`, which pins it.
+    pub(crate) fn is_computed(&self, node: NodeId, worker: Slot) -> bool {
+        self.nodes.get(node as usize).is_none_or(|node| {
+            let hold = node.hold_index(worker).map(|index| node.holds[index]);
+            hold.is_ok_and(|hold| hold.computed == node.len())
+        })
     }
 
     /// Takes back one [`pin`](Self::pin). Blocks computed meanwhile stay cached, stamped with
@@ -325,34 +314,40 @@ impl PrefixTree {
     }
 
     /// Evicts up to `want` blocks that `freed_by` unpinned on `worker`, from the tail of `node`
-    /// upwards. Returns how many went, and where to go on, if any are left.
+    /// upwards.
     pub(crate) fn evict(
         &mut self,
         node: NodeId,
         worker: Slot,
         freed_by: u64,
         want: u32,
-    ) -> (u32, Option<NodeId>) {
-        let mut evicted = 0;
+    ) -> Evicted {
+        let mut evicted = Evicted {
+            blocks: 0,
+            uppermost: None,
+            next: None,
+        };
         let mut id = node;
         while let Some(node) = self.nodes.get_mut(id as usize)
             && let Some(hold) = node.hold_freed_by(worker, freed_by)
         {
-            if evicted == want && hold.computed > 0 {
-                return (evicted, Some(id));
-            }
-            let taken = hold.computed.min(want - evicted);
+            let taken = hold.computed.min(want - evicted.blocks);
             hold.computed -= taken;
-            evicted += taken;
-            if hold.computed > 0 {
-                return (evicted, Some(id));
+            evicted.blocks += taken;
+            let left = hold.computed;
+            if taken > 0 {
+                evicted.uppermost = node.edge().get(left as usize).copied();
+            }
+            if left > 0 {
+                evicted.next = Some(id);
+                return evicted;
             }
             node.remove_hold(worker);
             let parent = node.parent;
             self.tidy(id);
             id = parent;
         }
-        (evicted, None)
+        evicted
     }
 
     /// Forgets all that `worker` holds. Visits every node: for when a worker leaves.
@@ -367,6 +362,13 @@ impl PrefixTree {
             hold.computed = 0;
             hold.pins > 0
         });
+    }
+
+    /// Forgets what freeings before `stamp` left cached on `worker`. Visits every node.
+    pub(crate) fn forget_freed_before(&mut self, worker: Slot, stamp: u64) {
+        // A node is pinned, or was freed last, no earlier than those below it: what stays is
+        // closed under prefixes.
+        self.retain_holds(worker, |hold| hold.pins > 0 || hold.freed_by >= stamp);
     }
 
     fn retain_holds(&mut self, worker: Slot, mut keep: impl FnMut(&mut Hold) -> bool) {

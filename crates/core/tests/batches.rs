@@ -153,7 +153,7 @@ impl Pair {
         if computed {
             worker.computed(&member.sequence);
         }
-        worker.free(member.id, &member.sequence, computed);
+        worker.free(member.id, &member.sequence, computed, None);
     }
 
     fn apply(&mut self, step: Step) {

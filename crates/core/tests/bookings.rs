@@ -27,6 +27,8 @@ enum Step {
     SetTokens(usize, u32),
     Move(usize, usize),
     Reroute(usize, bool),
+    /// What follows the prompt becomes known; or it is something else's prompt and output.
+    Answered(usize, Vec<u32>, bool),
     Drop(usize),
     Finish(usize),
     RemoveWorker(usize),
@@ -70,6 +72,8 @@ fn step(
         2 => (which.clone(), 0..9u32).prop_map(|(i, n)| Step::SetTokens(i, n)),
         4 => (which.clone(), worker.clone()).prop_map(|(i, w)| Step::Move(i, w)),
         2 => (which.clone(), any::<bool>()).prop_map(|(i, stay)| Step::Reroute(i, stay)),
+        6 => (which.clone(), prompt(), prop::bool::weighted(0.9))
+            .prop_map(|(i, output, fits)| Step::Answered(i, output, fits)),
         6 => which.clone().prop_map(Step::Drop),
         4 => which.prop_map(Step::Finish),
         1 => worker.clone().prop_map(Step::RemoveWorker),
@@ -88,6 +92,8 @@ fn step(
 struct Live {
     booking: Booking,
     request: u64,
+    prompt: Vec<u32>,
+    answered: Option<Sequence>,
     model: &'static str,
     generated: u32,
     computed: bool,
@@ -171,7 +177,10 @@ impl Pair {
         let live = self.live.swap_remove(index);
         if let Some(worker) = self.workers.get_mut(&live.booking.worker()) {
             let sequence = live.booking.sequence();
-            worker.holds.free(live.request, sequence, live.computed);
+            let answered = live.answered.as_ref();
+            worker
+                .holds
+                .free(live.request, sequence, live.computed, answered);
         }
         live.booking
     }
@@ -180,9 +189,11 @@ impl Pair {
         let live = &mut self.live[index];
         let sequence = live.booking.sequence();
         if let Some(worker) = self.workers.get_mut(&from) {
-            worker.holds.free(live.request, sequence, live.computed);
+            worker
+                .holds
+                .free(live.request, sequence, live.computed, None);
         }
-        (live.generated, live.computed) = (0, false);
+        (live.generated, live.computed, live.answered) = (0, false, None);
         let to = self.workers.get_mut(&live.booking.worker()).unwrap();
         let (cached, active) = to.holds.depth(sequence);
         if self.exact {
@@ -219,6 +230,8 @@ impl Pair {
         self.live.push(Live {
             booking,
             request: self.requests,
+            prompt: prompt.to_vec(),
+            answered: None,
             model: MODELS[model],
             generated: 0,
             computed: false,
@@ -264,6 +277,7 @@ impl Pair {
             | Step::SetTokens(i, _)
             | Step::Move(i, _)
             | Step::Reroute(i, _)
+            | Step::Answered(i, _, _)
             | Step::Drop(i)
             | Step::Finish(i) => {
                 if let Some(live) = i.checked_rem(self.live.len()) {
@@ -334,6 +348,7 @@ impl Pair {
                     Err(error) => assert_eq!(rerouted, Err(error)),
                 }
             }
+            Step::Answered(_, output, fits) => self.answered(i, &output, fits),
             Step::Drop(_) => drop(self.end(i)),
             Step::Finish(_) => {
                 self.mark_computed(i);
@@ -341,6 +356,22 @@ impl Pair {
             }
             _ => {}
         }
+    }
+
+    fn answered(&mut self, i: usize, output: &[u32], fits: bool) {
+        let live = &mut self.live[i];
+        let prompt = live.prompt.as_slice();
+        let tokens = if fits {
+            [prompt, output].concat()
+        } else {
+            output.to_vec()
+        };
+        let sequence = Sequence::from_tokens(&tokens, BLOCK_SIZE, 7);
+        let full = prompt.len() - prompt.len() % BLOCK_SIZE.get() as usize;
+        if tokens.get(..full) == prompt.get(..full) {
+            live.answered = Some(sequence.clone());
+        }
+        live.booking.answered(sequence);
     }
 
     fn apply_to_worker(&mut self, step: Step, place: usize, id: WorkerId) {

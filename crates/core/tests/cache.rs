@@ -6,7 +6,8 @@ use std::collections::HashMap;
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-use foresee_core::cache::{CacheView, StoredBlocks};
+use foresee_core::Depth;
+use foresee_core::cache::{CacheIndex, CacheView, Changes, StoredBlocks};
 use foresee_core::fleet::{WorkerId, WorkerSpec};
 use foresee_core::router::{Request, Router, RouterConfig};
 use foresee_core::sequence::Sequence;
@@ -33,6 +34,26 @@ enum Step {
     Clear {
         worker: usize,
     },
+    /// Events are not usable for a while; then the index is told all anew.
+    Retell {
+        worker: usize,
+    },
+    /// Another engine takes its place.
+    Replace {
+        worker: usize,
+    },
+}
+
+impl Step {
+    fn worker(&self) -> usize {
+        match self {
+            Self::Store { worker, .. }
+            | Self::Remove { worker, .. }
+            | Self::Clear { worker }
+            | Self::Retell { worker }
+            | Self::Replace { worker } => *worker,
+        }
+    }
 }
 
 fn prompt() -> impl Strategy<Value = Vec<u32>> {
@@ -47,12 +68,14 @@ fn prompt() -> impl Strategy<Value = Vec<u32>> {
 fn step() -> impl Strategy<Value = Step> {
     let worker = 0..3usize;
     prop_oneof![
-        5 => (worker.clone(), prompt(), 0..4usize, prop::bool::weighted(0.2)).prop_map(
+        10 => (worker.clone(), prompt(), 0..4usize, prop::bool::weighted(0.2)).prop_map(
             |(worker, prompt, from, late_parent)| Step::Store { worker, prompt, from, late_parent }
         ),
-        4 => (worker.clone(), prompt(), 0..8usize)
+        8 => (worker.clone(), prompt(), 0..8usize)
             .prop_map(|(worker, prompt, end)| Step::Remove { worker, prompt, end }),
-        1 => worker.prop_map(|worker| Step::Clear { worker }),
+        1 => worker.clone().prop_map(|worker| Step::Clear { worker }),
+        1 => worker.clone().prop_map(|worker| Step::Retell { worker }),
+        1 => worker.prop_map(|worker| Step::Replace { worker }),
     ]
 }
 
@@ -73,6 +96,23 @@ struct Engine {
 }
 
 impl Engine {
+    fn new(router: &Router, worker: usize, block_size: usize) -> Self {
+        let spec = WorkerSpec {
+            name: worker.to_string(),
+            prefix_caching: true,
+            ..WorkerSpec::default()
+        };
+        let id = router.add_worker(spec).unwrap();
+        router.set_healthy(id, true);
+        router.follow_events(id, true);
+        Self {
+            block_size,
+            stores: HashMap::new(),
+            view: CacheView::new(OURS),
+            id,
+        }
+    }
+
     fn ends(&self, prompt: &[u32]) -> Vec<usize> {
         (1..=prompt.len() / self.block_size)
             .map(|it| it * self.block_size)
@@ -146,6 +186,17 @@ impl Engine {
                 let changes = self.view.clear();
                 router.update_cache(self.id, &changes);
             }
+            Step::Retell { .. } => {
+                router.follow_events(self.id, false);
+                router.follow_events(self.id, true);
+                router.update_cache(self.id, &self.view.contents());
+            }
+            Step::Replace { worker } => {
+                assert!(router.remove_worker(self.id));
+                // What it still says means nothing.
+                router.update_cache(self.id, &self.view.contents());
+                *self = Self::new(router, *worker, self.block_size);
+            }
         }
     }
 }
@@ -165,27 +216,10 @@ proptest! {
         let mut engines: Vec<Engine> = strides
             .iter()
             .enumerate()
-            .map(|(worker, stride)| {
-                let spec = WorkerSpec {
-                    name: worker.to_string(),
-                    prefix_caching: true,
-                    ..WorkerSpec::default()
-                };
-                let id = router.add_worker(spec).unwrap();
-                router.set_healthy(id, true);
-                router.follow_events(id, true);
-                Engine {
-                    block_size: (OURS.get() * stride) as usize,
-                    stores: HashMap::new(),
-                    view: CacheView::new(OURS),
-                    id,
-                }
-            })
+            .map(|(worker, stride)| Engine::new(&router, worker, (OURS.get() * stride) as usize))
             .collect();
         for (step, probe) in steps {
-            let (Step::Store { worker, .. } | Step::Remove { worker, .. } | Step::Clear { worker }) =
-                &step;
-            engines[*worker].apply(&router, &step);
+            engines[step.worker()].apply(&router, &step);
             for engine in &engines {
                 prop_assert!(engine.view.is_exact());
                 prop_assert_eq!(engine.view.len(), engine.stores.len());
@@ -194,11 +228,18 @@ proptest! {
             }
             let sequence = Sequence::from_tokens(&probe, OURS, SALT);
             let explained = router.explain(&Request::new(&sequence), Duration::ZERO).unwrap();
-            for (candidate, engine) in explained.candidates.iter().zip(&engines) {
+            for engine in &engines {
+                let candidate = explained.candidates.iter().find(|it| it.id == engine.id).unwrap();
                 prop_assert_eq!(
                     candidate.depth.cached as usize,
                     engine.depth(&probe) / OURS.get() as usize
                 );
+            }
+            let told = router.workers(Duration::ZERO);
+            for engine in &engines {
+                let told = told.iter().find(|it| it.id == engine.id).unwrap();
+                let reachable = engine.view.contents().added.len() * engine.block_size;
+                prop_assert_eq!(told.cached_blocks as usize, reachable / OURS.get() as usize);
             }
         }
         for engine in &mut engines {
@@ -206,6 +247,174 @@ proptest! {
         }
         prop_assert_eq!(router.cached_prefixes(), 0);
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Many workers hold a prompt, each to another depth, and lose some of it.
+    #[test]
+    fn depths_of_many_workers_are_told_apart(
+        depths in prop::collection::vec((0..60usize, 0..60usize), 1..200),
+        strides in prop::collection::vec(1..4u32, 1..3),
+    ) {
+        let prompt = Sequence::from_tokens(&[0; 120], OURS, SALT);
+        let mut index = CacheIndex::default();
+        let mut held = vec![0; depths.len()];
+        // The engine's blocks that end within a part of the prompt.
+        let ends = |worker: usize, from: usize, to: usize| {
+            let stride = strides[worker % strides.len()];
+            let ends = (from + 1..=to).filter(|end| end.is_multiple_of(stride as usize));
+            let hashes: Vec<u64> = ends.map(|end| prompt.hashes()[end - 1]).collect();
+            (stride, hashes)
+        };
+        for (worker, &(most, _)) in depths.iter().enumerate() {
+            let (stride, added) = ends(worker, 0, most);
+            let changes = Changes { added, removed: Vec::new(), stride };
+            index.update(worker as u32, &changes, &mut held[worker]);
+        }
+        for (worker, &(most, left)) in depths.iter().enumerate() {
+            let (stride, removed) = ends(worker, left.min(most), most);
+            let changes = Changes { added: Vec::new(), removed, stride };
+            index.update(worker as u32, &changes, &mut held[worker]);
+        }
+        let mut found = vec![Depth::default(); depths.len()];
+        let deepest = index.descend(prompt.hashes(), &mut found);
+        for (worker, &(most, left)) in depths.iter().enumerate() {
+            let stride = strides[worker % strides.len()] as usize;
+            let blocks = left.min(most) / stride * stride;
+            prop_assert_eq!(found[worker].cached as usize, blocks);
+            prop_assert_eq!(held[worker] as usize, blocks);
+        }
+        prop_assert_eq!(found.iter().map(|it| it.cached).max(), Some(deepest));
+    }
+}
+
+#[test]
+fn counts_have_no_end() {
+    let mut view = CacheView::new(NonZeroU32::MIN);
+    let root = StoredBlocks {
+        parent: None,
+        hashes: &[1],
+        tokens: &[1],
+        block_size: 1,
+        salt: SALT,
+    };
+    for _ in 0..5000 {
+        view.store(&root);
+    }
+    let names: Vec<u64> = (2..3002).collect();
+    for &name in &names {
+        view.store(&StoredBlocks {
+            parent: Some(1),
+            hashes: &[name],
+            tokens: &[name as u32],
+            ..root
+        });
+    }
+    assert_eq!((view.len(), view.stored_blocks()), (3001, 8000));
+    for _ in 1..5000 {
+        assert!(view.remove(&[1]).removed.is_empty());
+    }
+    // All that is behind it goes with it, and comes back with it.
+    assert_eq!(view.remove(&[1]).removed.len(), 3001);
+    assert_eq!((view.len(), view.stored_blocks()), (3000, 3000));
+    assert_eq!(view.store(&root).added.len(), 3001);
+    assert_eq!(view.remove(&names).removed.len(), 3000);
+    assert_eq!(view.remove(&[1]).removed.len(), 1);
+    assert!(view.is_empty() && view.is_exact() && view.stored_blocks() == 0);
+}
+
+/// Each hole in front of much has all of that looked at: work that a stream must earn.
+#[test]
+fn holes_that_come_too_fast_have_to_wait() {
+    const BLOCKS: u64 = 50_000;
+    let names: Vec<u64> = (1..=BLOCKS).collect();
+    let tokens: Vec<u32> = (1..=BLOCKS as u32).collect();
+    let whole = StoredBlocks {
+        parent: None,
+        hashes: &names,
+        tokens: &tokens,
+        block_size: 1,
+        salt: SALT,
+    };
+    let first = StoredBlocks {
+        hashes: &names[..1],
+        tokens: &tokens[..1],
+        ..whole
+    };
+    let mut view = CacheView::new(NonZeroU32::MIN);
+    let mut cached = view.store(&whole).added.len();
+    let mut rounds = 0;
+    while view.is_exact() {
+        cached -= view.remove(&[1]).removed.len();
+        cached += view.store(&first).added.len();
+        rounds += 1;
+        assert!(rounds < 10_000, "nothing has to wait");
+    }
+    assert!(rounds > 100);
+    // What is told follows, when enough has been heard.
+    let mut heard = 0;
+    while !view.is_exact() {
+        let changes = view.store(&first);
+        cached = cached + changes.added.len() - changes.removed.len();
+        heard += 1;
+        assert!(heard < BLOCKS, "it waits for ever");
+    }
+    assert_eq!(cached, view.contents().added.len());
+    assert_eq!(cached, BLOCKS as usize);
+}
+
+#[test]
+fn what_waits_for_a_parent_is_bounded() {
+    let mut view = CacheView::new(NonZeroU32::MIN);
+    let orphan = |parent: u64| {
+        move |view: &mut CacheView| {
+            view.store(&StoredBlocks {
+                parent: Some(parent),
+                hashes: &[parent + 1],
+                tokens: &[1],
+                block_size: 1,
+                salt: SALT,
+            })
+        }
+    };
+    for parent in (0..600).step_by(2) {
+        orphan(parent + 10)(&mut view);
+    }
+    let mut found = |name: u64| {
+        let root = StoredBlocks {
+            parent: None,
+            hashes: &[name],
+            tokens: &[2],
+            block_size: 1,
+            salt: SALT,
+        };
+        view.store(&root).added.len()
+    };
+    // The oldest were given up, the latest not.
+    assert_eq!(found(10), 1);
+    assert_eq!(found(10 + 598), 2);
+}
+
+#[test]
+fn blocks_are_bounded() {
+    let mut view = CacheView::new(NonZeroU32::MIN);
+    let run = 1 << 16;
+    let tokens = vec![0; run];
+    for start in 0..=64 {
+        let names: Vec<u64> = (0..run as u64).map(|it| ((1 + start) << 32) | it).collect();
+        view.store(&StoredBlocks {
+            parent: None,
+            hashes: &names,
+            tokens: &tokens,
+            block_size: 1,
+            salt: SALT,
+        });
+        assert_eq!(view.is_exact(), start < 63);
+    }
+    assert_eq!(view.len(), (1 << 22) - 1);
+    assert_eq!(view.stored_blocks(), view.len() as u64);
 }
 
 #[test]

@@ -4,7 +4,7 @@
 
 use std::num::NonZeroU32;
 
-use foresee_core::sequence::{BytesPerToken, Sequence, salt};
+use foresee_core::sequence::{BytesPerToken, OpenEnd, Sequence, salt};
 use proptest::prelude::*;
 
 const FOUR: NonZeroU32 = NonZeroU32::new(4).unwrap();
@@ -70,6 +70,27 @@ fn common<T: PartialEq>(a: &[T], b: &[T]) -> usize {
 }
 
 proptest! {
+    /// Where a prompt is cut in two makes no difference.
+    #[test]
+    fn a_sequence_goes_on_as_if_it_had_come_whole(
+        tokens in prop::collection::vec(any::<u32>(), 0..60),
+        bytes_per_token in 0.3..6.0_f64,
+        cut in any::<prop::sample::Index>(),
+    ) {
+        let cut = cut.index(tokens.len() + 1);
+        let (prompt, more) = tokens.split_at(cut);
+        let end = OpenEnd::of_tokens(prompt, FOUR, 7);
+        let followed = Sequence::from_tokens(prompt, FOUR, 7).followed_by_tokens(&end, more);
+        prop_assert_eq!(followed, Sequence::from_tokens(&tokens, FOUR, 7));
+
+        let text: Vec<u8> = tokens.iter().map(|&token| token as u8).collect();
+        let (prompt, more) = text.split_at(cut);
+        let end = OpenEnd::of_text(prompt, bytes_per_token, FOUR, 7);
+        let sequence = Sequence::from_text(prompt, bytes_per_token, FOUR, 7);
+        let followed = sequence.followed_by_text(&end, more);
+        prop_assert_eq!(followed, Sequence::from_text(&text, bytes_per_token, FOUR, 7));
+    }
+
     /// Hashes agree exactly as far as whole blocks do.
     #[test]
     fn equal_prefixes_have_equal_hashes(

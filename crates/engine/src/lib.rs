@@ -3,6 +3,7 @@
 //! Everything here is pure: bytes in, meaning out. Nothing does I/O but the loading of a model's
 //! tokenizer and chat template, and no input, however malformed, panics or grows a buffer without
 //! bound.
+pub mod answer;
 pub mod chat;
 pub mod chat_template;
 mod conversation;
@@ -15,6 +16,7 @@ mod prompts;
 mod python_json;
 pub mod request;
 mod sequences;
+pub mod server_info;
 pub mod stream;
 mod strftime;
 pub mod tokenizer;

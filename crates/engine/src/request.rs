@@ -4,14 +4,16 @@
 //! Fields that routing does not need are skipped unseen, because judging them is the engine's
 //! business. A key given twice counts as last given, as in Python.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::num::NonZeroU32;
 
-use foresee_core::sequence::{self, Sequence};
+use foresee_core::sequence::{self, OpenEnd, Sequence};
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
+use crate::answer::Continuation;
 pub use crate::conversation::ANSWER_HEADING;
 use crate::conversation::{Conversation, Messages};
 use crate::lenient::Gist;
@@ -44,6 +46,9 @@ pub struct ApiRequest {
     pub cache_salt: Option<String>,
     /// Whether a tokenizer is to frame the prompt with special tokens, if the request says.
     pub add_special_tokens: Option<bool>,
+    /// Whether the engine is to list, among its KV events, the blocks it found cached for this
+    /// prompt (`vllm_xargs: {"kv_cache_report_mode": "full"}`).
+    pub lists_cached: bool,
     /// How many prompts the request holds, at least 1. Each gets `choices` answers.
     pub prompts: u32,
     /// The prompt, or the first of a batch.
@@ -53,6 +58,22 @@ pub struct ApiRequest {
     pub further: Vec<Prompt>,
     /// What comes besides and is only counted: after the only prompt, or beside those of a batch.
     pub unmatched: Unmatched,
+    /// Where the answer begins.
+    pub answered: Answered,
+}
+
+/// Where an answer begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Answered {
+    /// After the prompt.
+    #[default]
+    Directly,
+    /// After the heading of an assistant's message.
+    AsMessage,
+    /// The template decides, by options that are not read here.
+    AsTemplated,
+    /// Before the prompt, which it repeats (`echo`).
+    WithPrompt,
 }
 
 /// The part of a prompt that can be compared with others.
@@ -127,7 +148,7 @@ impl ApiRequest {
         block_size: NonZeroU32,
         bytes_per_token: f64,
     ) -> Sequences {
-        let salt = sequence::salt(&self.model, None, self.cache_salt.as_deref());
+        let salt = self.salt();
         let cut = |prompt: &Prompt, ids: Option<&Option<Vec<u32>>>| match (ids, prompt) {
             (Some(Some(ids)), _) | (_, Prompt::Tokens(ids)) => {
                 Sequence::from_tokens(ids, block_size, salt)
@@ -150,6 +171,44 @@ impl ApiRequest {
             self.choices,
             unmatched,
         )
+    }
+
+    /// How the only prompt's sequence goes on with its only answer; `None` if that cannot be known.
+    /// `ids` are the prompt's, where it is matched as tokens.
+    #[must_use]
+    pub fn continuation(
+        &self,
+        ids: Option<&[u32]>,
+        block_size: NonZeroU32,
+        bytes_per_token: f64,
+    ) -> Option<Continuation> {
+        let is_single = self.prompts == 1 && self.choices == 1 && self.is_matched_whole();
+        if !is_single || self.answered == Answered::WithPrompt {
+            return None;
+        }
+        let salt = self.salt();
+        let of_tokens = |ids| {
+            Some(Continuation::of_tokens(OpenEnd::of_tokens(
+                ids, block_size, salt,
+            )))
+        };
+        match (&self.prompt, ids, self.answered) {
+            (_, Some(ids), _) => of_tokens(ids),
+            (Prompt::Tokens(ids), None, _) => of_tokens(ids),
+            (Prompt::Text(text), None, Answered::Directly | Answered::AsMessage) => {
+                let heading = match self.answered {
+                    Answered::AsMessage => ANSWER_HEADING,
+                    _ => &[],
+                };
+                let end = OpenEnd::of_text(text, bytes_per_token, block_size, salt);
+                Some(Continuation::of_text(end, heading, block_size))
+            }
+            _ => None,
+        }
+    }
+
+    fn salt(&self) -> u64 {
+        sequence::salt(&self.model, None, self.cache_salt.as_deref())
     }
 
     /// Whether the prompts are all that the engine will count.
@@ -184,7 +243,11 @@ struct Fields<'b> {
     max_completion_tokens: Gist,
     choices: Gist,
     add_special_tokens: Gist,
+    add_generation_prompt: Gist,
+    continue_final_message: Gist,
+    echo: Gist,
     cache_salt: Option<&'b RawValue>,
+    vllm_xargs: Option<&'b RawValue>,
     tools: Option<&'b RawValue>,
     conversation: Option<Conversation>,
     prompts: Prompts,
@@ -199,7 +262,11 @@ enum Key {
     MaxCompletionTokens,
     N,
     CacheSalt,
+    VllmXargs,
     AddSpecialTokens,
+    AddGenerationPrompt,
+    ContinueFinalMessage,
+    Echo,
     Tools,
     Messages,
     Prompt,
@@ -219,7 +286,11 @@ impl<'b> Fields<'b> {
             max_completion_tokens: Gist::Null,
             choices: Gist::Null,
             add_special_tokens: Gist::Null,
+            add_generation_prompt: Gist::Null,
+            continue_final_message: Gist::Null,
+            echo: Gist::Null,
             cache_salt: None,
+            vllm_xargs: None,
             tools: None,
             conversation: None,
             prompts: Prompts::default(),
@@ -256,7 +327,19 @@ impl<'b> Fields<'b> {
             Endpoint::ChatCompletions => self.max_completion_tokens.count(),
             Endpoint::Completions | Endpoint::Embeddings => None,
         };
+        let answered = match self.endpoint {
+            Endpoint::ChatCompletions
+                if self.add_generation_prompt == Gist::Bool(false)
+                    || self.continue_final_message == Gist::Bool(true) =>
+            {
+                Answered::AsTemplated
+            }
+            Endpoint::ChatCompletions => Answered::AsMessage,
+            _ if self.echo == Gist::Bool(true) => Answered::WithPrompt,
+            _ => Answered::Directly,
+        };
         Ok(ApiRequest {
+            answered,
             model: self.model.unwrap_or_default(),
             stream: matches!(self.stream, Gist::Bool(true) | Gist::Number(1.0)),
             max_tokens: max_completion_tokens.or(self.max_tokens.count()),
@@ -272,6 +355,7 @@ impl<'b> Fields<'b> {
                 Gist::Bool(add) => Some(add),
                 _ => None,
             },
+            lists_cached: self.vllm_xargs.is_some_and(lists_cached),
             prompts: self.prompts.count.max(1),
             prompt,
             further: self.prompts.further,
@@ -307,6 +391,16 @@ impl<'b> Fields<'b> {
     }
 }
 
+fn lists_cached(xargs: &RawValue) -> bool {
+    #[derive(Deserialize)]
+    struct Xargs<'b> {
+        #[serde(borrow)]
+        kv_cache_report_mode: Cow<'b, str>,
+    }
+    let read = serde_json::from_str::<Xargs<'_>>(xargs.get());
+    read.is_ok_and(|it| it.kv_cache_report_mode == "full")
+}
+
 const MESSAGES_ARE: &str = "must be an array of objects, each with `role` and `content`, the \
                             content being a string or an array of parts";
 const PROMPTS_ARE: &str = "must be a string, an array of token ids, an array of strings or an array of arrays of \
@@ -337,7 +431,11 @@ impl<'b> Visitor<'b> for &mut Fields<'b> {
                 Key::MaxCompletionTokens => self.max_completion_tokens = body.next_value()?,
                 Key::N => self.choices = body.next_value()?,
                 Key::AddSpecialTokens => self.add_special_tokens = body.next_value()?,
+                Key::AddGenerationPrompt => self.add_generation_prompt = body.next_value()?,
+                Key::ContinueFinalMessage => self.continue_final_message = body.next_value()?,
+                Key::Echo => self.echo = body.next_value()?,
                 Key::CacheSalt => self.cache_salt = Some(body.next_value()?),
+                Key::VllmXargs => self.vllm_xargs = Some(body.next_value()?),
                 Key::Tools => self.tools = Some(body.next_value()?),
                 Key::Messages if self.is_prompt(key) => {
                     let conversation = self.conversation.insert(Conversation::default());

@@ -7,6 +7,7 @@ use foresee_core::batch::MOST_IN_BATCH;
 use memchr::{memchr, memchr2};
 use smallvec::SmallVec;
 
+use crate::answer::Answer;
 use crate::error::ApiError;
 use crate::event::Event;
 use crate::usage::Usage;
@@ -53,6 +54,8 @@ pub struct StreamObserver {
     done: bool,
     error: bool,
     unread_events: u32,
+    /// The text so far, if it is collected.
+    answer: Option<Box<Answer>>,
 }
 
 /// What is known of an event whose end, a blank line, has not come yet.
@@ -69,6 +72,21 @@ impl StreamObserver {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// The same, and it collects the text of the first choice.
+    #[must_use]
+    pub fn collecting() -> Self {
+        Self {
+            answer: Some(Box::default()),
+            ..Self::default()
+        }
+    }
+
+    /// The text so far, if it was collected; it is collected no further.
+    #[must_use]
+    pub fn take_answer(&mut self) -> Option<Answer> {
+        self.answer.take().map(|answer| *answer)
     }
 
     /// Takes the next bytes of the stream.
@@ -237,8 +255,11 @@ impl StreamObserver {
         }
     }
 
-    fn take_event(&mut self, event: &Event) {
+    fn take_event(&mut self, event: &Event<'_>) {
         self.error |= event.is_error;
+        if let Some(answer) = &mut self.answer {
+            answer.add(event);
+        }
         for piece in &event.choices {
             let choice = self.choice(piece.index);
             choice.tokens = choice.tokens.saturating_add(piece.tokens);
@@ -277,6 +298,9 @@ impl StreamObserver {
     fn take_unreadable(&mut self) {
         self.tokens = self.tokens.saturating_add(1);
         self.unread_events = self.unread_events.saturating_add(1);
+        if let Some(answer) = &mut self.answer {
+            answer.close();
+        }
     }
 }
 

@@ -14,9 +14,14 @@ use serde::Deserialize;
 /// Memory for the ids of segments. A segment of more than a 64th of it is not kept.
 const CACHE_BYTES: usize = 128 << 20;
 
+/// What SentencePiece vocabularies write for a space.
+const SPACE: char = '\u{2581}';
+
 /// A loaded tokenizer. Encoding from several threads at once is fine.
 pub struct Tokenizer {
     inner: fastokens::Tokenizer,
+    /// Its vocabulary writes every byte as one character.
+    is_byte_level: bool,
 }
 
 /// Whether the tokens that the model frames every text with are added: those that
@@ -79,7 +84,12 @@ impl Tokenizer {
         inner.set_truncation(None);
         inner.set_padding(None);
         inner.enable_segment_cache(CACHE_BYTES);
-        Ok(Self { inner })
+        let mut tokenizer = Self {
+            inner,
+            is_byte_level: false,
+        };
+        tokenizer.is_byte_level = tokenizer.writes_bytes_as_characters()?;
+        Ok(tokenizer)
     }
 
     /// The ids of a text.
@@ -99,12 +109,38 @@ impl Tokenizer {
         }
     }
 
+    /// How many bytes of text each id stands for, up to the first that stands for none.
+    #[must_use]
+    pub fn text_lengths(&self, ids: &[u32]) -> Vec<usize> {
+        let lengths = ids.iter().map_while(|&id| {
+            let token = self.inner.id_to_token(id)?;
+            let is_byte = token.len() == 6 && token.starts_with("<0x") && token.ends_with('>');
+            if self.inner.is_special_token(id) {
+                None
+            } else if self.is_byte_level {
+                Some(token.chars().count())
+            } else if is_byte {
+                Some(1)
+            } else {
+                Some(token.replace(SPACE, " ").len())
+            }
+        });
+        lengths.collect()
+    }
+
     /// Bytes of text whose ids were used again, and bytes that were tokenised.
     #[must_use]
     pub fn reused_and_encoded_bytes(&self) -> (u64, u64) {
         self.inner
             .segment_cache_stats()
             .map_or((0, 0), |stats| (stats.hit_bytes, stats.miss_bytes))
+    }
+
+    /// Byte-level vocabularies write a line feed as `Ċ`.
+    fn writes_bytes_as_characters(&self) -> Result<bool, TokenizerError> {
+        let line_feed = self.encode("\n", Framing::InText)?;
+        let tokens = line_feed.iter().map(|&id| self.inner.id_to_token(id));
+        Ok(tokens.eq([Some("Ċ")]))
     }
 }
 

@@ -35,8 +35,9 @@ impl CacheConfig {
 
 /// What one engine carried when its metrics were written.
 ///
-/// vLLM writes them after every step, SGLang by default after every prefill, every 40th decode
-/// step and when it falls idle (`--decode-log-interval`).
+/// vLLM writes them after every step. SGLang does after every prefill and every 40th decode step
+/// (`--decode-log-interval`), and what its last requests pinned may stay written for half a minute
+/// after they ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct EngineLoad {
     /// Blocks pinned by running requests, shared ones once; blocks that are only cached are not

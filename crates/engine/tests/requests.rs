@@ -38,6 +38,29 @@ fn messages(messages: &Value) -> ApiRequest {
 }
 
 #[test]
+fn a_request_for_lists_of_what_is_cached_is_seen() {
+    let asks = |xargs: &str| {
+        let body = format!(r#"{{"model": "m", "prompt": "p", "vllm_xargs": {xargs}}}"#);
+        ApiRequest::parse(Endpoint::Completions, body.as_bytes())
+            .unwrap()
+            .lists_cached
+    };
+    assert!(asks(r#"{"kv_cache_report_mode": "full"}"#));
+    assert!(asks(
+        r#"{"other": [1], "kv_cache_report_mode": "f\u0075ll"}"#
+    ));
+    for other in [
+        r#"{"kv_cache_report_mode": "incremental"}"#,
+        r#"{"kv_cache_report_mode": 1}"#,
+        "{}",
+        "null",
+        "[]",
+    ] {
+        assert!(!asks(other), "{other}");
+    }
+}
+
+#[test]
 fn a_chat_is_read() {
     let request = chat(
         r#"{"model": "Qwen/Qwen3-8B", "stream": true, "max_tokens": 100, "n": 2,

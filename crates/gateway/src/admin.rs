@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use crate::config::WorkerConfig;
 use crate::reply::{self, Body};
 use crate::shared::Shared;
+use crate::subscribe::KvEvents;
 use crate::workers::{Worker, start_watching};
 
 const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -89,22 +90,25 @@ impl Shared {
         json!({
             "name": worker.name,
             "url": known.as_ref().map(|worker| worker.config.url()),
+            "rank": known.as_ref().and_then(|worker| worker.config.rank),
             "state": worker.state.as_str(),
             "models": worker.models,
             "requests": worker.requests,
             "active_blocks": worker.active_blocks,
+            "engine_active_blocks": known.as_ref().and_then(|it| *it.engine_active_blocks.lock()),
             "context_tokens": worker.context_tokens,
             "prefill_tokens": worker.prefill_tokens,
             "cached_blocks": worker.cached_blocks,
             "cache_source": if follows_events { "events" } else { "shadow" },
             "kv_events": known.and_then(|worker| show_events(&worker)),
             "capacity_blocks": worker.capacity_blocks,
+            "capacity_source": worker.capacity_source.as_str(),
             "prefill_tokens_per_second": worker.prefill_speed,
             "inter_token_latency_seconds": worker.inter_token_latency.as_secs_f64(),
         })
     }
 
-    /// `{"url": "URL[,name=…][,blocks=N]"}`, as on the command line.
+    /// `{"url": "URL[,name=…][,ranks=N][,blocks=N]…"}`, as on the command line.
     fn add_worker(self: &Arc<Self>, body: &[u8]) -> Result<Response<Body>, ApiError> {
         #[derive(Deserialize)]
         struct New {
@@ -119,27 +123,34 @@ impl Shared {
             .url
             .parse()
             .map_err(|error| ApiError::bad_request(format!("{error}"), Some("url")))?;
-        let name = config.name.clone();
-        let worker = self
+        let added = self
             .workers
-            .add(&self.router, config, self.config.prefix_caching)
+            .add(&self.router, &config, self.config.prefix_caching)
             .map_err(|error| ApiError::bad_request(error.to_string(), Some("url")))?;
-        start_watching(self, worker);
-        let body = json!({ "name": name });
+        for worker in added {
+            start_watching(self, worker);
+        }
+        let body = json!({ "name": config.name });
         Ok(reply::json(StatusCode::ACCEPTED, body.to_string()))
     }
 
+    /// Of an engine with ranks, all of them or one.
     fn drain_worker(self: &Arc<Self>, name: &str) -> Result<Response<Body>, ApiError> {
-        let all = self.workers.all();
-        let worker = all.iter().find(|worker| worker.config.name == name);
-        let Some(worker) = worker else {
+        let is_named = |worker: &Arc<Worker>| {
+            worker.config.name == name || worker.config.engine_name() == name
+        };
+        let mut named = self.workers.all();
+        named.retain(is_named);
+        if named.is_empty() {
             return Err(ApiError {
                 status: 404,
                 ..ApiError::bad_request(format!("There is no worker named `{name}`."), None)
             });
-        };
-        self.router.set_draining(worker.id, true);
-        tokio::spawn(Arc::clone(self).remove_when_drained(worker.id));
+        }
+        for worker in named {
+            self.router.set_draining(worker.id, true);
+            tokio::spawn(Arc::clone(self).remove_when_drained(worker.id));
+        }
         let body = json!({ "name": name, "state": "draining" });
         Ok(reply::json(StatusCode::ACCEPTED, body.to_string()))
     }
@@ -160,11 +171,12 @@ impl Shared {
 
 /// How a worker's KV events stand; `None` if it has none.
 fn show_events(worker: &Worker) -> Option<Value> {
-    let source = worker.config.kv_events.as_ref()?;
+    let source = worker.event_source.borrow().clone()?;
     let standing = worker.events.read();
     Some(json!({
         "source": source.to_string(),
         "replay": source.replay,
+        "discovered": worker.config.kv_events == KvEvents::Discovered,
         "state": standing.state.as_str(),
         "exact": standing.exact,
         "last_sequence": standing.last_sequence,
@@ -172,6 +184,8 @@ fn show_events(worker: &Worker) -> Option<Value> {
         "batches": standing.batches,
         "gaps": standing.gaps,
         "lost": standing.lost,
+        "mistrusted": standing.mistrusted,
+        "lists_cached": standing.has_lists,
     }))
 }
 

@@ -9,6 +9,7 @@ use std::time::Duration;
 use foresee_engine::usage::Usage;
 
 use crate::metrics::Outcome;
+use crate::subscribe::Finding;
 use crate::watch::Watch;
 
 /// How an answer ended.
@@ -40,6 +41,12 @@ impl Watch {
             if self.is_single {
                 metrics.prediction(predicted, actual);
             }
+        }
+        if let (Some(foretold), Some(found), true) =
+            (self.foretold, usage.cached_tokens, self.is_single)
+        {
+            let now = self.shared.clock.now();
+            self.worker.events.weigh(Finding { foretold, found }, now);
         }
         let waited = |at: Duration| at.saturating_sub(self.arrived).as_secs_f64();
         tracing::debug!(

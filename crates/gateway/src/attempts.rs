@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use foresee_core::batch::Batch;
+use foresee_core::choose::Decision;
 use foresee_core::fleet::WorkerId;
 use foresee_core::router::RouteError;
 use foresee_engine::error::ApiError;
@@ -37,6 +38,9 @@ pub(crate) struct Answer {
     pub(crate) response: Response<Incoming>,
     /// The first piece of a stream, read to see that the worker lives.
     pub(crate) first: Option<Frame<Bytes>>,
+    /// Tokens of the prompt that KV events say the worker has cached, if the answer can tell
+    /// whether they are right.
+    pub(crate) foretold: Option<u32>,
 }
 
 /// The attempts to have one message answered.
@@ -45,20 +49,25 @@ pub(crate) struct Attempts<'a> {
     shared: &'a Shared,
     forwarder: &'a Forwarder,
     message: &'a Message,
-    /// Workers that failed, and are not asked again.
-    failed: Vec<WorkerId>,
+    /// Workers that are not asked: they failed, or the client ruled them out.
+    excluded: Vec<WorkerId>,
     /// Connections that broke with the request on its way.
     broken: usize,
     deadline: Duration,
 }
 
 impl<'a> Attempts<'a> {
-    pub(crate) fn new(shared: &'a Shared, forwarder: &'a Forwarder, message: &'a Message) -> Self {
+    pub(crate) fn new(
+        shared: &'a Shared,
+        forwarder: &'a Forwarder,
+        message: &'a Message,
+        ruled_out: &[WorkerId],
+    ) -> Self {
         Self {
             shared,
             forwarder,
             message,
-            failed: Vec::new(),
+            excluded: ruled_out.to_vec(),
             broken: 0,
             deadline: shared.clock.now() + shared.config.first_byte_timeout,
         }
@@ -73,7 +82,7 @@ impl<'a> Attempts<'a> {
                 continue;
             };
             let limit = self.shared.config.first_byte_timeout;
-            let attempt = tokio::time::timeout(limit, self.attempt(&worker)).await;
+            let attempt = tokio::time::timeout(limit, self.attempt(&worker, batch)).await;
             match attempt.unwrap_or(Err(ForwardError::TimedOut(limit))) {
                 // It cannot serve now. If nobody else can, its answer says why.
                 Ok(answer) if answer.response.status() == StatusCode::SERVICE_UNAVAILABLE => {
@@ -90,7 +99,18 @@ impl<'a> Attempts<'a> {
 
     /// Waits for the head of the answer and, if it is a stream, for its first piece: engines send
     /// the head before they have done anything that could fail.
-    async fn attempt(&self, worker: &Arc<Worker>) -> Result<Answer, ForwardError> {
+    async fn attempt(
+        &self,
+        worker: &Arc<Worker>,
+        batch: &mut Batch,
+    ) -> Result<Answer, ForwardError> {
+        if self.message.lists_cached {
+            worker.events.lists_are_asked_for();
+        }
+        let foretold = foretold(worker, batch);
+        if let Some(booking) = batch.booking(0) {
+            worker.events.is_sent(booking.sequence());
+        }
         let response = if self.broken == 0 {
             self.forwarder.send(worker, self.message).await?
         } else {
@@ -109,6 +129,7 @@ impl<'a> Attempts<'a> {
             worker: Arc::clone(worker),
             response: Response::from_parts(head, body),
             first,
+            foretold,
         })
     }
 
@@ -170,11 +191,28 @@ impl<'a> Attempts<'a> {
 
     /// Moves the bookings to the best worker that has not failed.
     fn move_on(&mut self, batch: &mut Batch) -> Result<(), RouteError> {
-        self.failed.push(batch.worker());
-        batch.reroute(&self.failed, self.shared.clock.now())?;
+        self.excluded.push(batch.worker());
+        batch.reroute(&self.excluded, self.shared.clock.now())?;
         self.shared.metrics.retries.inc();
         Ok(())
     }
+}
+
+/// Tokens of a single prompt that the worker's KV events say it has cached, if they can be held
+/// against what it will report.
+fn foretold(worker: &Worker, batch: &mut Batch) -> Option<u32> {
+    if worker.event_source.borrow().is_none() || batch.prompts() > 1 {
+        return None;
+    }
+    let Decision { cost, depth, .. } = *batch.decision();
+    let prompt = batch.booking(0)?.sequence();
+    let believed = || depth.cached.min(prompt.reusable_blocks());
+    let blocks = worker.events.foretell(prompt).unwrap_or_else(believed);
+    // What a sibling finds depends on which of them starts first, and a request that waits for
+    // blocks finds what the others left.
+    let capacity = worker.capacity_blocks().unwrap_or(u32::MAX);
+    let is_certain = depth.active <= blocks && cost.active_blocks <= u64::from(capacity);
+    is_certain.then(|| blocks.saturating_mul(prompt.block_size().get()))
 }
 
 /// The answer to a request that no worker can take.

@@ -1,7 +1,7 @@
 //! What a gateway is told at its start.
 
 use std::net::{Ipv4Addr, SocketAddr};
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use foresee_engine::tokenizer::TokenizerError;
 use http::uri::{Authority, Scheme};
 use http::{HeaderValue, Uri};
 
-use crate::subscribe::{EventSource, check_endpoint};
+use crate::subscribe::{KvEvents, check_endpoint};
 use crate::tokens::Tokens;
 
 /// How a gateway listens, routes and fails. The defaults are those of the command line.
@@ -35,6 +35,9 @@ pub struct GatewayConfig {
     pub probe_interval: Duration,
     /// How long a worker's KV events may be unusable until its cache is guessed instead.
     pub events_grace: Duration,
+    /// How often each worker is asked what it carries, to be shown beside what is predicted;
+    /// `None` for never. Nothing is routed by it.
+    pub sample_engines: Option<Duration>,
     /// How long a worker may take to accept a connection, or to answer a probe.
     pub connect_timeout: Duration,
     /// How long a worker may take until the first byte of its answer.
@@ -70,6 +73,7 @@ impl Default for GatewayConfig {
             max_body_bytes: 32 << 20,
             probe_interval: Duration::from_secs(1),
             events_grace: Duration::from_secs(5),
+            sample_engines: None,
             connect_timeout: Duration::from_secs(2),
             first_byte_timeout: Duration::from_secs(600),
             shutdown_timeout: Duration::from_secs(30),
@@ -86,22 +90,30 @@ pub fn default_io_threads() -> NonZeroUsize {
     NonZeroUsize::new(processors / 2).unwrap_or(NonZeroUsize::MIN)
 }
 
-/// One worker, written
-/// `URL[,name=…][,blocks=N][,prefix-caching=on|off][,kv-events=ENDPOINT[,replay=ENDPOINT]]`.
+/// Most data-parallel ranks of one engine.
+const MAX_RANKS: u32 = 1024;
+
+/// One engine, written `URL[,name=…][,ranks=N][,blocks=N][,prefix-caching=on|off]
+/// [,kv-events=ENDPOINT[,replay=ENDPOINT][,topic=…]]`, which is one worker or, with ranks, one
+/// for each.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkerConfig {
     /// Unique name; host and port of the URL by default.
     pub name: String,
+    /// Data-parallel ranks behind the URL, if each is to be a worker of its own.
+    pub ranks: Option<NonZeroU32>,
+    /// Which of them this is, if it is one.
+    pub rank: Option<u32>,
     /// Where it listens.
     pub(crate) authority: Authority,
     /// What comes before `/v1` in its paths; empty or without a slash at its end.
     pub(crate) base_path: String,
-    /// Its KV blocks, if they are not to be read from its metrics.
+    /// Its KV blocks (each rank's), if they are not to be read from its metrics.
     pub blocks: Option<u32>,
     /// Whether it shares blocks between requests, if not as the gateway's default.
     pub prefix_caching: Option<bool>,
-    /// Where it says what it caches, if it does.
-    pub kv_events: Option<EventSource>,
+    /// How the router learns what it caches; of several ranks, rank 0.
+    pub kv_events: KvEvents,
 }
 
 /// What is wrong with a worker's description.
@@ -119,9 +131,62 @@ impl WorkerConfig {
         format!("http://{}{}", self.authority, self.base_path)
     }
 
+    /// The name of all ranks together.
+    pub(crate) fn engine_name(&self) -> &str {
+        let of_ranks = self.rank.and_then(|rank| {
+            let suffix = format!("/{rank}");
+            self.name.strip_suffix(&suffix)
+        });
+        of_ranks.unwrap_or(&self.name)
+    }
+
+    /// The workers this comes to: itself, or one for each rank.
+    #[must_use]
+    pub fn workers(&self) -> Vec<Self> {
+        let Some(ranks) = self.ranks else {
+            return vec![self.clone()];
+        };
+        let of_rank = |rank| Self {
+            name: format!("{}/{rank}", self.name),
+            rank: Some(rank),
+            kv_events: match &self.kv_events {
+                // Whether there are so many ports was looked at when it was read.
+                KvEvents::At(source) => source.of_rank(rank).map_or(KvEvents::Off, KvEvents::At),
+                other => other.clone(),
+            },
+            ..self.clone()
+        };
+        (0..ranks.get()).map(of_rank).collect()
+    }
+
     /// The name as a header's value. Only names that can be one are accepted.
     pub(crate) fn header(&self) -> HeaderValue {
         HeaderValue::from_str(&self.name).unwrap_or(HeaderValue::from_static(""))
+    }
+
+    /// Puts what goes with `kv-events` to it, and sees that every rank has its port.
+    fn complete_events(
+        &mut self,
+        replay: Option<String>,
+        topic: Option<String>,
+    ) -> Result<(), String> {
+        let KvEvents::At(source) = &mut self.kv_events else {
+            return match (replay, topic) {
+                (None, None) => Ok(()),
+                (Some(_), _) => Err("`replay` goes with `kv-events=ENDPOINT`".to_owned()),
+                (None, Some(_)) => Err("`topic` goes with `kv-events=ENDPOINT`".to_owned()),
+            };
+        };
+        source.replay = replay;
+        source.topic = topic.unwrap_or_default();
+        let last_rank = self.ranks.map_or(0, |ranks| ranks.get() - 1);
+        if source.of_rank(last_rank).is_none() {
+            return Err(format!(
+                "`kv-events` and `replay`: rank r of an engine is at tcp://HOST:(PORT + r), and \
+                 these have no PORT + {last_rank}"
+            ));
+        }
+        Ok(())
     }
 
     fn from_url(url: &str) -> Result<Self, String> {
@@ -145,11 +210,13 @@ impl WorkerConfig {
         }
         Ok(Self {
             name: authority.to_string(),
+            ranks: None,
+            rank: None,
             authority: authority.clone(),
             base_path: uri.path().trim_end_matches('/').to_owned(),
             blocks: None,
             prefix_caching: None,
-            kv_events: None,
+            kv_events: KvEvents::default(),
         })
     }
 }
@@ -164,7 +231,7 @@ impl FromStr for WorkerConfig {
         };
         let mut parts = given.split(',');
         let mut worker = Self::from_url(parts.next().unwrap_or("").trim()).map_err(fail)?;
-        let mut replay = None;
+        let (mut replay, mut topic) = (None, None);
         for option in parts {
             let (key, value) = option
                 .split_once('=')
@@ -178,6 +245,12 @@ impl FromStr for WorkerConfig {
                     ));
                 }
                 ("name", name) => worker.name = name.to_owned(),
+                ("ranks", ranks) => {
+                    let ranks = ranks.parse().ok();
+                    let ranks = ranks.filter(|ranks: &NonZeroU32| ranks.get() <= MAX_RANKS);
+                    let problem = format!("`ranks` is not a whole number from 1 to {MAX_RANKS}");
+                    worker.ranks = Some(ranks.ok_or_else(|| fail(problem))?);
+                }
                 ("blocks", blocks) => {
                     let blocks = blocks.parse().ok().filter(|&blocks| blocks > 0);
                     let problem = "`blocks` is not a whole number above 0";
@@ -188,29 +261,26 @@ impl FromStr for WorkerConfig {
                 ("prefix-caching", _) => {
                     return Err(fail("`prefix-caching` is neither on nor off".to_owned()));
                 }
+                ("kv-events", "off") => worker.kv_events = KvEvents::Off,
                 ("kv-events", source) => {
                     let source = source.parse();
-                    worker.kv_events =
-                        Some(source.map_err(|error| fail(format!("`kv-events`: {error}")))?);
+                    let source = source.map_err(|error| fail(format!("`kv-events`: {error}")))?;
+                    worker.kv_events = KvEvents::At(source);
                 }
                 ("replay", endpoint) => {
                     let checked = check_endpoint(endpoint);
                     checked.map_err(|error| fail(format!("`replay`: {error}")))?;
                     replay = Some(endpoint.to_owned());
                 }
+                ("topic", "") => return Err(fail("`topic` is empty".to_owned())),
+                ("topic", name) => topic = Some(name.to_owned()),
                 (key, _) => {
-                    let known = "name, blocks, prefix-caching, kv-events or replay";
+                    let known = "name, ranks, blocks, prefix-caching, kv-events, replay or topic";
                     return Err(fail(format!("unknown option `{key}`: use {known}")));
                 }
             }
         }
-        match (&mut worker.kv_events, replay) {
-            (Some(source), replay) => source.replay = replay,
-            (None, None) => {}
-            (None, Some(_)) => {
-                return Err(fail("`replay` goes with `kv-events`".to_owned()));
-            }
-        }
+        worker.complete_events(replay, topic).map_err(fail)?;
         Ok(worker)
     }
 }
@@ -218,6 +288,7 @@ impl FromStr for WorkerConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::subscribe::EventSource;
 
     #[test]
     fn a_worker_is_a_url_and_options() {
@@ -231,24 +302,63 @@ mod tests {
         assert_eq!(full.url(), "http://gpu1:8000/engine");
         assert_eq!((full.name.as_str(), full.blocks), ("a", Some(27312)));
         assert_eq!(full.prefix_caching, Some(false));
-        assert_eq!(full.kv_events, None);
+        assert_eq!(full.kv_events, KvEvents::Discovered);
 
-        let events: WorkerConfig = "a:1,replay=tcp://a:5558,kv-events=tcp://a:5557"
-            .parse()
-            .unwrap();
-        let source = events.kv_events.unwrap();
+        let source = source_of("a:1,replay=tcp://a:5558,topic=kv,kv-events=tcp://a:5557");
         assert_eq!(
             (source.endpoint.as_str(), source.binds),
             ("tcp://a:5557", false)
         );
         assert_eq!(source.replay.as_deref(), Some("tcp://a:5558"));
+        assert_eq!(source.topic, "kv");
 
-        let dialled: WorkerConfig = "a:1,kv-events=bind:tcp://*:5557".parse().unwrap();
-        let source = dialled.kv_events.unwrap();
+        let source = source_of("a:1,kv-events=bind:tcp://*:5557");
         assert_eq!(
             (source.endpoint.as_str(), source.binds),
             ("tcp://0.0.0.0:5557", true)
         );
+
+        let off: WorkerConfig = "a:1,kv-events=off".parse().unwrap();
+        assert_eq!(off.kv_events, KvEvents::Off);
+    }
+
+    fn source_of(worker: &str) -> EventSource {
+        let config: WorkerConfig = worker.parse().unwrap();
+        match config.kv_events {
+            KvEvents::At(source) => source,
+            other => panic!("{worker}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn an_engine_of_several_ranks_is_as_many_workers() {
+        let written =
+            "a:1,blocks=7,ranks=2,kv-events=bind:tcp://*:5557,replay=tcp://a:5658,topic=t";
+        let engine: WorkerConfig = written.parse().unwrap();
+        let shown: Vec<_> = engine
+            .workers()
+            .into_iter()
+            .map(|worker| {
+                assert_eq!((worker.blocks, worker.engine_name()), (Some(7), "a:1"));
+                let KvEvents::At(source) = worker.kv_events else {
+                    panic!("no events");
+                };
+                assert_eq!((source.binds, source.topic.as_str()), (true, "t"));
+                let replay = source.replay.unwrap();
+                (worker.name, worker.rank, source.endpoint, replay)
+            })
+            .collect();
+        let expected = [
+            ("a:1/0", Some(0), "tcp://0.0.0.0:5557", "tcp://a:5658"),
+            ("a:1/1", Some(1), "tcp://0.0.0.0:5558", "tcp://a:5659"),
+        ];
+        let owned = |(name, rank, events, replay): (&str, _, &str, &str)| {
+            (name.to_owned(), rank, events.to_owned(), replay.to_owned())
+        };
+        assert_eq!(shown, expected.map(owned));
+
+        let one: WorkerConfig = "a:1,name=b".parse().unwrap();
+        assert_eq!(one.workers(), std::slice::from_ref(&one));
     }
 
     #[test]
@@ -262,7 +372,17 @@ mod tests {
             ("http://a:1,name=", "`name`"),
             ("http://a:1,name=two words", "`name`"),
             ("http://a:1?x=1", "query"),
-            ("http://a:1,replay=tcp://a:1", "goes with"),
+            ("http://a:1,replay=tcp://a:1", "`replay` goes with"),
+            ("http://a:1,kv-events=off,topic=t", "`topic` goes with"),
+            ("http://a:1,kv-events=tcp://a:1,topic=", "`topic`"),
+            ("http://a:1,ranks=0", "`ranks`"),
+            ("http://a:1,ranks=1025", "`ranks`"),
+            ("http://a:1,ranks=2,kv-events=ipc:///tmp/a", "PORT + 1"),
+            ("http://a:1,kv-events=tcp://a:65535,ranks=2", "PORT + 1"),
+            (
+                "http://a:1,kv-events=tcp://a:1,replay=tcp://a:65534,ranks=3",
+                "PORT + 2",
+            ),
             ("http://a:1,kv-events=a:5557", "`kv-events`"),
             ("http://a:1,kv-events=tcp://*:5557", "`*`"),
             ("http://a:1,kv-events=udp://a:5557", "`kv-events`"),

@@ -13,7 +13,7 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 
-use crate::workers::Worker;
+use crate::workers::{RANK_HEADER, Worker};
 
 /// Engines close idle connections (vLLM after 5 s). Letting go of them first avoids sending a
 /// request into a connection that is being closed.
@@ -61,6 +61,8 @@ pub(crate) struct Message {
     pub(crate) body: Bytes,
     /// Sending it twice does no harm: a worker that broke off may have acted on the first.
     pub(crate) may_repeat: bool,
+    /// It asks the worker to list what it finds cached among its KV events.
+    pub(crate) lists_cached: bool,
 }
 
 impl Message {
@@ -85,6 +87,7 @@ impl Message {
             path: path.unwrap_or(PathAndQuery::from_static("/")),
             headers,
             body,
+            lists_cached: false,
         }
     }
 
@@ -203,6 +206,11 @@ async fn send_by(
     *request.method_mut() = message.method.clone();
     *request.uri_mut() = worker.uri(&message.path)?;
     *request.headers_mut() = message.headers.clone();
+    if let Some(rank) = &worker.rank_header {
+        // A client that names a rank was routed by it.
+        let header = request.headers_mut().entry(RANK_HEADER);
+        header.or_insert_with(|| rank.clone());
+    }
     match client.request(request).await {
         Ok(response) => Ok(response),
         Err(error) if error.is_connect() => Err(ForwardError::connect(&error)),

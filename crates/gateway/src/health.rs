@@ -6,14 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use foresee_engine::worker_metrics::CacheConfig;
 use http::uri::PathAndQuery;
 use http::{HeaderMap, Method};
 use http_body_util::{BodyExt, Limited};
-use serde::Deserialize;
-use serde_json::value::RawValue;
 
 use crate::forward::{ForwardError, Message};
+use crate::introduction::{learn_what_it_serves, learn_where_its_events_are};
 use crate::shared::Shared;
 use crate::workers::Worker;
 
@@ -23,6 +21,10 @@ const FAILURES_UNTIL_OUT: u32 = 2;
 
 /// Every so many probes the models are asked for again: adapters come and go.
 const PROBES_PER_LOOK_AT_MODELS: u32 = 10;
+
+/// How often a worker that has come, perhaps as another than it was, is asked where its events
+/// are, if it does not answer in time.
+const MOST_QUESTIONS: u32 = 3;
 
 /// Least time between two probes, however many requests ask for one: failures in a row shall be
 /// more than one moment.
@@ -34,6 +36,7 @@ const MAX_PROBE_BYTES: usize = 4 << 20;
 pub(crate) async fn watch_worker(shared: Arc<Shared>, worker: Arc<Worker>) {
     let mut failures = 0;
     let mut successes = 0;
+    let mut questions_left = MOST_QUESTIONS;
     loop {
         tokio::time::sleep(PROBE_GAP).await;
         let asked_at = shared.clock.now();
@@ -44,12 +47,17 @@ pub(crate) async fn watch_worker(shared: Arc<Shared>, worker: Arc<Worker>) {
                 tracing::info!(worker = %name, "worker was away: its cache counts as empty");
                 shared.router.forget_cache(worker.id);
                 worker.resubscribe.notify_one();
+                questions_left = MOST_QUESTIONS;
             } else if failures >= FAILURES_UNTIL_OUT {
                 // Its connections may be gone without anybody having said so.
                 worker.resubscribe.notify_one();
             }
             if successes % PROBES_PER_LOOK_AT_MODELS == 0 {
                 learn_what_it_serves(&shared, &worker).await;
+            }
+            if questions_left > 0 {
+                let is_answered = learn_where_its_events_are(&shared, &worker).await;
+                questions_left = if is_answered { 0 } else { questions_left - 1 };
             }
             shared.router.set_healthy(worker.id, true);
             if successes == 0 {
@@ -66,6 +74,7 @@ pub(crate) async fn watch_worker(shared: Arc<Shared>, worker: Arc<Worker>) {
             let label = [("worker", name.clone())];
             shared.metrics.probe_failures.get_or_create(&label).inc();
             (failures, successes) = (failures + 1, 0);
+            questions_left = MOST_QUESTIONS;
             if failures == FAILURES_UNTIL_OUT {
                 tracing::warn!(worker = %name, "worker is unhealthy: its probe fails");
             }
@@ -81,55 +90,9 @@ pub(crate) async fn watch_worker(shared: Arc<Shared>, worker: Arc<Worker>) {
     }
 }
 
-/// Asks for models and cache size before the first request, so that it is routed right.
-async fn learn_what_it_serves(shared: &Shared, worker: &Worker) {
-    if let Ok(body) = get(shared, worker, "/v1/models").await {
-        let models = read_models(&body);
-        let names = models.iter().map(|(id, _)| id.clone()).collect();
-        shared.router.set_models(worker.id, names);
-        shared.workers.set_models(worker, models);
-    }
-    if worker.config.blocks.is_none()
-        && let Ok(body) = get(shared, worker, "/metrics").await
-    {
-        let engines = CacheConfig::parse(&String::from_utf8_lossy(&body));
-        let blocks: Option<Vec<u32>> = engines.iter().map(|(_, cache)| cache.blocks).collect();
-        if let Some(blocks) = blocks.filter(|blocks| !blocks.is_empty()) {
-            let all = blocks.into_iter().fold(0, u32::saturating_add);
-            shared.router.set_capacity(worker.id, all);
-        }
-        let ours = shared.config.router.block_size.get();
-        let theirs = engines.iter().find_map(|(_, cache)| cache.block_size);
-        if let Some(theirs) = theirs.filter(|&theirs| theirs != ours) {
-            tracing::warn!(
-                worker = %worker.config.name, theirs, ours,
-                "block sizes differ: start with --block-size set to the engine's own"
-            );
-        }
-    }
-}
-
-fn read_models(body: &[u8]) -> Vec<(String, Box<RawValue>)> {
-    #[derive(Deserialize)]
-    struct List {
-        #[serde(default)]
-        data: Vec<Box<RawValue>>,
-    }
-    #[derive(Deserialize)]
-    struct Model {
-        id: String,
-    }
-    let list: List = serde_json::from_slice(body).unwrap_or(List { data: Vec::new() });
-    let read = |raw: Box<RawValue>| {
-        let model: Model = serde_json::from_str(raw.get()).ok()?;
-        Some((model.id, raw))
-    };
-    list.data.into_iter().filter_map(read).collect()
-}
-
 /// Why a probe has no answer to show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum NoAnswer {
+pub(crate) enum NoAnswer {
     /// None came in time.
     Late,
     /// Nobody listens there.
@@ -139,13 +102,18 @@ enum NoAnswer {
 }
 
 /// The body of a successful answer in time; nothing else counts.
-async fn get(shared: &Shared, worker: &Worker, path: &'static str) -> Result<Bytes, NoAnswer> {
+pub(crate) async fn get(
+    shared: &Shared,
+    worker: &Worker,
+    path: &'static str,
+) -> Result<Bytes, NoAnswer> {
     let message = Message {
         method: Method::GET,
         path: PathAndQuery::from_static(path),
         headers: HeaderMap::new(),
         body: Bytes::new(),
         may_repeat: true,
+        lists_cached: false,
     };
     let answered = async {
         let sent = shared.probes.send(worker, &message).await;

@@ -66,12 +66,14 @@ pub(crate) struct Metrics {
     pub(crate) probe_failures: Family<WorkerLabel, Counter>,
     pub(crate) kv_event_batches: Family<WorkerLabel, Counter>,
     pub(crate) kv_event_gaps: Family<WorkerLabel, Counter>,
+    pub(crate) kv_events_mistrusted: Family<WorkerLabel, Counter>,
     worker_events_live: WorkerGauge,
     bookings: Gauge,
     tracked_edges: Gauge,
     worker_up: WorkerGauge,
     worker_requests: WorkerGauge,
     worker_active_blocks: WorkerGauge,
+    worker_engine_active_blocks: WorkerGauge,
     worker_cached_blocks: WorkerGauge,
     worker_capacity_blocks: WorkerGauge,
     worker_prefill_tokens: WorkerGauge,
@@ -103,12 +105,14 @@ impl Metrics {
             probe_failures: Family::default(),
             kv_event_batches: Family::default(),
             kv_event_gaps: Family::default(),
+            kv_events_mistrusted: Family::default(),
             worker_events_live: Family::default(),
             bookings: Gauge::default(),
             tracked_edges: Gauge::default(),
             worker_up: Family::default(),
             worker_requests: Family::default(),
             worker_active_blocks: Family::default(),
+            worker_engine_active_blocks: Family::default(),
             worker_cached_blocks: Family::default(),
             worker_capacity_blocks: Family::default(),
             worker_prefill_tokens: Family::default(),
@@ -140,12 +144,14 @@ impl Metrics {
             probe_failures: "Health probes that failed",
             kv_event_batches: "Batches of KV events applied, replayed ones included",
             kv_event_gaps: "Times that batches of KV events were missing, replayed or not",
+            kv_events_mistrusted: "Times that KV events were no longer believed, because answers reported another cache",
             worker_events_live: "Whether the worker's KV events tell what it caches, rather than the shadow",
             worker_up: "Whether the worker can be chosen",
             worker_requests: "Requests booked on the worker",
             worker_active_blocks: "Predicted active KV blocks of the worker",
+            worker_engine_active_blocks: "Active KV blocks by the engine's own account, in its blocks, if it is sampled",
             worker_cached_blocks: "Predicted cached KV blocks of the worker, active ones included",
-            worker_capacity_blocks: "KV blocks of the worker, as configured, reported or assumed",
+            worker_capacity_blocks: "KV blocks of the worker, as configured, reported, learned or assumed",
             worker_prefill_tokens: "Booked prompt tokens not yet computed, by forecast",
             worker_context_tokens: "Prompt and output tokens of running requests",
         }
@@ -201,6 +207,20 @@ impl Metrics {
     pub(crate) fn forget_events(&self, worker: &str) {
         let label = [("worker", worker.to_owned())];
         self.worker_events_live.remove(&label);
+    }
+
+    /// What a worker says it carries, or that it does not say.
+    pub(crate) fn engine_active(&self, worker: &str, blocks: Option<u64>) {
+        let label = [("worker", worker.to_owned())];
+        match blocks.map(i64::try_from) {
+            Some(blocks) => {
+                let gauge = self.worker_engine_active_blocks.get_or_create(&label);
+                gauge.set(blocks.unwrap_or(i64::MAX));
+            }
+            None => {
+                self.worker_engine_active_blocks.remove(&label);
+            }
+        }
     }
 
     /// A prompt was matched as tokens, or as text for some reason.

@@ -5,8 +5,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use foresee_core::batch::Batch;
+use foresee_core::fleet::WorkerId;
 use foresee_core::router::Request as RouteRequest;
 use foresee_core::sequence::Sequence;
+use foresee_engine::answer::Continuation;
 use foresee_engine::error::ApiError;
 use foresee_engine::request::{ApiRequest, BodyError, Endpoint, Sequences};
 use http::header::{CONTENT_ENCODING, EXPECT};
@@ -26,7 +28,7 @@ use crate::watch::{Watch, Watched};
 const PARSED_IN_PLACE: usize = 256 << 10;
 
 /// The same for bodies that are tokenised, at about 10 MB/s.
-const TOKENIZED_IN_PLACE: usize = 4 << 10;
+pub(crate) const TOKENIZED_IN_PLACE: usize = 4 << 10;
 
 /// How long a client may take to send the rest of a body that was refused.
 const DISCARD_TIMEOUT: Duration = Duration::from_secs(5);
@@ -44,8 +46,14 @@ struct Job {
     prompt_bytes: usize,
     /// It is one prompt and asks for one answer.
     is_single: bool,
+    /// Where the answer goes in the prompt's sequence, if that can be known.
+    continuation: Option<Continuation>,
+    /// It asks the worker to list what it finds cached among its KV events.
+    lists_cached: bool,
     /// How many tokens our tokenizer counted, if the engine ought to count the same.
     counted_tokens: Option<u32>,
+    /// Workers that the client does not want.
+    ruled_out: Vec<WorkerId>,
 }
 
 impl Job {
@@ -55,7 +63,7 @@ impl Job {
             sequence: &self.sequences.first,
             max_tokens: self.max_tokens,
             streams: self.streams,
-            excluded: &[],
+            excluded: &self.ruled_out,
         }
     }
 }
@@ -124,7 +132,7 @@ impl Shared {
         };
         let body = self.read_body(&head.headers, body).await?;
         let compressed = head.headers.contains_key(CONTENT_ENCODING);
-        let job = match endpoint {
+        let mut job = match endpoint {
             Some(endpoint) if !compressed => self.read_job(endpoint, body.clone()).await?,
             // Not for us to read: placed by load alone.
             _ => Job {
@@ -135,12 +143,17 @@ impl Shared {
                 streams: true,
                 prompt_bytes: 0,
                 is_single: false,
+                continuation: None,
+                lists_cached: false,
                 counted_tokens: None,
+                ruled_out: Vec::new(),
             },
         };
+        job.ruled_out = self.workers.ruled_out(&head.headers);
         let mut batch = self.route(&job)?;
-        let message = Message::new(head, body, request_id, endpoint.is_some());
-        let mut attempts = Attempts::new(self, forwarder, &message);
+        let mut message = Message::new(head, body, request_id, endpoint.is_some());
+        message.lists_cached = job.lists_cached;
+        let mut attempts = Attempts::new(self, forwarder, &message, &job.ruled_out);
         let answer = attempts.until_answered(&mut batch).await?;
         Ok(self.pass_through(answer, batch, job, arrived, message.request_id()))
     }
@@ -212,17 +225,28 @@ impl Shared {
             tokens.encode(endpoint, &request, body, &self.metrics)
         });
         let sequences = request.sequences(&ids, block_size, bytes_per_token);
+        let continuation = match endpoint {
+            Endpoint::Embeddings => None,
+            _ => request.continuation(
+                ids.first().and_then(Option::as_deref),
+                block_size,
+                bytes_per_token,
+            ),
+        };
         let all_encoded = !ids.is_empty() && ids.iter().all(Option::is_some);
         let comparable = all_encoded && request.is_matched_whole();
         Ok(Job {
             counted_tokens: comparable.then_some(sequences.prompt_tokens),
             is_single: sequences.further.is_empty() && request.is_matched_whole(),
+            continuation: continuation.filter(|it| !it.is_of_tokens() || self.tokens.is_some()),
             is_named,
+            lists_cached: request.lists_cached,
             sequences,
             max_tokens: request.max_tokens,
             streams: request.stream,
             prompt_bytes: request.prompt_bytes(),
             model: request.model,
+            ruled_out: Vec::new(),
         })
     }
 
@@ -270,6 +294,8 @@ impl Shared {
             model: job.model,
             is_single: job.is_single,
             prompt_tokens: job.sequences.prompt_tokens,
+            continuation: job.continuation,
+            foretold: answer.foretold,
             prompt_bytes: job.prompt_bytes,
             counted_tokens: job.counted_tokens,
         };

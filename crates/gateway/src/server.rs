@@ -104,17 +104,11 @@ impl Gateway {
             request_ids: RequestIds::new(),
             config,
         });
-        let workers: Vec<_> = shared
-            .config
-            .workers
-            .iter()
-            .map(|worker| {
-                let prefix_caching = shared.config.prefix_caching;
-                shared
-                    .workers
-                    .add(&shared.router, worker.clone(), prefix_caching)
-            })
-            .collect::<Result<_, _>>()?;
+        let mut workers = Vec::new();
+        for engine in &shared.config.workers {
+            let prefix_caching = shared.config.prefix_caching;
+            workers.extend(shared.workers.add(&shared.router, engine, prefix_caching)?);
+        }
         let (stop, stopped) = watch::channel(false);
         let api = api.into_std().map_err(StartError::Thread)?;
         let io_threads = (0..shared.config.io_threads.get())

@@ -5,7 +5,9 @@
 //! begins anew begins with an empty cache. And if there are no usable events for a while, the
 //! router goes back to guessing from what it sends there (the shadow), until there are.
 
+mod evidence;
 mod follow;
+mod repeats;
 mod sockets;
 mod source;
 mod standing;
@@ -19,11 +21,13 @@ use foresee_engine::kv_events::Message;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::shared::Shared;
+pub(crate) use crate::subscribe::evidence::Finding;
+use crate::subscribe::evidence::{Evidence, Reason};
 use crate::subscribe::follow::{Follower, Received};
 use crate::subscribe::sockets::{Feed, Heard, SocketError, read_message, replay};
-pub use crate::subscribe::source::EventSource;
 pub(crate) use crate::subscribe::source::check_endpoint;
-pub(crate) use crate::subscribe::standing::{Board, EventsState};
+pub use crate::subscribe::source::{EventSource, KvEvents};
+pub(crate) use crate::subscribe::standing::{Board, EventsState, Standing};
 use crate::workers::Worker;
 
 /// Pauses between attempts to connect: they double from the first to the last.
@@ -43,33 +47,28 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 const REBUILD_INTERVAL: Duration = Duration::from_secs(5);
 const HOPELESS_REBUILD_INTERVAL: Duration = Duration::from_secs(300);
 
-/// Prefixes the router is told of at a time, under its lock.
-const MOST_CHANGES: usize = 1024;
-
 /// How long replay is left alone after it failed.
 const REPLAY_REST: Duration = Duration::from_secs(5);
 
-/// Follows a worker's events until it is removed, if it publishes any.
+/// Follows a worker's events until it is removed, wherever they are at the time.
 pub(crate) async fn follow_events(shared: Arc<Shared>, worker: Arc<Worker>) {
-    let Some(source) = worker.config.kv_events.clone() else {
-        return;
-    };
-    worker.events.change(|it| it.state = EventsState::Waiting);
-    shared.metrics.events_live(&worker.config.name, false);
+    let mut sources = worker.event_source.subscribe();
     let following = async {
-        let model = worker.first_model().await;
-        let block_size = shared.config.router.block_size;
-        let subscription = Subscription {
-            shared: &shared,
-            worker: &worker,
-            source: &source,
-            follower: Follower::new(block_size, model),
-            unusable_since: Some(Instant::now()),
-            replay_rests_until: Instant::now(),
-            rebuild_at: Instant::now(),
-            told: None,
-        };
-        subscription.run().await;
+        loop {
+            let source = sources.borrow_and_update().clone();
+            stop_following(&shared, &worker);
+            let followed = async {
+                match &source {
+                    Some(source) => follow(&shared, &worker, source).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                // The sender is as old as this worker, so waiting does not fail.
+                _ = sources.changed() => {}
+                () = followed => {}
+            }
+        }
     };
     tokio::select! {
         () = worker.until_removed() => {}
@@ -78,11 +77,37 @@ pub(crate) async fn follow_events(shared: Arc<Shared>, worker: Arc<Worker>) {
     shared.metrics.forget_events(&worker.config.name);
 }
 
+/// Nothing is known of a worker's events.
+fn stop_following(shared: &Shared, worker: &Worker) {
+    shared.router.follow_events(worker.id, false);
+    shared.metrics.forget_events(&worker.config.name);
+    worker.events.change(|it| *it = Standing::default());
+}
+
+async fn follow(shared: &Shared, worker: &Worker, source: &EventSource) {
+    worker.events.change(|it| it.state = EventsState::Waiting);
+    shared.metrics.events_live(&worker.config.name, false);
+    let model = worker.first_model().await;
+    let block_size = shared.config.router.block_size;
+    let subscription = Subscription {
+        shared,
+        worker,
+        source,
+        follower: Follower::new(block_size, model, worker.config.rank),
+        unusable_since: Some(Instant::now()),
+        replay_rests_until: Instant::now(),
+        rebuild_at: Instant::now(),
+        told: None,
+    };
+    subscription.run().await;
+}
+
 /// What was said last in the log about a subscription, so that it is said once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Told {
     Live,
     Unusable,
+    Mistrusted,
 }
 
 struct Subscription<'s> {
@@ -127,6 +152,10 @@ impl Subscription<'_> {
             let heard = tokio::select! {
                 heard = feed.next() => Some(heard),
                 () = self.worker.resubscribe.notified() => return,
+                () = self.worker.events.weighed.notified() => {
+                    self.heed_answers();
+                    continue;
+                }
                 () = sleep_until(check_at) => None,
             };
             match heard {
@@ -178,13 +207,21 @@ impl Subscription<'_> {
         };
         if model != self.follower.model() {
             let removed = self.follower.clear();
-            self.follower = Follower::new(self.shared.config.router.block_size, model.clone());
+            self.follower = self.follower.anew(model.clone());
             self.tell_router(&removed);
         }
     }
 
     /// Applies a live message, after whatever is missing before it.
     async fn take(&mut self, frames: &[Bytes]) {
+        // Before the batches that those requests cause.
+        for prompt in self.worker.events.take_sent() {
+            self.follower.expect(prompt);
+        }
+        let asked = self.worker.events.were_lists_asked_for();
+        if asked && !self.follower.has_lists() {
+            self.take_back_repeats("requests ask for lists of what is cached");
+        }
         let Some(message) = read_message(frames) else {
             return;
         };
@@ -242,8 +279,7 @@ impl Subscription<'_> {
             return;
         }
         self.rebuild_at = now + REBUILD_INTERVAL;
-        let block_size = self.shared.config.router.block_size;
-        let mut anew = Follower::new(block_size, self.follower.model().to_owned());
+        let mut anew = self.follower.anew(self.follower.model().to_owned());
         let mut is_whole = true;
         let replayed = replay(endpoint, 0, |message| {
             is_whole = matches!(
@@ -259,6 +295,10 @@ impl Subscription<'_> {
         if !is_whole || !anew.is_exact() {
             self.rebuild_at = now + HOPELESS_REBUILD_INTERVAL;
             return;
+        }
+        // A cleared cache on the way ends what is known of lists, not that they are asked for.
+        if self.follower.has_lists() && !anew.has_lists() {
+            anew.take_back_repeats();
         }
         let before = std::mem::replace(&mut self.follower, anew);
         let Changes { added, stride, .. } = before.contents();
@@ -321,15 +361,39 @@ impl Subscription<'_> {
         for changes in changes {
             self.tell_router(changes);
         }
+        let (block_size, now) = (self.follower.engine_block_size(), self.shared.clock.now());
+        let events = &self.worker.events;
+        events.set_engine_block_size(block_size);
+        events.with_evidence(|it| it.heard(block_size, now));
         let label = [("worker", self.worker.config.name.clone())];
         let metrics = &self.shared.metrics;
         metrics.kv_event_batches.get_or_create(&label).inc();
         let (last, exact) = (self.follower.last(), self.follower.is_exact());
+        let has_lists = self.follower.has_lists();
         self.worker.events.change(|it| {
             it.batches += 1;
             it.last_sequence = last.map(|last| last.sequence);
             it.exact = exact;
+            it.has_lists = has_lists;
         });
+        if !has_lists
+            && let Some(capacity) = self.worker.capacity_blocks()
+            && self.follower.is_overfull(capacity)
+        {
+            self.take_back_repeats("more was stored than the engine has blocks");
+        }
+    }
+
+    /// Stores that say again what is known were lists, and are not counted any longer.
+    fn take_back_repeats(&mut self, why: &str) {
+        for changes in self.follower.take_back_repeats() {
+            self.tell_router(&changes);
+        }
+        self.worker.events.change(|it| it.has_lists = true);
+        tracing::info!(
+            worker = %self.worker.config.name, why,
+            "the engine lists cached blocks among its KV events: those count once"
+        );
     }
 
     fn note_lag(&self) {
@@ -341,27 +405,9 @@ impl Subscription<'_> {
         }
     }
 
-    /// In parts, so that no decision waits for a whole cache to be told.
     fn tell_router(&self, changes: &Changes) {
-        let (router, stride) = (&self.shared.router, changes.stride);
-        for removed in changes.removed.chunks(MOST_CHANGES) {
-            let (added, removed) = (Vec::new(), removed.to_vec());
-            let part = Changes {
-                added,
-                removed,
-                stride,
-            };
-            router.update_cache(self.worker.id, &part);
-        }
-        for added in changes.added.chunks(MOST_CHANGES) {
-            let (added, removed) = (added.to_vec(), Vec::new());
-            let part = Changes {
-                added,
-                removed,
-                stride,
-            };
-            router.update_cache(self.worker.id, &part);
-        }
+        self.worker.events.update_claims(changes);
+        self.shared.router.update_cache(self.worker.id, changes);
     }
 
     fn count_gap(&self) {
@@ -422,6 +468,10 @@ impl Subscription<'_> {
             return;
         }
         self.unusable_since = None;
+        if self.worker.events.with_evidence(|it| it.is_lost()) {
+            self.set_state(EventsState::Mistrusted);
+            return;
+        }
         self.set_state(EventsState::Live);
         if self.told == Some(Told::Live) {
             return;
@@ -430,6 +480,8 @@ impl Subscription<'_> {
         if !self.worker.events.read().followed {
             let router = &self.shared.router;
             router.follow_events(self.worker.id, true);
+            let now = self.shared.clock.now();
+            self.worker.events.with_evidence(|it| it.begin(now));
             self.tell_router(&self.follower.contents());
         }
         let exact = self.follower.is_exact();
@@ -451,12 +503,70 @@ impl Subscription<'_> {
         let name = &self.worker.config.name;
         self.shared.router.follow_events(self.worker.id, false);
         self.worker.events.change(|it| it.followed = false);
+        self.worker.events.with_evidence(Evidence::rest);
         self.shared.metrics.events_live(name, false);
         tracing::warn!(
             worker = %name, source = %self.source, why,
             "no usable KV events: its cache is guessed from what is sent there"
         );
         self.told = Some(Told::Unusable);
+    }
+
+    /// Looks at what answers say about the events.
+    fn heed_answers(&mut self) {
+        let events = &self.worker.events;
+        match events.take_reason() {
+            // It may be no more than that.
+            Some(Reason::Wrong) if self.follower.has_stores_in_doubt() => {
+                self.take_back_repeats("answers report less in its cache");
+                let now = self.shared.clock.now();
+                self.worker.events.with_evidence(|it| it.begin(now));
+            }
+            Some(reason) => self.mistrust(reason),
+            None if events.with_evidence(|it| it.is_won_back()) => self.trust_again(),
+            None => {}
+        }
+    }
+
+    /// Believes the events no longer, until they would have been right for a while.
+    fn mistrust(&mut self, reason: Reason) {
+        let (worker, name) = (self.worker, &self.worker.config.name);
+        worker.events.with_evidence(Evidence::lose);
+        worker.events.set_claims(Some(&self.follower.contents()));
+        // If all of them can be had again, that may put it right.
+        self.follower.doubt();
+        self.rebuild_at = Instant::now();
+        self.shared.router.follow_events(worker.id, false);
+        worker.events.change(|it| {
+            it.state = EventsState::Mistrusted;
+            it.followed = false;
+            it.exact = false;
+            it.mistrusted += 1;
+        });
+        self.shared.metrics.events_live(name, false);
+        let label = [("worker", name.clone())];
+        let metrics = &self.shared.metrics;
+        metrics.kv_events_mistrusted.get_or_create(&label).inc();
+        let what = match reason {
+            Reason::Silent => "no KV events come, and answers report another cache",
+            Reason::Wrong => "answers report another cache than KV events do",
+        };
+        tracing::warn!(
+            worker = %name, source = %self.source,
+            "{what}: they are not believed, and its cache is guessed from what is sent there"
+        );
+        self.told = Some(Told::Mistrusted);
+    }
+
+    fn trust_again(&mut self) {
+        let events = &self.worker.events;
+        events.set_claims(None);
+        events.with_evidence(Evidence::rest_assured);
+        tracing::info!(
+            worker = %self.worker.config.name,
+            "KV events have been right again for a while: they are believed"
+        );
+        self.judge();
     }
 
     fn set_state(&self, state: EventsState) {

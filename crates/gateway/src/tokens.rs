@@ -136,6 +136,11 @@ impl Tokens {
         encoded.map_err(|_| "not_encoded")
     }
 
+    /// The tokenizer, unless the model's engine was seen to use another.
+    pub(crate) fn tokenizer(&self, model: &str) -> Option<&Tokenizer> {
+        (!self.has_given_up(model)).then_some(&self.tokenizer)
+    }
+
     /// An engine counted `reported` tokens in a prompt in which we had counted `counted`.
     pub(crate) fn compare(&self, model: &str, counted: u32, reported: u32, metrics: &Metrics) {
         let equal = counted == reported;

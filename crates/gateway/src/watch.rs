@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use foresee_core::batch::Batch;
+use foresee_engine::answer::{Continuation, End, parse_answer};
 use foresee_engine::error::ApiError;
 use foresee_engine::stream::{StreamObserver, error_event};
 use foresee_engine::usage::{Usage, parse_usage};
@@ -37,13 +38,18 @@ enum Reader {
 }
 
 impl Reader {
-    fn of(head: &response::Parts) -> Self {
+    /// `collects`: the text of a stream is kept too.
+    fn of(head: &response::Parts, collects: bool) -> Self {
         let content_type = head.headers.get(CONTENT_TYPE);
         let content_type = content_type.map_or(&b""[..], |value| value.as_bytes());
         if !head.status.is_success() || head.headers.contains_key(CONTENT_ENCODING) {
             Self::Unread
         } else if content_type.starts_with(b"text/event-stream") {
-            Self::Events(StreamObserver::new())
+            Self::Events(if collects {
+                StreamObserver::collecting()
+            } else {
+                StreamObserver::new()
+            })
         } else if content_type.starts_with(b"application/json") {
             Self::Json(Vec::new(), 0)
         } else {
@@ -67,6 +73,11 @@ pub(crate) struct Watch {
     pub(crate) is_single: bool,
     /// Tokens of all prompts, as far as they are known.
     pub(crate) prompt_tokens: u32,
+    /// Where the answer goes in the prompt's sequence, if that can be known.
+    pub(crate) continuation: Option<Continuation>,
+    /// Tokens of the prompt that KV events say the worker has cached, if the answer can tell
+    /// whether they are right.
+    pub(crate) foretold: Option<u32>,
     /// Bytes of prompt text, to learn how many make a token; 0 if there is nothing to learn.
     pub(crate) prompt_bytes: usize,
     /// Tokens that our tokenizer counted in the prompt, if the engine ought to count the same.
@@ -93,7 +104,7 @@ pub(crate) struct Watched {
 impl Watched {
     /// Whether the answer is a stream of events that went well so far.
     pub(crate) fn is_stream(head: &response::Parts) -> bool {
-        matches!(Reader::of(head), Reader::Events(_))
+        matches!(Reader::of(head, false), Reader::Events(_))
     }
 
     /// `first` is what was already read of `body`.
@@ -113,7 +124,7 @@ impl Watched {
         let mut watched = Self {
             inner: body,
             waiting: None,
-            reader: Reader::of(head),
+            reader: Reader::of(head, watch.wants_text()),
             outcome,
             counted_tokens: 0,
             counted_apart: Vec::new(),
@@ -241,15 +252,20 @@ impl Watched {
 
     /// The worker ended its answer as it should.
     fn end(&mut self) {
-        let usage = match &self.reader {
-            Reader::Json(chunks, _) => match chunks.as_slice() {
-                [whole] => parse_usage(whole),
-                parts => parse_usage(&parts.concat()),
-            },
-            _ => self.reported(),
-        };
         let Some(mut watch) = self.watch.take() else {
             return;
+        };
+        let (usage, answer) = match &mut self.reader {
+            Reader::Json(chunks, _) => {
+                let body = match chunks.as_slice() {
+                    [whole] => whole.clone(),
+                    parts => parts.concat().into(),
+                };
+                let answer = watch.wants_text().then(|| parse_answer(&body));
+                (parse_usage(&body), answer.flatten())
+            }
+            Reader::Events(observer) => (observer.usage(), observer.take_answer()),
+            Reader::Unread => (None, None),
         };
         let shared = Arc::clone(&watch.shared);
         let now = shared.clock.now();
@@ -272,7 +288,8 @@ impl Watched {
         }
         watch.has_ended(&self.ending(self.outcome, usage));
         if self.outcome == Outcome::Ok {
-            watch.batch.finish(now);
+            let generated = usage.and_then(|usage| usage.completion_tokens);
+            watch.let_go(answer, End::Whole(generated));
         }
     }
 
@@ -300,7 +317,12 @@ impl Watched {
 }
 
 impl Watch {
-    fn learn(&self, usage: Usage) {
+    fn learn(&mut self, usage: Usage) {
+        if let (true, Some(cached)) = (self.is_single, usage.cached_tokens)
+            && let Some(booking) = self.batch.booking(0)
+        {
+            booking.observed_cached(cached);
+        }
         if let Some(tokens) = usage.prompt_tokens {
             self.shared
                 .text
@@ -314,8 +336,11 @@ impl Watch {
 
 impl Drop for Watched {
     fn drop(&mut self) {
-        if let Some(watch) = &self.watch {
+        if let Some(watch) = self.watch.take() {
             watch.has_ended(&self.ending(Outcome::ClientLeft, self.reported()));
+            if let Reader::Events(observer) = &mut self.reader {
+                watch.let_go(observer.take_answer(), End::Abandoned);
+            }
         }
     }
 }

@@ -1,22 +1,28 @@
 //! Where the workers are: what the router knows by id, with an address.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use foresee_core::fleet::{WorkerError, WorkerId, WorkerSpec};
 use foresee_core::router::Router;
 use http::uri::{PathAndQuery, Scheme};
-use http::{HeaderValue, Uri};
-use parking_lot::RwLock;
+use http::{HeaderMap, HeaderValue, Uri};
+use parking_lot::{Mutex, RwLock};
+use serde::Deserialize;
 use serde_json::value::RawValue;
 use tokio::sync::{Notify, watch};
 
 use crate::config::WorkerConfig;
 use crate::health::watch_worker;
+use crate::sampler::sample_engine;
 use crate::shared::Shared;
-use crate::subscribe::{Board, follow_events};
+use crate::subscribe::{Board, EventSource, KvEvents, follow_events};
+
+/// Pins a request to one of an engine's data-parallel ranks, for vLLM and SGLang alike.
+pub(crate) const RANK_HEADER: &str = "x-data-parallel-rank";
 
 /// One worker, as requests reach it.
 #[derive(Debug)]
@@ -25,18 +31,29 @@ pub(crate) struct Worker {
     pub(crate) config: WorkerConfig,
     /// Its name, ready for the response header.
     pub(crate) header: HeaderValue,
+    /// Its rank, ready for the header that pins a request to it; `None` if it is all there is at
+    /// its address.
+    pub(crate) rank_header: Option<HeaderValue>,
     /// The entries of its `/v1/models`, as it wrote them.
     pub(crate) models: RwLock<Vec<(String, Box<RawValue>)>>,
     /// Asks for a probe now rather than at the next interval.
     pub(crate) suspect: Notify,
     /// How its KV events stand.
     pub(crate) events: Board,
+    /// Where they are, by its configuration or by its own word.
+    pub(crate) event_source: watch::Sender<Option<EventSource>>,
+    /// It was said in the log that its ranks are others than configured.
+    pub(crate) told_of_ranks: AtomicBool,
+    /// Blocks that running requests pin by its own account, if it is asked and says so.
+    pub(crate) engine_active_blocks: Mutex<Option<u64>>,
     /// Asks for its KV events to be subscribed to anew: it was away.
     pub(crate) resubscribe: Notify,
     /// Whether it has said which models it serves.
     knows_models: watch::Sender<bool>,
     /// Tells what watches it to end.
     removed: watch::Sender<bool>,
+    /// How many blocks its cache has, if it said so; 0 if not.
+    capacity_blocks: AtomicU32,
     /// When something last came from it, in milliseconds of the gateway's clock.
     heard_at: AtomicU64,
     /// Nobody listened at its address: when somebody does again, its cache is gone.
@@ -55,6 +72,17 @@ impl Worker {
     /// When something last came from it.
     pub(crate) fn heard_at(&self) -> Duration {
         Duration::from_millis(self.heard_at.load(Ordering::Relaxed))
+    }
+
+    /// It said how many blocks its cache has.
+    pub(crate) fn set_capacity_blocks(&self, blocks: u32) {
+        self.capacity_blocks.store(blocks, Ordering::Relaxed);
+    }
+
+    /// How many blocks its cache has, if that is known.
+    pub(crate) fn capacity_blocks(&self) -> Option<u32> {
+        let said = self.capacity_blocks.load(Ordering::Relaxed);
+        self.config.blocks.or((said > 0).then_some(said))
     }
 
     /// Nobody listens at its address.
@@ -78,6 +106,20 @@ impl Worker {
         let known = !models.is_empty();
         *self.models.write() = models;
         self.knows_models.send_replace(known);
+    }
+
+    /// Whether it says that it is a vLLM.
+    pub(crate) fn is_vllm(&self) -> bool {
+        #[derive(Deserialize)]
+        struct Model<'m> {
+            #[serde(borrow)]
+            owned_by: Cow<'m, str>,
+        }
+        let models = self.models.read();
+        let owner = |(_, model): &(String, Box<RawValue>)| {
+            serde_json::from_str(model.get()).is_ok_and(|it: Model<'_>| it.owned_by == "vllm")
+        };
+        models.iter().any(owner)
     }
 
     /// The first model it serves, once it has said so.
@@ -132,8 +174,33 @@ pub(crate) struct Workers {
 }
 
 impl Workers {
-    /// Adds a worker to the router and to this list. It serves once a probe has found it.
+    /// Adds an engine to the router and to this list, rank by rank: all or none. They serve once
+    /// a probe has found them.
     pub(crate) fn add(
+        &self,
+        router: &Router,
+        engine: &WorkerConfig,
+        prefix_caching: bool,
+    ) -> Result<Vec<Arc<Worker>>, WorkerError> {
+        let same_name = |worker: &Arc<Worker>| worker.config.engine_name() == engine.engine_name();
+        if self.by_id.read().values().any(same_name) {
+            return Err(WorkerError::NameTaken(engine.engine_name().to_owned()));
+        }
+        let mut added = Vec::new();
+        for config in engine.workers() {
+            match self.add_one(router, config, prefix_caching) {
+                Ok(worker) => added.push(worker),
+                Err(error) => {
+                    let ids = added.iter().map(|worker: &Arc<Worker>| worker.id);
+                    ids.for_each(|id| self.remove(router, id));
+                    return Err(error);
+                }
+            }
+        }
+        Ok(added)
+    }
+
+    fn add_one(
         &self,
         router: &Router,
         config: WorkerConfig,
@@ -148,13 +215,21 @@ impl Workers {
         let worker = Arc::new(Worker {
             id,
             header: config.header(),
+            rank_header: config.rank.map(HeaderValue::from),
+            event_source: watch::Sender::new(match &config.kv_events {
+                KvEvents::At(source) => Some(source.clone()),
+                KvEvents::Discovered | KvEvents::Off => None,
+            }),
             config,
+            told_of_ranks: AtomicBool::new(false),
             models: RwLock::default(),
             suspect: Notify::new(),
             events: Board::default(),
+            engine_active_blocks: Mutex::default(),
             resubscribe: Notify::new(),
             knows_models: watch::Sender::new(false),
             removed: watch::Sender::new(false),
+            capacity_blocks: AtomicU32::new(0),
             heard_at: AtomicU64::new(0),
             absent: AtomicBool::new(false),
             lost_its_cache: AtomicBool::new(false),
@@ -201,6 +276,22 @@ impl Workers {
         self.by_id.read().get(&id).cloned()
     }
 
+    /// The workers that a client's headers rule out, by naming a rank that they are not. None, if
+    /// that would be all: then the engine says what is wrong with it.
+    pub(crate) fn ruled_out(&self, headers: &HeaderMap) -> Vec<WorkerId> {
+        let named = headers.get(RANK_HEADER).and_then(|rank| rank.to_str().ok());
+        let Some(named) = named.and_then(|rank| rank.trim().parse::<u32>().ok()) else {
+            return Vec::new();
+        };
+        let by_id = self.by_id.read();
+        let is_other = |worker: &&Arc<Worker>| worker.config.rank.is_some_and(|it| it != named);
+        let others: Vec<_> = by_id.values().filter(is_other).map(|it| it.id).collect();
+        if others.len() == by_id.len() {
+            return Vec::new();
+        }
+        others
+    }
+
     /// Every worker, in the order they joined.
     pub(crate) fn all(&self) -> Vec<Arc<Worker>> {
         let mut all: Vec<_> = self.by_id.read().values().cloned().collect();
@@ -212,5 +303,6 @@ impl Workers {
 /// Starts what watches a worker until it is removed.
 pub(crate) fn start_watching(shared: &Arc<Shared>, worker: Arc<Worker>) {
     tokio::spawn(watch_worker(Arc::clone(shared), Arc::clone(&worker)));
-    tokio::spawn(follow_events(Arc::clone(shared), worker));
+    tokio::spawn(follow_events(Arc::clone(shared), Arc::clone(&worker)));
+    tokio::spawn(sample_engine(Arc::clone(shared), worker));
 }

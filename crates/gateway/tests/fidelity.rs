@@ -344,8 +344,9 @@ async fn a_worker_may_live_below_a_path() {
         match exchange.head.first_line.as_str() {
             "GET /engines/one/health HTTP/1.1" => exchange.answer_json("").await,
             "GET /engines/one/v1/models HTTP/1.1" => exchange.answer_json("{}").await,
-            "GET /engines/one/metrics HTTP/1.1" => {
-                exchange.answer_json("").await;
+            "GET /engines/one/metrics HTTP/1.1" => exchange.answer_json("").await,
+            "GET /engines/one/server_info HTTP/1.1" => {
+                exchange.answer_json("{}").await;
                 found = true;
             }
             line => {

@@ -17,6 +17,8 @@ enum Step {
     Capacity(Slot, u32),
     Forget(Slot),
     ForgetComputed(Slot),
+    /// Forgets what all but so many of the latest freeings left.
+    ForgetEarlier(Slot, u64),
 }
 
 struct Pin {
@@ -38,7 +40,7 @@ struct Held {
 impl Held {
     fn new(capacity: u32) -> Self {
         Self {
-            shadows: (0..WORKERS).map(|_| Shadow::new(capacity)).collect(),
+            shadows: (0..WORKERS).map(|_| Shadow::new(Some(capacity))).collect(),
             pinned: vec![0; WORKERS as usize],
             ..Self::default()
         }
@@ -52,7 +54,7 @@ impl Held {
                 let at = self.tree.descend(&chain, &mut depths);
                 let pinned = self.tree.pin(at, &chain, worker);
                 self.pinned[worker as usize] += u64::from(pinned.blocks);
-                self.shadows[worker as usize].revived(pinned.revived);
+                self.shadows[worker as usize].revived(&pinned.revived, 0);
                 self.pins.push(Pin {
                     worker,
                     node: pinned.node,
@@ -83,7 +85,7 @@ impl Held {
             }
             Step::Forget(worker) => {
                 self.tree.forget_worker(worker);
-                self.shadows[worker as usize] = Shadow::new(20);
+                self.shadows[worker as usize] = Shadow::new(Some(20));
                 self.pinned[worker as usize] = 0;
                 let pins = self.pins.iter_mut().filter(|pin| pin.worker == worker);
                 pins.for_each(|pin| pin.forgotten = true);
@@ -91,6 +93,12 @@ impl Held {
             Step::ForgetComputed(worker) => {
                 self.tree.forget_computed(worker);
                 self.shadows[worker as usize].clear();
+            }
+            Step::ForgetEarlier(worker, latest) => {
+                let shadow = &mut self.shadows[worker as usize];
+                let stamp = shadow.next_stamp().saturating_sub(latest);
+                self.tree.forget_freed_before(worker, stamp);
+                shadow.forget_freed_before(stamp);
             }
         }
     }
@@ -218,7 +226,8 @@ fn steps(chain: impl Strategy<Value = Vec<SequenceHash>>) -> impl Strategy<Value
         8 => (which, 0..4_u32).prop_map(|(which, unhashed)| Step::Unpin(which, unhashed)),
         2 => (worker.clone(), 0..60_u32).prop_map(|(worker, blocks)| Step::Capacity(worker, blocks)),
         1 => worker.clone().prop_map(Step::Forget),
-        1 => worker.prop_map(Step::ForgetComputed),
+        1 => worker.clone().prop_map(Step::ForgetComputed),
+        1 => (worker, 0..6_u64).prop_map(|(worker, latest)| Step::ForgetEarlier(worker, latest)),
     ];
     prop::collection::vec(step, 1..150)
 }

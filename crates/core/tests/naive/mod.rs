@@ -59,6 +59,12 @@ impl NaiveWorker {
 
     pub(crate) fn book(&mut self, request: u64, sequence: &Sequence) {
         if self.prefix_caching {
+            // Of a prompt that is cached whole the last block is computed again.
+            if let Some(last) = sequence.hashes().get(sequence.reusable_blocks() as usize)
+                && self.computed.contains(last)
+            {
+                self.leave_a_copy(*last);
+            }
             for &hash in sequence.hashes() {
                 self.pinned.entry(hash).or_default().insert(request);
                 self.free.retain(|&free| free != Some(hash));
@@ -87,16 +93,47 @@ impl NaiveWorker {
         }
     }
 
+    /// A block that is computed again although it is cached: nobody can ask for the old one.
+    fn leave_a_copy(&mut self, hash: SequenceHash) {
+        for free in &mut self.free {
+            if *free == Some(hash) {
+                *free = None;
+            }
+        }
+    }
+
     /// `computed`: the request had its first token, so the full blocks of its output are in the
-    /// way of others' until they are taken.
-    pub(crate) fn free(&mut self, request: u64, sequence: &Sequence, computed: bool) {
+    /// way of others' until they are taken. Those that `answered` tells can be asked for.
+    pub(crate) fn free(
+        &mut self,
+        request: u64,
+        sequence: &Sequence,
+        computed: bool,
+        answered: Option<&Sequence>,
+    ) {
         self.unshared.remove(&request);
         let output = self.output.remove(&request).unwrap_or(0);
         if !self.prefix_caching {
             return;
         }
         if computed {
-            self.free.extend(std::iter::repeat_n(None, output));
+            let prompt = sequence.hashes().len();
+            let lost = |hash| !self.computed.contains(hash);
+            let known = match answered {
+                Some(answered) if !sequence.hashes().iter().any(lost) => {
+                    &answered.hashes()[prompt..]
+                }
+                _ => &[],
+            };
+            self.computed.extend(known);
+            let mut known: Vec<SequenceHash> = known.to_vec();
+            known.retain(|hash| !self.pinned.contains_key(hash));
+            for &hash in &known {
+                self.leave_a_copy(hash);
+            }
+            let anonymous = output.saturating_sub(known.len());
+            self.free.extend(std::iter::repeat_n(None, anonymous));
+            self.free.extend(known.iter().rev().map(|&hash| Some(hash)));
         }
         for hash in sequence.hashes().iter().rev() {
             let Some(by) = self.pinned.get_mut(hash) else {

@@ -4,11 +4,13 @@
 use std::num::NonZeroU32;
 
 use foresee_core::cache::{CacheView, Changes, StoredBlocks};
-use foresee_core::sequence;
+use foresee_core::sequence::{self, SequenceHash};
 use foresee_engine::kv_events::{
     Adapter, Attention, BlockKey, BlockRemoved, BlockStored, Event, EventBatch, Medium, Message,
     decode_batch,
 };
+
+use crate::subscribe::repeats::Repeats;
 
 /// Batches in a row that cannot be read until the stream counts as unreadable.
 const MOST_UNREADABLE: u32 = 3;
@@ -39,32 +41,52 @@ pub(super) struct Last {
 #[derive(Debug)]
 pub(super) struct Follower {
     view: CacheView,
+    repeats: Repeats,
     block_size: NonZeroU32,
     /// The name requests for the model itself come under.
     model: String,
     last: Option<Last>,
+    /// The data-parallel rank that is followed: the worker's or, if it has none, the first that
+    /// speaks.
+    rank: Option<u32>,
+    /// Another rank spoke, whose sequence numbers and blocks are its own.
+    other_rank: Option<u32>,
     /// The group of layers that is followed: the first seen that attends to everything. A prefix
     /// that is cached for one such group is cached for all.
     group: Option<Option<u32>>,
     /// Something was missed or could not be read since the cache was last empty.
     missed: bool,
     unreadable: u32,
+    /// Tokens of an engine's block; 0 until it is known.
+    engine_block_size: u32,
     /// An engine's block size that the router's does not divide.
     unfit_block_size: Option<u32>,
 }
 
 impl Follower {
     /// Follows an engine whose cache is empty. `block_size` is the router's.
-    pub(super) fn new(block_size: NonZeroU32, model: String) -> Self {
+    pub(super) fn new(block_size: NonZeroU32, model: String, rank: Option<u32>) -> Self {
         Self {
             view: CacheView::new(block_size),
+            repeats: Repeats::new(block_size),
             block_size,
             model,
             last: None,
+            rank,
+            other_rank: None,
             group: None,
             missed: false,
             unreadable: 0,
+            engine_block_size: 0,
             unfit_block_size: None,
+        }
+    }
+
+    /// A follower of the same engine that begins again, with an empty cache.
+    pub(super) fn anew(&self, model: String) -> Self {
+        Self {
+            repeats: self.repeats.anew(),
+            ..Self::new(self.block_size, model, self.rank)
         }
     }
 
@@ -86,8 +108,52 @@ impl Follower {
         !self.missed && self.view.is_exact()
     }
 
+    /// A prompt was sent that is exactly one of the engine's blocks.
+    pub(super) fn expect(&mut self, prompt: SequenceHash) {
+        self.repeats.expect(prompt);
+    }
+
+    /// Tokens of an engine's block; 0 until it is known.
+    pub(super) fn engine_block_size(&self) -> u32 {
+        self.engine_block_size
+    }
+
+    /// Answers say that the view is not what the engine has.
+    pub(super) fn doubt(&mut self) {
+        self.missed = true;
+    }
+
+    /// Whether stores that say again what is known count as lists of what is cached.
+    pub(super) fn has_lists(&self) -> bool {
+        self.repeats.are_lists()
+    }
+
+    /// Whether such stores were counted, and may have been wrongly.
+    pub(super) fn has_stores_in_doubt(&self) -> bool {
+        self.repeats.excess() > 0
+    }
+
+    /// Whether more was stored than the engine has blocks, and only because of those in doubt.
+    pub(super) fn is_overfull(&self, capacity: u32) -> bool {
+        let (stored, excess) = (self.view.stored_blocks(), self.repeats.excess());
+        let capacity = u64::from(capacity);
+        stored > capacity && stored.saturating_sub(excess) <= capacity
+    }
+
+    /// Stores that say again what is known are lists from now on, and those counted are taken
+    /// back.
+    pub(super) fn take_back_repeats(&mut self) -> Vec<Changes> {
+        self.repeats.take_back(&mut self.view)
+    }
+
     /// Why the events cannot be used, if they cannot.
     pub(super) fn fault(&self) -> Option<String> {
+        if let (Some(theirs), Some(ours)) = (self.other_rank, self.rank) {
+            return Some(format!(
+                "events of data-parallel rank {theirs} come where rank {ours} publishes: give \
+                 each its own endpoint, or write ranks=N"
+            ));
+        }
         if let Some(theirs) = self.unfit_block_size {
             let ours = self.block_size;
             return Some(format!(
@@ -100,10 +166,17 @@ impl Follower {
     /// Takes a message, if it is next.
     pub(super) fn receive(&mut self, message: &Message<'_>) -> Received {
         let next = self.last.map_or(0, |last| last.sequence.saturating_add(1));
+        let decoded = decode_batch(message.payload);
+        let speaker = decoded.as_ref().ok().and_then(|it| it.data_parallel_rank);
+        if let Some(speaker) = speaker
+            && *self.rank.get_or_insert(speaker) != speaker
+        {
+            self.other_rank = Some(speaker);
+            return Received::Known;
+        }
         if message.sequence > next {
             return Received::Gap(next);
         }
-        let decoded = decode_batch(message.payload);
         let timestamp = decoded.as_ref().ok().and_then(|batch| batch.timestamp);
         if let Some(last) = self.last
             && message.sequence < next
@@ -150,37 +223,40 @@ impl Follower {
 
     fn forget_blocks(&mut self) -> Changes {
         self.missed = false;
+        self.repeats.clear();
         self.view.clear()
     }
 
     fn apply(&mut self, batch: &EventBatch) -> Vec<Changes> {
-        let changes = batch.events.iter().filter_map(|event| match event {
-            Event::Stored(stored) => self.store(stored),
-            Event::Removed(removed) => self.remove(removed),
-            Event::Cleared { medium } => {
-                let here = medium.is_none_or(|medium| medium == Medium::Gpu);
-                here.then(|| self.forget_blocks())
+        let mut changes = Vec::new();
+        for event in &batch.events {
+            match event {
+                Event::Stored(stored) => changes.extend(self.store(stored)),
+                Event::Removed(removed) => changes.extend(self.remove(removed)),
+                Event::Cleared { medium } => {
+                    if medium.is_none_or(|medium| medium == Medium::Gpu) {
+                        changes.push(self.forget_blocks());
+                    }
+                }
             }
-        });
-        let changes: Vec<_> = changes
-            .filter(|it| !it.added.is_empty() || !it.removed.is_empty())
-            .collect();
+        }
+        changes.retain(|it| !it.added.is_empty() || !it.removed.is_empty());
         self.missed |= batch.malformed > 0 || batch.truncated;
         changes
     }
 
-    fn store(&mut self, stored: &BlockStored) -> Option<Changes> {
+    fn store(&mut self, stored: &BlockStored) -> Vec<Changes> {
         if stored.medium != Medium::Gpu || stored.attention == Attention::Other {
-            return None;
+            return Vec::new();
         }
         if *self.group.get_or_insert(stored.group) != stored.group {
-            return None;
+            return Vec::new();
         }
         let lora = match &stored.adapter {
             Adapter::Base => None,
             Adapter::Named(name) => Some(&**name),
             // No request can be matched with it.
-            Adapter::Unnamed => return None,
+            Adapter::Unnamed => return Vec::new(),
         };
         // What depends on media is more than its tokens say: no prompt of tokens matches it.
         let of_tokens_alone = stored.extras.iter().map(|extra| extra.block as usize).min();
@@ -191,25 +267,27 @@ impl Follower {
             .map(|&BlockKey(hash)| hash)
             .collect();
         if hashes.is_empty() {
-            return None;
+            return Vec::new();
         }
+        self.engine_block_size = stored.block_size;
         if stored.block_size % self.block_size != 0 {
             self.unfit_block_size = Some(stored.block_size);
         }
         if stored.blocks().is_none() {
             self.missed = true;
-            return None;
+            return Vec::new();
         }
         let tokens = &stored.tokens[..blocks * stored.block_size as usize];
         // A request for an adapter names it instead of the model.
         let model = lora.unwrap_or(&self.model);
-        Some(self.view.store(&StoredBlocks {
+        let stored = StoredBlocks {
             parent: stored.parent.map(|BlockKey(hash)| hash),
             hashes: &hashes,
             tokens,
             block_size: stored.block_size,
             salt: sequence::salt(model, None, stored.cache_salt.as_deref()),
-        }))
+        };
+        self.repeats.store(&mut self.view, &stored)
     }
 
     fn remove(&mut self, removed: &BlockRemoved) -> Option<Changes> {
@@ -217,7 +295,9 @@ impl Follower {
             return None;
         }
         let hashes: Vec<u64> = removed.hashes.iter().map(|&BlockKey(hash)| hash).collect();
-        Some(self.view.remove(&hashes))
+        let changes = self.view.remove(&hashes);
+        self.repeats.removed(&self.view, &hashes);
+        Some(changes)
     }
 }
 
@@ -227,12 +307,13 @@ mod tests {
     use std::path::{Path, PathBuf};
 
     use super::*;
+    use crate::subscribe::evidence::Claims;
     use foresee_engine::kv_events::{Layout, encode_batch, parse_message};
 
     const BLOCK: NonZeroU32 = NonZeroU32::new(2).unwrap();
 
     fn follower() -> Follower {
-        Follower::new(BLOCK, "m".to_owned())
+        Follower::new(BLOCK, "m".to_owned(), None)
     }
 
     fn payload(timestamp: f64, events: Vec<Event>) -> Vec<u8> {
@@ -347,6 +428,36 @@ mod tests {
         assert!(follower.fault().unwrap().contains("blocks of 3 tokens"));
     }
 
+    fn batch_of(rank: u32, hash: u64) -> Vec<u8> {
+        let batch = EventBatch {
+            timestamp: Some(1.0),
+            events: vec![stored(None, hash, [hash as u32, 0])],
+            data_parallel_rank: Some(rank),
+            ..EventBatch::default()
+        };
+        encode_batch(&batch, Layout::Map)
+    }
+
+    #[test]
+    fn two_ranks_are_never_taken_for_one() {
+        let mut of_rank_1 = Follower::new(BLOCK, "m".to_owned(), Some(1));
+        assert_eq!(receive(&mut of_rank_1, 0, &batch_of(0, 7)), Received::Known);
+        assert!(of_rank_1.contents().added.is_empty());
+        assert!(
+            of_rank_1
+                .fault()
+                .unwrap()
+                .contains("rank 0 come where rank 1")
+        );
+
+        let mut of_any = follower();
+        for (rank, sequence) in [(3, 0), (4, 0), (4, 1)] {
+            receive(&mut of_any, sequence, &batch_of(rank, 7 + u64::from(rank)));
+        }
+        assert_eq!(of_any.contents().added.len(), 1);
+        assert!(of_any.fault().unwrap().contains("rank 4 come where rank 3"));
+    }
+
     /// Whole messages recorded from engines that ran, and those of the folder that
     /// `FORESEE_KV_CAPTURES` names.
     fn recordings() -> Vec<(PathBuf, Vec<u8>)> {
@@ -393,7 +504,7 @@ mod tests {
         let recordings = recordings();
         assert!(recordings.len() >= 2);
         for (path, bytes) in recordings {
-            let mut follower = Follower::new(NonZeroU32::MIN, "m".to_owned());
+            let mut follower = Follower::new(NonZeroU32::MIN, "m".to_owned(), None);
             let mut counts = HashMap::<BlockKey, i64>::new();
             let mut followed = None;
             for frames in messages(&bytes) {
@@ -432,5 +543,90 @@ mod tests {
                 assert_eq!(follower.view.len(), left, "{}", path.display());
             }
         }
+    }
+
+    #[test]
+    fn a_prompt_of_one_block_is_stored_again_and_listed_blocks_are_not() {
+        let mut follower = follower();
+        let block = || payload(1.0, vec![stored(None, 7, [1, 2])]);
+        let removed = payload(
+            1.0,
+            vec![Event::Removed(BlockRemoved {
+                hashes: vec![BlockKey(7)],
+                ..BlockRemoved::default()
+            })],
+        );
+        receive(&mut follower, 0, &block());
+        follower.take_back_repeats();
+        let salt = sequence::salt("m", None, None);
+        let prompt = sequence::Sequence::from_tokens(&[1, 2], BLOCK, salt);
+        follower.expect(prompt.hashes()[0]);
+        // The prompt itself, and a list.
+        receive(&mut follower, 1, &block());
+        receive(&mut follower, 2, &block());
+        receive(&mut follower, 3, &removed);
+        assert_eq!(follower.contents().added, prompt.hashes());
+        receive(&mut follower, 4, &removed);
+        assert!(follower.contents().added.is_empty());
+    }
+
+    /// What a request found cached, and how many batches had come before it was sent.
+    #[derive(serde::Deserialize)]
+    struct Found {
+        batches: usize,
+        cached_tokens: u32,
+        prompt: Vec<u32>,
+    }
+
+    /// A vLLM 0.32 of 23 blocks, some of whose requests asked it to list what they found cached
+    /// (`kv_cache_report_mode: full`). Such lists are taken for what they are from the `asked`th
+    /// request on. Returns which requests were foretold wrong.
+    fn wrong_with_lists(asked: Option<usize>) -> Vec<usize> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../engine/tests/kv_events/recorded/full_report");
+        let stream = std::fs::read(folder.join("full.stream.bin")).unwrap();
+        let found = std::fs::read(folder.join("found.json")).unwrap();
+        let found: Vec<Found> = serde_json::from_slice(&found).unwrap();
+        assert!(found.len() >= 70);
+        let engine_block = NonZeroU32::new(32).unwrap();
+        let mut follower = Follower::new(engine_block, "m".to_owned(), None);
+        let mut claims = Claims::default();
+        let mut messages = messages(&stream).into_iter();
+        let mut applied = 0;
+        let mut wrong = Vec::new();
+        for (number, found) in found.iter().enumerate() {
+            for frames in messages.by_ref().take(found.batches - applied) {
+                let message = parse_message(&frames).unwrap();
+                let Received::Applied(changes) = follower.receive(&message) else {
+                    panic!("batch {} was not applied", message.sequence);
+                };
+                changes.iter().for_each(|it| claims.update(it));
+            }
+            applied = found.batches;
+            if asked == Some(number) {
+                let changes = follower.take_back_repeats();
+                changes.iter().for_each(|it| claims.update(it));
+            }
+            let salt = sequence::salt("m", None, None);
+            let prompt = sequence::Sequence::from_tokens(&found.prompt, engine_block, salt);
+            let foretold = claims.depth(prompt.hashes()).min(prompt.reusable_blocks());
+            if foretold * 32 != found.cached_tokens {
+                wrong.push(number);
+            }
+        }
+        assert!(asked.is_some() || follower.is_overfull(23));
+        assert!(asked.is_none() || !follower.is_overfull(23));
+        wrong
+    }
+
+    #[test]
+    fn lists_of_what_is_cached_are_no_stores() {
+        let counted = wrong_with_lists(None);
+        assert!(counted.len() >= 3, "{counted:?}");
+        assert_eq!(wrong_with_lists(Some(0)), Vec::<usize>::new());
+        // Late, but then all is put right.
+        let late = wrong_with_lists(Some(40));
+        assert!(late.iter().all(|number| *number < 40), "{late:?}");
+        assert!(!late.is_empty());
     }
 }

@@ -75,7 +75,7 @@ impl Feed {
         let mut socket = SubSocket::new();
         // Before there is anything to hear of.
         let mut monitor = socket.monitor();
-        socket.subscribe("").await?;
+        socket.subscribe(&source.topic).await?;
         if source.binds {
             remove_stale_socket(&source.endpoint);
             socket.bind(&source.endpoint).await?;
@@ -87,6 +87,7 @@ impl Feed {
         let (outbox, heard) = mpsc::channel(MOST_WAITING);
         let waiting_bytes = Arc::<AtomicUsize>::default();
         let waiting = Arc::clone(&waiting_bytes);
+        let topic = source.topic.clone();
         let reader = tokio::spawn(async move {
             loop {
                 let heard = tokio::select! {
@@ -99,6 +100,10 @@ impl Feed {
                         // The monitor tells of the connection that an error ends.
                         let Ok(message) = received else { continue };
                         let frames = message.into_vec();
+                        // ZeroMQ passes every topic that begins with the one asked for.
+                        if !topic.is_empty() && frames.first().is_none_or(|it| *it != topic) {
+                            continue;
+                        }
                         let bytes = size_of(&frames);
                         let before = waiting.fetch_add(bytes, Ordering::Relaxed);
                         if before + bytes > MOST_WAITING_BYTES

@@ -5,6 +5,18 @@ use std::str::FromStr;
 
 use zeromq::Endpoint;
 
+/// How the router learns what a worker caches.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum KvEvents {
+    /// From its events, if it says by itself where they are, as SGLang does.
+    #[default]
+    Discovered,
+    /// Not from events, whatever it says.
+    Off,
+    /// From the events that are here.
+    At(EventSource),
+}
+
 /// Where a worker publishes its KV events.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EventSource {
@@ -15,6 +27,37 @@ pub struct EventSource {
     pub binds: bool,
     /// Where its ROUTER socket is, which sends batches again.
     pub replay: Option<String>,
+    /// The topic its messages are published under, if others share the endpoint; empty takes
+    /// all.
+    pub topic: String,
+}
+
+impl EventSource {
+    /// Where one of several ranks publishes: they listen at consecutive ports. `None` if there
+    /// is no such port.
+    pub(crate) fn of_rank(&self, rank: u32) -> Option<Self> {
+        let replay = self.replay.as_deref();
+        Some(Self {
+            endpoint: later_port(&self.endpoint, rank)?,
+            replay: match replay {
+                Some(endpoint) => Some(later_port(endpoint, rank)?),
+                None => None,
+            },
+            ..self.clone()
+        })
+    }
+}
+
+/// The endpoint with its port moved on.
+fn later_port(endpoint: &str, by: u32) -> Option<String> {
+    if by == 0 {
+        return Some(endpoint.to_owned());
+    }
+    let (before, port) = endpoint
+        .strip_prefix("tcp://")
+        .and_then(|address| address.rsplit_once(':'))?;
+    let port = u16::try_from(port.parse::<u32>().ok()?.checked_add(by)?).ok()?;
+    Some(format!("tcp://{before}:{port}"))
 }
 
 impl FromStr for EventSource {
@@ -37,6 +80,7 @@ impl FromStr for EventSource {
             endpoint,
             binds,
             replay: None,
+            topic: String::new(),
         })
     }
 }

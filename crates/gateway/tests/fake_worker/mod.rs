@@ -75,6 +75,8 @@ struct Scripted {
     connections: AtomicUsize,
     model_list: Mutex<String>,
     metrics: Mutex<String>,
+    server_info: Mutex<Option<String>>,
+    event_sources: Mutex<Option<String>>,
     requests: mpsc::UnboundedSender<Exchange>,
     running: Mutex<Vec<AbortHandle>>,
 }
@@ -95,6 +97,8 @@ impl FakeWorker {
             connections: AtomicUsize::new(0),
             model_list: Mutex::new(json!({ "object": "list", "data": models }).to_string()),
             metrics: Mutex::default(),
+            server_info: Mutex::default(),
+            event_sources: Mutex::default(),
             requests,
             running: Mutex::default(),
         });
@@ -151,6 +155,16 @@ impl FakeWorker {
 
     pub(crate) fn set_metrics(&self, metrics: &str) {
         metrics.clone_into(&mut self.shared.metrics.lock());
+    }
+
+    /// Has it speak as an SGLang.
+    pub(crate) fn set_server_info(&self, info: &Value) {
+        *self.shared.server_info.lock() = Some(info.to_string());
+    }
+
+    /// Has it say where it publishes, as a vLLM.
+    pub(crate) fn set_event_sources(&self, sources: &Value) {
+        *self.shared.event_sources.lock() = Some(sources.to_string());
     }
 
     /// Ends as a killed process does: connections are closed, new ones refused.
@@ -226,9 +240,20 @@ impl Scripted {
             }
             "GET /v1/models HTTP/1.1" => ("200 OK", self.model_list.lock().clone()),
             "GET /metrics HTTP/1.1" => ("200 OK", self.metrics.lock().clone()),
+            // Of an older release, which has nothing at `/server_info`.
+            "GET /get_server_info HTTP/1.1" => found(&self.server_info),
+            "GET /kv_event_sources HTTP/1.1" => found(&self.event_sources),
+            "GET /server_info HTTP/1.1" => ("404 Not Found", String::new()),
             _ => return None,
         };
         Some(whole(status, "application/json", body))
+    }
+}
+
+fn found(body: &Mutex<Option<String>>) -> (&'static str, String) {
+    match body.lock().clone() {
+        Some(body) => ("200 OK", body),
+        None => ("404 Not Found", String::new()),
     }
 }
 

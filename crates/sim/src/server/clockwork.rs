@@ -169,6 +169,12 @@ impl Driver {
         let mut clock = Instant::now();
         loop {
             let Some(step) = self.engine.begin_step() else {
+                if let Some(publisher) = &mut self.publisher
+                    && publisher.is_due_to_restart()
+                {
+                    self.engine = Engine::new(self.engine.config().clone());
+                    publisher.restart();
+                }
                 let Some(command) = self.inbox.recv().await else {
                     return;
                 };

@@ -42,6 +42,13 @@ pub struct KvEventsConfig {
     pub drop_every: Option<NonZeroU64>,
     /// How long each batch is held back: a slow network, for tests.
     pub lag: Duration,
+    /// After so many batches nothing more is said: a publisher that died, for tests.
+    pub silent_after: Option<NonZeroU64>,
+    /// After so many batches, once nothing runs, the engine begins anew with an empty cache, and
+    /// its batches with number 0: restarts, for tests.
+    pub restart_every: Option<NonZeroU64>,
+    /// Nothing is said of blocks that are evicted: a publisher that lies, for tests.
+    pub hides_removals: bool,
 }
 
 impl KvEventsConfig {
@@ -56,6 +63,9 @@ impl KvEventsConfig {
             replay_batches: 10_000,
             drop_every: None,
             lag: Duration::ZERO,
+            silent_after: None,
+            restart_every: None,
+            hides_removals: false,
         }
     }
 }
@@ -116,6 +126,7 @@ impl Publisher {
     pub(super) fn note(&mut self, events: Vec<CacheEvent>) {
         for event in events {
             let event = match event {
+                CacheEvent::Removed { .. } if self.config.hides_removals => continue,
                 CacheEvent::Removed { hash } => Event::Removed(BlockRemoved {
                     hashes: vec![name_of(hash)],
                     ..BlockRemoved::default()
@@ -144,8 +155,30 @@ impl Publisher {
         }
     }
 
+    fn is_silent(&self) -> bool {
+        let after = self.config.silent_after;
+        after.is_some_and(|after| self.sequence >= after.get())
+    }
+
+    /// Whether it is time for the engine to begin anew.
+    pub(super) fn is_due_to_restart(&self) -> bool {
+        let every = self.config.restart_every;
+        every.is_some_and(|every| self.sequence >= every.get())
+    }
+
+    /// Speaks for another engine from now on.
+    pub(super) fn restart(&mut self) {
+        self.sequence = 0;
+        self.pending.clear();
+        self.kept.lock().clear();
+        self.published.store(0, Ordering::Relaxed);
+    }
+
     /// Publishes what was noted since last time, if anything.
     pub(super) fn publish(&mut self) {
+        if self.is_silent() {
+            self.pending.clear();
+        }
         if self.pending.is_empty() {
             return;
         }

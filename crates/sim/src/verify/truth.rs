@@ -24,6 +24,8 @@ const LIMIT: Duration = Duration::from_secs(10);
 pub(super) struct RouterWorker {
     pub(super) name: String,
     pub(super) url: String,
+    /// Which engine behind that address it is, if one of several.
+    pub(super) rank: Option<u32>,
     pub(super) active_blocks: u64,
     pub(super) cache_source: String,
     pub(super) capacity_blocks: u32,
@@ -145,7 +147,8 @@ impl Reader {
     async fn load_of(&self, worker: &RouterWorker) -> Result<EngineLoad, String> {
         let body = self.get(&format!("{}/metrics", worker.url)).await?;
         let text = String::from_utf8_lossy(&body);
-        let engines = EngineLoad::parse(&text);
+        let mut engines = EngineLoad::parse(&text);
+        engines.retain(|(rank, _)| worker.rank.is_none_or(|ours| ours == *rank));
         if engines.is_empty() {
             return Err("its /metrics tell nothing of its KV cache".to_owned());
         }

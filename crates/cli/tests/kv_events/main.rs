@@ -3,6 +3,9 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod sampled;
+mod trust;
+
 use std::collections::HashSet;
 use std::net::{SocketAddr, TcpListener};
 use std::num::{NonZeroU32, NonZeroU64};
@@ -121,6 +124,7 @@ impl Fleet {
             workers: vec![worker.parse::<WorkerConfig>().unwrap()],
             probe_interval: Duration::from_millis(20),
             events_grace: Duration::from_millis(100),
+            sample_engines: Some(Duration::from_millis(20)),
             ..GatewayConfig::default()
         });
         Self {
