@@ -20,8 +20,9 @@ pub use crate::request::{Candidate, Explanation, Request, RouteError};
 use crate::sequence::Sequence;
 use crate::state::{Locked, State, release};
 
-/// Prefixes that are told under one lock, at most: some ten microseconds.
-const MOST_TOLD_AT_ONCE: usize = 128;
+/// Prefixes that are told under one lock, at most. That takes some two microseconds: whoever waits
+/// is better off spinning than asleep.
+const MOST_TOLD_AT_ONCE: usize = 32;
 
 /// Predicts load and cache of a fleet and places requests on it. A handle: clones share one
 /// state.
