@@ -155,7 +155,8 @@ async fn rest(reader: &Reader) -> Result<(), String> {
             reader.read().await?;
             let watched = reader.watched();
             let last = watched.iter().filter_map(|it| it.readings.last());
-            if last.clone().all(|it| it.predicted.1 == 0 && it.held == 0.0) {
+            let frees = watched.iter().all(|it| it.worker.active_blocks == 0);
+            if frees && last.clone().all(|it| it.held == 0.0) {
                 return Ok(());
             }
             tokio::time::sleep(Duration::from_millis(100)).await;

@@ -114,7 +114,12 @@ fn check_active_blocks(found: &Verification, checks: &mut Vec<Check>) {
             what: format!("active blocks of {}, mean error", worker.name),
             found: if is_known {
                 let share = active.error_share() * 100.0;
-                format!("{:.2} blocks, {share:.1} % of the peak", active.mean_error)
+                let (error, age) = (active.mean_error, active.age * 1e3);
+                let now = active.mean_error_now;
+                format!(
+                    "{error:.2} blocks, {share:.1} % of the peak, its figures being {age:.0} ms \
+                     old; {now:.2} if they were new"
+                )
             } else {
                 let why = worker.unread.as_deref();
                 why.unwrap_or("it was given nothing to hold").to_owned()
@@ -122,8 +127,8 @@ fn check_active_blocks(found: &Verification, checks: &mut Vec<Check>) {
             goal: format!("{} %", GOAL_ACTIVE * 100.0),
             passed: is_known.then(|| active.error_share() <= GOAL_ACTIVE),
             remedy: is_known.then_some(
-                "other clients of this engine are load the router cannot see; SGLang updates its \
-                 metrics every few steps only",
+                "requests much shorter than the way to the engine and back blur it; other clients \
+                 are load the router cannot see; SGLang needs --decode-log-interval 1",
             ),
         });
     }

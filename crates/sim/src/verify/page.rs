@@ -49,26 +49,24 @@ impl Verification {
     }
 
     fn active_blocks(&self, worker: &WorkerResult) -> String {
-        let series = &worker.active.series;
+        let active = &worker.active;
         let bands = self.phases.iter().map(|phase| Band {
             from: phase.seconds.0,
             to: phase.seconds.1,
             name: format!("{} at a time", phase.concurrency),
         });
         let bands: Vec<Band> = bands.collect();
+        let predicted = active.predicted.iter();
         let lines = [
             Line {
                 class: "line held",
-                points: series.iter().map(|&(at, _, _, held)| (at, held)).collect(),
+                points: active.held.clone(),
                 steps: false,
             },
             Line {
                 class: "line predicted",
-                points: series
-                    .iter()
-                    .map(|&(at, _, after, _)| (at, after as f64))
-                    .collect(),
-                steps: false,
+                points: predicted.map(|&(at, blocks)| (at, blocks as f64)).collect(),
+                steps: true,
             },
         ];
         let chart = Chart {
@@ -77,16 +75,17 @@ impl Verification {
             bands: &bands,
             lines: &lines,
         };
-        let active = &worker.active;
         format!(
             "<figure><figcaption><b>{}</b> {}: mean error {:.2} blocks, {:.1} % of the peak of \
-             {:.0}; worst {:.0}; {} readings</figcaption>{}</figure>",
+             {:.0}, the engine's figures being {:.0} ms old on average; {:.2} blocks if they were \
+             new; {} readings</figcaption>{}</figure>",
             escaped(&worker.name),
             escaped(&worker.url),
             active.mean_error,
             active.error_share() * 100.0,
             active.peak,
-            active.worst_error,
+            active.age * 1e3,
+            active.mean_error_now,
             active.samples,
             chart.svg()
         )

@@ -123,29 +123,37 @@ pub struct WorkerResult {
 
 /// Predicted active blocks against an engine's own account.
 ///
-/// An engine's figure is of some moment between the router's two around it, so the distance to
-/// the nearer one is an error, and what lies between is none.
+/// An engine writes its figure when a step ends, so what is read is older than the reading, by
+/// anything up to a step and what happens before one. How old it is on average is the age at
+/// which the figures and the predictions of that time agree best.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct ActiveBlocks {
     /// Readings compared.
     pub samples: usize,
-    /// Mean absolute error, in blocks.
+    /// Mean absolute difference to what was predicted when the engine was asked, in blocks.
+    pub mean_error_now: f64,
+    /// How old the engine's figures are, in seconds.
+    pub age: f64,
+    /// Mean absolute difference to what was predicted so long before, in blocks.
     pub mean_error: f64,
-    /// The largest error, in blocks.
+    /// The largest of those, in blocks.
     pub worst_error: f64,
-    /// Mean absolute error over readings of an engine with nothing waiting, in blocks.
-    pub mean_error_unqueued: f64,
     /// The most blocks the engine held.
     pub peak: f64,
     /// Predicted when all was over.
     pub predicted_at_rest: u64,
     /// Held when all was over.
     pub held_at_rest: f64,
-    /// Seconds, blocks predicted before and after, blocks held.
-    pub series: Vec<(f64, u64, u64, f64)>,
+    /// When a prediction changed, in seconds, and to what.
+    pub predicted: Vec<(f64, u64)>,
+    /// When the engine was asked, in seconds, and what it held.
+    pub held: Vec<(f64, f64)>,
 }
 
 impl ActiveBlocks {
+    /// Figures older than this are not taken to be of the same requests.
+    const MOST_AGE: f64 = 0.5;
+
     /// Mean absolute error as a share of the peak.
     #[must_use]
     pub fn error_share(&self) -> f64 {
@@ -153,29 +161,29 @@ impl ActiveBlocks {
     }
 
     fn of(watched: &Watched) -> Self {
-        let mut found = Self::default();
-        let (mut unqueued, mut unqueued_error) = (0, 0.0);
-        for reading in &watched.readings {
-            let (before, after) = reading.predicted;
-            let (low, high) = (before.min(after) as f64, before.max(after) as f64);
-            // Engines report a share of their blocks, rounded by a float's last digits.
-            let held = reading.held.round();
-            let error = (low - held).max(held - high).max(0.0);
-            found.samples += 1;
-            found.mean_error += error;
-            found.worst_error = found.worst_error.max(error);
-            found.peak = found.peak.max(held);
-            found.predicted_at_rest = after;
-            found.held_at_rest = held;
-            found.series.push((reading.at, before, after, held));
-            if reading.waiting == 0 {
-                unqueued += 1;
-                unqueued_error += error;
-            }
+        // Engines report a share of their blocks, rounded by a float's last digits.
+        let held = watched.readings.iter().map(|it| (it.at, it.held.round()));
+        let held: Vec<(f64, f64)> = held.collect();
+        let errors = |age: f64| {
+            let readings = held.iter();
+            readings.map(move |&(at, held)| (watched.predicted_at(at - age) as f64 - held).abs())
+        };
+        let mean = |age: f64| errors(age).sum::<f64>() / held.len().max(1) as f64;
+        let ages = (0..=25).map(|step| f64::from(step) / 25.0 * Self::MOST_AGE);
+        let best = ages.min_by(|&one, &other| mean(one).total_cmp(&mean(other)));
+        let age = best.unwrap_or(0.0);
+        Self {
+            samples: held.len(),
+            mean_error_now: mean(0.0),
+            age,
+            mean_error: mean(age),
+            worst_error: errors(age).fold(0.0, f64::max),
+            peak: held.iter().map(|&(_, held)| held).fold(0.0, f64::max),
+            predicted_at_rest: watched.worker.active_blocks,
+            held_at_rest: held.last().map_or(0.0, |&(_, held)| held),
+            predicted: watched.predicted.clone(),
+            held,
         }
-        found.mean_error /= found.samples.max(1) as f64;
-        found.mean_error_unqueued = unqueued_error / f64::from(unqueued.max(1));
-        found
     }
 }
 
@@ -372,8 +380,14 @@ impl fmt::Display for Verification {
         }
         writeln!(
             f,
-            "{:<22}{:>8}{:>8}{:>11}{:>12}{:>9}{:>14}",
-            "active blocks", "cache", "peak", "mean error", "of the peak", "worst", "event lag p99"
+            "{:<22}{:>8}{:>8}{:>11}{:>12}{:>12}{:>14}",
+            "active blocks",
+            "cache",
+            "peak",
+            "mean error",
+            "of the peak",
+            "figures' age",
+            "event lag p99"
         )?;
         for worker in &self.workers {
             let active = &worker.active;
@@ -382,13 +396,13 @@ impl fmt::Display for Verification {
                 .map(|lag| format!("{:.1} ms", lag.p99 * 1e3));
             writeln!(
                 f,
-                "{:<22}{:>8}{:>8.0}{:>11.2}{:>11.1}%{:>9.0}{:>14}",
+                "{:<22}{:>8}{:>8.0}{:>11.2}{:>11.1}%{:>9.0} ms{:>14}",
                 worker.name,
                 worker.cache_source,
                 active.peak,
                 active.mean_error,
                 active.error_share() * 100.0,
-                active.worst_error,
+                active.age * 1e3,
                 lag.as_deref().unwrap_or("-"),
             )?;
         }

@@ -12,7 +12,7 @@ use hyper::{Request, Uri};
 use parking_lot::Mutex;
 use serde::Deserialize;
 use tokio::task::JoinHandle;
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Interval, MissedTickBehavior};
 
 use crate::http::{HttpClient, chain, client, refusal};
 
@@ -40,17 +40,13 @@ pub(super) struct KvEvents {
     pub(super) batches: u64,
 }
 
-/// One worker at one moment.
+/// What an engine said of itself at one moment.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reading {
-    /// Seconds since the watch began.
+    /// When it was asked, in seconds since the watch began.
     pub(super) at: f64,
-    /// Active blocks the router predicted just before the engine was asked, and just after: the
-    /// engine's figure is of some moment between.
-    pub(super) predicted: (u64, u64),
-    /// Active blocks by the engine's own account.
+    /// Active blocks by its own account.
     pub(super) held: f64,
-    pub(super) waiting: u32,
 }
 
 /// All that was read of one worker.
@@ -58,6 +54,8 @@ pub(super) struct Reading {
 pub(super) struct Watched {
     /// As last described.
     pub(super) worker: RouterWorker,
+    /// Active blocks that the router predicted, and when, whenever that changed.
+    pub(super) predicted: Vec<(f64, u64)>,
     pub(super) readings: Vec<Reading>,
     /// Seconds from a batch of events to its application, a figure for each batch that was seen.
     pub(super) lags: Vec<f64>,
@@ -110,32 +108,43 @@ impl Reader {
         Ok(values.sum::<f64>() as u64)
     }
 
-    /// Reads every worker once.
-    pub(super) async fn read(&self) -> Result<(), String> {
-        let before = self.workers().await?;
-        let metrics = before.iter().map(|worker| self.load_of(worker));
-        let loads = join_all(metrics).await;
-        let after = self.workers().await?;
+    /// Reads what the router predicts now.
+    async fn read_predictions(&self) -> Result<Vec<RouterWorker>, String> {
+        let workers = self.workers().await?;
         let at = self.seconds();
         let mut watched = self.watched.lock();
-        for (before, load) in before.iter().zip(loads) {
-            let Some(after) = after.iter().find(|it| it.name == before.name) else {
-                continue;
-            };
-            let index = match watched.iter().position(|it| it.worker.name == before.name) {
-                Some(index) => index,
-                None => {
-                    watched.push(Watched {
-                        worker: before.clone(),
-                        readings: Vec::new(),
-                        lags: Vec::new(),
-                        unread: None,
-                        last_batch: 0,
-                    });
-                    watched.len() - 1
-                }
-            };
-            watched[index].take(at, before, after, load);
+        for worker in &workers {
+            match watched.iter_mut().find(|it| it.worker.name == worker.name) {
+                Some(watched) => watched.take(at, worker),
+                None => watched.push(Watched {
+                    worker: worker.clone(),
+                    predicted: vec![(at, worker.active_blocks)],
+                    readings: Vec::new(),
+                    lags: Vec::new(),
+                    unread: None,
+                    last_batch: 0,
+                }),
+            }
+        }
+        Ok(workers)
+    }
+
+    /// Reads every worker once, and what the router predicts.
+    pub(super) async fn read(&self) -> Result<(), String> {
+        let workers = self.read_predictions().await?;
+        let at = self.seconds();
+        let loads = join_all(workers.iter().map(|worker| self.load_of(worker))).await;
+        let mut watched = self.watched.lock();
+        for (worker, load) in workers.iter().zip(loads) {
+            let known = watched.iter_mut().find(|it| it.worker.name == worker.name);
+            match (known, load) {
+                (Some(watched), Ok(load)) => watched.readings.push(Reading {
+                    at,
+                    held: load.active_blocks,
+                }),
+                (Some(watched), Err(error)) => watched.unread = Some(error),
+                (None, _) => {}
+            }
         }
         Ok(())
     }
@@ -181,42 +190,48 @@ impl Reader {
 }
 
 impl Watched {
-    fn take(
-        &mut self,
-        at: f64,
-        before: &RouterWorker,
-        after: &RouterWorker,
-        load: Result<EngineLoad, String>,
-    ) {
-        match load {
-            Ok(load) => self.readings.push(Reading {
-                at,
-                predicted: (before.active_blocks, after.active_blocks),
-                held: load.active_blocks,
-                waiting: load.waiting,
-            }),
-            Err(error) => self.unread = Some(error),
+    fn take(&mut self, at: f64, worker: &RouterWorker) {
+        let last = self.predicted.last().map(|&(_, blocks)| blocks);
+        if last != Some(worker.active_blocks) {
+            self.predicted.push((at, worker.active_blocks));
         }
-        if let Some(events) = &after.kv_events
+        if let Some(events) = &worker.kv_events
             && events.batches > self.last_batch
         {
             self.last_batch = events.batches;
             self.lags.extend(events.lag_seconds);
         }
-        self.worker = after.clone();
+        self.worker = worker.clone();
+    }
+
+    /// What was predicted at some time.
+    pub(super) fn predicted_at(&self, at: f64) -> u64 {
+        let after = self.predicted.partition_point(|&(since, _)| since <= at);
+        let index = after.saturating_sub(1);
+        self.predicted.get(index).map_or(0, |&(_, blocks)| blocks)
     }
 }
 
 /// Reads at intervals until it is dropped.
 #[derive(Debug)]
-pub(super) struct Watch(JoinHandle<()>);
+pub(super) struct Watch([JoinHandle<()>; 2]);
+
+/// Time between two looks at what the router predicts: it costs a fraction of a millisecond.
+const PREDICTIONS: Duration = Duration::from_millis(20);
 
 impl Watch {
     pub(super) fn start(reader: Arc<Reader>, interval: Duration) -> Self {
-        Self(tokio::spawn(async move {
-            let mut ticks = tokio::time::interval(interval);
-            // A slow engine is asked less often, not in bursts.
-            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let predictions = Arc::clone(&reader);
+        let predictions = tokio::spawn(async move {
+            let mut ticks = every(PREDICTIONS);
+            loop {
+                ticks.tick().await;
+                // The engines are asked as well, and then it is said what is wrong.
+                let _ = predictions.read_predictions().await;
+            }
+        });
+        let engines = tokio::spawn(async move {
+            let mut ticks = every(interval);
             loop {
                 ticks.tick().await;
                 // What is missing once is there the next time, or shows as missing in the report.
@@ -228,12 +243,20 @@ impl Watch {
                         .for_each(|it| it.unread = Some(error.clone()));
                 }
             }
-        }))
+        });
+        Self([predictions, engines])
     }
+}
+
+/// Whoever is slow is asked less often, not in bursts.
+fn every(interval: Duration) -> Interval {
+    let mut ticks = tokio::time::interval(interval);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        self.0.abort();
+        self.0.iter().for_each(JoinHandle::abort);
     }
 }
