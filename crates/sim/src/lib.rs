@@ -4,7 +4,8 @@
 //! Read in this order: [`law`] (how long a step takes), [`blocks`] (the KV cache), [`engine`]
 //! (what a step does), [`prompt`], [`trace`] and [`workload`] (what clients send), [`arrivals`]
 //! (when), [`replay`] (all of it with the router), [`prediction`] and [`report`] (what came out).
-//! [`load`] sends the same workloads to a live address.
+//! [`load`] sends the same workloads to a live address, and [`verify`] holds a router's predictions
+//! against engines that run.
 //!
 //! [`engine::Engine`] is a state machine without a clock: its driver decides whether the time a
 //! step takes passes on a virtual clock or on the wall. [`server`] lets it pass on the wall, and
