@@ -114,12 +114,7 @@ fn check_active_blocks(found: &Verification, checks: &mut Vec<Check>) {
             what: format!("active blocks of {}, mean error", worker.name),
             found: if is_known {
                 let share = active.error_share() * 100.0;
-                let (error, age) = (active.mean_error, active.age * 1e3);
-                let now = active.mean_error_now;
-                format!(
-                    "{error:.2} blocks, {share:.1} % of the peak, its figures being {age:.0} ms \
-                     old; {now:.2} if they were new"
-                )
+                format!("{:.2} blocks, {share:.1} % of the peak", active.mean_error)
             } else {
                 let why = worker.unread.as_deref();
                 why.unwrap_or("it was given nothing to hold").to_owned()

@@ -77,15 +77,13 @@ impl Verification {
         };
         format!(
             "<figure><figcaption><b>{}</b> {}: mean error {:.2} blocks, {:.1} % of the peak of \
-             {:.0}, the engine's figures being {:.0} ms old on average; {:.2} blocks if they were \
-             new; {} readings</figcaption>{}</figure>",
+             {:.0}; worst {:.0}; {} readings</figcaption>{}</figure>",
             escaped(&worker.name),
             escaped(&worker.url),
             active.mean_error,
             active.error_share() * 100.0,
             active.peak,
-            active.age * 1e3,
-            active.mean_error_now,
+            active.worst_error,
             active.samples,
             chart.svg()
         )

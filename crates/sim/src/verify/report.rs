@@ -123,18 +123,13 @@ pub struct WorkerResult {
 
 /// Predicted active blocks against an engine's own account.
 ///
-/// An engine writes its figure when a step ends, so what is read is older than the reading, by
-/// anything up to a step and what happens before one. How old it is on average is the age at
-/// which the figures and the predictions of that time agree best.
+/// The router counts a request from the instant it is chosen until its end has come back, the
+/// engine from the step that takes it up until the last: what both ways take is part of the error.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct ActiveBlocks {
     /// Readings compared.
     pub samples: usize,
     /// Mean absolute difference to what was predicted when the engine was asked, in blocks.
-    pub mean_error_now: f64,
-    /// How old the engine's figures are, in seconds.
-    pub age: f64,
-    /// Mean absolute difference to what was predicted so long before, in blocks.
     pub mean_error: f64,
     /// The largest of those, in blocks.
     pub worst_error: f64,
@@ -151,9 +146,6 @@ pub struct ActiveBlocks {
 }
 
 impl ActiveBlocks {
-    /// Figures older than this are not taken to be of the same requests.
-    const MOST_AGE: f64 = 0.5;
-
     /// Mean absolute error as a share of the peak.
     #[must_use]
     pub fn error_share(&self) -> f64 {
@@ -164,20 +156,11 @@ impl ActiveBlocks {
         // Engines report a share of their blocks, rounded by a float's last digits.
         let held = watched.readings.iter().map(|it| (it.at, it.held.round()));
         let held: Vec<(f64, f64)> = held.collect();
-        let errors = |age: f64| {
-            let readings = held.iter();
-            readings.map(move |&(at, held)| (watched.predicted_at(at - age) as f64 - held).abs())
-        };
-        let mean = |age: f64| errors(age).sum::<f64>() / held.len().max(1) as f64;
-        let ages = (0..=25).map(|step| f64::from(step) / 25.0 * Self::MOST_AGE);
-        let best = ages.min_by(|&one, &other| mean(one).total_cmp(&mean(other)));
-        let age = best.unwrap_or(0.0);
+        let error = |&(at, held): &(f64, f64)| (watched.predicted_at(at) as f64 - held).abs();
         Self {
             samples: held.len(),
-            mean_error_now: mean(0.0),
-            age,
-            mean_error: mean(age),
-            worst_error: errors(age).fold(0.0, f64::max),
+            mean_error: held.iter().map(error).sum::<f64>() / held.len().max(1) as f64,
+            worst_error: held.iter().map(error).fold(0.0, f64::max),
             peak: held.iter().map(|&(_, held)| held).fold(0.0, f64::max),
             predicted_at_rest: watched.worker.active_blocks,
             held_at_rest: held.last().map_or(0.0, |&(_, held)| held),
@@ -396,13 +379,13 @@ impl fmt::Display for Verification {
                 .map(|lag| format!("{:.1} ms", lag.p99 * 1e3));
             writeln!(
                 f,
-                "{:<22}{:>8}{:>8.0}{:>11.2}{:>11.1}%{:>9.0} ms{:>14}",
+                "{:<22}{:>8}{:>8.0}{:>12.2}{:>12.1}%{:>8.0}{:>15}",
                 worker.name,
                 worker.cache_source,
                 active.peak,
                 active.mean_error,
                 active.error_share() * 100.0,
-                active.age * 1e3,
+                active.worst_error,
                 lag.as_deref().unwrap_or("-"),
             )?;
         }
