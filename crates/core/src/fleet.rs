@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::mem;
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 use rapidhash::v3::{DEFAULT_RAPID_SECRETS, rapidhash_v3_seeded};
@@ -123,6 +124,14 @@ pub(crate) struct Worker {
     pub(crate) told: u64,
 }
 
+/// A worker whose engine's blocks are so many of the router's, more than one. Engines share whole
+/// blocks of their own size only.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Coarse {
+    pub(crate) slot: Slot,
+    pub(crate) stride: NonZeroU32,
+}
+
 impl Worker {
     pub(crate) fn state(&self) -> WorkerState {
         match (self.draining, self.healthy) {
@@ -140,6 +149,8 @@ pub(crate) struct Fleet {
     /// Apart from `workers`, so that a decision over hundreds of them reads little memory.
     pub(crate) loads: Vec<Load>,
     eligible: Eligible,
+    /// Apart too, because most fleets have none.
+    pub(crate) coarse: Vec<Coarse>,
     generations: u64,
 }
 
@@ -200,8 +211,26 @@ impl Fleet {
         }
         self.workers[id.slot as usize] = None;
         self.loads[id.slot as usize] = Load::default();
+        self.coarse.retain(|coarse| coarse.slot != id.slot);
         self.find_eligible();
         true
+    }
+
+    /// Says how many of the router's blocks one of the worker's engine's is.
+    pub(crate) fn set_stride(&mut self, id: WorkerId, stride: NonZeroU32) {
+        let slot = id.slot;
+        if self.get(id).is_none()
+            || self
+                .coarse
+                .iter()
+                .any(|it| (it.slot, it.stride) == (slot, stride))
+        {
+            return;
+        }
+        self.coarse.retain(|coarse| coarse.slot != slot);
+        if stride > NonZeroU32::MIN {
+            self.coarse.push(Coarse { slot, stride });
+        }
     }
 
     /// The worker, unless it was removed since.

@@ -6,6 +6,7 @@
 //! The router reads no clock. Every `now` is the time since an epoch of the caller's choice, and
 //! should not go backwards.
 
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 use parking_lot::MutexGuard;
@@ -99,6 +100,11 @@ impl Router {
         release(guard);
     }
 
+    /// Says that one of the blocks of a worker's engine is `stride` of the router's.
+    pub fn set_stride(&self, id: WorkerId, stride: NonZeroU32) {
+        self.state.lock().fleet.set_stride(id, stride);
+    }
+
     /// A worker lost its cache: it was restarted, or told to drop it. What is booked stays.
     pub fn forget_cache(&self, id: WorkerId) {
         let mut state = self.state.lock();
@@ -133,6 +139,9 @@ impl Router {
     /// may find the cache between what it was and what it is.
     pub fn update_cache(&self, id: WorkerId, changes: &Changes) {
         let stride = changes.stride;
+        if let Some(stride) = NonZeroU32::new(stride) {
+            self.set_stride(id, stride);
+        }
         for hashes in changes.removed.chunks(MOST_TOLD_AT_ONCE) {
             self.tell(id, |cache, told| {
                 cache.remove(id.slot, stride, hashes, told)

@@ -20,7 +20,7 @@ use crate::choose::{Decision, Field, Prices};
 use crate::config::RouterConfig;
 use crate::cost::Demand;
 use crate::depths::Depths;
-use crate::fleet::{Fleet, WorkerId};
+use crate::fleet::{Coarse, Fleet, WorkerId};
 use crate::forecast::OutputLength;
 use crate::record::{BookingKey, Record};
 use crate::request::{Candidate, Explanation, Request, RouteError};
@@ -104,6 +104,19 @@ impl State {
         let chain = request.sequence.hashes();
         let mut at = self.tree.descend(chain, &mut depths);
         at.best_overlap = at.best_overlap.max(self.cache.descend(chain, &mut depths));
+        if !self.fleet.coarse.is_empty() {
+            let reusable = request.sequence.reusable_blocks();
+            for &Coarse { slot, stride } in &self.fleet.coarse {
+                let depth = &mut depths[slot as usize];
+                let whole = |blocks: u32| {
+                    let blocks = blocks.min(reusable);
+                    blocks - blocks % stride
+                };
+                (depth.cached, depth.active) = (whole(depth.cached), whole(depth.active));
+            }
+            let deepest = depths.iter().map(|depth| depth.overlap()).max();
+            at.best_overlap = deepest.unwrap_or(0);
+        }
         Reading { depths, at }
     }
 

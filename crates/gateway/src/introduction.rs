@@ -1,6 +1,7 @@
 //! What a worker says of itself: the models it serves, how large its cache is, and where it
 //! publishes what it caches.
 
+use std::num::NonZeroU32;
 use std::sync::atomic::Ordering;
 
 use foresee_engine::server_info::{Published, ServerInfo, parse_event_sources};
@@ -29,19 +30,15 @@ pub(crate) async fn learn_what_it_serves(shared: &Shared, worker: &Worker) {
             return;
         }
         compare_ranks(worker, engines.len());
+        let theirs = engines.iter().find_map(|(_, cache)| cache.block_size);
         let is_ours = |rank: u32| worker.config.rank.is_none_or(|ours| ours == rank);
         let ours = engines.iter().filter(|(rank, _)| is_ours(*rank));
         let blocks: Option<Vec<u32>> = ours.map(|(_, cache)| cache.blocks).collect();
         if let Some(blocks) = blocks.filter(|blocks| !blocks.is_empty()) {
             let all = blocks.into_iter().fold(0, u32::saturating_add);
-            shared.router.set_capacity(worker.id, all);
-            worker.set_capacity_blocks(all);
+            set_capacity(shared, worker, all, theirs);
         }
-        compare_block_size(
-            shared,
-            worker,
-            engines.iter().find_map(|(_, cache)| cache.block_size),
-        );
+        compare_block_size(shared, worker, theirs);
     }
 }
 
@@ -91,8 +88,7 @@ async fn ask_sglang(shared: &Shared, worker: &Worker) -> Result<Option<EventSour
     }
     let info = ServerInfo::parse(&answer?).ok_or(NoAnswer::Bad)?;
     if let (None, Some(pages)) = (config.blocks, info.pages) {
-        shared.router.set_capacity(worker.id, pages);
-        worker.set_capacity_blocks(pages);
+        set_capacity(shared, worker, pages, info.page_size);
     }
     compare_block_size(shared, worker, info.page_size);
     compare_ranks(worker, info.ranks as usize);
@@ -147,12 +143,24 @@ fn source_of(worker: &Worker, published: Published) -> Option<EventSource> {
     }
 }
 
+/// It has so many blocks, of `theirs` tokens each if that is known.
+fn set_capacity(shared: &Shared, worker: &Worker, blocks: u32, theirs: Option<u32>) {
+    worker.set_capacity_blocks(blocks);
+    let ours = shared.config.router.block_size;
+    let stride = theirs.filter(|&theirs| theirs % ours == 0);
+    let stride = stride.and_then(|theirs| NonZeroU32::new(theirs / ours));
+    let stride = stride.unwrap_or(NonZeroU32::MIN);
+    let router = &shared.router;
+    router.set_stride(worker.id, stride);
+    router.set_capacity(worker.id, blocks.saturating_mul(stride.get()));
+}
+
 fn compare_block_size(shared: &Shared, worker: &Worker, theirs: Option<u32>) {
     let ours = shared.config.router.block_size.get();
-    if let Some(theirs) = theirs.filter(|&theirs| theirs != ours) {
+    if let Some(theirs) = theirs.filter(|&theirs| theirs % ours != 0) {
         tracing::warn!(
             worker = %worker.config.name, theirs, ours,
-            "block sizes differ: start with --block-size set to the engine's own"
+            "the engine's blocks are no multiple of ours: set --block-size to its own"
         );
     }
 }

@@ -52,7 +52,7 @@ pub(crate) struct Worker {
     knows_models: watch::Sender<bool>,
     /// Tells what watches it to end.
     removed: watch::Sender<bool>,
-    /// How many blocks its cache has, if it said so; 0 if not.
+    /// How many blocks of its engine's size its cache has, if it said so; 0 if not.
     capacity_blocks: AtomicU32,
     /// When something last came from it, in milliseconds of the gateway's clock.
     heard_at: AtomicU64,

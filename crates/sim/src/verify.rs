@@ -90,7 +90,7 @@ pub async fn run(
     config: &VerifyConfig,
     progress: impl Fn(Progress),
 ) -> Result<Verification, VerifyError> {
-    let reader = Arc::new(Reader::new(config.admin.clone()));
+    let reader = Arc::new(Reader::new(config.admin.clone(), config.block_size));
     reader.workers().await.map_err(VerifyError::Router)?;
     let watch = Watch::start(Arc::clone(&reader), config.sample_interval);
     let mut phases = Vec::new();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use foresee_engine::worker_metrics::EngineLoad;
+use foresee_engine::worker_metrics::{CacheConfig, EngineLoad};
 use futures_util::future::join_all;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{Request, Uri};
@@ -69,15 +69,18 @@ pub(super) struct Watched {
 pub(super) struct Reader {
     client: HttpClient,
     admin: String,
+    /// The router's tokens per block.
+    block_size: u32,
     begin: Instant,
     watched: Mutex<Vec<Watched>>,
 }
 
 impl Reader {
-    pub(super) fn new(admin: String) -> Self {
+    pub(super) fn new(admin: String, block_size: u32) -> Self {
         Self {
             client: client(),
             admin,
+            block_size,
             begin: Instant::now(),
             watched: Mutex::default(),
         }
@@ -133,15 +136,12 @@ impl Reader {
     pub(super) async fn read(&self) -> Result<(), String> {
         let workers = self.read_predictions().await?;
         let at = self.seconds();
-        let loads = join_all(workers.iter().map(|worker| self.load_of(worker))).await;
+        let held = join_all(workers.iter().map(|worker| self.held_by(worker))).await;
         let mut watched = self.watched.lock();
-        for (worker, load) in workers.iter().zip(loads) {
+        for (worker, held) in workers.iter().zip(held) {
             let known = watched.iter_mut().find(|it| it.worker.name == worker.name);
-            match (known, load) {
-                (Some(watched), Ok(load)) => watched.readings.push(Reading {
-                    at,
-                    held: load.active_blocks,
-                }),
+            match (known, held) {
+                (Some(watched), Ok(held)) => watched.readings.push(Reading { at, held }),
                 (Some(watched), Err(error)) => watched.unread = Some(error),
                 (None, _) => {}
             }
@@ -153,7 +153,8 @@ impl Reader {
         self.watched.lock().clone()
     }
 
-    async fn load_of(&self, worker: &RouterWorker) -> Result<EngineLoad, String> {
+    /// The router's blocks that the engine behind a worker holds.
+    async fn held_by(&self, worker: &RouterWorker) -> Result<f64, String> {
         let body = self.get(&format!("{}/metrics", worker.url)).await?;
         let text = String::from_utf8_lossy(&body);
         let mut engines = EngineLoad::parse(&text);
@@ -161,11 +162,11 @@ impl Reader {
         if engines.is_empty() {
             return Err("its /metrics tell nothing of its KV cache".to_owned());
         }
-        Ok(EngineLoad {
-            active_blocks: engines.iter().map(|(_, load)| load.active_blocks).sum(),
-            running: engines.iter().map(|(_, load)| load.running).sum(),
-            waiting: engines.iter().map(|(_, load)| load.waiting).sum(),
-        })
+        let caches = CacheConfig::parse(&text);
+        let theirs = caches.iter().find_map(|(_, cache)| cache.block_size);
+        let per_block = f64::from(theirs.unwrap_or(self.block_size)) / f64::from(self.block_size);
+        let blocks: f64 = engines.iter().map(|(_, load)| load.active_blocks).sum();
+        Ok(blocks * per_block)
     }
 
     async fn get(&self, url: &str) -> Result<Bytes, String> {
