@@ -311,12 +311,12 @@ impl Fleet {
                     active_blocks: load.active_blocks,
                     context_tokens: load.context_tokens,
                     prefill_tokens: worker.prefill.backlog(now),
-                    cached_blocks: if worker.shadow.is_idle() {
+                    cached_blocks: if worker.shadow.is_told() {
                         worker.told
                     } else {
                         worker.pinned + worker.shadow.cached_blocks()
                     },
-                    follows_events: worker.shadow.is_idle(),
+                    follows_events: worker.shadow.is_told(),
                     capacity_blocks: worker.shadow.capacity(),
                     capacity_source: worker.shadow.capacity_source(),
                     prefill_speed: worker.prefill.speed(),

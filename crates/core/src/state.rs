@@ -22,6 +22,7 @@ use crate::cost::Demand;
 use crate::depths::Depths;
 use crate::fleet::{Fleet, WorkerId};
 use crate::forecast::OutputLength;
+use crate::foreseen::Foreseen;
 use crate::record::{BookingKey, Record};
 use crate::request::{Candidate, Explanation, Request, RouteError};
 use crate::tree::{Chain, Depth, Match, PrefixTree, Slot};
@@ -47,6 +48,7 @@ pub(crate) struct State {
     pub(crate) fleet: Fleet,
     pub(crate) tree: PrefixTree,
     pub(crate) cache: CacheIndex,
+    pub(crate) foreseen: Foreseen,
     pub(crate) bookings: Slab<Record>,
     pub(crate) output_length: OutputLength,
     /// When the next forecast event of each unwatched request is due.
@@ -89,6 +91,7 @@ impl State {
             fleet: Fleet::default(),
             tree: PrefixTree::default(),
             cache: CacheIndex::default(),
+            foreseen: Foreseen::default(),
             bookings: Slab::new(),
             output_length: OutputLength::default(),
             due: BinaryHeap::new(),
@@ -104,6 +107,10 @@ impl State {
         let chain = request.sequence.hashes();
         let mut at = self.tree.descend(chain, &mut depths);
         at.best_overlap = at.best_overlap.max(self.cache.descend(chain, &mut depths));
+        if self.foreseen.cap(chain, &self.tree, &mut depths) {
+            let overlaps = depths.iter().map(|depth| depth.overlap());
+            at.best_overlap = overlaps.max().unwrap_or(0);
+        }
         Reading { depths, at }
     }
 
