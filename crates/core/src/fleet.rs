@@ -11,7 +11,7 @@ use crate::capacity::CapacitySource;
 use crate::choose::Load;
 use crate::forecast::{Decode, Prefill};
 use crate::shadow::Shadow;
-use crate::tree::Slot;
+use crate::tree::{Depth, Slot};
 
 /// Names one worker for as long as it is known. A worker removed and added again, even under
 /// the same name, has another id. Ids are ordered by when the workers joined.
@@ -127,9 +127,9 @@ pub(crate) struct Worker {
 /// A worker whose engine's blocks are so many of the router's, more than one. Engines share whole
 /// blocks of their own size only.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Coarse {
-    pub(crate) slot: Slot,
-    pub(crate) stride: NonZeroU32,
+struct Coarse {
+    slot: Slot,
+    stride: NonZeroU32,
 }
 
 impl Worker {
@@ -150,7 +150,7 @@ pub(crate) struct Fleet {
     pub(crate) loads: Vec<Load>,
     eligible: Eligible,
     /// Apart too, because most fleets have none.
-    pub(crate) coarse: Vec<Coarse>,
+    coarse: Vec<Coarse>,
     generations: u64,
 }
 
@@ -214,6 +214,21 @@ impl Fleet {
         self.coarse.retain(|coarse| coarse.slot != id.slot);
         self.find_eligible();
         true
+    }
+
+    /// Lowers depths to what engines with larger blocks can share of a prompt, of which `reusable`
+    /// blocks can be spared at most. Returns whether there are any.
+    pub(crate) fn round_to_whole_blocks(&self, reusable: u32, depths: &mut [Depth]) -> bool {
+        for &Coarse { slot, stride } in &self.coarse {
+            let whole = |blocks: u32| {
+                let blocks = blocks.min(reusable);
+                blocks - blocks % stride
+            };
+            if let Some(depth) = depths.get_mut(slot as usize) {
+                (depth.cached, depth.active) = (whole(depth.cached), whole(depth.active));
+            }
+        }
+        !self.coarse.is_empty()
     }
 
     /// Says how many of the router's blocks one of the worker's engine's is.
@@ -340,12 +355,12 @@ impl Fleet {
                     active_blocks: load.active_blocks,
                     context_tokens: load.context_tokens,
                     prefill_tokens: worker.prefill.backlog(now),
-                    cached_blocks: if worker.shadow.is_idle() {
+                    cached_blocks: if worker.shadow.is_told() {
                         worker.told
                     } else {
                         worker.pinned + worker.shadow.cached_blocks()
                     },
-                    follows_events: worker.shadow.is_idle(),
+                    follows_events: worker.shadow.is_told(),
                     capacity_blocks: worker.shadow.capacity(),
                     capacity_source: worker.shadow.capacity_source(),
                     prefill_speed: worker.prefill.speed(),

@@ -65,7 +65,12 @@ impl State {
                 let shadow = &mut worker.shadow;
                 record.claim = Some(shadow.claim(cached, depth.active, &pinned.revived, in_use));
                 // Of a prompt that is cached whole the last block is computed again.
-                shadow.revived(&pinned.revived, depth.cached - cached);
+                let end = pinned
+                    .revived
+                    .first()
+                    .map_or(0, |run| run.start + run.blocks);
+                let copied = end.saturating_sub(sequence.reusable_blocks());
+                shadow.revived(&pinned.revived, copied);
             }
             let cached_tokens = decision.cost.overlap_blocks * record.block_size;
             record.unsettled_tokens = record.prompt_tokens.saturating_sub(cached_tokens);
@@ -75,12 +80,16 @@ impl State {
                 record.token_at = now.saturating_add(wait);
             }
             worker.prefill.book(record.unsettled_tokens, now);
+            worker.shadow.waits();
             load.requests += 1;
             load.context_tokens += record.context_tokens();
             load.active_blocks += pinned_blocks + u64::from(record.unshared_blocks());
-            worker
-                .shadow
-                .make_room(load.active_blocks, worker.id.slot, &mut self.tree);
+            worker.shadow.make_room(
+                load.active_blocks,
+                worker.id.slot,
+                &mut self.tree,
+                &mut self.foreseen,
+            );
         }
         let key = BookingKey {
             serial: self.serial,
@@ -129,6 +138,9 @@ impl State {
             worker.prefill.release(unsettled, now);
         }
         self.tree.mark_computed(node, worker.id.slot);
+        if worker.shadow.waits_no_longer() {
+            self.foreseen.forget(worker.id.slot);
+        }
     }
 
     pub(crate) fn tokens(&mut self, key: BookingKey, count: u32, now: Duration) {
@@ -166,9 +178,12 @@ impl State {
             load.active_blocks = load.active_blocks + u64::from(blocks) - u64::from(blocks_before);
             load.context_tokens = load.context_tokens + context - context_before;
             if blocks > blocks_before {
-                worker
-                    .shadow
-                    .make_room(load.active_blocks, worker.id.slot, &mut self.tree);
+                worker.shadow.make_room(
+                    load.active_blocks,
+                    worker.id.slot,
+                    &mut self.tree,
+                    &mut self.foreseen,
+                );
             }
         }
     }
@@ -198,7 +213,7 @@ impl State {
         let Some((worker, load)) = self.fleet.get_mut(worker) else {
             return;
         };
-        if worker.shadow.is_idle() {
+        if worker.shadow.is_told() {
             return;
         }
         let next = prompt.hashes().get(claim.expected() as usize).copied();
@@ -213,9 +228,12 @@ impl State {
                 self.tree.forget_freed_before(worker.id.slot, stamp);
             }
         }
-        worker
-            .shadow
-            .make_room(load.active_blocks, worker.id.slot, &mut self.tree);
+        worker.shadow.make_room(
+            load.active_blocks,
+            worker.id.slot,
+            &mut self.tree,
+            &mut self.foreseen,
+        );
     }
 
     /// Takes a booking back. What it computed stays in the worker's cache, output included where
@@ -229,6 +247,9 @@ impl State {
             return;
         };
         worker.prefill.release(record.unsettled_tokens, self.now);
+        if !record.computed && worker.shadow.waits_no_longer() {
+            self.foreseen.forget(worker.id.slot);
+        }
         load.requests -= 1;
         load.context_tokens -= record.context_tokens();
         let unshared = record.unshared_blocks();
@@ -267,9 +288,12 @@ impl State {
         worker.pinned -= u64::from(unpinned.blocks);
         load.active_blocks -= u64::from(unpinned.blocks);
         worker.shadow.freed(unpinned, left_behind, stamp);
-        worker
-            .shadow
-            .make_room(load.active_blocks, worker.id.slot, &mut self.tree);
+        worker.shadow.make_room(
+            load.active_blocks,
+            worker.id.slot,
+            &mut self.tree,
+            &mut self.foreseen,
+        );
     }
 
     /// Brings forecasts up to `now`: requests whose output nobody watches make the progress they

@@ -4,10 +4,11 @@
 //! code that serves traffic is the code that runs in the simulator and in the property tests.
 //!
 //! Read in this order: [`sequence`] (what a prompt is), `tree` (what a worker holds), `shadow` and
-//! [`cache`] (what it still caches, by its own rule or by its events), `capacity` and `reports`
-//! (what its responses say of that), `forecast` (how fast it is), [`cost`] and [`choose`] (numbers, then a
-//! choice among numbers), [`fleet`] (the workers), `state` (what a decision reads), `ledger` (what
-//! bookings change), and those that are used from outside: [`router`], [`booking`] and [`batch`].
+//! [`cache`] (what it still caches, by its own rule or by its events), `foreseen` (what it will not
+//! for long, whatever its events say), `capacity` and `reports` (what its responses say of that),
+//! `forecast` (how fast it is), [`cost`] and [`choose`] (numbers, then a choice among numbers),
+//! [`fleet`] (the workers), `state` (what a decision reads), `ledger` (what bookings change), and
+//! those that are used from outside: [`router`], [`booking`] and [`batch`].
 //!
 //! ```
 //! use std::time::Duration;
@@ -53,6 +54,7 @@ pub mod cost;
 mod depths;
 pub mod fleet;
 mod forecast;
+mod foreseen;
 mod ledger;
 mod record;
 mod reports;

@@ -18,7 +18,7 @@ use crate::config::MOST_WEIGHT;
 pub use crate::config::{ConfigError, RouterConfig};
 use crate::fleet::{WorkerError, WorkerId, WorkerSnapshot, WorkerSpec};
 pub use crate::request::{Candidate, Explanation, Request, RouteError};
-use crate::sequence::Sequence;
+use crate::sequence::{Sequence, SequenceHash};
 use crate::state::{Locked, State, release};
 
 /// Prefixes that are told under one lock, at most. That takes some two microseconds: whoever waits
@@ -67,6 +67,7 @@ impl Router {
         if known {
             state.tree.forget_worker(id.slot);
             state.cache.forget_worker(id.slot);
+            state.foreseen.forget(id.slot);
         }
         release(state);
         known
@@ -93,9 +94,12 @@ impl Router {
         let state = &mut *guard;
         if let Some((worker, load)) = state.fleet.get_mut(id) {
             worker.shadow.set_capacity(blocks);
-            worker
-                .shadow
-                .make_room(load.active_blocks, id.slot, &mut state.tree);
+            worker.shadow.make_room(
+                load.active_blocks,
+                id.slot,
+                &mut state.tree,
+                &mut state.foreseen,
+            );
         }
         release(guard);
     }
@@ -111,23 +115,27 @@ impl Router {
         if let Some((worker, _)) = state.fleet.get_mut(id) {
             worker.shadow.clear();
             state.tree.forget_computed(id.slot);
+            state.foreseen.forget(id.slot);
         }
         release(state);
     }
 
     /// Says who tells what a worker caches from now on: its events
     /// ([`update_cache`](Self::update_cache)), or the shadow of what is sent to it. Either begins
-    /// with an empty cache.
+    /// with an empty cache. Where the worker's capacity is known, blocks that its events still tell
+    /// of are not counted on if requests booked before will take them.
     pub fn follow_events(&self, id: WorkerId, follows: bool) {
         let mut state = self.state.lock();
         if let Some((worker, _)) = state.fleet.get_mut(id)
-            && worker.shadow.is_idle() != follows
+            && worker.shadow.is_told() != follows
         {
             worker.shadow.clear();
-            worker.shadow.set_idle(follows);
+            worker.shadow.set_told(follows);
             worker.told = 0;
             state.tree.forget_computed(id.slot);
+            state.tree.set_told(id.slot, follows);
             state.cache.forget_worker(id.slot);
+            state.foreseen.forget(id.slot);
         }
         release(state);
     }
@@ -143,22 +151,30 @@ impl Router {
             self.set_stride(id, stride);
         }
         for hashes in changes.removed.chunks(MOST_TOLD_AT_ONCE) {
-            self.tell(id, |cache, told| {
+            self.tell(id, hashes, |cache, told| {
                 cache.remove(id.slot, stride, hashes, told)
             });
         }
         for hashes in changes.added.chunks(MOST_TOLD_AT_ONCE) {
-            self.tell(id, |cache, told| cache.add(id.slot, stride, hashes, told));
+            self.tell(id, hashes, |cache, told| {
+                cache.add(id.slot, stride, hashes, told)
+            });
         }
     }
 
-    fn tell(&self, id: WorkerId, change: impl FnOnce(&mut CacheIndex, &mut u64)) {
+    fn tell(
+        &self,
+        id: WorkerId,
+        hashes: &[SequenceHash],
+        change: impl FnOnce(&mut CacheIndex, &mut u64),
+    ) {
         let mut guard = self.state.lock();
         let state = &mut *guard;
         if let Some((worker, _)) = state.fleet.get_mut(id)
-            && worker.shadow.is_idle()
+            && worker.shadow.is_told()
         {
             change(&mut state.cache, &mut worker.told);
+            state.foreseen.settle(id.slot, hashes);
         }
         // A stream of events that never pauses would else take the lock again and again before
         // whoever waits for it wakes.

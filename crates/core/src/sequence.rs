@@ -8,6 +8,7 @@
 //! Blocks are hashed one by one with rapidhash (their hashes do not depend on each other, so
 //! the processor overlaps them), then chained with one multiplication a block.
 
+use std::hash::Hasher;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
@@ -299,4 +300,22 @@ fn chain(previous: u64, link: u64) -> u64 {
     const ODD: u64 = 0x9E37_79B9_7F4A_7C15;
     let product = u128::from(previous ^ ODD) * u128::from(link ^ ODD.rotate_left(32) | 1);
     ((product as u64) ^ ((product >> 64) as u64)).wrapping_add(link)
+}
+
+/// Sequence hashes are uniform already; hashing them again would double the cost of a look-up.
+#[derive(Debug, Default)]
+pub(crate) struct AlreadyHashed(u64);
+
+impl Hasher for AlreadyHashed {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        debug_assert!(false, "only u64 keys are used, not {bytes:?}");
+    }
+
+    fn write_u64(&mut self, hash: u64) {
+        self.0 = hash;
+    }
 }

@@ -1,5 +1,6 @@
 //! What a worker's cache must still contain when nobody tells: the engine's own replacement
-//! rule, run on what was sent to it.
+//! rule, run on what was sent to it. Where events tell, it runs ahead of them: see
+//! [`foreseen`](crate::foreseen).
 //!
 //! vLLM's rule (`BlockPool` and `FreeKVCacheBlockQueue`): a full block without references goes to
 //! the end of one free queue, a freed request's blocks tail first, and a partial block to its
@@ -15,6 +16,7 @@ use std::collections::VecDeque;
 use smallvec::SmallVec;
 
 use crate::capacity::{Capacity, CapacitySource};
+use crate::foreseen::Foreseen;
 use crate::reports::{Claim, Hits, Reports, Run, Verdict};
 use crate::sequence::SequenceHash;
 use crate::tree::{Evicted, NodeId, PrefixTree, Revived, Slot, Unpinned};
@@ -77,8 +79,10 @@ struct Ghost {
 #[derive(Debug)]
 pub(crate) struct Shadow {
     capacity: Capacity,
-    /// Events tell what is cached, so that nothing is kept here.
-    is_idle: bool,
+    /// Events tell what is cached, and this what will be evicted.
+    is_told: bool,
+    /// Bookings without a first token, whose evictions may be yet to come.
+    waiting: u32,
     /// In the order of their stamps.
     queue: VecDeque<Freed>,
     /// Sums over the queue: blocks that a request could hit, and all.
@@ -97,7 +101,8 @@ impl Shadow {
     pub(crate) fn new(capacity: Option<u32>) -> Self {
         Self {
             capacity: Capacity::new(capacity),
-            is_idle: false,
+            is_told: false,
+            waiting: 0,
             queue: VecDeque::new(),
             cached: 0,
             free: 0,
@@ -122,13 +127,31 @@ impl Shadow {
         self.ghosts.clear();
     }
 
-    /// Whether somebody else tells what is cached.
-    pub(crate) fn is_idle(&self) -> bool {
-        self.is_idle
+    /// Whether events tell what is cached.
+    pub(crate) fn is_told(&self) -> bool {
+        self.is_told
     }
 
-    pub(crate) fn set_idle(&mut self, is_idle: bool) {
-        self.is_idle = is_idle;
+    pub(crate) fn set_told(&mut self, is_told: bool) {
+        self.is_told = is_told;
+    }
+
+    /// Whether nothing is kept here: events tell what is cached, and what they will tell cannot be
+    /// foreseen from a guess at the capacity.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.is_told && self.capacity.is_learned()
+    }
+
+    /// A booking waits for its first token.
+    pub(crate) fn waits(&mut self) {
+        self.waiting += 1;
+    }
+
+    /// A booking waits no longer. Returns whether none does.
+    pub(crate) fn waits_no_longer(&mut self) -> bool {
+        debug_assert!(self.waiting > 0, "it has waited");
+        self.waiting -= 1;
+        self.waiting == 0
     }
 
     /// Unpinned blocks that are still cached.
@@ -190,9 +213,16 @@ impl Shadow {
         }
     }
 
-    /// Evicts until the worker's `active` blocks and what is left here fit its capacity.
-    pub(crate) fn make_room(&mut self, active: u64, worker: Slot, tree: &mut PrefixTree) {
-        let capacity = if self.is_idle {
+    /// Evicts until the worker's `active` blocks and what is left here fit its capacity. What
+    /// events are yet to tell of that is `foreseen`.
+    pub(crate) fn make_room(
+        &mut self,
+        active: u64,
+        worker: Slot,
+        tree: &mut PrefixTree,
+        foreseen: &mut Foreseen,
+    ) {
+        let capacity = if self.is_idle() {
             0
         } else {
             self.capacity.blocks()
@@ -207,6 +237,12 @@ impl Shadow {
             self.cached -= u64::from(cached - front.cached);
             self.free -= u64::from(taken.blocks);
             self.evicted += u64::from(taken.blocks);
+            if let Some(uppermost) = taken.uppermost
+                && self.is_told
+                && self.waiting > 0
+            {
+                foreseen.add(worker, uppermost);
+            }
             if front.cached == 0 {
                 let is_empty = front.blocks() == 0;
                 self.remember(taken.uppermost);
@@ -250,7 +286,7 @@ impl Shadow {
             oldest: runs.first().map_or(u64::MAX, |run| run.freed_by),
             runs: SmallVec::new(),
         };
-        if self.is_idle || !self.capacity.is_learned() {
+        if self.is_told || !self.capacity.is_learned() {
             return claim;
         }
         let mut behind = in_use;

@@ -20,8 +20,9 @@ use crate::choose::{Decision, Field, Prices};
 use crate::config::RouterConfig;
 use crate::cost::Demand;
 use crate::depths::Depths;
-use crate::fleet::{Coarse, Fleet, WorkerId};
+use crate::fleet::{Fleet, WorkerId};
 use crate::forecast::OutputLength;
+use crate::foreseen::Foreseen;
 use crate::record::{BookingKey, Record};
 use crate::request::{Candidate, Explanation, Request, RouteError};
 use crate::tree::{Chain, Depth, Match, PrefixTree, Slot};
@@ -47,6 +48,7 @@ pub(crate) struct State {
     pub(crate) fleet: Fleet,
     pub(crate) tree: PrefixTree,
     pub(crate) cache: CacheIndex,
+    pub(crate) foreseen: Foreseen,
     pub(crate) bookings: Slab<Record>,
     pub(crate) output_length: OutputLength,
     /// When the next forecast event of each unwatched request is due.
@@ -89,6 +91,7 @@ impl State {
             fleet: Fleet::default(),
             tree: PrefixTree::default(),
             cache: CacheIndex::default(),
+            foreseen: Foreseen::default(),
             bookings: Slab::new(),
             output_length: OutputLength::default(),
             due: BinaryHeap::new(),
@@ -104,18 +107,12 @@ impl State {
         let chain = request.sequence.hashes();
         let mut at = self.tree.descend(chain, &mut depths);
         at.best_overlap = at.best_overlap.max(self.cache.descend(chain, &mut depths));
-        if !self.fleet.coarse.is_empty() {
-            let reusable = request.sequence.reusable_blocks();
-            for &Coarse { slot, stride } in &self.fleet.coarse {
-                let depth = &mut depths[slot as usize];
-                let whole = |blocks: u32| {
-                    let blocks = blocks.min(reusable);
-                    blocks - blocks % stride
-                };
-                (depth.cached, depth.active) = (whole(depth.cached), whole(depth.active));
-            }
-            let deepest = depths.iter().map(|depth| depth.overlap()).max();
-            at.best_overlap = deepest.unwrap_or(0);
+        let capped = self.foreseen.cap(chain, &self.tree, &mut depths);
+        let reusable = request.sequence.reusable_blocks();
+        let rounded = self.fleet.round_to_whole_blocks(reusable, &mut depths);
+        if capped || rounded {
+            let overlaps = depths.iter().map(|depth| depth.overlap());
+            at.best_overlap = overlaps.max().unwrap_or(0);
         }
         Reading { depths, at }
     }

@@ -17,14 +17,14 @@
 //! the tree occupies follows from the blocks that are held, not from the prompts they came in.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::BuildHasherDefault;
 use std::mem;
 use std::sync::Arc;
 
 use slab::Slab;
 use smallvec::SmallVec;
 
-use crate::sequence::SequenceHash;
+use crate::sequence::{AlreadyHashed, SequenceHash};
 
 mod outcome;
 
@@ -50,7 +50,8 @@ pub(crate) const NO_NODE: NodeId = u32::MAX;
 /// How deep a prompt reaches on one worker, in leading blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Depth {
-    /// Blocks the worker has computed and, as far as is known, still caches.
+    /// Blocks the worker has computed and, as far as is known, will still cache when it comes to
+    /// the prompt.
     pub cached: u32,
     /// Blocks pinned by running requests.
     pub active: u32,
@@ -157,6 +158,9 @@ impl Node {
 pub(crate) struct PrefixTree {
     nodes: Slab<Node>,
     by_first_hash: HashMap<SequenceHash, NodeId, BuildHasherDefault<AlreadyHashed>>,
+    /// By slot, as far as any: workers whose events tell what they cache. What they have computed
+    /// and nothing pins is the shadow's affair.
+    told: Vec<bool>,
     /// Chains that lost a node: possibly the last reference to a long allocation, so the owner
     /// of the lock takes them and drops them outside of it.
     pub(crate) garbage: SmallVec<[Chain; 4]>,
@@ -166,6 +170,40 @@ impl PrefixTree {
     /// Finds how deep `chain` reaches on every worker. `depths` is indexed by slot and must be
     /// zero for workers that hold nothing.
     pub(crate) fn descend(&self, chain: &[SequenceHash], depths: &mut [Depth]) -> Match {
+        let mut best_overlap = 0;
+        let reached = self.walk(chain, |node, within| {
+            for hold in &node.holds {
+                let Some(depth) = depths.get_mut(hold.worker as usize) else {
+                    continue;
+                };
+                if hold.computed > 0 && (hold.pins > 0 || !self.is_told(hold.worker)) {
+                    depth.cached = node.start + hold.computed.min(within);
+                }
+                if hold.pins > 0 {
+                    depth.active = node.start + within;
+                }
+                best_overlap = best_overlap.max(depth.overlap());
+            }
+        });
+        Match {
+            best_overlap,
+            ..reached
+        }
+    }
+
+    /// Finds how deep every worker still caches `chain` by the shadow's account, whoever tells.
+    pub(crate) fn descend_shadows(&self, chain: &[SequenceHash], depths: &mut [Depth]) {
+        self.walk(chain, |node, within| {
+            for hold in node.holds.iter().filter(|hold| hold.computed > 0) {
+                if let Some(depth) = depths.get_mut(hold.worker as usize) {
+                    depth.cached = node.start + hold.computed.min(within);
+                }
+            }
+        });
+    }
+
+    /// Visits every node on the path of `chain`, and tells how many blocks of its edge match.
+    fn walk(&self, chain: &[SequenceHash], mut visit: impl FnMut(&Node, u32)) -> Match {
         let mut reached = Match {
             node: NO_NODE,
             within: 0,
@@ -182,18 +220,7 @@ impl PrefixTree {
             }
             let rest = &chain[reached.blocks as usize..];
             let within = common_prefix(rest, node.edge());
-            for hold in &node.holds {
-                let Some(depth) = depths.get_mut(hold.worker as usize) else {
-                    continue;
-                };
-                if hold.computed > 0 {
-                    depth.cached = node.start + hold.computed.min(within);
-                }
-                if hold.pins > 0 {
-                    depth.active = node.start + within;
-                }
-                reached.best_overlap = reached.best_overlap.max(depth.overlap());
-            }
+            visit(node, within);
             reached.node = id;
             reached.within = within;
             reached.blocks = node.start + within;
@@ -350,8 +377,20 @@ impl PrefixTree {
         evicted
     }
 
+    fn is_told(&self, worker: Slot) -> bool {
+        self.told.get(worker as usize).is_some_and(|&told| told)
+    }
+
+    /// Says whether events tell what a worker caches.
+    pub(crate) fn set_told(&mut self, worker: Slot, told: bool) {
+        let slots = self.told.len().max(worker as usize + 1);
+        self.told.resize(slots, false);
+        self.told[worker as usize] = told;
+    }
+
     /// Forgets all that `worker` holds. Visits every node: for when a worker leaves.
     pub(crate) fn forget_worker(&mut self, worker: Slot) {
+        self.set_told(worker, false);
         self.retain_holds(worker, |_| false);
     }
 
@@ -556,24 +595,6 @@ fn common_prefix(a: &[SequenceHash], b: &[SequenceHash]) -> u32 {
         }
     }
     different as u32
-}
-
-/// Sequence hashes are uniform already; hashing them again would double the cost of a look-up.
-#[derive(Debug, Default)]
-pub(crate) struct AlreadyHashed(u64);
-
-impl Hasher for AlreadyHashed {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        debug_assert!(false, "only u64 keys are used, not {bytes:?}");
-    }
-
-    fn write_u64(&mut self, hash: u64) {
-        self.0 = hash;
-    }
 }
 
 #[cfg(test)]

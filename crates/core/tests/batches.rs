@@ -151,7 +151,7 @@ impl Pair {
         let worker = self.workers.get_mut(&worker).unwrap();
         let computed = computed || member.generated > 0;
         if computed {
-            worker.computed(&member.sequence);
+            worker.computed(member.id, &member.sequence);
         }
         worker.free(member.id, &member.sequence, computed, None);
     }
@@ -196,7 +196,7 @@ impl Pair {
                     members[j].generated += tokens;
                     let worker = self.workers.get_mut(&batch.worker()).unwrap();
                     if tokens > 0 {
-                        worker.computed(&members[j].sequence);
+                        worker.computed(members[j].id, &members[j].sequence);
                     }
                     worker.grow(members[j].id, &members[j].sequence, members[j].generated);
                 }

@@ -4,10 +4,11 @@
 
 mod naive;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use foresee_core::booking::Booking;
+use foresee_core::cache::Changes;
 use foresee_core::fleet::{WorkerId, WorkerSpec};
 use foresee_core::router::{Request, RouteError, Router, RouterConfig};
 use foresee_core::sequence::Sequence;
@@ -38,6 +39,10 @@ enum Step {
     Models(usize, Vec<usize>),
     Capacity(usize, u32),
     ForgetCache(usize),
+    /// Who tells what it caches: its events or nobody.
+    Follow(usize, bool),
+    /// Its events tell that a prompt was stored, or that its last block and all behind it went.
+    Told(usize, Vec<u32>, bool),
     /// Time passes, or, by a caller's mistake, goes back.
     Pass(i32),
 }
@@ -83,7 +88,10 @@ fn step(
         1 => (worker.clone(), prop::collection::vec(1..3usize, 0..4))
             .prop_map(|(w, models)| Step::Models(w, models)),
         2 => (worker.clone(), 0..50u32).prop_map(|(w, blocks)| Step::Capacity(w, blocks)),
-        1 => worker.prop_map(Step::ForgetCache),
+        1 => worker.clone().prop_map(Step::ForgetCache),
+        2 => (worker.clone(), any::<bool>()).prop_map(|(w, follows)| Step::Follow(w, follows)),
+        8 => (worker, prompt(), prop::bool::weighted(0.7))
+            .prop_map(|(w, prompt, stored)| Step::Told(w, prompt, stored)),
         2 => (-500..2000i32).prop_map(Step::Pass),
     ]
 }
@@ -107,12 +115,71 @@ struct Known {
     draining: bool,
     models: Vec<&'static str>,
     holds: NaiveWorker,
+    /// What its events tell: prompts of full blocks, each prefix of one among them.
+    told: Option<BTreeSet<Vec<u32>>>,
 }
 
 impl Known {
     fn may_serve(&self, model: &str) -> bool {
         let serves = model.is_empty() || self.models.is_empty() || self.models.contains(&model);
         self.healthy && !self.draining && serves
+    }
+
+    /// Whether this can be the overlap of a prompt, by its depths.
+    fn explains(&self, overlap: u32, prompt: &[u32], most: u32) -> bool {
+        let sequence = Sequence::from_tokens(prompt, BLOCK_SIZE, 7);
+        let (cached, active) = self.holds.depth(&sequence);
+        let is_overlap = |cached: usize| overlap as usize == cached.max(active).min(most as usize);
+        let Some(told) = &self.told else {
+            return is_overlap(cached);
+        };
+        let block = BLOCK_SIZE.get() as usize;
+        let held =
+            (1..=sequence.hashes().len()).take_while(|it| told.contains(&prompt[..it * block]));
+        let held = held.count();
+        let is_foreseen = cached < held && self.holds.may_foresee(sequence.hashes()[cached]);
+        is_overlap(held) || is_foreseen && is_overlap(cached)
+    }
+
+    /// What the router must be told, by events it listens to, of a prompt.
+    fn hear(&mut self, prompt: &[u32], stored: bool) -> Changes {
+        let sequence = Sequence::from_tokens(prompt, BLOCK_SIZE, 7);
+        let block = BLOCK_SIZE.get() as usize;
+        let mut changes = Changes {
+            stride: 1,
+            ..Changes::default()
+        };
+        let blocks = &prompt[..sequence.hashes().len() * block];
+        if stored {
+            changes.added = sequence.hashes().to_vec();
+        } else {
+            let told = self.told.iter().flatten();
+            let behind = told.filter(|it| !blocks.is_empty() && it.starts_with(blocks));
+            let last = |it: &Vec<u32>| {
+                *Sequence::from_tokens(it, BLOCK_SIZE, 7)
+                    .hashes()
+                    .last()
+                    .unwrap()
+            };
+            changes.removed = behind.map(last).collect();
+        }
+        if let Some(told) = &mut self.told {
+            if stored {
+                told.extend((1..=blocks.len() / block).map(|it| blocks[..it * block].to_vec()));
+            } else if !blocks.is_empty() {
+                told.retain(|it| !it.starts_with(blocks));
+            }
+            self.holds.told(&changes.added);
+            self.holds.told(&changes.removed);
+        }
+        changes
+    }
+
+    fn cached(&self) -> usize {
+        match &self.told {
+            Some(told) => told.len(),
+            None => self.holds.cached(),
+        }
     }
 }
 
@@ -160,7 +227,7 @@ impl Pair {
         if !std::mem::replace(&mut live.computed, true)
             && let Some(worker) = self.workers.get_mut(&live.booking.worker())
         {
-            worker.holds.computed(live.booking.sequence());
+            worker.holds.computed(live.request, live.booking.sequence());
         }
     }
 
@@ -195,11 +262,9 @@ impl Pair {
         }
         (live.generated, live.computed, live.answered) = (0, false, None);
         let to = self.workers.get_mut(&live.booking.worker()).unwrap();
-        let (cached, active) = to.holds.depth(sequence);
         if self.exact {
-            let most = sequence.reusable_blocks() as usize;
             let overlap = live.booking.decision().cost.overlap_blocks;
-            assert_eq!(overlap as usize, cached.max(active).min(most));
+            assert!(to.explains(overlap, &live.prompt, sequence.reusable_blocks()));
         }
         to.holds.book(live.request, sequence);
     }
@@ -218,15 +283,13 @@ impl Pair {
             Err(error) => return assert_eq!(error, eligible.unwrap_err()),
         };
         assert!(eligible.unwrap().contains(&booking.worker()));
-        let holds = &mut self.workers.get_mut(&booking.worker()).unwrap().holds;
+        let known = self.workers.get_mut(&booking.worker()).unwrap();
         if self.exact {
-            let (cached, active) = holds.depth(&sequence);
-            let most = sequence.reusable_blocks() as usize;
-            let overlap = booking.decision().cost.overlap_blocks as usize;
-            assert_eq!(overlap, cached.max(active).min(most));
+            let overlap = booking.decision().cost.overlap_blocks;
+            assert!(known.explains(overlap, prompt, sequence.reusable_blocks()));
         }
         self.requests += 1;
-        holds.book(self.requests, &sequence);
+        known.holds.book(self.requests, &sequence);
         self.live.push(Live {
             booking,
             request: self.requests,
@@ -298,7 +361,9 @@ impl Pair {
             | Step::Draining(i, _)
             | Step::Models(i, _)
             | Step::Capacity(i, _)
-            | Step::ForgetCache(i) => {
+            | Step::ForgetCache(i)
+            | Step::Follow(i, _)
+            | Step::Told(i, _, _) => {
                 if let Some(id) = self.ids[i] {
                     self.apply_to_worker(step, i, id);
                 }
@@ -404,6 +469,17 @@ impl Pair {
                 known.holds.forget_cache();
                 self.router.forget_cache(id);
             }
+            Step::Follow(_, follows) => {
+                if follows != known.told.is_some() {
+                    known.holds.forget_cache();
+                    known.told = follows.then(BTreeSet::new);
+                }
+                self.router.follow_events(id, follows);
+            }
+            Step::Told(_, prompt, stored) => {
+                let changes = known.hear(&prompt, stored);
+                self.router.update_cache(id, &changes);
+            }
             _ => {}
         }
     }
@@ -427,6 +503,7 @@ impl Pair {
             draining: false,
             models: Vec::new(),
             holds: NaiveWorker::new(capacity as usize, prefix_caching),
+            told: None,
         };
         self.workers.insert(id, known);
     }
@@ -442,10 +519,11 @@ impl Pair {
         let snapshots = self.router.workers(self.now);
         assert_eq!(snapshots.len(), self.workers.len());
         for snapshot in snapshots {
-            let holds = &self.workers[&snapshot.id].holds;
+            let known = &self.workers[&snapshot.id];
             let name = &snapshot.name;
-            assert_eq!(snapshot.active_blocks as usize, holds.active(), "{name}");
-            assert_eq!(snapshot.cached_blocks as usize, holds.cached(), "{name}");
+            let active = known.holds.active();
+            assert_eq!(snapshot.active_blocks as usize, active, "{name}");
+            assert_eq!(snapshot.cached_blocks as usize, known.cached(), "{name}");
             assert_eq!(
                 snapshot.requests as usize,
                 self.live_on(snapshot.id).count()
@@ -484,13 +562,17 @@ impl Pair {
         let ids: Vec<WorkerId> = explained.candidates.iter().map(|it| it.id).collect();
         assert_eq!(ids, self.eligible("", None).unwrap());
         for candidate in explained.candidates {
-            let (cached, active) = self.workers[&candidate.id].holds.depth(&sequence);
+            let known = &self.workers[&candidate.id];
+            let (_, active) = known.holds.depth(&sequence);
             let name = &candidate.name;
             assert_eq!(candidate.depth.active as usize, active, "active on {name}");
             // Where blocks are pinned before they are computed, the two agree only in what
             // counts: the overlap.
-            let overlap = candidate.depth.overlap() as usize;
-            assert_eq!(overlap, cached.max(active), "overlap on {name}");
+            let overlap = candidate.depth.overlap();
+            assert!(
+                known.explains(overlap, prompt, u32::MAX),
+                "overlap on {name}"
+            );
         }
     }
 

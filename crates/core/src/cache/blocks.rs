@@ -8,8 +8,8 @@ use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
 
 use crate::cache::sparse::{Entry, Sparse};
+use crate::sequence::AlreadyHashed;
 use crate::sequence::SequenceHash;
-use crate::tree::AlreadyHashed;
 
 type ById<V> = HashMap<u64, V, BuildHasherDefault<AlreadyHashed>>;
 

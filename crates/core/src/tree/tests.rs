@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use proptest::prelude::*;
 
 use super::*;
+use crate::foreseen::Foreseen;
 use crate::shadow::Shadow;
 
 const WORKERS: Slot = 3;
@@ -114,7 +115,12 @@ impl Held {
 
     fn make_room(&mut self, worker: Slot) {
         let active = self.pinned[worker as usize];
-        self.shadows[worker as usize].make_room(active, worker, &mut self.tree);
+        self.shadows[worker as usize].make_room(
+            active,
+            worker,
+            &mut self.tree,
+            &mut Foreseen::default(),
+        );
     }
 
     /// `honest`: no hash stands for two prefixes, so every node can be found.

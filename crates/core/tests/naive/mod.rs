@@ -22,6 +22,10 @@ pub(crate) struct NaiveWorker {
     unshared: HashMap<u64, usize>,
     /// Full blocks of output of each request.
     output: HashMap<u64, usize>,
+    /// Requests that have computed nothing yet.
+    waiting: HashSet<u64>,
+    /// Blocks evicted while any of those waited.
+    evicted: HashSet<SequenceHash>,
 }
 
 impl NaiveWorker {
@@ -55,9 +59,30 @@ impl NaiveWorker {
     pub(crate) fn forget_cache(&mut self) {
         self.computed.clear();
         self.free.clear();
+        self.evicted.clear();
+    }
+
+    /// Events told of these blocks.
+    pub(crate) fn told(&mut self, hashes: &[SequenceHash]) {
+        for hash in hashes {
+            self.evicted.remove(hash);
+        }
+    }
+
+    fn waits_no_longer(&mut self, request: u64) {
+        self.waiting.remove(&request);
+        if self.waiting.is_empty() {
+            self.evicted.clear();
+        }
+    }
+
+    /// Whether the block was evicted for requests some of which wait.
+    pub(crate) fn may_foresee(&self, hash: SequenceHash) -> bool {
+        self.evicted.contains(&hash)
     }
 
     pub(crate) fn book(&mut self, request: u64, sequence: &Sequence) {
+        self.waiting.insert(request);
         if self.prefix_caching {
             // Of a prompt that is cached whole the last block is computed again.
             if let Some(last) = sequence.hashes().get(sequence.reusable_blocks() as usize)
@@ -87,7 +112,8 @@ impl NaiveWorker {
         self.make_room();
     }
 
-    pub(crate) fn computed(&mut self, sequence: &Sequence) {
+    pub(crate) fn computed(&mut self, request: u64, sequence: &Sequence) {
+        self.waits_no_longer(request);
         if self.prefix_caching {
             self.computed.extend(sequence.hashes());
         }
@@ -111,6 +137,7 @@ impl NaiveWorker {
         computed: bool,
         answered: Option<&Sequence>,
     ) {
+        self.waits_no_longer(request);
         self.unshared.remove(&request);
         let output = self.output.remove(&request).unwrap_or(0);
         if !self.prefix_caching {
@@ -157,6 +184,9 @@ impl NaiveWorker {
         while self.free.len() > self.capacity.saturating_sub(self.active()) {
             if let Some(Some(hash)) = self.free.pop_front() {
                 self.computed.remove(&hash);
+                if !self.waiting.is_empty() {
+                    self.evicted.insert(hash);
+                }
             }
         }
     }

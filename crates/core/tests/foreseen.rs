@@ -1,0 +1,212 @@
+//! Evictions that a worker's events will tell of, for requests that wait in its engine.
+
+#![allow(clippy::unwrap_used)]
+
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use foresee_core::Depth;
+use foresee_core::booking::Booking;
+use foresee_core::cache::Changes;
+use foresee_core::fleet::{WorkerId, WorkerSpec};
+use foresee_core::router::{Request, Router, RouterConfig};
+use foresee_core::sequence::Sequence;
+
+const BLOCK_SIZE: NonZeroU32 = NonZeroU32::new(4).unwrap();
+const NOW: Duration = Duration::ZERO;
+
+/// A router with one worker whose events it follows.
+struct Told {
+    router: Router,
+    id: WorkerId,
+}
+
+impl Told {
+    fn with_capacity(capacity_blocks: Option<u32>) -> Self {
+        let router = Router::new(RouterConfig {
+            block_size: BLOCK_SIZE,
+            ..RouterConfig::default()
+        })
+        .unwrap();
+        let id = router
+            .add_worker(WorkerSpec {
+                name: "only".to_owned(),
+                capacity_blocks,
+                prefix_caching: true,
+                ..WorkerSpec::default()
+            })
+            .unwrap();
+        router.set_healthy(id, true);
+        router.follow_events(id, true);
+        Self { router, id }
+    }
+
+    fn stored(&self, prompt: &Sequence) {
+        self.router.update_cache(
+            self.id,
+            &Changes {
+                added: prompt.hashes().to_vec(),
+                removed: Vec::new(),
+                stride: 1,
+            },
+        );
+    }
+
+    fn removed(&self, prompt: &Sequence, from: usize) {
+        self.router.update_cache(
+            self.id,
+            &Changes {
+                added: Vec::new(),
+                removed: prompt.hashes()[from..].to_vec(),
+                stride: 1,
+            },
+        );
+    }
+
+    fn book(&self, prompt: &Sequence) -> Booking {
+        self.router.route(&Request::new(prompt), NOW).unwrap()
+    }
+
+    /// A request from its booking to its end, with the events that it causes.
+    fn serve(&self, prompt: &Sequence) {
+        let mut booking = self.book(prompt);
+        self.stored(prompt);
+        booking.tokens(1, NOW);
+        booking.finish(NOW);
+    }
+
+    fn depth(&self, prompt: &Sequence) -> Depth {
+        let explained = self.router.explain(&Request::new(prompt), NOW).unwrap();
+        explained.candidates[0].depth
+    }
+
+    fn cached(&self, prompt: &Sequence) -> u32 {
+        self.depth(prompt).cached
+    }
+}
+
+/// A prompt of so many blocks, and of one token more: all of its blocks can be reused.
+fn prompt(content: u32, blocks: u32) -> Sequence {
+    let tokens: Vec<u32> = (0..blocks * BLOCK_SIZE.get() + 1)
+        .map(|token| content << 16 | token)
+        .collect();
+    Sequence::from_tokens(&tokens, BLOCK_SIZE, 0)
+}
+
+#[test]
+fn what_waiting_requests_will_evict_is_not_counted_on() {
+    let worker = Told::with_capacity(Some(10));
+    let cached = prompt(1, 6);
+    worker.serve(&cached);
+    assert_eq!(worker.cached(&cached), 6);
+
+    // Of 10 blocks it takes 7, so 3 of the 6 are left.
+    let mut waits = worker.book(&prompt(2, 6));
+    assert_eq!(worker.cached(&cached), 3);
+    let booked = worker.book(&cached);
+    assert_eq!(booked.decision().cost.overlap_blocks, 3);
+    assert_eq!(booked.decision().best_overlap_blocks, 3);
+    drop(booked);
+    let told = worker.router.workers(NOW).remove(0).cached_blocks;
+    assert_eq!(told, 6, "what events tell is what is reported");
+
+    waits.first_token(NOW);
+    assert_eq!(worker.cached(&cached), 6, "nothing waits: events know");
+    drop(waits);
+    assert_eq!(worker.cached(&cached), 6);
+}
+
+#[test]
+fn a_batch_does_not_count_on_it_either() {
+    let worker = Told::with_capacity(Some(10));
+    let cached = prompt(1, 6);
+    worker.serve(&cached);
+    let _waits = worker.book(&prompt(2, 6));
+    let further = [prompt(3, 1)];
+    let request = Request::new(&cached);
+    let batch = worker.router.route_batch(&request, &further, NOW).unwrap();
+    assert_eq!(batch.decision().cost.overlap_blocks, 3);
+}
+
+#[test]
+fn what_events_have_confirmed_is_theirs_to_tell() {
+    let worker = Told::with_capacity(Some(10));
+    let cached = prompt(1, 6);
+    worker.serve(&cached);
+    let _waits = worker.book(&prompt(2, 6));
+    worker.removed(&cached, 4);
+    assert_eq!(worker.cached(&cached), 3, "not all has happened");
+    worker.removed(&cached, 3);
+    assert_eq!(worker.cached(&cached), 3);
+    // Another has computed it again since.
+    worker.stored(&cached);
+    assert_eq!(worker.cached(&cached), 6);
+}
+
+#[test]
+fn what_a_running_request_takes_is_told_by_events_alone() {
+    let worker = Told::with_capacity(Some(10));
+    let cached = prompt(1, 6);
+    worker.serve(&cached);
+    let mut runs = worker.book(&prompt(2, 2));
+    runs.first_token(NOW);
+    runs.tokens(5 * BLOCK_SIZE.get(), NOW);
+    assert_eq!(worker.cached(&cached), 6);
+    // What waits takes the rest, by an account that knows what was evicted before.
+    let _waits = worker.book(&prompt(3, 1));
+    assert_eq!(worker.cached(&cached), 0);
+}
+
+#[test]
+fn what_a_waiting_request_pins_stays() {
+    let worker = Told::with_capacity(Some(10));
+    let cached = prompt(1, 6);
+    worker.serve(&cached);
+    let _other = worker.book(&prompt(2, 6));
+    let _same = worker.book(&cached);
+    assert_eq!(worker.depth(&cached).overlap(), 6);
+}
+
+#[test]
+fn an_answer_is_among_what_will_be_evicted() {
+    let worker = Told::with_capacity(Some(10));
+    let (asked, answered) = (prompt(1, 4), prompt(1, 6));
+    let mut booking = worker.book(&asked);
+    worker.stored(&answered);
+    booking.tokens(2 * BLOCK_SIZE.get() + 1, NOW);
+    booking.answered(answered.clone());
+    booking.finish(NOW);
+    let _waits = worker.book(&prompt(2, 4));
+    assert_eq!(worker.cached(&answered), 5);
+}
+
+#[test]
+fn what_the_shadow_never_knew_is_for_events_to_tell() {
+    let worker = Told::with_capacity(Some(10));
+    let cached = prompt(1, 6);
+    worker.stored(&cached);
+    let _waits = worker.book(&prompt(2, 9));
+    assert_eq!(worker.cached(&cached), 6);
+}
+
+#[test]
+fn nothing_is_foreseen_from_a_guess_at_the_capacity() {
+    let worker = Told::with_capacity(None);
+    let cached = prompt(1, 6);
+    worker.serve(&cached);
+    let _waits = worker.book(&prompt(2, 20_000));
+    assert_eq!(worker.cached(&cached), 6);
+}
+
+#[test]
+fn who_tells_anew_tells_alone() {
+    let worker = Told::with_capacity(Some(10));
+    let cached = prompt(1, 6);
+    worker.serve(&cached);
+    let _waits = worker.book(&prompt(2, 6));
+    worker.router.follow_events(worker.id, false);
+    assert_eq!(worker.cached(&cached), 0);
+    worker.router.follow_events(worker.id, true);
+    worker.stored(&cached);
+    assert_eq!(worker.cached(&cached), 6);
+}
