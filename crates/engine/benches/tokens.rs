@@ -97,13 +97,18 @@ fn subject(name: &'static str) -> &'static RefCell<Subject> {
     })
 }
 
+/// The first place from `at` on where no letter is cut.
+fn boundary_from(at: usize) -> usize {
+    (at..).find(|&at| SOURCE.is_char_boundary(at)).unwrap()
+}
+
 impl Subject {
     /// A text of so many tokens, about, that is not a repetition of another.
     fn text(&mut self, tokens: usize) -> String {
         self.turns += 1;
         // Four bytes a token; words of its own here and there, as in any text.
-        let start = SOURCE.ceil_char_boundary(self.turns * 7919 % (SOURCE.len() / 2));
-        let end = SOURCE.ceil_char_boundary((start + 4 * tokens).min(SOURCE.len()));
+        let start = boundary_from(self.turns * 7919 % (SOURCE.len() / 2));
+        let end = boundary_from((start + 4 * tokens).min(SOURCE.len()));
         let mut text = String::with_capacity(5 * tokens);
         for (line, words) in SOURCE[start..end].split_inclusive('\n').enumerate() {
             if line % 4 == 0 {
