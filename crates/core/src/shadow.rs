@@ -222,11 +222,9 @@ impl Shadow {
         tree: &mut PrefixTree,
         foreseen: &mut Foreseen,
     ) {
-        let capacity = if self.is_idle() {
-            0
-        } else {
-            self.capacity.blocks()
-        };
+        let is_idle = self.is_idle();
+        let capacity = if is_idle { 0 } else { self.capacity.blocks() };
+        let foresees = self.is_told && !is_idle && self.waiting > 0;
         let fits = u64::from(capacity).saturating_sub(active);
         while self.free > fits
             && let Some(front) = self.queue.front_mut()
@@ -238,8 +236,7 @@ impl Shadow {
             self.free -= u64::from(taken.blocks);
             self.evicted += u64::from(taken.blocks);
             if let Some(uppermost) = taken.uppermost
-                && self.is_told
-                && self.waiting > 0
+                && foresees
             {
                 foreseen.add(worker, uppermost);
             }

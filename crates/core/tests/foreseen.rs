@@ -196,6 +196,9 @@ fn nothing_is_foreseen_from_a_guess_at_the_capacity() {
     worker.serve(&cached);
     let _waits = worker.book(&prompt(2, 20_000));
     assert_eq!(worker.cached(&cached), 6);
+    // Nor while it lets go of what ends.
+    worker.serve(&cached);
+    assert_eq!(worker.cached(&cached), 6);
 }
 
 #[test]
