@@ -122,8 +122,8 @@ fn check_active_blocks(found: &Verification, checks: &mut Vec<Check>) {
             goal: format!("{} %", GOAL_ACTIVE * 100.0),
             passed: is_known.then(|| active.error_share() <= GOAL_ACTIVE),
             remedy: is_known.then_some(
-                "requests much shorter than the way to the engine and back blur it; other clients \
-                 are load the router cannot see; SGLang needs --decode-log-interval 1",
+                "short requests blur it: they are counted on their way to the engine and back; \
+                 other clients are load the router cannot see; SGLang needs --decode-log-interval 1",
             ),
         });
     }

@@ -363,14 +363,8 @@ impl fmt::Display for Verification {
         }
         writeln!(
             f,
-            "{:<22}{:>8}{:>8}{:>11}{:>12}{:>12}{:>14}",
-            "active blocks",
-            "cache",
-            "peak",
-            "mean error",
-            "of the peak",
-            "figures' age",
-            "event lag p99"
+            "{:<22}{:>8}{:>8}{:>12}{:>13}{:>8}{:>15}",
+            "active blocks", "cache", "peak", "mean error", "of the peak", "worst", "event lag p99"
         )?;
         for worker in &self.workers {
             let active = &worker.active;
