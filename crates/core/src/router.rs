@@ -147,16 +147,13 @@ impl Router {
     /// may find the cache between what it was and what it is.
     pub fn update_cache(&self, id: WorkerId, changes: &Changes) {
         let stride = changes.stride;
-        if let Some(stride) = NonZeroU32::new(stride) {
-            self.set_stride(id, stride);
-        }
         for hashes in changes.removed.chunks(MOST_TOLD_AT_ONCE) {
-            self.tell(id, hashes, |cache, told| {
+            self.tell(id, stride, hashes, |cache, told| {
                 cache.remove(id.slot, stride, hashes, told)
             });
         }
         for hashes in changes.added.chunks(MOST_TOLD_AT_ONCE) {
-            self.tell(id, hashes, |cache, told| {
+            self.tell(id, stride, hashes, |cache, told| {
                 cache.add(id.slot, stride, hashes, told)
             });
         }
@@ -165,6 +162,7 @@ impl Router {
     fn tell(
         &self,
         id: WorkerId,
+        stride: u32,
         hashes: &[SequenceHash],
         change: impl FnOnce(&mut CacheIndex, &mut u64),
     ) {
@@ -175,6 +173,9 @@ impl Router {
         {
             change(&mut state.cache, &mut worker.told);
             state.foreseen.settle(id.slot, hashes);
+            if let Some(stride) = NonZeroU32::new(stride) {
+                state.fleet.set_stride(id, stride);
+            }
         }
         // A stream of events that never pauses would else take the lock again and again before
         // whoever waits for it wakes.
