@@ -16,6 +16,9 @@ pub(crate) struct RouterArgs {
     /// What computing a prompt block costs, in active blocks; 0 is pure load balancing
     #[arg(long, default_value_t = 1.0, env = "FORESEE_OVERLAP_WEIGHT")]
     pub(crate) overlap_weight: f64,
+    /// What a second until the first token counts, in seconds of anybody's delay
+    #[arg(long, default_value_t = 1.0, env = "FORESEE_TTFT_WEIGHT")]
+    pub(crate) ttft_weight: f64,
     /// 0 takes the least cost; above, samples by softmax over costs
     #[arg(long, default_value_t = 0.0, env = "FORESEE_TEMPERATURE")]
     pub(crate) temperature: f64,
@@ -37,6 +40,7 @@ impl RouterArgs {
         RouterConfig {
             policy,
             overlap_weight: self.overlap_weight,
+            ttft_weight: self.ttft_weight,
             temperature: self.temperature,
             block_size: self.block_size,
             seed: self.seed,

@@ -164,6 +164,7 @@ pub(crate) fn check_config(args: ServeArgs) -> anyhow::Result<()> {
     println!("admin-listen     {}", config.admin_listen);
     println!("policy           {}", config.router.policy);
     println!("overlap-weight   {}", config.router.overlap_weight);
+    println!("ttft-weight      {}", config.router.ttft_weight);
     println!("temperature      {}", config.router.temperature);
     println!("block-size       {}", config.router.block_size);
     if let Some(tokenizer) = &config.tokenizer {

@@ -11,12 +11,13 @@ use smallvec::SmallVec;
 use crate::booking::Booking;
 use crate::choose::{Decision, Load, Prices};
 use crate::cost::Cost;
+use crate::delay::Delay;
 use crate::fleet::WorkerId;
 use crate::record::BookingKey;
 use crate::request::{Request, RouteError};
 use crate::sequence::Sequence;
 use crate::state::{State, release};
-use crate::tree::{Depth, PrefixTree};
+use crate::tree::{Depth, PrefixTree, Slot};
 
 /// The most prompts to book in one step: it takes as long as so many single ones, and nobody else
 /// can be routed meanwhile. Whoever has more books the rest as one, of
@@ -165,6 +166,9 @@ impl<'a> Members<'a> {
 #[derive(Debug)]
 pub(crate) struct Sums {
     pub(crate) costs: Vec<Cost>,
+    pub(crate) delays: Vec<Delay>,
+    /// What of those is to be minimised.
+    pub(crate) totals: Vec<f64>,
     pub(crate) depths: Vec<Depth>,
 }
 
@@ -186,11 +190,13 @@ impl State {
         let unplaced = |load: &Load| Cost::of_nothing(load.active_blocks);
         let mut sums = Sums {
             costs: self.fleet.loads.iter().map(unplaced).collect(),
+            delays: vec![Delay::default(); self.fleet.slots()],
+            totals: vec![0.0; self.fleet.slots()],
             depths: vec![Depth::default(); self.fleet.slots()],
         };
         for (request, &repeated) in members.requests.iter().zip(&members.repeated) {
             let reading = self.read(request);
-            let demand = self.demand(request);
+            let (demand, placement) = (self.demand(request), self.placement(request));
             for (slot, &alone) in reading.depths().iter().enumerate() {
                 let worker = self.fleet.at(slot as u32);
                 let mut depth = alone;
@@ -198,6 +204,11 @@ impl State {
                     depth.active = depth.active.max(repeated);
                 }
                 sums.costs[slot].add(demand, depth);
+                let mut delay = self.fleet.delay(&placement, slot as Slot, depth);
+                // Each waits for those before it, too.
+                delay.wait += sums.delays[slot].prefill;
+                sums.totals[slot] += placement.total(&delay);
+                sums.delays[slot] += delay;
                 let sum = &mut sums.depths[slot];
                 sum.cached = sum.cached.saturating_add(depth.cached);
                 sum.active = sum.active.saturating_add(depth.active);
@@ -213,7 +224,7 @@ impl State {
         sums: &Sums,
     ) -> Result<WorkerId, RouteError> {
         // A model, exclusions and a wish to stay close to a prefix are the first one's.
-        self.pick(&members.requests[0], Prices::Summed(&sums.costs))
+        self.pick(&members.requests[0], Prices::Summed(&sums.costs, &sums.totals))
     }
 
     /// Books all members on `worker`.

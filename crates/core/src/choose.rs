@@ -10,6 +10,8 @@ use rand::Rng;
 use rand::rngs::SmallRng;
 
 use crate::cost::{Cost, Demand};
+use crate::delay::Placement;
+use crate::fleet::Fleet;
 use crate::sequence::SequenceHash;
 use crate::tree::{Depth, Slot};
 
@@ -19,6 +21,8 @@ pub enum Policy {
     /// Least [`Cost`]: predicted prefill work and active blocks.
     #[default]
     Kv,
+    /// Least [`Delay`](crate::delay::Delay) of everybody, in predicted seconds.
+    Delay,
     /// Each worker in turn.
     RoundRobin,
     /// Any worker, evenly.
@@ -35,8 +39,9 @@ pub enum Policy {
 
 impl Policy {
     /// Every policy, with its name.
-    pub const ALL: [(Policy, &'static str); 6] = [
+    pub const ALL: [(Policy, &'static str); 7] = [
         (Policy::Kv, "kv"),
+        (Policy::Delay, "delay"),
         (Policy::RoundRobin, "round-robin"),
         (Policy::Random, "random"),
         (Policy::LeastRequests, "least-requests"),
@@ -55,7 +60,7 @@ impl fmt::Display for Policy {
 /// A policy's name that is none of [`Policy::ALL`].
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "unknown policy `{0}`: use kv, round-robin, random, least-requests, power-of-two or consistent-hash"
+    "unknown policy `{0}`: use kv, delay, round-robin, random, least-requests, power-of-two or consistent-hash"
 )]
 pub struct UnknownPolicy(String);
 
@@ -97,16 +102,16 @@ pub(crate) struct Load {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Prices<'a> {
     /// One prompt's cost follows from how deep it reaches.
-    OfOne(Demand, &'a [Depth]),
-    /// Those of several prompts were summed up.
-    Summed(&'a [Cost]),
+    OfOne(Demand, Placement, &'a [Depth]),
+    /// Those of several prompts were summed up: in blocks, and in seconds.
+    Summed(&'a [Cost], &'a [f64]),
 }
 
 /// The workers to choose from and what is known of them, indexed by slot.
 pub(crate) struct Field<'a> {
     pub(crate) eligible: &'a [Slot],
     pub(crate) excluded: &'a [Slot],
-    pub(crate) loads: &'a [Load],
+    pub(crate) fleet: &'a Fleet,
     pub(crate) prices: Prices<'a>,
     pub(crate) hashes: &'a [SequenceHash],
 }
@@ -128,15 +133,34 @@ impl Field<'_> {
     pub(crate) fn cost_of(&self, slot: Slot) -> Cost {
         let index = slot as usize;
         match self.prices {
-            Prices::OfOne(demand, depths) => {
-                demand.cost(self.loads[index].active_blocks, depths[index])
+            Prices::OfOne(demand, _, depths) => {
+                demand.cost(self.fleet.loads[index].active_blocks, depths[index])
             }
-            Prices::Summed(costs) => costs[index],
+            Prices::Summed(costs, _) => costs[index],
+        }
+    }
+
+    fn delay_of(&self, slot: Slot) -> f64 {
+        let index = slot as usize;
+        match self.prices {
+            Prices::OfOne(_, placement, depths) => {
+                let delay = self.fleet.delay(&placement, slot, depths[index]);
+                placement.total(&delay)
+            }
+            Prices::Summed(_, delays) => delays[index],
+        }
+    }
+
+    /// The cost that a policy looks at.
+    fn price_of(&self, policy: Policy, slot: Slot) -> f64 {
+        match policy {
+            Policy::Kv => self.cost_of(slot).total,
+            _ => self.delay_of(slot),
         }
     }
 
     fn requests(&self, slot: Slot) -> u32 {
-        self.loads[slot as usize].requests
+        self.fleet.loads[slot as usize].requests
     }
 
     /// Chooses a worker, or none if none is eligible. `turn` counts the choices made before.
@@ -149,8 +173,11 @@ impl Field<'_> {
         rng: &mut SmallRng,
     ) -> Option<Slot> {
         match policy {
-            Policy::Kv if temperature > 0.0 => self.sample_by_cost(temperature, rng),
+            Policy::Kv | Policy::Delay if temperature > 0.0 => {
+                self.sample_by_cost(policy, temperature, rng)
+            }
             Policy::Kv => self.least_cost(rng),
+            Policy::Delay => self.least_delay(rng),
             Policy::RoundRobin => {
                 let count = self.slots().count() as u64;
                 let position = turn.checked_rem(count)?;
@@ -171,13 +198,13 @@ impl Field<'_> {
     }
 
     fn least_cost(&self, rng: &mut SmallRng) -> Option<Slot> {
-        let loads = self.loads;
+        let loads = &self.fleet.loads;
         match self.prices {
-            Prices::OfOne(demand, depths) => self.least_cost_by(rng, |index| {
+            Prices::OfOne(demand, _, depths) => self.least_cost_by(rng, |index| {
                 let (load, depth) = (loads.get(index)?, depths.get(index)?);
                 Some(demand.cost(load.active_blocks, *depth))
             }),
-            Prices::Summed(costs) => self.least_cost_by(rng, |index| costs.get(index).copied()),
+            Prices::Summed(costs, _) => self.least_cost_by(rng, |index| costs.get(index).copied()),
         }
     }
 
@@ -214,6 +241,24 @@ impl Field<'_> {
         chosen
     }
 
+    /// The slot of least delay; of equal ones any.
+    fn least_delay(&self, rng: &mut SmallRng) -> Option<Slot> {
+        let mut chosen = None;
+        let mut least = f64::INFINITY;
+        let mut equal = 1;
+        for slot in self.slots() {
+            let delay = self.delay_of(slot);
+            if delay < least {
+                least = delay;
+                chosen = Some(slot);
+                equal = 1;
+            } else if delay == least && is_drawn(&mut equal, rng) {
+                chosen = Some(slot);
+            }
+        }
+        chosen
+    }
+
     /// The slot with the least `measure`; each of several equal ones is as likely.
     fn least(&self, rng: &mut SmallRng, measure: impl Fn(Slot) -> u32) -> Option<Slot> {
         let mut chosen = None;
@@ -233,10 +278,15 @@ impl Field<'_> {
     }
 
     /// Samples by softmax over costs divided by their range.
-    fn sample_by_cost(&self, temperature: f64, rng: &mut SmallRng) -> Option<Slot> {
+    fn sample_by_cost(
+        &self,
+        policy: Policy,
+        temperature: f64,
+        rng: &mut SmallRng,
+    ) -> Option<Slot> {
         let mut chosen = None;
         let mut total = 0.0;
-        for (slot, weight) in self.softmax_weights(temperature) {
+        for (slot, weight) in self.softmax_weights(policy, temperature) {
             total += weight;
             if rng.random::<f64>() * total < weight {
                 chosen = Some(slot);
@@ -249,17 +299,18 @@ impl Field<'_> {
     /// to the slots of least cost.
     pub(crate) fn softmax_weights(
         &self,
+        policy: Policy,
         temperature: f64,
     ) -> impl Iterator<Item = (Slot, f64)> + '_ {
         let (mut least, mut most) = (f64::INFINITY, f64::NEG_INFINITY);
         for slot in self.slots() {
-            let cost = self.cost_of(slot).total;
+            let cost = self.price_of(policy, slot);
             least = least.min(cost);
             most = most.max(cost);
         }
         let range = most - least;
         self.slots().map(move |slot| {
-            let above = self.cost_of(slot).total - least;
+            let above = self.price_of(policy, slot) - least;
             let weight = if above == 0.0 {
                 1.0
             } else {
@@ -294,7 +345,7 @@ impl Field<'_> {
         let bound = (LOAD_BOUND * (running + 1) as f64 / count as f64).ceil() as u32;
         self.slots()
             .filter(|&slot| self.requests(slot) < bound)
-            .max_by_key(|&slot| rendezvous(key, self.loads[slot as usize].identity))
+            .max_by_key(|&slot| rendezvous(key, self.fleet.loads[slot as usize].identity))
     }
 }
 

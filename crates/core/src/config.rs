@@ -14,6 +14,8 @@ pub struct RouterConfig {
     pub policy: Policy,
     /// What a block to compute costs, in active blocks; 0 is pure load balancing.
     pub overlap_weight: f64,
+    /// What a second until the first token counts, in seconds of anybody's delay.
+    pub ttft_weight: f64,
     /// 0 takes the least cost; above, workers are sampled by softmax over costs.
     pub temperature: f64,
     /// Tokens per KV block, as the engines have it.
@@ -27,6 +29,7 @@ impl Default for RouterConfig {
         Self {
             policy: Policy::Kv,
             overlap_weight: 1.0,
+            ttft_weight: 1.0,
             temperature: 0.0,
             block_size: DEFAULT_BLOCK_SIZE,
             seed: 0,

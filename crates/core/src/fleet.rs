@@ -9,7 +9,9 @@ use rapidhash::v3::{DEFAULT_RAPID_SECRETS, rapidhash_v3_seeded};
 
 use crate::capacity::CapacitySource;
 use crate::choose::Load;
-use crate::forecast::{Decode, Prefill};
+use crate::delay::{Delay, Placement};
+use crate::forecast::pace::{Law, Pace};
+use crate::outlook::Outlook;
 use crate::shadow::Shadow;
 use crate::tree::{Depth, Slot};
 
@@ -85,10 +87,15 @@ pub struct WorkerSnapshot {
     pub capacity_blocks: u32,
     /// Who says so.
     pub capacity_source: CapacitySource,
-    /// Learned prefill speed, in tokens per second.
-    pub prefill_speed: f64,
-    /// Learned time between two tokens of one request.
+    /// What it takes, as learned.
+    pub pace: Pace,
+    /// Until a prompt booked now would be turned to, by forecast.
+    pub backlog: Duration,
+    /// Between two tokens of one request as things stand, by forecast.
     pub inter_token_latency: Duration,
+    /// Prompts forecast, and the mean error of what was forecast to be their time to first token,
+    /// as a share of it.
+    pub first_token_error: (u64, f64),
 }
 
 /// Why a worker cannot join.
@@ -107,6 +114,9 @@ pub enum WorkerError {
 /// Most workers one router takes.
 pub const MAX_WORKERS: usize = 4096;
 
+/// Sets of models whose workers are told apart in what they take.
+const MOST_LAWS: usize = 256;
+
 #[derive(Debug)]
 pub(crate) struct Worker {
     pub(crate) id: WorkerId,
@@ -115,8 +125,6 @@ pub(crate) struct Worker {
     healthy: bool,
     draining: bool,
     pub(crate) prefix_caching: bool,
-    pub(crate) prefill: Prefill,
-    pub(crate) decode: Decode,
     pub(crate) shadow: Shadow,
     /// Blocks pinned through the prefix tree: active blocks less the unshared ones.
     pub(crate) pinned: u64,
@@ -133,6 +141,12 @@ struct Coarse {
 }
 
 impl Worker {
+    /// KV blocks it has, if that is more than an assumption.
+    pub(crate) fn known_capacity(&self) -> Option<u32> {
+        let is_assumed = self.shadow.capacity_source() == CapacitySource::Assumed;
+        (!is_assumed).then(|| self.shadow.capacity())
+    }
+
     pub(crate) fn state(&self) -> WorkerState {
         match (self.draining, self.healthy) {
             (true, _) => WorkerState::Draining,
@@ -148,6 +162,11 @@ pub(crate) struct Fleet {
     workers: Vec<Option<Worker>>,
     /// Apart from `workers`, so that a decision over hundreds of them reads little memory.
     pub(crate) loads: Vec<Load>,
+    /// Apart for the same reason.
+    pub(crate) outlooks: Vec<Outlook>,
+    /// What workers of the same models have in common. Never shrinks, so bounded by sets of models
+    /// that workers of one fleet ever had; the first is for those whose models are unknown.
+    laws: Vec<(Vec<String>, Law)>,
     eligible: Eligible,
     /// Apart too, because most fleets have none.
     coarse: Vec<Coarse>,
@@ -176,6 +195,7 @@ impl Fleet {
             None => {
                 self.workers.push(None);
                 self.loads.push(Load::default());
+                self.outlooks.push(Outlook::default());
                 self.workers.len() - 1
             }
         };
@@ -188,6 +208,7 @@ impl Fleet {
             identity: rapidhash_v3_seeded(spec.name.as_bytes(), &DEFAULT_RAPID_SECRETS),
             ..Load::default()
         };
+        self.outlooks[slot] = Outlook::following(self.find_law(&spec.models));
         self.workers[slot] = Some(Worker {
             id,
             name: spec.name,
@@ -195,8 +216,6 @@ impl Fleet {
             healthy: false,
             draining: false,
             prefix_caching: spec.prefix_caching,
-            prefill: Prefill::default(),
-            decode: Decode::default(),
             shadow: Shadow::new(spec.capacity_blocks),
             pinned: 0,
             told: 0,
@@ -211,6 +230,7 @@ impl Fleet {
         }
         self.workers[id.slot as usize] = None;
         self.loads[id.slot as usize] = Load::default();
+        self.outlooks[id.slot as usize] = Outlook::default();
         self.coarse.retain(|coarse| coarse.slot != id.slot);
         self.find_eligible();
         true
@@ -261,6 +281,39 @@ impl Fleet {
         (worker.id == id).then_some((worker, load))
     }
 
+    /// The worker's outlook and the law it follows, unless it was removed since.
+    pub(crate) fn outlook_mut(&mut self, id: WorkerId) -> Option<(&mut Outlook, &mut Law)> {
+        self.get(id)?;
+        let outlook = self.outlooks.get_mut(id.slot as usize)?;
+        let (_, law) = self.laws.get_mut(outlook.law)?;
+        Some((outlook, law))
+    }
+
+    /// The law that a worker with this outlook follows.
+    pub(crate) fn law(&self, outlook: &Outlook) -> &Law {
+        &self.laws[outlook.law].1
+    }
+
+    /// What placing a request at `slot`, whose prompt reaches so deep there, costs.
+    pub(crate) fn delay(&self, placement: &Placement, slot: Slot, depth: Depth) -> Delay {
+        let outlook = &self.outlooks[slot as usize];
+        let load = self.loads[slot as usize];
+        placement.delay(outlook, self.law(outlook), load, depth)
+    }
+
+    /// Where the law is that workers of these models follow.
+    fn find_law(&mut self, models: &[String]) -> usize {
+        let known = self.laws.iter().position(|(of, _)| of == models);
+        match known {
+            Some(index) => index,
+            None if self.laws.len() < MOST_LAWS => {
+                self.laws.push((models.to_vec(), Law::default()));
+                self.laws.len() - 1
+            }
+            None => 0,
+        }
+    }
+
     pub(crate) fn at(&self, slot: Slot) -> Option<&Worker> {
         self.workers.get(slot as usize)?.as_ref()
     }
@@ -282,6 +335,10 @@ impl Fleet {
     }
 
     pub(crate) fn set_models(&mut self, id: WorkerId, models: Vec<String>) {
+        let law = self.find_law(&models);
+        if let Some((outlook, _)) = self.outlook_mut(id) {
+            outlook.law = law;
+        }
         self.update(id, |worker| &mut worker.models, models);
     }
 
@@ -346,6 +403,10 @@ impl Fleet {
         self.iter()
             .map(|worker| {
                 let load = self.loads[worker.id.slot as usize];
+                let outlook = &self.outlooks[worker.id.slot as usize];
+                let pace = outlook.watch.pace(self.law(outlook));
+                let (requests, context) = outlook.decoding();
+                let step = pace.step(f64::from(requests.max(1)), context as f64);
                 WorkerSnapshot {
                     id: worker.id,
                     name: worker.name.clone(),
@@ -354,7 +415,7 @@ impl Fleet {
                     requests: load.requests,
                     active_blocks: load.active_blocks,
                     context_tokens: load.context_tokens,
-                    prefill_tokens: worker.prefill.backlog(now),
+                    prefill_tokens: outlook.backlog_tokens(&pace, now),
                     cached_blocks: if worker.shadow.is_told() {
                         worker.told
                     } else {
@@ -363,10 +424,17 @@ impl Fleet {
                     follows_events: worker.shadow.is_told(),
                     capacity_blocks: worker.shadow.capacity(),
                     capacity_source: worker.shadow.capacity_source(),
-                    prefill_speed: worker.prefill.speed(),
-                    inter_token_latency: worker.decode.inter_token_latency(),
+                    backlog: seconds(outlook.backlog(&pace, now)),
+                    inter_token_latency: seconds(step),
+                    first_token_error: outlook.watch.first_token_error(),
+                    pace,
                 }
             })
             .collect()
     }
+}
+
+/// However long a forecast is, it is a duration.
+pub(crate) fn seconds(forecast: f64) -> Duration {
+    Duration::try_from_secs_f64(forecast).unwrap_or(Duration::MAX)
 }

@@ -6,8 +6,12 @@
 use std::cmp::Reverse;
 use std::time::Duration;
 
+use slab::Slab;
+
 use crate::choose::Decision;
-use crate::fleet::WorkerId;
+use crate::fleet::{WorkerId, seconds};
+use crate::forecast::pace::Work;
+use crate::outlook::Share;
 use crate::record::{BookingKey, Record};
 use crate::reports::{Hits, Verdict};
 use crate::request::Request;
@@ -15,11 +19,15 @@ use crate::sequence::Sequence;
 use crate::state::{Reading, State};
 use crate::tree::NO_NODE;
 
+/// For where the rest of the state is needed beside it.
+fn record_of(bookings: &mut Slab<Record>, key: BookingKey) -> Option<&mut Record> {
+    let record = bookings.get_mut(key.index)?;
+    (record.serial == key.serial).then_some(record)
+}
+
 impl State {
     fn record(&mut self, key: BookingKey) -> Option<&mut Record> {
-        self.bookings
-            .get_mut(key.index)
-            .filter(|record| record.serial == key.serial)
+        record_of(&mut self.bookings, key)
     }
 
     /// Books on `worker`. Nothing may happen between [`read`](Self::read) and this.
@@ -33,6 +41,13 @@ impl State {
         self.serial += 1;
         let sequence = request.sequence;
         let now = self.now;
+        let cached_tokens = decision.cost.overlap_blocks * sequence.block_size().get();
+        let uncached_tokens = sequence.tokens().saturating_sub(cached_tokens);
+        let kind = request.kind();
+        let expected_tokens = self.output_length.remaining(kind, 0, request.max_tokens);
+        let work = Work::new(uncached_tokens, sequence.tokens());
+        let context = u64::from(sequence.tokens());
+        let share = Share::new(self.serial, work, expected_tokens, context);
         let mut record = Record {
             serial: self.serial,
             worker,
@@ -41,12 +56,16 @@ impl State {
             block_size: sequence.block_size().get(),
             prompt_tokens: sequence.tokens(),
             generated_tokens: 0,
-            unsettled_tokens: 0,
+            share,
+            kind,
+            max_tokens: request.max_tokens,
             computed: false,
             counted: false,
             streams: request.streams,
-            expected_tokens: self.output_length.expect(request.max_tokens),
+            expected_tokens,
             booked_at: now,
+            waited_for_memory: false,
+            first_token_due: now,
             token_at: now,
             claim: None,
         };
@@ -72,14 +91,6 @@ impl State {
                 let copied = end.saturating_sub(sequence.reusable_blocks());
                 shadow.revived(&pinned.revived, copied);
             }
-            let cached_tokens = decision.cost.overlap_blocks * record.block_size;
-            record.unsettled_tokens = record.prompt_tokens.saturating_sub(cached_tokens);
-            if !record.streams {
-                let prefill = &worker.prefill;
-                let wait = prefill.time_to_first_token(record.unsettled_tokens, now);
-                record.token_at = now.saturating_add(wait);
-            }
-            worker.prefill.book(record.unsettled_tokens, now);
             worker.shadow.waits();
             load.requests += 1;
             load.context_tokens += record.context_tokens();
@@ -90,6 +101,21 @@ impl State {
                 &mut self.tree,
                 &mut self.foreseen,
             );
+            let (capacity, active) = (worker.known_capacity(), load.active_blocks);
+            let id = worker.id;
+            if let Some((outlook, law)) = self.fleet.outlook_mut(id) {
+                outlook.capacity = capacity;
+                record.waited_for_memory = capacity.is_some_and(|it| active > u64::from(it));
+                let pace = outlook.watch.pace(law);
+                let prefill = pace.prefill(1.0 / outlook.watch.prompts_together(), work);
+                let wait = outlook.backlog(&pace, now) + prefill;
+                record.first_token_due = now.saturating_add(seconds(wait));
+                outlook.add(&record.share, now);
+                outlook.inflow.add(prefill, now);
+            }
+            if !record.streams {
+                record.token_at = record.first_token_due;
+            }
         }
         let key = BookingKey {
             serial: self.serial,
@@ -115,28 +141,30 @@ impl State {
     }
 
     pub(crate) fn first_token(&mut self, key: BookingKey, now: Duration) {
-        let Some(record) = self
-            .bookings
-            .get_mut(key.index)
-            .filter(|record| record.serial == key.serial && !record.computed)
-        else {
+        let record = record_of(&mut self.bookings, key);
+        let Some(record) = record.filter(|record| !record.computed) else {
             return;
         };
         record.computed = true;
-        let unsettled = std::mem::take(&mut record.unsettled_tokens);
-        let (node, booked_at) = (record.node, record.booked_at);
-        if record.streams {
-            record.token_at = now;
+        let node = record.node;
+        if let Some((outlook, law)) = self.fleet.outlook_mut(record.worker) {
+            if record.streams {
+                record.token_at = now;
+                let booked_at = record.booked_at;
+                let due = record.first_token_due.saturating_sub(booked_at);
+                let work = record.share.work;
+                if work.tokens > 0 {
+                    outlook.watch.check(due, now.saturating_sub(booked_at));
+                }
+                let waited = record.waited_for_memory;
+                outlook.watch.first_token(law, work, booked_at, waited, now);
+            }
+            // Otherwise this is the end of the whole answer: it tells nothing of prefill.
+            outlook.compute(&mut record.share);
         }
         let Some((worker, _)) = self.fleet.get_mut(record.worker) else {
             return;
         };
-        if record.streams {
-            worker.prefill.settle(unsettled, booked_at, now);
-        } else {
-            // This is the end of the whole answer: it tells nothing of prefill.
-            worker.prefill.release(unsettled, now);
-        }
         self.tree.mark_computed(node, worker.id.slot);
         if worker.shadow.waits_no_longer() {
             self.foreseen.forget(worker.id.slot);
@@ -150,11 +178,15 @@ impl State {
         let elapsed = now.saturating_sub(record.token_at);
         let total = record.generated_tokens.saturating_add(count);
         let learns = record.streams && record.generated_tokens > 0;
-        let worker = record.worker;
+        let (worker, last_token_at) = (record.worker, record.token_at);
         record.token_at = now.max(record.token_at);
         self.count(key, total);
-        if learns && let Some((worker, _)) = self.fleet.get_mut(worker) {
-            worker.decode.observe(count, elapsed);
+        if learns && let Some((outlook, law)) = self.fleet.outlook_mut(worker) {
+            let computes = outlook.ahead.requests > 0
+                || outlook.watch.first_token_at() > last_token_at;
+            let decoding = outlook.decoding();
+            let watch = &mut outlook.watch;
+            watch.tokens(law, count, elapsed, computes, decoding, now);
         }
     }
 
@@ -167,13 +199,20 @@ impl State {
     }
 
     fn set_generated(&mut self, key: BookingKey, total: u32) {
-        let Some(record) = self.record(key) else {
+        let Some(record) = record_of(&mut self.bookings, key) else {
             return;
         };
         let (blocks_before, context_before) = (record.blocks(), record.context_tokens());
         record.generated_tokens = total;
         let (blocks, context) = (record.blocks(), record.context_tokens());
         let worker = record.worker;
+        if blocks != blocks_before {
+            // A block is little enough for a forecast to stand.
+            let left = self.output_length.remaining(record.kind, total, record.max_tokens);
+            if let Some((outlook, _)) = self.fleet.outlook_mut(worker) {
+                outlook.renew(&mut record.share, left, context);
+            }
+        }
         if let Some((worker, load)) = self.fleet.get_mut(worker) {
             load.active_blocks = load.active_blocks + u64::from(blocks) - u64::from(blocks_before);
             load.context_tokens = load.context_tokens + context - context_before;
@@ -194,10 +233,14 @@ impl State {
             return;
         };
         let (generated, streams, worker) = (record.generated_tokens, record.streams, record.worker);
-        let decoding = now.saturating_sub(record.token_at);
-        self.output_length.observe(generated);
-        if !streams && let Some((worker, _)) = self.fleet.get_mut(worker) {
-            worker.decode.observe(generated, decoding);
+        let kind = record.kind;
+        let elapsed = now.saturating_sub(record.token_at);
+        self.output_length.observe(kind, generated);
+        if !streams && let Some((outlook, law)) = self.fleet.outlook_mut(worker) {
+            let computes = outlook.ahead.requests > 0;
+            let decoding = outlook.decoding();
+            let watch = &mut outlook.watch;
+            watch.tokens(law, generated, elapsed, computes, decoding, now);
         }
     }
 
@@ -243,10 +286,12 @@ impl State {
         let Some(record) = known.then(|| self.bookings.remove(key.index)) else {
             return;
         };
+        if let Some((outlook, _)) = self.fleet.outlook_mut(record.worker) {
+            outlook.remove(&record.share);
+        }
         let Some((worker, load)) = self.fleet.get_mut(record.worker) else {
             return;
         };
-        worker.prefill.release(record.unsettled_tokens, self.now);
         if !record.computed && worker.shadow.waits_no_longer() {
             self.foreseen.forget(worker.id.slot);
         }
@@ -314,20 +359,19 @@ impl State {
     /// should fill, if it should grow further.
     fn forecast_progress(&mut self, key: BookingKey) -> Option<Duration> {
         let now = self.now;
-        let record = self.record(key).filter(|record| !record.computed)?;
+        let record = record_of(&mut self.bookings, key).filter(|record| !record.computed)?;
         let (worker_id, expected) = (record.worker, record.expected_tokens);
-        let unsettled = std::mem::take(&mut record.unsettled_tokens);
         let decoding = now.saturating_sub(record.token_at);
         let block_size = record.block_size;
-        let (worker, _) = self.fleet.get_mut(worker_id)?;
-        worker.prefill.release(unsettled, now);
-        let total = worker
-            .decode
-            .tokens_after(decoding)
+        let (outlook, law) = self.fleet.outlook_mut(worker_id)?;
+        outlook.compute(&mut record.share);
+        let (requests, context) = outlook.decoding();
+        let pace = outlook.watch.pace(law);
+        let step = pace.step(f64::from(requests.max(1)), context as f64);
+        let total = ((decoding.as_secs_f64() / step) as u32)
             .saturating_add(1)
             .min(expected);
-        let inter_token = worker.decode.inter_token_latency();
-        let per_block = inter_token.saturating_mul(block_size);
+        let per_block = seconds(step).saturating_mul(block_size);
         self.set_generated(key, total);
         // Never again at this very instant, however fast the worker was learned to be.
         let pause = per_block.max(Duration::from_millis(1));

@@ -6,7 +6,8 @@
 //! Read in this order: [`sequence`] (what a prompt is), `tree` (what a worker holds), `shadow` and
 //! [`cache`] (what it still caches, by its own rule or by its events), `foreseen` (what it will not
 //! for long, whatever its events say), `capacity` and `reports` (what its responses say of that),
-//! `forecast` (how fast it is), [`cost`] and [`choose`] (numbers, then a choice among numbers),
+//! `forecast` (how fast it is, and how long answers are), `outlook` (what it has ahead of it),
+//! [`cost`], [`delay`] and [`choose`] (numbers, then a choice among numbers),
 //! [`fleet`] (the workers), `state` (what a decision reads), `ledger` (what bookings change), and
 //! those that are used from outside: [`router`], [`booking`] and [`batch`].
 //!
@@ -51,11 +52,13 @@ mod capacity;
 pub mod choose;
 mod config;
 pub mod cost;
+pub mod delay;
 mod depths;
 pub mod fleet;
 mod forecast;
 mod foreseen;
 mod ledger;
+mod outlook;
 mod record;
 mod reports;
 mod request;
@@ -66,4 +69,5 @@ mod state;
 mod tree;
 
 pub use capacity::{CapacitySource, DEFAULT_CAPACITY_BLOCKS};
+pub use forecast::pace::Pace;
 pub use tree::Depth;

@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use crate::fleet::WorkerId;
+use crate::forecast::lengths::Kind;
+use crate::outlook::Share;
 use crate::reports::Claim;
 use crate::tree::NodeId;
 
@@ -25,8 +27,10 @@ pub(crate) struct Record {
     pub(crate) block_size: u32,
     pub(crate) prompt_tokens: u32,
     pub(crate) generated_tokens: u32,
-    /// Share in its worker's prefill backlog: 0 once settled.
-    pub(crate) unsettled_tokens: u32,
+    /// What it adds to its worker's outlook.
+    pub(crate) share: Share,
+    pub(crate) kind: Kind,
+    pub(crate) max_tokens: Option<u32>,
     /// The worker has computed the prompt; said by its first token, not by a forecast.
     pub(crate) computed: bool,
     /// The worker said how many tokens it generated; otherwise their number is a forecast.
@@ -35,6 +39,10 @@ pub(crate) struct Record {
     pub(crate) streams: bool,
     pub(crate) expected_tokens: u32,
     pub(crate) booked_at: Duration,
+    /// Its worker had more booked than it has memory for.
+    pub(crate) waited_for_memory: bool,
+    /// When its first token was forecast to come.
+    pub(crate) first_token_due: Duration,
     /// When its latest token came or, for the first and while unwatched, should have come.
     pub(crate) token_at: Duration,
     /// What of the prompt it expected to be cached, until the worker has said what was.

@@ -1,8 +1,12 @@
 //! What is asked of a router, and what it answers: requests, refusals, explanations.
 
+use rapidhash::v3::{DEFAULT_RAPID_SECRETS, rapidhash_v3_seeded};
+
 use crate::choose::Policy;
 use crate::cost::Cost;
+use crate::delay::Delay;
 use crate::fleet::WorkerId;
+use crate::forecast::lengths::Kind;
 use crate::sequence::Sequence;
 use crate::tree::Depth;
 
@@ -44,6 +48,13 @@ impl<'a> Request<'a> {
             excluded: &[],
         }
     }
+
+    /// What its answer's length may depend on: the model, and about how long it may be.
+    pub(crate) fn kind(&self) -> Kind {
+        let model = rapidhash_v3_seeded(self.model.as_bytes(), &DEFAULT_RAPID_SECRETS);
+        let octave = self.max_tokens.map_or(0, |it| u64::BITS - u64::from(it).leading_zeros());
+        model ^ u64::from(octave)
+    }
 }
 
 /// One worker in an [`Explanation`].
@@ -59,19 +70,24 @@ pub struct Candidate {
     pub active_blocks: u64,
     /// How deep the prompt reaches there.
     pub depth: Depth,
-    /// The parts of its cost.
+    /// The parts of its cost in blocks.
     pub cost: Cost,
-    /// How likely `kv` is to choose it, as things stand.
+    /// The parts of its cost in seconds.
+    pub delay: Delay,
+    /// How likely it is to be chosen by the cost that the policy looks at, as things stand: in
+    /// blocks for `kv`, otherwise in seconds.
     pub probability: f64,
 }
 
 /// How a request would be decided now.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Explanation {
-    /// The policy that decides. Costs and probabilities are those of `kv`.
+    /// The policy that decides.
     pub policy: Policy,
     /// Weight of the prefill blocks in the cost.
     pub overlap_weight: f64,
+    /// What a second until the first token counts, in seconds of anybody's delay.
+    pub ttft_weight: f64,
     /// Temperature of the choice.
     pub temperature: f64,
     /// Every eligible worker, in the order they joined.

@@ -40,6 +40,7 @@ impl Router {
     pub fn new(config: RouterConfig) -> Result<Self, ConfigError> {
         for (field, value) in [
             ("overlap-weight", config.overlap_weight),
+            ("ttft-weight", config.ttft_weight),
             ("temperature", config.temperature),
         ] {
             if !(0.0..=MOST_WEIGHT).contains(&value) {
@@ -100,6 +101,10 @@ impl Router {
                 &mut state.tree,
                 &mut state.foreseen,
             );
+            let capacity = worker.known_capacity();
+            if let Some((outlook, _)) = state.fleet.outlook_mut(id) {
+                outlook.capacity = capacity;
+            }
         }
         release(guard);
     }

@@ -19,9 +19,10 @@ use crate::cache::CacheIndex;
 use crate::choose::{Decision, Field, Prices};
 use crate::config::RouterConfig;
 use crate::cost::Demand;
+use crate::delay::Placement;
 use crate::depths::Depths;
 use crate::fleet::{Fleet, WorkerId};
-use crate::forecast::OutputLength;
+use crate::forecast::lengths::OutputLength;
 use crate::foreseen::Foreseen;
 use crate::record::{BookingKey, Record};
 use crate::request::{Candidate, Explanation, Request, RouteError};
@@ -130,7 +131,7 @@ impl State {
         Ok(Field {
             eligible,
             excluded,
-            loads: &self.fleet.loads,
+            fleet: &self.fleet,
             prices,
             hashes: request.sequence.hashes(),
         })
@@ -141,6 +142,23 @@ impl State {
             blocks: request.sequence.blocks(),
             reusable_blocks: request.sequence.reusable_blocks(),
             overlap_weight: self.config.overlap_weight,
+        }
+    }
+
+    pub(crate) fn placement(&self, request: &Request<'_>) -> Placement {
+        let sequence = request.sequence;
+        let expected = self
+            .output_length
+            .remaining(request.kind(), 0, request.max_tokens);
+        Placement {
+            prompt_tokens: sequence.tokens(),
+            blocks: sequence.blocks(),
+            reusable_blocks: sequence.reusable_blocks(),
+            block_size: sequence.block_size().get(),
+            output_tokens: f64::from(expected),
+            overlap_weight: self.config.overlap_weight,
+            ttft_weight: self.config.ttft_weight,
+            now: self.now,
         }
     }
 
@@ -175,7 +193,8 @@ impl State {
         request: &Request<'_>,
     ) -> Result<(WorkerId, Reading), RouteError> {
         let reading = self.read(request);
-        let prices = Prices::OfOne(self.demand(request), &reading.depths);
+        let (demand, placement) = (self.demand(request), self.placement(request));
+        let prices = Prices::OfOne(demand, placement, &reading.depths);
         let worker = self.pick(request, prices)?;
         Ok((worker, reading))
     }
@@ -210,7 +229,7 @@ impl State {
         let request = &members.requests()[0];
         let sums = self.sum(members);
         let excluded = self.excluded(request);
-        let field = self.field(request, Prices::Summed(&sums.costs), &excluded)?;
+        let field = self.field(request, Prices::Summed(&sums.costs, &sums.totals), &excluded)?;
         let weights = self.probabilities(&field);
         let mut candidates: Vec<Candidate> = weights
             .into_iter()
@@ -224,6 +243,7 @@ impl State {
                     active_blocks: load.active_blocks,
                     depth: sums.depths[slot as usize],
                     cost: field.cost_of(slot),
+                    delay: sums.delays[slot as usize],
                     probability,
                 })
             })
@@ -235,6 +255,7 @@ impl State {
         Ok(Explanation {
             policy: self.config.policy,
             overlap_weight: self.config.overlap_weight,
+            ttft_weight: self.config.ttft_weight,
             temperature: self.config.temperature,
             candidates,
         })
@@ -242,7 +263,7 @@ impl State {
 
     /// How likely `kv` is to choose each eligible worker.
     fn probabilities(&self, field: &Field<'_>) -> Vec<(Slot, f64)> {
-        let weights = field.softmax_weights(self.config.temperature);
+        let weights = field.softmax_weights(self.config.policy, self.config.temperature);
         let mut weights: Vec<(Slot, f64)> = weights.collect();
         let total: f64 = weights.iter().map(|(_, weight)| weight).sum();
         weights.iter_mut().for_each(|(_, weight)| *weight /= total);

@@ -61,7 +61,7 @@ fn prefill_speed_is_learned_from_first_tokens() {
         now += millis(10);
         booking.finish(now);
     }
-    let speed = look(&router, now).prefill_speed;
+    let speed = look(&router, now).pace.prefill_speed();
     assert!((speed / 30_000.0 - 1.0).abs() < 0.25, "{speed}");
 }
 
@@ -72,10 +72,10 @@ fn the_backlog_decays_and_the_first_token_settles_it() {
     let second = route(&router, 4_000, Duration::ZERO);
     let backlog = |now| look(&router, now).prefill_tokens;
     assert_eq!(backlog(millis(0)), 10_000);
-    assert_eq!(
-        backlog(millis(300)),
-        7_000,
-        "10,000 a second until it is known better"
+    let later = backlog(millis(300));
+    assert!(
+        (7_000..8_000).contains(&later),
+        "{later}: nearly 10,000 a second until it is known better"
     );
     first.first_token(millis(400));
     assert!(backlog(millis(400)) <= 4_000);
@@ -104,7 +104,7 @@ fn unwatched_output_grows_and_stops_where_it_is_expected_to() {
     let mut booking = route_unwatched(&router, 1_600, Some(64), Duration::ZERO);
     let blocks = |now| look(&router, now).active_blocks;
     assert_eq!(blocks(millis(0)), 100);
-    // 160 ms of prefill, then 30 ms for each token.
+    // 190 ms of prefill, then 20 ms for each token.
     let mut last = 100;
     for step in 1..=30 {
         let now = blocks(millis(100 * step));
@@ -140,7 +140,7 @@ fn forecasts_do_not_teach_themselves() {
         booking.finish(now);
     }
     let before = look(&router, now);
-    assert_eq!(before.inter_token_latency, millis(30));
+    assert_eq!(before.pace.samples, [0, 0]);
     let _booking = route_unwatched(&router, 1_000, None, now);
     let later = look(&router, now + Duration::from_secs(60));
     assert_eq!(later.context_tokens, 1_000 + 128);
@@ -157,7 +157,7 @@ fn calls_without_a_prompt_leave_the_forecast_alone() {
         now += millis(5);
         booking.finish(now);
     }
-    assert_eq!(look(&router, now).prefill_speed, 10_000.0);
+    assert_eq!(look(&router, now).pace.samples[0], 0);
     drop(route_unwatched(&router, 7_000, None, now));
     let seen = look(&router, now);
     assert_eq!(

@@ -103,8 +103,9 @@ impl Shared {
             "kv_events": known.and_then(|worker| show_events(&worker)),
             "capacity_blocks": worker.capacity_blocks,
             "capacity_source": worker.capacity_source.as_str(),
-            "prefill_tokens_per_second": worker.prefill_speed,
+            "prefill_tokens_per_second": worker.pace.prefill_speed(),
             "inter_token_latency_seconds": worker.inter_token_latency.as_secs_f64(),
+            "forecast": show_forecast(worker),
         })
     }
 
@@ -167,6 +168,30 @@ impl Shared {
         }
         self.workers.remove(&self.router, id);
     }
+}
+
+/// What was learned of a worker, and how well it foretells.
+fn show_forecast(worker: &WorkerSnapshot) -> Value {
+    let pace = &worker.pace;
+    let (first_tokens, error) = worker.first_token_error;
+    json!({
+        "backlog_seconds": worker.backlog.as_secs_f64(),
+        "prefill": {
+            "start_seconds": pace.start,
+            "token_seconds": pace.token,
+            "attention_seconds": pace.attention,
+            "samples": pace.samples[0],
+            "mean_error": pace.errors[0],
+        },
+        "step": {
+            "step_seconds": pace.step,
+            "sequence_seconds": pace.sequence,
+            "context_token_seconds": pace.context,
+            "samples": pace.samples[1],
+            "mean_error": pace.errors[1],
+        },
+        "time_to_first_token": { "samples": first_tokens, "mean_error": error },
+    })
 }
 
 /// How a worker's KV events stand; `None` if it has none.
@@ -234,6 +259,16 @@ fn show_explanation(explanation: &Explanation) -> Value {
             "prefill_blocks": candidate.cost.prefill_blocks,
             "active_blocks_if_placed": candidate.cost.active_blocks,
             "cost": candidate.cost.total,
+            "delay_seconds": {
+                "wait": candidate.delay.wait,
+                "memory": candidate.delay.memory,
+                "prefill": candidate.delay.prefill,
+                "decode": candidate.delay.decode,
+                "slowed": candidate.delay.slowed,
+                "stalls": candidate.delay.stalls,
+                "slows": candidate.delay.slows,
+                "future": candidate.delay.future,
+            },
             "probability": candidate.probability,
         })
     });
@@ -244,6 +279,7 @@ fn show_explanation(explanation: &Explanation) -> Value {
     json!({
         "policy": explanation.policy.to_string(),
         "overlap_weight": explanation.overlap_weight,
+        "ttft_weight": explanation.ttft_weight,
         "temperature": explanation.temperature,
         "choice": likeliest.map(|candidate| &candidate.name),
         "candidates": candidates.collect::<Vec<_>>(),

@@ -291,7 +291,7 @@ impl Metrics {
             let label = [("worker", worker.name.clone())];
             self.worker_prefill_speed
                 .get_or_create(&label)
-                .set(worker.prefill_speed);
+                .set(worker.pace.prefill_speed());
             self.worker_inter_token_latency
                 .get_or_create(&label)
                 .set(worker.inter_token_latency.as_secs_f64());
