@@ -298,7 +298,8 @@ impl Fleet {
     pub(crate) fn delay(&self, placement: &Placement, slot: Slot, depth: Depth) -> Delay {
         let outlook = &self.outlooks[slot as usize];
         let load = self.loads[slot as usize];
-        placement.delay(outlook, self.law(outlook), load, depth)
+        let pace = outlook.watch.pace(self.law(outlook));
+        placement.delay(&pace, outlook, load, depth)
     }
 
     /// Where the law is that workers of these models follow.

@@ -1,0 +1,203 @@
+//! How long answers are: what remains of one, given how much of it has come.
+
+use std::collections::HashMap;
+use std::hash::BuildHasherDefault;
+
+use crate::sequence::AlreadyHashed;
+
+/// Tokens that an answer is expected to have left before any has ended.
+const PRIOR_REMAINING: f64 = 128.0;
+/// How many answers the prior counts as.
+const PRIOR_ANSWERS: f64 = 1.0;
+/// How many answers of its kind what is known of all answers counts as.
+const ALL_ANSWERS: f64 = 10.0;
+/// How many of the latest answers are remembered, about.
+const REMEMBERED: f64 = 2000.0;
+/// Kinds of requests told apart at most. Of more, the rarest is forgotten.
+const MOST_KINDS: usize = 64;
+
+/// Lengths of two neighbouring bins differ by a fifth.
+const BINS_PER_OCTAVE: f64 = 4.0;
+const BINS: usize = 81;
+
+fn bin(length: u32) -> usize {
+    let octaves = f64::from(length.max(1)).log2();
+    ((octaves * BINS_PER_OCTAVE) as usize).min(BINS - 1)
+}
+
+/// Lengths of answers, old ones forgotten little by little.
+#[derive(Clone, Debug)]
+struct Lengths {
+    answers: [f32; BINS],
+    tokens: [f32; BINS],
+    /// What the next answer weighs. Growing it makes all others lighter.
+    weight: f32,
+}
+
+impl Default for Lengths {
+    fn default() -> Self {
+        Self {
+            answers: [0.0; BINS],
+            tokens: [0.0; BINS],
+            weight: 1.0,
+        }
+    }
+}
+
+impl Lengths {
+    fn observe(&mut self, length: u32) {
+        let bin = bin(length);
+        self.answers[bin] += self.weight;
+        self.tokens[bin] += self.weight * length as f32;
+        self.weight *= 1.0 + 1.0 / REMEMBERED as f32;
+        if self.weight > 1e6 {
+            let all = self.answers.iter_mut().chain(&mut self.tokens);
+            all.for_each(|it| *it /= 1e6);
+            self.weight /= 1e6;
+        }
+    }
+
+    /// What was longer than `generated`: how many answers, and how many tokens they had beyond it
+    /// within `limit`.
+    fn beyond(&self, generated: u32, limit: f64) -> (f64, f64) {
+        let done = f64::from(generated);
+        let (mut answers, mut left) = (0.0, 0.0);
+        for bin in bin(generated)..BINS {
+            let count = f64::from(self.answers[bin]);
+            if count == 0.0 {
+                continue;
+            }
+            let mean = f64::from(self.tokens[bin]) / count;
+            // In the first bin, those that are longer.
+            if mean > done {
+                answers += count;
+                left += count * (mean.min(limit) - done).max(0.0);
+            }
+        }
+        let weight = f64::from(self.weight);
+        (answers / weight, left / weight)
+    }
+
+    fn all(&self) -> f32 {
+        self.answers.iter().sum()
+    }
+}
+
+/// What tells kinds of requests apart, hashed.
+pub(crate) type Kind = u64;
+
+/// The lengths of answers to all requests, and to each kind.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct OutputLength {
+    all: Lengths,
+    kinds: HashMap<Kind, Box<Lengths>, BuildHasherDefault<AlreadyHashed>>,
+}
+
+impl OutputLength {
+    /// An answer ended after so many tokens.
+    pub(crate) fn observe(&mut self, kind: Kind, tokens: u32) {
+        self.all.observe(tokens);
+        if self.kinds.len() == MOST_KINDS && !self.kinds.contains_key(&kind) {
+            let weigh = |lengths: &Lengths| lengths.all() / lengths.weight;
+            let rarest = self.kinds.iter().min_by(|(_, one), (_, other)| {
+                weigh(one).total_cmp(&weigh(other))
+            });
+            if let Some((&rarest, _)) = rarest {
+                self.kinds.remove(&rarest);
+            }
+        }
+        self.kinds.entry(kind).or_default().observe(tokens);
+    }
+
+    /// Tokens that are still to come of an answer of which `generated` have come, on average, if it
+    /// ends by itself or at `limit`.
+    pub(crate) fn remaining(&self, kind: Kind, generated: u32, limit: Option<u32>) -> u32 {
+        let limit = limit.map_or(f64::INFINITY, f64::from);
+        let most = (limit - f64::from(generated)).max(0.0);
+        let (answers, left) = self.all.beyond(generated, limit);
+        let of_all = (left + PRIOR_ANSWERS * PRIOR_REMAINING.min(most)) / (answers + PRIOR_ANSWERS);
+        let remaining = match self.kinds.get(&kind) {
+            Some(lengths) => {
+                let (answers, left) = lengths.beyond(generated, limit);
+                (left + ALL_ANSWERS * of_all) / (answers + ALL_ANSWERS)
+            }
+            None => of_all,
+        };
+        remaining.round() as u32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use rand::rngs::SmallRng;
+    use rand::{Rng, SeedableRng};
+
+    fn close(one: u32, other: f64) -> bool {
+        (f64::from(one) / other - 1.0).abs() < 0.12
+    }
+
+    #[test]
+    fn nothing_known_is_the_prior() {
+        let lengths = OutputLength::default();
+        assert_eq!(lengths.remaining(1, 0, None), 128);
+        assert_eq!(lengths.remaining(1, 5000, None), 128);
+        assert_eq!(lengths.remaining(1, 0, Some(16)), 16);
+        assert_eq!(lengths.remaining(1, 16, Some(16)), 0);
+        assert_eq!(lengths.remaining(1, 17, Some(16)), 0);
+    }
+
+    /// Uniform lengths, whose mean residual is half of what is left of the range.
+    #[test]
+    fn what_remains_follows_from_what_has_come() {
+        let mut lengths = OutputLength::default();
+        let mut rng = SmallRng::seed_from_u64(1);
+        for _ in 0..4000 {
+            lengths.observe(1, rng.random_range(1..=1000));
+        }
+        for generated in [0, 100, 300, 500, 700] {
+            let expected = (1000.0 - f64::from(generated)) / 2.0;
+            let remaining = lengths.remaining(1, generated, None);
+            assert!(close(remaining, expected), "{remaining} of {expected}");
+        }
+        // Of those up to a limit of 500, half reach it.
+        let limited = lengths.remaining(1, 0, Some(500));
+        assert!(close(limited, 375.0), "{limited}");
+    }
+
+    #[test]
+    fn kinds_differ_and_the_unknown_one_is_like_all() {
+        let mut lengths = OutputLength::default();
+        for _ in 0..500 {
+            lengths.observe(1, 10);
+            lengths.observe(2, 1000);
+        }
+        assert!(lengths.remaining(1, 0, None) < 25);
+        assert!(close(lengths.remaining(2, 0, None), 1000.0));
+        assert!(close(lengths.remaining(3, 0, None), 505.0));
+    }
+
+    #[test]
+    fn old_answers_are_forgotten() {
+        let mut lengths = OutputLength::default();
+        for _ in 0..5000 {
+            lengths.observe(1, 1000);
+        }
+        for _ in 0..10_000 {
+            lengths.observe(1, 10);
+        }
+        assert!(lengths.remaining(1, 0, None) < 20);
+    }
+
+    #[test]
+    fn kinds_are_bounded_and_numbers_stay_numbers() {
+        let mut lengths = OutputLength::default();
+        for kind in 0..100_000 {
+            lengths.observe(kind % 1000, u32::MAX);
+        }
+        assert!(lengths.kinds.len() <= MOST_KINDS);
+        assert!(lengths.remaining(0, u32::MAX, None) <= 128);
+        assert!(lengths.remaining(0, 0, None) > 1 << 20);
+    }
+}

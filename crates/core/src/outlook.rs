@@ -1,0 +1,333 @@
+//! What a worker has ahead of it: prompts to compute, and answers to go on with.
+//!
+//! Kept up to date by every booking and token in whole numbers, so that freeing takes back
+//! exactly what booking added; what it comes to in seconds is worked out when it is asked for,
+//! from what is known by then.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use crate::forecast::pace::{Pace, Watch, Work};
+
+/// What one booking adds to its worker's outlook.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Share {
+    /// Its place in the order of bookings.
+    pub(crate) serial: u64,
+    /// What it has to compute, while it waits for its first token.
+    pub(crate) work: Work,
+    /// Tokens of its answer expected to be still to come.
+    pub(crate) remaining: u32,
+    /// Tokens of its prompt and answer.
+    pub(crate) context: u64,
+    /// Its prompt is to be computed.
+    is_ahead: bool,
+}
+
+impl Share {
+    pub(crate) fn new(serial: u64, work: Work, remaining: u32, context: u64) -> Self {
+        Self {
+            serial,
+            work,
+            remaining,
+            context,
+            is_ahead: true,
+        }
+    }
+}
+
+/// Requests alike in how much of their answers is to come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Group {
+    pub(crate) requests: u32,
+    /// Tokens to come, of all of them.
+    pub(crate) remaining: u64,
+    /// Tokens of their prompts and answers.
+    pub(crate) context: u64,
+}
+
+impl Group {
+    fn add(&mut self, share: &Share) {
+        self.requests += 1;
+        self.remaining += u64::from(share.remaining);
+        self.context += share.context;
+    }
+
+    fn subtract(&mut self, share: &Share) {
+        self.requests -= 1;
+        self.remaining -= u64::from(share.remaining);
+        self.context -= share.context;
+    }
+}
+
+/// The first group has less than eight tokens to come, each further one up to twice as many.
+pub(crate) const GROUPS: usize = 12;
+
+fn group_of(remaining: u32) -> usize {
+    let eights = remaining / 8;
+    ((u32::BITS - eights.leading_zeros()) as usize).min(GROUPS - 1)
+}
+
+/// A prompt in the order in which it will be computed.
+#[derive(Clone, Copy, Debug)]
+struct Queued {
+    serial: u64,
+    work: Work,
+    booked_at: Duration,
+    has_left: bool,
+}
+
+/// One worker's outlook.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Outlook {
+    /// Requests whose answers have begun, by what is to come of them.
+    pub(crate) running: [Group; GROUPS],
+    /// Requests whose prompts are to be computed.
+    pub(crate) ahead: Group,
+    pub(crate) work: Work,
+    queue: VecDeque<Queued>,
+    pub(crate) watch: Watch,
+    /// Which law it follows.
+    pub(crate) law: usize,
+    pub(crate) inflow: Inflow,
+    /// Its KV blocks, if they are known.
+    pub(crate) capacity: Option<u32>,
+}
+
+impl Outlook {
+    /// Nothing is ahead of a worker that follows this law.
+    pub(crate) fn following(law: usize) -> Self {
+        Self {
+            law,
+            ..Self::default()
+        }
+    }
+
+    pub(crate) fn add(&mut self, share: &Share, now: Duration) {
+        debug_assert!(share.is_ahead, "it was just made");
+        self.ahead.add(share);
+        self.work += share.work;
+        self.queue.push_back(Queued {
+            serial: share.serial,
+            work: share.work,
+            booked_at: now,
+            has_left: false,
+        });
+    }
+
+    /// Its prompt is computed.
+    pub(crate) fn compute(&mut self, share: &mut Share) {
+        if std::mem::take(&mut share.is_ahead) {
+            self.ahead.subtract(share);
+            self.work -= share.work;
+            self.leave_queue(share.serial);
+            self.running[group_of(share.remaining)].add(share);
+        }
+    }
+
+    /// Its answer has come on.
+    pub(crate) fn renew(&mut self, share: &mut Share, remaining: u32, context: u64) {
+        self.group_mut(share).subtract(share);
+        share.remaining = remaining;
+        share.context = context;
+        self.group_mut(share).add(share);
+    }
+
+    fn group_mut(&mut self, share: &Share) -> &mut Group {
+        if share.is_ahead {
+            &mut self.ahead
+        } else {
+            &mut self.running[group_of(share.remaining)]
+        }
+    }
+
+    /// It has ended, one way or the other.
+    pub(crate) fn remove(&mut self, share: &Share) {
+        self.group_mut(share).subtract(share);
+        if share.is_ahead {
+            self.work -= share.work;
+            self.leave_queue(share.serial);
+        }
+    }
+
+    fn leave_queue(&mut self, serial: u64) {
+        if let Ok(index) = self.queue.binary_search_by_key(&serial, |it| it.serial) {
+            self.queue[index].has_left = true;
+        }
+        while self.queue.front().is_some_and(|it| it.has_left) {
+            self.queue.pop_front();
+        }
+        // One prompt that takes for ever must not keep all others' places.
+        if self.queue.len() > 2 * self.ahead.requests as usize + 64 {
+            self.queue.retain(|it| !it.has_left);
+        }
+    }
+
+    /// Requests that decode, and the tokens of their prompts and answers.
+    pub(crate) fn decoding(&self) -> (u32, u64) {
+        let requests = self.running.iter().map(|it| it.requests).sum();
+        let context = self.running.iter().map(|it| it.context).sum();
+        (requests, context)
+    }
+
+    /// What is left to compute before a prompt booked now can be, in seconds.
+    pub(crate) fn backlog(&self, pace: &Pace, now: Duration) -> f64 {
+        let Some(first) = self.queue.front() else {
+            return 0.0;
+        };
+        let goes = 1.0 / self.watch.prompts_together();
+        let all = pace.prefill(goes * f64::from(self.ahead.requests), self.work);
+        let first_takes = pace.prefill(goes, first.work);
+        let began = first.booked_at.max(self.watch.first_token_at());
+        let elapsed = now.saturating_sub(began).as_secs_f64();
+        let first_left = if elapsed < first_takes {
+            first_takes - elapsed
+        } else {
+            // It should be done. The longer it is not, the longer it may take.
+            OVERDUE * (elapsed - first_takes)
+        };
+        (all - first_takes).max(0.0) + first_left
+    }
+
+    /// Of the prompt tokens to compute, how many that is.
+    pub(crate) fn backlog_tokens(&self, pace: &Pace, now: Duration) -> u64 {
+        let goes = f64::from(self.ahead.requests) / self.watch.prompts_together();
+        let all = pace.prefill(goes, self.work);
+        if all <= 0.0 {
+            return 0;
+        }
+        let share = (self.backlog(pace, now) / all).min(1.0);
+        (self.work.tokens as f64 * share).round() as u64
+    }
+}
+
+/// What an overdue prompt is expected to take still, as a share of the time it is overdue.
+const OVERDUE: f64 = 0.25;
+
+/// How fast requests have come lately.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Inflow {
+    /// Requests, and what they took to compute in seconds, each forgotten with time.
+    requests: f64,
+    seconds: f64,
+    at: Duration,
+}
+
+/// How long an arrival counts, on average, in seconds.
+const INFLOW_MEMORY: f64 = 60.0;
+
+impl Inflow {
+    pub(crate) fn add(&mut self, seconds: f64, now: Duration) {
+        let kept = self.kept(now);
+        self.requests = self.requests * kept + 1.0;
+        self.seconds = self.seconds * kept + seconds;
+        self.at = self.at.max(now);
+    }
+
+    fn kept(&self, now: Duration) -> f64 {
+        // Nearly exponential, and a tenth of its price.
+        INFLOW_MEMORY / (INFLOW_MEMORY + now.saturating_sub(self.at).as_secs_f64())
+    }
+
+    /// Requests a second, and the share of the time that their prompts take.
+    pub(crate) fn rates(&self, now: Duration) -> (f64, f64) {
+        let kept = self.kept(now) / INFLOW_MEMORY;
+        (self.requests * kept, self.seconds * kept)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use proptest::prelude::*;
+
+    const PACE: Pace = Pace {
+        start: 0.01,
+        token: 1e-4,
+        attention: 0.0,
+        step: 0.02,
+        sequence: 0.0,
+        context: 0.0,
+        samples: [0; 2],
+        errors: [0.0; 2],
+    };
+
+    fn at(seconds: f64) -> Duration {
+        Duration::from_secs_f64(seconds)
+    }
+
+    #[test]
+    fn the_first_in_line_alone_is_worked_on() {
+        let mut outlook = Outlook::default();
+        let mut first = Share::new(1, Work::new(9_900, 9_900), 10, 9_900);
+        let second = Share::new(2, Work::new(1_900, 1_900), 10, 1_900);
+        outlook.add(&first, at(5.0));
+        outlook.add(&second, at(5.0));
+        let backlog = |outlook: &Outlook, seconds| outlook.backlog(&PACE, at(seconds));
+        assert!((backlog(&outlook, 5.0) - 1.2).abs() < 1e-9);
+        assert!((backlog(&outlook, 5.4) - 0.8).abs() < 1e-9);
+        assert!((backlog(&outlook, 6.0) - 0.2).abs() < 1e-9);
+        // A worker that says nothing does not seem to have got through its work.
+        assert!(backlog(&outlook, 10.0) > 1.0);
+        outlook.compute(&mut first);
+        assert!(backlog(&outlook, 5.0) - 0.2 < 1e-9);
+        outlook.remove(&second);
+        outlook.remove(&first);
+        assert_eq!(backlog(&outlook, 6.0), 0.0);
+    }
+
+    #[test]
+    fn arrivals_are_counted_and_forgotten() {
+        let mut inflow = Inflow::default();
+        let mut now = 0.0;
+        for _ in 0..2000 {
+            now += 0.25;
+            inflow.add(0.1, at(now));
+        }
+        let (rate, utilisation) = inflow.rates(at(now));
+        assert!((rate / 4.0 - 1.0).abs() < 0.05, "{rate}");
+        assert!((utilisation / 0.4 - 1.0).abs() < 0.05, "{utilisation}");
+        assert!(inflow.rates(at(now + 6000.0)).0 < 0.1);
+    }
+
+    proptest! {
+        /// Against a list of what is there.
+        #[test]
+        fn what_is_taken_back_is_what_was_added(
+            steps in prop::collection::vec((0..4u8, any::<prop::sample::Index>(), 0..20_000u32), 1..200)
+        ) {
+            let mut outlook = Outlook::default();
+            let mut shares: Vec<Share> = Vec::new();
+            for (serial, (what, which, tokens)) in steps.into_iter().enumerate() {
+                if what == 0 || shares.is_empty() {
+                    let work = Work::new(tokens / 2, tokens);
+                    let share = Share::new(serial as u64, work, tokens % 777, tokens.into());
+                    outlook.add(&share, Duration::ZERO);
+                    shares.push(share);
+                } else {
+                    let index = which.index(shares.len());
+                    match what {
+                        1 => outlook.compute(&mut shares[index]),
+                        2 => outlook.renew(&mut shares[index], tokens % 333, tokens.into()),
+                        _ => outlook.remove(&shares.swap_remove(index)),
+                    }
+                }
+                let count = |is_ahead| shares.iter().filter(move |it| it.is_ahead == is_ahead);
+                prop_assert_eq!(outlook.ahead.requests as usize, count(true).count());
+                prop_assert_eq!(outlook.work.tokens, count(true).map(|it| it.work.tokens).sum::<u64>());
+                let attention = count(true).map(|it| it.work.attention).sum::<u64>();
+                prop_assert_eq!(outlook.work.attention, attention);
+                prop_assert_eq!(outlook.decoding().0 as usize, count(false).count());
+                for (index, group) in outlook.running.iter().enumerate() {
+                    let members = count(false).filter(|it| group_of(it.remaining) == index);
+                    let remaining = members.map(|it| u64::from(it.remaining)).sum::<u64>();
+                    prop_assert_eq!(group.remaining, remaining);
+                }
+                let first = count(true).map(|it| it.serial).min();
+                prop_assert_eq!(outlook.queue.front().map(|it| it.serial), first);
+                prop_assert!(outlook.queue.len() <= 2 * count(true).count() + 64);
+            }
+        }
+    }
+}
