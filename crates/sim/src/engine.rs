@@ -11,6 +11,8 @@
 //! finished requests free their blocks, at the end. Requests may be submitted and aborted at any
 //! time in between.
 
+mod work;
+
 use std::collections::VecDeque;
 use std::num::NonZeroU32;
 use std::ops::Range;
@@ -24,6 +26,7 @@ use rand::rngs::SmallRng;
 use crate::blocks::{Allocated, BlockId, BlockPool};
 use crate::law::{Preset, StepLaw, StepLoad};
 use crate::prompt::mix;
+pub use work::Work;
 
 /// What an engine is, fixed for its life.
 #[derive(Clone, Debug)]
@@ -471,7 +474,7 @@ impl Engine {
     /// Whether the blocks for a waiting request's hits and first chunk are there.
     fn admission(&self, candidate: &Progress, budget: u32) -> Option<Admission> {
         let known = candidate.known();
-        let hits = self.cached_depth(candidate);
+        let hits = self.cached_depth(&candidate.request.hashes, known);
         let hit_tokens = hits as u32 * self.config.block_size.get();
         let chunk = (known - hit_tokens).min(budget);
         let blocks = self.blocks_for(hit_tokens + chunk);
@@ -494,14 +497,13 @@ impl Engine {
         Some(Admission { hits, chunk })
     }
 
-    /// Leading blocks of a request that are in the cache, at most so many that one token is
-    /// left to compute.
-    fn cached_depth(&self, candidate: &Progress) -> usize {
+    /// Leading blocks of `tokens` tokens with these hashes that are in the cache, at most so many
+    /// that one token is left to compute.
+    fn cached_depth(&self, hashes: &[SequenceHash], tokens: u32) -> usize {
         if !self.config.prefix_caching {
             return 0;
         }
-        let reusable = (candidate.known() - 1) / self.config.block_size;
-        let hashes = &candidate.request.hashes;
+        let reusable = tokens.saturating_sub(1) / self.config.block_size;
         let hashes = &hashes[..hashes.len().min(reusable as usize)];
         // Tails are evicted first, so whoever is cached has its whole prefix cached.
         hashes.partition_point(|&hash| self.pool.find(hash).is_some())

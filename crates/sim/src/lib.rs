@@ -3,7 +3,8 @@
 //!
 //! Read in this order: [`law`] (how long a step takes), [`blocks`] (the KV cache), [`engine`]
 //! (what a step does), [`prompt`], [`trace`] and [`workload`] (what clients send), [`arrivals`]
-//! (when), [`replay`] (all of it with the router), [`prediction`] and [`report`] (what came out).
+//! (when), [`replay`] (all of it with the router), [`lab`] (other policies in its place),
+//! [`prediction`] and [`report`] (what came out).
 //! [`load`] sends the same workloads to a live address, and [`verify`] holds a router's predictions
 //! against engines that run.
 //!
@@ -16,6 +17,7 @@ pub mod blocks;
 mod chart;
 pub mod engine;
 mod http;
+pub mod lab;
 pub mod law;
 pub mod load;
 pub mod prediction;

@@ -12,12 +12,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use foresee_core::booking::Booking;
-use foresee_core::choose::Policy;
 use foresee_core::fleet::{WorkerError, WorkerId, WorkerSpec};
 use foresee_core::router::{ConfigError, Request, RouteError, Router, RouterConfig};
+use foresee_core::sequence::Sequence;
 
 use crate::arrivals::Arrivals;
 use crate::engine::{Engine, EngineConfig, EngineRequest, Step, TokenEvent};
+use crate::lab::seat::{Arriving, Seat, Standing};
+use crate::lab::{Contender, LabRule};
 use crate::prediction::{Booked, Sampler, unallocated};
 use crate::report::{Latency, Outcome, Report, imbalance};
 use crate::workload::Workload;
@@ -31,6 +33,8 @@ pub struct ReplayConfig {
     pub engines: Vec<EngineConfig>,
     /// Whether the router is told how many blocks each worker has.
     pub capacity_known: bool,
+    /// The rule that chooses in the place of the router's policy.
+    pub rule: Option<&'static LabRule>,
 }
 
 impl ReplayConfig {
@@ -45,6 +49,7 @@ impl ReplayConfig {
             router,
             engines: engines.collect(),
             capacity_known: true,
+            rule: None,
         }
     }
 }
@@ -83,29 +88,33 @@ pub enum ReplayError {
 }
 
 /// Replays `workload` once for each of `policies`, on up to `threads` threads. Everything else,
-/// seeds included, is the same for all of them.
+/// seeds included, is the same for all of them. `progress` is told which of them it is about.
 ///
 /// # Errors
 /// As [`run`], for any policy.
 pub fn compare(
     config: &ReplayConfig,
-    policies: &[Policy],
+    policies: &[Contender],
     workload: &Workload,
     threads: usize,
-    progress: &(dyn Fn(Policy, Progress) + Sync),
+    progress: &(dyn Fn(usize, Progress) + Sync),
 ) -> Result<Report, ReplayError> {
     let next = AtomicUsize::new(0);
     let run_until_done = || {
         let mut outcomes = Vec::new();
         loop {
             let index = next.fetch_add(1, Ordering::Relaxed);
-            let Some(&policy) = policies.get(index) else {
+            let Some(policy) = policies.get(index) else {
                 return outcomes;
             };
             let mut config = config.clone();
-            config.router.policy = policy;
-            let outcome = run(&config, workload, &mut |it| progress(policy, it));
-            outcomes.push((index, outcome));
+            policy.apply(&mut config);
+            let outcome = run(&config, workload, &mut |it| progress(index, it));
+            let named = outcome.map(|outcome| Outcome {
+                policy: policy.to_string(),
+                ..outcome
+            });
+            outcomes.push((index, named));
         }
     };
     let threads = threads.clamp(1, policies.len().max(1));
@@ -177,6 +186,8 @@ struct Replay<'a> {
     config: &'a ReplayConfig,
     workload: &'a Workload,
     router: Router,
+    /// Where a rule of the lab sits, if one chooses.
+    seat: Option<Seat>,
     workers: Vec<Worker>,
     by_id: HashMap<WorkerId, usize>,
     arrivals: Arrivals,
@@ -227,6 +238,7 @@ impl<'a> Replay<'a> {
             config,
             workload,
             router,
+            seat: config.rule.map(|rule| Seat::new(rule, config.router.seed)),
             by_id: ids.map(|(index, worker)| (worker.id, index)).collect(),
             arrivals: Arrivals::new(workload),
             step_ends: BinaryHeap::new(),
@@ -278,6 +290,9 @@ impl<'a> Replay<'a> {
         flight.booking.tokens(1, now);
         flight.generated += 1;
         if event.first {
+            if let Some(seat) = &mut self.seat {
+                seat.prefilled(request, self.by_id[&flight.booking.worker()], now);
+            }
             let waited = now - flight.arrival;
             self.times_to_first_token.push(waited.as_secs_f32());
         } else {
@@ -307,7 +322,7 @@ impl<'a> Replay<'a> {
             self.first_arrival.get_or_insert(now);
             let request = &self.workload.requests[index];
             let sequence = request.prompt.sequence(self.block_size());
-            let booking = self.router.route(&Request::new(&sequence), now)?;
+            let booking = self.route(index, &sequence, now)?;
             let chosen = self.by_id[&booking.worker()];
             let worker = &mut self.workers[chosen];
             let hashes = if request.answer_stream.is_some() {
@@ -329,6 +344,9 @@ impl<'a> Replay<'a> {
             if submitted.is_err() {
                 self.rejected += 1;
                 drop(booking);
+                if let Some(seat) = &mut self.seat {
+                    seat.prefilled(index, chosen, now);
+                }
                 self.ended(index, now);
                 continue;
             }
@@ -344,6 +362,32 @@ impl<'a> Replay<'a> {
         Ok(())
     }
 
+    fn route(
+        &mut self,
+        request: usize,
+        sequence: &Sequence,
+        now: Duration,
+    ) -> Result<Booking, RouteError> {
+        let Some(seat) = &mut self.seat else {
+            return self.router.route(&Request::new(sequence), now);
+        };
+        let (workers, by_id, step_ends) = (&self.workers, &self.by_id, &self.step_ends);
+        let arriving = Arriving {
+            request,
+            sequence,
+            output_tokens: self.workload.requests[request].output_tokens,
+        };
+        seat.route(&arriving, &self.router, now, |id| {
+            let worker = by_id[&id];
+            let step_end = step_ends.iter().find(|Reverse((_, it))| *it == worker);
+            Standing {
+                worker,
+                engine: &workers[worker].engine,
+                step_left: step_end.map_or(Duration::ZERO, |Reverse((end, _))| *end - now),
+            }
+        })
+    }
+
     fn begin_steps(&mut self, now: Duration) {
         for index in self.ready.drain(..) {
             let worker = &mut self.workers[index];
@@ -357,8 +401,12 @@ impl<'a> Replay<'a> {
         }
     }
 
-    /// Compares router and engines at the instants before `now`, since which nothing happened.
+    /// Looks at router and engines at the instants before `now`, since which nothing happened.
     fn sample_before(&mut self, now: Duration) {
+        if let Some(seat) = &mut self.seat {
+            let engines = self.workers.iter().map(|worker| &worker.engine);
+            seat.scrape_before(now, engines);
+        }
         while let Some(instant) = self.sampler.due_before(now) {
             let snapshots = self.router.workers(instant);
             let flights = &self.flights;
@@ -402,7 +450,10 @@ impl<'a> Replay<'a> {
             .map(|it| u64::from(it.engine.pinned_blocks()));
         let makespan = self.last_end - self.first_arrival.unwrap_or_default();
         Outcome {
-            policy: self.config.router.policy.to_string(),
+            policy: match self.config.rule {
+                Some(rule) => rule.name.to_owned(),
+                None => self.config.router.policy.to_string(),
+            },
             finished: self.end_to_end.len(),
             rejected: self.rejected,
             unfinished: self.workload.requests.len() - self.ended,

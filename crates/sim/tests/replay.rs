@@ -7,6 +7,7 @@ use std::num::NonZeroU32;
 use foresee_core::choose::Policy;
 use foresee_core::router::RouterConfig;
 use foresee_sim::engine::EngineConfig;
+use foresee_sim::lab::{Contender, RULES};
 use foresee_sim::law::L40S_8B;
 use foresee_sim::replay::{Progress, ReplayConfig, ReplayError, compare, run};
 use foresee_sim::report::Outcome;
@@ -22,6 +23,15 @@ const EVERY_POLICY: [Policy; 6] = [
     Policy::PowerOfTwo,
     Policy::ConsistentHash,
 ];
+
+fn every_policy() -> Vec<Contender> {
+    let rules = RULES.iter().map(|rule| rule.name.parse().expect("a name"));
+    EVERY_POLICY
+        .map(Contender::from)
+        .into_iter()
+        .chain(rules)
+        .collect()
+}
 
 fn fleet(blocks: u32, workers: u32) -> ReplayConfig {
     let engine = EngineConfig {
@@ -61,9 +71,9 @@ fn every_request_finishes_and_nothing_is_left_under_any_policy() {
         Workload::closed_loop(&shape(), 150, 40, 1),
         Workload::burst(&shape(), 150, 1),
     ] {
-        let report = compare(&config, &EVERY_POLICY, &workload, 2, &|_, _| ()).unwrap();
-        assert_eq!(report.outcomes.len(), EVERY_POLICY.len());
-        for (outcome, policy) in report.outcomes.iter().zip(EVERY_POLICY) {
+        let report = compare(&config, &every_policy(), &workload, 2, &|_, _| ()).unwrap();
+        assert_eq!(report.outcomes.len(), every_policy().len());
+        for (outcome, policy) in report.outcomes.iter().zip(every_policy()) {
             assert_eq!(outcome.policy, policy.to_string());
             assert_eq!((outcome.finished, outcome.unfinished), (150, 0));
             assert_eq!(outcome.leaked_blocks, 0);
@@ -81,8 +91,8 @@ fn every_request_finishes_and_nothing_is_left_under_any_policy() {
 fn equal_seeds_give_equal_outcomes() {
     let workload = chat();
     let config = fleet(3000, 3);
-    let first = compare(&config, &EVERY_POLICY, &workload, 1, &|_, _| ()).unwrap();
-    let second = compare(&config, &EVERY_POLICY, &workload, 3, &|_, _| ()).unwrap();
+    let first = compare(&config, &every_policy(), &workload, 1, &|_, _| ()).unwrap();
+    let second = compare(&config, &every_policy(), &workload, 3, &|_, _| ()).unwrap();
     assert_eq!(first, second);
     let mut other = config.clone();
     other.engines[0].seed = 99;
@@ -91,7 +101,7 @@ fn equal_seeds_give_equal_outcomes() {
 
 #[test]
 fn prediction_routes_conversations_to_their_caches() {
-    let policies = [Policy::Kv, Policy::RoundRobin];
+    let policies = [Policy::Kv, Policy::RoundRobin].map(Contender::from);
     let report = compare(&fleet(11_875, 8), &policies, &chat(), 2, &|_, _| ()).unwrap();
     let [kv, round_robin] = &report.outcomes[..] else {
         panic!("two policies, two outcomes");

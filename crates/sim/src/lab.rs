@@ -1,0 +1,207 @@
+//! Policies of the field, and an oracle, as baselines for replay.
+//!
+//! None of them serves: what `foresee serve` offers is in [`foresee_core::choose`]. Each is a few
+//! lines over what [`view`] shows of one request and the workers: [`rules`] (what the router
+//! books), [`metered`] (what engines report of themselves, and when they last did), [`history`]
+//! (what was sent where), [`oracle`] (what engines will do, by [`rolling`] them forward). [`seat`]
+//! puts a rule in the router's place: it asks the rule, and books there.
+
+mod history;
+mod metered;
+mod oracle;
+mod rolling;
+mod rules;
+pub(crate) mod seat;
+mod view;
+
+use std::fmt;
+use std::str::FromStr;
+
+use foresee_core::choose::Policy;
+
+use crate::replay::ReplayConfig;
+use view::Rule;
+
+/// A rule of the lab: how it is called, what it does, and how a fresh one is made.
+#[derive(Clone, Copy)]
+pub struct LabRule {
+    /// What it is chosen by.
+    pub name: &'static str,
+    /// One line, for `--help`.
+    pub what: &'static str,
+    make: fn() -> Box<dyn Rule>,
+}
+
+impl fmt::Debug for LabRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("LabRule").field(&self.name).finish()
+    }
+}
+
+/// Every rule of the lab, in the order to list them.
+pub static RULES: [LabRule; 11] = [
+    LabRule {
+        name: "dynamo",
+        what: "Dynamo today: prefill backlog + active blocks, this request included",
+        make: || rules::least(rules::dynamo),
+    },
+    LabRule {
+        name: "metrics-1s",
+        what: "Dynamo before PR 1731: 2 × overlap − KV usage − waiting, scraped each second",
+        make: || Box::new(metered::Scraped::default()),
+    },
+    LabRule {
+        name: "sglang",
+        what: "SGLang's cache_aware: longest history above 0.3, else the smallest; 64 and 1.5",
+        make: || Box::new(history::CacheAware::default()),
+    },
+    LabRule {
+        name: "llm-d",
+        what: "llm-d's scorers: prefix 3, queue 2, KV usage 2, metrics scraped each 50 ms",
+        make: || Box::new(metered::Scored),
+    },
+    LabRule {
+        name: "llm-d-affinity",
+        what: "llm-d's optimized baseline: stick to caches ≥ 0.8, then least tokens in flight",
+        make: || Box::new(rules::Affinity),
+    },
+    LabRule {
+        name: "lmetric",
+        what: "LMetric: (pending + new prefill tokens) × (requests + 1)",
+        make: || rules::least(rules::lmetric),
+    },
+    LabRule {
+        name: "production-stack",
+        what: "vLLM production-stack: matched share − load above the mean, β = 1",
+        make: || rules::least(rules::production_stack),
+    },
+    LabRule {
+        name: "two-tier",
+        what: "Dynamo's two-tier cost: least requests if 32 and 1.1 apart, else overlap > 0.5",
+        make: || Box::new(rules::TwoTier),
+    },
+    LabRule {
+        name: "min-ttft",
+        what: "Mooncake: least predicted time to first token, engine's own prefill times known",
+        make: || rules::least(rules::time_to_first_token),
+    },
+    LabRule {
+        name: "oracle",
+        what: "true engine state and answer lengths, each choice rolled forward; greedy",
+        make: || Box::new(oracle::Oracle::new(oracle::END_TO_END)),
+    },
+    LabRule {
+        name: "oracle:ttft",
+        what: "the same, its own time to first token counted ten times more",
+        make: || Box::new(oracle::Oracle::new(oracle::FIRST_TOKEN)),
+    },
+];
+
+/// A policy that replay can run: one of those that serve, or a [`LabRule`].
+#[derive(Clone, Debug)]
+pub struct Contender {
+    name: String,
+    chooser: Chooser,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Chooser {
+    /// The router, with an overlap weight of its own if there is one.
+    Router(Policy, Option<f64>),
+    Rule(&'static LabRule),
+}
+
+/// Dynamo's formula as PR 1731 introduced it, which is what `kv` computes.
+const PR_1731: (&str, f64) = ("dynamo-pr1731", 1.0);
+
+impl Contender {
+    /// Makes a replay run this policy.
+    pub fn apply(&self, config: &mut ReplayConfig) {
+        config.rule = None;
+        match self.chooser {
+            Chooser::Router(policy, overlap_weight) => {
+                config.router.policy = policy;
+                if let Some(weight) = overlap_weight {
+                    config.router.overlap_weight = weight;
+                }
+            }
+            Chooser::Rule(rule) => config.rule = Some(rule),
+        }
+    }
+}
+
+impl From<Policy> for Contender {
+    fn from(policy: Policy) -> Self {
+        Self {
+            name: policy.to_string(),
+            chooser: Chooser::Router(policy, None),
+        }
+    }
+}
+
+impl fmt::Display for Contender {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.name)
+    }
+}
+
+/// A name that is no policy's.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("unknown policy `{name}`: use {}", names().join(", "))]
+pub struct UnknownContender {
+    name: String,
+}
+
+/// Every name there is.
+fn names() -> Vec<&'static str> {
+    let router = Policy::ALL.map(|(_, name)| name);
+    let rules = RULES.iter().map(|rule| rule.name);
+    let written = router.into_iter().chain(["kv:WEIGHT", PR_1731.0]);
+    written.chain(rules).collect()
+}
+
+impl FromStr for Contender {
+    type Err = UnknownContender;
+
+    fn from_str(name: &str) -> Result<Self, UnknownContender> {
+        let weight = name.strip_prefix("kv:").map(f64::from_str);
+        let chooser = if let Some(Ok(weight)) = weight {
+            Some(Chooser::Router(Policy::Kv, Some(weight)))
+        } else if name == PR_1731.0 {
+            Some(Chooser::Router(Policy::Kv, Some(PR_1731.1)))
+        } else if let Ok(policy) = name.parse() {
+            Some(Chooser::Router(policy, None))
+        } else {
+            let rule = RULES.iter().find(|rule| rule.name == name);
+            rule.map(Chooser::Rule)
+        };
+        let name = name.to_owned();
+        match chooser {
+            Some(chooser) => Ok(Self { name, chooser }),
+            None => Err(UnknownContender { name }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_is_understood_and_kept() {
+        for name in names() {
+            let name = name.replace("WEIGHT", "100");
+            let contender: Contender = name.parse().unwrap();
+            assert_eq!(contender.to_string(), name);
+        }
+    }
+
+    #[test]
+    fn an_unknown_name_is_told_all_that_are_known() {
+        for name in ["kv:", "kv:much", "oracle:ttf", ""] {
+            let error = name.parse::<Contender>().unwrap_err().to_string();
+            assert!(error.contains("kv:WEIGHT, dynamo-pr1731, dynamo, metrics-1s"));
+            assert!(error.contains("least-requests") && error.ends_with("oracle:ttft"));
+        }
+    }
+}
