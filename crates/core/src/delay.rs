@@ -54,6 +54,7 @@ pub struct Delay {
     pub slows: f64,
     /// What it makes requests wait that will come.
     pub future: f64,
+    pub extra: f64,
 }
 
 impl Delay {
@@ -80,6 +81,9 @@ impl std::ops::AddAssign for Delay {
 /// The share of a worker's time that is believed to go into prompts at most.
 const MOST_UTILISATION: f64 = 0.7;
 
+/// No step is shorter, in seconds.
+const LEAST_STEP: f64 = 1e-6;
+
 /// A request to be placed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Placement {
@@ -98,12 +102,15 @@ pub(crate) struct Placement {
 impl Placement {
     /// The cost to be minimised.
     pub(crate) fn total(&self, delay: &Delay) -> f64 {
-        self.ttft_weight * delay.time_to_first_token()
-            + delay.decode
-            + delay.slowed
-            + delay.stalls
-            + delay.slows
-            + delay.future
+        static W: std::sync::OnceLock<Vec<f64>> = std::sync::OnceLock::new();
+        let w = W.get_or_init(|| std::env::var("DW").map_or(vec![1.0; 9], |s| s.split(',').map(|x| x.parse().unwrap()).collect()));
+        self.ttft_weight * (w[0] * delay.wait + w[1] * delay.memory + w[2] * delay.prefill)
+            + w[3] * delay.decode
+            + w[4] * delay.slowed
+            + w[5] * delay.stalls
+            + w[6] * delay.slows
+            + w[7] * delay.future
+            + w[8] * delay.extra
     }
 
     /// What it would compute where it reaches so deep.
@@ -124,7 +131,7 @@ impl Placement {
 
         let (requests, context) = outlook.decoding();
         let step = pace.step(f64::from(requests), context as f64);
-        let busy_step = outlook.watch.busy_step().max(step);
+        let busy_step = outlook.watch.busy_step().max(step).max(LEAST_STEP);
         let steps_until = wait / busy_step;
         let steps_beside = (wait + prefill) / busy_step;
 
@@ -153,9 +160,11 @@ impl Placement {
         let own_step = pace.sequence + pace.context * own_context;
         let (rate, utilisation) = outlook.inflow.rates(self.now);
         let idle = 1.0 - utilisation.min(MOST_UTILISATION);
+        let memory = self.steps_until_it_fits(outlook, load, depth) * busy_step;
         Delay {
             wait,
-            memory: self.steps_until_it_fits(outlook, load, depth) * busy_step,
+            extra: rate * memory * memory / 2.0,
+            memory,
             prefill,
             decode: output * (pace.step + own_step),
             slowed,
@@ -285,8 +294,8 @@ mod tests {
         let mut outlook = Outlook::default();
         outlook.add(&Share::new(1, Work::new(3000, 3000), 10, 3000), Duration::ZERO);
         let cost = total(placement(1600, 50.0), &pace, &outlook, cached(60));
-        // And what it makes the one before it wait, whose answer will have begun.
-        assert_close(cost, 0.3 + 0.064 + 0.064);
+        // Of the ten tokens of the answer that begins before this, none are left then.
+        assert_close(cost, 0.3 + 0.064);
     }
 
     #[test]
