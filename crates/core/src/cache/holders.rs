@@ -16,11 +16,28 @@ use crate::tree::Slot;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Holders(u32);
 
+/// Bits of their number, which is stored with every prefix.
+pub(super) const HOLDER_BITS: u32 = 26;
+
 /// Marks the number of a set, where otherwise a worker's slot is.
-const SEVERAL: u32 = 1 << 31;
+const SEVERAL: u32 = 1 << (HOLDER_BITS - 1);
+
+/// Sets that are kept at most. A fleet has thousands; what would need more is forgotten.
+const MOST_SETS: usize = if cfg!(test) { 64 } else { 1 << 24 };
+
+/// The largest number, but for nobody's.
+pub(super) const MOST_HOLDERS: u32 = SEVERAL + MOST_SETS as u32 - 1;
 
 impl Holders {
-    pub(super) const NOBODY: Self = Self(u32::MAX);
+    pub(super) const NOBODY: Self = Self((1 << HOLDER_BITS) - 1);
+
+    pub(super) fn bits(self) -> u32 {
+        self.0
+    }
+
+    pub(super) fn from_bits(bits: u32) -> Self {
+        Self(bits)
+    }
 
     fn one(worker: Slot) -> Self {
         debug_assert!(worker < SEVERAL);
@@ -67,7 +84,7 @@ impl HolderSets {
         if self.contains(holders, worker) {
             return holders;
         }
-        self.flip(holders, worker)
+        self.flip(holders, worker).unwrap_or(holders)
     }
 
     /// Takes a prefix's holders and returns those without `worker`.
@@ -78,7 +95,10 @@ impl HolderSets {
         if holders.id().is_none() {
             return Holders::NOBODY;
         }
-        self.flip(holders, worker)
+        self.flip(holders, worker).unwrap_or_else(|| {
+            self.leave(holders);
+            Holders::NOBODY
+        })
     }
 
     fn contains(&self, holders: Holders, worker: Slot) -> bool {
@@ -91,8 +111,9 @@ impl HolderSets {
         }
     }
 
-    /// Lets `worker` in if it is out, and out if it is in.
-    fn flip(&mut self, from: Holders, worker: Slot) -> Holders {
+    /// Lets `worker` in if it is out, and out if it is in. `None`, and nothing is changed, if that
+    /// takes one set too many.
+    fn flip(&mut self, from: Holders, worker: Slot) -> Option<Holders> {
         if let Some((last_from, last_worker, to)) = self.last_step
             && (last_from, last_worker) == (from, worker)
         {
@@ -100,7 +121,7 @@ impl HolderSets {
                 self.sets[id].prefixes += 1;
             }
             self.leave(from);
-            return to;
+            return Some(to);
         }
         let mut members = std::mem::take(&mut self.scratch);
         members.clear();
@@ -115,21 +136,26 @@ impl HolderSets {
         }
         let to = self.enter(&members);
         self.scratch = members;
+        let to = to?;
         self.last_step = Some((from, worker, to));
         self.leave(from);
-        to
+        Some(to)
     }
 
-    /// Counts one more prefix with these members.
-    fn enter(&mut self, members: &[u64]) -> Holders {
+    /// Counts one more prefix with these members, if that takes no set too many.
+    fn enter(&mut self, members: &[u64]) -> Option<Holders> {
         let count: u32 = members.iter().map(|word| word.count_ones()).sum();
         if count == 1 {
             let word = members.len() - 1;
-            return Holders::one(word as Slot * 64 + members[word].trailing_zeros());
+            let worker = word as Slot * 64 + members[word].trailing_zeros();
+            return Some(Holders::one(worker));
         }
         if let Some(&id) = self.by_members.get(members) {
             self.sets[id as usize].prefixes += 1;
-            return Holders::several(id as usize);
+            return Some(Holders::several(id as usize));
+        }
+        if self.sets.len() == MOST_SETS {
+            return None;
         }
         let members: Arc<[u64]> = members.into();
         let id = self.sets.insert(Set {
@@ -137,7 +163,7 @@ impl HolderSets {
             prefixes: 1,
         });
         self.by_members.insert(members, id as u32);
-        Holders::several(id)
+        Some(Holders::several(id))
     }
 
     /// A prefix no longer has these holders.
@@ -246,5 +272,30 @@ mod tests {
             }
             prop_assert!(sets.sets.is_empty() && sets.by_members.is_empty());
         }
+    }
+
+    #[test]
+    fn sets_are_bounded() {
+        let mut sets = HolderSets::default();
+        let both = |sets: &mut HolderSets, one, other| {
+            let holders = sets.with(Holders::NOBODY, one);
+            sets.with(holders, other)
+        };
+        let others = 1..MOST_SETS as Slot;
+        let pairs: Vec<Holders> = others.map(|it| both(&mut sets, 0, it)).collect();
+        let pair = both(&mut sets, 100, 101);
+        // One more cannot join, until there is room for one more set.
+        assert_eq!(sets.with(pair, 102), pair);
+        assert_eq!(sets.without(pairs[0], 0), Holders::one(1));
+        let three = sets.with(pair, 102);
+        assert_eq!(
+            beyond(&sets, three, Holders::NOBODY),
+            [100, 101, 102].into()
+        );
+        // One cannot leave: then none is known to stay.
+        both(&mut sets, 0, 1);
+        assert_eq!(sets.sets.len(), MOST_SETS);
+        assert_eq!(sets.without(three, 100), Holders::NOBODY);
+        assert_eq!(sets.sets.len(), MOST_SETS - 1);
     }
 }

@@ -3,7 +3,7 @@
 use smallvec::SmallVec;
 
 use crate::cache::Changes;
-use crate::cache::holders::{HolderSets, Holders};
+use crate::cache::holders::{HOLDER_BITS, HolderSets, Holders, MOST_HOLDERS};
 use crate::cache::sparse::{Entry, Sparse};
 use crate::sequence::SequenceHash;
 use crate::tree::{Depth, Slot};
@@ -24,33 +24,55 @@ pub struct CacheIndex {
 struct Table {
     stride: u32,
     /// By the hash's leading bits. One is small enough to grow under the router's lock: of two
-    /// million prefixes, each takes 30 KiB.
+    /// million prefixes, each takes 26 KiB.
     shards: Box<[Sparse<Prefix>]>,
 }
 
 const SHARD_BITS: u32 = 10;
 
+/// The key within the shard, and the holders: together ten bytes.
 #[derive(Clone, Copy, Debug)]
+#[repr(Rust, packed(2))]
 struct Prefix {
-    // In halves, so that it takes 12 bytes.
-    low: u32,
-    high: u32,
-    holders: Holders,
+    /// The low bits are the holders'.
+    key: u64,
+    holders: u16,
+}
+
+const _: () = assert!(
+    size_of::<Prefix>() == 10
+        && HOLDER_BITS == SHARD_BITS + u16::BITS
+        && MOST_HOLDERS >> SHARD_BITS < u16::MAX as u32
+);
+
+impl Prefix {
+    fn new(key: u64, holders: Holders) -> Self {
+        let holders = holders.bits();
+        Self {
+            key: key | u64::from(holders) & LOW_BITS,
+            holders: (holders >> SHARD_BITS) as u16,
+        }
+    }
+
+    fn holders(&self) -> Holders {
+        let low = self.key & LOW_BITS;
+        Holders::from_bits(u32::from(self.holders) << SHARD_BITS | low as u32)
+    }
 }
 
 impl Entry for Prefix {
     const GAP: Self = Self {
-        low: u32::MAX,
-        high: u32::MAX,
-        holders: Holders::NOBODY,
+        key: u64::MAX,
+        holders: u16::MAX,
     };
 
     fn key(&self) -> u64 {
-        key_in_shard(u64::from(self.high) << 32 | u64::from(self.low))
+        self.key & !LOW_BITS
     }
 
     fn is_gap(&self) -> bool {
-        self.holders == Holders::NOBODY
+        // Holders' numbers end below those that begin like that.
+        self.holders == u16::MAX
     }
 }
 
@@ -58,10 +80,12 @@ fn shard_of(hash: SequenceHash) -> usize {
     (hash >> (u64::BITS - SHARD_BITS)) as usize
 }
 
-/// What is left of the hash beside the number of its shard.
+/// What is left of the hash beside the number of its shard. Its low bits are zero.
 fn key_in_shard(hash: SequenceHash) -> u64 {
     hash << SHARD_BITS
 }
+
+const LOW_BITS: u64 = (1 << SHARD_BITS) - 1;
 
 /// How many prefixes are looked for at the same time.
 const TOGETHER: usize = 16;
@@ -112,7 +136,9 @@ impl CacheIndex {
     pub fn forget_worker(&mut self, worker: Slot) {
         for table in &mut self.tables {
             for shard in &mut table.shards {
-                shard.change_all(|it| it.holders = self.sets.without(it.holders, worker));
+                shard.change_all(|it| {
+                    *it = Prefix::new(it.key(), self.sets.without(it.holders(), worker));
+                });
             }
         }
         self.tables.retain(|table| table.len() > 0);
@@ -165,7 +191,7 @@ impl Table {
     fn holders(&self, hash: SequenceHash) -> Holders {
         let (shard, key) = (&self.shards[shard_of(hash)], key_in_shard(hash));
         let prefix = shard.get(shard.seek(key)).filter(|it| it.key() == key);
-        prefix.map_or(Holders::NOBODY, |it| it.holders)
+        prefix.map_or(Holders::NOBODY, |it| it.holders())
     }
 
     /// Changes who holds each of some prefixes. Returns for how many that made a difference.
@@ -183,21 +209,14 @@ impl Table {
                 let (shard, key) = (&mut self.shards[shard_of(hash)], key_in_shard(hash));
                 let at = shard.seek(key);
                 let prefix = shard.get_mut(at).filter(|it| it.key() == key);
-                let before = prefix.as_ref().map_or(Holders::NOBODY, |it| it.holders);
+                let before = prefix.as_ref().map_or(Holders::NOBODY, |it| it.holders());
                 let after = change(before);
                 changed += u64::from(after != before);
                 match prefix {
                     Some(_) if after == Holders::NOBODY => shard.remove(at),
-                    Some(prefix) => prefix.holders = after,
+                    Some(prefix) => *prefix = Prefix::new(key, after),
                     None if after == Holders::NOBODY => {}
-                    None => shard.insert(
-                        at,
-                        Prefix {
-                            low: hash as u32,
-                            high: (hash >> 32) as u32,
-                            holders: after,
-                        },
-                    ),
+                    None => shard.insert(at, Prefix::new(key, after)),
                 }
             }
         }
@@ -252,5 +271,25 @@ impl Descent<'_> {
                 it.cached = it.cached.max(depth);
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prefix_keeps_its_key_and_its_holders() {
+        for hash in [0, 1, 0x0123_4567_89AB_CDEF, u64::MAX] {
+            let key = key_in_shard(hash);
+            for bits in [0, 1, 1023, 1024, 1 << 25, MOST_HOLDERS] {
+                let prefix = Prefix::new(key, Holders::from_bits(bits));
+                assert_eq!((prefix.key(), prefix.holders().bits()), (key, bits));
+                assert!(!prefix.is_gap());
+            }
+            let nobodys = Prefix::new(key, Holders::NOBODY);
+            assert_eq!(nobodys.holders(), Holders::NOBODY);
+            assert!(nobodys.is_gap());
+        }
     }
 }
