@@ -5,6 +5,7 @@
 //! then it has the shadow of what it sent, and what answers report of their prompts.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::time::Duration;
 
 use foresee_core::cache::{CacheView, Changes, StoredBlocks};
@@ -121,13 +122,7 @@ impl Follower {
         {
             let view = &mut self.views[batch.worker];
             let Some(id) = id(batch.worker) else { continue };
-            for event in &batch.events {
-                let changes = match event {
-                    CacheEvent::Stored { request, blocks } => {
-                        view.store(*request as usize, blocks.start, blocks.end, traffic)
-                    }
-                    CacheEvent::Removed { hash } => view.cache.remove(&[*hash]),
-                };
+            for changes in view.follow(&batch.events, traffic) {
                 router.update_cache(id, &changes);
             }
         }
@@ -135,11 +130,34 @@ impl Follower {
 }
 
 impl View {
-    fn store(&mut self, request: usize, start: usize, end: usize, traffic: &Traffic) -> Changes {
+    /// What a batch changes, in order.
+    fn follow(&mut self, events: &[CacheEvent], traffic: &Traffic) -> Vec<Changes> {
+        let mut all = Vec::new();
+        let mut removed = Vec::new();
+        for event in events {
+            match event {
+                CacheEvent::Removed { hash } => removed.push(*hash),
+                CacheEvent::Stored { request, blocks } => {
+                    if !removed.is_empty() {
+                        all.push(self.cache.remove(&removed));
+                        removed.clear();
+                    }
+                    all.push(self.store(*request as usize, blocks.clone(), traffic));
+                }
+            }
+        }
+        if !removed.is_empty() {
+            all.push(self.cache.remove(&removed));
+        }
+        all
+    }
+
+    fn store(&mut self, request: usize, blocks: Range<usize>, traffic: &Traffic) -> Changes {
         let hashes = traffic.known(request).hashes();
         // An engine's block has the prefix of the last of ours in it.
         let name = |block: usize| hashes[(block + 1) * self.stride as usize - 1];
-        let names: Vec<u64> = (start..end).map(name).collect();
+        let Range { start, end } = blocks;
+        let names: Vec<u64> = blocks.map(name).collect();
         let block_size = traffic.block_size().get() * self.stride;
         let positions = start as u32 * block_size..end as u32 * block_size;
         self.cache.store(&StoredBlocks {

@@ -20,7 +20,7 @@ const TOKENS_PER_HASH_ID: NonZeroU32 = NonZeroU32::new(512).expect("not zero");
 /// One request of a trace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TraceRequest {
-    /// Time since the trace began.
+    /// Time since the first request.
     pub arrival: Duration,
     /// Prompt length; at least 1.
     pub prompt_tokens: u32,
@@ -92,7 +92,8 @@ enum Format {
     Azure(azure::Columns),
 }
 
-/// Reads a whole trace. Empty lines are skipped; arrivals must not go back in time.
+/// Reads a whole trace. Empty lines are skipped. Lines may be in any order; requests come in that
+/// of their arrivals.
 ///
 /// # Errors
 /// Says on which line, and which field, is wrong.
@@ -125,28 +126,15 @@ pub fn read(reader: impl BufRead) -> Result<Vec<TraceRequest>, TraceError> {
             }
         };
         let request = read.map_err(value_error)?;
-        if let Some(previous) = requests.last().filter(|it| it.arrival > request.arrival) {
-            let field = match format {
-                Some(Format::Azure(_)) => azure::TIMESTAMP,
-                _ => "timestamp",
-            };
-            let problem = format!(
-                "{} ms is before the previous request's {} ms",
-                request.arrival.as_millis(),
-                previous.arrival.as_millis()
-            );
-            return Err(value_error((field, problem)));
-        }
         requests.push(request);
     }
     if requests.is_empty() {
         return Err(TraceError::Empty);
     }
-    if let Some(Format::Azure(_)) = format {
-        // Its times are dates.
-        let first = requests[0].arrival;
-        requests.iter_mut().for_each(|it| it.arrival -= first);
-    }
+    // Who records requests as they end writes them in that order.
+    requests.sort_by_key(|it| it.arrival);
+    let first = requests[0].arrival;
+    requests.iter_mut().for_each(|it| it.arrival -= first);
     Ok(requests)
 }
 
@@ -229,14 +217,24 @@ mod tests {
             error_of(ids),
             "line 1: field `hash_ids`: 1 ids for input_length 513, which takes 2 of 512 tokens"
         );
-        let back = format!("{good}\n{}", good.replace('9', "8"));
-        assert_eq!(
-            error_of(&back),
-            "line 2: field `timestamp`: 8 ms is before the previous request's 9 ms"
-        );
         let negative = good.replace('9', "-1");
         assert!(error_of(&negative).starts_with("line 1: field `timestamp`: -1 ms:"));
         assert_eq!(error_of("\n"), "the trace is empty");
+    }
+
+    #[test]
+    fn requests_come_in_the_order_of_arrival_whatever_that_of_the_lines() {
+        let line = |timestamp: u64, id: u64| {
+            format!(
+                r#"{{"timestamp": {timestamp}, "input_length": 1, "output_length": 1, "hash_ids": [{id}]}}"#
+            )
+        };
+        let text = [line(1_763_000_000_900, 2), line(1_763_000_000_400, 1)].join("\n");
+        let trace = read(text.as_bytes()).unwrap();
+        let told = trace
+            .iter()
+            .map(|it| (it.hash_ids[0], it.arrival.as_millis()));
+        assert_eq!(told.collect::<Vec<_>>(), [(1, 0), (2, 500)]);
     }
 
     #[test]

@@ -37,11 +37,12 @@ pub struct Rag {
 }
 
 impl Default for Rag {
-    /// ISL 6600 at 10 a second: busy, and no more, for eight 8B models on L40S.
+    /// ISL 6600 at 8 a second: about as much as eight 8B models on L40S can answer within the
+    /// default SLO.
     fn default() -> Self {
         Self {
             requests: 2000,
-            gaps: Gaps::poisson(Duration::from_millis(100)),
+            gaps: Gaps::poisson(Duration::from_millis(125)),
             system_tokens: 500,
             documents: 200,
             document_tokens: 1500,

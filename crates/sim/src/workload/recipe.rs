@@ -24,11 +24,11 @@ pub const NAMED: [(&str, &str); 12] = [
     ),
     (
         "agent",
-        "tasks of some 12 short calls behind one of 4 long tool prompts, 27 calls a second",
+        "tasks of some 12 short calls behind one of 4 long tool prompts, 20 calls a second",
     ),
     (
         "rag",
-        "questions about 4 of 200 shared documents in any order, ISL 6600, 10 a second",
+        "questions about 4 of 200 shared documents in any order, ISL 6600, 8 a second",
     ),
     (
         "n-samples",
