@@ -224,7 +224,10 @@ impl State {
         sums: &Sums,
     ) -> Result<WorkerId, RouteError> {
         // A model, exclusions and a wish to stay close to a prefix are the first one's.
-        self.pick(&members.requests[0], Prices::Summed(&sums.costs, &sums.totals))
+        self.pick(
+            &members.requests[0],
+            Prices::Summed(&sums.costs, &sums.totals),
+        )
     }
 
     /// Books all members on `worker`.

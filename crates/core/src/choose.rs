@@ -278,12 +278,7 @@ impl Field<'_> {
     }
 
     /// Samples by softmax over costs divided by their range.
-    fn sample_by_cost(
-        &self,
-        policy: Policy,
-        temperature: f64,
-        rng: &mut SmallRng,
-    ) -> Option<Slot> {
+    fn sample_by_cost(&self, policy: Policy, temperature: f64, rng: &mut SmallRng) -> Option<Slot> {
         let mut chosen = None;
         let mut total = 0.0;
         for (slot, weight) in self.softmax_weights(policy, temperature) {

@@ -103,7 +103,11 @@ impl Placement {
     /// The cost to be minimised.
     pub(crate) fn total(&self, delay: &Delay) -> f64 {
         static W: std::sync::OnceLock<Vec<f64>> = std::sync::OnceLock::new();
-        let w = W.get_or_init(|| std::env::var("DW").map_or(vec![1.0; 9], |s| s.split(',').map(|x| x.parse().unwrap()).collect()));
+        let w = W.get_or_init(|| {
+            std::env::var("DW").map_or(vec![1.0; 9], |s| {
+                s.split(',').map(|x| x.parse().unwrap()).collect()
+            })
+        });
         self.ttft_weight * (w[0] * delay.wait + w[1] * delay.memory + w[2] * delay.prefill)
             + w[3] * delay.decode
             + w[4] * delay.slowed
@@ -146,14 +150,24 @@ impl Placement {
         for group in &outlook.running {
             if group.requests > 0 {
                 let mean = group.remaining as f64 / f64::from(group.requests);
-                meet(group.requests, group.context, mean - steps_until, mean - steps_beside);
+                meet(
+                    group.requests,
+                    group.context,
+                    mean - steps_until,
+                    mean - steps_beside,
+                );
             }
         }
         let ahead = &outlook.ahead;
         if ahead.requests > 0 {
             // They begin one after the other while this one waits: on average, half-way.
             let mean = ahead.remaining as f64 / f64::from(ahead.requests) + steps_until / 2.0;
-            meet(ahead.requests, ahead.context, mean - steps_until, mean - steps_beside);
+            meet(
+                ahead.requests,
+                ahead.context,
+                mean - steps_until,
+                mean - steps_beside,
+            );
         }
 
         let own_context = f64::from(self.prompt_tokens) + output / 2.0;
@@ -193,7 +207,12 @@ impl Placement {
         // Blocks that requests share are held by each of them for a share.
         let blocks_per_token = load.active_blocks as f64 / (load.context_tokens as f64).max(1.0);
         let mut groups = [(0.0, 0.0, 0.0); GROUPS + 1];
-        for (group, entry) in outlook.running.iter().chain([&outlook.ahead]).zip(&mut groups) {
+        for (group, entry) in outlook
+            .running
+            .iter()
+            .chain([&outlook.ahead])
+            .zip(&mut groups)
+        {
             let requests = f64::from(group.requests);
             let mean = group.remaining as f64 / requests.max(1.0);
             *entry = (mean, requests, group.context as f64 * blocks_per_token);
@@ -269,7 +288,10 @@ mod tests {
     }
 
     fn assert_close(one: f64, other: f64) {
-        assert!((one - other).abs() <= 1e-9 * other.abs(), "{one} is not {other}");
+        assert!(
+            (one - other).abs() <= 1e-9 * other.abs(),
+            "{one} is not {other}"
+        );
     }
 
     #[test]
@@ -280,7 +302,12 @@ mod tests {
         };
         let alone = total(placement(1000, 50.0), &pace, &running(0, 0, 0), cached(0));
         for requests in [1, 7, 40] {
-            let cost = total(placement(1000, 50.0), &pace, &running(requests, 200, 9), cached(0));
+            let cost = total(
+                placement(1000, 50.0),
+                &pace,
+                &running(requests, 200, 9),
+                cached(0),
+            );
             assert_close(cost - alone, 2.0 * 1e-4 * 50.0 * f64::from(requests));
         }
     }
@@ -292,7 +319,10 @@ mod tests {
             ..NOTHING
         };
         let mut outlook = Outlook::default();
-        outlook.add(&Share::new(1, Work::new(3000, 3000), 10, 3000), Duration::ZERO);
+        outlook.add(
+            &Share::new(1, Work::new(3000, 3000), 10, 3000),
+            Duration::ZERO,
+        );
         let cost = total(placement(1600, 50.0), &pace, &outlook, cached(60));
         // Of the ten tokens of the answer that begins before this, none are left then.
         assert_close(cost, 0.3 + 0.064);
@@ -347,7 +377,10 @@ mod tests {
         };
         // A backlog of 10 s, in which those with 100 tokens to come end.
         let mut outlook = running(5, 100, 9);
-        outlook.add(&Share::new(9, Work::new(10_000, 10_000), 5000, 10_000), Duration::ZERO);
+        outlook.add(
+            &Share::new(9, Work::new(10_000, 10_000), 5000, 10_000),
+            Duration::ZERO,
+        );
         let delay = placement(1000, 50.0).delay(&pace, &outlook, Load::default(), cached(0));
         assert_close(delay.stalls, 1.0);
         assert_close(delay.slows, 1e-4 * 50.0);
@@ -365,7 +398,9 @@ mod tests {
                 ..placement(1600, 50.0)
             };
             let outlook = Outlook::default();
-            placement.delay(&pace, &outlook, Load::default(), depth).prefill
+            placement
+                .delay(&pace, &outlook, Load::default(), depth)
+                .prefill
         };
         assert_close(prefill(0.0, cached(90)), 0.16);
         assert_close(prefill(0.5, cached(50)), 0.12);
@@ -392,7 +427,9 @@ mod tests {
         };
         let wait = |capacity| {
             outlook.capacity = Some(capacity);
-            placement(1600, 1.0).delay(&pace, &outlook, load, cached(0)).memory
+            placement(1600, 1.0)
+                .delay(&pace, &outlook, load, cached(0))
+                .memory
         };
         let mut wait = wait;
         assert_close(wait(10_000) + 1.0, 1.0);

@@ -182,8 +182,8 @@ impl State {
         record.token_at = now.max(record.token_at);
         self.count(key, total);
         if learns && let Some((outlook, law)) = self.fleet.outlook_mut(worker) {
-            let computes = outlook.ahead.requests > 0
-                || outlook.watch.first_token_at() > last_token_at;
+            let computes =
+                outlook.ahead.requests > 0 || outlook.watch.first_token_at() > last_token_at;
             let decoding = outlook.decoding();
             let watch = &mut outlook.watch;
             watch.tokens(law, count, elapsed, computes, decoding, now);
@@ -208,7 +208,9 @@ impl State {
         let worker = record.worker;
         if blocks != blocks_before {
             // A block is little enough for a forecast to stand.
-            let left = self.output_length.remaining(record.kind, total, record.max_tokens);
+            let left = self
+                .output_length
+                .remaining(record.kind, total, record.max_tokens);
             if let Some((outlook, _)) = self.fleet.outlook_mut(worker) {
                 outlook.renew(&mut record.share, left, context);
             }

@@ -52,7 +52,9 @@ impl<'a> Request<'a> {
     /// What its answer's length may depend on: the model, and about how long it may be.
     pub(crate) fn kind(&self) -> Kind {
         let model = rapidhash_v3_seeded(self.model.as_bytes(), &DEFAULT_RAPID_SECRETS);
-        let octave = self.max_tokens.map_or(0, |it| u64::BITS - u64::from(it).leading_zeros());
+        let octave = self
+            .max_tokens
+            .map_or(0, |it| u64::BITS - u64::from(it).leading_zeros());
         model ^ u64::from(octave)
     }
 }

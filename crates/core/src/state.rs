@@ -229,7 +229,11 @@ impl State {
         let request = &members.requests()[0];
         let sums = self.sum(members);
         let excluded = self.excluded(request);
-        let field = self.field(request, Prices::Summed(&sums.costs, &sums.totals), &excluded)?;
+        let field = self.field(
+            request,
+            Prices::Summed(&sums.costs, &sums.totals),
+            &excluded,
+        )?;
         let weights = self.probabilities(&field);
         let mut candidates: Vec<Candidate> = weights
             .into_iter()

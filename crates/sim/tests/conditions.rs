@@ -12,6 +12,7 @@ use foresee_sim::capacity::{CapacityError, Sought, find};
 use foresee_sim::compare::compare;
 use foresee_sim::engine::EngineConfig;
 use foresee_sim::knowledge::Knowledge;
+use foresee_sim::lab::Contender;
 use foresee_sim::law::L40S_8B;
 use foresee_sim::replay::{ReplayConfig, ReplayError, run};
 use foresee_sim::report::Outcome;
@@ -189,7 +190,7 @@ fn several_seeds_are_paired_and_ties_are_called_so() {
     let traffic: Vec<Arc<Traffic>> = (0..4)
         .map(|seed| Arc::new(Traffic::new(steady(30.0, 300, seed), BLOCK)))
         .collect();
-    let policies = [Policy::Kv, Policy::RoundRobin, Policy::Random];
+    let policies = [Policy::Kv, Policy::RoundRobin, Policy::Random].map(Contender::from);
     let config = fleet(2);
     let report = compare(&config, &policies, &traffic, 2, &|_, _| ()).unwrap();
     let again = compare(&config, &policies, &traffic, 1, &|_, _| ()).unwrap();
@@ -245,7 +246,7 @@ fn several_seeds_are_paired_and_ties_are_called_so() {
 fn the_highest_rate_is_where_the_slo_breaks() {
     let traffic = [Arc::new(Traffic::new(steady(5.0, 150, 1), BLOCK))];
     let config = fleet(2);
-    let policies = [Policy::Kv, Policy::Random];
+    let policies = [Policy::Kv, Policy::Random].map(Contender::from);
     let slo = "ttft=500ms,itl=40ms".parse().unwrap();
     let config = ReplayConfig { slo, ..config };
     let found = find(

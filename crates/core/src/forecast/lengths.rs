@@ -99,9 +99,10 @@ impl OutputLength {
         self.all.observe(tokens);
         if self.kinds.len() == MOST_KINDS && !self.kinds.contains_key(&kind) {
             let weigh = |lengths: &Lengths| lengths.all() / lengths.weight;
-            let rarest = self.kinds.iter().min_by(|(_, one), (_, other)| {
-                weigh(one).total_cmp(&weigh(other))
-            });
+            let rarest = self
+                .kinds
+                .iter()
+                .min_by(|(_, one), (_, other)| weigh(one).total_cmp(&weigh(other)));
             if let Some((&rarest, _)) = rarest {
                 self.kinds.remove(&rarest);
             }

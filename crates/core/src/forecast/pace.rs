@@ -248,8 +248,12 @@ impl Watch {
         let seconds = together.at.saturating_sub(together.began).as_secs_f64();
         let Work { tokens, attention } = together.work;
         let features = [1.0, tokens as f64, attention as f64];
-        follow(&mut self.prefill_factor, seconds / law.prefill.forecast(&features));
-        law.prefill.observe(&features, seconds / self.prefill_factor);
+        follow(
+            &mut self.prefill_factor,
+            seconds / law.prefill.forecast(&features),
+        );
+        law.prefill
+            .observe(&features, seconds / self.prefill_factor);
     }
 
     /// A request got `tokens` more tokens, the one before them `elapsed` ago. `requests` decode
@@ -270,12 +274,19 @@ impl Watch {
         self.stepped_at = now;
         let seconds = elapsed.as_secs_f64() / f64::from(tokens);
         if beside_prefill {
-            let known = if self.busy_step > 0.0 { self.busy_step } else { seconds };
+            let known = if self.busy_step > 0.0 {
+                self.busy_step
+            } else {
+                seconds
+            };
             self.busy_step = known + MEAN_GAIN * (seconds - known);
             return;
         }
         let features = [1.0, f64::from(requests), context as f64];
-        follow(&mut self.step_factor, seconds / law.step.forecast(&features));
+        follow(
+            &mut self.step_factor,
+            seconds / law.step.forecast(&features),
+        );
         law.step.observe(&features, seconds / self.step_factor);
     }
 }
@@ -312,7 +323,14 @@ mod tests {
     };
 
     /// A worker so many times as slow as [`TRUTH`], which computes prompts one by one.
-    fn prefills(watch: &mut Watch, law: &mut Law, slow: f64, prompts: usize, now: &mut f64, rng: &mut SmallRng) {
+    fn prefills(
+        watch: &mut Watch,
+        law: &mut Law,
+        slow: f64,
+        prompts: usize,
+        now: &mut f64,
+        rng: &mut SmallRng,
+    ) {
         for _ in 0..prompts {
             let prompt = rng.random_range(100..20_000);
             let work = Work::new(rng.random_range(50..=prompt), prompt);
@@ -373,7 +391,14 @@ mod tests {
             }
             now += seconds;
             for _ in 0..requests {
-                watch.tokens(&mut law, 1, at(seconds), is_busy, (requests, context), at(now));
+                watch.tokens(
+                    &mut law,
+                    1,
+                    at(seconds),
+                    is_busy,
+                    (requests, context),
+                    at(now),
+                );
             }
         }
         let pace = watch.pace(&law);
@@ -382,7 +407,11 @@ mod tests {
             let ratio = pace.step(requests, context) / TRUTH.step(requests, context);
             assert!((0.97..1.03).contains(&ratio), "{ratio}");
         }
-        assert!((0.2..0.3).contains(&watch.busy_step()), "{}", watch.busy_step());
+        assert!(
+            (0.2..0.3).contains(&watch.busy_step()),
+            "{}",
+            watch.busy_step()
+        );
     }
 
     #[test]

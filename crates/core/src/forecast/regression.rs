@@ -60,7 +60,9 @@ impl<const N: usize> Regression<N> {
 
     pub(crate) fn forecast(&self, features: &[f64; N]) -> f64 {
         let products = self.coefficients.iter().zip(features);
-        products.map(|(coefficient, feature)| coefficient * feature).sum()
+        products
+            .map(|(coefficient, feature)| coefficient * feature)
+            .sum()
     }
 
     /// What has these features took so many seconds.
