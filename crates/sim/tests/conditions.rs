@@ -315,7 +315,7 @@ fn the_fewest_workers_are_where_one_less_breaks_the_slo() {
     let config = ReplayConfig { slo, ..fleet(1) };
     let found = find(
         &config,
-        &[Policy::Kv],
+        &[Policy::Kv.into()],
         &traffic,
         Sought::Workers,
         0.9,
@@ -336,7 +336,7 @@ fn the_fewest_workers_are_where_one_less_breaks_the_slo() {
     config.changes = vec!["0:speed=0.5".parse().unwrap()];
     let error = find(
         &config,
-        &[Policy::Kv],
+        &[Policy::Kv.into()],
         &traffic,
         Sought::Workers,
         0.9,
