@@ -111,6 +111,15 @@ fn prediction_routes_conversations_to_their_caches() {
 }
 
 #[test]
+fn whoever_knows_more_is_not_worse() {
+    let policies = ["oracle", "kv", "least-requests", "random"];
+    let policies = policies.map(|name| name.parse().expect("a name"));
+    let report = compare(&fleet(11_875, 8), &policies, &chat(), 2, &|_, _| ()).unwrap();
+    let means = report.outcomes.iter().map(|it| it.end_to_end.mean);
+    assert!(means.is_sorted(), "{report}");
+}
+
+#[test]
 fn active_blocks_are_what_engines_hold_but_for_what_they_have_not_allocated() {
     for prefix_caching in [true, false] {
         let mut config = fleet(2000, 4);
