@@ -8,7 +8,7 @@ use foresee_core::choose::Policy;
 use foresee_core::router::RouterConfig;
 use foresee_sim::engine::EngineConfig;
 use foresee_sim::law::{Preset, UnknownPreset};
-use foresee_sim::workload::{NAMED, Recipe, Shape, Workload};
+use foresee_sim::workload::{NAMED, Recipe, Shape, Spacing, UnknownSpacing, Workload};
 
 /// How the router decides.
 #[derive(Args, Clone, Debug)]
@@ -90,7 +90,7 @@ impl ModelEngineArgs {
 /// Changes to a named workload. What is not given stays as the name has it.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct WorkloadArgs {
-    /// Requests (conversations, for chat)
+    /// Requests (conversations for chat, tasks for agent); of a trace, the first so many
     #[arg(long)]
     pub(crate) requests: Option<u32>,
     /// Requests in flight at a time, for the seed workloads
@@ -121,8 +121,17 @@ pub(crate) struct WorkloadArgs {
     #[arg(long)]
     pub(crate) prefix_share: Option<f64>,
     /// Mean time between two conversations, for chat, in milliseconds
-    #[arg(long)]
-    pub(crate) gap_ms: Option<u64>,
+    #[arg(long, conflicts_with = "rps")]
+    pub(crate) gap_ms: Option<u32>,
+    /// Requests a second, on average: they arrive whether or not others have ended
+    ///
+    /// Of conversations and tasks it is the beginnings that come at the rate that makes so many.
+    #[arg(long, value_name = "REQUESTS")]
+    pub(crate) rps: Option<f64>,
+    /// How arrivals at --rps are spread: poisson, even, or gamma:CV, whose standard deviation is
+    /// CV times the mean: bursts and lulls
+    #[arg(long, value_name = "SPACING", default_value = "poisson", value_parser = spacing)]
+    pub(crate) arrivals: Spacing,
 }
 
 impl WorkloadArgs {
@@ -139,7 +148,10 @@ impl WorkloadArgs {
                 replace(requests, self.requests);
                 replace(concurrency, self.concurrency);
             }
-            Recipe::Burst { shape, requests } => {
+            Recipe::Burst { shape, requests }
+            | Recipe::OpenLoop {
+                shape, requests, ..
+            } => {
                 self.reshape(shape);
                 replace(requests, self.requests);
             }
@@ -147,8 +159,25 @@ impl WorkloadArgs {
                 replace(&mut chat.conversations, self.requests);
                 replace(&mut chat.message_tokens, self.isl);
                 replace(&mut chat.answer_tokens, self.osl);
-                replace(&mut chat.gap, self.gap_ms.map(Duration::from_millis));
+                let gap = self.gap_ms.map(|ms| Duration::from_millis(ms.into()));
+                replace(&mut chat.starts.mean, gap);
             }
+            Recipe::Agent(agent) => {
+                replace(&mut agent.tasks, self.requests);
+                replace(&mut agent.tool_prompt_tokens, self.isl);
+                replace(&mut agent.answer_tokens, self.osl);
+            }
+            Recipe::Rag(rag) => {
+                replace(&mut rag.requests, self.requests);
+                replace(
+                    &mut rag.document_tokens,
+                    self.isl.map(|it| it / rag.per_prompt),
+                );
+                replace(&mut rag.answer_tokens, self.osl);
+            }
+        }
+        if let Some(rate) = self.rps {
+            recipe = recipe.open(rate, self.arrivals)?;
         }
         let mut workload = recipe.make(seed);
         workload.name = name.to_owned();
@@ -177,6 +206,10 @@ fn replace<T>(setting: &mut T, given: Option<T>) {
 pub(crate) fn list_workloads() -> String {
     let lines = NAMED.map(|(name, what)| format!("  {name:<18} {what}"));
     format!("Workloads:\n{}", lines.join("\n"))
+}
+
+fn spacing(text: &str) -> Result<Spacing, UnknownSpacing> {
+    text.parse()
 }
 
 fn preset(name: &str) -> Result<&'static Preset, UnknownPreset> {

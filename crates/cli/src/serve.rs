@@ -68,6 +68,10 @@ pub(crate) struct ServeArgs {
     /// never routed by; not at all by default
     #[arg(long, value_parser = seconds, value_name = "SECONDS", env = "FORESEE_SAMPLE_ENGINES")]
     sample_engines: Option<Duration>,
+    /// Adds a line for each answered request to this file, for `foresee replay --trace`: times,
+    /// lengths, and of prompts only the hashes of their blocks, no text
+    #[arg(long, value_name = "FILE", env = "FORESEE_RECORD")]
+    record: Option<PathBuf>,
     /// Seconds a worker may take to accept a connection, or to answer a probe
     #[arg(long, default_value = "2", value_parser = seconds, value_name = "SECONDS", env = "FORESEE_CONNECT_TIMEOUT")]
     connect_timeout: Duration,
@@ -94,6 +98,7 @@ impl ServeArgs {
             max_body_bytes: self.max_body_bytes,
             probe_interval: self.probe_interval,
             sample_engines: self.sample_engines,
+            record: self.record,
             connect_timeout: self.connect_timeout,
             first_byte_timeout: self.first_byte_timeout,
             shutdown_timeout: self.shutdown_timeout,

@@ -19,14 +19,19 @@ pub(crate) struct Ending {
     /// What the engine reported; what it did not is `None`.
     pub(crate) usage: Usage,
     pub(crate) output_tokens: u32,
+    /// The same for each choice, if there are several and they were told apart.
+    pub(crate) apart: Vec<u32>,
     /// When its first token came, if that was seen.
     pub(crate) first_token: Option<Duration>,
 }
 
 impl Watch {
     /// Counts the answer, holds its prediction against the engine's report, and says both.
-    pub(crate) fn has_ended(&self, ending: &Ending) {
+    pub(crate) fn has_ended(&mut self, ending: &Ending) {
         let Ending { outcome, usage, .. } = ending;
+        if let (Some(recorder), Some(sequences)) = (&self.shared.recorder, self.recorded.take()) {
+            recorder.record(self.arrived, &self.model, sequences, ending);
+        }
         let metrics = &self.shared.metrics;
         metrics.ended(*outcome);
         let decision = self.batch.decision();

@@ -38,6 +38,9 @@ pub struct GatewayConfig {
     /// How often each worker is asked what it carries, to be shown beside what is predicted;
     /// `None` for never. Nothing is routed by it.
     pub sample_engines: Option<Duration>,
+    /// A file to which a line is added for each answered request, to be replayed; its prompt as
+    /// hashes only.
+    pub record: Option<PathBuf>,
     /// How long a worker may take to accept a connection, or to answer a probe.
     pub connect_timeout: Duration,
     /// How long a worker may take until the first byte of its answer.
@@ -74,6 +77,7 @@ impl Default for GatewayConfig {
             probe_interval: Duration::from_secs(1),
             events_grace: Duration::from_secs(5),
             sample_engines: None,
+            record: None,
             connect_timeout: Duration::from_secs(2),
             first_byte_timeout: Duration::from_secs(600),
             shutdown_timeout: Duration::from_secs(30),

@@ -4,8 +4,8 @@
 //! by `forward`; `watch` passes the answer through and tells the booking what it sees, `answered`
 //! says how it ended and `stored` what it left in the worker's cache; dropping the answer frees
 //! the booking. Beside that, `workers`, `health` and `introduction` keep the fleet, `subscribe`
-//! follows its caches, `sampler` asks what it carries, `admin` shows it, `metrics` counts, and
-//! `server` starts and stops it all.
+//! follows its caches, `sampler` asks what it carries, `admin` shows it, `metrics` counts,
+//! `recorder` writes down what came, and `server` starts and stops it all.
 
 mod admin;
 mod answered;
@@ -18,6 +18,7 @@ mod introduction;
 mod listen;
 mod metrics;
 mod proxy;
+mod recorder;
 mod reply;
 mod sampler;
 mod server;

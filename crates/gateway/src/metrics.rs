@@ -58,6 +58,7 @@ pub(crate) struct Metrics {
     overlap_predictions: Family<Label, Counter>,
     tokenized_prompts: Family<Label, Counter>,
     token_parity: Family<Label, Counter>,
+    recorded_requests: Family<Label, Counter>,
     pub(crate) prompt_tokens: Counter,
     pub(crate) output_tokens: Counter,
     pub(crate) decision_duration: Histogram,
@@ -97,6 +98,7 @@ impl Metrics {
             overlap_predictions: Family::default(),
             tokenized_prompts: Family::default(),
             token_parity: Family::default(),
+            recorded_requests: Family::default(),
             prompt_tokens: Counter::default(),
             output_tokens: Counter::default(),
             decision_duration,
@@ -137,6 +139,7 @@ impl Metrics {
             overlap_predictions: "Requests whose overlap was predicted exactly, too large or too small, in blocks, where the engine reports it",
             tokenized_prompts: "Text prompts that were matched as tokens, or the reason why as text",
             token_parity: "Prompt token counts reported by engines: equal to ours, or different",
+            recorded_requests: "Requests of the recording: written, or dropped because the file could not keep up or failed",
             prompt_tokens: "Prompt tokens routed, as counted or estimated",
             output_tokens: "Output tokens seen",
             bookings: "Requests booked now",
@@ -233,6 +236,12 @@ impl Metrics {
     pub(crate) fn token_parity(&self, equal: bool) {
         let result = if equal { "equal" } else { "different" };
         self.token_parity.get_or_create(&[("result", result)]).inc();
+    }
+
+    /// The count of requests of the recording with this `result`.
+    pub(crate) fn recorded(&self, result: &'static str) -> Counter {
+        let label = [("result", result)];
+        self.recorded_requests.get_or_create(&label).clone()
     }
 
     pub(crate) fn overlap(&self, kind: &'static str, blocks: u32) {

@@ -298,6 +298,7 @@ impl Shared {
             foretold: answer.foretold,
             prompt_bytes: job.prompt_bytes,
             counted_tokens: job.counted_tokens,
+            recorded: self.recorder.is_some().then_some(job.sequences),
         };
         let watched = Watched::new(&head, body, answer.first, watch);
         Response::from_parts(head, Either::Right(watched))

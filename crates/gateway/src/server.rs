@@ -9,6 +9,7 @@ use std::convert::Infallible;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,6 +32,7 @@ use crate::config::GatewayConfig;
 use crate::forward::{Forwarder, KEEPALIVE};
 use crate::listen::listen;
 use crate::metrics::Metrics;
+use crate::recorder::Recorder;
 use crate::reply::Body;
 use crate::shared::{RequestIds, Shared};
 use crate::text::TextRatios;
@@ -57,6 +59,14 @@ pub enum StartError {
     /// The system gives no thread or event loop.
     #[error("cannot start an I/O thread: {0}")]
     Thread(io::Error),
+    /// The recording cannot be written.
+    #[error("cannot record to {}: {error}", path.display())]
+    Record {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        error: io::Error,
+    },
     /// A setting is out of range.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -93,15 +103,24 @@ impl Gateway {
         let (api, admin) = (bind(config.listen)?, bind(config.admin_listen)?);
         let address = api.local_addr().unwrap_or(config.listen);
         let admin_address = admin.local_addr().unwrap_or(config.admin_listen);
+        let metrics = Metrics::new();
+        let record = config.record.as_deref();
+        let recorder = record.map(|path| {
+            Recorder::start(path, &metrics).map_err(|error| StartError::Record {
+                path: path.to_owned(),
+                error,
+            })
+        });
         let shared = Arc::new(Shared {
             router: Router::new(config.router.clone())?,
             workers: Workers::default(),
             probes: Forwarder::new(config.connect_timeout),
-            metrics: Metrics::new(),
+            metrics,
             clock: Clock::start(),
             text: TextRatios::default(),
             tokens,
             request_ids: RequestIds::new(),
+            recorder: recorder.transpose()?,
             config,
         });
         let mut workers = Vec::new();
@@ -167,6 +186,15 @@ impl Gateway {
         }
         for worker in self.shared.workers.all() {
             worker.remove();
+        }
+        let shared = self.shared;
+        let written = tokio::task::spawn_blocking(move || {
+            if let Some(recorder) = &shared.recorder {
+                recorder.finish();
+            }
+        });
+        if let Err(error) = written.await {
+            tracing::error!(%error, "the recording was not finished");
         }
     }
 }

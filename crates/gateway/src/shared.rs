@@ -9,6 +9,7 @@ use crate::clock::Clock;
 use crate::config::GatewayConfig;
 use crate::forward::Forwarder;
 use crate::metrics::Metrics;
+use crate::recorder::Recorder;
 use crate::text::TextRatios;
 use crate::tokens::Tokens;
 use crate::workers::Workers;
@@ -26,6 +27,7 @@ pub(crate) struct Shared {
     pub(crate) text: TextRatios,
     pub(crate) tokens: Option<Tokens>,
     pub(crate) request_ids: RequestIds,
+    pub(crate) recorder: Option<Recorder>,
 }
 
 /// Makes ids that no other gateway makes.

@@ -12,6 +12,7 @@ use bytes::Bytes;
 use foresee_core::batch::Batch;
 use foresee_engine::answer::{Continuation, End, parse_answer};
 use foresee_engine::error::ApiError;
+use foresee_engine::request::Sequences;
 use foresee_engine::stream::{StreamObserver, error_event};
 use foresee_engine::usage::{Usage, parse_usage};
 use http::header::{CONTENT_ENCODING, CONTENT_TYPE};
@@ -82,6 +83,8 @@ pub(crate) struct Watch {
     pub(crate) prompt_bytes: usize,
     /// Tokens that our tokenizer counted in the prompt, if the engine ought to count the same.
     pub(crate) counted_tokens: Option<u32>,
+    /// The prompts, if they are to be recorded.
+    pub(crate) recorded: Option<Sequences>,
 }
 
 /// The body of an answer.
@@ -246,6 +249,7 @@ impl Watched {
             outcome,
             usage: usage.unwrap_or_default(),
             output_tokens: self.counted_tokens,
+            apart: self.counted_apart.clone(),
             first_token: self.first_token,
         }
     }
@@ -295,7 +299,7 @@ impl Watched {
 
     /// The connection to the worker broke. What the client gets instead of the rest.
     fn broke(&mut self, error: &hyper::Error) -> Option<Bytes> {
-        let watch = self.watch.take()?;
+        let mut watch = self.watch.take()?;
         let error = ForwardError::broken(error);
         tracing::warn!(worker = %watch.worker.config.name, %error, "answer broke off");
         watch.has_ended(&self.ending(Outcome::WorkerFailed, self.reported()));
@@ -336,7 +340,7 @@ impl Watch {
 
 impl Drop for Watched {
     fn drop(&mut self) {
-        if let Some(watch) = self.watch.take() {
+        if let Some(mut watch) = self.watch.take() {
             watch.has_ended(&self.ending(Outcome::ClientLeft, self.reported()));
             if let Reader::Events(observer) = &mut self.reader {
                 watch.let_go(observer.take_answer(), End::Abandoned);

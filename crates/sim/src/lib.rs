@@ -3,8 +3,10 @@
 //!
 //! Read in this order: [`law`] (how long a step takes), [`blocks`] (the KV cache), [`engine`]
 //! (what a step does), [`prompt`], [`trace`] and [`workload`] (what clients send), [`arrivals`]
-//! (when), [`replay`] (all of it with the router), [`lab`] (other policies in its place),
-//! [`prediction`] and [`report`] (what came out).
+//! (when), [`traffic`], [`knowledge`] and [`schedule`] (what the router sees of them, of caches,
+//! and of a changing fleet), [`replay`] (all of it with the router), [`lab`] (other policies in
+//! its place), [`prediction`], [`slo`] and [`report`] (what came out), [`compare`] (several
+//! policies, several times), [`capacity`] (how much they carry).
 //! [`load`] sends the same workloads to a live address, and [`verify`] holds a router's predictions
 //! against engines that run.
 //!
@@ -14,9 +16,12 @@
 
 pub mod arrivals;
 pub mod blocks;
+pub mod capacity;
 mod chart;
+pub mod compare;
 pub mod engine;
 mod http;
+pub mod knowledge;
 pub mod lab;
 pub mod law;
 pub mod load;
@@ -24,9 +29,14 @@ pub mod prediction;
 pub mod prompt;
 pub mod replay;
 pub mod report;
+pub mod schedule;
 pub mod server;
+pub mod slo;
+pub mod span;
+pub mod spread;
 mod table;
 pub mod text;
 pub mod trace;
+pub mod traffic;
 pub mod verify;
 pub mod workload;

@@ -2,6 +2,7 @@
 //! equal parts of different prompts are equal tokens.
 
 use std::num::NonZeroU32;
+use std::ops::Range;
 
 use foresee_core::sequence::Sequence;
 
@@ -57,9 +58,22 @@ impl Prompt {
 
     /// Its token ids, uniform in `0..vocabulary`.
     pub fn tokens(&self, vocabulary: NonZeroU32) -> impl Iterator<Item = u32> {
+        self.tokens_in(0..u32::MAX, vocabulary)
+    }
+
+    /// Those of its token ids that are at some positions.
+    pub(crate) fn tokens_in(
+        &self,
+        positions: Range<u32>,
+        vocabulary: NonZeroU32,
+    ) -> impl Iterator<Item = u32> {
+        let mut behind = 0_u32;
         self.pieces.iter().flat_map(move |piece| {
+            let start = behind;
+            behind += piece.tokens;
+            let within = |position: u32| u64::from(position.clamp(start, behind) - start);
             let stream = mix(piece.stream);
-            (0..u64::from(piece.tokens)).map(move |position| {
+            (within(positions.start)..within(positions.end)).map(move |position| {
                 let random = mix(stream.wrapping_add(position)) >> 32;
                 // Scales 32 random bits to the vocabulary without a division.
                 ((random * u64::from(vocabulary.get())) >> 32) as u32
@@ -106,5 +120,16 @@ mod tests {
         let short: Vec<u32> = Prompt::new().then(9, 40).tokens(vocabulary).collect();
         assert_eq!(short, long[..40]);
         assert!(long.iter().all(|token| *token < 4096));
+    }
+
+    #[test]
+    fn tokens_at_some_positions_are_those_of_the_whole() {
+        let vocabulary = NonZeroU32::new(4096).unwrap();
+        let prompt = Prompt::new().then(1, 10).then(2, 0).then(3, 20).then(1, 5);
+        let all: Vec<u32> = prompt.tokens(vocabulary).collect();
+        for (start, end) in [(0, 35), (0, 0), (3, 8), (5, 31), (10, 30), (29, 90)] {
+            let some: Vec<u32> = prompt.tokens_in(start..end, vocabulary).collect();
+            assert_eq!(some, all[start as usize..all.len().min(end as usize)]);
+        }
     }
 }

@@ -7,21 +7,25 @@
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 use std::num::NonZeroU32;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::ops::ControlFlow;
 use std::time::Duration;
 
 use foresee_core::booking::Booking;
 use foresee_core::fleet::{WorkerError, WorkerId, WorkerSpec};
 use foresee_core::router::{ConfigError, Request, RouteError, Router, RouterConfig};
-use foresee_core::sequence::Sequence;
+use foresee_core::sequence::SequenceHash;
 
 use crate::arrivals::Arrivals;
 use crate::engine::{Engine, EngineConfig, EngineRequest, Step, TokenEvent};
+use crate::knowledge::{Follower, Knowledge};
+use crate::lab::Contender;
 use crate::lab::seat::{Arriving, Seat, Standing};
-use crate::lab::{Contender, LabRule};
 use crate::prediction::{Booked, Sampler, unallocated};
-use crate::report::{Latency, Outcome, Report, imbalance};
+use crate::prompt::mix;
+use crate::report::{Goodput, Latency, Outcome, imbalance};
+use crate::schedule::{Change, FleetChange, Schedule};
+use crate::slo::Slo;
+use crate::traffic::Traffic;
 use crate::workload::Workload;
 
 /// A fleet and its router.
@@ -29,28 +33,63 @@ use crate::workload::Workload;
 pub struct ReplayConfig {
     /// The router's settings.
     pub router: RouterConfig,
-    /// The workers, one engine each. Their block size is the router's.
+    /// The workers, one engine each. Their block sizes are multiples of the router's.
     pub engines: Vec<EngineConfig>,
     /// Whether the router is told how many blocks each worker has.
     pub capacity_known: bool,
-    /// The rule that chooses in the place of the router's policy.
-    pub rule: Option<&'static LabRule>,
+    /// Who chooses; `None` for the router, as its settings say.
+    pub contender: Option<Contender>,
+    /// What tells the router what engines cache.
+    pub knowledge: Knowledge,
+    /// What happens to workers.
+    pub changes: Vec<FleetChange>,
+    /// What counts as served well.
+    pub slo: Slo,
 }
 
 impl ReplayConfig {
     /// `workers` equal engines whose step times vary independently.
     #[must_use]
     pub fn uniform(router: RouterConfig, engine: &EngineConfig, workers: u32) -> Self {
-        let engines = (0..workers).map(|worker| EngineConfig {
-            seed: engine.seed.wrapping_add(u64::from(worker)),
-            ..engine.clone()
+        let one = Self {
+            router,
+            engines: vec![engine.clone()],
+            capacity_known: true,
+            contender: None,
+            knowledge: Knowledge::default(),
+            changes: Vec::new(),
+            slo: Slo::default(),
+        };
+        one.with_workers(workers)
+    }
+
+    /// The same with so many engines like its first, whose step times vary independently.
+    #[must_use]
+    pub fn with_workers(&self, workers: u32) -> Self {
+        let first = self.engines.first().cloned();
+        let engines = first.into_iter().flat_map(|engine| {
+            (0..workers).map(move |worker| EngineConfig {
+                seed: engine.seed.wrapping_add(u64::from(worker)),
+                ..engine.clone()
+            })
         });
         Self {
-            router,
             engines: engines.collect(),
-            capacity_known: true,
-            rule: None,
+            ..self.clone()
         }
+    }
+
+    /// The same with other random choices and other noise; the same for 0.
+    #[must_use]
+    pub fn with_seed(&self, seed: u64) -> Self {
+        let mut config = self.clone();
+        if seed > 0 {
+            config.router.seed = mix(config.router.seed ^ mix(seed));
+            for engine in &mut config.engines {
+                engine.seed = mix(engine.seed ^ mix(seed));
+            }
+        }
+        config
     }
 }
 
@@ -61,6 +100,8 @@ pub struct Progress {
     pub ended: usize,
     /// Requests of the workload.
     pub total: usize,
+    /// Requests that have missed the [`Slo`].
+    pub missed: usize,
     /// The virtual time.
     pub now: Duration,
 }
@@ -78,64 +119,30 @@ pub enum ReplayError {
     #[error(transparent)]
     Route(#[from] RouteError),
     /// Prefixes would never match.
-    #[error("an engine has blocks of {engine} tokens, the router of {router}")]
+    #[error(
+        "an engine has blocks of {engine} tokens, which is no multiple of the router's {router}: \
+         set --block-size to it, or to a part of it"
+    )]
     BlockSize {
         /// The engine's.
         engine: NonZeroU32,
         /// The router's.
         router: NonZeroU32,
     },
-}
-
-/// Replays `workload` once for each of `policies`, on up to `threads` threads. Everything else,
-/// seeds included, is the same for all of them. `progress` is told which of them it is about.
-///
-/// # Errors
-/// As [`run`], for any policy.
-pub fn compare(
-    config: &ReplayConfig,
-    policies: &[Contender],
-    workload: &Workload,
-    threads: usize,
-    progress: &(dyn Fn(usize, Progress) + Sync),
-) -> Result<Report, ReplayError> {
-    let next = AtomicUsize::new(0);
-    let run_until_done = || {
-        let mut outcomes = Vec::new();
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            let Some(policy) = policies.get(index) else {
-                return outcomes;
-            };
-            let mut config = config.clone();
-            policy.apply(&mut config);
-            let outcome = run(&config, workload, &mut |it| progress(index, it));
-            let named = outcome.map(|outcome| Outcome {
-                policy: policy.to_string(),
-                ..outcome
-            });
-            outcomes.push((index, named));
-        }
-    };
-    let threads = threads.clamp(1, policies.len().max(1));
-    let mut outcomes = std::thread::scope(|scope| {
-        let others: Vec<_> = (1..threads).map(|_| scope.spawn(run_until_done)).collect();
-        let mut outcomes = run_until_done();
-        for other in others {
-            match other.join() {
-                Ok(more) => outcomes.extend(more),
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-        }
-        outcomes
-    });
-    outcomes.sort_unstable_by_key(|(index, _)| *index);
-    let outcomes = outcomes.into_iter().map(|(_, outcome)| outcome);
-    Ok(Report {
-        workload: workload.name.clone(),
-        workers: config.engines.len(),
-        outcomes: outcomes.collect::<Result<_, _>>()?,
-    })
+    /// Something is to happen to a worker that there is not.
+    #[error("a fleet change is about worker {worker}, and there are {workers}, counted from 0")]
+    NoSuchWorker {
+        /// The worker.
+        worker: usize,
+        /// How many there are.
+        workers: usize,
+    },
+    /// Batches are lost that often.
+    #[error("event-loss is {loss}: it must be a share from 0 to 1")]
+    Loss {
+        /// The share asked for.
+        loss: f64,
+    },
 }
 
 /// Replays `workload` to its end under the configured policy.
@@ -148,19 +155,41 @@ pub fn run(
     workload: &Workload,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Outcome, ReplayError> {
-    let mut replay = Replay::new(config, workload)?;
+    let traffic = Traffic::new(workload.clone(), config.router.block_size);
+    run_while(config, &traffic, &mut |it| {
+        progress(it);
+        ControlFlow::Continue(())
+    })
+}
+
+/// As [`run`], with prompts that are hashed already, to its end or until `progress` breaks it off.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_while(
+    config: &ReplayConfig,
+    traffic: &Traffic,
+    progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+) -> Result<Outcome, ReplayError> {
+    let mut replay = Replay::new(config, traffic)?;
     while let Some(now) = replay.next_event() {
         replay.sample_before(now);
-        let ended_before = replay.ended;
+        let before = (replay.ended, replay.missed);
+        replay.change_fleet(now)?;
+        replay.hear_events(now);
         replay.end_steps(now);
         replay.admit_arrivals(now)?;
         replay.begin_steps(now);
-        if replay.ended > ended_before {
-            progress(Progress {
+        if (replay.ended, replay.missed) != before {
+            let told = progress(Progress {
                 ended: replay.ended,
-                total: workload.requests.len(),
+                total: traffic.workload().requests.len(),
+                missed: replay.missed,
                 now,
             });
+            if told.is_break() {
+                break;
+            }
         }
     }
     Ok(replay.outcome())
@@ -168,9 +197,14 @@ pub fn run(
 
 /// A worker: an engine, and the step it computes.
 struct Worker {
-    id: WorkerId,
+    /// `None` before it joins.
+    id: Option<WorkerId>,
     engine: Engine,
     step: Option<Step>,
+    /// How many times as fast as its law.
+    speed: f64,
+    /// The router's blocks in one of the engine's.
+    stride: NonZeroU32,
     requests: u64,
 }
 
@@ -178,19 +212,23 @@ struct Worker {
 struct Flight {
     booking: Booking,
     arrival: Duration,
+    first_token: Option<Duration>,
     last_token: Duration,
     generated: u32,
 }
 
 struct Replay<'a> {
     config: &'a ReplayConfig,
-    workload: &'a Workload,
+    traffic: &'a Traffic,
     router: Router,
     /// Where a rule of the lab sits, if one chooses.
     seat: Option<Seat>,
     workers: Vec<Worker>,
     by_id: HashMap<WorkerId, usize>,
     arrivals: Arrivals,
+    schedule: Schedule,
+    /// What carries engines' events to the router, if anything does.
+    follower: Option<Follower>,
     /// Ends of the steps under way, and whose.
     step_ends: BinaryHeap<Reverse<(Duration, usize)>>,
     /// Workers whose engines may have become ready for a step.
@@ -199,71 +237,125 @@ struct Replay<'a> {
     flights: Vec<Option<Flight>>,
     ended: usize,
     rejected: usize,
+    /// Requests that have not been served as the SLO says.
+    missed: usize,
     first_arrival: Option<Duration>,
     last_end: Duration,
     sampler: Sampler,
     times_to_first_token: Vec<f32>,
     inter_token_latencies: Vec<f32>,
+    times_per_output_token: Vec<f32>,
     end_to_end: Vec<f32>,
 }
 
 impl<'a> Replay<'a> {
-    fn new(config: &'a ReplayConfig, workload: &'a Workload) -> Result<Self, ReplayError> {
-        let block_size = config.router.block_size;
-        let router = Router::new(config.router.clone())?;
-        let mut workers = Vec::new();
-        for (index, engine) in config.engines.iter().enumerate() {
-            if engine.block_size != block_size {
-                return Err(ReplayError::BlockSize {
-                    engine: engine.block_size,
-                    router: block_size,
-                });
-            }
-            let id = router.add_worker(WorkerSpec {
-                name: format!("worker-{index}"),
-                models: Vec::new(),
-                capacity_blocks: config.capacity_known.then_some(engine.blocks),
-                prefix_caching: engine.prefix_caching,
-            })?;
-            router.set_healthy(id, true);
-            workers.push(Worker {
-                id,
-                engine: Engine::new(engine.clone()),
-                step: None,
-                requests: 0,
+    fn new(config: &'a ReplayConfig, traffic: &'a Traffic) -> Result<Self, ReplayError> {
+        if let Knowledge::Events { loss, .. } = config.knowledge
+            && !(0.0..=1.0).contains(&loss)
+        {
+            return Err(ReplayError::Loss { loss });
+        }
+        let workers = config.engines.len();
+        if let Some(change) = config.changes.iter().find(|it| it.worker >= workers) {
+            return Err(ReplayError::NoSuchWorker {
+                worker: change.worker,
+                workers,
             });
         }
-        let ids = workers.iter().enumerate();
-        Ok(Self {
+        let engines = config.engines.iter();
+        let tells = config.knowledge != Knowledge::Shadow;
+        let workers = engines.map(|engine| new_worker(engine, tells, traffic.block_size()));
+        let workers: Vec<Worker> = workers.collect::<Result<_, _>>()?;
+        let contender = config.contender.as_ref();
+        let settings = match contender {
+            Some(contender) => contender.settings(&config.router),
+            None => config.router.clone(),
+        };
+        let mut replay = Self {
             config,
-            workload,
-            router,
-            seat: config.rule.map(|rule| Seat::new(rule, config.router.seed)),
-            by_id: ids.map(|(index, worker)| (worker.id, index)).collect(),
-            arrivals: Arrivals::new(workload),
+            traffic,
+            router: Router::new(settings)?,
+            seat: contender.and_then(|it| it.seat(config.router.seed)),
+            by_id: HashMap::new(),
+            arrivals: Arrivals::new(traffic.workload()),
+            schedule: Schedule::new(&config.changes),
+            follower: Follower::new(
+                config.knowledge,
+                traffic,
+                workers.iter().map(|worker| worker.stride.get()),
+                config.router.seed,
+            ),
             step_ends: BinaryHeap::new(),
             ready: Vec::new(),
-            flights: workload.requests.iter().map(|_| None).collect(),
+            flights: traffic.workload().requests.iter().map(|_| None).collect(),
             ended: 0,
             rejected: 0,
+            missed: 0,
             first_arrival: None,
             last_end: Duration::ZERO,
             sampler: Sampler::new(workers.len()),
             times_to_first_token: Vec::new(),
             inter_token_latencies: Vec::new(),
+            times_per_output_token: Vec::new(),
             end_to_end: Vec::new(),
             workers,
-        })
+        };
+        for index in 0..replay.workers.len() {
+            if !replay.schedule.is_to_join(index) {
+                replay.join(index)?;
+            }
+        }
+        Ok(replay)
     }
 
-    fn block_size(&self) -> NonZeroU32 {
-        self.config.router.block_size
+    /// Adds a worker to the fleet.
+    fn join(&mut self, index: usize) -> Result<(), ReplayError> {
+        let worker = &mut self.workers[index];
+        if worker.id.is_some() {
+            return Ok(());
+        }
+        let engine = worker.engine.config();
+        let id = self.router.add_worker(WorkerSpec {
+            name: format!("worker-{index}"),
+            models: Vec::new(),
+            capacity_blocks: self
+                .config
+                .capacity_known
+                .then(|| engine.blocks.saturating_mul(worker.stride.get())),
+            prefix_caching: engine.prefix_caching,
+        })?;
+        self.router.set_stride(id, worker.stride);
+        self.router.follow_events(id, self.follower.is_some());
+        self.router.set_healthy(id, true);
+        worker.id = Some(id);
+        self.by_id.insert(id, index);
+        Ok(())
+    }
+
+    fn change_fleet(&mut self, now: Duration) -> Result<(), ReplayError> {
+        while let Some(change) = self.schedule.take_due(now) {
+            match change.what {
+                Change::Speed(speed) => self.workers[change.worker].speed = speed,
+                Change::Join => self.join(change.worker)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn hear_events(&mut self, now: Duration) {
+        if let Some(follower) = &mut self.follower {
+            let workers = &self.workers;
+            follower.deliver(now, self.traffic, &self.router, |index| workers[index].id);
+        }
     }
 
     fn next_event(&self) -> Option<Duration> {
         let step_end = self.step_ends.peek().map(|Reverse((end, _))| *end);
         let arrival = self.arrivals.next_due();
-        step_end.into_iter().chain(arrival).min()
+        let heard = self.follower.as_ref().and_then(Follower::next_due);
+        let next = step_end.into_iter().chain(arrival).chain(heard).min()?;
+        // What happens to a fleet that nobody uses any more does not matter.
+        Some(self.schedule.next_due().map_or(next, |due| next.min(due)))
     }
 
     fn end_steps(&mut self, now: Duration) {
@@ -272,10 +364,17 @@ impl<'a> Replay<'a> {
         {
             self.step_ends.pop();
             let worker = &mut self.workers[index];
-            if let Some(step) = worker.step.take() {
-                for event in worker.engine.end_step(step) {
-                    self.deliver(event, now);
-                }
+            let Some(step) = worker.step.take() else {
+                continue;
+            };
+            // Before anybody is answered, so that who knows of an answer may know of its blocks.
+            if let Some(follower) = &mut self.follower {
+                follower.send(index, worker.engine.take_cache_events(), now);
+            }
+            let tokens = worker.engine.end_step(step);
+            self.hear_events(now);
+            for event in tokens {
+                self.deliver(event, now);
             }
             self.ready.push(index);
         }
@@ -290,25 +389,55 @@ impl<'a> Replay<'a> {
         flight.booking.tokens(1, now);
         flight.generated += 1;
         if event.first {
+            flight.first_token = Some(now);
             if let Some(seat) = &mut self.seat {
                 seat.prefilled(request, self.by_id[&flight.booking.worker()], now);
             }
-            let waited = now - flight.arrival;
-            self.times_to_first_token.push(waited.as_secs_f32());
+            let waited = (now - flight.arrival).as_secs_f32();
+            self.times_to_first_token.push(waited);
+            if !self.config.slo.allows_first_token(f64::from(waited)) {
+                self.missed += 1;
+            }
         } else {
             let gap = now - flight.last_token;
             self.inter_token_latencies.push(gap.as_secs_f32());
         }
         flight.last_token = now;
         if event.finished
-            && let Some(Flight {
-                booking, arrival, ..
-            }) = self.flights[request].take()
+            && let Some(flight) = self.flights[request].take()
         {
-            booking.finish(now);
-            self.end_to_end.push((now - arrival).as_secs_f32());
-            self.ended(request, now);
+            self.finished(request, flight, event.cached_tokens, now);
         }
+    }
+
+    fn finished(&mut self, request: usize, flight: Flight, cached_tokens: u32, now: Duration) {
+        let Flight {
+            mut booking,
+            arrival,
+            first_token,
+            generated,
+            ..
+        } = flight;
+        if self.follower.is_none() {
+            // What answers tell a gateway, at their ends.
+            booking.observed_cached(cached_tokens);
+            if let Some(answered) = self.traffic.answered(request) {
+                booking.answered(answered.clone());
+            }
+        }
+        booking.finish(now);
+        self.end_to_end.push((now - arrival).as_secs_f32());
+        let first_token = first_token.unwrap_or(now);
+        let slo = &self.config.slo;
+        if generated > 1 {
+            let gap = (now - first_token).as_secs_f64() / f64::from(generated - 1);
+            self.times_per_output_token.push(gap as f32);
+            let waited = f64::from((first_token - arrival).as_secs_f32());
+            if slo.allows_first_token(waited) && !slo.allows_mean_gap(gap) {
+                self.missed += 1;
+            }
+        }
+        self.ended(request, now);
     }
 
     fn ended(&mut self, request: usize, now: Duration) {
@@ -320,29 +449,20 @@ impl<'a> Replay<'a> {
     fn admit_arrivals(&mut self, now: Duration) -> Result<(), ReplayError> {
         while let Some(index) = self.arrivals.take_due(now) {
             self.first_arrival.get_or_insert(now);
-            let request = &self.workload.requests[index];
-            let sequence = request.prompt.sequence(self.block_size());
-            let booking = self.route(index, &sequence, now)?;
+            let sequence = self.traffic.prompt(index);
+            let booking = self.route(index, now)?;
             let chosen = self.by_id[&booking.worker()];
             let worker = &mut self.workers[chosen];
-            let hashes = if request.answer_stream.is_some() {
-                Arc::from(
-                    request
-                        .prompt_and_answer()
-                        .sequence(self.config.router.block_size)
-                        .hashes(),
-                )
-            } else {
-                Arc::from(sequence.hashes())
-            };
+            let hashes = self.traffic.known(index).hashes();
             let submitted = worker.engine.submit(EngineRequest {
                 id: index as u64,
-                hashes,
+                hashes: coarser(hashes, worker.stride.get()).collect(),
                 prompt_tokens: sequence.tokens(),
-                output_tokens: request.output_tokens,
+                output_tokens: self.traffic.request(index).output_tokens,
             });
             if submitted.is_err() {
                 self.rejected += 1;
+                self.missed += 1;
                 drop(booking);
                 if let Some(seat) = &mut self.seat {
                     seat.prefilled(index, chosen, now);
@@ -354,6 +474,7 @@ impl<'a> Replay<'a> {
             self.flights[index] = Some(Flight {
                 booking,
                 arrival: now,
+                first_token: None,
                 last_token: now,
                 generated: 0,
             });
@@ -362,12 +483,8 @@ impl<'a> Replay<'a> {
         Ok(())
     }
 
-    fn route(
-        &mut self,
-        request: usize,
-        sequence: &Sequence,
-        now: Duration,
-    ) -> Result<Booking, RouteError> {
+    fn route(&mut self, request: usize, now: Duration) -> Result<Booking, RouteError> {
+        let sequence = self.traffic.prompt(request);
         let Some(seat) = &mut self.seat else {
             return self.router.route(&Request::new(sequence), now);
         };
@@ -375,14 +492,17 @@ impl<'a> Replay<'a> {
         let arriving = Arriving {
             request,
             sequence,
-            output_tokens: self.workload.requests[request].output_tokens,
+            output_tokens: self.traffic.request(request).output_tokens,
         };
         seat.route(&arriving, &self.router, now, |id| {
-            let worker = by_id[&id];
-            let step_end = step_ends.iter().find(|Reverse((_, it))| *it == worker);
+            let index = by_id[&id];
+            let worker = &workers[index];
+            let step_end = step_ends.iter().find(|Reverse((_, it))| *it == index);
             Standing {
-                worker,
-                engine: &workers[worker].engine,
+                worker: index,
+                engine: &worker.engine,
+                stride: worker.stride.get(),
+                speed: worker.speed,
                 step_left: step_end.map_or(Duration::ZERO, |Reverse((end, _))| *end - now),
             }
         })
@@ -395,7 +515,8 @@ impl<'a> Replay<'a> {
                 continue;
             }
             if let Some(step) = worker.engine.begin_step() {
-                self.step_ends.push(Reverse((now + step.duration, index)));
+                let end = now + step.duration.div_f64(worker.speed);
+                self.step_ends.push(Reverse((end, index)));
                 worker.step = Some(step);
             }
         }
@@ -404,16 +525,18 @@ impl<'a> Replay<'a> {
     /// Looks at router and engines at the instants before `now`, since which nothing happened.
     fn sample_before(&mut self, now: Duration) {
         if let Some(seat) = &mut self.seat {
-            let engines = self.workers.iter().map(|worker| &worker.engine);
+            let workers = self.workers.iter();
+            let engines = workers.map(|worker| (&worker.engine, worker.stride.get()));
             seat.scrape_before(now, engines);
         }
         while let Some(instant) = self.sampler.due_before(now) {
             let snapshots = self.router.workers(instant);
             let flights = &self.flights;
             let workers = &self.workers;
-            let block_size = self.config.router.block_size.get();
+            let block_size = self.traffic.block_size().get();
             let samples = snapshots.iter().filter_map(|snapshot| {
-                let engine = &workers[*self.by_id.get(&snapshot.id)?].engine;
+                let worker = &workers[*self.by_id.get(&snapshot.id)?];
+                let (engine, stride) = (&worker.engine, worker.stride.get());
                 let booked: Vec<Booked<'_>> = engine
                     .in_flight()
                     .filter_map(|it| {
@@ -423,13 +546,13 @@ impl<'a> Replay<'a> {
                         Some(Booked {
                             hashes: if shareable { sequence.hashes() } else { &[] },
                             blocks: (sequence.tokens() + flight.generated).div_ceil(block_size),
-                            held: it.running.then_some(it.blocks),
+                            held: it.running.then_some(it.blocks * stride),
                         })
                     })
                     .collect();
                 Some((
                     snapshot.active_blocks,
-                    engine.pinned_blocks(),
+                    engine.pinned_blocks() * stride,
                     unallocated(&booked),
                 ))
             });
@@ -448,15 +571,24 @@ impl<'a> Replay<'a> {
             .workers
             .iter()
             .map(|it| u64::from(it.engine.pinned_blocks()));
-        let makespan = self.last_end - self.first_arrival.unwrap_or_default();
+        let first_arrival = self.first_arrival.unwrap_or_default();
+        let makespan = self.last_end.saturating_sub(first_arrival);
+        let requests = self.traffic.workload().requests.len();
+        let unfinished = requests - self.ended;
+        let served_well = self.ended.saturating_sub(self.missed);
         Outcome {
-            policy: match self.config.rule {
-                Some(rule) => rule.name.to_owned(),
+            policy: match &self.config.contender {
+                Some(contender) => contender.to_string(),
                 None => self.config.router.policy.to_string(),
             },
+            seed: self.config.router.seed,
             finished: self.end_to_end.len(),
             rejected: self.rejected,
-            unfinished: self.workload.requests.len() - self.ended,
+            unfinished,
+            goodput: Goodput {
+                share: served_well as f64 / requests.max(1) as f64,
+                per_second: served_well as f64 / makespan.as_secs_f64().max(1e-9),
+            },
             makespan: makespan.as_secs_f64(),
             output_tokens_per_second: output_tokens as f64 / makespan.as_secs_f64().max(1e-9),
             prompt_tokens,
@@ -469,7 +601,41 @@ impl<'a> Replay<'a> {
             prediction: self.sampler.finish(),
             time_to_first_token: Latency::of(&mut self.times_to_first_token),
             inter_token_latency: Latency::of(&mut self.inter_token_latencies),
+            time_per_output_token: Latency::of(&mut self.times_per_output_token),
             end_to_end: Latency::of(&mut self.end_to_end),
         }
     }
+}
+
+/// The hashes of blocks that are so many of ours: each has the prefix of the last of ours in it.
+pub(crate) fn coarser(
+    hashes: &[SequenceHash],
+    stride: u32,
+) -> impl Iterator<Item = SequenceHash> + '_ {
+    let stride = stride.max(1) as usize;
+    hashes.iter().skip(stride - 1).step_by(stride).copied()
+}
+
+/// `tells`: whether its engine keeps events.
+fn new_worker(
+    engine: &EngineConfig,
+    tells: bool,
+    block_size: NonZeroU32,
+) -> Result<Worker, ReplayError> {
+    let stride = NonZeroU32::new(engine.block_size.get() / block_size);
+    let stride = stride.filter(|_| engine.block_size.get() % block_size == 0);
+    Ok(Worker {
+        id: None,
+        stride: stride.ok_or(ReplayError::BlockSize {
+            engine: engine.block_size,
+            router: block_size,
+        })?,
+        engine: Engine::new(EngineConfig {
+            cache_events: tells,
+            ..engine.clone()
+        }),
+        step: None,
+        speed: 1.0,
+        requests: 0,
+    })
 }

@@ -5,7 +5,9 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::prediction::PredictionError;
-use crate::table::{COUNT, MILLISECONDS, PERCENT, RATIO, Row, SECONDS, write_table};
+use crate::slo::Slo;
+use crate::spread::{Difference, difference};
+use crate::table::{COUNT, MILLISECONDS, PERCENT, RATIO, SECONDS, write_cells};
 
 /// Outcomes of one workload under several policies.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -14,8 +16,34 @@ pub struct Report {
     pub workload: String,
     /// Workers in the fleet.
     pub workers: usize,
-    /// One for each policy, in the order asked for.
+    /// What counts as served well.
+    pub slo: Slo,
+    /// Runs of each policy, each with a seed of its own.
+    pub seeds: usize,
+    /// Those of the first policy asked for, in the order of their seeds, then of the next.
     pub outcomes: Vec<Outcome>,
+    /// Every measure of every policy: the mean over seeds, and how sure it is.
+    pub summary: Vec<Summary>,
+    /// Time that passed on the virtual clocks of all runs, in seconds.
+    pub virtual_seconds: f64,
+    /// Time it took, in seconds.
+    pub real_seconds: f64,
+}
+
+/// One measure of one policy.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Summary {
+    /// What is measured, as the table names it.
+    pub measure: &'static str,
+    /// The policy.
+    pub policy: String,
+    /// Its mean over seeds.
+    pub mean: f64,
+    /// How it compares with the policy whose mean is best; `None` for that one, for measures
+    /// that are neither better high nor low, and where there is but one seed.
+    pub against_best: Option<Difference>,
+    /// No policy's mean is better.
+    pub is_best: bool,
 }
 
 /// What one policy made of a workload.
@@ -23,6 +51,8 @@ pub struct Report {
 pub struct Outcome {
     /// The policy's name.
     pub policy: String,
+    /// The router's seed. Runs of equal seeds had the same requests, and engines of equal noise.
+    pub seed: u64,
     /// Requests answered in full.
     pub finished: usize,
     /// Requests larger than their engine's KV cache.
@@ -35,8 +65,13 @@ pub struct Outcome {
     pub time_to_first_token: Latency,
     /// From one token to the next, in seconds, over tokens.
     pub inter_token_latency: Latency,
+    /// Mean time from one token to the next within a request (TPOT), in seconds, over requests of
+    /// more than one.
+    pub time_per_output_token: Latency,
     /// From arrival to last token, in seconds, over requests.
     pub end_to_end: Latency,
+    /// Requests served as the report's [`Slo`] says.
+    pub goodput: Goodput,
     /// Output tokens of all workers over the makespan.
     pub output_tokens_per_second: f64,
     /// Prompt tokens admitted.
@@ -57,6 +92,15 @@ pub struct Outcome {
     pub prediction: PredictionError,
 }
 
+/// Requests within an [`Slo`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Goodput {
+    /// Of all requests; one that was rejected or did not end is not within it.
+    pub share: f64,
+    /// Over the makespan.
+    pub per_second: f64,
+}
+
 /// A distribution of times, in seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Latency {
@@ -64,6 +108,8 @@ pub struct Latency {
     pub mean: f64,
     /// Median.
     pub p50: f64,
+    /// 95 of 100 are at most this.
+    pub p95: f64,
     /// 99 of 100 are at most this.
     pub p99: f64,
 }
@@ -79,6 +125,7 @@ impl Latency {
         Self {
             mean: sum / samples.len() as f64,
             p50: percentile(samples, 0.50),
+            p95: percentile(samples, 0.95),
             p99: percentile(samples, 0.99),
         }
     }
@@ -99,43 +146,148 @@ pub(crate) fn imbalance(shares: impl ExactSizeIterator<Item = u64> + Clone) -> f
     if mean > 0.0 { worst / mean } else { 1.0 }
 }
 
+/// Which of two values is the better one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Better {
+    Lower,
+    Higher,
+    Neither,
+}
+
+/// A row of the table.
+struct Measure {
+    name: &'static str,
+    better: Better,
+    show: fn(f64) -> String,
+    value: fn(&Outcome) -> f64,
+}
+
+const fn measure(
+    name: &'static str,
+    better: Better,
+    show: fn(f64) -> String,
+    value: fn(&Outcome) -> f64,
+) -> Measure {
+    Measure {
+        name,
+        better,
+        show,
+        value,
+    }
+}
+
+#[rustfmt::skip]
+const MEASURES: [Measure; 29] = {
+    use Better::{Higher, Lower, Neither};
+    [
+        measure("TTFT mean, s", Lower, SECONDS, |it| it.time_to_first_token.mean),
+        measure("TTFT p50, s", Lower, SECONDS, |it| it.time_to_first_token.p50),
+        measure("TTFT p95, s", Lower, SECONDS, |it| it.time_to_first_token.p95),
+        measure("TTFT p99, s", Lower, SECONDS, |it| it.time_to_first_token.p99),
+        measure("ITL mean, ms", Lower, MILLISECONDS, |it| it.inter_token_latency.mean),
+        measure("ITL p95, ms", Lower, MILLISECONDS, |it| it.inter_token_latency.p95),
+        measure("ITL p99, ms", Lower, MILLISECONDS, |it| it.inter_token_latency.p99),
+        measure("request's mean ITL: mean, ms", Lower, MILLISECONDS, |it| it.time_per_output_token.mean),
+        measure("  p95, ms", Lower, MILLISECONDS, |it| it.time_per_output_token.p95),
+        measure("  p99, ms", Lower, MILLISECONDS, |it| it.time_per_output_token.p99),
+        measure("end to end mean, s", Lower, SECONDS, |it| it.end_to_end.mean),
+        measure("end to end p50, s", Lower, SECONDS, |it| it.end_to_end.p50),
+        measure("end to end p95, s", Lower, SECONDS, |it| it.end_to_end.p95),
+        measure("end to end p99, s", Lower, SECONDS, |it| it.end_to_end.p99),
+        measure("within SLO, %", Higher, PERCENT, |it| it.goodput.share),
+        measure("within SLO, requests/s", Higher, RATIO, |it| it.goodput.per_second),
+        measure("output tokens/s", Higher, COUNT, |it| it.output_tokens_per_second),
+        measure("makespan, s", Lower, RATIO, |it| it.makespan),
+        measure("prefix hits, % of tokens", Higher, PERCENT, |it| it.hit_share),
+        measure("preemptions", Lower, COUNT, |it| it.preemptions as f64),
+        measure("rejected", Neither, COUNT, |it| it.rejected as f64),
+        measure("unfinished", Neither, COUNT, |it| it.unfinished as f64),
+        measure("worst/mean computed tokens", Neither, RATIO, |it| it.computed_imbalance),
+        measure("worst/mean requests", Neither, RATIO, |it| it.request_imbalance),
+        measure("active blocks off, % of peak", Neither, PERCENT, |it| it.prediction.raw),
+        measure("  of admitted requests", Neither, PERCENT, |it| it.prediction.admitted),
+        measure("  and allocated blocks", Neither, PERCENT, |it| it.prediction.allocated),
+        measure("peak blocks of an engine", Neither, COUNT, |it| f64::from(it.prediction.peak_blocks)),
+        measure("blocks leaked", Neither, COUNT, |it| it.leaked_blocks as f64),
+    ]
+};
+
+/// Every measure of every policy, given the outcomes of each, paired by seed.
+pub(crate) fn summarise(outcomes: &[Outcome], seeds: usize) -> Vec<Summary> {
+    let mut summary = Vec::new();
+    for measure in &MEASURES {
+        let runs: Vec<Vec<f64>> = outcomes
+            .chunks(seeds.max(1))
+            .map(|runs| runs.iter().map(measure.value).collect())
+            .collect();
+        let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len().max(1) as f64;
+        let means = runs.iter().map(|values| mean(values));
+        let best = match measure.better {
+            Better::Lower => means.clone().reduce(f64::min),
+            Better::Higher => means.clone().reduce(f64::max),
+            Better::Neither => None,
+        };
+        let best_runs = best.and_then(|best| runs.iter().find(|values| mean(values) == best));
+        let policies = outcomes.iter().step_by(seeds.max(1));
+        for ((values, mean), outcome) in runs.iter().zip(means).zip(policies) {
+            let is_best = Some(mean) == best;
+            let compared = best_runs.filter(|_| !is_best);
+            summary.push(Summary {
+                measure: measure.name,
+                policy: outcome.policy.clone(),
+                mean,
+                against_best: compared.and_then(|best| difference(values, best)),
+                is_best,
+            });
+        }
+    }
+    summary
+}
+
 /// The outcomes side by side, a column for each policy.
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const ROWS: [Row<Outcome>; 19] = [
-            ("TTFT mean, s", SECONDS, |it| it.time_to_first_token.mean),
-            ("TTFT p50, s", SECONDS, |it| it.time_to_first_token.p50),
-            ("TTFT p99, s", SECONDS, |it| it.time_to_first_token.p99),
-            ("ITL mean, ms", MILLISECONDS, |it| {
-                it.inter_token_latency.mean
-            }),
-            ("ITL p99, ms", MILLISECONDS, |it| it.inter_token_latency.p99),
-            ("end to end mean, s", SECONDS, |it| it.end_to_end.mean),
-            ("end to end p50, s", SECONDS, |it| it.end_to_end.p50),
-            ("end to end p99, s", SECONDS, |it| it.end_to_end.p99),
-            ("output tokens/s", COUNT, |it| it.output_tokens_per_second),
-            ("makespan, s", RATIO, |it| it.makespan),
-            ("prefix hits, % of tokens", PERCENT, |it| it.hit_share),
-            ("preemptions", COUNT, |it| it.preemptions as f64),
-            ("rejected", COUNT, |it| it.rejected as f64),
-            ("worst/mean computed tokens", RATIO, |it| {
-                it.computed_imbalance
-            }),
-            ("worst/mean requests", RATIO, |it| it.request_imbalance),
-            ("active blocks off, % of peak", PERCENT, |it| {
-                it.prediction.raw
-            }),
-            ("  of admitted requests", PERCENT, |it| {
-                it.prediction.admitted
-            }),
-            ("  and allocated blocks", PERCENT, |it| {
-                it.prediction.allocated
-            }),
-            ("blocks leaked", COUNT, |it| it.leaked_blocks as f64),
-        ];
+        let policies = self.outcomes.iter().step_by(self.seeds.max(1));
+        let policies: Vec<&str> = policies.map(|it| it.policy.as_str()).collect();
+        let rows = self.summary.chunks(policies.len().max(1));
+        let rows = MEASURES.iter().zip(rows).map(|(measure, row)| {
+            let cells = row.iter().map(|it| self.cell(measure, it));
+            (measure.name, cells.collect())
+        });
+        let rows: Vec<(&str, Vec<String>)> = rows.collect();
         let title = format!("{}, {} workers", self.workload, self.workers);
-        let columns = self.outcomes.iter().map(|it| (it.policy.as_str(), it));
-        write_table(f, &title, columns, &ROWS)
+        write_cells(f, &title, &policies, &rows)?;
+        if self.seeds > 1 {
+            writeln!(
+                f,
+                "Means over {} seeds. *: the best. ±: how far its distance from the best may be \
+                 off (95 %, paired by seed). ≈: it may be none.",
+                self.seeds
+            )?;
+        }
+        writeln!(
+            f,
+            "SLO {}; {:.0} s of traffic in {:.1} s, {:.0} times real time",
+            self.slo,
+            self.virtual_seconds,
+            self.real_seconds,
+            self.virtual_seconds / self.real_seconds.max(1e-9)
+        )
+    }
+}
+
+impl Report {
+    fn cell(&self, measure: &Measure, summary: &Summary) -> String {
+        let mean = (measure.show)(summary.mean);
+        match summary.against_best {
+            _ if self.seeds == 1 => mean,
+            Some(Difference { margin, is_tie, .. }) => {
+                let sign = if is_tie { "≈" } else { " " };
+                format!("{mean} ±{}{sign}", (measure.show)(margin))
+            }
+            None if summary.is_best => format!("{mean} *"),
+            None => format!("{mean}  "),
+        }
     }
 }
 

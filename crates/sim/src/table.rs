@@ -20,18 +20,37 @@ pub(crate) fn write_table<'a, T: 'a>(
     columns: impl Iterator<Item = (&'a str, &'a T)> + Clone,
     rows: &[Row<T>],
 ) -> fmt::Result {
+    let names: Vec<&str> = columns.clone().map(|(name, _)| name).collect();
+    let cells = rows.iter().map(|(label, show, value)| {
+        let columns = columns.clone();
+        (*label, columns.map(|(_, it)| show(value(it))).collect())
+    });
+    write_cells(f, title, &names, &cells.collect::<Vec<_>>())
+}
+
+/// Writes a table of cells that are text already: for each row its label and a cell a column.
+pub(crate) fn write_cells(
+    f: &mut fmt::Formatter<'_>,
+    title: &str,
+    columns: &[&str],
+    rows: &[(&str, Vec<String>)],
+) -> fmt::Result {
     const LABEL: usize = 28;
-    let width = |name: &str| name.chars().count().max(8) + 2;
+    let width = |column: usize| {
+        let cells = rows.iter().filter_map(|(_, cells)| cells.get(column));
+        let texts = cells.map(String::as_str).chain([columns[column]]);
+        texts.map(|it| it.chars().count()).max().unwrap_or(0).max(8) + 2
+    };
+    let widths: Vec<usize> = (0..columns.len()).map(width).collect();
     write!(f, "{title:LABEL$}")?;
-    for (name, _) in columns.clone() {
-        write!(f, "{name:>width$}", width = width(name))?;
+    for (name, width) in columns.iter().zip(&widths) {
+        write!(f, "{name:>width$}")?;
     }
     writeln!(f)?;
-    for (label, show, value) in rows {
+    for (label, cells) in rows {
         write!(f, "{label:LABEL$}")?;
-        for (name, outcome) in columns.clone() {
-            let shown = show(value(outcome));
-            write!(f, "{shown:>width$}", width = width(name))?;
+        for (cell, width) in cells.iter().zip(&widths) {
+            write!(f, "{cell:>width$}")?;
         }
         writeln!(f)?;
     }

@@ -2,12 +2,25 @@
 
 use std::time::Duration;
 
+use rand::Rng;
 use rand::rngs::SmallRng;
-use rand::{Rng, SeedableRng};
-use rand_distr::{Distribution, Exp1};
 
 use crate::prompt::Prompt;
-use crate::trace::{TOKENS_PER_HASH_ID, TraceRequest};
+use crate::trace::TraceRequest;
+
+mod agent;
+mod chat;
+mod gaps;
+mod rag;
+mod recipe;
+mod shape;
+
+pub use agent::Agent;
+pub use chat::Chat;
+pub use gaps::{Gaps, InvalidRequestRate, Spacing, UnknownSpacing};
+pub use rag::Rag;
+pub use recipe::{NAMED, Recipe, UnknownWorkload};
+pub use shape::Shape;
 
 /// Requests and the rules by which they arrive. See [`crate::arrivals::Arrivals`].
 #[derive(Clone, Debug, PartialEq)]
@@ -63,230 +76,12 @@ pub enum Arrival {
     },
 }
 
-/// Lengths of prompts and answers, and what prompts share.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Shape {
-    /// Mean prompt length, in tokens.
-    pub isl: u32,
-    /// Prompt lengths are uniform in `isl × (1 ± isl_spread)`.
-    pub isl_spread: f64,
-    /// Mean answer length, in tokens.
-    pub osl: u32,
-    /// Answer lengths are uniform in `osl × (1 ± osl_spread)`.
-    pub osl_spread: f64,
-    /// Share of requests whose prompts are `heavy_factor` times as long.
-    pub heavy_fraction: f64,
-    /// See `heavy_fraction`.
-    pub heavy_factor: f64,
-    /// Number of prefix prompts, one of which each request begins with, chosen at random. 0 for
-    /// prompts that share nothing.
-    pub prefixes: u32,
-    /// Share of each prompt that is its prefix; of a longer prompt, more of the same prefix.
-    pub prefix_share: f64,
-}
-
-impl Default for Shape {
-    /// ISL 7000, OSL 100, ten prefixes of half the ISL.
-    fn default() -> Self {
-        Self {
-            isl: 7000,
-            isl_spread: 0.0,
-            osl: 100,
-            osl_spread: 0.0,
-            heavy_fraction: 0.0,
-            heavy_factor: 1.0,
-            prefixes: 10,
-            prefix_share: 0.5,
-        }
-    }
-}
-
-impl Shape {
-    fn with_isl_spread(self, isl_spread: f64) -> Self {
-        Self { isl_spread, ..self }
-    }
-
-    fn request(&self, own_stream: u64, arrival: Arrival, rng: &mut SmallRng) -> WorkloadRequest {
-        let mut isl = spread(self.isl, self.isl_spread, rng);
-        if rng.random::<f64>() < self.heavy_fraction {
-            isl = (f64::from(isl) * self.heavy_factor) as u32;
-        }
-        let osl = spread(self.osl, self.osl_spread, rng);
-        let mut prompt = Prompt::new();
-        let mut prefix_tokens = 0;
-        if self.prefixes > 0 {
-            let prefix = rng.random_range(0..self.prefixes);
-            prefix_tokens = (f64::from(isl) * self.prefix_share.clamp(0.0, 1.0)) as u32;
-            prompt = prompt.then(u64::from(prefix), prefix_tokens);
-        }
-        WorkloadRequest {
-            prompt: prompt.then(u64::from(self.prefixes) + own_stream, isl - prefix_tokens),
-            answer_stream: None,
-            output_tokens: osl,
-            arrival,
-        }
-    }
-}
-
-/// Conversations: each turn's prompt is the previous turn's prompt, its answer, and a new
-/// message.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Chat {
-    /// How many.
-    pub conversations: u32,
-    /// Mean time between the beginnings of two; they are a Poisson process.
-    pub gap: Duration,
-    /// Turns of each conversation are uniform in `1..=max_turns`.
-    pub max_turns: u32,
-    /// Length of the system prompt that all share.
-    pub system_tokens: u32,
-    /// Mean length of a message; lengths are uniform between half and one and a half of it.
-    pub message_tokens: u32,
-    /// Mean length of an answer, spread likewise.
-    pub answer_tokens: u32,
-    /// Mean time between an answer and the next message; exponential.
-    pub think: Duration,
-}
-
-impl Default for Chat {
-    fn default() -> Self {
-        Self {
-            conversations: 400,
-            gap: Duration::from_millis(250),
-            max_turns: 8,
-            system_tokens: 1200,
-            message_tokens: 600,
-            answer_tokens: 250,
-            think: Duration::from_secs(8),
-        }
-    }
-}
-
-/// The names [`Workload::named`] knows, with a line each.
-pub const NAMED: [(&str, &str); 9] = [
-    (
-        "seed",
-        "1,000 requests, ISL 7000, OSL 100, 10 prefixes of half the ISL, 20 at a time",
-    ),
-    ("seed-10", "the same, 10 at a time"),
-    ("seed-isl", "seed with ISL varied by ±90 %"),
-    ("seed-osl", "seed with OSL varied by ±90 %"),
-    ("burst", "1,000 requests of seed's shape at one instant"),
-    ("burst-isl", "burst with ISL varied by ±90 %"),
-    ("burst-one-prefix", "burst with one prefix for all"),
-    (
-        "burst-heavy",
-        "800 requests of ISL 1500 at one instant, one in ten 15 times as long",
-    ),
-    (
-        "chat",
-        "conversations of up to 8 turns with a shared system prompt",
-    ),
-];
-
-/// No workload has this name.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("unknown workload {name:?}; known: {}", NAMED.map(|(name, _)| name).join(", "))]
-pub struct UnknownWorkload {
-    /// The name asked for.
-    pub name: String,
-}
-
 /// A rate that cannot be replayed at.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
-#[error("cannot replay a trace at {rate} times its rate: it must be a positive number")]
+#[error("cannot replay at {rate} times the rate: it must be a positive number")]
 pub struct InvalidRate {
     /// The rate asked for.
     pub rate: f64,
-}
-
-/// How a synthetic workload is made; the names of [`NAMED`] stand for one each.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Recipe {
-    /// So many requests of one shape, `concurrency` of them in flight at a time.
-    ClosedLoop {
-        /// What they are like.
-        shape: Shape,
-        /// How many there are.
-        requests: u32,
-        /// How many are in flight.
-        concurrency: usize,
-    },
-    /// So many requests of one shape at one instant.
-    Burst {
-        /// What they are like.
-        shape: Shape,
-        /// How many there are.
-        requests: u32,
-    },
-    /// Conversations.
-    Chat(Chat),
-}
-
-impl Recipe {
-    /// One of [`NAMED`] with its default sizes.
-    ///
-    /// # Errors
-    /// When there is none of this name.
-    pub fn named(name: &str) -> Result<Self, UnknownWorkload> {
-        let seed = |shape, concurrency| Self::ClosedLoop {
-            shape,
-            requests: 1000,
-            concurrency,
-        };
-        let burst = |shape, requests| Self::Burst { shape, requests };
-        let shape = Shape::default();
-        Ok(match name {
-            "seed" => seed(shape, 20),
-            "seed-10" => seed(shape, 10),
-            "seed-isl" => seed(shape.with_isl_spread(0.9), 20),
-            "seed-osl" => {
-                let osl_spread = 0.9;
-                seed(
-                    Shape {
-                        osl_spread,
-                        ..shape
-                    },
-                    20,
-                )
-            }
-            "burst" => burst(shape, 1000),
-            "burst-isl" => burst(shape.with_isl_spread(0.9), 1000),
-            "burst-one-prefix" => {
-                let prefixes = 1;
-                burst(Shape { prefixes, ..shape }, 1000)
-            }
-            "burst-heavy" => {
-                let heavy_tail = Shape {
-                    isl: 1500,
-                    heavy_fraction: 0.1,
-                    heavy_factor: 15.0,
-                    ..shape
-                };
-                burst(heavy_tail, 800)
-            }
-            "chat" => Self::Chat(Chat::default()),
-            _ => {
-                return Err(UnknownWorkload {
-                    name: name.to_owned(),
-                });
-            }
-        })
-    }
-
-    /// Makes the requests.
-    #[must_use]
-    pub fn make(&self, seed: u64) -> Workload {
-        match self {
-            Self::ClosedLoop {
-                shape,
-                requests,
-                concurrency,
-            } => Workload::closed_loop(shape, *requests, *concurrency, seed),
-            Self::Burst { shape, requests } => Workload::burst(shape, *requests, seed),
-            Self::Chat(chat) => Workload::chat(chat, seed),
-        }
-    }
 }
 
 impl Workload {
@@ -300,104 +95,71 @@ impl Workload {
         Ok(workload)
     }
 
-    /// Requests of one shape, `concurrency` of them in flight at a time.
-    #[must_use]
-    pub fn closed_loop(shape: &Shape, requests: u32, concurrency: usize, seed: u64) -> Self {
-        Self {
-            name: "closed-loop".to_owned(),
-            requests: shaped(shape, requests, Arrival::WhenFree, seed),
-            concurrency,
-        }
-    }
-
-    /// Requests of one shape that all arrive at one instant.
-    #[must_use]
-    pub fn burst(shape: &Shape, requests: u32, seed: u64) -> Self {
-        Self {
-            name: "burst".to_owned(),
-            requests: shaped(shape, requests, Arrival::At(Duration::ZERO), seed),
-            concurrency: 0,
-        }
-    }
-
-    /// Conversations with a shared system prompt.
-    #[must_use]
-    pub fn chat(chat: &Chat, seed: u64) -> Self {
-        const SYSTEM_STREAM: u64 = 0;
-        let mut rng = SmallRng::seed_from_u64(seed);
-        let mut requests = Vec::new();
-        let mut start = Duration::ZERO;
-        let mut next_stream = SYSTEM_STREAM + 1;
-        for _ in 0..chat.conversations {
-            let gap: f64 = Exp1.sample(&mut rng);
-            start += chat.gap.mul_f64(gap);
-            let mut arrival = Arrival::At(start);
-            let mut prompt = Prompt::new().then(SYSTEM_STREAM, chat.system_tokens);
-            for _ in 0..rng.random_range(1..=chat.max_turns.max(1)) {
-                let (message, answer) = (next_stream, next_stream + 1);
-                next_stream += 2;
-                prompt = prompt.then(message, spread(chat.message_tokens, 0.5, &mut rng));
-                let request = WorkloadRequest {
-                    prompt,
-                    answer_stream: Some(answer),
-                    output_tokens: spread(chat.answer_tokens, 0.5, &mut rng),
-                    arrival,
-                };
-                prompt = request.prompt_and_answer();
-                let patience: f64 = Exp1.sample(&mut rng);
-                arrival = Arrival::After {
-                    request: requests.len(),
-                    think: chat.think.mul_f64(patience),
-                };
-                requests.push(request);
-            }
-        }
-        Self {
-            name: "chat".to_owned(),
-            requests,
-            concurrency: 0,
-        }
-    }
-
     /// A trace's requests, arriving `rate` times as fast as they did. Equal hash ids become
     /// equal tokens.
     ///
     /// # Errors
     /// When `rate` is not a positive number, or so small that the trace never ends.
     pub fn from_trace(trace: &[TraceRequest], rate: f64) -> Result<Self, InvalidRate> {
-        if rate <= 0.0 {
-            return Err(InvalidRate { rate });
-        }
         let requests = trace.iter().map(|request| {
-            let seconds = request.arrival.as_secs_f64() / rate;
-            let arrival = Duration::try_from_secs_f64(seconds).map_err(|_| InvalidRate { rate })?;
             let mut prompt = Prompt::new();
             let mut left = request.prompt_tokens;
             for &hash_id in &request.hash_ids {
-                let tokens = left.min(TOKENS_PER_HASH_ID);
+                let tokens = left.min(request.tokens_per_hash_id.get());
                 prompt = prompt.then(hash_id, tokens);
                 left -= tokens;
             }
-            Ok(WorkloadRequest {
+            WorkloadRequest {
                 prompt,
                 answer_stream: None,
                 output_tokens: request.output_tokens,
-                arrival: Arrival::At(arrival),
-            })
+                arrival: Arrival::At(request.arrival),
+            }
         });
-        Ok(Self {
+        let workload = Self {
             name: "trace".to_owned(),
-            requests: requests.collect::<Result<_, _>>()?,
+            requests: requests.collect(),
             concurrency: 0,
-        })
+        };
+        workload.at_rate(rate)
     }
-}
 
-fn shaped(shape: &Shape, requests: u32, arrival: Arrival, seed: u64) -> Vec<WorkloadRequest> {
-    let mut rng = SmallRng::seed_from_u64(seed);
-    (0..requests)
-        .map(|index| shape.request(u64::from(index), arrival, &mut rng))
-        .collect()
+    /// The same requests, those that arrive at a time arriving `rate` times as fast. How long
+    /// people think and tools take stays as it is.
+    ///
+    /// # Errors
+    /// When `rate` is not a positive number, or so small that the workload never ends.
+    pub fn at_rate(mut self, rate: f64) -> Result<Self, InvalidRate> {
+        if rate <= 0.0 {
+            return Err(InvalidRate { rate });
+        }
+        for request in &mut self.requests {
+            if let Arrival::At(time) = &mut request.arrival {
+                let seconds = time.as_secs_f64() / rate;
+                let scaled = Duration::try_from_secs_f64(seconds);
+                *time = scaled.map_err(|_| InvalidRate { rate })?;
+            }
+        }
+        Ok(self)
+    }
+
+    /// Whether its requests arrive at a rate that can be changed, rather than all at once or as
+    /// others end.
+    #[must_use]
+    pub fn has_rate(&self) -> bool {
+        !self.arrivals_span().is_zero()
+    }
+
+    /// From the first of the requests that arrive at a time to the last.
+    #[must_use]
+    pub fn arrivals_span(&self) -> Duration {
+        let times = self.requests.iter().filter_map(|it| match it.arrival {
+            Arrival::At(time) => Some(time),
+            Arrival::WhenFree | Arrival::After { .. } => None,
+        });
+        let (first, last) = (times.clone().min(), times.max());
+        last.unwrap_or_default() - first.unwrap_or_default()
+    }
 }
 
 /// A length uniform in `mean × (1 ± share)`, at least 1.
@@ -476,9 +238,74 @@ mod tests {
     }
 
     #[test]
+    fn an_open_loop_has_the_rate_asked_for_whatever_it_is_made_of() {
+        let burst = "gamma:2".parse::<Spacing>().unwrap();
+        for (name, _) in NAMED {
+            let workload = Recipe::named(name).unwrap().open(20.0, burst).unwrap();
+            let workload = workload.make(1);
+            assert!(workload.has_rate(), "{name}");
+            let starts = workload.requests.iter().filter_map(|it| match it.arrival {
+                Arrival::At(time) => Some(time),
+                _ => None,
+            });
+            let rate = workload.requests.len() as f64 / starts.max().unwrap().as_secs_f64();
+            assert!((14.0..27.0).contains(&rate), "{name}: {rate}");
+        }
+        assert!(!Workload::named("seed", 1).unwrap().has_rate());
+        assert!(!Workload::named("n-samples", 1).unwrap().has_rate());
+    }
+
+    #[test]
+    fn an_agent_keeps_its_long_prompt_and_adds_to_it() {
+        let workload = Workload::named("agent", 1).unwrap();
+        let tool_prompts = workload.requests.iter().map(|it| it.prompt.pieces()[0]);
+        let mut tool_prompts: Vec<_> = tool_prompts.collect();
+        tool_prompts.sort_by_key(|it| it.stream);
+        tool_prompts.dedup();
+        assert_eq!(tool_prompts.len(), 4);
+        assert!(tool_prompts.iter().all(|it| it.tokens >= 4000));
+        let calls = workload.requests.len() as f64 / 300.0;
+        assert!((11.0..13.0).contains(&calls), "{calls}");
+        for call in &workload.requests {
+            if let Arrival::After { request, .. } = call.arrival {
+                let before = workload.requests[request].prompt_and_answer();
+                assert!(call.prompt.pieces().starts_with(before.pieces()));
+            }
+        }
+    }
+
+    #[test]
+    fn retrieved_documents_are_shared_in_varying_order() {
+        let workload = Workload::named("rag", 1).unwrap();
+        let documents = |it: &WorkloadRequest| {
+            let pieces = it.prompt.pieces();
+            assert_eq!((pieces.len(), pieces[0].tokens), (6, 500));
+            [1, 2, 3, 4].map(|at| pieces[at].stream)
+        };
+        let all: Vec<[u64; 4]> = workload.requests.iter().map(documents).collect();
+        let with_the_first = all.iter().filter(|it| it.contains(&1)).count();
+        assert!((800..1400).contains(&with_the_first), "{with_the_first}");
+        for place in 0..4 {
+            let here = all.iter().filter(|it| it[place] == 1).count();
+            assert!((150..400).contains(&here), "{here} at place {place}");
+        }
+    }
+
+    #[test]
+    fn samples_of_one_prompt_differ_in_their_answers_only() {
+        let workload = Workload::named("n-samples", 1).unwrap();
+        let first = &workload.requests[0];
+        assert!(workload.requests.iter().all(|it| it.prompt == first.prompt));
+        assert_eq!((workload.requests.len(), first.prompt.len()), (1000, 2000));
+        let answers = workload.requests.iter().map(|it| it.output_tokens);
+        assert!(answers.clone().min() < Some(170) && answers.max() > Some(430));
+    }
+
+    #[test]
     fn a_trace_keeps_shared_prefixes_and_scales_time() {
         let request = |hash_ids: [u64; 2]| TraceRequest {
             arrival: Duration::from_secs(10),
+            tokens_per_hash_id: NonZeroU32::new(512).unwrap(),
             prompt_tokens: 700,
             output_tokens: 5,
             hash_ids: hash_ids.to_vec(),

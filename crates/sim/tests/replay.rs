@@ -3,14 +3,17 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
 use std::num::NonZeroU32;
+use std::sync::Arc;
 
 use foresee_core::choose::Policy;
 use foresee_core::router::RouterConfig;
+use foresee_sim::compare::compare;
 use foresee_sim::engine::EngineConfig;
 use foresee_sim::lab::{Contender, RULES};
 use foresee_sim::law::L40S_8B;
-use foresee_sim::replay::{Progress, ReplayConfig, ReplayError, compare, run};
-use foresee_sim::report::Outcome;
+use foresee_sim::replay::{Progress, ReplayConfig, ReplayError, run};
+use foresee_sim::report::{Outcome, Report};
+use foresee_sim::traffic::Traffic;
 use foresee_sim::workload::{Chat, Shape, Workload};
 
 const BLOCK: NonZeroU32 = NonZeroU32::new(16).unwrap();
@@ -26,11 +29,8 @@ const EVERY_POLICY: [Policy; 6] = [
 
 fn every_policy() -> Vec<Contender> {
     let rules = RULES.iter().map(|rule| rule.name.parse().expect("a name"));
-    EVERY_POLICY
-        .map(Contender::from)
-        .into_iter()
-        .chain(rules)
-        .collect()
+    let router = EVERY_POLICY.map(Contender::from);
+    router.into_iter().chain(rules).collect()
 }
 
 fn fleet(blocks: u32, workers: u32) -> ReplayConfig {
@@ -63,6 +63,16 @@ fn outcome(config: &ReplayConfig, workload: &Workload) -> Outcome {
     run(config, workload, &mut |_| ()).expect("a valid configuration")
 }
 
+fn side_by_side(
+    config: &ReplayConfig,
+    policies: &[Contender],
+    workload: &Workload,
+    threads: usize,
+) -> Report {
+    let traffic = Arc::new(Traffic::new(workload.clone(), BLOCK));
+    compare(config, policies, &[traffic], threads, &|_, _| ()).expect("a valid configuration")
+}
+
 #[test]
 fn every_request_finishes_and_nothing_is_left_under_any_policy() {
     // So little memory that requests preempt each other.
@@ -71,7 +81,7 @@ fn every_request_finishes_and_nothing_is_left_under_any_policy() {
         Workload::closed_loop(&shape(), 150, 40, 1),
         Workload::burst(&shape(), 150, 1),
     ] {
-        let report = compare(&config, &every_policy(), &workload, 2, &|_, _| ()).unwrap();
+        let report = side_by_side(&config, &every_policy(), &workload, 2);
         assert_eq!(report.outcomes.len(), every_policy().len());
         for (outcome, policy) in report.outcomes.iter().zip(every_policy()) {
             assert_eq!(outcome.policy, policy.to_string());
@@ -91,9 +101,10 @@ fn every_request_finishes_and_nothing_is_left_under_any_policy() {
 fn equal_seeds_give_equal_outcomes() {
     let workload = chat();
     let config = fleet(3000, 3);
-    let first = compare(&config, &every_policy(), &workload, 1, &|_, _| ()).unwrap();
-    let second = compare(&config, &every_policy(), &workload, 3, &|_, _| ()).unwrap();
-    assert_eq!(first, second);
+    let first = side_by_side(&config, &every_policy(), &workload, 1);
+    let second = side_by_side(&config, &every_policy(), &workload, 3);
+    assert_eq!(first.outcomes, second.outcomes);
+    assert_eq!(first.summary, second.summary);
     let mut other = config.clone();
     other.engines[0].seed = 99;
     assert_ne!(outcome(&config, &workload), outcome(&other, &workload));
@@ -102,7 +113,7 @@ fn equal_seeds_give_equal_outcomes() {
 #[test]
 fn prediction_routes_conversations_to_their_caches() {
     let policies = [Policy::Kv, Policy::RoundRobin].map(Contender::from);
-    let report = compare(&fleet(11_875, 8), &policies, &chat(), 2, &|_, _| ()).unwrap();
+    let report = side_by_side(&fleet(11_875, 8), &policies, &chat(), 2);
     let [kv, round_robin] = &report.outcomes[..] else {
         panic!("two policies, two outcomes");
     };
@@ -114,7 +125,7 @@ fn prediction_routes_conversations_to_their_caches() {
 fn whoever_knows_more_is_not_worse() {
     let policies = ["oracle", "kv", "least-requests", "random"];
     let policies = policies.map(|name| name.parse().expect("a name"));
-    let report = compare(&fleet(11_875, 8), &policies, &chat(), 2, &|_, _| ()).unwrap();
+    let report = side_by_side(&fleet(11_875, 8), &policies, &chat(), 2);
     let means = report.outcomes.iter().map(|it| it.end_to_end.mean);
     assert!(means.is_sorted(), "{report}");
 }
@@ -161,9 +172,9 @@ fn progress_counts_up_to_the_end() {
 }
 
 #[test]
-fn block_sizes_must_agree() {
+fn an_engine_s_block_size_must_be_a_multiple() {
     let mut config = fleet(200, 1);
-    let other = NonZeroU32::new(32).unwrap();
+    let other = NonZeroU32::new(24).unwrap();
     config.engines[0].block_size = other;
     let error = run(&config, &chat(), &mut |_| ()).unwrap_err();
     let expected = ReplayError::BlockSize {
@@ -171,4 +182,5 @@ fn block_sizes_must_agree() {
         router: BLOCK,
     };
     assert_eq!(error, expected);
+    assert!(error.to_string().contains("--block-size"));
 }

@@ -1,0 +1,115 @@
+//! `foresee replay` by its flags: what it prints, and what it says of flags that make no sense.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::process::{Command, Output};
+
+fn replay(flags: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_foresee"));
+    command.arg("replay").args(flags).output().unwrap()
+}
+
+fn told(flags: &[&str]) -> String {
+    let output = replay(flags);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{flags:?}: {error}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn refused(flags: &[&str]) -> String {
+    let output = replay(flags);
+    assert!(!output.status.success(), "{flags:?}");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+const SMALL: [&str; 8] = [
+    "--requests",
+    "40",
+    "--workers",
+    "2",
+    "--policy",
+    "kv,random",
+    "--seed",
+    "3",
+];
+
+#[test]
+fn every_condition_can_be_asked_for() {
+    let conditions = [
+        "--workload",
+        "seed",
+        "--isl",
+        "600",
+        "--rps",
+        "20",
+        "--arrivals",
+        "gamma:2",
+        "--seeds",
+        "3",
+        "--slo",
+        "ttft=1s",
+        "--event-lag",
+        "50ms",
+        "--event-loss",
+        "0.1",
+        "--fleet-change",
+        "0:speed=0.5",
+        "--fleet-change",
+        "1:join@500ms",
+        "--engine-block-size",
+        "64",
+    ];
+    let table = told(&[&SMALL[..], &conditions].concat());
+    for part in [
+        "TTFT p95, s",
+        "within SLO, %",
+        "Means over 3 seeds",
+        "SLO ttft=1000ms;",
+    ] {
+        assert!(table.contains(part), "{part}: {table}");
+    }
+    let again = told(&[&SMALL[..], &conditions].concat());
+    // All but how long it took.
+    let numbers = |table: &str| table.lines().filter(|it| !it.starts_with("SLO")).count();
+    assert!(numbers(&table) > 20);
+    for (one, other) in table.lines().zip(again.lines()) {
+        assert!(one == other || one.starts_with("SLO"), "{one}\n{other}");
+    }
+}
+
+#[test]
+fn capacity_is_found_for_each_policy() {
+    let flags = ["--workload", "rag", "--find-capacity", "--slo-share", "0.8"];
+    let found = told(&[&SMALL[..], &flags].concat());
+    assert!(found.contains("highest rate, times") && found.contains("for 80 % of requests"));
+    let flags = [
+        "--workload",
+        "rag",
+        "--isl",
+        "600",
+        "--find-capacity=workers",
+    ];
+    let found = told(&[&SMALL[..], &flags].concat());
+    assert!(found.contains("fewest workers"), "{found}");
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_with_its_remedy() {
+    for (flags, remedy) in [
+        (&["--workload", "seed", "--rate", "2"][..], "--rps"),
+        (&["--workload", "seed", "--find-capacity"], "--rps"),
+        (&["--trace", "x.jsonl", "--rps", "2"], "--rate"),
+        (&["--duration", "10m"], "--trace"),
+        (&["--rps", "0"], "positive"),
+        (&["--arrivals", "weibull"], "gamma:CV"),
+        (&["--slo", "tpot=1s"], "itl=60ms"),
+        (&["--fleet-change", "9:speed=2"], "there are 8"),
+        (&["--fleet-change", "0:speed=fast"], "WORKER:speed=FACTOR"),
+        (&["--engine-block-size", "24"], "--block-size"),
+        (&["--event-loss", "2"], "event-loss"),
+        (&["--trace", "/nowhere/x.jsonl"], "/nowhere/x.jsonl"),
+    ] {
+        let error = refused(flags);
+        assert!(error.contains(remedy), "{flags:?}: {error}");
+    }
+}

@@ -1,0 +1,93 @@
+//! Conversations: people who write, read, and write again.
+
+use std::time::Duration;
+
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+use rand_distr::{Distribution, Exp1};
+
+use crate::prompt::Prompt;
+use crate::workload::gaps::Gaps;
+use crate::workload::{Arrival, Workload, WorkloadRequest, spread};
+
+/// Conversations: each turn's prompt is the previous turn's prompt, its answer, and a new
+/// message.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Chat {
+    /// How many.
+    pub conversations: u32,
+    /// Times between the beginnings of two.
+    pub starts: Gaps,
+    /// Turns of each conversation are uniform in `1..=max_turns`.
+    pub max_turns: u32,
+    /// Length of the system prompt that all share.
+    pub system_tokens: u32,
+    /// Mean length of a message; lengths are uniform between half and one and a half of it.
+    pub message_tokens: u32,
+    /// Mean length of an answer, spread likewise.
+    pub answer_tokens: u32,
+    /// Mean time between an answer and the next message; exponential.
+    pub think: Duration,
+}
+
+impl Default for Chat {
+    fn default() -> Self {
+        Self {
+            conversations: 400,
+            starts: Gaps::poisson(Duration::from_millis(250)),
+            max_turns: 8,
+            system_tokens: 1200,
+            message_tokens: 600,
+            answer_tokens: 250,
+            think: Duration::from_secs(8),
+        }
+    }
+}
+
+impl Chat {
+    /// Turns of a conversation, on average.
+    #[must_use]
+    pub fn mean_turns(&self) -> f64 {
+        f64::midpoint(1.0, f64::from(self.max_turns.max(1)))
+    }
+}
+
+impl Workload {
+    /// Conversations with a shared system prompt.
+    #[must_use]
+    pub fn chat(chat: &Chat, seed: u64) -> Self {
+        const SYSTEM_STREAM: u64 = 0;
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let mut requests = Vec::new();
+        let mut start = Duration::ZERO;
+        let mut next_stream = SYSTEM_STREAM + 1;
+        for _ in 0..chat.conversations {
+            start += chat.starts.sample(&mut rng);
+            let mut arrival = Arrival::At(start);
+            let mut prompt = Prompt::new().then(SYSTEM_STREAM, chat.system_tokens);
+            for _ in 0..rng.random_range(1..=chat.max_turns.max(1)) {
+                let (message, answer) = (next_stream, next_stream + 1);
+                next_stream += 2;
+                prompt = prompt.then(message, spread(chat.message_tokens, 0.5, &mut rng));
+                let request = WorkloadRequest {
+                    prompt,
+                    answer_stream: Some(answer),
+                    output_tokens: spread(chat.answer_tokens, 0.5, &mut rng),
+                    arrival,
+                };
+                prompt = request.prompt_and_answer();
+                let patience: f64 = Exp1.sample(&mut rng);
+                arrival = Arrival::After {
+                    request: requests.len(),
+                    think: chat.think.mul_f64(patience),
+                };
+                requests.push(request);
+            }
+        }
+        Self {
+            name: "chat".to_owned(),
+            requests,
+            concurrency: 0,
+        }
+    }
+}
