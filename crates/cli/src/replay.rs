@@ -242,10 +242,7 @@ fn list_policies() -> String {
             "kv",
             "what serves by default: --overlap-weight × blocks to compute + active blocks",
         ),
-        (
-            "kv:WEIGHT",
-            "the same with this weight; kv:100 is the best of the tuned ones",
-        ),
+        ("kv:WEIGHT", "the same with this weight"),
         ("round-robin", "each worker in turn"),
         ("random", "any worker"),
         ("least-requests", "the fewest requests"),

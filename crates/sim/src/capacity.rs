@@ -113,7 +113,7 @@ pub fn find(
     let own_rate = mean_rate(traffic);
     let found = on_threads(threads, policies.len(), &|index| {
         let mut config = config.clone();
-        policies[index].apply(&mut config);
+        config.contender = Some(policies[index].clone());
         let search = Search {
             config: &config,
             traffic,

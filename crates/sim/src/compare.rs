@@ -40,8 +40,8 @@ pub fn compare(
             seed: job % seeds,
         };
         let mut config = config.with_seed(which.seed as u64);
-        policies[which.policy].apply(&mut config);
-        let outcome = run_while(&config, &traffic[which.seed], &mut |it| {
+        config.contender = Some(policies[which.policy].clone());
+        run_while(&config, &traffic[which.seed], &mut |it| {
             progress(which, it);
             ControlFlow::Continue(())
         });

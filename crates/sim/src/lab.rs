@@ -18,8 +18,9 @@ use std::fmt;
 use std::str::FromStr;
 
 use foresee_core::choose::Policy;
+use foresee_core::router::RouterConfig;
 
-use crate::replay::ReplayConfig;
+use seat::Seat;
 use view::Rule;
 
 /// A rule of the lab: how it is called, what it does, and how a fresh one is made.
@@ -115,17 +116,23 @@ enum Chooser {
 const PR_1731: (&str, f64) = ("dynamo-pr1731", 1.0);
 
 impl Contender {
-    /// Makes a replay run this policy.
-    pub fn apply(&self, config: &mut ReplayConfig) {
-        config.rule = None;
+    /// The router's settings, changed so that it decides by this policy if it is one of its own.
+    pub(crate) fn settings(&self, settings: &RouterConfig) -> RouterConfig {
         match self.chooser {
-            Chooser::Router(policy, overlap_weight) => {
-                config.router.policy = policy;
-                if let Some(weight) = overlap_weight {
-                    config.router.overlap_weight = weight;
-                }
-            }
-            Chooser::Rule(rule) => config.rule = Some(rule),
+            Chooser::Router(policy, weight) => RouterConfig {
+                policy,
+                overlap_weight: weight.unwrap_or(settings.overlap_weight),
+                ..settings.clone()
+            },
+            Chooser::Rule(_) => settings.clone(),
+        }
+    }
+
+    /// What chooses in the router's place, if this is none of its own policies.
+    pub(crate) fn seat(&self, seed: u64) -> Option<Seat> {
+        match self.chooser {
+            Chooser::Router(..) => None,
+            Chooser::Rule(rule) => Some(Seat::new(rule, seed)),
         }
     }
 }

@@ -13,12 +13,12 @@ use std::time::Duration;
 use foresee_core::booking::Booking;
 use foresee_core::fleet::{WorkerError, WorkerId, WorkerSpec};
 use foresee_core::router::{ConfigError, Request, RouteError, Router, RouterConfig};
-use foresee_core::sequence::Sequence;
+use foresee_core::sequence::SequenceHash;
 
 use crate::arrivals::Arrivals;
 use crate::engine::{Engine, EngineConfig, EngineRequest, Step, TokenEvent};
 use crate::knowledge::{Follower, Knowledge};
-use crate::lab::LabRule;
+use crate::lab::Contender;
 use crate::lab::seat::{Arriving, Seat, Standing};
 use crate::prediction::{Booked, Sampler, unallocated};
 use crate::prompt::mix;
@@ -37,8 +37,8 @@ pub struct ReplayConfig {
     pub engines: Vec<EngineConfig>,
     /// Whether the router is told how many blocks each worker has.
     pub capacity_known: bool,
-    /// The rule that chooses in the place of the router's policy.
-    pub rule: Option<&'static LabRule>,
+    /// Who chooses; `None` for the router, as its settings say.
+    pub contender: Option<Contender>,
     /// What tells the router what engines cache.
     pub knowledge: Knowledge,
     /// What happens to workers.
@@ -55,6 +55,7 @@ impl ReplayConfig {
             router,
             engines: vec![engine.clone()],
             capacity_known: true,
+            contender: None,
             knowledge: Knowledge::default(),
             changes: Vec::new(),
             slo: Slo::default(),
@@ -266,11 +267,16 @@ impl<'a> Replay<'a> {
         let tells = config.knowledge != Knowledge::Shadow;
         let workers = engines.map(|engine| new_worker(engine, tells, traffic.block_size()));
         let workers: Vec<Worker> = workers.collect::<Result<_, _>>()?;
+        let contender = config.contender.as_ref();
+        let settings = match contender {
+            Some(contender) => contender.settings(&config.router),
+            None => config.router.clone(),
+        };
         let mut replay = Self {
             config,
             traffic,
-            seat: config.rule.map(|rule| Seat::new(rule, config.router.seed)),
-            router: Router::new(config.router.clone())?,
+            router: Router::new(settings)?,
+            seat: contender.and_then(|it| it.seat(config.router.seed)),
             by_id: HashMap::new(),
             arrivals: Arrivals::new(traffic.workload()),
             schedule: Schedule::new(&config.changes),
@@ -384,10 +390,10 @@ impl<'a> Replay<'a> {
         flight.booking.tokens(1, now);
         flight.generated += 1;
         if event.first {
+            flight.first_token = Some(now);
             if let Some(seat) = &mut self.seat {
                 seat.prefilled(request, self.by_id[&flight.booking.worker()], now);
             }
-            flight.first_token = Some(now);
             let waited = (now - flight.arrival).as_secs_f32();
             self.times_to_first_token.push(waited);
             if !self.config.slo.allows_first_token(f64::from(waited)) {
@@ -445,20 +451,13 @@ impl<'a> Replay<'a> {
         while let Some(index) = self.arrivals.take_due(now) {
             self.first_arrival.get_or_insert(now);
             let sequence = self.traffic.prompt(index);
-            let booking = self.route(index, sequence, now)?;
+            let booking = self.route(index, now)?;
             let chosen = self.by_id[&booking.worker()];
             let worker = &mut self.workers[chosen];
-            // An engine's block has the prefix of the last of ours in it.
-            let stride = worker.stride.get() as usize;
             let hashes = self.traffic.known(index).hashes();
             let submitted = worker.engine.submit(EngineRequest {
                 id: index as u64,
-                hashes: hashes[..]
-                    .iter()
-                    .skip(stride - 1)
-                    .step_by(stride)
-                    .copied()
-                    .collect(),
+                hashes: coarser(hashes, worker.stride.get()).collect(),
                 prompt_tokens: sequence.tokens(),
                 output_tokens: self.traffic.request(index).output_tokens,
             });
@@ -485,12 +484,8 @@ impl<'a> Replay<'a> {
         Ok(())
     }
 
-    fn route(
-        &mut self,
-        request: usize,
-        sequence: &Sequence,
-        now: Duration,
-    ) -> Result<Booking, RouteError> {
+    fn route(&mut self, request: usize, now: Duration) -> Result<Booking, RouteError> {
+        let sequence = self.traffic.prompt(request);
         let Some(seat) = &mut self.seat else {
             return self.router.route(&Request::new(sequence), now);
         };
@@ -501,11 +496,14 @@ impl<'a> Replay<'a> {
             output_tokens: self.traffic.request(request).output_tokens,
         };
         seat.route(&arriving, &self.router, now, |id| {
-            let worker = by_id[&id];
-            let step_end = step_ends.iter().find(|Reverse((_, it))| *it == worker);
+            let index = by_id[&id];
+            let worker = &workers[index];
+            let step_end = step_ends.iter().find(|Reverse((_, it))| *it == index);
             Standing {
-                worker,
-                engine: &workers[worker].engine,
+                worker: index,
+                engine: &worker.engine,
+                stride: worker.stride.get(),
+                speed: worker.speed,
                 step_left: step_end.map_or(Duration::ZERO, |Reverse((end, _))| *end - now),
             }
         })
@@ -528,7 +526,8 @@ impl<'a> Replay<'a> {
     /// Looks at router and engines at the instants before `now`, since which nothing happened.
     fn sample_before(&mut self, now: Duration) {
         if let Some(seat) = &mut self.seat {
-            let engines = self.workers.iter().map(|worker| &worker.engine);
+            let workers = self.workers.iter();
+            let engines = workers.map(|worker| (&worker.engine, worker.stride.get()));
             seat.scrape_before(now, engines);
         }
         while let Some(instant) = self.sampler.due_before(now) {
@@ -579,8 +578,8 @@ impl<'a> Replay<'a> {
         let unfinished = requests - self.ended;
         let served_well = self.ended.saturating_sub(self.missed);
         Outcome {
-            policy: match self.config.rule {
-                Some(rule) => rule.name.to_owned(),
+            policy: match &self.config.contender {
+                Some(contender) => contender.to_string(),
                 None => self.config.router.policy.to_string(),
             },
             seed: self.config.router.seed,
@@ -607,6 +606,15 @@ impl<'a> Replay<'a> {
             end_to_end: Latency::of(&mut self.end_to_end),
         }
     }
+}
+
+/// The hashes of blocks that are so many of ours: each has the prefix of the last of ours in it.
+pub(crate) fn coarser(
+    hashes: &[SequenceHash],
+    stride: u32,
+) -> impl Iterator<Item = SequenceHash> + '_ {
+    let stride = stride.max(1) as usize;
+    hashes.iter().skip(stride - 1).step_by(stride).copied()
 }
 
 /// `tells`: whether its engine keeps events.

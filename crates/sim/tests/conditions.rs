@@ -12,7 +12,7 @@ use foresee_sim::capacity::{CapacityError, Sought, find};
 use foresee_sim::compare::compare;
 use foresee_sim::engine::EngineConfig;
 use foresee_sim::knowledge::Knowledge;
-use foresee_sim::lab::Contender;
+use foresee_sim::lab::{Contender, RULES};
 use foresee_sim::law::L40S_8B;
 use foresee_sim::replay::{ReplayConfig, ReplayError, run};
 use foresee_sim::report::Outcome;
@@ -161,6 +161,33 @@ fn larger_blocks_of_engines_are_counted_in_the_routers_own() {
         assert!(large.hit_share > 0.8 * plain.hit_share, "{large:?}");
         let peaks = [plain, large].map(|it| f64::from(it.prediction.peak_blocks));
         assert!((0.8..1.25).contains(&(peaks[1] / peaks[0])), "{peaks:?}");
+    }
+}
+
+#[test]
+fn rules_of_the_lab_choose_in_any_fleet() {
+    let workload = steady(20.0, 300, 1);
+    let mut config = fleet(4);
+    config.changes = ["0:speed=0.2", "3:join@5s"]
+        .map(|it| it.parse().unwrap())
+        .to_vec();
+    for engine in &mut config.engines[1..] {
+        engine.block_size = NonZeroU32::new(32).unwrap();
+        engine.blocks = 1500;
+    }
+    let mut by_rule = |name: &str| {
+        config.contender = Some(name.parse().unwrap());
+        outcome(&config, &workload)
+    };
+    let blind = by_rule("least-requests");
+    for rule in &RULES {
+        let outcome = by_rule(rule.name);
+        assert_eq!(outcome.policy, rule.name);
+        // Those that know how fast engines are spare the slow one.
+        if ["min-ttft", "oracle", "oracle:ttft"].contains(&rule.name) {
+            let (told, blind) = (outcome.end_to_end.mean, blind.end_to_end.mean);
+            assert!(told < 0.8 * blind, "{}: {told} and {blind}", rule.name);
+        }
     }
 }
 

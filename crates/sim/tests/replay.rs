@@ -29,11 +29,8 @@ const EVERY_POLICY: [Policy; 6] = [
 
 fn every_policy() -> Vec<Contender> {
     let rules = RULES.iter().map(|rule| rule.name.parse().expect("a name"));
-    EVERY_POLICY
-        .map(Contender::from)
-        .into_iter()
-        .chain(rules)
-        .collect()
+    let router = EVERY_POLICY.map(Contender::from);
+    router.into_iter().chain(rules).collect()
 }
 
 fn fleet(blocks: u32, workers: u32) -> ReplayConfig {
@@ -122,6 +119,15 @@ fn prediction_routes_conversations_to_their_caches() {
     };
     assert!(kv.hit_share > 1.2 * round_robin.hit_share, "{report}");
     assert!(kv.end_to_end.mean < round_robin.end_to_end.mean, "{report}");
+}
+
+#[test]
+fn whoever_knows_more_is_not_worse() {
+    let policies = ["oracle", "kv", "least-requests", "random"];
+    let policies = policies.map(|name| name.parse().expect("a name"));
+    let report = side_by_side(&fleet(11_875, 8), &policies, &chat(), 2);
+    let means = report.outcomes.iter().map(|it| it.end_to_end.mean);
+    assert!(means.is_sorted(), "{report}");
 }
 
 #[test]

@@ -14,9 +14,9 @@ use crate::prompt::mix;
 /// the one that was sent the longest prefix of the prompt, if that is more than 0.3 of it; else
 /// the one that was sent the fewest different characters so far.
 ///
-/// Here in blocks rather than characters, and the history is never cut: the router holds 2^24
-/// nodes of text or more, which no trace of ours fills. Of several workers that were sent the
-/// longest prefix, it takes one without regard to load; here, the last.
+/// Here in blocks rather than characters, and the history is never cut (the original drops the
+/// least recently used text when a worker has too much of it). Of several workers that were sent
+/// the longest prefix it takes one without regard to load: here, the last.
 #[derive(Default)]
 pub(super) struct CacheAware {
     /// Who was last sent a prefix.

@@ -6,9 +6,8 @@ use rand::rngs::SmallRng;
 
 use super::view::{self, Rule, Seen, View};
 
-/// Dynamo's rule before PR 1731 (`DefaultWorkerSelector` of 0.3): 2 × cached tokens / prompt
-/// tokens − KV usage − waiting requests / the most waiting anywhere; the most wins, equals at
-/// random. Metrics come each second. In between, as there, each choice counts one waiting request
+/// Dynamo's rule before PR 1731 (`DefaultWorkerSelector`): 2 × cached tokens / prompt tokens − KV
+/// usage − waiting requests / the most waiting anywhere; the most wins, equals at random. Metrics come each second. In between, as there, each choice counts one waiting request
 /// and its new blocks on the worker chosen, until the next report overwrites that.
 ///
 /// The original counts at most one block of a prompt (`min(isl / block_size, 1)`), which was a

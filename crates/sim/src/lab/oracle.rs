@@ -1,9 +1,11 @@
 //! The oracle: knows what nobody can, and chooses by what would come of it.
 
+use foresee_core::sequence::SequenceHash;
 use rand::rngs::SmallRng;
 
 use super::rolling::{Rolling, Task, Told};
-use super::view::{self, Rule, Seen, View};
+use super::view::{self, Rule, Seen, Standing, View};
+use crate::replay::coarser;
 
 /// For every worker, rolls its engine forward to its end without and with the request, from the
 /// engine's true state, by its true step law, with the true length of every answer. What a
@@ -35,14 +37,14 @@ impl Oracle {
 
     /// What placing the request there costs, in seconds.
     fn cost(&self, view: &View<'_>, seen: &Seen<'_>) -> f64 {
-        let Some((engine, step_left)) = seen.engine else {
+        let Some(standing) = &seen.standing else {
             return f64::INFINITY;
         };
-        let without = Rolling::new(engine, step_left, |id| {
+        let without = Rolling::new(standing, |id| {
             self.shared.get(id as usize).copied().unwrap_or(0)
         });
         let mut with = without.clone();
-        let (cached, shared) = found(view, seen);
+        let (cached, shared) = found(view, standing, seen.active);
         let id = view.request as u64;
         let newcomer = Task::new(id, view.tokens, view.output_tokens, cached, shared);
         with.submit(newcomer);
@@ -67,24 +69,31 @@ impl Oracle {
     }
 }
 
-/// Tokens of the prompt that need not be computed there, and blocks that others there hold or
-/// will hold by then.
-fn found(view: &View<'_>, seen: &Seen<'_>) -> (u32, u32) {
-    let Some((engine, _)) = seen.engine.filter(|(it, _)| it.config().prefix_caching) else {
+/// Tokens of the prompt that need not be computed there, and the engine's blocks that others there
+/// hold or will hold by then; the router knows of `active` of its own.
+fn found(view: &View<'_>, standing: &Standing<'_>, active: u32) -> (u32, u32) {
+    let engine = standing.engine;
+    if !engine.config().prefix_caching {
         return (0, 0);
-    };
-    let cached = engine.cached_tokens(view.prompt, view.tokens);
-    (cached.max(seen.active * view.block_size), seen.active)
+    }
+    let prompt: Vec<SequenceHash> = coarser(view.prompt, standing.stride).collect();
+    let cached = engine.cached_tokens(&prompt, view.tokens);
+    let shared = active / standing.stride;
+    (
+        cached.max(shared * engine.config().block_size.get()),
+        shared,
+    )
 }
 
 impl Rule for Oracle {
     fn choose(&mut self, view: &View<'_>, rng: &mut SmallRng) -> usize {
         let chosen = view::least(view.workers, rng, |it| self.cost(view, it));
-        let (_, shared) = found(view, &view.workers[chosen]);
+        let seen = &view.workers[chosen];
+        let found = seen.standing.map(|it| found(view, &it, seen.active));
         if self.shared.len() <= view.request {
             self.shared.resize(view.request + 1, 0);
         }
-        self.shared[view.request] = shared;
+        self.shared[view.request] = found.map_or(0, |(_, shared)| shared);
         chosen
     }
 }
@@ -95,7 +104,6 @@ mod tests {
     use std::sync::Arc;
     use std::time::Duration;
 
-    use foresee_core::sequence::SequenceHash;
     use rand::SeedableRng;
 
     use super::*;
@@ -135,7 +143,13 @@ mod tests {
     /// Where a new prompt of so many tokens goes, as `oracle` and as `oracle:ttft` see it.
     fn chosen(engines: [&Engine; 2], prompt: u64, tokens: u32) -> [usize; 2] {
         let workers = engines.map(|engine| Seen {
-            engine: Some((engine, Duration::ZERO)),
+            standing: Some(Standing {
+                worker: 0,
+                engine,
+                stride: 1,
+                speed: 1.0,
+                step_left: Duration::ZERO,
+            }),
             ..Seen::default()
         });
         let view = View {

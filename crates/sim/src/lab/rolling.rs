@@ -12,9 +12,9 @@
 //! though others may have taken some of it. Of nothing shared and nothing cached, both are exact.
 
 use std::collections::VecDeque;
-use std::time::Duration;
 
-use crate::engine::{Engine, EngineConfig, Work};
+use super::view::Standing;
+use crate::engine::{EngineConfig, Work};
 use crate::law::StepLoad;
 
 /// A request and how far it has come.
@@ -98,6 +98,8 @@ pub(super) enum Told {
 #[derive(Clone, Debug)]
 pub(super) struct Rolling<'a> {
     config: &'a EngineConfig,
+    /// How many times as fast as its law it is.
+    speed: f64,
     /// In the order of admission.
     running: Vec<Task>,
     waiting: VecDeque<Task>,
@@ -111,20 +113,18 @@ pub(super) struct Rolling<'a> {
 impl<'a> Rolling<'a> {
     /// The engine as it stands. `shared` tells, of a request, the blocks that counted for others
     /// when it came.
-    pub(super) fn new(
-        engine: &'a Engine,
-        step_left: Duration,
-        shared: impl Fn(u64) -> u32,
-    ) -> Self {
+    pub(super) fn new(standing: &Standing<'a>, shared: impl Fn(u64) -> u32) -> Self {
+        let engine = standing.engine;
         let config = engine.config();
         let block_size = config.block_size.get();
         let mut rolling = Self {
             config,
+            speed: standing.speed,
             running: Vec::with_capacity(engine.running()),
             waiting: VecDeque::with_capacity(engine.waiting() + 1),
             free: engine.capacity() - engine.pinned_blocks(),
             now: 0.0,
-            step_end: step_left.as_secs_f64(),
+            step_end: standing.step_left.as_secs_f64(),
         };
         for work in engine.work() {
             let task = Task::of(&work, shared(work.id), block_size, config.prefix_caching);
@@ -167,7 +167,7 @@ impl<'a> Rolling<'a> {
         if load.sequences == 0 {
             return false;
         }
-        self.now += self.config.law.mean(&load).as_secs_f64();
+        self.now += self.config.law.mean(&load).as_secs_f64() / self.speed;
         self.end_step(tell);
         true
     }
@@ -303,7 +303,7 @@ impl<'a> Rolling<'a> {
         let steps = f64::from(steps);
         // Each step reads one more token of every sequence than the one before.
         let growth = law.per_context_token * f64::from(sequences) * steps * (steps - 1.0) / 2.0;
-        self.now += steps * law.mean(&load).as_secs_f64() + growth;
+        self.now += (steps * law.mean(&load).as_secs_f64() + growth) / self.speed;
         self.end_step(tell);
         true
     }
@@ -340,7 +340,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::engine::EngineRequest;
+    use std::time::Duration;
+
+    use crate::engine::{Engine, EngineRequest};
     use crate::law::L40S_8B;
 
     /// Prompt and answer length of a request, and the step before which it comes.
@@ -357,12 +359,28 @@ mod tests {
         Engine::new(config)
     }
 
+    fn standing(engine: &Engine, step_left: Duration) -> Standing<'_> {
+        Standing {
+            worker: 0,
+            engine,
+            stride: 1,
+            speed: 1.0,
+            step_left,
+        }
+    }
+
     /// First and last token of each request, by id.
     type Times = BTreeMap<u64, (f64, f64)>;
 
     /// Lets `begun` steps pass while requests come. Then looks `share` into the next step at what
     /// the roll says, and holds it against what the engine does.
-    fn assert_rolls_as_it_runs(mut engine: Engine, sent: &[Sent], begun: u32, share: f64) {
+    fn assert_rolls_as_it_runs(
+        mut engine: Engine,
+        speed: f64,
+        sent: &[Sent],
+        begun: u32,
+        share: f64,
+    ) {
         let submit = |engine: &mut Engine, step: u32| {
             for (id, &(prompt_tokens, output_tokens, _)) in
                 (0..).zip(sent).filter(|(_, it)| it.2 == step)
@@ -385,12 +403,16 @@ mod tests {
         }
         submit(&mut engine, begun);
         let under_way = (share > 0.0).then(|| engine.begin_step()).flatten();
-        let left = under_way
-            .as_ref()
-            .map_or(0.0, |step| step.duration.as_secs_f64() * (1.0 - share));
+        let left = under_way.as_ref().map_or(0.0, |step| {
+            step.duration.as_secs_f64() / speed * (1.0 - share)
+        });
 
+        let at_speed = Standing {
+            speed,
+            ..standing(&engine, Duration::from_secs_f64(left))
+        };
         let mut told = Times::new();
-        let rolling = Rolling::new(&engine, Duration::from_secs_f64(left), |_| 0);
+        let rolling = Rolling::new(&at_speed, |_| 0);
         rolling.run(|task, event, time| {
             let times = told.entry(task.id).or_insert((0.0, 0.0));
             match event {
@@ -405,7 +427,7 @@ mod tests {
         loop {
             let again = |engine: &mut Engine| {
                 let step = engine.begin_step()?;
-                Some((step.duration.as_secs_f64(), step))
+                Some((step.duration.as_secs_f64() / speed, step))
             };
             let Some((seconds, step)) = next.take().or_else(|| again(&mut engine)) else {
                 break;
@@ -438,6 +460,7 @@ mod tests {
             sent in prop::collection::vec((1..900_u32, 1..120_u32, 0..30_u32), 1..25),
             blocks in prop_oneof![60..130_u32, Just(5_000)],
             max_num_seqs in prop_oneof![2..8_u32, Just(256)],
+            speed in prop_oneof![Just(1.0), 0.2..5.0],
             begun in 0..40_u32,
             share in prop_oneof![Just(0.0), 0.1..0.9],
         ) {
@@ -445,7 +468,7 @@ mod tests {
             // all, nothing is evicted.
             let prefix_caching = blocks == 5_000;
             let engine = engine(blocks, max_num_seqs, prefix_caching);
-            assert_rolls_as_it_runs(engine, &sent, begun, share);
+            assert_rolls_as_it_runs(engine, speed, &sent, begun, share);
         }
     }
 
@@ -453,7 +476,7 @@ mod tests {
     fn what_is_cached_and_shared_is_neither_computed_nor_held_again() {
         let run = |cached, shared| {
             let engine = engine(100, 256, true);
-            let mut rolling = Rolling::new(&engine, Duration::ZERO, |_| 0);
+            let mut rolling = Rolling::new(&standing(&engine, Duration::ZERO), |_| 0);
             rolling.submit(Task::new(0, 1600, 1, 0, 0));
             rolling.submit(Task::new(1, 1600, 1, cached, shared));
             let mut first = [0.0; 2];
@@ -483,7 +506,7 @@ mod tests {
         }
         for _ in 0..40 {
             let step = engine.begin_step().unwrap();
-            let rolling = Rolling::new(&engine, step.duration, |_| 0);
+            let rolling = Rolling::new(&standing(&engine, step.duration), |_| 0);
             let mut ended = 0;
             rolling.run(|_, told, _| ended += u32::from(matches!(told, Told::Last)));
             assert_eq!(ended, 8);
@@ -494,7 +517,7 @@ mod tests {
     #[test]
     fn what_never_fits_stops_the_roll() {
         let engine = engine(10, 256, true);
-        let mut rolling = Rolling::new(&engine, Duration::ZERO, |_| 0);
+        let mut rolling = Rolling::new(&standing(&engine, Duration::ZERO), |_| 0);
         rolling.submit(Task::new(0, 1600, 1, 0, 0));
         rolling.run(|_, _, _| panic!("it cannot run"));
         let hashes = Arc::from([]);

@@ -18,9 +18,9 @@ pub(super) fn least(cost: fn(&View<'_>, &Seen<'_>) -> f64) -> Box<dyn Rule> {
     Box::new(Least(cost))
 }
 
-/// Dynamo since 0.4, as of its `DefaultWorkerScorer` in 1.6: (all prompt tokens pending there and
-/// this prompt's, in blocks, less the blocks of it that are cached) + blocks active there with
-/// it. Its defaults: overlap credit 1 without decay, prefill load scale 1, no weight on requests.
+/// Dynamo today (`DefaultWorkerScorer` of its `kv-router`): all prompt tokens pending there and
+/// this prompt's, in blocks, less the blocks of it that are cached + blocks active there with it.
+/// Its defaults: overlap credit 1 without decay, prefill load scale 1, no weight on requests.
 /// Pending tokens leave at the first token and do not decay (`router-prefill-load-model none`);
 /// cached is what KV events say.
 pub(super) fn dynamo(view: &View<'_>, worker: &Seen<'_>) -> f64 {

@@ -12,6 +12,7 @@ use rand::SeedableRng;
 use rand::rngs::SmallRng;
 
 use super::LabRule;
+pub(crate) use super::view::Standing;
 use super::view::{Metrics, Rule, Seen, View};
 use crate::engine::{Engine, EngineConfig};
 use crate::law::StepLoad;
@@ -23,15 +24,6 @@ pub(crate) struct Arriving<'a> {
     pub(crate) sequence: &'a Sequence,
     /// Answer length.
     pub(crate) output_tokens: u32,
-}
-
-/// A worker and its engine.
-pub(crate) struct Standing<'a> {
-    /// Its place in the fleet.
-    pub(crate) worker: usize,
-    pub(crate) engine: &'a Engine,
-    /// How long the engine's step still takes.
-    pub(crate) step_left: Duration,
 }
 
 /// A rule of the lab, and what is kept for it.
@@ -62,10 +54,11 @@ impl Seat {
     }
 
     /// Asks engines for their metrics if that is due before `now`, since which nothing happened.
+    /// Each comes with the number of the router's blocks in one of its own.
     pub(crate) fn scrape_before<'a>(
         &mut self,
         now: Duration,
-        engines: impl Iterator<Item = &'a Engine>,
+        engines: impl Iterator<Item = (&'a Engine, u32)>,
     ) {
         let Some(period) = self.rule.scrapes_every() else {
             return;
@@ -74,10 +67,10 @@ impl Seat {
         if due > self.scrapes {
             self.scrapes = due;
             self.metrics.clear();
-            self.metrics.extend(engines.map(|engine| Metrics {
+            self.metrics.extend(engines.map(|(engine, stride)| Metrics {
                 waiting: engine.waiting() as u32,
-                used_blocks: engine.pinned_blocks(),
-                blocks: engine.capacity(),
+                used_blocks: engine.pinned_blocks().saturating_mul(stride),
+                blocks: engine.capacity().saturating_mul(stride),
             }));
         }
     }
@@ -101,11 +94,8 @@ impl Seat {
         let workers: Vec<Seen<'_>> = candidates
             .iter()
             .map(|candidate| {
-                let Standing {
-                    worker,
-                    engine,
-                    step_left,
-                } = standing(candidate.id);
+                let standing = standing(candidate.id);
+                let worker = standing.worker;
                 if self.prefills.len() <= worker {
                     self.prefills.resize_with(worker + 1, Prefills::default);
                 }
@@ -121,9 +111,13 @@ impl Seat {
                     overlap,
                     pending_tokens: prefills.tokens(),
                     pending_seconds: prefills.seconds(now),
-                    prefill_seconds: prefill_seconds(engine.config(), new_tokens, overlap),
+                    prefill_seconds: prefill_seconds(
+                        standing.engine.config(),
+                        new_tokens,
+                        overlap * block_size,
+                    ) / standing.speed,
                     metrics: self.metrics.get(worker).copied().unwrap_or_default(),
-                    engine: Some((engine, step_left)),
+                    standing: Some(standing),
                 }
             })
             .collect();
@@ -208,9 +202,8 @@ impl Prefills {
     }
 }
 
-/// How long an idle engine takes to compute `tokens` behind `cached` blocks.
-fn prefill_seconds(engine: &EngineConfig, tokens: u32, cached: u32) -> f64 {
-    let mut context = cached * engine.block_size.get();
+/// How long an idle engine takes to compute `tokens` behind a cached `context`, by its law.
+fn prefill_seconds(engine: &EngineConfig, tokens: u32, mut context: u32) -> f64 {
     let mut left = tokens;
     let mut seconds = 0.0;
     while left > 0 {

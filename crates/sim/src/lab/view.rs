@@ -64,12 +64,26 @@ pub(crate) struct Seen<'a> {
     pub(crate) pending_tokens: u64,
     /// Time their prefills still take, without decodes beside them.
     pub(crate) pending_seconds: f64,
-    /// Time this prompt's prefill takes there.
+    /// Time this prompt's prefill takes there, as fast as its engine is now.
     pub(crate) prefill_seconds: f64,
     /// What its engine last reported.
     pub(crate) metrics: Metrics,
-    /// The engine itself, and how long its step still takes: nobody but the oracle may look.
-    pub(crate) engine: Option<(&'a Engine, Duration)>,
+    /// The engine itself: nobody but the oracle may look.
+    pub(crate) standing: Option<Standing<'a>>,
+}
+
+/// A worker and its engine.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Standing<'a> {
+    /// Its place in the fleet.
+    pub(crate) worker: usize,
+    pub(crate) engine: &'a Engine,
+    /// The router's blocks in one of the engine's.
+    pub(crate) stride: u32,
+    /// How many times as fast as its law it is.
+    pub(crate) speed: f64,
+    /// How long its step still takes.
+    pub(crate) step_left: Duration,
 }
 
 /// What an engine reports when it is asked.
@@ -77,9 +91,9 @@ pub(crate) struct Seen<'a> {
 pub(crate) struct Metrics {
     /// Requests that hold no blocks.
     pub(crate) waiting: u32,
-    /// Blocks that running requests hold.
+    /// Blocks that running requests hold, in the router's.
     pub(crate) used_blocks: u32,
-    /// Blocks there are.
+    /// Blocks there are, in the router's.
     pub(crate) blocks: u32,
 }
 
