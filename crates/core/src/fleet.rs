@@ -10,7 +10,7 @@ use rapidhash::v3::{DEFAULT_RAPID_SECRETS, rapidhash_v3_seeded};
 use crate::capacity::CapacitySource;
 use crate::choose::Load;
 use crate::forecast::{Decode, Prefill};
-use crate::shadow::Shadow;
+use crate::shadow::{Eviction, Shadow};
 use crate::tree::{Depth, Slot};
 
 /// Names one worker for as long as it is known. A worker removed and added again, even under
@@ -33,6 +33,8 @@ pub struct WorkerSpec {
     pub capacity_blocks: Option<u32>,
     /// Without prefix caching no two requests share a block there.
     pub prefix_caching: bool,
+    /// How it chooses what to evict.
+    pub eviction: Eviction,
 }
 
 /// Whether a worker can be chosen.
@@ -85,6 +87,8 @@ pub struct WorkerSnapshot {
     pub capacity_blocks: u32,
     /// Who says so.
     pub capacity_source: CapacitySource,
+    /// How it chooses what to evict.
+    pub eviction: Eviction,
     /// Learned prefill speed, in tokens per second.
     pub prefill_speed: f64,
     /// Learned time between two tokens of one request.
@@ -197,7 +201,7 @@ impl Fleet {
             prefix_caching: spec.prefix_caching,
             prefill: Prefill::default(),
             decode: Decode::default(),
-            shadow: Shadow::new(spec.capacity_blocks),
+            shadow: Shadow::new(spec.eviction, spec.capacity_blocks),
             pinned: 0,
             told: 0,
         });
@@ -363,6 +367,7 @@ impl Fleet {
                     follows_events: worker.shadow.is_told(),
                     capacity_blocks: worker.shadow.capacity(),
                     capacity_source: worker.shadow.capacity_source(),
+                    eviction: worker.shadow.eviction(),
                     prefill_speed: worker.prefill.speed(),
                     inter_token_latency: worker.decode.inter_token_latency(),
                 }

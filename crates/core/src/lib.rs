@@ -66,4 +66,5 @@ mod state;
 mod tree;
 
 pub use capacity::{CapacitySource, DEFAULT_CAPACITY_BLOCKS};
+pub use shadow::Eviction;
 pub use tree::Depth;

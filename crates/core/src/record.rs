@@ -63,6 +63,16 @@ impl Record {
         full.saturating_sub(self.hashed_blocks)
     }
 
+    /// Blocks that an SGLang frees for it beyond those it takes: one, but not yet where its last
+    /// two tokens began a block. The last was not stored, and the one before needed no more than
+    /// there was when it was asked for.
+    pub(crate) fn headroom(&self) -> u32 {
+        let stored = u64::from(self.generated_tokens).saturating_sub(2);
+        let blocks = (u64::from(self.prompt_tokens) + stored).div_ceil(u64::from(self.block_size));
+        let wanted = u32::try_from(blocks + 1).unwrap_or(u32::MAX);
+        wanted.saturating_sub(self.blocks())
+    }
+
     pub(crate) fn context_tokens(&self) -> u64 {
         u64::from(self.prompt_tokens) + u64::from(self.generated_tokens)
     }

@@ -213,6 +213,7 @@ impl<'a> Replay<'a> {
                 models: Vec::new(),
                 capacity_blocks: config.capacity_known.then_some(engine.blocks),
                 prefix_caching: engine.prefix_caching,
+                ..WorkerSpec::default()
             })?;
             router.set_healthy(id, true);
             workers.push(Worker {
