@@ -235,6 +235,12 @@ impl Fleet {
         !self.coarse.is_empty()
     }
 
+    /// How many of the router's blocks one of the engine's is.
+    pub(crate) fn stride(&self, slot: Slot) -> NonZeroU32 {
+        let coarse = self.coarse.iter().find(|it| it.slot == slot);
+        coarse.map_or(NonZeroU32::MIN, |it| it.stride)
+    }
+
     /// Says how many of the router's blocks one of the worker's engine's is.
     pub(crate) fn set_stride(&mut self, id: WorkerId, stride: NonZeroU32) {
         let slot = id.slot;

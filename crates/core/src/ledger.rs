@@ -39,6 +39,7 @@ impl State {
             node: NO_NODE,
             hashed_blocks: 0,
             block_size: sequence.block_size().get(),
+            stride: self.fleet.stride(worker.slot).get(),
             prompt_tokens: sequence.tokens(),
             generated_tokens: 0,
             unsettled_tokens: 0,

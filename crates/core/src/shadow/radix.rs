@@ -9,6 +9,10 @@
 //! Where a request computes what is cached already, its copy goes when it is done. Before it takes
 //! blocks, SGLang frees one more for each request that will: a prompt before it is computed, a
 //! running request before each of its tokens.
+//!
+//! Here a prompt uses its path from the booking on. SGLang does not lock that before it admits the
+//! request, so one that waits for memory may lose more than is foreseen; and of prompts that begin
+//! alike and are admitted at once, each computes all of its own.
 
 use crate::shadow::{Eviction, Shadow};
 use crate::tree::{Pinned, PrefixTree, Slot};
