@@ -28,13 +28,14 @@ pub(crate) struct ServeArgs {
     #[arg(long, default_value = "127.0.0.1:8081", env = "FORESEE_ADMIN_LISTEN")]
     admin_listen: SocketAddr,
     /// A worker's URL and its options, by commas: name=NAME, ranks=N, blocks=N,
-    /// prefix-caching=on|off, kv-events=tcp://HOST:PORT|off, replay=tcp://HOST:PORT,
-    /// topic=TOPIC; repeat for more
+    /// prefix-caching=on|off, eviction=queue|radix, kv-events=tcp://HOST:PORT|off,
+    /// replay=tcp://HOST:PORT, topic=TOPIC; repeat for more
     ///
     /// ranks=N: an engine with N data-parallel ranks is N workers, NAME/0 and so on; rank r
     /// publishes and replays at PORT + r. Without kv-events, an engine that tells where its events
     /// are (SGLang; vLLM from 0.32 on) is followed there. Write kv-events=bind:tcp://*:PORT if
-    /// the engine dials the router.
+    /// the engine dials the router. eviction=radix: it evicts as SGLang does; so says an engine
+    /// whose models are owned by `sglang`.
     ///
     /// In FORESEE_WORKER they are separated by white space.
     #[arg(

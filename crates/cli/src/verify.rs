@@ -34,6 +34,9 @@ pub(crate) struct VerifyArgs {
     /// Tokens of the longest answer
     #[arg(long, default_value_t = 64, value_name = "TOKENS")]
     max_answer: u32,
+    /// Share of answers that are streamed; how far others are, nobody can see
+    #[arg(long, default_value_t = 0.6)]
+    stream_share: f64,
     /// Share of streams that the client leaves before their end, where several run
     #[arg(long, default_value_t = 0.05)]
     abort_share: f64,
@@ -59,11 +62,14 @@ pub(crate) fn verify(args: VerifyArgs) -> anyhow::Result<ExitCode> {
 }
 
 async fn run(args: VerifyArgs) -> anyhow::Result<ExitCode> {
-    if !(0.0..=1.0).contains(&args.abort_share) {
-        bail!(
-            "`--abort-share` is {}: it must be from 0 to 1",
-            args.abort_share
-        );
+    let shares = [
+        ("--stream-share", args.stream_share),
+        ("--abort-share", args.abort_share),
+    ];
+    for (flag, share) in shares {
+        if !(0.0..=1.0).contains(&share) {
+            bail!("`{flag}` is {share}: it must be from 0 to 1");
+        }
     }
     let sample_interval = Duration::try_from_secs_f64(args.sample_interval).ok();
     let sample_interval = sample_interval
@@ -100,6 +106,7 @@ async fn run(args: VerifyArgs) -> anyhow::Result<ExitCode> {
             prompt: args.max_prompt,
             answer: args.max_answer,
         },
+        stream_share: args.stream_share,
         abort_share: args.abort_share,
         sample_interval,
         seed,

@@ -74,6 +74,7 @@ fn config(block_size: u32) -> VerifyConfig {
             prompt: 600,
             answer: 40,
         },
+        stream_share: 0.6,
         abort_share: 0.05,
         sample_interval: Duration::from_millis(20),
         seed: 1,

@@ -12,7 +12,7 @@ use crate::choose::Load;
 use crate::delay::{Delay, Placement};
 use crate::forecast::pace::{Law, Pace};
 use crate::outlook::Outlook;
-use crate::shadow::Shadow;
+use crate::shadow::{Eviction, Shadow};
 use crate::tree::{Depth, Slot};
 
 /// Names one worker for as long as it is known. A worker removed and added again, even under
@@ -35,6 +35,8 @@ pub struct WorkerSpec {
     pub capacity_blocks: Option<u32>,
     /// Without prefix caching no two requests share a block there.
     pub prefix_caching: bool,
+    /// How it chooses what to evict.
+    pub eviction: Eviction,
 }
 
 /// Whether a worker can be chosen.
@@ -87,6 +89,8 @@ pub struct WorkerSnapshot {
     pub capacity_blocks: u32,
     /// Who says so.
     pub capacity_source: CapacitySource,
+    /// How it chooses what to evict.
+    pub eviction: Eviction,
     /// What it takes, as learned.
     pub pace: Pace,
     /// Until a prompt booked now would be turned to, by forecast.
@@ -216,7 +220,7 @@ impl Fleet {
             healthy: false,
             draining: false,
             prefix_caching: spec.prefix_caching,
-            shadow: Shadow::new(spec.capacity_blocks),
+            shadow: Shadow::new(spec.eviction, spec.capacity_blocks),
             pinned: 0,
             told: 0,
         });
@@ -249,6 +253,12 @@ impl Fleet {
             }
         }
         !self.coarse.is_empty()
+    }
+
+    /// How many of the router's blocks one of the engine's is.
+    pub(crate) fn stride(&self, slot: Slot) -> NonZeroU32 {
+        let coarse = self.coarse.iter().find(|it| it.slot == slot);
+        coarse.map_or(NonZeroU32::MIN, |it| it.stride)
     }
 
     /// Says how many of the router's blocks one of the worker's engine's is.
@@ -425,6 +435,7 @@ impl Fleet {
                     follows_events: worker.shadow.is_told(),
                     capacity_blocks: worker.shadow.capacity(),
                     capacity_source: worker.shadow.capacity_source(),
+                    eviction: worker.shadow.eviction(),
                     backlog: seconds(outlook.backlog(&pace, now)),
                     inter_token_latency: seconds(step),
                     first_token_error: outlook.watch.first_token_error(),

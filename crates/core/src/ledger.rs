@@ -54,6 +54,7 @@ impl State {
             node: NO_NODE,
             hashed_blocks: 0,
             block_size: sequence.block_size().get(),
+            stride: self.fleet.stride(worker.slot).get(),
             prompt_tokens: sequence.tokens(),
             generated_tokens: 0,
             share,
@@ -71,6 +72,7 @@ impl State {
         };
         if let Some((worker, load)) = self.fleet.get_mut(worker) {
             let mut pinned_blocks = 0;
+            let mut copies = 0;
             if worker.prefix_caching {
                 let chain = sequence.shared_hashes();
                 let pinned = self.tree.pin(reading.at, chain, worker.id.slot);
@@ -88,15 +90,17 @@ impl State {
                     .revived
                     .first()
                     .map_or(0, |run| run.start + run.blocks);
-                let copied = end.saturating_sub(sequence.reusable_blocks());
-                shadow.revived(&pinned.revived, copied);
+                let reusable = sequence.reusable_blocks();
+                shadow.revived(&pinned.revived, end.saturating_sub(reusable));
+                copies = shadow.divide(&pinned, reusable, worker.id.slot, &mut self.tree);
             }
             worker.shadow.waits();
+            worker.shadow.change_headroom(0, record.headroom());
             load.requests += 1;
             load.context_tokens += record.context_tokens();
             load.active_blocks += pinned_blocks + u64::from(record.unshared_blocks());
             worker.shadow.make_room(
-                load.active_blocks,
+                load.active_blocks + worker.shadow.room_for_copies(copies),
                 worker.id.slot,
                 &mut self.tree,
                 &mut self.foreseen,
@@ -203,8 +207,10 @@ impl State {
             return;
         };
         let (blocks_before, context_before) = (record.blocks(), record.context_tokens());
+        let headroom_before = record.headroom();
         record.generated_tokens = total;
         let (blocks, context) = (record.blocks(), record.context_tokens());
+        let headroom = record.headroom();
         let worker = record.worker;
         if blocks != blocks_before {
             // A block is little enough for a forecast to stand.
@@ -218,7 +224,8 @@ impl State {
         if let Some((worker, load)) = self.fleet.get_mut(worker) {
             load.active_blocks = load.active_blocks + u64::from(blocks) - u64::from(blocks_before);
             load.context_tokens = load.context_tokens + context - context_before;
-            if blocks > blocks_before {
+            worker.shadow.change_headroom(headroom_before, headroom);
+            if blocks > blocks_before || headroom > headroom_before {
                 worker.shadow.make_room(
                     load.active_blocks,
                     worker.id.slot,
@@ -297,6 +304,7 @@ impl State {
         if !record.computed && worker.shadow.waits_no_longer() {
             self.foreseen.forget(worker.id.slot);
         }
+        worker.shadow.change_headroom(record.headroom(), 0);
         load.requests -= 1;
         load.context_tokens -= record.context_tokens();
         let unshared = record.unshared_blocks();
@@ -319,7 +327,14 @@ impl State {
             let pinned = self.tree.pin(at, chain, slot);
             self.tree.mark_computed(pinned.node, slot);
             worker.shadow.revived(&pinned.revived, u32::MAX);
-            left_behind = left_behind.saturating_sub(pinned.blocks);
+            worker
+                .shadow
+                .divide(&pinned, u32::MAX, slot, &mut self.tree);
+            let known = match worker.shadow.keeps_copies() {
+                true => pinned.blocks,
+                false => pinned.path.saturating_sub(record.hashed_blocks),
+            };
+            left_behind = left_behind.saturating_sub(known);
             worker.pinned += u64::from(pinned.blocks);
             load.active_blocks += u64::from(pinned.blocks);
             // The longer path takes the place of the shorter, which frees nothing: but hashes

@@ -70,4 +70,5 @@ mod tree;
 
 pub use capacity::{CapacitySource, DEFAULT_CAPACITY_BLOCKS};
 pub use forecast::pace::Pace;
+pub use shadow::Eviction;
 pub use tree::Depth;

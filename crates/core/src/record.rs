@@ -25,6 +25,8 @@ pub(crate) struct Record {
     /// Blocks of the prompt booked through the tree; the others are its own.
     pub(crate) hashed_blocks: u32,
     pub(crate) block_size: u32,
+    /// How many blocks its engine takes at a time.
+    pub(crate) stride: u32,
     pub(crate) prompt_tokens: u32,
     pub(crate) generated_tokens: u32,
     /// What it adds to its worker's outlook.
@@ -51,9 +53,15 @@ pub(crate) struct Record {
 
 impl Record {
     pub(crate) fn blocks(&self) -> u32 {
-        let tokens = u64::from(self.prompt_tokens) + u64::from(self.generated_tokens);
+        self.blocks_after(self.generated_tokens)
+    }
+
+    /// What its engine holds once so many output tokens are generated.
+    fn blocks_after(&self, generated: u32) -> u32 {
+        let tokens = u64::from(self.prompt_tokens) + u64::from(generated);
         let blocks = tokens.div_ceil(u64::from(self.block_size));
-        u32::try_from(blocks).unwrap_or(u32::MAX)
+        let whole = blocks.next_multiple_of(u64::from(self.stride));
+        u32::try_from(whole).unwrap_or(u32::MAX)
     }
 
     /// Blocks that no other request can share: the partial one and those of the output.
@@ -68,7 +76,17 @@ impl Record {
         let stored = u64::from(self.generated_tokens).saturating_sub(1);
         let full = (u64::from(self.prompt_tokens) + stored) / u64::from(self.block_size);
         let full = u32::try_from(full).unwrap_or(u32::MAX);
-        full.saturating_sub(self.hashed_blocks)
+        (full - full % self.stride).saturating_sub(self.hashed_blocks)
+    }
+
+    /// Blocks that an SGLang frees for it beyond those it takes: one, but not yet where its last
+    /// two tokens began a block. The last was not stored, and the one before needed no more than
+    /// there was when it was asked for.
+    pub(crate) fn headroom(&self) -> u32 {
+        let asked_for = self.blocks_after(self.generated_tokens.saturating_sub(2));
+        asked_for
+            .saturating_add(self.stride)
+            .saturating_sub(self.blocks())
     }
 
     pub(crate) fn context_tokens(&self) -> u64 {

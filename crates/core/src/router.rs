@@ -19,6 +19,7 @@ pub use crate::config::{ConfigError, RouterConfig};
 use crate::fleet::{WorkerError, WorkerId, WorkerSnapshot, WorkerSpec};
 pub use crate::request::{Candidate, Explanation, Request, RouteError};
 use crate::sequence::{Sequence, SequenceHash};
+use crate::shadow::Eviction;
 use crate::state::{Locked, State, release};
 
 /// Prefixes that are told under one lock, at most. That takes some two microseconds: whoever waits
@@ -112,6 +113,13 @@ impl Router {
     /// Says that one of the blocks of a worker's engine is `stride` of the router's.
     pub fn set_stride(&self, id: WorkerId, stride: NonZeroU32) {
         self.state.lock().fleet.set_stride(id, stride);
+    }
+
+    /// Says how a worker chooses what to evict.
+    pub fn set_eviction(&self, id: WorkerId, eviction: Eviction) {
+        if let Some((worker, _)) = self.state.lock().fleet.get_mut(id) {
+            worker.shadow.set_eviction(eviction);
+        }
     }
 
     /// A worker lost its cache: it was restarted, or told to drop it. What is booked stays.

@@ -1,6 +1,7 @@
 //! What a worker's cache must still contain when nobody tells: the engine's own replacement
 //! rule, run on what was sent to it. Where events tell, it runs ahead of them: see
-//! [`foreseen`](crate::foreseen).
+//! [`foreseen`](crate::foreseen). SGLang's rule is told as what it does otherwise: see
+//! [`radix`].
 //!
 //! vLLM's rule (`BlockPool` and `FreeKVCacheBlockQueue`): a full block without references goes to
 //! the end of one free queue, a freed request's blocks tail first, and a partial block to its
@@ -20,6 +21,29 @@ use crate::foreseen::Foreseen;
 use crate::reports::{Claim, Hits, Reports, Run, Verdict};
 use crate::sequence::SequenceHash;
 use crate::tree::{Evicted, NodeId, PrefixTree, Revived, Slot, Unpinned};
+
+mod radix;
+
+/// How an engine chooses what to evict.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Eviction {
+    /// As vLLM does: single blocks, those of the request that ended first, tail first.
+    #[default]
+    Queue,
+    /// As SGLang does: whole leaves of its radix tree, the least recently used first.
+    Radix,
+}
+
+impl Eviction {
+    /// The name used in configuration and in the admin API.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Queue => "queue",
+            Self::Radix => "radix",
+        }
+    }
+}
 
 /// Runs of blocks whose eviction is remembered, to see whether the engine still had them.
 const MOST_GHOSTS: usize = 1024;
@@ -45,11 +69,16 @@ impl Freed {
         u64::from(self.output) + u64::from(self.cached) + u64::from(self.copies)
     }
 
-    /// Takes up to `want` blocks and returns how many.
-    fn take(&mut self, want: u32, worker: Slot, tree: &mut PrefixTree) -> Evicted {
-        let output = self.output.min(want);
+    /// Takes up to `want` blocks, or what more it takes to evict `whole` nodes, and returns how
+    /// many.
+    fn take(&mut self, want: u32, whole: bool, worker: Slot, tree: &mut PrefixTree) -> Evicted {
+        let output = match whole {
+            true => self.output,
+            false => self.output.min(want),
+        };
         self.output -= output;
-        let mut taken = tree.evict(self.node, worker, self.stamp, want - output);
+        let left = want.saturating_sub(output);
+        let mut taken = tree.evict(self.node, worker, self.stamp, left, whole);
         self.cached -= taken.blocks;
         taken.blocks += output;
         match taken.next {
@@ -78,11 +107,14 @@ struct Ghost {
 /// The free queue of one worker.
 #[derive(Debug)]
 pub(crate) struct Shadow {
+    eviction: Eviction,
     capacity: Capacity,
     /// Events tell what is cached, and this what will be evicted.
     is_told: bool,
     /// Bookings without a first token, whose evictions may be yet to come.
     waiting: u32,
+    /// Blocks that a radix cache frees for its requests beyond those they take.
+    headroom: u64,
     /// In the order of their stamps.
     queue: VecDeque<Freed>,
     /// Sums over the queue: blocks that a request could hit, and all.
@@ -98,11 +130,13 @@ pub(crate) struct Shadow {
 
 impl Shadow {
     /// `capacity` in blocks, if it is known.
-    pub(crate) fn new(capacity: Option<u32>) -> Self {
+    pub(crate) fn new(eviction: Eviction, capacity: Option<u32>) -> Self {
         Self {
+            eviction,
             capacity: Capacity::new(capacity),
             is_told: false,
             waiting: 0,
+            headroom: 0,
             queue: VecDeque::new(),
             cached: 0,
             free: 0,
@@ -115,6 +149,10 @@ impl Shadow {
 
     pub(crate) fn capacity(&self) -> u32 {
         self.capacity.blocks()
+    }
+
+    pub(crate) fn eviction(&self) -> Eviction {
+        self.eviction
     }
 
     pub(crate) fn capacity_source(&self) -> CapacitySource {
@@ -176,7 +214,8 @@ impl Shadow {
 
     /// Cached blocks were pinned again. The deepest `copied` of them the worker computes once
     /// more, so that their earlier copies stay where they are, of use to nobody.
-    pub(crate) fn revived(&mut self, runs: &[Revived], mut copied: u32) {
+    pub(crate) fn revived(&mut self, runs: &[Revived], copied: u32) {
+        let mut copied = if self.keeps_copies() { copied } else { 0 };
         for run in runs {
             self.cached -= u64::from(run.blocks);
             let Some(entry) = self.entry_mut(run.freed_by) else {
@@ -225,13 +264,15 @@ impl Shadow {
         let is_idle = self.is_idle();
         let capacity = if is_idle { 0 } else { self.capacity.blocks() };
         let foresees = self.is_told && !is_idle && self.waiting > 0;
-        let fits = u64::from(capacity).saturating_sub(active);
+        let whole = self.eviction == Eviction::Radix;
+        let headroom = if whole { self.headroom } else { 0 };
+        let fits = u64::from(capacity).saturating_sub(active + headroom);
         while self.free > fits
             && let Some(front) = self.queue.front_mut()
         {
             let want = u32::try_from(self.free - fits).unwrap_or(u32::MAX);
             let cached = front.cached;
-            let taken = front.take(want, worker, tree);
+            let taken = front.take(want, whole, worker, tree);
             self.cached -= u64::from(cached - front.cached);
             self.free -= u64::from(taken.blocks);
             self.evicted += u64::from(taken.blocks);

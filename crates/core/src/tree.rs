@@ -26,6 +26,7 @@ use smallvec::SmallVec;
 
 use crate::sequence::{AlreadyHashed, SequenceHash};
 
+mod eviction;
 mod outcome;
 
 pub(crate) use outcome::{Evicted, Pinned, Revived, Unpinned};
@@ -88,6 +89,8 @@ struct Hold {
     computed: u32,
     /// Which freeing unpinned the node; says nothing while it is pinned.
     freed_by: u64,
+    /// What lies below is another node to the worker's engine, if that evicts whole nodes.
+    ends: bool,
 }
 
 #[derive(Debug)]
@@ -150,6 +153,7 @@ impl Node {
                     && upper.pins == lower.pins
                     && (upper.pins > 0 || upper.freed_by == lower.freed_by)
                     && (upper.computed == self.len() || lower.computed == 0)
+                    && !upper.ends
             })
     }
 }
@@ -248,6 +252,7 @@ impl PrefixTree {
         let mut pinned = Pinned {
             node,
             path: self.nodes.get(node as usize).map_or(0, |node| node.end),
+            held: 0,
             blocks: 0,
             revived: SmallVec::new(),
         };
@@ -258,6 +263,11 @@ impl PrefixTree {
             match node.hold_index(worker) {
                 Ok(index) => {
                     let hold = &mut node.holds[index];
+                    let held = match hold.pins {
+                        0 => hold.computed,
+                        _ => length,
+                    };
+                    pinned.held = pinned.held.max(start + held);
                     if hold.pins == 0 {
                         pinned.blocks += length;
                         pinned.revive(start, hold.computed, hold.freed_by);
@@ -273,6 +283,7 @@ impl PrefixTree {
                             pins: 1,
                             computed: 0,
                             freed_by: 0,
+                            ends: false,
                         },
                     );
                 }
@@ -338,43 +349,6 @@ impl PrefixTree {
         self.tidy_path(node);
         self.shorten(node);
         unpinned
-    }
-
-    /// Evicts up to `want` blocks that `freed_by` unpinned on `worker`, from the tail of `node`
-    /// upwards.
-    pub(crate) fn evict(
-        &mut self,
-        node: NodeId,
-        worker: Slot,
-        freed_by: u64,
-        want: u32,
-    ) -> Evicted {
-        let mut evicted = Evicted {
-            blocks: 0,
-            uppermost: None,
-            next: None,
-        };
-        let mut id = node;
-        while let Some(node) = self.nodes.get_mut(id as usize)
-            && let Some(hold) = node.hold_freed_by(worker, freed_by)
-        {
-            let taken = hold.computed.min(want - evicted.blocks);
-            hold.computed -= taken;
-            evicted.blocks += taken;
-            let left = hold.computed;
-            if taken > 0 {
-                evicted.uppermost = node.edge().get(left as usize).copied();
-            }
-            if left > 0 {
-                evicted.next = Some(id);
-                return evicted;
-            }
-            node.remove_hold(worker);
-            let parent = node.parent;
-            self.tidy(id);
-            id = parent;
-        }
-        evicted
     }
 
     fn is_told(&self, worker: Slot) -> bool {
@@ -445,6 +419,7 @@ impl PrefixTree {
         };
         for hold in &mut upper.holds {
             hold.computed = hold.computed.min(keep);
+            hold.ends = false;
         }
         for hold in &mut lower.holds {
             // A hold with nothing left stays: the shadow's queue finds the upper part through it.

@@ -34,6 +34,7 @@ fn add_worker(router: &Router, capacity: u32, prefix_caching: bool) -> WorkerId 
         models: Vec::new(),
         capacity_blocks: Some(capacity),
         prefix_caching,
+        ..WorkerSpec::default()
     });
     let id = id.unwrap();
     router.set_healthy(id, true);

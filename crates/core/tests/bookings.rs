@@ -494,6 +494,7 @@ impl Pair {
             models: Vec::new(),
             capacity_blocks: Some(capacity),
             prefix_caching,
+            ..WorkerSpec::default()
         };
         let id = self.router.add_worker(spec).unwrap();
         self.router.set_healthy(id, true);

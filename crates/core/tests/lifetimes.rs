@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 use foresee_core::booking::Booking;
@@ -202,4 +203,25 @@ fn a_smaller_cache_is_smaller_at_once() {
         .explain(&Request::new(&sequence), Duration::ZERO)
         .unwrap();
     assert_eq!(explained.candidates[0].depth.cached, 30);
+}
+
+#[test]
+fn an_engine_of_larger_blocks_takes_whole_ones() {
+    let (router, only) = router_of_one();
+    let active = || look(&router, Duration::ZERO).active_blocks;
+    let before = route(&router, 16, Duration::ZERO);
+    router.set_stride(only, NonZeroU32::new(4).unwrap());
+    // 4 times 16 tokens is what its engine takes at a time.
+    let mut booking = route(&router, 60, Duration::ZERO);
+    assert_eq!(active(), 1 + 4);
+    booking.tokens(4, Duration::ZERO);
+    assert_eq!(active(), 1 + 4);
+    booking.tokens(1, Duration::ZERO);
+    assert_eq!(active(), 1 + 8);
+    // What is booked stays as it is.
+    router.set_stride(only, NonZeroU32::MIN);
+    drop(booking);
+    assert_eq!(active(), 1);
+    drop(before);
+    assert_eq!(active(), 0);
 }

@@ -103,6 +103,7 @@ impl Shared {
             "kv_events": known.and_then(|worker| show_events(&worker)),
             "capacity_blocks": worker.capacity_blocks,
             "capacity_source": worker.capacity_source.as_str(),
+            "eviction": worker.eviction.as_str(),
             "prefill_tokens_per_second": worker.pace.prefill_speed(),
             "inter_token_latency_seconds": worker.inter_token_latency.as_secs_f64(),
             "forecast": show_forecast(worker),

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use foresee_core::Eviction;
 use foresee_core::router::RouterConfig;
 use foresee_engine::tokenizer::TokenizerError;
 use http::uri::{Authority, Scheme};
@@ -98,7 +99,7 @@ pub fn default_io_threads() -> NonZeroUsize {
 const MAX_RANKS: u32 = 1024;
 
 /// One engine, written `URL[,name=…][,ranks=N][,blocks=N][,prefix-caching=on|off]
-/// [,kv-events=ENDPOINT[,replay=ENDPOINT][,topic=…]]`, which is one worker or, with ranks, one
+/// [,eviction=queue|radix][,kv-events=ENDPOINT[,replay=ENDPOINT][,topic=…]]`, which is one worker or, with ranks, one
 /// for each.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkerConfig {
@@ -116,6 +117,8 @@ pub struct WorkerConfig {
     pub blocks: Option<u32>,
     /// Whether it shares blocks between requests, if not as the gateway's default.
     pub prefix_caching: Option<bool>,
+    /// How it chooses what to evict, if it does not say which engine it is.
+    pub eviction: Option<Eviction>,
     /// How the router learns what it caches; of several ranks, rank 0.
     pub kv_events: KvEvents,
 }
@@ -220,6 +223,7 @@ impl WorkerConfig {
             base_path: uri.path().trim_end_matches('/').to_owned(),
             blocks: None,
             prefix_caching: None,
+            eviction: None,
             kv_events: KvEvents::default(),
         })
     }
@@ -265,6 +269,11 @@ impl FromStr for WorkerConfig {
                 ("prefix-caching", _) => {
                     return Err(fail("`prefix-caching` is neither on nor off".to_owned()));
                 }
+                ("eviction", "queue") => worker.eviction = Some(Eviction::Queue),
+                ("eviction", "radix") => worker.eviction = Some(Eviction::Radix),
+                ("eviction", _) => {
+                    return Err(fail("`eviction` is neither queue nor radix".to_owned()));
+                }
                 ("kv-events", "off") => worker.kv_events = KvEvents::Off,
                 ("kv-events", source) => {
                     let source = source.parse();
@@ -279,7 +288,8 @@ impl FromStr for WorkerConfig {
                 ("topic", "") => return Err(fail("`topic` is empty".to_owned())),
                 ("topic", name) => topic = Some(name.to_owned()),
                 (key, _) => {
-                    let known = "name, ranks, blocks, prefix-caching, kv-events, replay or topic";
+                    let known =
+                        "name, ranks, blocks, prefix-caching, eviction, kv-events, replay or topic";
                     return Err(fail(format!("unknown option `{key}`: use {known}")));
                 }
             }
@@ -300,12 +310,12 @@ mod tests {
         assert_eq!(plain.url(), "http://10.0.0.7:8000");
         assert_eq!(plain.name, "10.0.0.7:8000");
 
-        let full: WorkerConfig = "gpu1:8000/engine,name=a,blocks=27312,prefix-caching=off"
-            .parse()
-            .unwrap();
+        let full = "gpu1:8000/engine,name=a,blocks=27312,prefix-caching=off,eviction=radix";
+        let full: WorkerConfig = full.parse().unwrap();
         assert_eq!(full.url(), "http://gpu1:8000/engine");
         assert_eq!((full.name.as_str(), full.blocks), ("a", Some(27312)));
         assert_eq!(full.prefix_caching, Some(false));
+        assert_eq!(full.eviction, Some(Eviction::Radix));
         assert_eq!(full.kv_events, KvEvents::Discovered);
 
         let source = source_of("a:1,replay=tcp://a:5558,topic=kv,kv-events=tcp://a:5557");

@@ -1,9 +1,10 @@
-//! What a worker says of itself: the models it serves, how large its cache is, and where it
-//! publishes what it caches.
+//! What a worker says of itself: the models it serves, which engine it is, how large its cache is,
+//! and where it publishes what it caches.
 
 use std::num::NonZeroU32;
 use std::sync::atomic::Ordering;
 
+use foresee_core::Eviction;
 use foresee_engine::server_info::{Published, ServerInfo, parse_event_sources};
 use foresee_engine::worker_metrics::CacheConfig;
 use serde::Deserialize;
@@ -21,6 +22,9 @@ pub(crate) async fn learn_what_it_serves(shared: &Shared, worker: &Worker) {
         let names = models.iter().map(|(id, _)| id.clone()).collect();
         shared.router.set_models(worker.id, names);
         shared.workers.set_models(worker, models);
+        if worker.config.eviction.is_none() && worker.says_it_is("sglang") {
+            shared.router.set_eviction(worker.id, Eviction::Radix);
+        }
     }
     if worker.config.blocks.is_none()
         && let Ok(body) = get(shared, worker, "/metrics").await
@@ -49,7 +53,7 @@ pub(crate) async fn learn_where_its_events_are(shared: &Shared, worker: &Worker)
         return true;
     }
     // vLLM's development mode has a `/server_info` too, which takes seconds and tells nothing.
-    let found = if worker.is_vllm() {
+    let found = if worker.says_it_is("vllm") {
         ask_vllm(shared, worker).await
     } else {
         ask_sglang(shared, worker).await

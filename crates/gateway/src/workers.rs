@@ -108,8 +108,8 @@ impl Worker {
         self.knows_models.send_replace(known);
     }
 
-    /// Whether it says that it is a vLLM.
-    pub(crate) fn is_vllm(&self) -> bool {
+    /// Whether it says that it is a `vllm`, or an `sglang`.
+    pub(crate) fn says_it_is(&self, engine: &str) -> bool {
         #[derive(Deserialize)]
         struct Model<'m> {
             #[serde(borrow)]
@@ -117,7 +117,7 @@ impl Worker {
         }
         let models = self.models.read();
         let owner = |(_, model): &(String, Box<RawValue>)| {
-            serde_json::from_str(model.get()).is_ok_and(|it: Model<'_>| it.owned_by == "vllm")
+            serde_json::from_str(model.get()).is_ok_and(|it: Model<'_>| it.owned_by == engine)
         };
         models.iter().any(owner)
     }
@@ -211,6 +211,7 @@ impl Workers {
             models: Vec::new(),
             capacity_blocks: config.blocks,
             prefix_caching: config.prefix_caching.unwrap_or(prefix_caching),
+            eviction: config.eviction.unwrap_or_default(),
         })?;
         let worker = Arc::new(Worker {
             id,

@@ -269,6 +269,25 @@ async fn each_rank_of_a_vllm_is_followed_where_it_says() {
 }
 
 #[tokio::test]
+async fn an_engine_evicts_as_it_says_it_does_unless_it_is_written() {
+    let engine = FakeWorker::start().await;
+    for (owner, options, eviction) in [
+        ("vllm", "", "queue"),
+        ("sglang", "", "radix"),
+        ("sglang", ",kv-events=off", "radix"),
+        ("sglang", ",eviction=queue", "queue"),
+        ("somebody", ",eviction=radix", "radix"),
+    ] {
+        let models = json!({"data": [{"id": "m", "owned_by": owner}]});
+        engine.set_model_list(&models.to_string());
+        let gateway = gateway_of(&engine, options).await;
+        let worker = becomes(&gateway, "gpu", |it| it["state"] == "healthy").await;
+        assert_eq!(worker["eviction"], eviction, "{owner}{options}");
+        gateway.shut_down().await;
+    }
+}
+
+#[tokio::test]
 async fn an_sglang_may_move_its_events_or_end_them() {
     let (first, second) = (Publisher::start().await, Publisher::start().await);
     let engine = FakeWorker::start().await;

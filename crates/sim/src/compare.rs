@@ -44,10 +44,6 @@ pub fn compare(
         run_while(&config, &traffic[which.seed], &mut |it| {
             progress(which, it);
             ControlFlow::Continue(())
-        });
-        outcome.map(|outcome| Outcome {
-            policy: policies[which.policy].to_string(),
-            ..outcome
         })
     });
     let outcomes: Vec<Outcome> = outcomes.into_iter().collect::<Result<_, _>>()?;

@@ -59,7 +59,6 @@ impl ReplayConfig {
             knowledge: Knowledge::default(),
             changes: Vec::new(),
             slo: Slo::default(),
-            rule: None,
         };
         one.with_workers(workers)
     }
@@ -324,6 +323,7 @@ impl<'a> Replay<'a> {
                 .capacity_known
                 .then(|| engine.blocks.saturating_mul(worker.stride.get())),
             prefix_caching: engine.prefix_caching,
+            ..WorkerSpec::default()
         })?;
         self.router.set_stride(id, worker.stride);
         self.router.follow_events(id, self.follower.is_some());

@@ -50,6 +50,8 @@ pub struct VerifyConfig {
     pub concurrency: Vec<usize>,
     /// How long prompts and answers may be.
     pub lengths: Lengths,
+    /// Share of answers, 0 to 1, that are streamed. Of the others nobody can see how far they are.
+    pub stream_share: f64,
     /// Share of streams, 0 to 1, that the client leaves before their end, where several run.
     pub abort_share: f64,
     /// Time between two looks at the engines' metrics.
@@ -123,6 +125,7 @@ async fn run_phase(
         config.model.clone(),
         config.block_size,
         config.lengths,
+        config.stream_share,
         abort_share,
     ));
     let phase = Mutex::new(Phase::new(concurrency));

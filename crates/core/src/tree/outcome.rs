@@ -11,6 +11,8 @@ pub(crate) struct Pinned {
     pub(crate) node: NodeId,
     /// Blocks from the root to the end of `node`: all of the chain, but for hash collisions.
     pub(crate) path: u32,
+    /// How many of them from the root were cached or pinned before.
+    pub(crate) held: u32,
     /// Blocks that no booking pinned before.
     pub(crate) blocks: u32,
     /// Those of them that were cached and are no longer up for eviction, deepest first.

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::foreseen::Foreseen;
-use crate::shadow::Shadow;
+use crate::shadow::{Eviction, Shadow};
 
 const WORKERS: Slot = 3;
 
@@ -30,6 +30,15 @@ struct Pin {
     forgotten: bool,
 }
 
+/// One worker evicts whole nodes.
+fn shadow_of(worker: Slot, capacity: u32) -> Shadow {
+    let eviction = match worker {
+        1 => Eviction::Radix,
+        _ => Eviction::Queue,
+    };
+    Shadow::new(eviction, Some(capacity))
+}
+
 #[derive(Default)]
 struct Held {
     tree: PrefixTree,
@@ -41,7 +50,7 @@ struct Held {
 impl Held {
     fn new(capacity: u32) -> Self {
         Self {
-            shadows: (0..WORKERS).map(|_| Shadow::new(Some(capacity))).collect(),
+            shadows: (0..WORKERS).map(|it| shadow_of(it, capacity)).collect(),
             pinned: vec![0; WORKERS as usize],
             ..Self::default()
         }
@@ -55,7 +64,10 @@ impl Held {
                 let at = self.tree.descend(&chain, &mut depths);
                 let pinned = self.tree.pin(at, &chain, worker);
                 self.pinned[worker as usize] += u64::from(pinned.blocks);
-                self.shadows[worker as usize].revived(&pinned.revived, 0);
+                let shadow = &mut self.shadows[worker as usize];
+                shadow.revived(&pinned.revived, 0);
+                let reusable = pinned.path.saturating_sub(1);
+                shadow.divide(&pinned, reusable, worker, &mut self.tree);
                 self.pins.push(Pin {
                     worker,
                     node: pinned.node,
@@ -86,7 +98,7 @@ impl Held {
             }
             Step::Forget(worker) => {
                 self.tree.forget_worker(worker);
-                self.shadows[worker as usize] = Shadow::new(Some(20));
+                self.shadows[worker as usize] = shadow_of(worker, 20);
                 self.pinned[worker as usize] = 0;
                 let pins = self.pins.iter_mut().filter(|pin| pin.worker == worker);
                 pins.for_each(|pin| pin.forgotten = true);

@@ -116,6 +116,7 @@ pub(super) struct Script {
     model: String,
     block_size: u32,
     lengths: Lengths,
+    stream_share: f64,
     abort_share: f64,
     prefixes: Vec<Vec<u32>>,
     recent: VecDeque<Vec<u32>>,
@@ -129,6 +130,7 @@ impl Script {
         model: String,
         block_size: u32,
         lengths: Lengths,
+        stream_share: f64,
         abort_share: f64,
     ) -> Self {
         let mut script = Self {
@@ -136,6 +138,7 @@ impl Script {
             model,
             block_size,
             lengths,
+            stream_share,
             abort_share,
             prefixes: Vec::new(),
             recent: VecDeque::new(),
@@ -264,7 +267,7 @@ impl Script {
     }
 
     fn ask(&mut self, kind: Kind, path: &'static str, field: &str, prompt: Value) -> Ask {
-        let streams = self.rng.random_bool(0.6);
+        let streams = self.rng.random_bool(self.stream_share);
         // Mostly short, for there to be many prompts in little time.
         let most = self.rng.random_range(1..=self.lengths.answer.max(1));
         let tokens = self.rng.random_range(1..=most);
@@ -318,7 +321,7 @@ mod tests {
             prompt: 600,
             answer: 40,
         };
-        Script::new(7, "m".to_owned(), 16, lengths, abort_share)
+        Script::new(7, "m".to_owned(), 16, lengths, 0.6, abort_share)
     }
 
     fn prompt(ask: &Ask) -> Value {
