@@ -97,7 +97,8 @@ impl Seat {
         let request = Request::new(sequence);
         let block_size = sequence.block_size().get();
         let reusable = sequence.reusable_blocks();
-        let candidates = router.explain(&request, now)?.candidates;
+        let explanation = router.explain(&request, now)?;
+        let candidates = explanation.candidates;
         let workers: Vec<Seen<'_>> = candidates
             .iter()
             .map(|candidate| {
@@ -122,6 +123,7 @@ impl Seat {
                     pending_tokens: prefills.tokens(),
                     pending_seconds: prefills.seconds(now),
                     prefill_seconds: prefill_seconds(engine.config(), new_tokens, overlap),
+                    delay: candidate.delay,
                     metrics: self.metrics.get(worker).copied().unwrap_or_default(),
                     engine: Some((engine, step_left)),
                 }
@@ -134,6 +136,7 @@ impl Seat {
             block_size,
             output_tokens: arriving.output_tokens,
             scrape: self.scrapes,
+            ttft_weight: explanation.ttft_weight,
             workers: &workers,
         };
         let chosen = self.rule.choose(&view, &mut self.rng);
