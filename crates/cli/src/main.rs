@@ -6,6 +6,7 @@ mod engine;
 mod flags;
 mod replay;
 mod serve;
+mod suite;
 mod verify;
 
 use std::io::IsTerminal;

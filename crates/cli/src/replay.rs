@@ -11,22 +11,25 @@ use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
 use foresee_core::choose::Policy;
 use foresee_sim::capacity::{self, Sought};
-use foresee_sim::compare::compare;
+use foresee_sim::compare::{Case, compare};
+use foresee_sim::grid::Grid;
 use foresee_sim::knowledge::Knowledge;
 use foresee_sim::lab::{self, Contender};
 use foresee_sim::replay::ReplayConfig;
 use foresee_sim::schedule::{FleetChange, InvalidChange};
 use foresee_sim::slo::{InvalidSlo, Slo};
 use foresee_sim::span::{self, InvalidSpan};
+use foresee_sim::suite::Settings;
 use foresee_sim::trace;
 use foresee_sim::traffic::Traffic;
 use foresee_sim::workload::Workload;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use crate::flags::{ModelEngineArgs, RouterArgs, WorkloadArgs, list_workloads};
+use crate::suite::{self, NamedCase, SuiteArgs, list_scenarios};
 
 #[derive(Args, Debug)]
-#[command(after_help = format!("{}\n\n{}", list_policies(), list_workloads()))]
+#[command(after_help = format!("{}\n\n{}\n\n{}", list_policies(), list_workloads(), list_scenarios()))]
 pub(crate) struct ReplayArgs {
     /// A trace: JSON lines as Mooncake's and those of `serve --record`, or a table as Azure's
     #[arg(long, value_name = "FILE", conflicts_with = "workload")]
@@ -40,7 +43,11 @@ pub(crate) struct ReplayArgs {
     /// How many times faster requests arrive than the trace, the workload or --rps has it
     #[arg(long, value_name = "TIMES")]
     rate: Option<f64>,
-    /// Policies to compare, separated by commas; those of `serve` by default
+    /// Such multiples, separated by commas: a row for each
+    #[arg(long, value_delimiter = ',', value_name = "TIMES", conflicts_with_all = ["rate", "find_capacity"])]
+    rates: Vec<f64>,
+    /// Policies to compare, separated by commas; those of `serve` by default, and those of the field
+    /// for --suite
     #[arg(long, value_delimiter = ',', value_name = "POLICY")]
     policy: Vec<Contender>,
     /// Model engines
@@ -67,6 +74,8 @@ pub(crate) struct ReplayArgs {
     /// Also writes the report to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    #[command(flatten)]
+    suite: SuiteArgs,
     #[command(flatten)]
     conditions: ConditionArgs,
     #[command(flatten)]
@@ -112,14 +121,43 @@ enum What {
 }
 
 pub(crate) fn replay(args: ReplayArgs) -> anyhow::Result<()> {
-    let traffic = traffic(&args)?;
-    let policies = if args.policy.is_empty() {
-        Policy::ALL.map(|(policy, _)| policy.into()).to_vec()
-    } else {
-        args.policy.clone()
-    };
-    let config = config(&args);
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let policies = if !args.policy.is_empty() {
+        args.policy.clone()
+    } else if args.suite.suite {
+        suite::policies()
+    } else {
+        Policy::ALL.map(|(policy, _)| policy.into()).to_vec()
+    };
+    if args.suite.suite {
+        let settings = Settings {
+            router: args.router.config(Policy::Kv),
+            knowledge: args.conditions.knowledge(),
+            slo: args.slo,
+            seeds: args.seeds,
+        };
+        let grid = args.suite.run(&settings, &policies, threads)?;
+        return write_grid(&args, &grid);
+    }
+    let config = config(&args);
+    let traffic = traffic(&args)?;
+    if !args.rates.is_empty() {
+        let cases = args.rates.iter().map(|&rate| {
+            let traffic = traffic.iter().map(|it| Ok(Arc::new(it.at_rate(rate)?)));
+            Ok(NamedCase {
+                name: format!("rate {rate}"),
+                what: format!("{rate} times the rate"),
+                rate: Some(rate),
+                case: Case {
+                    config: config.clone(),
+                    traffic: traffic.collect::<anyhow::Result<_>>()?,
+                },
+            })
+        });
+        let cases = cases.collect::<anyhow::Result<_>>()?;
+        let grid = suite::replay(cases, &policies, Vec::new(), threads)?;
+        return write_grid(&args, &grid);
+    }
     if let Some(what) = args.find_capacity {
         let bars = MultiProgress::new();
         let style = ProgressStyle::with_template("{prefix:16} {msg}")?;
@@ -188,8 +226,8 @@ fn traffic(args: &ReplayArgs) -> anyhow::Result<Vec<Arc<Traffic>>> {
         let seed = args.router.seed.wrapping_add(seed);
         let workload = args.shape.make(&args.workload, seed)?;
         ensure!(
-            args.rate.is_none() || workload.has_rate(),
-            "{} has no rate of arrival to scale by --rate: give it one with --rps",
+            (args.rate.is_none() && args.rates.is_empty()) || workload.has_rate(),
+            "{} has no rate of arrival to scale: give it one with --rps",
             workload.name
         );
         Ok(Arc::new(Traffic::new(workload.at_rate(rate)?, block_size)))
@@ -205,14 +243,25 @@ fn config(args: &ReplayArgs) -> ReplayConfig {
     let mut config = ReplayConfig::uniform(router, &engine, args.workers);
     config.slo = args.slo;
     config.changes.clone_from(&conditions.fleet_change);
-    config.knowledge = match conditions.knowledge {
-        Source::Shadow => Knowledge::Shadow,
-        Source::Events => Knowledge::Events {
-            lag: conditions.event_lag,
-            loss: conditions.event_loss,
-        },
-    };
+    config.knowledge = conditions.knowledge();
     config
+}
+
+impl ConditionArgs {
+    fn knowledge(&self) -> Knowledge {
+        match self.knowledge {
+            Source::Shadow => Knowledge::Shadow,
+            Source::Events => Knowledge::Events {
+                lag: self.event_lag,
+                loss: self.event_loss,
+            },
+        }
+    }
+}
+
+fn write_grid(args: &ReplayArgs, grid: &Grid) -> anyhow::Result<()> {
+    print!("{grid}");
+    write_json(args.json.as_deref(), || serde_json::to_string_pretty(grid))
 }
 
 fn write_json(

@@ -100,6 +100,10 @@ fn what_makes_no_sense_is_refused_with_its_remedy() {
         (&["--workload", "seed", "--find-capacity"], "--rps"),
         (&["--trace", "x.jsonl", "--rps", "2"], "--rate"),
         (&["--duration", "10m"], "--trace"),
+        (&["--workload", "seed", "--rates", "1,2"], "--rps"),
+        (&["--suite", "--trace", "x.jsonl"], "cannot be used with"),
+        (&["--suite", "--only", "sead"], "seed-isl"),
+        (&["--conversation", "x.jsonl"], "--suite"),
         (&["--rps", "0"], "positive"),
         (&["--arrivals", "weibull"], "gamma:CV"),
         (&["--slo", "tpot=1s"], "itl=60ms"),
@@ -112,4 +116,58 @@ fn what_makes_no_sense_is_refused_with_its_remedy() {
         let error = refused(flags);
         assert!(error.contains(remedy), "{flags:?}: {error}");
     }
+}
+
+#[test]
+fn a_suite_is_a_table_of_its_scenarios_and_says_what_it_left_out() {
+    let folder = std::env::temp_dir().join(format!("foresee-suite-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let (trace, json) = (folder.join("trace.jsonl"), folder.join("suite.json"));
+    let line = |n: u32| {
+        format!(
+            r#"{{"timestamp": {}, "input_length": 900, "output_length": 20, "hash_ids": [1, {n}]}}"#,
+            n * 100
+        )
+    };
+    std::fs::write(&trace, (0..40).map(|n| line(n) + "\n").collect::<String>()).unwrap();
+    let flags = [
+        "--suite",
+        "--only",
+        "conversation-50,no-events,azure",
+        "--conversation",
+        trace.to_str().unwrap(),
+        "--policy",
+        "kv,delay,delay:no-stalls",
+        "--seeds",
+        "2",
+        "--json",
+        json.to_str().unwrap(),
+    ];
+    let table = told(&flags);
+    for part in [
+        "conversation-50",
+        "no-events",
+        "geometric mean",
+        "Left out: azure",
+        "real time",
+    ] {
+        assert!(table.contains(part), "{part}: {table}");
+    }
+    let grid: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    assert_eq!(grid["reference"], "delay");
+    assert_eq!(grid["rows"][1]["name"], "no-events");
+    let outcomes = grid["rows"][1]["report"]["outcomes"].as_array().unwrap();
+    assert_eq!(outcomes.len(), 6);
+    assert!(outcomes.iter().all(|it| it["finished"] == 40));
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+#[test]
+fn rates_are_rows() {
+    let flags = ["--workload", "rag", "--rates", "0.5,1"];
+    let table = told(&[&SMALL[..], &flags].concat());
+    assert!(
+        table.contains("\nrate 0.5 ") && table.contains("\nrate 1 "),
+        "{table}"
+    );
 }

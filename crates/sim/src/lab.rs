@@ -3,9 +3,11 @@
 //! None of them serves: what `foresee serve` offers is in [`foresee_core::choose`]. Each is a few
 //! lines over what [`view`] shows of one request and the workers: [`rules`] (what the router
 //! books), [`metered`] (what engines report of themselves, and when they last did), [`history`]
-//! (what was sent where), [`oracle`] (what engines will do, by [`rolling`] them forward). [`seat`]
-//! puts a rule in the router's place: it asks the rule, and books there.
+//! (what was sent where), [`oracle`] (what engines will do, by [`rolling`] them forward);
+//! [`ablation`] (the router's own cost in seconds, less a term). [`seat`] puts a rule in the router's
+//! place: it asks the rule, and books there.
 
+mod ablation;
 mod history;
 mod metered;
 mod oracle;
@@ -98,6 +100,50 @@ pub static RULES: [LabRule; 11] = [
     },
 ];
 
+/// The router's `delay` without one of its terms each: what the term is worth.
+pub static ABLATIONS: [LabRule; 8] = [
+    LabRule {
+        name: "delay:no-wait",
+        what: "`delay` without the wait for prompts before it",
+        make: || ablation::without(|it| &mut it.wait),
+    },
+    LabRule {
+        name: "delay:no-memory",
+        what: "`delay` without the wait for its blocks to fit",
+        make: || ablation::without(|it| &mut it.memory),
+    },
+    LabRule {
+        name: "delay:no-prefill",
+        what: "`delay` without the time its own prompt takes",
+        make: || ablation::without(|it| &mut it.prefill),
+    },
+    LabRule {
+        name: "delay:no-decode",
+        what: "`delay` without the time its answer takes alone",
+        make: || ablation::without(|it| &mut it.decode),
+    },
+    LabRule {
+        name: "delay:no-slowed",
+        what: "`delay` without what others add to that",
+        make: || ablation::without(|it| &mut it.slowed),
+    },
+    LabRule {
+        name: "delay:no-stalls",
+        what: "`delay` without what its prompt makes others wait",
+        make: || ablation::without(|it| &mut it.stalls),
+    },
+    LabRule {
+        name: "delay:no-slows",
+        what: "`delay` without what its answer makes others wait",
+        make: || ablation::without(|it| &mut it.slows),
+    },
+    LabRule {
+        name: "delay:no-future",
+        what: "`delay` without the wait of requests to come",
+        make: || ablation::without(|it| &mut it.future),
+    },
+];
+
 /// A policy that replay can run: one of those that serve, or a [`LabRule`].
 #[derive(Clone, Debug)]
 pub struct Contender {
@@ -107,9 +153,17 @@ pub struct Contender {
 
 #[derive(Clone, Copy, Debug)]
 enum Chooser {
-    /// The router, with an overlap weight of its own if there is one.
-    Router(Policy, Option<f64>),
+    /// The router, with a weight of its own.
+    Router(Policy, Weight),
     Rule(&'static LabRule),
+}
+
+/// What a policy of the router has other than the configuration.
+#[derive(Clone, Copy, Debug)]
+enum Weight {
+    Configured,
+    Overlap(f64),
+    TimeToFirstToken(f64),
 }
 
 /// Dynamo's formula as PR 1731 introduced it, which is what `kv` computes.
@@ -119,11 +173,16 @@ impl Contender {
     /// The router's settings, changed so that it decides by this policy if it is one of its own.
     pub(crate) fn settings(&self, settings: &RouterConfig) -> RouterConfig {
         match self.chooser {
-            Chooser::Router(policy, weight) => RouterConfig {
-                policy,
-                overlap_weight: weight.unwrap_or(settings.overlap_weight),
-                ..settings.clone()
-            },
+            Chooser::Router(policy, weight) => {
+                let mut settings = settings.clone();
+                settings.policy = policy;
+                match weight {
+                    Weight::Configured => {}
+                    Weight::Overlap(weight) => settings.overlap_weight = weight,
+                    Weight::TimeToFirstToken(weight) => settings.ttft_weight = weight,
+                }
+                settings
+            }
             Chooser::Rule(_) => settings.clone(),
         }
     }
@@ -141,7 +200,7 @@ impl From<Policy> for Contender {
     fn from(policy: Policy) -> Self {
         Self {
             name: policy.to_string(),
-            chooser: Chooser::Router(policy, None),
+            chooser: Chooser::Router(policy, Weight::Configured),
         }
     }
 }
@@ -162,8 +221,10 @@ pub struct UnknownContender {
 /// Every name there is.
 fn names() -> Vec<&'static str> {
     let router = Policy::ALL.map(|(_, name)| name);
-    let rules = RULES.iter().map(|rule| rule.name);
-    let written = router.into_iter().chain(["kv:WEIGHT", PR_1731.0]);
+    let rules = RULES.iter().chain(&ABLATIONS).map(|rule| rule.name);
+    let written = router
+        .into_iter()
+        .chain(["kv:WEIGHT", "delay:ttft=WEIGHT", PR_1731.0]);
     written.chain(rules).collect()
 }
 
@@ -171,15 +232,23 @@ impl FromStr for Contender {
     type Err = UnknownContender;
 
     fn from_str(name: &str) -> Result<Self, UnknownContender> {
-        let weight = name.strip_prefix("kv:").map(f64::from_str);
-        let chooser = if let Some(Ok(weight)) = weight {
-            Some(Chooser::Router(Policy::Kv, Some(weight)))
+        let number = |prefix| name.strip_prefix(prefix)?.parse().ok();
+        let chooser = if let Some(weight) = number("kv:") {
+            Some(Chooser::Router(Policy::Kv, Weight::Overlap(weight)))
+        } else if let Some(weight) = number("delay:ttft=") {
+            Some(Chooser::Router(
+                Policy::Delay,
+                Weight::TimeToFirstToken(weight),
+            ))
         } else if name == PR_1731.0 {
-            Some(Chooser::Router(Policy::Kv, Some(PR_1731.1)))
+            Some(Chooser::Router(Policy::Kv, Weight::Overlap(PR_1731.1)))
         } else if let Ok(policy) = name.parse() {
-            Some(Chooser::Router(policy, None))
+            Some(Chooser::Router(policy, Weight::Configured))
         } else {
-            let rule = RULES.iter().find(|rule| rule.name == name);
+            let rule = RULES
+                .iter()
+                .chain(&ABLATIONS)
+                .find(|rule| rule.name == name);
             rule.map(Chooser::Rule)
         };
         let name = name.to_owned();
@@ -205,10 +274,17 @@ mod tests {
 
     #[test]
     fn an_unknown_name_is_told_all_that_are_known() {
-        for name in ["kv:", "kv:much", "oracle:ttf", ""] {
+        for name in [
+            "kv:",
+            "kv:much",
+            "oracle:ttf",
+            "delay:ttft=",
+            "delay:no-tax",
+            "",
+        ] {
             let error = name.parse::<Contender>().unwrap_err().to_string();
-            assert!(error.contains("kv:WEIGHT, dynamo-pr1731, dynamo, metrics-1s"));
-            assert!(error.contains("least-requests") && error.ends_with("oracle:ttft"));
+            assert!(error.contains("kv:WEIGHT, delay:ttft=WEIGHT, dynamo-pr1731, dynamo"));
+            assert!(error.contains("least-requests") && error.ends_with("delay:no-future"));
         }
     }
 }

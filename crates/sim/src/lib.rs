@@ -6,7 +6,8 @@
 //! (when), [`traffic`], [`knowledge`] and [`schedule`] (what the router sees of them, of caches,
 //! and of a changing fleet), [`replay`] (all of it with the router), [`lab`] (other policies in
 //! its place), [`prediction`], [`slo`] and [`report`] (what came out), [`compare`] (several
-//! policies, several times), [`capacity`] (how much they carry).
+//! policies, several times), [`suite`] (on what), [`grid`] (side by side), [`capacity`] (how much
+//! they carry).
 //! [`load`] sends the same workloads to a live address, and [`verify`] holds a router's predictions
 //! against engines that run.
 //!
@@ -20,6 +21,7 @@ pub mod capacity;
 mod chart;
 pub mod compare;
 pub mod engine;
+pub mod grid;
 mod http;
 pub mod knowledge;
 pub mod lab;
@@ -34,6 +36,7 @@ pub mod server;
 pub mod slo;
 pub mod span;
 pub mod spread;
+pub mod suite;
 mod table;
 pub mod text;
 pub mod trace;

@@ -10,7 +10,7 @@ use crate::spread::{Difference, difference};
 use crate::table::{COUNT, MILLISECONDS, PERCENT, RATIO, SECONDS, write_cells};
 
 /// Outcomes of one workload under several policies.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Report {
     /// The workload's name.
     pub workload: String,
@@ -47,7 +47,7 @@ pub struct Summary {
 }
 
 /// What one policy made of a workload.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Outcome {
     /// The policy's name.
     pub policy: String,
@@ -242,6 +242,27 @@ pub(crate) fn summarise(outcomes: &[Outcome], seeds: usize) -> Vec<Summary> {
         }
     }
     summary
+}
+
+impl Summary {
+    /// No policy's mean is better, but for luck.
+    pub(crate) fn is_first(&self) -> bool {
+        self.is_best || self.against_best.is_some_and(|it| it.is_tie)
+    }
+
+    /// Its mean, as the table shows it.
+    pub(crate) fn shown(&self) -> String {
+        let measure = MEASURES.iter().find(|it| it.name == self.measure);
+        measure.map_or(String::new(), |it| (it.show)(self.mean))
+    }
+}
+
+impl Report {
+    /// One measure of one policy.
+    pub(crate) fn summary_of(&self, measure: &str, policy: &str) -> Option<&Summary> {
+        let mut summary = self.summary.iter();
+        summary.find(|it| it.measure == measure && it.policy == policy)
+    }
 }
 
 /// The outcomes side by side, a column for each policy.

@@ -146,6 +146,25 @@ pub fn shorten(requests: &mut Vec<TraceRequest>, most: Option<usize>, duration: 
     }
 }
 
+/// The requests of one of the stretches of that length that a trace can be cut into, counted from 0
+/// and after the last from 0 again, as if it began there. What is left behind the last whole one
+/// belongs to none, if there is one.
+#[must_use]
+pub fn stretch(requests: &[TraceRequest], length: Duration, number: u64) -> Vec<TraceRequest> {
+    let last = requests.last().map_or(Duration::ZERO, |it| it.arrival);
+    // Of a trace a little too short for the last one, that one is whole enough.
+    let whole = (last.as_secs_f64() / length.as_secs_f64() + 0.1).max(1.0) as u64;
+    let start = length.saturating_mul((number % whole) as u32);
+    let inside = requests
+        .iter()
+        .filter(|it| it.arrival >= start && it.arrival - start < length);
+    let shifted = inside.map(|it| TraceRequest {
+        arrival: it.arrival - start,
+        ..it.clone()
+    });
+    shifted.collect()
+}
+
 fn check(line: Line) -> Result<TraceRequest, (&'static str, String)> {
     let arrival = Duration::try_from_secs_f64(line.timestamp / 1000.0)
         .map_err(|error| ("timestamp", format!("{} ms: {error}", line.timestamp)))?;
@@ -276,5 +295,33 @@ mod tests {
             "{error}"
         );
         assert!(error.contains("TIMESTAMP, ContextTokens, GeneratedTokens"));
+    }
+
+    #[test]
+    fn a_trace_is_cut_into_stretches_that_each_begin_at_zero() {
+        let minute = Duration::from_secs(60);
+        let request = |seconds| TraceRequest {
+            arrival: Duration::from_secs(seconds),
+            prompt_tokens: seconds as u32,
+            output_tokens: 1,
+            hash_ids: vec![seconds],
+            tokens_per_hash_id: TOKENS_PER_HASH_ID,
+        };
+        let cut = |requests: &[TraceRequest], number| {
+            let its = stretch(requests, minute, number).into_iter();
+            its.map(|it| (it.arrival.as_secs(), it.prompt_tokens))
+                .collect::<Vec<_>>()
+        };
+        let trace = [0, 59, 60, 119, 130].map(request);
+        assert_eq!(cut(&trace, 0), [(0, 0), (59, 59)]);
+        assert_eq!(cut(&trace, 1), [(0, 60), (59, 119)]);
+        assert_eq!(cut(&trace, 2), cut(&trace, 0), "the third is not whole");
+        assert_eq!(
+            cut(&trace[..4], 1),
+            [(0, 60), (59, 119)],
+            "this one nearly is"
+        );
+        assert_eq!(cut(&trace[..2], 5), [(0, 0), (59, 59)]);
+        assert_eq!(cut(&[], 1), []);
     }
 }

@@ -88,6 +88,7 @@ mod tests {
         let view = View {
             request: 0,
             scrape: 0,
+            ttft_weight: 1.0,
             prompt,
             tokens: prompt.len() as u32 * 16,
             block_size: 16,

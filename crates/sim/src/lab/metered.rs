@@ -108,6 +108,7 @@ mod tests {
         let view = View {
             request: 0,
             scrape,
+            ttft_weight: 1.0,
             prompt: &[],
             tokens: 320,
             block_size: 16,

@@ -159,6 +159,7 @@ mod tests {
             block_size: BLOCK.get(),
             output_tokens: 50,
             scrape: 0,
+            ttft_weight: 1.0,
             workers: &workers,
         };
         let mut rng = SmallRng::seed_from_u64(0);

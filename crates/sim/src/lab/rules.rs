@@ -140,6 +140,7 @@ mod tests {
             tokens: 100 * BLOCK,
             block_size: BLOCK,
             output_tokens: 1,
+            ttft_weight: 1.0,
             workers,
         };
         rule.choose(&view, &mut SmallRng::seed_from_u64(0))

@@ -90,7 +90,8 @@ impl Seat {
         let request = Request::new(sequence);
         let block_size = sequence.block_size().get();
         let reusable = sequence.reusable_blocks();
-        let candidates = router.explain(&request, now)?.candidates;
+        let explanation = router.explain(&request, now)?;
+        let candidates = explanation.candidates;
         let workers: Vec<Seen<'_>> = candidates
             .iter()
             .map(|candidate| {
@@ -116,6 +117,7 @@ impl Seat {
                         new_tokens,
                         overlap * block_size,
                     ) / standing.speed,
+                    delay: candidate.delay,
                     metrics: self.metrics.get(worker).copied().unwrap_or_default(),
                     standing: Some(standing),
                 }
@@ -128,6 +130,7 @@ impl Seat {
             block_size,
             output_tokens: arriving.output_tokens,
             scrape: self.scrapes,
+            ttft_weight: explanation.ttft_weight,
             workers: &workers,
         };
         let chosen = self.rule.choose(&view, &mut self.rng);

@@ -1,5 +1,6 @@
 //! What a rule sees when it chooses.
 
+use foresee_core::delay::Delay;
 use foresee_core::sequence::SequenceHash;
 use rand::Rng;
 use rand::rngs::SmallRng;
@@ -33,6 +34,8 @@ pub(crate) struct View<'a> {
     pub(crate) output_tokens: u32,
     /// Counts how often engines were asked for their metrics.
     pub(crate) scrape: u64,
+    /// What a second until the first token counts in the router's cost.
+    pub(crate) ttft_weight: f64,
     pub(crate) workers: &'a [Seen<'a>],
 }
 
@@ -66,6 +69,8 @@ pub(crate) struct Seen<'a> {
     pub(crate) pending_seconds: f64,
     /// Time this prompt's prefill takes there, as fast as its engine is now.
     pub(crate) prefill_seconds: f64,
+    /// What placing the request there costs, as the router has it.
+    pub(crate) delay: Delay,
     /// What its engine last reported.
     pub(crate) metrics: Metrics,
     /// The engine itself: nobody but the oracle may look.

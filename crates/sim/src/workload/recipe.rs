@@ -179,6 +179,20 @@ impl Recipe {
         })
     }
 
+    /// The same with so many requests, conversations or tasks.
+    #[must_use]
+    pub fn with_requests(mut self, number: u32) -> Self {
+        match &mut self {
+            Self::ClosedLoop { requests, .. }
+            | Self::Burst { requests, .. }
+            | Self::OpenLoop { requests, .. } => *requests = number,
+            Self::Chat(chat) => chat.conversations = number,
+            Self::Agent(agent) => agent.tasks = number,
+            Self::Rag(rag) => rag.requests = number,
+        }
+        self
+    }
+
     /// Makes the requests.
     #[must_use]
     pub fn make(&self, seed: u64) -> Workload {
