@@ -36,7 +36,7 @@ pub(crate) struct DemoArgs {
         long,
         value_delimiter = ',',
         value_name = "POLICY",
-        default_value = "round-robin,kv"
+        default_value = "round-robin,delay"
     )]
     policy: Vec<Policy>,
     /// Model engines

@@ -131,7 +131,7 @@ pub(crate) fn replay(args: ReplayArgs) -> anyhow::Result<()> {
     };
     if args.suite.suite {
         let settings = Settings {
-            router: args.router.config(Policy::Kv),
+            router: args.router.config(Policy::default()),
             knowledge: args.conditions.knowledge(),
             slo: args.slo,
             seeds: args.seeds,
@@ -237,7 +237,7 @@ fn traffic(args: &ReplayArgs) -> anyhow::Result<Vec<Arc<Traffic>>> {
 
 fn config(args: &ReplayArgs) -> ReplayConfig {
     let conditions = &args.conditions;
-    let router = args.router.config(Policy::Kv);
+    let router = args.router.config(Policy::default());
     let block_size = conditions.engine_block_size.unwrap_or(router.block_size);
     let engine = args.model_engine.config(block_size, args.router.seed);
     let mut config = ReplayConfig::uniform(router, &engine, args.workers);

@@ -46,7 +46,7 @@ pub(crate) struct ServeArgs {
     )]
     workers: Vec<WorkerConfig>,
     /// kv, round-robin, random, least-requests, power-of-two or consistent-hash
-    #[arg(long, default_value_t = Policy::Kv, env = "FORESEE_POLICY")]
+    #[arg(long, default_value_t = Policy::default(), env = "FORESEE_POLICY")]
     policy: Policy,
     #[command(flatten)]
     router: RouterArgs,

@@ -13,6 +13,7 @@ use std::time::Duration;
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
 use foresee_core::booking::Booking;
+use foresee_core::choose::Policy;
 use foresee_core::fleet::WorkerSpec;
 use foresee_core::router::{Request, Router, RouterConfig};
 use foresee_core::sequence::{Sequence, salt};
@@ -61,7 +62,15 @@ fn route(router: &Router, sequence: &Sequence) -> Booking {
 
 /// A fleet in the middle of its work. The bookings keep it so.
 fn busy_fleet(workers: usize, isl: usize) -> (Router, Vec<Booking>) {
-    let router = Router::new(RouterConfig::default()).unwrap();
+    busy_fleet_under(Policy::default(), workers, isl)
+}
+
+fn busy_fleet_under(policy: Policy, workers: usize, isl: usize) -> (Router, Vec<Booking>) {
+    let config = RouterConfig {
+        policy,
+        ..RouterConfig::default()
+    };
+    let router = Router::new(config).unwrap();
     for worker in 0..workers {
         let spec = WorkerSpec {
             name: format!("w{worker}"),
@@ -123,6 +132,16 @@ fn whole_decision(bencher: Bencher<'_, '_>, workers: usize) {
 #[divan::bench(args = WORKERS, sample_size = 1, sample_count = 20_000)]
 fn without_hashing(bencher: Bencher<'_, '_>, workers: usize) {
     let (router, running) = busy_fleet(workers, ISL);
+    bencher
+        .with_inputs(|| hash(&tokens(ISL)))
+        .bench_local_refs(|sequence| decide(&router, sequence));
+    drop(running);
+}
+
+/// The same by the cost in blocks.
+#[divan::bench(args = WORKERS, sample_size = 1, sample_count = 20_000)]
+fn without_hashing_in_blocks(bencher: Bencher<'_, '_>, workers: usize) {
+    let (router, running) = busy_fleet_under(Policy::Kv, workers, ISL);
     bencher
         .with_inputs(|| hash(&tokens(ISL)))
         .bench_local_refs(|sequence| decide(&router, sequence));

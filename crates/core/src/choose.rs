@@ -18,11 +18,11 @@ use crate::tree::{Depth, Slot};
 /// How a worker is chosen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Policy {
-    /// Least [`Cost`]: predicted prefill work and active blocks.
-    #[default]
-    Kv,
     /// Least [`Delay`](crate::delay::Delay) of everybody, in predicted seconds.
+    #[default]
     Delay,
+    /// Least [`Cost`]: predicted prefill work and active blocks.
+    Kv,
     /// Each worker in turn.
     RoundRobin,
     /// Any worker, evenly.
@@ -40,8 +40,8 @@ pub enum Policy {
 impl Policy {
     /// Every policy, with its name.
     pub const ALL: [(Policy, &'static str); 7] = [
-        (Policy::Kv, "kv"),
         (Policy::Delay, "delay"),
+        (Policy::Kv, "kv"),
         (Policy::RoundRobin, "round-robin"),
         (Policy::Random, "random"),
         (Policy::LeastRequests, "least-requests"),
@@ -60,7 +60,7 @@ impl fmt::Display for Policy {
 /// A policy's name that is none of [`Policy::ALL`].
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "unknown policy `{0}`: use kv, delay, round-robin, random, least-requests, power-of-two or consistent-hash"
+    "unknown policy `{0}`: use delay, kv, round-robin, random, least-requests, power-of-two or consistent-hash"
 )]
 pub struct UnknownPolicy(String);
 

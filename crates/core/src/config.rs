@@ -12,7 +12,8 @@ const DEFAULT_BLOCK_SIZE: NonZeroU32 = NonZeroU32::new(16).unwrap();
 pub struct RouterConfig {
     /// How a worker is chosen.
     pub policy: Policy,
-    /// What a block to compute costs, in active blocks; 0 is pure load balancing.
+    /// What reuse counts: in `kv`, what a block to compute costs in active blocks; in `delay`, how
+    /// much dearer computing a prompt is than it is. 0 is pure load balancing.
     pub overlap_weight: f64,
     /// What a second until the first token counts, in seconds of anybody's delay.
     pub ttft_weight: f64,
@@ -27,7 +28,7 @@ pub struct RouterConfig {
 impl Default for RouterConfig {
     fn default() -> Self {
         Self {
-            policy: Policy::Kv,
+            policy: Policy::default(),
             overlap_weight: 1.0,
             ttft_weight: 1.0,
             temperature: 0.0,

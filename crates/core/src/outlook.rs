@@ -214,7 +214,7 @@ pub(crate) struct Inflow {
 }
 
 /// How long an arrival counts, on average, in seconds.
-const INFLOW_MEMORY: f64 = 60.0;
+const INFLOW_MEMORY: f64 = 20.0;
 
 impl Inflow {
     pub(crate) fn add(&mut self, seconds: f64, now: Duration) {

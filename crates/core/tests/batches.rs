@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use foresee_core::batch::{Batch, MOST_IN_BATCH};
+use foresee_core::choose::Policy;
 use foresee_core::fleet::{WorkerId, WorkerSpec};
 use foresee_core::router::{Request, RouteError, Router, RouterConfig};
 use foresee_core::sequence::Sequence;
@@ -22,6 +23,7 @@ const ROOM: u32 = 100_000;
 
 fn router() -> Router {
     let config = RouterConfig {
+        policy: Policy::Kv,
         block_size: BLOCK_SIZE,
         ..RouterConfig::default()
     };

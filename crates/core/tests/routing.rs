@@ -180,7 +180,10 @@ fn a_request_that_starts_anew_has_its_prompt_to_compute() {
 
 /// Four workers with 0 to 3 strangers of 50 blocks each, and what `kv` makes of them.
 fn uneven_fleet(temperature: f64) -> (Router, Vec<Booking>) {
-    let config = with(|config| (config.temperature, config.seed) = (temperature, 5));
+    let config = with(|config| {
+        config.policy = Policy::Kv;
+        (config.temperature, config.seed) = (temperature, 5);
+    });
     let router = fleet(4, config);
     let ids = ids(&router);
     let strangers = [1, 2, 2, 3, 3, 3].into_iter().zip(0_u32..);
