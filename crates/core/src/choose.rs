@@ -247,7 +247,15 @@ impl Field<'_> {
         let mut least = f64::INFINITY;
         let mut equal = 1;
         for slot in self.slots() {
-            let delay = self.delay_of(slot);
+            let delay = match self.prices {
+                Prices::OfOne(_, placement, depths) => {
+                    // Equal ones must be told apart from those above.
+                    let most = least.next_up();
+                    let depth = depths[slot as usize];
+                    self.fleet.delay_below(most, &placement, slot, depth)
+                }
+                Prices::Summed(..) => self.delay_of(slot),
+            };
             if delay < least {
                 least = delay;
                 chosen = Some(slot);

@@ -112,6 +112,18 @@ pub(crate) struct Placement {
     pub(crate) now: Duration,
 }
 
+/// The terms that depend on no other answer, and what the others are made of.
+struct Begun {
+    delay: Delay,
+    /// What an answer waits while the prompt is computed.
+    stall: f64,
+    /// What it adds to a step.
+    own_step: f64,
+    rate: f64,
+    /// The share of the time in which answers go on.
+    decodes: f64,
+}
+
 impl Placement {
     /// The cost to be minimised.
     pub(crate) fn total(&self, delay: &Delay) -> f64 {
@@ -133,22 +145,77 @@ impl Placement {
 
     /// `pace` is the worker's, and `depth` how deep the prompt reaches there.
     pub(crate) fn delay(&self, pace: &Pace, outlook: &Outlook, load: Load, depth: Depth) -> Delay {
+        let begun = self.begin(pace, outlook, depth);
+        self.complete(begun, pace, outlook, load, depth)
+    }
+
+    /// What it costs, unless that is no less than `most`: then something no less than that.
+    pub(crate) fn total_below(
+        &self,
+        most: f64,
+        pace: &Pace,
+        outlook: &Outlook,
+        load: Load,
+        depth: Depth,
+    ) -> f64 {
+        let begun = self.begin(pace, outlook, depth);
+        let least = self.total(&begun.delay);
+        if least >= most {
+            return least;
+        }
+        self.total(&self.complete(begun, pace, outlook, load, depth))
+    }
+
+    /// The terms that depend on no other answer.
+    fn begin(&self, pace: &Pace, outlook: &Outlook, depth: Depth) -> Begun {
         let start = 1.0 / outlook.watch.prompts_together();
         let dearer = self.overlap_weight.max(1.0);
         let prefill = dearer * pace.prefill(start, self.work(depth));
         let wait = outlook.backlog(pace, self.now);
         let output = self.output_tokens;
 
-        let (requests, context) = outlook.decoding();
-        let step = pace.step(f64::from(requests), context as f64);
-        let busy_step = outlook.watch.busy_step().max(step).max(LEAST_STEP);
-        let steps_until = wait / busy_step;
-        let steps_beside = (wait + prefill) / busy_step;
         // The rest of the time goes into prompts that will come, and stall every answer there.
         let (rate, utilisation) = outlook.inflow.rates(self.now);
         let decodes = 1.0 - utilisation.min(MOST_UTILISATION);
+        let own_context = f64::from(self.prompt_tokens) + output / 2.0;
+        let own_step = pace.sequence + pace.context * own_context;
+        Begun {
+            delay: Delay {
+                wait,
+                prefill,
+                decode: output * (pace.step + own_step) / decodes,
+                future: rate * prefill * (wait + prefill / 2.0) / decodes,
+                ..Delay::default()
+            },
+            stall: (prefill - dearer * start * pace.start).max(0.0),
+            own_step,
+            rate,
+            decodes,
+        }
+    }
 
-        let stall = prefill - dearer * start * pace.start;
+    fn complete(
+        &self,
+        begun: Begun,
+        pace: &Pace,
+        outlook: &Outlook,
+        load: Load,
+        depth: Depth,
+    ) -> Delay {
+        let Begun {
+            mut delay,
+            stall,
+            own_step,
+            rate,
+            decodes,
+        } = begun;
+        let output = self.output_tokens;
+        let (requests, context) = outlook.decoding();
+        let step = pace.step(f64::from(requests), context as f64);
+        let busy_step = outlook.watch.busy_step().max(step).max(LEAST_STEP);
+        let steps_until = delay.wait / busy_step;
+        let steps_beside = (delay.wait + delay.prefill) / busy_step;
+
         let (mut stalls, mut slowed, mut shared) = (0.0, 0.0, 0.0);
         let mut meet = |group: &Group, until: f64, beside: f64| {
             if group.requests == 0 {
@@ -156,32 +223,25 @@ impl Placement {
             }
             let requests = f64::from(group.requests);
             let left = (group.remaining as f64 / requests).max(1.0);
-            stalls += requests * survival(until / left) * stall.max(0.0);
+            stalls += requests * survival(until / left) * stall;
             let together = survival(beside / left) * first_to_end(left, output);
             slowed += (pace.sequence * requests + pace.context * group.context as f64) * together;
             shared += requests * together;
         };
-        for group in &outlook.running {
+        for group in outlook.running() {
             meet(group, steps_until, steps_beside);
         }
         // Those ahead begin one after the other while this one waits: on average, half-way.
         let half = steps_until / 2.0;
         meet(&outlook.ahead, half, steps_beside - half);
 
-        let own_context = f64::from(self.prompt_tokens) + output / 2.0;
-        let own_step = pace.sequence + pace.context * own_context;
-        let memory = self.steps_until_it_fits(outlook, load, depth) * busy_step;
-        let behind = rate * memory * memory / 2.0;
-        Delay {
-            wait,
-            memory,
-            prefill,
-            decode: output * (pace.step + own_step) / decodes,
-            slowed: slowed / decodes,
-            stalls,
-            slows: own_step * shared / decodes,
-            future: rate * prefill * (wait + prefill / 2.0) / decodes + behind.min(memory),
-        }
+        delay.memory = self.steps_until_it_fits(outlook, load, depth) * busy_step;
+        delay.slowed = slowed / decodes;
+        delay.stalls = stalls;
+        delay.slows = own_step * shared / decodes;
+        // Whoever comes behind waits for memory, too, or goes elsewhere, which costs no more.
+        delay.future += delay.memory * (rate * delay.memory / 2.0).min(1.0);
+        delay
     }
 
     /// Steps until its blocks fit, and keep fitting while all answers grow and end: memory is
@@ -203,12 +263,8 @@ impl Placement {
         // Blocks that requests share are held by each of them for a share.
         let blocks_per_token = load.active_blocks as f64 / (load.context_tokens as f64).max(1.0);
         let mut groups = [(0.0, 0.0, 0.0); GROUPS + 1];
-        for (group, entry) in outlook
-            .running
-            .iter()
-            .chain([&outlook.ahead])
-            .zip(&mut groups)
-        {
+        let present = outlook.running().chain([&outlook.ahead]);
+        for (group, entry) in present.zip(&mut groups) {
             let requests = f64::from(group.requests);
             let mean = group.remaining as f64 / requests.max(1.0);
             *entry = (mean, requests, group.context as f64 * blocks_per_token);
@@ -381,7 +437,11 @@ mod tests {
         let delay = placement(1000, 50.0).delay(&pace, &outlook, Load::default(), cached(0));
         assert!((delay.stalls - 1.0).abs() < 0.01, "{}", delay.stalls);
         // Half of the one ahead's.
-        assert!((delay.slows / (1e-4 * 50.0) - 1.0).abs() < 0.1, "{}", delay.slows);
+        assert!(
+            (delay.slows / (1e-4 * 50.0) - 1.0).abs() < 0.1,
+            "{}",
+            delay.slows
+        );
     }
 
     #[test]

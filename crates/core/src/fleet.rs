@@ -312,6 +312,20 @@ impl Fleet {
         placement.delay(&pace, outlook, load, depth)
     }
 
+    /// The same as a number, unless that is no less than `most`: then something no less.
+    pub(crate) fn delay_below(
+        &self,
+        most: f64,
+        placement: &Placement,
+        slot: Slot,
+        depth: Depth,
+    ) -> f64 {
+        let outlook = &self.outlooks[slot as usize];
+        let load = self.loads[slot as usize];
+        let pace = outlook.watch.pace(self.law(outlook));
+        placement.total_below(most, &pace, outlook, load, depth)
+    }
+
     /// Where the law is that workers of these models follow.
     fn find_law(&mut self, models: &[String]) -> usize {
         let known = self.laws.iter().position(|(of, _)| of == models);

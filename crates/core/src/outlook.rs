@@ -81,7 +81,10 @@ struct Queued {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Outlook {
     /// Requests whose answers have begun, by what is to come of them.
-    pub(crate) running: [Group; GROUPS],
+    running: [Group; GROUPS],
+    /// A bit for each group that has any, and all groups together.
+    occupied: u16,
+    all_running: Group,
     /// Requests whose prompts are to be computed.
     pub(crate) ahead: Group,
     pub(crate) work: Work,
@@ -121,32 +124,61 @@ impl Outlook {
             self.ahead.subtract(share);
             self.work -= share.work;
             self.leave_queue(share.serial);
-            self.running[group_of(share.remaining)].add(share);
+            self.join(share);
         }
+    }
+
+    fn join(&mut self, share: &Share) {
+        let group = group_of(share.remaining);
+        self.running[group].add(share);
+        self.occupied |= 1 << group;
+        self.all_running.add(share);
+    }
+
+    fn part(&mut self, share: &Share) {
+        let group = group_of(share.remaining);
+        self.running[group].subtract(share);
+        if self.running[group].requests == 0 {
+            self.occupied &= !(1 << group);
+        }
+        self.all_running.subtract(share);
+    }
+
+    /// Requests whose answers have begun, those alike together.
+    pub(crate) fn running(&self) -> impl Iterator<Item = &Group> {
+        let mut left = self.occupied;
+        std::iter::from_fn(move || {
+            let group = self.running.get(left.trailing_zeros() as usize)?;
+            left &= left - 1;
+            Some(group)
+        })
     }
 
     /// Its answer has come on.
     pub(crate) fn renew(&mut self, share: &mut Share, remaining: u32, context: u64) {
-        self.group_mut(share).subtract(share);
+        let is_ahead = share.is_ahead;
+        if is_ahead {
+            self.ahead.subtract(share);
+        } else {
+            self.part(share);
+        }
         share.remaining = remaining;
         share.context = context;
-        self.group_mut(share).add(share);
-    }
-
-    fn group_mut(&mut self, share: &Share) -> &mut Group {
-        if share.is_ahead {
-            &mut self.ahead
+        if is_ahead {
+            self.ahead.add(share);
         } else {
-            &mut self.running[group_of(share.remaining)]
+            self.join(share);
         }
     }
 
     /// It has ended, one way or the other.
     pub(crate) fn remove(&mut self, share: &Share) {
-        self.group_mut(share).subtract(share);
         if share.is_ahead {
+            self.ahead.subtract(share);
             self.work -= share.work;
             self.leave_queue(share.serial);
+        } else {
+            self.part(share);
         }
     }
 
@@ -165,9 +197,7 @@ impl Outlook {
 
     /// Requests that decode, and the tokens of their prompts and answers.
     pub(crate) fn decoding(&self) -> (u32, u64) {
-        let requests = self.running.iter().map(|it| it.requests).sum();
-        let context = self.running.iter().map(|it| it.context).sum();
-        (requests, context)
+        (self.all_running.requests, self.all_running.context)
     }
 
     /// What is left to compute before a prompt booked now can be, in seconds.
@@ -319,6 +349,8 @@ mod tests {
                 let attention = count(true).map(|it| it.work.attention).sum::<u64>();
                 prop_assert_eq!(outlook.work.attention, attention);
                 prop_assert_eq!(outlook.decoding().0 as usize, count(false).count());
+                let groups = outlook.running.iter().filter(|it| it.requests > 0);
+                prop_assert_eq!(outlook.running().collect::<Vec<_>>(), groups.collect::<Vec<_>>());
                 for (index, group) in outlook.running.iter().enumerate() {
                     let members = count(false).filter(|it| group_of(it.remaining) == index);
                     let remaining = members.map(|it| u64::from(it.remaining)).sum::<u64>();
