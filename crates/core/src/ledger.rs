@@ -242,8 +242,9 @@ impl State {
             return;
         };
         let (generated, streams, worker) = (record.generated_tokens, record.streams, record.worker);
-        let kind = record.kind;
+        let (kind, expected) = (record.kind, record.expected_tokens);
         let elapsed = now.saturating_sub(record.token_at);
+        self.output_length.check(expected, generated);
         self.output_length.observe(kind, generated);
         if !streams && let Some((outlook, law)) = self.fleet.outlook_mut(worker) {
             let computes = outlook.ahead.requests > 0;

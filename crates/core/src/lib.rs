@@ -69,6 +69,7 @@ mod state;
 mod tree;
 
 pub use capacity::{CapacitySource, DEFAULT_CAPACITY_BLOCKS};
+pub use forecast::lengths::LengthForecast;
 pub use forecast::pace::Pace;
 pub use shadow::Eviction;
 pub use tree::Depth;

@@ -17,6 +17,7 @@ use crate::cache::{CacheIndex, Changes};
 use crate::config::MOST_WEIGHT;
 pub use crate::config::{ConfigError, RouterConfig};
 use crate::fleet::{WorkerError, WorkerId, WorkerSnapshot, WorkerSpec};
+use crate::forecast::lengths::LengthForecast;
 pub use crate::request::{Candidate, Explanation, Request, RouteError};
 use crate::sequence::{Sequence, SequenceHash};
 use crate::shadow::Eviction;
@@ -295,6 +296,12 @@ impl Router {
             .fleet
             .eligible("")
             .is_some_and(|slots| !slots.is_empty())
+    }
+
+    /// How well lengths of answers are forecast.
+    #[must_use]
+    pub fn length_forecast(&self) -> LengthForecast {
+        self.state.lock().output_length.forecast()
     }
 
     /// Bookings that exist now, on whatever worker.

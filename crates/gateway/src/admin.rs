@@ -73,7 +73,9 @@ impl Shared {
     fn expose_metrics(&self) -> Result<Response<Body>, ApiError> {
         let workers = self.router.workers(self.clock.now());
         let (bookings, edges) = (self.router.bookings(), self.router.tracked_edges());
-        let text = self.metrics.expose(&workers, bookings, edges);
+        let text = self
+            .metrics
+            .expose(&workers, self.router.length_forecast(), bookings, edges);
         let text = text.map_err(|error| ApiError::unavailable(error.to_string()))?;
         Ok(reply::whole(StatusCode::OK, METRICS_TYPE, text))
     }
@@ -81,7 +83,15 @@ impl Shared {
     fn list_workers(&self) -> Response<Body> {
         let snapshots = self.router.workers(self.clock.now());
         let shown: Vec<Value> = snapshots.iter().map(|worker| self.show(worker)).collect();
-        reply::json(StatusCode::OK, json!({ "workers": shown }).to_string())
+        let lengths = self.router.length_forecast();
+        let lengths = json!({
+            "answers": lengths.answers,
+            "expected_tokens": lengths.expected,
+            "bias": lengths.bias,
+            "mean_error": lengths.error,
+        });
+        let shown = json!({ "workers": shown, "output_lengths": lengths });
+        reply::json(StatusCode::OK, shown.to_string())
     }
 
     fn show(&self, worker: &WorkerSnapshot) -> Value {

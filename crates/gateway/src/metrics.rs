@@ -4,6 +4,7 @@ use std::cmp::Ordering;
 use std::fmt;
 use std::sync::atomic::AtomicU64;
 
+use foresee_core::LengthForecast;
 use foresee_core::fleet::{WorkerSnapshot, WorkerState};
 use parking_lot::Mutex;
 use prometheus_client::encoding::text;
@@ -16,6 +17,9 @@ use prometheus_client::registry::Registry;
 type Label = [(&'static str, &'static str); 1];
 type WorkerLabel = [(&'static str, String); 1];
 type WorkerGauge = Family<WorkerLabel, Gauge>;
+/// A worker, and which of several numbers of it.
+type PartLabel = [(&'static str, String); 2];
+type PartGauge = Family<PartLabel, Gauge<f64, AtomicU64>>;
 
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +85,10 @@ pub(crate) struct Metrics {
     worker_context_tokens: WorkerGauge,
     worker_prefill_speed: Family<WorkerLabel, Gauge<f64, AtomicU64>>,
     worker_inter_token_latency: Family<WorkerLabel, Gauge<f64, AtomicU64>>,
+    worker_pace: PartGauge,
+    worker_forecast_samples: PartGauge,
+    worker_forecast_error: PartGauge,
+    output_forecast: Family<Label, Gauge<f64, AtomicU64>>,
 }
 
 impl Metrics {
@@ -121,6 +129,10 @@ impl Metrics {
             worker_context_tokens: Family::default(),
             worker_prefill_speed: Family::default(),
             worker_inter_token_latency: Family::default(),
+            worker_pace: Family::default(),
+            worker_forecast_samples: Family::default(),
+            worker_forecast_error: Family::default(),
+            output_forecast: Family::default(),
         };
         metrics.register();
         metrics
@@ -157,6 +169,9 @@ impl Metrics {
             worker_capacity_blocks: "KV blocks of the worker, as configured, reported, learned or assumed",
             worker_prefill_tokens: "Booked prompt tokens not yet computed, by forecast",
             worker_context_tokens: "Prompt and output tokens of running requests",
+            worker_forecast_samples: "What the forecasts of prefill, decode steps and times to first token were learned from or held against",
+            worker_forecast_error: "Mean absolute error of those forecasts, as a share",
+            output_forecast: "Lengths of answers: tokens expected of the next, seen over forecast, mean absolute error as a share",
         }
         let seconds = prometheus_client::registry::Unit::Seconds;
         let histograms = [
@@ -183,8 +198,14 @@ impl Metrics {
         self.registry.register_with_unit(
             "worker_inter_token_latency",
             "Learned time between two tokens of one request",
-            seconds,
+            seconds.clone(),
             self.worker_inter_token_latency.clone(),
+        );
+        self.registry.register_with_unit(
+            "worker_pace",
+            "What the worker takes, as learned: for prompts computed together, a prompt token, a pair of tokens that look at each other, a decode step, a request in it, a token of context in it",
+            seconds,
+            self.worker_pace.clone(),
         );
         self.registry.register(
             "worker_prefill_tokens_per_second",
@@ -266,6 +287,7 @@ impl Metrics {
     pub(crate) fn expose(
         &self,
         workers: &[WorkerSnapshot],
+        lengths: LengthForecast,
         bookings: usize,
         edges: usize,
     ) -> Result<String, fmt::Error> {
@@ -305,9 +327,53 @@ impl Metrics {
                 .get_or_create(&label)
                 .set(worker.inter_token_latency.as_secs_f64());
         }
+        self.show_forecasts(workers);
+        for (of, value) in [
+            ("expected_tokens", lengths.expected),
+            ("bias", lengths.bias),
+            ("error", lengths.error),
+        ] {
+            self.output_forecast.get_or_create(&[("of", of)]).set(value);
+        }
         let mut exposition = String::new();
         text::encode(&mut exposition, &self.registry)?;
         Ok(exposition)
+    }
+
+    fn show_forecasts(&self, workers: &[WorkerSnapshot]) {
+        let gauges = [
+            &self.worker_pace,
+            &self.worker_forecast_samples,
+            &self.worker_forecast_error,
+        ];
+        gauges.iter().for_each(|gauge| gauge.clear());
+        for worker in workers {
+            let set = |gauge: &PartGauge, of: &str, value: f64| {
+                let label = [("worker", worker.name.clone()), ("of", of.to_owned())];
+                gauge.get_or_create(&label).set(value);
+            };
+            let pace = &worker.pace;
+            for (of, value) in [
+                ("prefill_start", pace.start),
+                ("prefill_token", pace.token),
+                ("prefill_attention", pace.attention),
+                ("step", pace.step),
+                ("step_sequence", pace.sequence),
+                ("step_context_token", pace.context),
+            ] {
+                set(&self.worker_pace, of, value);
+            }
+            let (first_tokens, first_token_error) = worker.first_token_error;
+            let learned = [
+                ("prefill", pace.samples[0], pace.errors[0]),
+                ("step", pace.samples[1], pace.errors[1]),
+                ("time_to_first_token", first_tokens, first_token_error),
+            ];
+            for (of, samples, error) in learned {
+                set(&self.worker_forecast_samples, of, samples as f64);
+                set(&self.worker_forecast_error, of, error);
+            }
+        }
     }
 
     /// Sets one gauge of every worker, and forgets workers that are gone.

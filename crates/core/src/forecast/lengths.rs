@@ -86,14 +86,72 @@ impl Lengths {
 /// What tells kinds of requests apart, hashed.
 pub(crate) type Kind = u64;
 
+/// How well lengths of answers are forecast when their requests come.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LengthForecast {
+    /// Answers that ended.
+    pub answers: u64,
+    /// What the next one is expected to have, in tokens, if nothing is known of its request.
+    pub expected: f64,
+    /// What they had over what was forecast, all of the latest together: 1 is right on average.
+    pub bias: f64,
+    /// Mean absolute error, as a share of what they had on average.
+    pub error: f64,
+}
+
+/// Share of a mean that one more answer makes up.
+const MEAN_GAIN: f64 = 0.02;
+
+/// Means over the latest answers, in tokens.
+#[derive(Clone, Debug, Default)]
+struct Checks {
+    answers: u64,
+    forecast: f64,
+    seen: f64,
+    off: f64,
+}
+
+impl Checks {
+    fn add(&mut self, forecast: u32, seen: u32) {
+        self.answers += 1;
+        let gain = MEAN_GAIN.max(1.0 / self.answers as f64);
+        let (forecast, seen) = (f64::from(forecast), f64::from(seen));
+        self.forecast += gain * (forecast - self.forecast);
+        self.seen += gain * (seen - self.seen);
+        self.off += gain * ((forecast - seen).abs() - self.off);
+    }
+}
+
 /// The lengths of answers to all requests, and to each kind.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct OutputLength {
     all: Lengths,
+    checks: Checks,
     kinds: HashMap<Kind, Box<Lengths>, BuildHasherDefault<AlreadyHashed>>,
 }
 
 impl OutputLength {
+    /// How well it forecasts.
+    pub(crate) fn forecast(&self) -> LengthForecast {
+        let Checks {
+            answers,
+            forecast,
+            seen,
+            off,
+        } = self.checks;
+        LengthForecast {
+            answers,
+            expected: f64::from(self.remaining(0, 0, None)),
+            bias: if forecast > 0.0 { seen / forecast } else { 1.0 },
+            error: if seen > 0.0 { off / seen } else { 0.0 },
+        }
+    }
+
+    /// An answer that was expected to have `forecast` tokens ended after so many.
+    pub(crate) fn check(&mut self, forecast: u32, tokens: u32) {
+        self.checks.add(forecast, tokens);
+    }
+
     /// An answer ended after so many tokens.
     pub(crate) fn observe(&mut self, kind: Kind, tokens: u32) {
         self.all.observe(tokens);
@@ -177,6 +235,28 @@ mod tests {
         assert!(lengths.remaining(1, 0, None) < 25);
         assert!(close(lengths.remaining(2, 0, None), 1000.0));
         assert!(close(lengths.remaining(3, 0, None), 505.0));
+    }
+
+    #[test]
+    fn forecasts_are_held_against_what_came() {
+        let mut lengths = OutputLength::default();
+        let mut rng = SmallRng::seed_from_u64(2);
+        for _ in 0..2000 {
+            let (forecast, tokens) = (lengths.remaining(1, 0, None), rng.random_range(1..=1000));
+            lengths.check(forecast, tokens);
+            lengths.observe(1, tokens);
+        }
+        let LengthForecast {
+            answers,
+            expected,
+            bias,
+            error,
+        } = lengths.forecast();
+        assert_eq!(answers, 2000);
+        assert!((expected / 500.0 - 1.0).abs() < 0.1, "{expected}");
+        assert!((bias - 1.0).abs() < 0.2, "{bias}");
+        // A uniform length is off its mean by half of that, on average.
+        assert!((error - 0.5).abs() < 0.1, "{error}");
     }
 
     #[test]
