@@ -12,7 +12,7 @@ use clap::{Args, ValueEnum};
 use foresee_core::choose::Policy;
 use foresee_sim::capacity::{self, Sought};
 use foresee_sim::compare::{Case, compare};
-use foresee_sim::grid::Grid;
+use foresee_sim::grid::{Grid, Row};
 use foresee_sim::knowledge::Knowledge;
 use foresee_sim::lab::{self, Contender};
 use foresee_sim::replay::ReplayConfig;
@@ -74,6 +74,9 @@ pub(crate) struct ReplayArgs {
     /// Also writes the report to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Also draws it: a page that needs nothing else
+    #[arg(long, value_name = "FILE", conflicts_with = "find_capacity")]
+    html: Option<PathBuf>,
     #[command(flatten)]
     suite: SuiteArgs,
     #[command(flatten)]
@@ -198,6 +201,17 @@ pub(crate) fn replay(args: ReplayArgs) -> anyhow::Result<()> {
     })?;
     by_policy.iter().for_each(ProgressBar::finish_and_clear);
     print!("{report}");
+    if let Some(path) = &args.html {
+        let row = Row {
+            name: report.workload.clone(),
+            what: String::new(),
+            rate: None,
+            report: report.clone(),
+        };
+        let policies = policies.iter().map(ToString::to_string).collect();
+        let grid = Grid::new(policies, vec![row], Vec::new(), report.real_seconds);
+        write_html(Some(path), &grid)?;
+    }
     write_json(args.json.as_deref(), || {
         serde_json::to_string_pretty(&report)
     })
@@ -244,6 +258,7 @@ fn config(args: &ReplayArgs) -> ReplayConfig {
     config.slo = args.slo;
     config.changes.clone_from(&conditions.fleet_change);
     config.knowledge = conditions.knowledge();
+    config.keep_active_blocks = args.html.is_some() && args.rates.is_empty();
     config
 }
 
@@ -261,7 +276,13 @@ impl ConditionArgs {
 
 fn write_grid(args: &ReplayArgs, grid: &Grid) -> anyhow::Result<()> {
     print!("{grid}");
+    write_html(args.html.as_deref(), grid)?;
     write_json(args.json.as_deref(), || serde_json::to_string_pretty(grid))
+}
+
+fn write_html(path: Option<&Path>, grid: &Grid) -> anyhow::Result<()> {
+    let Some(path) = path else { return Ok(()) };
+    std::fs::write(path, grid.html()).with_context(|| format!("cannot write {}", path.display()))
 }
 
 fn write_json(

@@ -123,6 +123,7 @@ fn a_suite_is_a_table_of_its_scenarios_and_says_what_it_left_out() {
     let folder = std::env::temp_dir().join(format!("foresee-suite-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     let (trace, json) = (folder.join("trace.jsonl"), folder.join("suite.json"));
+    let html = folder.join("suite.html");
     let line = |n: u32| {
         format!(
             r#"{{"timestamp": {}, "input_length": 900, "output_length": 20, "hash_ids": [1, {n}]}}"#,
@@ -142,8 +143,11 @@ fn a_suite_is_a_table_of_its_scenarios_and_says_what_it_left_out() {
         "2",
         "--json",
         json.to_str().unwrap(),
+        "--html",
+        html.to_str().unwrap(),
     ];
     let table = told(&flags);
+    assert!(std::fs::read_to_string(&html).unwrap().contains("<svg"));
     for part in [
         "conversation-50",
         "no-events",
@@ -163,7 +167,16 @@ fn a_suite_is_a_table_of_its_scenarios_and_says_what_it_left_out() {
 }
 
 #[test]
-fn rates_are_rows() {
+fn a_page_is_drawn_and_rates_are_rows() {
+    let page = std::env::temp_dir().join(format!("foresee-replay-{}.html", std::process::id()));
+    let flags = ["--workload", "rag", "--html", page.to_str().unwrap()];
+    told(&[&SMALL[..], &flags].concat());
+    assert!(
+        std::fs::read_to_string(&page)
+            .unwrap()
+            .contains("Active blocks under kv")
+    );
+    std::fs::remove_file(&page).unwrap();
     let flags = ["--workload", "rag", "--rates", "0.5,1"];
     let table = told(&[&SMALL[..], &flags].concat());
     assert!(

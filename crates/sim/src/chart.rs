@@ -18,6 +18,8 @@ pub(crate) struct Line {
     pub(crate) points: Vec<(f64, f64)>,
     /// Whether a value holds until the next one, rather than growing towards it.
     pub(crate) steps: bool,
+    /// What is written at each point, or nothing at all.
+    pub(crate) marks: Vec<String>,
 }
 
 /// A stretch of the horizontal axis with a name.
@@ -28,33 +30,48 @@ pub(crate) struct Band {
     pub(crate) name: String,
 }
 
-/// Lines over one pair of axes, both from zero.
-#[derive(Clone, Debug)]
+/// Lines over one pair of axes.
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Chart<'c> {
     pub(crate) x_label: &'c str,
     pub(crate) y_label: &'c str,
     pub(crate) bands: &'c [Band],
     pub(crate) lines: &'c [Line],
+    /// Where the axes begin.
+    pub(crate) origin: (f64, f64),
+    /// Lines end where they rise above this.
+    pub(crate) ceiling: Option<f64>,
 }
 
 impl Chart<'_> {
     /// The chart as an `<svg>` element.
     pub(crate) fn svg(&self) -> String {
-        let points = || self.lines.iter().flat_map(|line| &line.points);
+        let ceiling = self.ceiling.unwrap_or(f64::INFINITY);
+        let lines: Vec<_> = self
+            .lines
+            .iter()
+            .map(|it| below(&it.points, ceiling))
+            .collect();
+        let points = || lines.iter().flatten();
         let bands = self.bands.iter().map(|band| band.to);
-        let x_ticks = ticks(
-            points()
-                .map(|point| point.0)
-                .chain(bands)
-                .fold(0.0, f64::max),
-            8.0,
-        );
-        let y_ticks = ticks(points().map(|point| point.1).fold(0.0, f64::max), 5.0);
-        let x_end = points().map(|point| point.0).fold(x_ticks[1], f64::max);
-        let y_end = *y_ticks.last().unwrap_or(&1.0);
-        let x_of = |x: f64| LEFT + x / x_end * (WIDTH - LEFT - RIGHT);
-        let y_of = |y: f64| HEIGHT - BOTTOM - y / y_end * (HEIGHT - TOP - BOTTOM);
-        let (bottom, right) = (y_of(0.0), x_of(x_end));
+        let (x_start, y_start) = self.origin;
+        let all = self.lines.iter().flat_map(|it| &it.points);
+        let x_end = all.map(|point| point.0).fold(x_start, f64::max);
+        let y_end = points().map(|point| point.1).fold(y_start, f64::max);
+        let x_ticks = ticks(x_start, bands.fold(x_end, f64::max), 8.0);
+        let y_ticks = ticks(y_start, y_end, 5.0);
+        let has_marks = self.lines.iter().any(|it| !it.marks.is_empty());
+        let room = if has_marks {
+            0.05 * (x_end - x_start)
+        } else {
+            0.0
+        };
+        let x_end = (x_end + room).max(x_ticks[1]);
+        let (y_start, y_end) = (y_ticks[0], *y_ticks.last().unwrap_or(&1.0));
+        let x_of = |x: f64| LEFT + (x - x_start) / (x_end - x_start) * (WIDTH - LEFT - RIGHT);
+        let y_of =
+            |y: f64| HEIGHT - BOTTOM - (y - y_start) / (y_end - y_start) * (HEIGHT - TOP - BOTTOM);
+        let (bottom, right) = (y_of(y_start), x_of(x_end));
 
         let mut svg = format!(r#"<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">"#);
         // Writing to a string does not fail.
@@ -86,16 +103,19 @@ impl Chart<'_> {
                 r#"<text class="end" x="{x:.1}" y="{y:.1}">{value}</text>"#
             ));
         }
-        for value in x_ticks.iter().filter(|&&tick| tick <= x_end) {
+        for value in x_ticks
+            .iter()
+            .filter(|&&tick| tick >= x_start && tick <= x_end)
+        {
             let (x, y) = (x_of(*value), bottom + 16.0);
             put(format_args!(
                 r#"<text class="middle" x="{x:.1}" y="{y:.1}">{value}</text>"#
             ));
         }
-        for line in self.lines {
+        for (line, points) in self.lines.iter().zip(&lines) {
             let class = line.class;
             put(format_args!(r#"<path class="{class}" d=""#));
-            for (number, &(x, y)) in line.points.iter().enumerate() {
+            for (number, &(x, y)) in points.iter().enumerate() {
                 let (x, y) = (x_of(x), y_of(y));
                 match (number, line.steps) {
                     (0, _) => put(format_args!("M{x:.1} {y:.1}")),
@@ -104,6 +124,14 @@ impl Chart<'_> {
                 }
             }
             put(format_args!(r#""/>"#));
+            for (mark, &(x, y)) in line.marks.iter().zip(points) {
+                let (x, y, mark) = (x_of(x), y_of(y), escaped(mark));
+                put(format_args!(
+                    r#"<circle class="{class}" cx="{x:.1}" cy="{y:.1}" r="3"/>"#
+                ));
+                let (x, y) = (x + 5.0, y - 5.0);
+                put(format_args!(r#"<text x="{x:.1}" y="{y:.1}">{mark}</text>"#));
+            }
         }
         let (middle, low) = ((LEFT + right) / 2.0, HEIGHT - 6.0);
         let (x_label, y_label) = (escaped(self.x_label), escaped(self.y_label));
@@ -119,25 +147,42 @@ impl Chart<'_> {
     }
 }
 
-/// Round numbers from zero to `largest` or just beyond, at most about `count` of them.
-fn ticks(largest: f64, count: f64) -> Vec<f64> {
-    let largest = if largest.is_finite() {
-        largest.max(1e-6)
+/// As much of a line as comes before it first rises above the ceiling.
+fn below(points: &[(f64, f64)], ceiling: f64) -> Vec<(f64, f64)> {
+    let Some(above) = points.iter().position(|point| point.1 > ceiling) else {
+        return points.to_vec();
+    };
+    let mut kept = points[..above].to_vec();
+    if let Some(&(x, y)) = kept.last() {
+        let (next_x, next_y) = points[above];
+        let share = (ceiling - y) / (next_y - y);
+        kept.push((x + share * (next_x - x), ceiling));
+    }
+    kept
+}
+
+/// Round numbers from `least` or just before it to `largest` or just beyond, at most about `count`
+/// of them.
+pub(crate) fn ticks(least: f64, largest: f64, count: f64) -> Vec<f64> {
+    let span = largest - least;
+    let span = if span.is_finite() {
+        span.max(1e-6)
     } else {
         1.0
     };
-    let rough = largest / count;
+    let rough = span / count;
     let power = 10_f64.powf(rough.log10().floor());
     let step = [1.0, 2.0, 5.0, 10.0].map(|factor| factor * power);
     let step = step
         .into_iter()
         .find(|&step| step >= rough)
         .unwrap_or(rough);
-    let steps = (largest / step).ceil() as u32;
+    let first = (least / step + 1e-9).floor();
+    let steps = ((least + span) / step - first - 1e-9).ceil() as u32;
     // Multiplied, not added up, and rounded to the step's own digits.
     let digits = 10_f64.powf(-power.log10());
     (0..=steps.max(1))
-        .map(|number| (f64::from(number) * step * digits).round() / digits)
+        .map(|number| ((first + f64::from(number)) * step * digits).round() / digits)
         .collect()
 }
 
@@ -162,11 +207,12 @@ mod tests {
 
     #[test]
     fn ticks_are_round_and_reach_the_largest() {
-        assert_eq!(ticks(70.0, 5.0), [0.0, 20.0, 40.0, 60.0, 80.0]);
-        assert_eq!(ticks(0.3, 5.0), [0.0, 0.1, 0.2, 0.3]);
-        assert_eq!(ticks(0.0, 5.0).len(), 6);
+        assert_eq!(ticks(0.0, 70.0, 5.0), [0.0, 20.0, 40.0, 60.0, 80.0]);
+        assert_eq!(ticks(0.0, 0.3, 5.0), [0.0, 0.1, 0.2, 0.3]);
+        assert_eq!(ticks(0.0, 0.0, 5.0).len(), 6);
+        assert_eq!(ticks(0.92, 1.13, 5.0), [0.9, 0.95, 1.0, 1.05, 1.1, 1.15]);
         for largest in [1e-9, 0.07, 1.0, 3.3, 99.0, 1e9, f64::NAN, f64::INFINITY] {
-            let ticks = ticks(largest, 8.0);
+            let ticks = ticks(0.0, largest, 8.0);
             assert!(
                 ticks.len() >= 2 && ticks.len() <= 12,
                 "{largest}: {ticks:?}"
@@ -181,11 +227,13 @@ mod tests {
                 class: "held",
                 points: vec![(0.0, 1.0), (5.0, 9.0)],
                 steps: false,
+                marks: vec!["here".to_owned()],
             },
             Line {
                 class: "predicted",
                 points: vec![],
                 steps: true,
+                marks: vec![],
             },
         ];
         let bands = [Band {
@@ -198,9 +246,19 @@ mod tests {
             y_label: "blocks",
             bands: &bands,
             lines: &lines,
+            ..Chart::default()
         }
         .svg();
         assert_eq!(svg.matches(r#"<path class="held""#).count(), 1);
         assert!(svg.contains("1 &lt; 2") && !svg.contains("NaN"));
+        assert!(svg.contains(">here</text>"));
+    }
+
+    #[test]
+    fn a_line_ends_at_the_ceiling() {
+        let line = [(1.0, 2.0), (2.0, 4.0), (3.0, 8.0), (4.0, 1.0)];
+        assert_eq!(below(&line, 5.0), [(1.0, 2.0), (2.0, 4.0), (2.25, 5.0)]);
+        assert_eq!(below(&line, 9.0), line);
+        assert_eq!(below(&line, 1.0), []);
     }
 }

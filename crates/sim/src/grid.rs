@@ -1,5 +1,7 @@
 //! Several cases under the same policies: a table for each measure, with a row for each case.
 
+mod page;
+
 use std::fmt;
 
 use serde::Serialize;
@@ -39,7 +41,7 @@ pub struct Row {
 }
 
 /// A measure that is shown, and how two of its values are compared over all rows.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Shown {
     /// As [`Report`] names it.
     pub(crate) measure: &'static str,
@@ -300,5 +302,46 @@ mod tests {
         ] {
             assert!(table.contains(part), "{part}\n{table}");
         }
+    }
+
+    #[test]
+    fn a_page_shows_every_row_and_only_what_there_is() {
+        let page = grid().html();
+        for part in [
+            "<h1>2 scenarios, 3 policies",
+            "<b>hard</b>",
+            "8.00",
+            "Left out: azure",
+        ] {
+            assert!(page.contains(part), "{part}");
+        }
+        for part in ["NaN", "inf<", "ttft-weight", "each term", "Against rate"] {
+            assert!(!page.contains(part), "{part}");
+        }
+        let sure = [(1.0, 0.5); 3];
+        let rows = [0.5, 2.0].map(|rate| Row {
+            rate: Some(rate),
+            ..row(
+                "r",
+                [
+                    ("delay", sure),
+                    ("delay:ttft=3", sure),
+                    ("delay:no-wait", sure),
+                ],
+            )
+        });
+        let policies = ["delay", "delay:ttft=3", "delay:no-wait"]
+            .map(str::to_owned)
+            .to_vec();
+        let page = Grid::new(policies, rows.to_vec(), Vec::new(), 1.0).html();
+        for part in [
+            "ttft-weight",
+            "each term",
+            "Against rate",
+            "<td>wait<td>1.000",
+        ] {
+            assert!(page.contains(part), "{part}");
+        }
+        assert!(!page.contains("NaN"));
     }
 }

@@ -17,6 +17,7 @@
 
 pub mod arrivals;
 pub mod blocks;
+mod boxes;
 pub mod capacity;
 mod chart;
 pub mod compare;
@@ -27,6 +28,7 @@ pub mod knowledge;
 pub mod lab;
 pub mod law;
 pub mod load;
+mod page;
 pub mod prediction;
 pub mod prompt;
 pub mod replay;

@@ -102,6 +102,15 @@ pub struct PredictionError {
     pub samples: usize,
 }
 
+/// Active blocks of each worker at one instant.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Instant {
+    /// On the virtual clock, in seconds.
+    pub seconds: f64,
+    /// As the router has them, and as the engine does.
+    pub workers: Vec<(u64, u32)>,
+}
+
 /// Sums over the workers at one instant, in blocks.
 #[derive(Clone, Copy, Debug, Default)]
 struct Sample {
@@ -117,6 +126,8 @@ pub(crate) struct Sampler {
     interval: Duration,
     next: Duration,
     samples: Vec<Sample>,
+    /// Goes along with the samples, if instants are kept.
+    instants: Option<Vec<Instant>>,
     peak_blocks: u32,
     workers: usize,
 }
@@ -125,11 +136,12 @@ impl Sampler {
     const FIRST_INTERVAL: Duration = Duration::from_millis(10);
     const MOST_SAMPLES: usize = 1024;
 
-    pub(crate) fn new(workers: usize) -> Self {
+    pub(crate) fn new(workers: usize, keeps_instants: bool) -> Self {
         Self {
             interval: Self::FIRST_INTERVAL,
             next: Duration::ZERO,
             samples: Vec::new(),
+            instants: keeps_instants.then(Vec::new),
             peak_blocks: 0,
             workers,
         }
@@ -144,6 +156,10 @@ impl Sampler {
     /// the engine's, and what explains their difference.
     pub(crate) fn take(&mut self, workers: impl Iterator<Item = (u64, u32, Unallocated)>) {
         let mut sample = Sample::default();
+        let mut instant = Instant {
+            seconds: self.next.as_secs_f64(),
+            workers: Vec::new(),
+        };
         for (predicted, held, missing) in workers {
             let truth = u64::from(held);
             let admitted = predicted.saturating_sub(missing.waiting);
@@ -152,8 +168,14 @@ impl Sampler {
             sample.admitted += admitted.abs_diff(truth);
             sample.allocated += allocated.abs_diff(truth);
             self.peak_blocks = self.peak_blocks.max(held);
+            if self.instants.is_some() {
+                instant.workers.push((predicted, held));
+            }
         }
         self.samples.push(sample);
+        self.instants
+            .iter_mut()
+            .for_each(|it| it.push(instant.clone()));
         self.next += self.interval;
         if self.samples.len() == Self::MOST_SAMPLES {
             self.halve();
@@ -162,13 +184,15 @@ impl Sampler {
 
     /// Keeps every second sample and takes them at twice the distance from here on.
     fn halve(&mut self) {
-        let mut index = 0;
-        self.samples.retain(|_| {
-            index += 1;
-            index % 2 == 1
-        });
+        keep_every_second(&mut self.samples);
+        self.instants.iter_mut().for_each(keep_every_second);
         self.interval *= 2;
         self.next = self.interval * self.samples.len() as u32;
+    }
+
+    /// The instants that were kept.
+    pub(crate) fn take_instants(&mut self) -> Vec<Instant> {
+        self.instants.take().unwrap_or_default()
     }
 
     pub(crate) fn finish(&self) -> PredictionError {
@@ -185,6 +209,14 @@ impl Sampler {
             samples: self.samples.len(),
         }
     }
+}
+
+fn keep_every_second<T>(all: &mut Vec<T>) {
+    let mut index = 0;
+    all.retain(|_| {
+        index += 1;
+        index % 2 == 1
+    });
 }
 
 #[cfg(test)]
@@ -250,7 +282,7 @@ mod tests {
 
     #[test]
     fn any_run_has_a_bounded_number_of_evenly_spaced_samples() {
-        let mut sampler = Sampler::new(1);
+        let mut sampler = Sampler::new(1, true);
         let end = Duration::from_secs(3600);
         let mut last = Duration::ZERO;
         while let Some(instant) = sampler.due_before(end) {
@@ -269,5 +301,9 @@ mod tests {
         assert!((Sampler::MOST_SAMPLES / 2..Sampler::MOST_SAMPLES).contains(&error.samples));
         assert!((error.raw - 0.1).abs() < 1e-9);
         assert_eq!((error.admitted, error.peak_blocks), (0.0, 100));
+        let instants = sampler.take_instants();
+        assert_eq!(instants.len(), error.samples);
+        assert_eq!(instants.last().unwrap().seconds, last.as_secs_f64());
+        assert_eq!(instants[9].workers, [(110, 100)]);
     }
 }

@@ -45,6 +45,8 @@ pub struct ReplayConfig {
     pub changes: Vec<FleetChange>,
     /// What counts as served well.
     pub slo: Slo,
+    /// Whether each worker's active blocks over time are kept.
+    pub keep_active_blocks: bool,
 }
 
 impl ReplayConfig {
@@ -59,6 +61,7 @@ impl ReplayConfig {
             knowledge: Knowledge::default(),
             changes: Vec::new(),
             slo: Slo::default(),
+            keep_active_blocks: false,
         };
         one.with_workers(workers)
     }
@@ -293,7 +296,7 @@ impl<'a> Replay<'a> {
             missed: 0,
             first_arrival: None,
             last_end: Duration::ZERO,
-            sampler: Sampler::new(workers.len()),
+            sampler: Sampler::new(workers.len(), config.keep_active_blocks),
             times_to_first_token: Vec::new(),
             inter_token_latencies: Vec::new(),
             times_per_output_token: Vec::new(),
@@ -600,6 +603,7 @@ impl<'a> Replay<'a> {
             request_imbalance: imbalance(self.workers.iter().map(|it| it.requests)),
             leaked_blocks: predicted + held.sum::<u64>(),
             prediction: self.sampler.finish(),
+            active_blocks: self.sampler.take_instants(),
             time_to_first_token: Latency::of(&mut self.times_to_first_token),
             inter_token_latency: Latency::of(&mut self.inter_token_latencies),
             time_per_output_token: Latency::of(&mut self.times_per_output_token),

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::prediction::PredictionError;
+use crate::prediction::{Instant, PredictionError};
 use crate::slo::Slo;
 use crate::spread::{Difference, difference};
 use crate::table::{COUNT, MILLISECONDS, PERCENT, RATIO, SECONDS, write_cells};
@@ -90,6 +90,9 @@ pub struct Outcome {
     pub leaked_blocks: u64,
     /// How well the router knew what engines hold.
     pub prediction: PredictionError,
+    /// Active blocks over time, if they were kept.
+    #[serde(skip)]
+    pub active_blocks: Vec<Instant>,
 }
 
 /// Requests within an [`Slo`].
@@ -106,8 +109,12 @@ pub struct Goodput {
 pub struct Latency {
     /// Mean.
     pub mean: f64,
+    /// A quarter is at most this.
+    pub p25: f64,
     /// Median.
     pub p50: f64,
+    /// Three quarters are at most this.
+    pub p75: f64,
     /// 95 of 100 are at most this.
     pub p95: f64,
     /// 99 of 100 are at most this.
@@ -124,7 +131,9 @@ impl Latency {
         let sum: f64 = samples.iter().map(|&sample| f64::from(sample)).sum();
         Self {
             mean: sum / samples.len() as f64,
+            p25: percentile(samples, 0.25),
             p50: percentile(samples, 0.50),
+            p75: percentile(samples, 0.75),
             p95: percentile(samples, 0.95),
             p99: percentile(samples, 0.99),
         }

@@ -188,8 +188,7 @@ impl Scenario {
     /// # Errors
     /// If the list is wrong.
     pub fn case(&self, traces: &Traces, settings: &Settings) -> Result<Option<Case>, SuiteError> {
-        let source = self.sources.iter().find(|it| it.is_there(traces));
-        let Some(source) = source else {
+        let Some(source) = self.source(traces) else {
             return Ok(None);
         };
         let router = &settings.router;
@@ -209,6 +208,10 @@ impl Scenario {
         let span = traffic.first().map(|it| it.workload().arrivals_span());
         self.condition.impose(&mut config, span.unwrap_or_default());
         Ok(Some(Case { config, traffic }))
+    }
+
+    fn source(&self, traces: &Traces) -> Option<Source> {
+        self.sources.iter().copied().find(|it| it.is_there(traces))
     }
 }
 
@@ -305,26 +308,25 @@ mod tests {
         scenario.case(traces, &settings).unwrap()
     }
 
-    fn workload(case: &Case) -> &str {
-        &case.traffic[0].workload().name
-    }
-
     #[test]
     fn without_traces_all_is_there_but_what_needs_them() {
         let mut names = Vec::new();
         for scenario in &SCENARIOS {
             assert!(!names.contains(&scenario.name));
             names.push(scenario.name);
-            let case = case(scenario.name, &Traces::default());
+            let source = scenario.source(&Traces::default());
             let needs = ["conversation-", "azure"]
                 .iter()
                 .any(|it| scenario.name.starts_with(it));
-            assert_eq!(case.is_none(), needs, "{}", scenario.name);
-            let Some(case) = case else { continue };
-            assert_eq!((case.config.engines.len(), case.traffic.len()), (8, 2));
-            let [first, second] = [0, 1].map(|seed| &case.traffic[seed].workload().requests);
+            assert_eq!(source.is_none(), needs, "{}", scenario.name);
+            let Some(source) = source else { continue };
+            let [first, second] = [0, 1].map(|seed| {
+                let workload = source.workload(&Traces::default(), seed, seed);
+                workload.unwrap().requests
+            });
             assert!(first.len() >= 800, "{}", scenario.name);
-            let is_same = ["burst-one-prefix"].contains(&scenario.name);
+            // With one prefix and one length there is nothing to decide.
+            let is_same = scenario.name == "burst-one-prefix";
             assert_eq!(first == second, is_same, "{}", scenario.name);
         }
         assert!(named(&["seed".to_owned(), "sead".to_owned()]).is_err());
@@ -352,8 +354,10 @@ mod tests {
         };
         let of = |name: &str| {
             let with = case(name, &traces).unwrap();
-            assert_eq!(workload(&with), "conversation");
-            assert_eq!(workload(&case(name, &Traces::default()).unwrap()), "agent");
+            assert_eq!(with.traffic[0].workload().name, "conversation");
+            assert_eq!((with.config.engines.len(), with.traffic.len()), (8, 2));
+            let stand_in = named(&[name.to_owned()]).unwrap()[0].source(&Traces::default());
+            assert!(matches!(stand_in, Some(Source::Open("agent", ..))));
             with.config
         };
         let slow = FleetChange {

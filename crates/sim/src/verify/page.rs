@@ -3,9 +3,8 @@
 use std::fmt::Write;
 
 use crate::chart::{Band, Chart, Line, escaped};
+use crate::page;
 use crate::verify::report::{Hits, Verification, WorkerResult};
-
-const STYLE: &str = include_str!("page.css");
 
 impl Verification {
     /// The page, as HTML.
@@ -17,11 +16,7 @@ impl Verification {
             r#"<p class="verdict bad">The predictions do not hold on these engines as they are set up now.</p>"#
         };
         let title = "What Foresee predicted, and what the engines say";
-        let mut page = format!(
-            "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\">\
-             <meta name=\"viewport\" content=\"width=device-width\">\
-             <title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>{verdict}"
-        );
+        let mut page = verdict.to_owned();
         page.push_str("<h2>Active blocks</h2>");
         page.push_str(
             "<p>What running requests pin, shared prefixes counted once. \
@@ -36,7 +31,7 @@ impl Verification {
         page.push_str(&self.wrong_predictions());
         let _ = write!(
             page,
-            "<p class=\"small\">Blocks of {} tokens; seed {}; text matched by {}.</p></body></html>",
+            "<p class=\"small\">Blocks of {} tokens; seed {}; text matched by {}.</p>",
             self.block_size,
             self.seed,
             if self.has_tokenizer {
@@ -45,7 +40,7 @@ impl Verification {
                 "its bytes"
             }
         );
-        page
+        page::framed(title, "", &page)
     }
 
     fn active_blocks(&self, worker: &WorkerResult) -> String {
@@ -62,11 +57,13 @@ impl Verification {
                 class: "line held",
                 points: active.held.clone(),
                 steps: false,
+                marks: Vec::new(),
             },
             Line {
                 class: "line predicted",
                 points: predicted.map(|&(at, blocks)| (at, blocks as f64)).collect(),
                 steps: true,
+                marks: Vec::new(),
             },
         ];
         let chart = Chart {
@@ -74,6 +71,7 @@ impl Verification {
             y_label: "blocks",
             bands: &bands,
             lines: &lines,
+            ..Chart::default()
         };
         format!(
             "<figure><figcaption><b>{}</b> {}: mean error {:.2} blocks, {:.1} % of the peak of \
