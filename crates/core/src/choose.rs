@@ -256,7 +256,9 @@ impl Field<'_> {
                 }
                 Prices::Summed(..) => self.delay_of(slot),
             };
-            if delay < least {
+            // What cannot be told must not keep a request from every worker.
+            let delay = if delay.is_nan() { f64::INFINITY } else { delay };
+            if chosen.is_none() || delay < least {
                 least = delay;
                 chosen = Some(slot);
                 equal = 1;
