@@ -196,7 +196,7 @@ impl State {
         };
         for (request, &repeated) in members.requests.iter().zip(&members.repeated) {
             let reading = self.read(request);
-            let (demand, placement) = (self.demand(request), self.placement(request));
+            let (demand, placement) = (self.demand(request), self.placement(request, &reading));
             for (slot, &alone) in reading.depths().iter().enumerate() {
                 let worker = self.fleet.at(slot as u32);
                 let mut depth = alone;

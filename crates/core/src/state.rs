@@ -75,6 +75,8 @@ pub(crate) struct Reading {
     depths: Depths,
     /// Where it leaves the tree.
     pub(crate) at: Match,
+    /// Tokens its answer is expected to have.
+    pub(crate) expected_tokens: u32,
 }
 
 impl Reading {
@@ -115,7 +117,13 @@ impl State {
             let overlaps = depths.iter().map(|depth| depth.overlap());
             at.best_overlap = overlaps.max().unwrap_or(0);
         }
-        Reading { depths, at }
+        Reading {
+            depths,
+            at,
+            expected_tokens: self
+                .output_length
+                .remaining(request.kind(), 0, request.max_tokens),
+        }
     }
 
     fn field<'a>(
@@ -145,17 +153,14 @@ impl State {
         }
     }
 
-    pub(crate) fn placement(&self, request: &Request<'_>) -> Placement {
+    pub(crate) fn placement(&self, request: &Request<'_>, reading: &Reading) -> Placement {
         let sequence = request.sequence;
-        let expected = self
-            .output_length
-            .remaining(request.kind(), 0, request.max_tokens);
         Placement {
             prompt_tokens: sequence.tokens(),
             blocks: sequence.blocks(),
             reusable_blocks: sequence.reusable_blocks(),
             block_size: sequence.block_size().get(),
-            output_tokens: f64::from(expected),
+            output_tokens: f64::from(reading.expected_tokens),
             overlap_weight: self.config.overlap_weight,
             ttft_weight: self.config.ttft_weight,
             now: self.now,
@@ -193,7 +198,7 @@ impl State {
         request: &Request<'_>,
     ) -> Result<(WorkerId, Reading), RouteError> {
         let reading = self.read(request);
-        let (demand, placement) = (self.demand(request), self.placement(request));
+        let (demand, placement) = (self.demand(request), self.placement(request, &reading));
         let prices = Prices::OfOne(demand, placement, &reading.depths);
         let worker = self.pick(request, prices)?;
         Ok((worker, reading))
