@@ -184,6 +184,12 @@ async fn verify_real(variable: &str, block_size: u32) {
     let config = VerifyConfig {
         has_tokenizer: tokenizer.is_some(),
         requests: 200,
+        lengths: Lengths {
+            prompt: 400,
+            answer: 400,
+        },
+        // How far an answer is that comes whole nobody sees, which blurs the active blocks.
+        stream_share: 1.0,
         sample_interval: Duration::from_millis(250),
         seed: now.as_secs(),
         ..config(block_size)
