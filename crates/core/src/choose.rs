@@ -140,12 +140,13 @@ impl Field<'_> {
         }
     }
 
-    fn delay_of(&self, slot: Slot) -> f64 {
+    /// If that is no less than `most`, something no less.
+    fn delay_of(&self, slot: Slot, most: f64) -> f64 {
         let index = slot as usize;
         match self.prices {
             Prices::OfOne(_, placement, depths) => {
-                let delay = self.fleet.delay(&placement, slot, depths[index]);
-                placement.total(&delay)
+                self.fleet
+                    .delay_below(most, &placement, slot, depths[index])
             }
             Prices::Summed(_, delays) => delays[index],
         }
@@ -155,7 +156,7 @@ impl Field<'_> {
     fn price_of(&self, policy: Policy, slot: Slot) -> f64 {
         match policy {
             Policy::Kv => self.cost_of(slot).total,
-            _ => self.delay_of(slot),
+            _ => self.delay_of(slot, f64::INFINITY),
         }
     }
 
@@ -183,15 +184,15 @@ impl Field<'_> {
                 let position = turn.checked_rem(count)?;
                 self.slots().nth(position as usize)
             }
-            Policy::Random => self.least(rng, |_| 0),
-            Policy::LeastRequests => self.least(rng, |slot| self.requests(slot)),
+            Policy::Random => self.least(rng, |_, _| 0),
+            Policy::LeastRequests => self.least(rng, |slot, _| self.requests(slot)),
             Policy::PowerOfTwo => self.less_busy_of_two(rng),
             Policy::ConsistentHash => {
                 let deciding = (HASHED_TOKENS / block_size).clamp(1, self.hashes.len().max(1));
                 match self.hashes.get(deciding - 1) {
                     Some(&key) => self.by_hash_within_bound(key),
                     // Shorter than a block: there is no prefix to stay close to.
-                    None => self.least(rng, |slot| self.requests(slot)),
+                    None => self.least(rng, |slot, _| self.requests(slot)),
                 }
             }
         }
@@ -243,44 +244,32 @@ impl Field<'_> {
 
     /// The slot of least delay; of equal ones any.
     fn least_delay(&self, rng: &mut SmallRng) -> Option<Slot> {
-        let mut chosen = None;
-        let mut least = f64::INFINITY;
-        let mut equal = 1;
-        for slot in self.slots() {
-            let delay = match self.prices {
-                Prices::OfOne(_, placement, depths) => {
-                    // Equal ones must be told apart from those above.
-                    let most = least.next_up();
-                    let depth = depths[slot as usize];
-                    self.fleet.delay_below(most, &placement, slot, depth)
-                }
-                Prices::Summed(..) => self.delay_of(slot),
-            };
+        self.least(rng, |slot, least| {
+            // Equal ones must be told apart from those above.
+            let most = least.map_or(f64::INFINITY, f64::next_up);
+            let delay = self.delay_of(slot, most);
             // What cannot be told must not keep a request from every worker.
-            let delay = if delay.is_nan() { f64::INFINITY } else { delay };
-            if chosen.is_none() || delay < least {
-                least = delay;
-                chosen = Some(slot);
-                equal = 1;
-            } else if delay == least && is_drawn(&mut equal, rng) {
-                chosen = Some(slot);
-            }
-        }
-        chosen
+            if delay.is_nan() { f64::INFINITY } else { delay }
+        })
     }
 
-    /// The slot with the least `measure`; each of several equal ones is as likely.
-    fn least(&self, rng: &mut SmallRng, measure: impl Fn(Slot) -> u32) -> Option<Slot> {
+    /// The slot with the least `measure`, which is told the least so far; each of several equal
+    /// ones is as likely.
+    fn least<M: PartialOrd + Copy>(
+        &self,
+        rng: &mut SmallRng,
+        measure: impl Fn(Slot, Option<M>) -> M,
+    ) -> Option<Slot> {
         let mut chosen = None;
-        let mut least = u32::MAX;
+        let mut least = None;
         let mut equal = 1;
         for slot in self.slots() {
-            let measured = measure(slot);
-            if chosen.is_none() || measured < least {
-                least = measured;
+            let measured = measure(slot, least);
+            if least.is_none_or(|least| measured < least) {
+                least = Some(measured);
                 chosen = Some(slot);
                 equal = 1;
-            } else if measured == least && is_drawn(&mut equal, rng) {
+            } else if least == Some(measured) && is_drawn(&mut equal, rng) {
                 chosen = Some(slot);
             }
         }

@@ -169,7 +169,7 @@ pub(crate) struct Fleet {
     /// Apart for the same reason.
     pub(crate) outlooks: Vec<Outlook>,
     /// What workers of the same models have in common. Never shrinks, so bounded by sets of models
-    /// that workers of one fleet ever had; the first is for those whose models are unknown.
+    /// that workers of one fleet ever had; of more than [`MOST_LAWS`], the rest share the first.
     laws: Vec<(Vec<String>, Law)>,
     eligible: Eligible,
     /// Apart too, because most fleets have none.

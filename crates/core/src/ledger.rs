@@ -43,8 +43,7 @@ impl State {
         let now = self.now;
         let cached_tokens = decision.cost.overlap_blocks * sequence.block_size().get();
         let uncached_tokens = sequence.tokens().saturating_sub(cached_tokens);
-        let kind = request.kind();
-        let expected_tokens = reading.expected_tokens;
+        let (kind, expected_tokens) = (reading.kind, reading.expected_tokens);
         let work = Work::new(uncached_tokens, sequence.tokens());
         let context = u64::from(sequence.tokens());
         let share = Share::new(self.serial, work, expected_tokens, context);

@@ -22,7 +22,7 @@ use crate::cost::Demand;
 use crate::delay::Placement;
 use crate::depths::Depths;
 use crate::fleet::{Fleet, WorkerId};
-use crate::forecast::lengths::OutputLength;
+use crate::forecast::lengths::{Kind, OutputLength};
 use crate::foreseen::Foreseen;
 use crate::record::{BookingKey, Record};
 use crate::request::{Candidate, Explanation, Request, RouteError};
@@ -75,7 +75,8 @@ pub(crate) struct Reading {
     depths: Depths,
     /// Where it leaves the tree.
     pub(crate) at: Match,
-    /// Tokens its answer is expected to have.
+    /// What its answer's length may depend on, and how many tokens it is expected to have.
+    pub(crate) kind: Kind,
     pub(crate) expected_tokens: u32,
 }
 
@@ -117,12 +118,12 @@ impl State {
             let overlaps = depths.iter().map(|depth| depth.overlap());
             at.best_overlap = overlaps.max().unwrap_or(0);
         }
+        let kind = request.kind();
         Reading {
             depths,
             at,
-            expected_tokens: self
-                .output_length
-                .remaining(request.kind(), 0, request.max_tokens),
+            kind,
+            expected_tokens: self.output_length.remaining(kind, 0, request.max_tokens),
         }
     }
 
