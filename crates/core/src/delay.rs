@@ -65,6 +65,17 @@ impl Delay {
     pub fn time_to_first_token(&self) -> f64 {
         self.wait + self.memory + self.prefill
     }
+
+    /// The cost to be minimised, if a second until the first token counts so much.
+    #[must_use]
+    pub fn total(&self, ttft_weight: f64) -> f64 {
+        ttft_weight * self.time_to_first_token()
+            + self.decode
+            + self.slowed
+            + self.stalls
+            + self.slows
+            + self.future
+    }
 }
 
 impl std::ops::AddAssign for Delay {
@@ -127,12 +138,7 @@ struct Begun {
 impl Placement {
     /// The cost to be minimised.
     pub(crate) fn total(&self, delay: &Delay) -> f64 {
-        self.ttft_weight * delay.time_to_first_token()
-            + delay.decode
-            + delay.slowed
-            + delay.stalls
-            + delay.slows
-            + delay.future
+        delay.total(self.ttft_weight)
     }
 
     /// What it would compute where it reaches so deep.

@@ -16,7 +16,7 @@ impl Rule for Without {
         view::least(view.workers, rng, |worker| {
             let mut delay = worker.delay;
             *(self.0)(&mut delay) = 0.0;
-            total(&delay, view.ttft_weight)
+            delay.total(view.ttft_weight)
         })
     }
 }
@@ -24,16 +24,6 @@ impl Rule for Without {
 /// The router's `delay` without this term.
 pub(super) fn without(term: Term) -> Box<dyn Rule> {
     Box::new(Without(term))
-}
-
-/// What the router minimises.
-fn total(delay: &Delay, ttft_weight: f64) -> f64 {
-    ttft_weight * delay.time_to_first_token()
-        + delay.decode
-        + delay.slowed
-        + delay.stalls
-        + delay.slows
-        + delay.future
 }
 
 #[cfg(test)]
@@ -111,7 +101,7 @@ mod tests {
             let request = Request::new(&sequence);
             let explanation = router.explain(&request, now).unwrap();
             let candidates = &explanation.candidates;
-            let totals = candidates.iter().map(|it| total(&it.delay, 3.0));
+            let totals = candidates.iter().map(|it| it.delay.total(3.0));
             let least = totals.clone().fold(f64::INFINITY, f64::min);
             for (total, candidate) in totals.zip(candidates) {
                 let is_chosen = candidate.probability > 0.0;
