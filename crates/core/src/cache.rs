@@ -4,8 +4,8 @@
 //! hashes; it belongs to whoever listens to that engine, outside the router's lock. [`CacheIndex`]
 //! is the router's side: which workers hold which prefix.
 //!
-//! `blocks` is what the former keeps, `sparse` the table below both, `holders` the sets of workers
-//! that the latter refers to. They are written for their size: a fleet caches millions of blocks.
+//! `blocks` is what the former keeps, `sparse` the table below both, `runs` how far each worker
+//! holds the prompts that the latter knows. They are written for their size: a fleet caches millions of blocks.
 //!
 //! Engines' own hashes are opaque names here. Blocks are hashed anew from their token ids, so
 //! that neither the engine's algorithm nor what it mixes in needs to be known, and parents are
@@ -16,9 +16,9 @@
 //! about half of all block-aligned repeats.
 
 mod blocks;
-mod holders;
 mod index;
 mod parked;
+mod runs;
 mod sparse;
 mod view;
 
@@ -42,11 +42,29 @@ pub struct StoredBlocks<'a> {
     pub salt: u64,
 }
 
+/// A prefix, and the one that it continues by a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Up to the end of the block.
+    pub hash: SequenceHash,
+    /// Up to its beginning; `None` if it begins its sequence.
+    pub previous: Option<SequenceHash>,
+}
+
+impl Link {
+    /// All prefixes of a sequence, of the engine's blocks.
+    pub fn chain(hashes: &[SequenceHash]) -> impl Iterator<Item = Self> {
+        let previous = std::iter::once(None).chain(hashes.iter().copied().map(Some));
+        let links = hashes.iter().zip(previous);
+        links.map(|(&hash, previous)| Self { hash, previous })
+    }
+}
+
 /// What an event changes in the index.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Changes {
-    /// Prefixes that are cached and were not.
-    pub added: Vec<SequenceHash>,
+    /// Prefixes that are cached and were not, none before what it continues.
+    pub added: Vec<Link>,
     /// Prefixes that are no longer cached.
     pub removed: Vec<SequenceHash>,
     /// The engine's blocks are so many times the router's: only the prefixes that end with one of

@@ -36,12 +36,12 @@ impl Foreseen {
     }
 
     /// Events have told of these.
-    pub(crate) fn settle(&mut self, worker: Slot, hashes: &[SequenceHash]) {
+    pub(crate) fn settle(&mut self, worker: Slot, hashes: impl Iterator<Item = SequenceHash>) {
         let Some(runs) = self.by_worker.get_mut(&worker) else {
             return;
         };
         for hash in hashes {
-            runs.remove(hash);
+            runs.remove(&hash);
         }
         if runs.is_empty() {
             self.by_worker.remove(&worker);
@@ -89,7 +89,7 @@ mod tests {
             assert!(foreseen.by_worker[&7].len() <= MOST_RUNS);
             assert!(foreseen.by_worker[&7].contains(&hash));
         }
-        foreseen.settle(7, &(0..3 * MOST_RUNS as u64).collect::<Vec<_>>());
+        foreseen.settle(7, 0..3 * MOST_RUNS as u64);
         assert!(foreseen.by_worker.is_empty());
     }
 }

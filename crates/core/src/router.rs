@@ -18,8 +18,9 @@ use crate::config::MOST_WEIGHT;
 pub use crate::config::{ConfigError, RouterConfig};
 use crate::fleet::{WorkerError, WorkerId, WorkerSnapshot, WorkerSpec};
 use crate::forecast::lengths::LengthForecast;
+use crate::foreseen::Foreseen;
 pub use crate::request::{Candidate, Explanation, Request, RouteError};
-use crate::sequence::{Sequence, SequenceHash};
+use crate::sequence::Sequence;
 use crate::shadow::Eviction;
 use crate::state::{Locked, State, release};
 
@@ -162,13 +163,15 @@ impl Router {
     pub fn update_cache(&self, id: WorkerId, changes: &Changes) {
         let stride = changes.stride;
         for hashes in changes.removed.chunks(MOST_TOLD_AT_ONCE) {
-            self.tell(id, stride, hashes, |cache, told| {
-                cache.remove(id.slot, stride, hashes, told)
+            self.tell(id, stride, |cache, foreseen, told| {
+                cache.remove(id.slot, stride, hashes, told);
+                foreseen.settle(id.slot, hashes.iter().copied());
             });
         }
-        for hashes in changes.added.chunks(MOST_TOLD_AT_ONCE) {
-            self.tell(id, stride, hashes, |cache, told| {
-                cache.add(id.slot, stride, hashes, told)
+        for links in changes.added.chunks(MOST_TOLD_AT_ONCE) {
+            self.tell(id, stride, |cache, foreseen, told| {
+                cache.add(id.slot, stride, links, told);
+                foreseen.settle(id.slot, links.iter().map(|it| it.hash));
             });
         }
     }
@@ -177,16 +180,14 @@ impl Router {
         &self,
         id: WorkerId,
         stride: u32,
-        hashes: &[SequenceHash],
-        change: impl FnOnce(&mut CacheIndex, &mut u64),
+        change: impl FnOnce(&mut CacheIndex, &mut Foreseen, &mut u64),
     ) {
         let mut guard = self.state.lock();
         let state = &mut *guard;
         if let Some((worker, _)) = state.fleet.get_mut(id)
             && worker.shadow.is_told()
         {
-            change(&mut state.cache, &mut worker.told);
-            state.foreseen.settle(id.slot, hashes);
+            change(&mut state.cache, &mut state.foreseen, &mut worker.told);
             if let Some(stride) = NonZeroU32::new(stride) {
                 state.fleet.set_stride(id, stride);
             }

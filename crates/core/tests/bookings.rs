@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use foresee_core::booking::Booking;
-use foresee_core::cache::Changes;
+use foresee_core::cache::{Changes, Link};
 use foresee_core::fleet::{WorkerId, WorkerSpec};
 use foresee_core::router::{Request, RouteError, Router, RouterConfig};
 use foresee_core::sequence::Sequence;
@@ -151,7 +151,7 @@ impl Known {
         };
         let blocks = &prompt[..sequence.hashes().len() * block];
         if stored {
-            changes.added = sequence.hashes().to_vec();
+            changes.added = Link::chain(sequence.hashes()).collect();
         } else {
             let told = self.told.iter().flatten();
             let behind = told.filter(|it| !blocks.is_empty() && it.starts_with(blocks));
@@ -169,8 +169,9 @@ impl Known {
             } else if !blocks.is_empty() {
                 told.retain(|it| !it.starts_with(blocks));
             }
-            self.holds.told(&changes.added);
-            self.holds.told(&changes.removed);
+            let added = changes.added.iter().map(|it| it.hash);
+            self.holds
+                .told(added.chain(changes.removed.iter().copied()));
         }
         changes
     }

@@ -7,7 +7,7 @@ use std::num::NonZeroU32;
 use std::time::Duration;
 
 use foresee_core::Depth;
-use foresee_core::cache::{CacheIndex, CacheView, Changes, StoredBlocks};
+use foresee_core::cache::{CacheIndex, CacheView, Changes, Link, StoredBlocks};
 use foresee_core::fleet::{WorkerId, WorkerSpec};
 use foresee_core::router::{Request, Router, RouterConfig};
 use foresee_core::sequence::Sequence;
@@ -270,6 +270,7 @@ proptest! {
         };
         for (worker, &(most, _)) in depths.iter().enumerate() {
             let (stride, added) = ends(worker, 0, most);
+            let added = Link::chain(&added).collect();
             let changes = Changes { added, removed: Vec::new(), stride };
             index.update(worker as u32, &changes, &mut held[worker]);
         }
@@ -346,23 +347,43 @@ fn holes_that_come_too_fast_have_to_wait() {
     let mut view = CacheView::new(NonZeroU32::MIN);
     let mut cached = view.store(&whole).added.len();
     let mut rounds = 0;
+    let mut index = CacheIndex::default();
+    let mut held = 0;
     while view.is_exact() {
-        cached -= view.remove(&[1]).removed.len();
-        cached += view.store(&first).added.len();
+        for removes in [true, false] {
+            let changes = if removes {
+                view.remove(&[1])
+            } else {
+                view.store(&first)
+            };
+            cached = cached + changes.added.len() - changes.removed.len();
+            if rounds > 150 {
+                index.update(0, &changes, &mut held);
+            }
+        }
         rounds += 1;
+        if rounds == 151 {
+            index.update(0, &view.contents(), &mut held);
+        }
         assert!(rounds < 10_000, "nothing has to wait");
     }
-    assert!(rounds > 100);
+    assert!(rounds > 160);
     // What is told follows, when enough has been heard.
     let mut heard = 0;
     while !view.is_exact() {
         let changes = view.store(&first);
+        index.update(0, &changes, &mut held);
         cached = cached + changes.added.len() - changes.removed.len();
         heard += 1;
         assert!(heard < BLOCKS, "it waits for ever");
     }
     assert_eq!(cached, view.contents().added.len());
     assert_eq!(cached, BLOCKS as usize);
+    // An index has followed, which was never told of blocks without those before them.
+    let prompt = Sequence::from_tokens(&tokens, NonZeroU32::MIN, SALT);
+    let mut depths = [Depth::default()];
+    assert_eq!(index.descend(prompt.hashes(), &mut depths), BLOCKS as u32);
+    assert_eq!(held, BLOCKS);
 }
 
 #[test]

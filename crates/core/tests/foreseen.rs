@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use foresee_core::Depth;
 use foresee_core::booking::Booking;
-use foresee_core::cache::Changes;
+use foresee_core::cache::{Changes, Link};
 use foresee_core::fleet::{WorkerId, WorkerSpec};
 use foresee_core::router::{Request, Router, RouterConfig};
 use foresee_core::sequence::Sequence;
@@ -45,7 +45,7 @@ impl Told {
         self.router.update_cache(
             self.id,
             &Changes {
-                added: prompt.hashes().to_vec(),
+                added: Link::chain(prompt.hashes()).collect(),
                 removed: Vec::new(),
                 stride: 1,
             },

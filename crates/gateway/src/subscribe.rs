@@ -304,7 +304,7 @@ impl Subscription<'_> {
         let Changes { added, stride, .. } = before.contents();
         self.tell_router(&Changes {
             added: Vec::new(),
-            removed: added,
+            removed: added.iter().map(|it| it.hash).collect(),
             stride,
         });
         self.tell_router(&self.follower.contents());

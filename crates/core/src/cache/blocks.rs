@@ -237,8 +237,12 @@ impl Blocks {
     }
 
     /// A block that is stored was removed once. Returns whether it is no longer stored: then it is
-    /// a hole, or gone.
-    pub(super) fn count_removal(&mut self, found: Found) -> bool {
+    /// a hole, or gone. `gone` is told of each that is gone and could be hit.
+    pub(super) fn count_removal(
+        &mut self,
+        found: Found,
+        mut gone: impl FnMut(SequenceHash),
+    ) -> bool {
         let id = found.id;
         let block = self.at_mut(id);
         if block.get(STORES) > 1 {
@@ -249,32 +253,36 @@ impl Blocks {
         let has_children = block.get(CHILDREN) > 0;
         block.set(PARENT, u64::from(NONE));
         block.set(STORES, 0);
-        block.set(REACHABLE, 0);
         if has_children {
             self.holes.insert(u64::from(id), found.name);
         } else {
-            self.remove(found);
+            self.remove(found, &mut gone);
         }
         if parent != NONE {
             self.lower(CHILDREN, parent);
             let block = self.at(parent);
             if block.get(CHILDREN) == 0 && block.get(STORES) == 0 {
-                self.remove_hole(parent);
+                self.remove_hole(parent, &mut gone);
             }
         }
         true
     }
 
-    fn remove_hole(&mut self, id: Id) {
+    fn remove_hole(&mut self, id: Id, gone: &mut impl FnMut(SequenceHash)) {
         if let Some(name) = self.holes.remove(&u64::from(id)) {
-            self.remove(self.find_name(name));
+            self.remove(self.find_name(name), gone);
         }
     }
 
-    fn remove(&mut self, found: Found) {
+    fn remove(&mut self, found: Found, gone: &mut impl FnMut(SequenceHash)) {
         self.table.remove(found.at);
         let free = std::mem::replace(&mut self.free, found.id);
-        self.at_mut(found.id).set(PARENT, u64::from(free));
+        let block = self.at_mut(found.id);
+        if block.get(REACHABLE) > 0 {
+            gone(block.hash);
+        }
+        block.set(REACHABLE, 0);
+        block.set(PARENT, u64::from(free));
     }
 
     pub(super) fn hash(&self, id: Id) -> SequenceHash {
@@ -295,8 +303,8 @@ impl Blocks {
         self.at(id).get(CHILDREN) > 0
     }
 
-    /// All blocks before it are stored, so that it can be hit: as last
-    /// [said](Self::set_reachable).
+    /// It and all blocks before it are stored, so that it can be hit: as last
+    /// [said](Self::set_reachable), even of a hole.
     pub(super) fn is_reachable(&self, id: Id) -> bool {
         self.at(id).get(REACHABLE) > 0
     }
@@ -305,13 +313,19 @@ impl Blocks {
         self.at_mut(id).set(REACHABLE, u64::from(reachable));
     }
 
-    /// All blocks that are stored.
-    pub(super) fn stored(&self) -> impl Iterator<Item = Id> {
-        (0..self.ids() as Id).filter(|&id| self.is_stored(id))
+    /// All blocks that can be hit.
+    pub(super) fn reachable(&self) -> impl Iterator<Item = Id> {
+        (0..self.ids() as Id).filter(|&id| self.is_reachable(id))
+    }
+
+    /// The block before it, if it is stored and that is known.
+    pub(super) fn parent(&self, id: Id) -> Option<Id> {
+        let parent = self.at(id).get(PARENT) as Id;
+        (parent != NONE).then_some(parent)
     }
 
     /// What every id is below.
-    fn ids(&self) -> usize {
+    pub(super) fn ids(&self) -> usize {
         let last = self.pages.last().map_or(0, Vec::len);
         self.pages.len().saturating_sub(1) * PAGE + last
     }
@@ -327,7 +341,7 @@ impl Blocks {
         }
         let mut known = vec![Known::No; self.ids()];
         let mut path = Vec::new();
-        for id in self.stored() {
+        for id in (0..self.ids() as Id).filter(|&id| self.is_stored(id)) {
             let mut ancestor = id;
             let reachable = loop {
                 if ancestor == NONE {
@@ -438,7 +452,7 @@ mod tests {
                 } else if entry.stores > 0 {
                     entry.stores -= 1;
                     let gone = entry.stores == 0;
-                    prop_assert_eq!(blocks.count_removal(found), gone);
+                    prop_assert_eq!(blocks.count_removal(found, drop), gone);
                 } else {
                     let parent_id = blocks.find_stored(name(parent));
                     entry.stores = 1;

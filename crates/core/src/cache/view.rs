@@ -4,7 +4,7 @@ use std::num::NonZeroU32;
 
 use crate::cache::blocks::{Blocks, Id, NONE};
 use crate::cache::parked::Parked;
-use crate::cache::{Changes, StoredBlocks};
+use crate::cache::{Changes, Link, StoredBlocks};
 use crate::sequence::{SequenceHash, extend};
 
 /// Finding what lies behind a hole looks at every block. So that no stream can make that the
@@ -86,16 +86,34 @@ impl CacheView {
     /// What an index that knows nothing must be told.
     #[must_use]
     pub fn contents(&self) -> Changes {
-        Changes {
-            added: self.reachable().collect(),
-            ..self.no_changes()
+        let mut changes = self.no_changes();
+        let mut is_left = vec![false; self.blocks.ids()];
+        for id in self.blocks.reachable() {
+            is_left[id as usize] = true;
         }
+        for id in self.blocks.reachable() {
+            let path = self.path(id, |id| std::mem::take(&mut is_left[id as usize]));
+            changes
+                .added
+                .extend(path.into_iter().map(|id| self.link(id)));
+        }
+        changes
     }
 
-    fn reachable(&self) -> impl Iterator<Item = SequenceHash> {
-        let stored = self.blocks.stored();
-        let reachable = stored.filter(|&id| self.blocks.is_reachable(id));
-        reachable.map(|id| self.blocks.hash(id))
+    /// The last blocks up to the end of `id`, first to last, as many as are wanted.
+    fn path(&self, id: Id, mut is_wanted: impl FnMut(Id) -> bool) -> Vec<Id> {
+        let parents = std::iter::successors(Some(id), |&id| self.blocks.parent(id));
+        let mut path: Vec<Id> = parents.take_while(|&id| is_wanted(id)).collect();
+        path.reverse();
+        path
+    }
+
+    fn link(&self, id: Id) -> Link {
+        let parent = self.blocks.parent(id);
+        Link {
+            hash: self.blocks.hash(id),
+            previous: parent.map(|parent| self.blocks.hash(parent)),
+        }
     }
 
     fn no_changes(&self) -> Changes {
@@ -157,15 +175,12 @@ impl CacheView {
                 self.parked.forget(name, size);
                 continue;
             }
-            let (hash, reachable) = (self.blocks.hash(id), self.blocks.is_reachable(id));
             let has_children = self.blocks.has_children(id);
             self.stored -= 1;
-            if self.blocks.count_removal(found) {
+            let removed = &mut changes.removed;
+            if self.blocks.count_removal(found, |hash| removed.push(hash)) {
                 self.len -= 1;
                 self.unsettled |= has_children;
-                if reachable {
-                    changes.removed.push(hash);
-                }
             }
         }
         self.settle(hashes.len(), &mut changes);
@@ -174,8 +189,9 @@ impl CacheView {
 
     /// Nothing is cached any more.
     pub fn clear(&mut self) -> Changes {
+        let told = self.blocks.reachable();
         let changes = Changes {
-            removed: self.reachable().collect(),
+            removed: told.map(|id| self.blocks.hash(id)).collect(),
             ..self.no_changes()
         };
         *self = Self {
@@ -209,10 +225,16 @@ impl CacheView {
                 self.blocks.count_store(found.id);
                 (parent, previous, reachable) = self.behind(found.id);
             } else {
+                let before = (parent != NONE).then_some(previous);
                 previous = tokens.chunks_exact(ours).fold(previous, extend);
                 let id = if is_known {
                     // It came back in front of blocks that stayed.
                     self.unsettled = true;
+                    let told = self.blocks.hash(found.id);
+                    if self.blocks.is_reachable(found.id) && !(reachable && told == previous) {
+                        self.blocks.set_reachable(found.id, false);
+                        changes.removed.push(told);
+                    }
                     self.blocks.fill(found.id, parent, previous);
                     found.id
                 } else if let Some(id) = self.blocks.insert(found, parent, previous) {
@@ -222,9 +244,11 @@ impl CacheView {
                     return;
                 };
                 self.len += 1;
-                if reachable {
+                if reachable && !self.blocks.is_reachable(id) {
                     self.blocks.set_reachable(id, true);
-                    changes.added.push(previous);
+                    let hash = previous;
+                    let previous = before;
+                    changes.added.push(Link { hash, previous });
                 }
                 parent = id;
             }
@@ -248,16 +272,17 @@ impl CacheView {
         }
         self.looks -= self.blocks.len() as u64;
         self.unsettled = false;
-        for (id, reachable) in self.blocks.find_reachable().into_iter().enumerate() {
-            let id = id as Id;
-            if self.blocks.is_reachable(id) != reachable {
-                self.blocks.set_reachable(id, reachable);
-                let changed = if reachable {
-                    &mut changes.added
-                } else {
-                    &mut changes.removed
-                };
-                changed.push(self.blocks.hash(id));
+        let is_reachable = self.blocks.find_reachable();
+        let told = self.blocks.reachable();
+        let lost: Vec<Id> = told.filter(|&id| !is_reachable[id as usize]).collect();
+        for id in lost {
+            self.blocks.set_reachable(id, false);
+            changes.removed.push(self.blocks.hash(id));
+        }
+        for id in (0..is_reachable.len() as Id).filter(|&id| is_reachable[id as usize]) {
+            for id in self.path(id, |id| !self.blocks.is_reachable(id)) {
+                self.blocks.set_reachable(id, true);
+                changes.added.push(self.link(id));
             }
         }
     }

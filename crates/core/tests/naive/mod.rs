@@ -63,9 +63,9 @@ impl NaiveWorker {
     }
 
     /// Events told of these blocks.
-    pub(crate) fn told(&mut self, hashes: &[SequenceHash]) {
+    pub(crate) fn told(&mut self, hashes: impl Iterator<Item = SequenceHash>) {
         for hash in hashes {
-            self.evicted.remove(hash);
+            self.evicted.remove(&hash);
         }
     }
 

@@ -195,7 +195,7 @@ impl Claims {
         for hash in &changes.removed {
             self.prefixes.remove(hash);
         }
-        self.prefixes.extend(&changes.added);
+        self.prefixes.extend(changes.added.iter().map(|it| it.hash));
     }
 
     /// Leading blocks of a prompt that are cached, as they say.
@@ -209,6 +209,8 @@ impl Claims {
 
 #[cfg(test)]
 mod tests {
+    use foresee_core::cache::Link;
+
     use super::*;
 
     const BLOCK: u32 = 32;
@@ -318,7 +320,7 @@ mod tests {
         let mut claims = Claims::default();
         assert_eq!(claims.depth(&[1, 2]), 0);
         claims.update(&Changes {
-            added: vec![2, 4, 6],
+            added: Link::chain(&[2, 4, 6]).collect(),
             removed: Vec::new(),
             stride: 2,
         });
