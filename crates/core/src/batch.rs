@@ -148,7 +148,7 @@ impl<'a> Members<'a> {
             let mut depths = [Depth::default()];
             let chain = request.sequence.shared_hashes();
             let at = tree.descend(chain, &mut depths);
-            tree.pin(at, chain, 0);
+            tree.pin(at, chain, 0, 0);
             depths[0].active
         });
         Self {

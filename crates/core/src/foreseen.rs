@@ -2,11 +2,12 @@
 //! them, and what they take is no longer there for those behind them.
 //!
 //! The [`shadow`](crate::shadow) of a worker evicts at the booking. Of every run that it evicts
-//! its block nearest to the root is noted here, until events speak of that block or nothing waits.
+//! its block nearest to the root is noted here, until events speak of that block. When the worker
+//! has started all that was booked by then, the next events are the last that may.
 //! A path loses its tail first, so a prompt whose blocks the shadow holds down to a noted one will
 //! not be found deeper, whatever events still say.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::hash::BuildHasherDefault;
 
 use crate::depths::Depths;
@@ -17,38 +18,74 @@ use crate::tree::{Depth, PrefixTree, Slot};
 /// something waits.
 const MOST_RUNS: usize = 4096;
 
-type Runs = HashSet<SequenceHash, BuildHasherDefault<AlreadyHashed>>;
+/// The evictions foreseen on one worker.
+#[derive(Debug, Default)]
+struct Runs {
+    /// Of each, the latest booking that may be what evicts it.
+    because_of: HashMap<SequenceHash, u64, BuildHasherDefault<AlreadyHashed>>,
+    /// In the order of those bookings; some are settled.
+    order: VecDeque<(u64, SequenceHash)>,
+    /// The latest booking that the worker has started.
+    started: u64,
+}
 
 /// The evictions foreseen on each worker, if there are any.
 #[derive(Debug, Default)]
 pub(crate) struct Foreseen {
     by_worker: BTreeMap<Slot, Runs>,
+    latest_booking: u64,
 }
 
 impl Foreseen {
+    /// What is foreseen from now on may be because of this booking.
+    pub(crate) fn booked(&mut self, serial: u64) {
+        self.latest_booking = serial;
+    }
+
     /// A run that begins with `uppermost` will be evicted.
     pub(crate) fn add(&mut self, worker: Slot, uppermost: SequenceHash) {
         let runs = self.by_worker.entry(worker).or_default();
-        if runs.len() == MOST_RUNS {
-            runs.clear();
+        if runs.order.len() == MOST_RUNS {
+            *runs = Runs::default();
         }
-        runs.insert(uppermost);
+        runs.because_of.insert(uppermost, self.latest_booking);
+        runs.order.push_back((self.latest_booking, uppermost));
     }
 
-    /// Events have told of these.
+    /// Events have told of these, and of all that was evicted before.
     pub(crate) fn settle(&mut self, worker: Slot, hashes: impl Iterator<Item = SequenceHash>) {
         let Some(runs) = self.by_worker.get_mut(&worker) else {
             return;
         };
         for hash in hashes {
-            runs.remove(&hash);
+            runs.because_of.remove(&hash);
         }
-        if runs.is_empty() {
+        while let Some(&(because_of, run)) = runs.order.front()
+            && because_of <= runs.started
+        {
+            runs.order.pop_front();
+            if runs.because_of.get(&run) == Some(&because_of) {
+                runs.because_of.remove(&run);
+            }
+        }
+        if runs.because_of.is_empty() {
             self.by_worker.remove(&worker);
         }
     }
 
-    /// All that could be foreseen has happened.
+    /// The worker has started a booking, and those before it: what they were to evict is evicted.
+    pub(crate) fn started(&mut self, worker: Slot, serial: u64) {
+        if let Some(runs) = self.by_worker.get_mut(&worker) {
+            runs.started = runs.started.max(serial);
+        }
+    }
+
+    /// It has started all that was booked.
+    pub(crate) fn started_all(&mut self, worker: Slot) {
+        self.started(worker, self.latest_booking);
+    }
+
+    /// Nothing of what was foreseen matters any longer.
     pub(crate) fn forget(&mut self, worker: Slot) {
         self.by_worker.remove(&worker);
     }
@@ -68,7 +105,9 @@ impl Foreseen {
         let mut is_capped = false;
         for (&worker, runs) in &self.by_worker {
             let (told, left) = (&mut depths[worker as usize], shadows[worker as usize]);
-            if left.cached < told.cached && runs.contains(&chain[left.cached as usize]) {
+            if left.cached < told.cached
+                && runs.because_of.contains_key(&chain[left.cached as usize])
+            {
                 told.cached = left.cached;
                 is_capped = true;
             }
@@ -86,10 +125,31 @@ mod tests {
         let mut foreseen = Foreseen::default();
         for hash in 0..3 * MOST_RUNS as u64 {
             foreseen.add(7, hash);
-            assert!(foreseen.by_worker[&7].len() <= MOST_RUNS);
-            assert!(foreseen.by_worker[&7].contains(&hash));
+            assert!(foreseen.by_worker[&7].order.len() <= MOST_RUNS);
+            assert!(foreseen.by_worker[&7].because_of.contains_key(&hash));
         }
         foreseen.settle(7, 0..3 * MOST_RUNS as u64);
+        assert!(foreseen.by_worker.is_empty());
+    }
+
+    #[test]
+    fn what_a_started_booking_did_not_evict_stays() {
+        let mut foreseen = Foreseen::default();
+        let is_noted = |foreseen: &Foreseen, hash| {
+            let runs = foreseen.by_worker.get(&7);
+            runs.is_some_and(|runs| runs.because_of.contains_key(&hash))
+        };
+        for (serial, hash) in [(1, 10), (2, 20), (3, 10), (4, 40)] {
+            foreseen.booked(serial);
+            foreseen.add(7, hash);
+        }
+        foreseen.started(7, 2);
+        assert!(is_noted(&foreseen, 20), "events lag");
+        foreseen.settle(7, std::iter::empty());
+        assert!(!is_noted(&foreseen, 20));
+        assert!(is_noted(&foreseen, 10) && is_noted(&foreseen, 40));
+        foreseen.started_all(7);
+        foreseen.settle(7, std::iter::empty());
         assert!(foreseen.by_worker.is_empty());
     }
 }

@@ -15,14 +15,22 @@ use crate::outlook::Share;
 use crate::record::{BookingKey, Record};
 use crate::reports::{Hits, Verdict};
 use crate::request::Request;
-use crate::sequence::Sequence;
+use crate::sequence::{Sequence, SequenceHash};
 use crate::state::{Reading, State};
-use crate::tree::NO_NODE;
+use crate::tree::{NO_NODE, Slot};
+
+/// Between two looks at a request that nobody watches, at least.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
 
 /// For where the rest of the state is needed beside it.
 fn record_of(bookings: &mut Slab<Record>, key: BookingKey) -> Option<&mut Record> {
     let record = bookings.get_mut(key.index)?;
     (record.serial == key.serial).then_some(record)
+}
+
+/// Names a block on one worker.
+fn awaited(worker: Slot, hash: SequenceHash) -> u64 {
+    hash.rotate_left(worker % u64::BITS) ^ u64::from(worker)
 }
 
 impl State {
@@ -46,7 +54,8 @@ impl State {
         let (kind, expected_tokens) = (reading.kind, reading.expected_tokens);
         let work = Work::new(uncached_tokens, sequence.tokens());
         let context = u64::from(sequence.tokens());
-        let share = Share::new(self.serial, work, expected_tokens, context);
+        let mut share = Share::new(self.serial, work, expected_tokens, context);
+        share.is_watched = request.streams;
         let mut record = Record {
             serial: self.serial,
             worker,
@@ -74,7 +83,9 @@ impl State {
             let mut copies = 0;
             if worker.prefix_caching {
                 let chain = sequence.shared_hashes();
-                let pinned = self.tree.pin(reading.at, chain, worker.id.slot);
+                let pinned = self
+                    .tree
+                    .pin(reading.at, chain, worker.id.slot, self.serial);
                 record.node = pinned.node;
                 record.hashed_blocks = pinned.path;
                 pinned_blocks = u64::from(pinned.blocks);
@@ -94,6 +105,10 @@ impl State {
                 copies = shadow.divide(&pinned, reusable, worker.id.slot, &mut self.tree);
             }
             worker.shadow.waits();
+            self.foreseen.booked(self.serial);
+            if load.requests == 0 {
+                self.tree.begin(worker.id.slot, self.serial);
+            }
             worker.shadow.change_headroom(0, record.headroom());
             load.requests += 1;
             load.context_tokens += record.context_tokens();
@@ -116,16 +131,14 @@ impl State {
                 outlook.add(&record.share, now);
                 outlook.inflow.add(prefill, now);
             }
-            if !record.streams {
-                record.token_at = record.first_token_due;
-            }
         }
         let key = BookingKey {
             serial: self.serial,
             index: self.bookings.vacant_key(),
         };
         if !record.streams {
-            self.due.push(Reverse((record.token_at, key)));
+            self.due.push(Reverse((now, key)));
+            self.awaits(worker, sequence, key);
         }
         self.bookings.insert(record);
         self.drop_stale_forecasts();
@@ -149,7 +162,8 @@ impl State {
             return;
         };
         record.computed = true;
-        let node = record.node;
+        let (node, serial) = (record.node, record.serial);
+        let (mut is_started, mut has_begun_anew) = (false, false);
         if let Some((outlook, law)) = self.fleet.outlook_mut(record.worker) {
             if record.streams {
                 record.token_at = now;
@@ -160,17 +174,32 @@ impl State {
                     outlook.watch.check(due, now.saturating_sub(booked_at));
                 }
                 let waited = record.waited_for_memory;
-                outlook.watch.first_token(law, work, booked_at, waited, now);
+                outlook.begin(&record.share, now);
+                has_begun_anew = outlook.watch.first_token(law, work, booked_at, waited, now);
             }
             // Otherwise this is the end of the whole answer: it tells nothing of prefill.
-            outlook.compute(&mut record.share);
+            is_started = outlook.compute(&mut record.share);
         }
-        let Some((worker, _)) = self.fleet.get_mut(record.worker) else {
+        let id = record.worker;
+        if self.fleet.get(id).is_some() {
+            self.tree.mark_computed(node, id.slot);
+            if is_started {
+                self.started(id, serial);
+            }
+            if has_begun_anew {
+                self.tree.begin(id.slot, self.serial);
+            }
+        }
+    }
+
+    /// A booking waits no longer.
+    fn started(&mut self, worker: WorkerId, serial: u64) {
+        let Some((worker, _)) = self.fleet.get_mut(worker) else {
             return;
         };
-        self.tree.mark_computed(node, worker.id.slot);
-        if worker.shadow.waits_no_longer() {
-            self.foreseen.forget(worker.id.slot);
+        match worker.shadow.waits_no_longer() {
+            true => self.foreseen.started_all(worker.id.slot),
+            false => self.foreseen.started(worker.id.slot, serial),
         }
     }
 
@@ -189,7 +218,9 @@ impl State {
                 outlook.ahead.requests > 0 || outlook.watch.first_token_at() > last_token_at;
             let decoding = outlook.decoding();
             let watch = &mut outlook.watch;
-            watch.tokens(law, count, elapsed, computes, decoding, now);
+            if watch.tokens(law, count, elapsed, computes, decoding, now) {
+                self.tree.begin(worker.slot, self.serial);
+            }
         }
     }
 
@@ -242,9 +273,11 @@ impl State {
         };
         let (generated, streams, worker) = (record.generated_tokens, record.streams, record.worker);
         let (kind, expected) = (record.kind, record.expected_tokens);
+        let max_tokens = record.max_tokens;
         let elapsed = now.saturating_sub(record.token_at);
         self.output_length.check(expected, generated);
-        self.output_length.observe(kind, generated);
+        let is_cut = max_tokens.is_some_and(|most| generated >= most);
+        self.output_length.observe(kind, generated, is_cut);
         if !streams && let Some((outlook, law)) = self.fleet.outlook_mut(worker) {
             let computes = outlook.ahead.requests > 0;
             let decoding = outlook.decoding();
@@ -301,8 +334,8 @@ impl State {
         let Some((worker, load)) = self.fleet.get_mut(record.worker) else {
             return;
         };
-        if !record.computed && worker.shadow.waits_no_longer() {
-            self.foreseen.forget(worker.id.slot);
+        if record.share.is_ahead() && worker.shadow.waits_no_longer() {
+            self.foreseen.started_all(worker.id.slot);
         }
         worker.shadow.change_headroom(record.headroom(), 0);
         load.requests -= 1;
@@ -324,7 +357,7 @@ impl State {
         if let Some(answered) = answered.filter(|_| has_computed && !worker.shadow.is_idle()) {
             let chain = answered.shared_hashes();
             let at = self.tree.descend(chain, &mut []);
-            let pinned = self.tree.pin(at, chain, slot);
+            let pinned = self.tree.pin(at, chain, slot, self.serial);
             self.tree.mark_computed(pinned.node, slot);
             worker.shadow.revived(&pinned.revived, u32::MAX);
             worker
@@ -350,12 +383,47 @@ impl State {
         worker.pinned -= u64::from(unpinned.blocks);
         load.active_blocks -= u64::from(unpinned.blocks);
         worker.shadow.freed(unpinned, left_behind, stamp);
+        if worker.shadow.is_told() {
+            self.tree.awaits_told(slot, stamp);
+        }
         worker.shadow.make_room(
             load.active_blocks,
             worker.id.slot,
             &mut self.tree,
             &mut self.foreseen,
         );
+    }
+
+    /// Events may tell that the prompt is computed, though nobody sees its first token.
+    fn awaits(&mut self, worker: WorkerId, prompt: &Sequence, key: BookingKey) {
+        let bookings = &self.bookings;
+        if self.awaited.len() > 2 * bookings.len() + 64 {
+            self.awaited.retain(|_, key| {
+                let record = bookings.get(key.index);
+                record.is_some_and(|record| record.serial == key.serial)
+            });
+        }
+        let hashes = prompt.hashes();
+        let partial = hashes.len() % self.fleet.stride(worker.slot).get() as usize;
+        if let Some(&last) = hashes[..hashes.len() - partial].last() {
+            self.awaited.insert(awaited(worker.slot, last), key);
+        }
+    }
+
+    /// Events say that a worker has stored these blocks.
+    pub(crate) fn stored(&mut self, worker: WorkerId, hashes: impl Iterator<Item = SequenceHash>) {
+        if self.awaited.is_empty() {
+            return;
+        }
+        for hash in hashes {
+            if let Some(key) = self.awaited.remove(&awaited(worker.slot, hash))
+                && let Some(record) = record_of(&mut self.bookings, key)
+                && let Some((outlook, _)) = self.fleet.outlook_mut(worker)
+                && record.worker == worker
+            {
+                outlook.begin(&record.share, self.now);
+            }
+        }
     }
 
     /// Brings forecasts up to `now`: requests whose output nobody watches make the progress they
@@ -378,20 +446,30 @@ impl State {
         let now = self.now;
         let record = record_of(&mut self.bookings, key).filter(|record| !record.computed)?;
         let (worker_id, expected) = (record.worker, record.expected_tokens);
-        let decoding = now.saturating_sub(record.token_at);
         let block_size = record.block_size;
         let (outlook, law) = self.fleet.outlook_mut(worker_id)?;
-        outlook.compute(&mut record.share);
         let (requests, context) = outlook.decoding();
         let pace = outlook.watch.pace(law);
         let step = pace.step(f64::from(requests.max(1)), context as f64);
+        if record.share.is_ahead() {
+            let due = record.first_token_due;
+            let Some(since) = outlook.computed_since(&record.share, due, now) else {
+                return now.checked_add(seconds(step).max(SHORTEST_PAUSE));
+            };
+            record.token_at = since;
+        }
+        let (is_started, serial) = (outlook.compute(&mut record.share), record.serial);
+        let decoding = now.saturating_sub(record.token_at);
         let total = ((decoding.as_secs_f64() / step) as u32)
             .saturating_add(1)
             .min(expected);
         let per_block = seconds(step).saturating_mul(block_size);
+        if is_started {
+            self.started(worker_id, serial);
+        }
         self.set_generated(key, total);
         // Never again at this very instant, however fast the worker was learned to be.
-        let pause = per_block.max(Duration::from_millis(1));
+        let pause = per_block.max(SHORTEST_PAUSE);
         now.checked_add(pause).filter(|_| total < expected)
     }
 }

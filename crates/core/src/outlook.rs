@@ -22,6 +22,8 @@ pub(crate) struct Share {
     pub(crate) context: u64,
     /// Its prompt is to be computed.
     is_ahead: bool,
+    /// Its first token will be seen.
+    pub(crate) is_watched: bool,
 }
 
 impl Share {
@@ -32,7 +34,13 @@ impl Share {
             remaining,
             context,
             is_ahead: true,
+            is_watched: true,
         }
+    }
+
+    /// Whether its prompt is to be computed.
+    pub(crate) fn is_ahead(&self) -> bool {
+        self.is_ahead
     }
 }
 
@@ -75,6 +83,7 @@ struct Queued {
     work: Work,
     booked_at: Duration,
     has_left: bool,
+    is_watched: bool,
 }
 
 /// One worker's outlook.
@@ -89,6 +98,8 @@ pub(crate) struct Outlook {
     pub(crate) ahead: Group,
     pub(crate) work: Work,
     queue: VecDeque<Queued>,
+    /// The last in that order that is known to have been begun with, and since when.
+    begun: (u64, Duration),
     pub(crate) watch: Watch,
     /// Which law it follows.
     pub(crate) law: usize,
@@ -115,17 +126,43 @@ impl Outlook {
             work: share.work,
             booked_at: now,
             has_left: false,
+            is_watched: share.is_watched,
         });
     }
 
-    /// Its prompt is computed.
-    pub(crate) fn compute(&mut self, share: &mut Share) {
-        if std::mem::take(&mut share.is_ahead) {
+    /// Its prompt is computed. Returns whether that was not so before.
+    pub(crate) fn compute(&mut self, share: &mut Share) -> bool {
+        let was_ahead = std::mem::take(&mut share.is_ahead);
+        if was_ahead {
             self.ahead.subtract(share);
             self.work -= share.work;
             self.leave_queue(share.serial);
             self.join(share);
         }
+        was_ahead
+    }
+
+    /// It was begun with, and so were those before it.
+    pub(crate) fn begin(&mut self, share: &Share, now: Duration) {
+        if share.serial > self.begun.0 {
+            self.begun = (share.serial, now);
+        }
+    }
+
+    /// Since when the first token has been there of a request that nobody watches: it was `due` at
+    /// some time, but engines take requests in the order in which they came.
+    pub(crate) fn computed_since(
+        &self,
+        share: &Share,
+        due: Duration,
+        now: Duration,
+    ) -> Option<Duration> {
+        if share.serial <= self.begun.0 {
+            return Some(self.begun.1);
+        }
+        let waits_behind = |it: &Queued| it.is_watched && it.serial < share.serial;
+        let is_held_up = self.queue.front().is_some_and(waits_behind);
+        (due <= now && !is_held_up).then_some(due)
     }
 
     fn join(&mut self, share: &Share) {
@@ -338,7 +375,7 @@ mod tests {
                 } else {
                     let index = which.index(shares.len());
                     match what {
-                        1 => outlook.compute(&mut shares[index]),
+                        1 => drop(outlook.compute(&mut shares[index])),
                         2 => outlook.renew(&mut shares[index], tokens % 333, tokens.into()),
                         _ => outlook.remove(&shares.swap_remove(index)),
                     }

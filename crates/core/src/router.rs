@@ -13,20 +13,25 @@ use parking_lot::MutexGuard;
 
 use crate::batch::{Batch, Members};
 use crate::booking::Booking;
-use crate::cache::{CacheIndex, Changes};
+use crate::cache::{Changes, Link};
 use crate::config::MOST_WEIGHT;
 pub use crate::config::{ConfigError, RouterConfig};
 use crate::fleet::{WorkerError, WorkerId, WorkerSnapshot, WorkerSpec};
 use crate::forecast::lengths::LengthForecast;
-use crate::foreseen::Foreseen;
 pub use crate::request::{Candidate, Explanation, Request, RouteError};
-use crate::sequence::Sequence;
+use crate::sequence::{Sequence, SequenceHash};
 use crate::shadow::Eviction;
 use crate::state::{Locked, State, release};
 
 /// Prefixes that are told under one lock, at most. That takes some two microseconds: whoever waits
 /// is better off spinning than asleep.
 const MOST_TOLD_AT_ONCE: usize = 32;
+
+/// What events say of one worker's cache.
+enum Told<'a> {
+    Removed(&'a [SequenceHash]),
+    Added(&'a [Link]),
+}
 
 /// Predicts load and cache of a fleet and places requests on it. A handle: clones share one
 /// state.
@@ -60,7 +65,11 @@ impl Router {
     /// # Errors
     /// If the name is taken or there are [`MAX_WORKERS`](crate::fleet::MAX_WORKERS) already.
     pub fn add_worker(&self, spec: WorkerSpec) -> Result<WorkerId, WorkerError> {
-        self.state.lock().fleet.add(spec)
+        let shares = spec.eviction == Eviction::Queue;
+        let mut state = self.state.lock();
+        let id = state.fleet.add(spec)?;
+        state.tree.set_shares(id.slot, shares);
+        Ok(id)
     }
 
     /// Forgets a worker and all that was booked on it. Bookings that outlive it free nothing.
@@ -119,8 +128,10 @@ impl Router {
 
     /// Says how a worker chooses what to evict.
     pub fn set_eviction(&self, id: WorkerId, eviction: Eviction) {
-        if let Some((worker, _)) = self.state.lock().fleet.get_mut(id) {
+        let mut state = self.state.lock();
+        if let Some((worker, _)) = state.fleet.get_mut(id) {
             worker.shadow.set_eviction(eviction);
+            state.tree.set_shares(id.slot, eviction == Eviction::Queue);
         }
     }
 
@@ -147,8 +158,13 @@ impl Router {
             worker.shadow.clear();
             worker.shadow.set_told(follows);
             worker.told = 0;
+            let told = if follows {
+                worker.shadow.last_stamp()
+            } else {
+                0
+            };
             state.tree.forget_computed(id.slot);
-            state.tree.set_told(id.slot, follows);
+            state.tree.set_told(id.slot, told);
             state.cache.forget_worker(id.slot);
             state.foreseen.forget(id.slot);
         }
@@ -161,33 +177,34 @@ impl Router {
     /// Of many changes, some are told at a time, so that no decision waits for all: meanwhile it
     /// may find the cache between what it was and what it is.
     pub fn update_cache(&self, id: WorkerId, changes: &Changes) {
-        let stride = changes.stride;
         for hashes in changes.removed.chunks(MOST_TOLD_AT_ONCE) {
-            self.tell(id, stride, |cache, foreseen, told| {
-                cache.remove(id.slot, stride, hashes, told);
-                foreseen.settle(id.slot, hashes.iter().copied());
-            });
+            self.tell(id, changes.stride, Told::Removed(hashes));
         }
         for links in changes.added.chunks(MOST_TOLD_AT_ONCE) {
-            self.tell(id, stride, |cache, foreseen, told| {
-                cache.add(id.slot, stride, links, told);
-                foreseen.settle(id.slot, links.iter().map(|it| it.hash));
-            });
+            self.tell(id, changes.stride, Told::Added(links));
         }
     }
 
-    fn tell(
-        &self,
-        id: WorkerId,
-        stride: u32,
-        change: impl FnOnce(&mut CacheIndex, &mut Foreseen, &mut u64),
-    ) {
+    fn tell(&self, id: WorkerId, stride: u32, told: Told<'_>) {
         let mut guard = self.state.lock();
         let state = &mut *guard;
         if let Some((worker, _)) = state.fleet.get_mut(id)
             && worker.shadow.is_told()
         {
-            change(&mut state.cache, &mut state.foreseen, &mut worker.told);
+            state.tree.set_told(id.slot, worker.shadow.last_stamp());
+            match told {
+                Told::Removed(hashes) => {
+                    let blocks = &mut worker.told;
+                    state.cache.remove(id.slot, stride, hashes, blocks);
+                    state.foreseen.settle(id.slot, hashes.iter().copied());
+                }
+                Told::Added(links) => {
+                    state.cache.add(id.slot, stride, links, &mut worker.told);
+                    let hashes = links.iter().map(|it| it.hash);
+                    state.foreseen.settle(id.slot, hashes.clone());
+                    state.stored(id, hashes);
+                }
+            }
             if let Some(stride) = NonZeroU32::new(stride) {
                 state.fleet.set_stride(id, stride);
             }

@@ -206,6 +206,11 @@ impl Shadow {
         self.reports = Reports::default();
     }
 
+    /// The latest freeing.
+    pub(crate) fn last_stamp(&self) -> u64 {
+        self.last_stamp
+    }
+
     /// A number that marks one freeing; none is used twice.
     pub(crate) fn next_stamp(&mut self) -> u64 {
         self.last_stamp += 1;

@@ -4,7 +4,8 @@
 //! tokenising, allocating) is done before the lock is taken, freeing after it is released.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, HashMap};
+use std::hash::BuildHasherDefault;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,6 +27,7 @@ use crate::forecast::lengths::{Kind, OutputLength};
 use crate::foreseen::Foreseen;
 use crate::record::{BookingKey, Record};
 use crate::request::{Candidate, Explanation, Request, RouteError};
+use crate::sequence::AlreadyHashed;
 use crate::tree::{Chain, Depth, Match, PrefixTree, Slot};
 
 /// The state, shared by a router's handles and its bookings.
@@ -54,6 +56,8 @@ pub(crate) struct State {
     pub(crate) output_length: OutputLength,
     /// When the next forecast event of each unwatched request is due.
     pub(crate) due: BinaryHeap<Reverse<(Duration, BookingKey)>>,
+    /// Unwatched requests by their last full block, whose storing would tell of their progress.
+    pub(crate) awaited: HashMap<u64, BookingKey, BuildHasherDefault<AlreadyHashed>>,
     pub(crate) serial: u64,
     rng: SmallRng,
     turn: u64,
@@ -99,6 +103,7 @@ impl State {
             bookings: Slab::new(),
             output_length: OutputLength::default(),
             due: BinaryHeap::new(),
+            awaited: HashMap::default(),
             serial: 0,
             turn: 0,
             now: Duration::ZERO,

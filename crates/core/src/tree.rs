@@ -28,6 +28,9 @@ use crate::sequence::{AlreadyHashed, SequenceHash};
 
 mod eviction;
 mod outcome;
+mod progress;
+
+use progress::Progress;
 
 pub(crate) use outcome::{Evicted, Pinned, Revived, Unpinned};
 
@@ -87,8 +90,8 @@ struct Hold {
     pins: u32,
     /// Leading blocks of the edge that the worker has computed and still caches.
     computed: u32,
-    /// Which freeing unpinned the node; says nothing while it is pinned.
-    freed_by: u64,
+    /// Which freeing unpinned the node; while it is pinned, which booking did that first.
+    stamp: u64,
     /// What lies below is another node to the worker's engine, if that evicts whole nodes.
     ends: bool,
 }
@@ -135,7 +138,7 @@ impl Node {
     /// The worker's hold if `freed_by` is what last unpinned it.
     fn hold_freed_by(&mut self, worker: Slot, freed_by: u64) -> Option<&mut Hold> {
         self.hold_mut(worker)
-            .filter(|hold| hold.pins == 0 && hold.freed_by == freed_by)
+            .filter(|hold| hold.pins == 0 && hold.stamp == freed_by)
     }
 
     fn remove_hold(&mut self, worker: Slot) {
@@ -151,7 +154,7 @@ impl Node {
             && self.holds.iter().zip(&child.holds).all(|(upper, lower)| {
                 upper.worker == lower.worker
                     && upper.pins == lower.pins
-                    && (upper.pins > 0 || upper.freed_by == lower.freed_by)
+                    && (upper.pins > 0 || upper.stamp == lower.stamp)
                     && (upper.computed == self.len() || lower.computed == 0)
                     && !upper.ends
             })
@@ -162,9 +165,8 @@ impl Node {
 pub(crate) struct PrefixTree {
     nodes: Slab<Node>,
     by_first_hash: HashMap<SequenceHash, NodeId, BuildHasherDefault<AlreadyHashed>>,
-    /// By slot, as far as any: workers whose events tell what they cache. What they have computed
-    /// and nothing pins is the shadow's affair.
-    told: Vec<bool>,
+    /// By slot, as far as anything is known.
+    progress: Vec<Progress>,
     /// Chains that lost a node: possibly the last reference to a long allocation, so the owner
     /// of the lock takes them and drops them outside of it.
     pub(crate) garbage: SmallVec<[Chain; 4]>,
@@ -180,10 +182,12 @@ impl PrefixTree {
                 let Some(depth) = depths.get_mut(hold.worker as usize) else {
                     continue;
                 };
-                if hold.computed > 0 && (hold.pins > 0 || !self.is_told(hold.worker)) {
+                let progress = self.progress(hold.worker);
+                if hold.computed > 0 && (hold.pins > 0 || hold.stamp > progress.told) {
                     depth.cached = node.start + hold.computed.min(within);
                 }
-                if hold.pins > 0 {
+                let is_computed = hold.computed == node.len();
+                if hold.pins > 0 && (is_computed || hold.stamp <= progress.begun) {
                     depth.active = node.start + within;
                 }
                 best_overlap = best_overlap.max(depth.overlap());
@@ -235,9 +239,9 @@ impl PrefixTree {
         reached
     }
 
-    /// Pins the whole of `chain` on `worker`. `at` is where [`descend`](Self::descend) left it,
-    /// with no change to the tree since.
-    pub(crate) fn pin(&mut self, at: Match, chain: &Chain, worker: Slot) -> Pinned {
+    /// Pins the whole of `chain` on `worker` for the booking `serial`. `at` is where
+    /// [`descend`](Self::descend) left it, with no change to the tree since.
+    pub(crate) fn pin(&mut self, at: Match, chain: &Chain, worker: Slot, serial: u64) -> Pinned {
         let mut node = at.node;
         if node != NO_NODE && at.within < self.nodes[node as usize].len() {
             node = self.split(node, at.within);
@@ -270,7 +274,8 @@ impl PrefixTree {
                     pinned.held = pinned.held.max(start + held);
                     if hold.pins == 0 {
                         pinned.blocks += length;
-                        pinned.revive(start, hold.computed, hold.freed_by);
+                        pinned.revive(start, hold.computed, hold.stamp);
+                        hold.stamp = serial;
                     }
                     hold.pins += 1;
                 }
@@ -282,7 +287,7 @@ impl PrefixTree {
                             worker,
                             pins: 1,
                             computed: 0,
-                            freed_by: 0,
+                            stamp: serial,
                             ends: false,
                         },
                     );
@@ -337,7 +342,7 @@ impl PrefixTree {
             if hold.pins == 0 {
                 unpinned.blocks += length;
                 unpinned.cached += hold.computed;
-                hold.freed_by = freed_by;
+                hold.stamp = freed_by;
                 if hold.computed == 0 {
                     node.remove_hold(worker);
                 } else if unpinned.deepest == NO_NODE {
@@ -351,20 +356,9 @@ impl PrefixTree {
         unpinned
     }
 
-    fn is_told(&self, worker: Slot) -> bool {
-        self.told.get(worker as usize).is_some_and(|&told| told)
-    }
-
-    /// Says whether events tell what a worker caches.
-    pub(crate) fn set_told(&mut self, worker: Slot, told: bool) {
-        let slots = self.told.len().max(worker as usize + 1);
-        self.told.resize(slots, false);
-        self.told[worker as usize] = told;
-    }
-
     /// Forgets all that `worker` holds. Visits every node: for when a worker leaves.
     pub(crate) fn forget_worker(&mut self, worker: Slot) {
-        self.set_told(worker, false);
+        self.forget_progress(worker);
         self.retain_holds(worker, |_| false);
     }
 
@@ -381,7 +375,7 @@ impl PrefixTree {
     pub(crate) fn forget_freed_before(&mut self, worker: Slot, stamp: u64) {
         // A node is pinned, or was freed last, no earlier than those below it: what stays is
         // closed under prefixes.
-        self.retain_holds(worker, |hold| hold.pins > 0 || hold.freed_by >= stamp);
+        self.retain_holds(worker, |hold| hold.pins > 0 || hold.stamp >= stamp);
     }
 
     fn retain_holds(&mut self, worker: Slot, mut keep: impl FnMut(&mut Hold) -> bool) {

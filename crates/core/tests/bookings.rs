@@ -137,8 +137,10 @@ impl Known {
         let held =
             (1..=sequence.hashes().len()).take_while(|it| told.contains(&prompt[..it * block]));
         let held = held.count();
+        // Of what events have been silent about the latest freeings alone are counted on.
+        let untold = held.max(self.holds.freed_since_told(&sequence));
         let is_foreseen = cached < held && self.holds.may_foresee(sequence.hashes()[cached]);
-        is_overlap(held) || is_foreseen && is_overlap(cached)
+        (held..=untold).any(is_overlap) || is_foreseen && is_overlap(cached)
     }
 
     /// What the router must be told, by events it listens to, of a prompt.

@@ -67,6 +67,15 @@ impl Told {
         self.router.route(&Request::new(prompt), NOW).unwrap()
     }
 
+    /// Nobody will see how far its answer is.
+    fn book_whole(&self, prompt: &Sequence) -> Booking {
+        let request = Request {
+            streams: false,
+            ..Request::new(prompt)
+        };
+        self.router.route(&request, NOW).unwrap()
+    }
+
     /// A request from its booking to its end, with the events that it causes.
     fn serve(&self, prompt: &Sequence) {
         let mut booking = self.book(prompt);
@@ -111,6 +120,8 @@ fn what_waiting_requests_will_evict_is_not_counted_on() {
     assert_eq!(told, 6, "what events tell is what is reported");
 
     waits.first_token(NOW);
+    assert_eq!(worker.cached(&cached), 3, "events lag");
+    worker.stored(&prompt(2, 6));
     assert_eq!(worker.cached(&cached), 6, "nothing waits: events know");
     drop(waits);
     assert_eq!(worker.cached(&cached), 6);
@@ -212,4 +223,49 @@ fn who_tells_anew_tells_alone() {
     worker.router.follow_events(worker.id, true);
     worker.stored(&cached);
     assert_eq!(worker.cached(&cached), 6);
+}
+
+#[test]
+fn what_started_without_evicting_it_did_not_need_it() {
+    let worker = Told::with_capacity(Some(20));
+    let cached = prompt(1, 6);
+    worker.serve(&cached);
+    let mut first = worker.book(&prompt(2, 15));
+    assert!(worker.cached(&cached) < 6);
+    let second = worker.book(&prompt(3, 1));
+    first.first_token(NOW);
+    worker.stored(&prompt(2, 15));
+    assert!(worker.cached(&cached) < 6, "the second waits");
+    let mut whole = worker.book_whole(&prompt(4, 1));
+    drop(second);
+    assert!(worker.cached(&cached) < 6, "the third waits");
+    // By forecast it does not, however long it is until it ends.
+    let _ = worker.router.workers(Duration::from_secs(1000));
+    worker.stored(&prompt(4, 1));
+    assert_eq!(worker.cached(&cached), 6);
+    whole.tokens(1, Duration::from_secs(1000));
+}
+
+#[test]
+fn what_has_just_ended_is_cached_though_no_event_said_so() {
+    let worker = Told::with_capacity(Some(20));
+    let (asked, answered) = (prompt(1, 4), prompt(1, 6));
+    let mut booking = worker.book(&asked);
+    worker.stored(&asked);
+    booking.tokens(2 * BLOCK_SIZE.get() + 1, NOW);
+    booking.answered(answered.clone());
+    booking.finish(NOW);
+    assert_eq!(worker.cached(&answered), 6);
+    worker.stored(&prompt(2, 1));
+    assert_eq!(worker.cached(&answered), 4, "events are past it");
+}
+
+#[test]
+fn events_that_stay_silent_are_not_stood_in_for() {
+    let worker = Told::with_capacity(Some(1000));
+    for content in 0..20 {
+        worker.book(&prompt(content, 4)).finish(NOW);
+    }
+    assert_eq!(worker.cached(&prompt(19, 4)), 4);
+    assert_eq!(worker.cached(&prompt(1, 4)), 0);
 }

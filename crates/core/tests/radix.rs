@@ -373,6 +373,23 @@ impl Side {
     }
 }
 
+/// What is begun together shares nothing: none of it is computed yet.
+#[test]
+fn a_prompt_finds_what_others_began_before_it() {
+    let side = Side::new();
+    let predicted = |booking: &Booking| booking.decision().cost.overlap_blocks;
+    let [alike, others] = [1, 2].map(|first| [vec![first; 3 * PAGE], vec![9; 1]].concat());
+    // Nothing else is there, so it is begun at once.
+    let mut first = side.book(&alike, side.other);
+    assert_eq!(predicted(&side.book(&alike, side.other)), 3);
+    // These will be begun together when the step is done.
+    let _waits = side.book(&others, side.other);
+    let with_it = side.book(&others, side.other);
+    assert_eq!(predicted(&with_it), 0);
+    first.tokens(1, Duration::from_millis(10));
+    assert_eq!(predicted(&side.book(&others, side.other)), 3);
+}
+
 fn sequence(tokens: &[u32]) -> Sequence {
     Sequence::from_tokens(tokens, NonZeroU32::new(PAGE as u32).unwrap(), 0)
 }

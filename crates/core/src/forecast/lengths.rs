@@ -152,8 +152,15 @@ impl OutputLength {
         self.checks.add(forecast, tokens);
     }
 
-    /// An answer ended after so many tokens.
-    pub(crate) fn observe(&mut self, kind: Kind, tokens: u32) {
+    /// An answer ended after so many tokens. One that was `cut` there would have gone on, as far
+    /// as those did that became longer.
+    pub(crate) fn observe(&mut self, kind: Kind, tokens: u32, cut: bool) {
+        let left = if cut {
+            self.remaining(kind, tokens, None)
+        } else {
+            0
+        };
+        let tokens = tokens.saturating_add(left);
         self.all.observe(tokens);
         if self.kinds.len() == MOST_KINDS && !self.kinds.contains_key(&kind) {
             let weigh = |lengths: &Lengths| lengths.all() / lengths.weight;
@@ -213,7 +220,7 @@ mod tests {
         let mut lengths = OutputLength::default();
         let mut rng = SmallRng::seed_from_u64(1);
         for _ in 0..4000 {
-            lengths.observe(1, rng.random_range(1..=1000));
+            lengths.observe(1, rng.random_range(1..=1000), false);
         }
         for generated in [0, 100, 300, 500, 700] {
             let expected = (1000.0 - f64::from(generated)) / 2.0;
@@ -229,8 +236,8 @@ mod tests {
     fn kinds_differ_and_the_unknown_one_is_like_all() {
         let mut lengths = OutputLength::default();
         for _ in 0..500 {
-            lengths.observe(1, 10);
-            lengths.observe(2, 1000);
+            lengths.observe(1, 10, false);
+            lengths.observe(2, 1000, false);
         }
         assert!(lengths.remaining(1, 0, None) < 25);
         assert!(close(lengths.remaining(2, 0, None), 1000.0));
@@ -244,7 +251,7 @@ mod tests {
         for _ in 0..2000 {
             let (forecast, tokens) = (lengths.remaining(1, 0, None), rng.random_range(1..=1000));
             lengths.check(forecast, tokens);
-            lengths.observe(1, tokens);
+            lengths.observe(1, tokens, false);
         }
         let LengthForecast {
             answers,
@@ -263,10 +270,10 @@ mod tests {
     fn old_answers_are_forgotten() {
         let mut lengths = OutputLength::default();
         for _ in 0..5000 {
-            lengths.observe(1, 1000);
+            lengths.observe(1, 1000, false);
         }
         for _ in 0..10_000 {
-            lengths.observe(1, 10);
+            lengths.observe(1, 10, false);
         }
         assert!(lengths.remaining(1, 0, None) < 20);
     }
@@ -275,10 +282,28 @@ mod tests {
     fn kinds_are_bounded_and_numbers_stay_numbers() {
         let mut lengths = OutputLength::default();
         for kind in 0..100_000 {
-            lengths.observe(kind % 1000, u32::MAX);
+            lengths.observe(kind % 1000, u32::MAX, false);
         }
         assert!(lengths.kinds.len() <= MOST_KINDS);
         assert!(lengths.remaining(0, u32::MAX, None) <= 128);
         assert!(lengths.remaining(0, 0, None) > 1 << 20);
+    }
+
+    #[test]
+    fn what_was_cut_would_have_gone_on() {
+        let mut lengths = OutputLength::default();
+        for _ in 0..100 {
+            lengths.observe(1, 300, true);
+        }
+        assert_eq!(lengths.remaining(1, 0, Some(300)), 300);
+        assert_eq!(lengths.remaining(1, 299, Some(300)), 1);
+        // Half of the answers end by themselves, after 100 tokens.
+        let mut lengths = OutputLength::default();
+        for _ in 0..1000 {
+            lengths.observe(1, 100, false);
+            lengths.observe(1, 200, true);
+        }
+        assert!(close(lengths.remaining(1, 0, Some(200)), 150.0));
+        assert!(close(lengths.remaining(1, 120, Some(200)), 80.0));
     }
 }

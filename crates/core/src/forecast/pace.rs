@@ -207,7 +207,8 @@ impl Watch {
         self.together.map_or(Duration::ZERO, |it| it.at)
     }
 
-    /// A prompt booked at `booked_at` got its first token.
+    /// A prompt booked at `booked_at` got its first token. Returns whether that is the first of its
+    /// step, so that the next has just begun.
     pub(crate) fn first_token(
         &mut self,
         law: &mut Law,
@@ -215,7 +216,7 @@ impl Watch {
         booked_at: Duration,
         is_disturbed: bool,
         now: Duration,
-    ) {
+    ) -> bool {
         if let Some(together) = &mut self.together {
             let took = together.at.saturating_sub(together.began);
             let near = took.mul_f64(SAME_STEP_SHARE).max(SAME_STEP);
@@ -223,7 +224,7 @@ impl Watch {
                 together.work += work;
                 together.prompts += 1;
                 together.is_disturbed |= is_disturbed;
-                return;
+                return false;
             }
         }
         let before = self.together.take();
@@ -238,6 +239,7 @@ impl Watch {
             prompts: 1,
             is_disturbed,
         });
+        true
     }
 
     fn learn_prefill(&mut self, law: &mut Law, together: Together) {
@@ -257,7 +259,8 @@ impl Watch {
     }
 
     /// A request got `tokens` more tokens, the one before them `elapsed` ago. `requests` decode
-    /// there, whose prompts and answers have `context` tokens.
+    /// there, whose prompts and answers have `context` tokens. Returns whether this is the first
+    /// that is told of its step.
     pub(crate) fn tokens(
         &mut self,
         law: &mut Law,
@@ -266,10 +269,10 @@ impl Watch {
         beside_prefill: bool,
         (requests, context): (u32, u64),
         now: Duration,
-    ) {
+    ) -> bool {
         if tokens == 0 || elapsed.is_zero() || now.saturating_sub(self.stepped_at) < elapsed / 2 {
             // Another request told of this step already.
-            return;
+            return false;
         }
         self.stepped_at = now;
         let seconds = elapsed.as_secs_f64() / f64::from(tokens);
@@ -280,7 +283,7 @@ impl Watch {
                 seconds
             };
             self.busy_step = known + MEAN_GAIN * (seconds - known);
-            return;
+            return true;
         }
         let features = [1.0, f64::from(requests), context as f64];
         follow(
@@ -288,6 +291,7 @@ impl Watch {
             seconds / law.step.forecast(&features),
         );
         law.step.observe(&features, seconds / self.step_factor);
+        true
     }
 }
 

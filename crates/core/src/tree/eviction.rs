@@ -101,7 +101,7 @@ impl PrefixTree {
         while id != above {
             let node = &mut self.nodes[id as usize];
             if let Some(hold) = node.hold_mut(worker) {
-                hold.freed_by = stamp;
+                hold.stamp = stamp;
             }
             id = node.parent;
         }

@@ -62,7 +62,7 @@ impl Held {
                 let chain = Chain::from(hashes);
                 let mut depths = vec![Depth::default(); WORKERS as usize];
                 let at = self.tree.descend(&chain, &mut depths);
-                let pinned = self.tree.pin(at, &chain, worker);
+                let pinned = self.tree.pin(at, &chain, worker, 0);
                 self.pinned[worker as usize] += u64::from(pinned.blocks);
                 let shadow = &mut self.shadows[worker as usize];
                 shadow.revived(&pinned.revived, 0);

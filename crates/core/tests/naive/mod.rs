@@ -24,8 +24,10 @@ pub(crate) struct NaiveWorker {
     output: HashMap<u64, usize>,
     /// Requests that have computed nothing yet.
     waiting: HashSet<u64>,
-    /// Blocks evicted while any of those waited.
+    /// Blocks evicted while any of those waited, and not all told of since.
     evicted: HashSet<SequenceHash>,
+    /// Blocks freed since events last told of any.
+    freed: HashSet<SequenceHash>,
 }
 
 impl NaiveWorker {
@@ -60,20 +62,26 @@ impl NaiveWorker {
         self.computed.clear();
         self.free.clear();
         self.evicted.clear();
+        self.freed.clear();
     }
 
     /// Events told of these blocks.
     pub(crate) fn told(&mut self, hashes: impl Iterator<Item = SequenceHash>) {
+        let mut hashes = hashes.peekable();
+        let has_any = hashes.peek().is_some();
+        if has_any {
+            self.freed.clear();
+        }
         for hash in hashes {
             self.evicted.remove(&hash);
+        }
+        if has_any && self.waiting.is_empty() {
+            self.evicted.clear();
         }
     }
 
     fn waits_no_longer(&mut self, request: u64) {
         self.waiting.remove(&request);
-        if self.waiting.is_empty() {
-            self.evicted.clear();
-        }
     }
 
     /// Whether the block was evicted for requests some of which wait.
@@ -161,6 +169,7 @@ impl NaiveWorker {
             let anonymous = output.saturating_sub(known.len());
             self.free.extend(std::iter::repeat_n(None, anonymous));
             self.free.extend(known.iter().rev().map(|&hash| Some(hash)));
+            self.freed.extend(known);
         }
         for hash in sequence.hashes().iter().rev() {
             let Some(by) = self.pinned.get_mut(hash) else {
@@ -171,6 +180,7 @@ impl NaiveWorker {
                 self.pinned.remove(hash);
                 if self.computed.contains(hash) {
                     self.free.push_back(Some(*hash));
+                    self.freed.insert(*hash);
                 }
             }
         }
@@ -189,6 +199,16 @@ impl NaiveWorker {
                 }
             }
         }
+    }
+
+    /// Leading blocks that are cached and that events may not have told of yet: pinned ones, and
+    /// those freed since they last did.
+    pub(crate) fn freed_since_told(&self, sequence: &Sequence) -> usize {
+        let is_such = |hash: &&SequenceHash| {
+            let is_pinned = self.pinned.contains_key(*hash);
+            self.computed.contains(*hash) && (is_pinned || self.freed.contains(*hash))
+        };
+        sequence.hashes().iter().take_while(is_such).count()
     }
 
     /// Leading blocks that are (cached, active).

@@ -1,0 +1,99 @@
+//! How far requests are that nobody watches, by what is seen of others and by events.
+
+#![allow(clippy::unwrap_used)]
+
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use foresee_core::booking::Booking;
+use foresee_core::cache::{Changes, Link};
+use foresee_core::fleet::{WorkerId, WorkerSpec};
+use foresee_core::router::{Request, Router, RouterConfig};
+use foresee_core::sequence::Sequence;
+
+const BLOCK_SIZE: NonZeroU32 = NonZeroU32::new(4).unwrap();
+
+fn at(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+fn prompt(content: u32) -> Sequence {
+    let tokens: Vec<u32> = (0..2 * BLOCK_SIZE.get())
+        .map(|it| content << 16 | it)
+        .collect();
+    Sequence::from_tokens(&tokens, BLOCK_SIZE, 0)
+}
+
+struct Side {
+    router: Router,
+    id: WorkerId,
+}
+
+impl Side {
+    fn new() -> Self {
+        let router = Router::new(RouterConfig {
+            block_size: BLOCK_SIZE,
+            ..RouterConfig::default()
+        })
+        .unwrap();
+        let spec = WorkerSpec {
+            name: "only".to_owned(),
+            capacity_blocks: Some(1000),
+            prefix_caching: true,
+            ..WorkerSpec::default()
+        };
+        let id = router.add_worker(spec).unwrap();
+        router.set_healthy(id, true);
+        Self { router, id }
+    }
+
+    fn book(&self, content: u32, streams: bool) -> Booking {
+        let prompt = prompt(content);
+        let request = Request {
+            streams,
+            ..Request::new(&prompt)
+        };
+        self.router.route(&request, at(0)).unwrap()
+    }
+
+    fn active(&self, seconds: u64) -> u64 {
+        self.router.workers(at(seconds)).remove(0).active_blocks
+    }
+}
+
+#[test]
+fn one_that_came_after_a_waiting_one_waits() {
+    let side = Side::new();
+    let mut watched = side.book(1, true);
+    let _whole = side.book(2, false);
+    assert_eq!(side.active(1000), 4);
+    watched.first_token(at(1000));
+    assert!(side.active(1001) > 4);
+}
+
+#[test]
+fn one_that_came_before_a_running_one_runs() {
+    let side = Side::new();
+    let _whole = side.book(2, false);
+    let mut watched = side.book(1, true);
+    let soon = Duration::from_micros(1);
+    watched.first_token(soon);
+    let fresh = |at| side.router.workers(at).remove(0).prefill_tokens;
+    assert_eq!(fresh(soon + Duration::from_millis(100)), 0);
+}
+
+#[test]
+fn events_tell_that_one_runs() {
+    let side = Side::new();
+    side.router.follow_events(side.id, true);
+    let _watched = side.book(1, true);
+    let _whole = side.book(2, false);
+    assert_eq!(side.active(100), 4);
+    let changes = Changes {
+        added: Link::chain(prompt(2).hashes()).collect(),
+        removed: Vec::new(),
+        stride: 1,
+    };
+    side.router.update_cache(side.id, &changes);
+    assert!(side.active(101) > 4);
+}
