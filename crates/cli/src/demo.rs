@@ -8,6 +8,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 use foresee_core::choose::Policy;
 use foresee_core::fleet::WorkerState;
+use foresee_core::router::RouterConfig;
 use foresee_gateway::{Gateway, GatewayConfig, WorkerConfig, raise_open_file_limit};
 use foresee_sim::load::{self, LiveOutcome, LiveReport, LoadConfig, NamedOutcome};
 use foresee_sim::server::{ServerConfig, bind, serve};
@@ -16,7 +17,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::flags::{ModelEngineArgs, RouterArgs, WorkloadArgs, list_workloads};
+use crate::flags::{ModelEngineArgs, QueueArgs, RouterArgs, WorkloadArgs, list_workloads};
 use crate::serve::runtime;
 
 const MODEL: &str = "model";
@@ -62,6 +63,8 @@ pub(crate) struct DemoArgs {
     json: Option<PathBuf>,
     #[command(flatten)]
     router: RouterArgs,
+    #[command(flatten)]
+    queue: QueueArgs,
     #[command(flatten)]
     model_engine: ModelEngineArgs,
     #[command(flatten)]
@@ -152,7 +155,10 @@ impl Stage {
             listen: args.listen,
             admin_listen: args.admin_listen,
             workers,
-            router: args.router.config(policy),
+            router: RouterConfig {
+                queue: args.queue.order(policy),
+                ..args.router.config(policy)
+            },
             shutdown_timeout: Duration::from_secs(1),
             ..GatewayConfig::default()
         })?;

@@ -1,10 +1,13 @@
 //! Flags that several subcommands share.
 
+use std::fmt;
 use std::num::NonZeroU32;
+use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use foresee_core::choose::Policy;
+use foresee_core::queue::{Order, UnknownOrder};
 use foresee_core::router::RouterConfig;
 use foresee_sim::engine::EngineConfig;
 use foresee_sim::law::{Preset, UnknownPreset};
@@ -43,7 +46,53 @@ impl RouterArgs {
             ttft_weight: self.ttft_weight,
             temperature: self.temperature,
             block_size: self.block_size,
+            queue: None,
             seed: self.seed,
+        }
+    }
+}
+
+/// Whether requests wait here, and in which order.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct QueueArgs {
+    /// In which order requests wait here until their worker has room: shortest (least to compute
+    /// first, with ageing), fcfs, fair (tenants alike), or off to send each at once. By default
+    /// shortest under --policy delay, and off under others
+    #[arg(long, value_name = "ORDER", env = "FORESEE_QUEUE")]
+    queue: Option<Queue>,
+}
+
+impl QueueArgs {
+    /// What is asked for, or is best under this policy.
+    pub(crate) fn order(self, policy: Policy) -> Option<Order> {
+        let Some(Queue(asked_for)) = self.queue else {
+            return (policy == Policy::Delay).then_some(Order::Shortest);
+        };
+        asked_for
+    }
+}
+
+/// An order, or `off`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Queue(pub(crate) Option<Order>);
+
+impl FromStr for Queue {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "off" {
+            return Ok(Self(None));
+        }
+        let order = text.parse().map(|order| Self(Some(order)));
+        order.map_err(|error: UnknownOrder| format!("{error}; or off"))
+    }
+}
+
+impl fmt::Display for Queue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(order) => order.fmt(f),
+            None => f.pad("off"),
         }
     }
 }

@@ -47,7 +47,8 @@ pub(crate) struct ReplayArgs {
     #[arg(long, value_delimiter = ',', value_name = "TIMES", conflicts_with_all = ["rate", "find_capacity"])]
     rates: Vec<f64>,
     /// Policies to compare, separated by commas; those of `serve` by default, and those of the field
-    /// for --suite
+    /// for --suite. POLICY+shortest, POLICY+fcfs and POLICY+fair: requests wait at the router, as
+    /// with `serve --queue`
     #[arg(long, value_delimiter = ',', value_name = "POLICY")]
     policy: Vec<Contender>,
     /// Model engines

@@ -8,13 +8,14 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Args;
 use foresee_core::choose::Policy;
-use foresee_core::router::Router;
+use foresee_core::router::{Router, RouterConfig};
 use foresee_gateway::{
-    Gateway, GatewayConfig, KvEvents, WorkerConfig, default_io_threads, raise_open_file_limit,
+    Gateway, GatewayConfig, HeaderName, KvEvents, WorkerConfig, default_io_threads,
+    raise_open_file_limit,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::flags::{RouterArgs, Switch};
+use crate::flags::{Queue, QueueArgs, RouterArgs, Switch};
 
 #[derive(Args, Debug)]
 pub(crate) struct ServeArgs {
@@ -50,6 +51,20 @@ pub(crate) struct ServeArgs {
     policy: Policy,
     #[command(flatten)]
     router: RouterArgs,
+    #[command(flatten)]
+    queue: QueueArgs,
+    /// Most requests that wait (with --queue); further ones are refused with 503. No limit by
+    /// default
+    #[arg(long, value_name = "N", env = "FORESEE_QUEUE_LIMIT")]
+    queue_limit: Option<usize>,
+    /// The header that tells tenants apart, for --queue fair
+    #[arg(
+        long,
+        default_value = "authorization",
+        value_name = "NAME",
+        env = "FORESEE_TENANT_HEADER"
+    )]
+    tenant_header: HeaderName,
     /// `off`: no two requests share a block, on any worker that does not say otherwise
     #[arg(long, default_value = "on", env = "FORESEE_PREFIX_CACHING")]
     prefix_caching: Switch,
@@ -93,7 +108,12 @@ impl ServeArgs {
             listen: self.listen,
             admin_listen: self.admin_listen,
             workers: self.workers,
-            router: self.router.config(self.policy),
+            router: RouterConfig {
+                queue: self.queue.order(self.policy),
+                ..self.router.config(self.policy)
+            },
+            queue_limit: self.queue_limit,
+            tenant_header: self.tenant_header,
             prefix_caching: self.prefix_caching == Switch::On,
             tokenizer: self.tokenizer,
             max_body_bytes: self.max_body_bytes,
@@ -172,6 +192,7 @@ pub(crate) fn check_config(args: ServeArgs) -> anyhow::Result<()> {
     println!("overlap-weight   {}", config.router.overlap_weight);
     println!("ttft-weight      {}", config.router.ttft_weight);
     println!("temperature      {}", config.router.temperature);
+    println!("queue            {}", Queue(config.router.queue));
     println!("block-size       {}", config.router.block_size);
     if let Some(tokenizer) = &config.tokenizer {
         println!("tokenizer        {}", tokenizer.display());

@@ -40,7 +40,9 @@ pub(crate) struct SuiteArgs {
 /// of the lab that know no more than they could.
 pub(crate) fn policies() -> Vec<Contender> {
     let names = [
+        "delay+shortest",
         "delay",
+        "delay+fcfs",
         "kv",
         "kv:100",
         "round-robin",

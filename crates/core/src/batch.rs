@@ -4,6 +4,7 @@
 //! the one where they cost least in sum, a prefix that several share counted once, and all are
 //! booked there in the step that chooses it.
 
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use smallvec::SmallVec;
@@ -68,6 +69,22 @@ impl Batch {
     /// The booking of one prompt, unless it has ended.
     pub fn booking(&mut self, prompt: usize) -> Option<&mut Booking> {
         self.bookings.get_mut(prompt)?.as_mut()
+    }
+
+    /// As [`Booking::poll_sent`]. Several prompts are never kept waiting: they would have to find
+    /// room together.
+    pub fn poll_sent(
+        &mut self,
+        context: &mut Context<'_>,
+        excluded: &[WorkerId],
+        now: Duration,
+    ) -> Poll<()> {
+        let [Some(booking)] = self.bookings.as_mut_slice() else {
+            return Poll::Ready(());
+        };
+        let poll = booking.poll_sent(context, excluded, now);
+        (self.worker, self.decision) = (booking.worker(), *booking.decision());
+        poll
     }
 
     /// One prompt was answered as it should, and what it held is free: see [`Booking::finish`].
@@ -239,7 +256,9 @@ impl State {
         let book = |request| {
             // Each sees those before it.
             let reading = self.read(request);
-            self.book(worker, &reading, request)
+            let (key, decision, _) = self.book(worker, &reading, request);
+            self.send(key);
+            (key, decision)
         };
         members.requests.iter().map(book).collect()
     }

@@ -3,6 +3,7 @@
 //! [`Booking`] is the only thing that changes a worker's load, and dropping it is the only way
 //! to free what it holds, so no path (abort, retry, error, panic) can forget to.
 
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use crate::choose::Decision;
@@ -23,7 +24,11 @@ pub struct Booking {
     model: Box<str>,
     sequence: Sequence,
     max_tokens: Option<u32>,
+    expected_tokens: Option<u32>,
+    has_tools: bool,
     streams: bool,
+    priority: i32,
+    tenant: u64,
     /// Prompt and output, once the output is known.
     answered: Option<Sequence>,
 }
@@ -44,7 +49,11 @@ impl Booking {
             model: request.model.into(),
             sequence: request.sequence.clone(),
             max_tokens: request.max_tokens,
+            expected_tokens: request.expected_tokens,
+            has_tools: request.has_tools,
             streams: request.streams,
+            priority: request.priority,
+            tenant: request.tenant,
             answered: None,
         }
     }
@@ -63,7 +72,11 @@ impl Booking {
             model: &self.model,
             sequence: &self.sequence,
             max_tokens: self.max_tokens,
+            expected_tokens: self.expected_tokens,
+            has_tools: self.has_tools,
             streams: self.streams,
+            priority: self.priority,
+            tenant: self.tenant,
             excluded,
         }
     }
@@ -91,6 +104,31 @@ impl Booking {
     #[must_use]
     pub fn sequence(&self) -> &Sequence {
         &self.sequence
+    }
+
+    /// Ready once the request is to be sent to [`worker`](Self::worker), which may have become
+    /// another meanwhile, or have gone. Otherwise whoever asked is woken when to ask again. Always
+    /// ready without a [queue](crate::queue).
+    ///
+    /// It does not move to a worker that is excluded.
+    pub fn poll_sent(
+        &mut self,
+        context: &mut Context<'_>,
+        excluded: &[WorkerId],
+        now: Duration,
+    ) -> Poll<()> {
+        let router = self.state.clone();
+        let mut state = router.lock();
+        state.advance(now);
+        if state.is_invited(self.key)
+            && let Some((key, worker, decision)) =
+                state.choose_anew(self.key, &self.request(excluded))
+        {
+            self.is_now(key, worker, decision);
+        }
+        let poll = state.poll_sent(self.key, context);
+        release(state);
+        poll
     }
 
     /// The worker produced the first output token, so the prompt is computed. Only the first
@@ -174,15 +212,21 @@ impl Booking {
         let request = self.request(excluded);
         let mut state = self.state.lock();
         state.advance(now);
+        let standing = state.record(self.key).map(|it| it.standing);
+        let reading = match standing {
+            Some(standing) => state.read_again(&request, standing),
+            None => state.read(&request),
+        };
         let chosen = match worker {
             Some(worker) if state.fleet.get(worker).is_some() => worker,
             Some(_) => return Err(RouteError::NoWorker(request.model.to_owned())),
-            None => state.choose(&request)?.0,
+            None => state.choose_by(&request, &reading)?,
         };
         state.free(self.key, None);
         // Again, because its own blocks are no overlap any longer.
-        let reading = state.read(&request);
-        let (key, decision) = state.book(chosen, &reading, &request);
+        let reading = state.read_again(&request, reading.standing);
+        let (key, decision, waiting) = state.book(chosen, &reading, &request);
+        state.enter(key, waiting);
         release(state);
         self.is_now(key, chosen, decision);
         Ok(())

@@ -3,6 +3,7 @@
 use std::num::NonZeroU32;
 
 use crate::choose::Policy;
+use crate::queue::Order;
 
 /// vLLM's own, in tokens.
 const DEFAULT_BLOCK_SIZE: NonZeroU32 = NonZeroU32::new(16).unwrap();
@@ -21,6 +22,9 @@ pub struct RouterConfig {
     pub temperature: f64,
     /// Tokens per KV block, as the engines have it.
     pub block_size: NonZeroU32,
+    /// In which order requests wait here for their worker to have room; `None` to send each at
+    /// once.
+    pub queue: Option<Order>,
     /// Fixes every random choice.
     pub seed: u64,
 }
@@ -33,6 +37,7 @@ impl Default for RouterConfig {
             ttft_weight: 1.0,
             temperature: 0.0,
             block_size: DEFAULT_BLOCK_SIZE,
+            queue: None,
             seed: 0,
         }
     }

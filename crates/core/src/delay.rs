@@ -23,6 +23,10 @@
 //! have left is taken to be exponential around what is expected. They are looked at in groups of
 //! about equal remainders, so a worker costs the same to judge however many it runs.
 //!
+//! Where requests wait in [line](crate::queue), `V` counts those before this one only. Those it
+//! overtakes wait for its prompt, which is among the stalls; and theirs stall its answer, if that
+//! lasts so long, which is among what slows it.
+//!
 //! Where terms vanish, this is one of the rules known before:
 //! - `κn` alone, answers alike: `κn O × requests`, least outstanding requests.
 //! - `wait` and `prefill` alone: least time to first token.
@@ -35,7 +39,8 @@ use std::time::Duration;
 
 use crate::choose::Load;
 use crate::forecast::pace::{Pace, Work};
-use crate::outlook::{GROUPS, Group, Outlook};
+use crate::outlook::{Ahead, GROUPS, Group, Outlook};
+use crate::queue::Standing;
 use crate::tree::Depth;
 
 /// What a placement costs, part by part, in seconds.
@@ -120,6 +125,7 @@ pub(crate) struct Placement {
     pub(crate) output_tokens: f64,
     pub(crate) overlap_weight: f64,
     pub(crate) ttft_weight: f64,
+    pub(crate) standing: Standing,
     pub(crate) now: Duration,
 }
 
@@ -177,7 +183,11 @@ impl Placement {
         let start = 1.0 / outlook.watch.prompts_together();
         let dearer = self.overlap_weight.max(1.0);
         let prefill = dearer * pace.prefill(start, self.work(depth));
-        let wait = outlook.backlog(pace, self.now);
+        let Ahead {
+            wait,
+            overtaken,
+            overtaken_take,
+        } = outlook.ahead_of(&self.standing, prefill, pace, self.now);
         let output = self.output_tokens;
 
         // The rest of the time goes into prompts that will come, and stall every answer there.
@@ -185,11 +195,20 @@ impl Placement {
         let decodes = 1.0 - utilisation.min(MOST_UTILISATION);
         let own_context = f64::from(self.prompt_tokens) + output / 2.0;
         let own_step = pace.sequence + pace.context * own_context;
+        // Whom it overtakes it keeps waiting, and they stall its answer, if that lasts so long.
+        let busy_step = outlook.watch.busy_step();
+        let overtaken_stall = if busy_step > 0.0 && overtaken > 0 {
+            first_to_end(overtaken_take, output * busy_step)
+        } else {
+            overtaken_take
+        };
         Begun {
             delay: Delay {
                 wait,
                 prefill,
                 decode: output * (pace.step + own_step) / decodes,
+                slowed: overtaken_stall,
+                stalls: f64::from(overtaken) * prefill,
                 future: rate * prefill * (wait + prefill / 2.0) / decodes,
                 ..Delay::default()
             },
@@ -242,8 +261,8 @@ impl Placement {
         meet(&outlook.ahead, half, steps_beside - half);
 
         delay.memory = self.steps_until_it_fits(outlook, load, depth) * busy_step;
-        delay.slowed = slowed / decodes;
-        delay.stalls = stalls;
+        delay.slowed += slowed / decodes;
+        delay.stalls += stalls;
         delay.slows = own_step * shared / decodes;
         // Whoever comes behind waits for memory, too, or goes elsewhere, which costs no more.
         delay.future += delay.memory * (rate * delay.memory / 2.0).min(1.0);
@@ -296,6 +315,7 @@ impl Placement {
 mod tests {
     use super::*;
     use crate::outlook::Share;
+    use crate::queue::{Order, Queue};
 
     /// Nothing takes time; what does is said.
     const NOTHING: Pace = Pace {
@@ -318,6 +338,7 @@ mod tests {
             output_tokens,
             overlap_weight: 1.0,
             ttft_weight: 1.0,
+            standing: Queue::default().standing(Order::Fcfs, 0, 0, Duration::ZERO),
             now: Duration::ZERO,
         }
     }
@@ -332,10 +353,10 @@ mod tests {
     /// A worker that runs so many answers with so many tokens to come and of context.
     fn running(requests: u32, remaining: u32, context: u64) -> Outlook {
         let mut outlook = Outlook::default();
-        for serial in 0..requests {
+        for _ in 0..requests {
             let work = Work::default();
-            let mut share = Share::new(u64::from(serial), work, remaining, context);
-            outlook.add(&share, Duration::ZERO);
+            let mut share = Share::new(work, remaining, context);
+            outlook.add(&share);
             outlook.compute(&mut share);
         }
         outlook
@@ -378,10 +399,7 @@ mod tests {
             ..NOTHING
         };
         let mut outlook = Outlook::default();
-        outlook.add(
-            &Share::new(1, Work::new(3000, 3000), 10, 3000),
-            Duration::ZERO,
-        );
+        outlook.add(&Share::new(Work::new(3000, 3000), 10, 3000));
         let cost = total(placement(1600, 50.0), &pace, &outlook, cached(60));
         // Of the answer that begins before this nothing is left by then.
         assert_close(cost, 0.3 + 0.064);
@@ -436,10 +454,7 @@ mod tests {
         };
         // A backlog of 10 s, in which those with 100 tokens to come end.
         let mut outlook = running(5, 100, 9);
-        outlook.add(
-            &Share::new(9, Work::new(10_000, 10_000), 5000, 10_000),
-            Duration::ZERO,
-        );
+        outlook.add(&Share::new(Work::new(10_000, 10_000), 5000, 10_000));
         let delay = placement(1000, 50.0).delay(&pace, &outlook, Load::default(), cached(0));
         assert!((delay.stalls - 1.0).abs() < 0.01, "{}", delay.stalls);
         // Half of the one ahead's.
@@ -480,8 +495,8 @@ mod tests {
             ..NOTHING
         };
         let mut outlook = running(4, 100, 1600);
-        let mut last = Share::new(9, Work::default(), 1000, 1600);
-        outlook.add(&last, Duration::ZERO);
+        let mut last = Share::new(Work::default(), 1000, 1600);
+        outlook.add(&last);
         outlook.compute(&mut last);
         let load = Load {
             active_blocks: 500,

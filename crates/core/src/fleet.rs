@@ -75,6 +75,8 @@ pub struct WorkerSnapshot {
     pub models: Vec<String>,
     /// Requests booked on it.
     pub requests: u32,
+    /// Those of them that wait at the router.
+    pub held_requests: u32,
     /// Blocks pinned by them, shared ones once.
     pub active_blocks: u64,
     /// Prompt and output tokens of them, not deduplicated.
@@ -438,6 +440,7 @@ impl Fleet {
                     state: worker.state(),
                     models: worker.models.clone(),
                     requests: load.requests,
+                    held_requests: outlook.line.all().requests,
                     active_blocks: load.active_blocks,
                     context_tokens: load.context_tokens,
                     prefill_tokens: outlook.backlog_tokens(&pace, now),

@@ -12,7 +12,7 @@ use crate::choose::Decision;
 use crate::fleet::{WorkerId, seconds};
 use crate::forecast::pace::Work;
 use crate::outlook::Share;
-use crate::record::{BookingKey, Record};
+use crate::record::{BookingKey, Record, Waiting};
 use crate::reports::{Hits, Verdict};
 use crate::request::Request;
 use crate::sequence::{Sequence, SequenceHash};
@@ -34,17 +34,19 @@ fn awaited(worker: Slot, hash: SequenceHash) -> u64 {
 }
 
 impl State {
-    fn record(&mut self, key: BookingKey) -> Option<&mut Record> {
+    pub(crate) fn record(&mut self, key: BookingKey) -> Option<&mut Record> {
         record_of(&mut self.bookings, key)
     }
 
-    /// Books on `worker`. Nothing may happen between [`read`](Self::read) and this.
+    /// Books on `worker`, and says how the request is to wait. Nothing may happen between
+    /// [`read`](Self::read) and this; then it is to [enter](Self::enter) or to be
+    /// [sent](Self::send).
     pub(crate) fn book(
         &mut self,
         worker: WorkerId,
         reading: &Reading,
         request: &Request<'_>,
-    ) -> (BookingKey, Decision) {
+    ) -> (BookingKey, Decision, Waiting) {
         let decision = self.decision(worker.slot, reading, request);
         self.serial += 1;
         let sequence = request.sequence;
@@ -54,8 +56,10 @@ impl State {
         let (kind, expected_tokens) = (reading.kind, reading.expected_tokens);
         let work = Work::new(uncached_tokens, sequence.tokens());
         let context = u64::from(sequence.tokens());
-        let mut share = Share::new(self.serial, work, expected_tokens, context);
+        let mut share = Share::new(work, expected_tokens, context);
         share.is_watched = request.streams;
+        let standing = reading.standing;
+        let (mut prefill, mut takes) = (0.0, 0.0);
         let mut record = Record {
             serial: self.serial,
             worker,
@@ -68,6 +72,7 @@ impl State {
             share,
             kind,
             max_tokens: request.max_tokens,
+            said_tokens: request.expected_tokens,
             computed: false,
             counted: false,
             streams: request.streams,
@@ -76,6 +81,9 @@ impl State {
             waited_for_memory: false,
             first_token_due: now,
             token_at: now,
+            sent_at: now,
+            standing,
+            waiting: None,
             claim: None,
         };
         if let Some((worker, load)) = self.fleet.get_mut(worker) {
@@ -125,11 +133,14 @@ impl State {
                 outlook.capacity = capacity;
                 record.waited_for_memory = capacity.is_some_and(|it| active > u64::from(it));
                 let pace = outlook.watch.pace(law);
-                let prefill = pace.prefill(1.0 / outlook.watch.prompts_together(), work);
-                let wait = outlook.backlog(&pace, now) + prefill;
-                record.first_token_due = now.saturating_add(seconds(wait));
-                outlook.add(&record.share, now);
+                prefill = pace.prefill(1.0 / outlook.watch.prompts_together(), work);
+                let wait = outlook.ahead_of(&standing, prefill, &pace, now).wait;
+                record.first_token_due = now.saturating_add(seconds(wait + prefill));
+                outlook.add(&record.share);
                 outlook.inflow.add(prefill, now);
+                let output = f64::from(expected_tokens);
+                let context = f64::from(sequence.tokens()) + output / 2.0;
+                takes = prefill + output * (pace.sequence + pace.context * context);
             }
         }
         let key = BookingKey {
@@ -137,12 +148,24 @@ impl State {
             index: self.bookings.vacant_key(),
         };
         if !record.streams {
-            self.due.push(Reverse((now, key)));
             self.awaits(worker, sequence, key);
         }
         self.bookings.insert(record);
+        let waiting = Waiting {
+            rank: standing.rank(prefill),
+            takes,
+            inflow: (now, prefill),
+            is_invited: false,
+            thinks_until: now,
+            waker: None,
+        };
+        (key, decision, waiting)
+    }
+
+    /// An unwatched request is to be looked after again then.
+    pub(crate) fn expect(&mut self, key: BookingKey, at: Duration) {
+        self.due.push(Reverse((at, key)));
         self.drop_stale_forecasts();
-        (key, decision)
     }
 
     /// Requests that end early leave their forecasts behind, due at any later time.
@@ -157,6 +180,10 @@ impl State {
     }
 
     pub(crate) fn first_token(&mut self, key: BookingKey, now: Duration) {
+        if self.record(key).is_some_and(|it| it.waiting.is_some()) {
+            // It was sent, whether it should have been or not.
+            self.send(key);
+        }
         let record = record_of(&mut self.bookings, key);
         let Some(record) = record.filter(|record| !record.computed) else {
             return;
@@ -175,7 +202,8 @@ impl State {
                 }
                 let waited = record.waited_for_memory;
                 outlook.begin(&record.share, now);
-                has_begun_anew = outlook.watch.first_token(law, work, booked_at, waited, now);
+                let sent_at = record.sent_at;
+                has_begun_anew = outlook.watch.first_token(law, work, sent_at, waited, now);
             }
             // Otherwise this is the end of the whole answer: it tells nothing of prefill.
             is_started = outlook.compute(&mut record.share);
@@ -197,10 +225,12 @@ impl State {
         let Some((worker, _)) = self.fleet.get_mut(worker) else {
             return;
         };
+        let slot = worker.id.slot;
         match worker.shadow.waits_no_longer() {
-            true => self.foreseen.started_all(worker.id.slot),
-            false => self.foreseen.started(worker.id.slot, serial),
+            true => self.foreseen.started_all(slot),
+            false => self.foreseen.started(slot, serial),
         }
+        self.let_go(slot);
     }
 
     pub(crate) fn tokens(&mut self, key: BookingKey, count: u32, now: Duration) {
@@ -218,8 +248,13 @@ impl State {
                 outlook.ahead.requests > 0 || outlook.watch.first_token_at() > last_token_at;
             let decoding = outlook.decoding();
             let watch = &mut outlook.watch;
+            let has_line = !outlook.line.is_empty();
             if watch.tokens(law, count, elapsed, computes, decoding, now) {
                 self.tree.begin(worker.slot, self.serial);
+            }
+            if has_line {
+                // Time has passed.
+                self.let_go(worker.slot);
             }
         }
     }
@@ -244,9 +279,12 @@ impl State {
         let worker = record.worker;
         if blocks != blocks_before {
             // A block is little enough for a forecast to stand.
-            let left = self
-                .output_length
-                .remaining(record.kind, total, record.max_tokens);
+            let left = self.output_length.remaining_of(
+                record.kind,
+                total,
+                record.max_tokens,
+                record.said_tokens,
+            );
             if let Some((outlook, _)) = self.fleet.outlook_mut(worker) {
                 outlook.renew(&mut record.share, left, context);
             }
@@ -328,6 +366,15 @@ impl State {
         let Some(record) = known.then(|| self.bookings.remove(key.index)) else {
             return;
         };
+        let slot = record.worker.slot;
+        self.take_back(record, answered);
+        self.let_go(slot);
+    }
+
+    fn take_back(&mut self, record: Record, answered: Option<&Sequence>) {
+        if let Some(waiting) = &record.waiting {
+            self.leave_line(record.worker, waiting);
+        }
         if let Some((outlook, _)) = self.fleet.outlook_mut(record.worker) {
             outlook.remove(&record.share);
         }

@@ -8,8 +8,8 @@
 //! for long, whatever its events say), `capacity` and `reports` (what its responses say of that),
 //! `forecast` (how fast it is, and how long answers are), `outlook` (what it has ahead of it),
 //! [`cost`], [`delay`] and [`choose`] (numbers, then a choice among numbers),
-//! [`fleet`] (the workers), `state` (what a decision reads), `ledger` (what bookings change), and
-//! those that are used from outside: [`router`], [`booking`] and [`batch`].
+//! [`fleet`] (the workers), `state` (what a decision reads), `ledger` (what bookings change),
+//! [`queue`] and `dispatch` (who waits here, and when who is sent), and those that are used from outside: [`router`], [`booking`] and [`batch`].
 //!
 //! ```
 //! use std::time::Duration;
@@ -54,11 +54,13 @@ mod config;
 pub mod cost;
 pub mod delay;
 mod depths;
+mod dispatch;
 pub mod fleet;
 mod forecast;
 mod foreseen;
 mod ledger;
 mod outlook;
+pub mod queue;
 mod record;
 mod reports;
 mod request;

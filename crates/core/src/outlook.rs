@@ -8,12 +8,13 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use crate::forecast::pace::{Pace, Watch, Work};
+use crate::queue::{Line, Prompts, Standing};
 
 /// What one booking adds to its worker's outlook.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Share {
-    /// Its place in the order of bookings.
-    pub(crate) serial: u64,
+    /// Its place in the order in which the worker gets them; 0 until then.
+    place: u64,
     /// What it has to compute, while it waits for its first token.
     pub(crate) work: Work,
     /// Tokens of its answer expected to be still to come.
@@ -27,9 +28,9 @@ pub(crate) struct Share {
 }
 
 impl Share {
-    pub(crate) fn new(serial: u64, work: Work, remaining: u32, context: u64) -> Self {
+    pub(crate) fn new(work: Work, remaining: u32, context: u64) -> Self {
         Self {
-            serial,
+            place: 0,
             work,
             remaining,
             context,
@@ -79,9 +80,9 @@ fn group_of(remaining: u32) -> usize {
 /// A prompt in the order in which it will be computed.
 #[derive(Clone, Copy, Debug)]
 struct Queued {
-    serial: u64,
+    place: u64,
     work: Work,
-    booked_at: Duration,
+    sent_at: Duration,
     has_left: bool,
     is_watched: bool,
 }
@@ -97,7 +98,12 @@ pub(crate) struct Outlook {
     /// Requests whose prompts are to be computed.
     pub(crate) ahead: Group,
     pub(crate) work: Work,
+    /// Those of them that are not sent yet.
+    pub(crate) line: Line,
+    /// Those that are.
     queue: VecDeque<Queued>,
+    /// How many ever were.
+    places: u64,
     /// The last in that order that is known to have been begun with, and since when.
     begun: (u64, Duration),
     pub(crate) watch: Watch,
@@ -117,17 +123,37 @@ impl Outlook {
         }
     }
 
-    pub(crate) fn add(&mut self, share: &Share, now: Duration) {
+    pub(crate) fn add(&mut self, share: &Share) {
         debug_assert!(share.is_ahead, "it was just made");
         self.ahead.add(share);
         self.work += share.work;
+    }
+
+    /// The worker gets it.
+    pub(crate) fn send(&mut self, share: &mut Share, now: Duration) {
+        self.places += 1;
+        share.place = self.places;
         self.queue.push_back(Queued {
-            serial: share.serial,
+            place: share.place,
             work: share.work,
-            booked_at: now,
+            sent_at: now,
             has_left: false,
             is_watched: share.is_watched,
         });
+    }
+
+    /// Prompts that the worker has, and has not computed.
+    pub(crate) fn sent(&self) -> Prompts {
+        let mut sent = self.prompts();
+        sent -= self.line.all();
+        sent
+    }
+
+    fn prompts(&self) -> Prompts {
+        Prompts {
+            requests: self.ahead.requests,
+            work: self.work,
+        }
     }
 
     /// Its prompt is computed. Returns whether that was not so before.
@@ -136,7 +162,7 @@ impl Outlook {
         if was_ahead {
             self.ahead.subtract(share);
             self.work -= share.work;
-            self.leave_queue(share.serial);
+            self.leave_queue(share.place);
             self.join(share);
         }
         was_ahead
@@ -144,8 +170,8 @@ impl Outlook {
 
     /// It was begun with, and so were those before it.
     pub(crate) fn begin(&mut self, share: &Share, now: Duration) {
-        if share.serial > self.begun.0 {
-            self.begun = (share.serial, now);
+        if share.place > self.begun.0 {
+            self.begun = (share.place, now);
         }
     }
 
@@ -157,10 +183,10 @@ impl Outlook {
         due: Duration,
         now: Duration,
     ) -> Option<Duration> {
-        if share.serial <= self.begun.0 {
+        if share.place <= self.begun.0 {
             return Some(self.begun.1);
         }
-        let waits_behind = |it: &Queued| it.is_watched && it.serial < share.serial;
+        let waits_behind = |it: &Queued| it.is_watched && it.place < share.place;
         let is_held_up = self.queue.front().is_some_and(waits_behind);
         (due <= now && !is_held_up).then_some(due)
     }
@@ -213,14 +239,14 @@ impl Outlook {
         if share.is_ahead {
             self.ahead.subtract(share);
             self.work -= share.work;
-            self.leave_queue(share.serial);
+            self.leave_queue(share.place);
         } else {
             self.part(share);
         }
     }
 
-    fn leave_queue(&mut self, serial: u64) {
-        if let Ok(index) = self.queue.binary_search_by_key(&serial, |it| it.serial) {
+    fn leave_queue(&mut self, place: u64) {
+        if let Ok(index) = self.queue.binary_search_by_key(&place, |it| it.place) {
             self.queue[index].has_left = true;
         }
         while self.queue.front().is_some_and(|it| it.has_left) {
@@ -237,15 +263,55 @@ impl Outlook {
         (self.all_running.requests, self.all_running.context)
     }
 
-    /// What is left to compute before a prompt booked now can be, in seconds.
+    /// What is left to compute of all prompts, in seconds.
     pub(crate) fn backlog(&self, pace: &Pace, now: Duration) -> f64 {
+        self.backlog_of(self.prompts(), pace, now)
+    }
+
+    /// Of that, what the worker has already.
+    pub(crate) fn sent_backlog(&self, pace: &Pace, now: Duration) -> f64 {
+        self.backlog_of(self.sent(), pace, now)
+    }
+
+    /// What is left to compute before a prompt that takes `prefill` can be, and who in line is
+    /// overtaken.
+    pub(crate) fn ahead_of(
+        &self,
+        standing: &Standing,
+        prefill: f64,
+        pace: &Pace,
+        now: Duration,
+    ) -> Ahead {
+        if self.line.is_empty() {
+            return Ahead {
+                wait: self.backlog(pace, now),
+                ..Ahead::default()
+            };
+        }
+        let before = self.line.before(standing.rank(prefill));
+        let (mut first, mut overtaken) = (self.sent(), self.line.all());
+        first += before;
+        overtaken -= before;
+        Ahead {
+            wait: self.backlog_of(first, pace, now),
+            overtaken: overtaken.requests,
+            overtaken_take: pace.prefill(self.starts(overtaken), overtaken.work),
+        }
+    }
+
+    /// How often computing these begins.
+    fn starts(&self, prompts: Prompts) -> f64 {
+        f64::from(prompts.requests) / self.watch.prompts_together()
+    }
+
+    /// What is left to compute of the first of all prompts.
+    fn backlog_of(&self, prompts: Prompts, pace: &Pace, now: Duration) -> f64 {
+        let all = pace.prefill(self.starts(prompts), prompts.work);
         let Some(first) = self.queue.front() else {
-            return 0.0;
+            return all;
         };
-        let goes = 1.0 / self.watch.prompts_together();
-        let all = pace.prefill(goes * f64::from(self.ahead.requests), self.work);
-        let first_takes = pace.prefill(goes, first.work);
-        let began = first.booked_at.max(self.watch.first_token_at());
+        let first_takes = pace.prefill(1.0 / self.watch.prompts_together(), first.work);
+        let began = first.sent_at.max(self.watch.first_token_at());
         let elapsed = now.saturating_sub(began).as_secs_f64();
         let first_left = if elapsed < first_takes {
             first_takes - elapsed
@@ -258,14 +324,23 @@ impl Outlook {
 
     /// Of the prompt tokens to compute, how many that is.
     pub(crate) fn backlog_tokens(&self, pace: &Pace, now: Duration) -> u64 {
-        let goes = f64::from(self.ahead.requests) / self.watch.prompts_together();
-        let all = pace.prefill(goes, self.work);
+        let all = pace.prefill(self.starts(self.prompts()), self.work);
         if all <= 0.0 {
             return 0;
         }
         let share = (self.backlog(pace, now) / all).min(1.0);
         (self.work.tokens as f64 * share).round() as u64
     }
+}
+
+/// What a prompt finds before and behind it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Ahead {
+    /// Seconds until it is turned to.
+    pub(crate) wait: f64,
+    /// Prompts in line behind it, and the seconds that those take.
+    pub(crate) overtaken: u32,
+    pub(crate) overtaken_take: f64,
 }
 
 /// What an overdue prompt is expected to take still, as a share of the time it is overdue.
@@ -288,6 +363,16 @@ impl Inflow {
         let kept = self.kept(now);
         self.requests = self.requests * kept + 1.0;
         self.seconds = self.seconds * kept + seconds;
+        self.at = self.at.max(now);
+    }
+
+    /// One of them, added at that time for so many seconds, goes elsewhere.
+    pub(crate) fn take_back(&mut self, (at, seconds): (Duration, f64), now: Duration) {
+        let kept = self.kept(now);
+        let elapsed = now.saturating_sub(at).as_secs_f64();
+        let its = INFLOW_MEMORY / (INFLOW_MEMORY + elapsed);
+        self.requests = (self.requests * kept - its).max(0.0);
+        self.seconds = (self.seconds * kept - its * seconds).max(0.0);
         self.at = self.at.max(now);
     }
 
@@ -327,10 +412,12 @@ mod tests {
     #[test]
     fn the_first_in_line_alone_is_worked_on() {
         let mut outlook = Outlook::default();
-        let mut first = Share::new(1, Work::new(9_900, 9_900), 10, 9_900);
-        let second = Share::new(2, Work::new(1_900, 1_900), 10, 1_900);
-        outlook.add(&first, at(5.0));
-        outlook.add(&second, at(5.0));
+        let mut first = Share::new(Work::new(9_900, 9_900), 10, 9_900);
+        let mut second = Share::new(Work::new(1_900, 1_900), 10, 1_900);
+        for share in [&mut first, &mut second] {
+            outlook.add(share);
+            outlook.send(share, at(5.0));
+        }
         let backlog = |outlook: &Outlook, seconds| outlook.backlog(&PACE, at(seconds));
         assert!((backlog(&outlook, 5.0) - 1.2).abs() < 1e-9);
         assert!((backlog(&outlook, 5.4) - 0.8).abs() < 1e-9);
@@ -366,11 +453,12 @@ mod tests {
         ) {
             let mut outlook = Outlook::default();
             let mut shares: Vec<Share> = Vec::new();
-            for (serial, (what, which, tokens)) in steps.into_iter().enumerate() {
+            for (what, which, tokens) in steps {
                 if what == 0 || shares.is_empty() {
                     let work = Work::new(tokens / 2, tokens);
-                    let share = Share::new(serial as u64, work, tokens % 777, tokens.into());
-                    outlook.add(&share, Duration::ZERO);
+                    let mut share = Share::new(work, tokens % 777, tokens.into());
+                    outlook.add(&share);
+                    outlook.send(&mut share, Duration::ZERO);
                     shares.push(share);
                 } else {
                     let index = which.index(shares.len());
@@ -393,8 +481,8 @@ mod tests {
                     let remaining = members.map(|it| u64::from(it.remaining)).sum::<u64>();
                     prop_assert_eq!(group.remaining, remaining);
                 }
-                let first = count(true).map(|it| it.serial).min();
-                prop_assert_eq!(outlook.queue.front().map(|it| it.serial), first);
+                let first = count(true).map(|it| it.place).min();
+                prop_assert_eq!(outlook.queue.front().map(|it| it.place), first);
                 prop_assert!(outlook.queue.len() <= 2 * count(true).count() + 64);
             }
         }

@@ -1,10 +1,12 @@
 //! The router's side of a booking.
 
+use std::task::Waker;
 use std::time::Duration;
 
 use crate::fleet::WorkerId;
 use crate::forecast::lengths::Kind;
 use crate::outlook::Share;
+use crate::queue::{Rank, Standing};
 use crate::reports::Claim;
 use crate::tree::NodeId;
 
@@ -13,6 +15,23 @@ use crate::tree::NodeId;
 pub(crate) struct BookingKey {
     pub(crate) serial: u64,
     pub(crate) index: usize,
+}
+
+/// What is known of a request that is not sent yet.
+#[derive(Debug)]
+pub(crate) struct Waiting {
+    /// Its place in its worker's line.
+    pub(crate) rank: Rank,
+    /// Seconds of its worker's time that it is predicted to take.
+    pub(crate) takes: f64,
+    /// When it was counted among what comes to its worker, and for how many seconds.
+    pub(crate) inflow: (Duration, f64),
+    /// It may choose anew.
+    pub(crate) is_invited: bool,
+    /// It is not asked to before.
+    pub(crate) thinks_until: Duration,
+    /// Whoever carries it.
+    pub(crate) waker: Option<Waker>,
 }
 
 /// The router's side of a booking.
@@ -33,6 +52,8 @@ pub(crate) struct Record {
     pub(crate) share: Share,
     pub(crate) kind: Kind,
     pub(crate) max_tokens: Option<u32>,
+    /// What its client expects of the whole answer.
+    pub(crate) said_tokens: Option<u32>,
     /// The worker has computed the prompt; said by its first token, not by a forecast.
     pub(crate) computed: bool,
     /// The worker said how many tokens it generated; otherwise their number is a forecast.
@@ -41,6 +62,11 @@ pub(crate) struct Record {
     pub(crate) streams: bool,
     pub(crate) expected_tokens: u32,
     pub(crate) booked_at: Duration,
+    /// When its worker was to get it.
+    pub(crate) sent_at: Duration,
+    pub(crate) standing: Standing,
+    /// None once it is sent. Boxed, because few wait.
+    pub(crate) waiting: Option<Box<Waiting>>,
     /// Its worker had more booked than it has memory for.
     pub(crate) waited_for_memory: bool,
     /// When its first token was forecast to come.

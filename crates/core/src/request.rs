@@ -30,8 +30,17 @@ pub struct Request<'a> {
     pub sequence: &'a Sequence,
     /// The most output tokens it may produce.
     pub max_tokens: Option<u32>,
+    /// How many it is said to produce. That is learned, not believed: what those produced of whom
+    /// about as much was said counts for more the more of them there were.
+    pub expected_tokens: Option<u32>,
+    /// Whether it may call tools, which makes for answers of other lengths.
+    pub has_tools: bool,
     /// Whether its output will be watched. If not, its progress is forecast.
     pub streams: bool,
+    /// In line, lower comes first.
+    pub priority: i32,
+    /// On whose behalf, where tenants are to be treated alike.
+    pub tenant: u64,
     /// Workers not to choose: those that failed it already.
     pub excluded: &'a [WorkerId],
 }
@@ -44,18 +53,23 @@ impl<'a> Request<'a> {
             model: "",
             sequence,
             max_tokens: None,
+            expected_tokens: None,
+            has_tools: false,
             streams: true,
+            priority: 0,
+            tenant: 0,
             excluded: &[],
         }
     }
 
-    /// What its answer's length may depend on: the model, and about how long it may be.
+    /// What its answer's length may depend on: the model, about how long it may be and is said to
+    /// be, and whether it may call tools.
     pub(crate) fn kind(&self) -> Kind {
         let model = rapidhash_v3_seeded(self.model.as_bytes(), &DEFAULT_RAPID_SECRETS);
-        let octave = self
-            .max_tokens
-            .map_or(0, |it| u64::BITS - u64::from(it).leading_zeros());
-        model ^ u64::from(octave)
+        let octave =
+            |tokens: Option<u32>| tokens.map_or(0, |it| u64::BITS - u64::from(it).leading_zeros());
+        let lengths = octave(self.max_tokens) | octave(self.expected_tokens) << 8;
+        model ^ u64::from(lengths | u32::from(self.has_tools) << 16)
     }
 }
 

@@ -16,12 +16,13 @@ use crate::booking::Booking;
 use crate::cache::{Changes, Link};
 use crate::config::MOST_WEIGHT;
 pub use crate::config::{ConfigError, RouterConfig};
-use crate::fleet::{WorkerError, WorkerId, WorkerSnapshot, WorkerSpec};
+use crate::fleet::{Fleet, Worker, WorkerError, WorkerId, WorkerSnapshot, WorkerSpec, WorkerState};
 use crate::forecast::lengths::LengthForecast;
 pub use crate::request::{Candidate, Explanation, Request, RouteError};
 use crate::sequence::{Sequence, SequenceHash};
 use crate::shadow::Eviction;
 use crate::state::{Locked, State, release};
+use crate::tree::Slot;
 
 /// Prefixes that are told under one lock, at most. That takes some two microseconds: whoever waits
 /// is better off spinning than asleep.
@@ -76,6 +77,7 @@ impl Router {
     /// Returns whether it was known.
     pub fn remove_worker(&self, id: WorkerId) -> bool {
         let mut state = self.state.lock();
+        state.close_line(id);
         let known = state.fleet.remove(id);
         if known {
             state.tree.forget_worker(id.slot);
@@ -88,12 +90,23 @@ impl Router {
 
     /// Says whether a worker can be chosen.
     pub fn set_healthy(&self, id: WorkerId, healthy: bool) {
-        self.state.lock().fleet.set_healthy(id, healthy);
+        self.change(id, |fleet| fleet.set_healthy(id, healthy));
     }
 
     /// Says whether a worker only finishes what it has.
     pub fn set_draining(&self, id: WorkerId, draining: bool) {
-        self.state.lock().fleet.set_draining(id, draining);
+        self.change(id, |fleet| fleet.set_draining(id, draining));
+    }
+
+    /// Whoever waits for a worker is told what becomes of it.
+    fn change(&self, id: WorkerId, change: impl FnOnce(&mut Fleet)) {
+        let mut state = self.state.lock();
+        change(&mut state.fleet);
+        match state.fleet.get(id).map(Worker::state) {
+            Some(WorkerState::Healthy) => state.let_go(id.slot),
+            _ => state.invite_all(id),
+        }
+        release(state);
     }
 
     /// Says which models a worker serves; none means unknown.
@@ -228,7 +241,7 @@ impl Router {
         let mut state = self.state.lock();
         state.advance(now);
         let (worker, reading) = state.choose(request)?;
-        let (key, decision) = state.book(worker, &reading, request);
+        let (key, decision) = state.book_and_enter(worker, &reading, request);
         // Under the lock, whose cache line the reference count shares.
         let shared = self.state.clone();
         release(state);
@@ -314,6 +327,26 @@ impl Router {
             .fleet
             .eligible("")
             .is_some_and(|slots| !slots.is_empty())
+    }
+
+    /// Requests that wait here for their worker to have room.
+    #[must_use]
+    pub fn held_requests(&self) -> usize {
+        self.state.lock().queue.held
+    }
+
+    /// Time has passed: sends those whose worker has room by now. To be called every few
+    /// milliseconds if there is a [queue](crate::queue), because not everything that makes room is
+    /// seen: a prompt whose answer does not stream is only forecast to be computed.
+    pub fn tick(&self, now: Duration) {
+        let mut state = self.state.lock();
+        if state.queue.held > 0 {
+            state.advance(now);
+            for slot in 0..state.fleet.slots() as Slot {
+                state.let_go(slot);
+            }
+        }
+        release(state);
     }
 
     /// How well lengths of answers are forecast.

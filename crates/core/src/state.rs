@@ -7,6 +7,7 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 use std::hash::BuildHasherDefault;
 use std::sync::Arc;
+use std::task::Waker;
 use std::time::Duration;
 
 use parking_lot::{Mutex, MutexGuard};
@@ -25,6 +26,7 @@ use crate::depths::Depths;
 use crate::fleet::{Fleet, WorkerId};
 use crate::forecast::lengths::{Kind, OutputLength};
 use crate::foreseen::Foreseen;
+use crate::queue::{Queue, Standing};
 use crate::record::{BookingKey, Record};
 use crate::request::{Candidate, Explanation, Request, RouteError};
 use crate::sequence::AlreadyHashed;
@@ -47,7 +49,7 @@ impl Locked {
 /// Everything behind the lock.
 #[derive(Debug)]
 pub(crate) struct State {
-    config: RouterConfig,
+    pub(crate) config: RouterConfig,
     pub(crate) fleet: Fleet,
     pub(crate) tree: PrefixTree,
     pub(crate) cache: CacheIndex,
@@ -59,6 +61,7 @@ pub(crate) struct State {
     /// Unwatched requests by their last full block, whose storing would tell of their progress.
     pub(crate) awaited: HashMap<u64, BookingKey, BuildHasherDefault<AlreadyHashed>>,
     pub(crate) serial: u64,
+    pub(crate) queue: Queue,
     rng: SmallRng,
     turn: u64,
     /// The latest time anybody told.
@@ -66,11 +69,13 @@ pub(crate) struct State {
 }
 
 /// Ends a critical section. Hash chains that lost their last node may be long allocations, so
-/// they are freed after the lock.
+/// they are freed after the lock; and who is woken may want it.
 pub(crate) fn release(mut state: MutexGuard<'_, State>) {
     let garbage: SmallVec<[Chain; 4]> = std::mem::take(&mut state.tree.garbage);
+    let woken = std::mem::take(&mut state.queue.woken);
     drop(state);
     drop(garbage);
+    woken.into_iter().for_each(Waker::wake);
 }
 
 /// What a decision reads of one prompt.
@@ -82,6 +87,7 @@ pub(crate) struct Reading {
     /// What its answer's length may depend on, and how many tokens it is expected to have.
     pub(crate) kind: Kind,
     pub(crate) expected_tokens: u32,
+    pub(crate) standing: Standing,
 }
 
 impl Reading {
@@ -105,6 +111,7 @@ impl State {
             due: BinaryHeap::new(),
             awaited: HashMap::default(),
             serial: 0,
+            queue: Queue::default(),
             turn: 0,
             now: Duration::ZERO,
         }
@@ -112,6 +119,14 @@ impl State {
 
     /// Reads how deep the request's prompt reaches on every worker.
     pub(crate) fn read(&self, request: &Request<'_>) -> Reading {
+        let order = self.config.queue.unwrap_or_default();
+        let (priority, tenant) = (request.priority, request.tenant);
+        let standing = self.queue.standing(order, priority, tenant, self.now);
+        self.read_again(request, standing)
+    }
+
+    /// The same for a request that came before.
+    pub(crate) fn read_again(&self, request: &Request<'_>, standing: Standing) -> Reading {
         let mut depths = Depths::zero(self.fleet.slots());
         let chain = request.sequence.hashes();
         let mut at = self.tree.descend(chain, &mut depths);
@@ -128,7 +143,13 @@ impl State {
             depths,
             at,
             kind,
-            expected_tokens: self.output_length.remaining(kind, 0, request.max_tokens),
+            expected_tokens: self.output_length.remaining_of(
+                kind,
+                0,
+                request.max_tokens,
+                request.expected_tokens,
+            ),
+            standing,
         }
     }
 
@@ -169,6 +190,7 @@ impl State {
             output_tokens: f64::from(reading.expected_tokens),
             overlap_weight: self.config.overlap_weight,
             ttft_weight: self.config.ttft_weight,
+            standing: reading.standing,
             now: self.now,
         }
     }
@@ -204,10 +226,19 @@ impl State {
         request: &Request<'_>,
     ) -> Result<(WorkerId, Reading), RouteError> {
         let reading = self.read(request);
-        let (demand, placement) = (self.demand(request), self.placement(request, &reading));
-        let prices = Prices::OfOne(demand, placement, &reading.depths);
-        let worker = self.pick(request, prices)?;
+        let worker = self.choose_by(request, &reading)?;
         Ok((worker, reading))
+    }
+
+    /// Chooses a worker by what was read.
+    pub(crate) fn choose_by(
+        &mut self,
+        request: &Request<'_>,
+        reading: &Reading,
+    ) -> Result<WorkerId, RouteError> {
+        let (demand, placement) = (self.demand(request), self.placement(request, reading));
+        let prices = Prices::OfOne(demand, placement, &reading.depths);
+        self.pick(request, prices)
     }
 
     /// Chooses a worker at these prices.

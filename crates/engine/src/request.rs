@@ -40,6 +40,8 @@ pub struct ApiRequest {
     pub stream: bool,
     /// The most output tokens per choice, if the request says.
     pub max_tokens: Option<u32>,
+    /// Whether the answer may call tools.
+    pub has_tools: bool,
     /// How many answers are generated from each prompt (`n`), at least 1.
     pub choices: u32,
     /// Keeps this prompt's cache apart from others'.
@@ -343,6 +345,7 @@ impl<'b> Fields<'b> {
             model: self.model.unwrap_or_default(),
             stream: matches!(self.stream, Gist::Bool(true) | Gist::Number(1.0)),
             max_tokens: max_completion_tokens.or(self.max_tokens.count()),
+            has_tools: self.tools.is_some_and(has_any),
             choices: match self.endpoint {
                 Endpoint::Embeddings => 1,
                 _ => self.choices.count().unwrap_or(1).max(1),
@@ -389,6 +392,12 @@ impl<'b> Fields<'b> {
             param: Some(param),
         }
     }
+}
+
+/// Whether it is a list, and not an empty one.
+fn has_any(list: &RawValue) -> bool {
+    let rest = list.get().strip_prefix('[');
+    rest.is_some_and(|it| it.trim_start() != "]")
 }
 
 fn lists_cached(xargs: &RawValue) -> bool {

@@ -88,6 +88,19 @@ fn what_is_absent_or_null_has_its_default() {
     );
     assert_eq!((minimal.model.as_str(), minimal.stream), ("", false));
     assert_eq!((minimal.max_tokens, minimal.choices), (None, 1));
+    assert!(!minimal.has_tools);
+}
+
+#[test]
+fn tools_are_a_list_of_some() {
+    for (tools, has_tools) in [
+        (r#"[{"type": "function"}]"#, true),
+        ("[ ]", false),
+        ("{}", false),
+    ] {
+        let request = chat(&format!(r#"{{"messages": [], "tools": {tools}}}"#));
+        assert_eq!(request.has_tools, has_tools, "{tools}");
+    }
 }
 
 #[test]

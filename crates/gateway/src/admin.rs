@@ -104,6 +104,7 @@ impl Shared {
             "state": worker.state.as_str(),
             "models": worker.models,
             "requests": worker.requests,
+            "held_requests": worker.held_requests,
             "active_blocks": worker.active_blocks,
             "engine_active_blocks": known.as_ref().and_then(|it| *it.engine_active_blocks.lock()),
             "context_tokens": worker.context_tokens,

@@ -5,6 +5,7 @@
 //! over, and what is booked moves with the request.
 
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -76,6 +77,7 @@ impl<'a> Attempts<'a> {
     /// Sends the message to the booked worker and, as long as that helps, to the next best one.
     pub(crate) async fn until_answered(&mut self, batch: &mut Batch) -> Result<Answer, ApiError> {
         loop {
+            self.until_sent(batch).await?;
             let Some(worker) = self.shared.workers.get(batch.worker()) else {
                 // Removed since it was chosen.
                 self.move_on(batch).map_err(no_worker)?;
@@ -95,6 +97,44 @@ impl<'a> Attempts<'a> {
                 Err(error) => self.recover(error, &worker, batch).await?,
             }
         }
+    }
+
+    /// Waits until the booked worker has room, where the router lets requests wait.
+    async fn until_sent(&self, batch: &mut Batch) -> Result<(), ApiError> {
+        let shared = self.shared;
+        if shared.config.router.queue.is_none() {
+            return Ok(());
+        }
+        let began = shared.clock.now();
+        let limit = shared.config.queue_limit.unwrap_or(usize::MAX);
+        let (mut has_come, mut is_refused) = (true, false);
+        let sent = std::future::poll_fn(|context| {
+            let now = shared.clock.now();
+            if batch.poll_sent(context, &self.excluded, now).is_ready() {
+                return Poll::Ready(());
+            }
+            // Only who has just come can be one too many.
+            is_refused = std::mem::take(&mut has_come) && shared.router.held_requests() > limit;
+            if is_refused {
+                Poll::Ready(())
+            } else {
+                Poll::Pending
+            }
+        });
+        let patience = self.deadline.saturating_sub(began);
+        let waited = tokio::time::timeout(patience, sent).await;
+        if is_refused {
+            return Err(unavailable(format!(
+                "{limit} requests wait already, which is the limit (--queue-limit). Try again shortly."
+            )));
+        }
+        if waited.is_err() {
+            let message = format!("No worker had room within {} s.", patience.as_secs());
+            return Err(unavailable(message));
+        }
+        let took = shared.clock.now().saturating_sub(began);
+        shared.metrics.queue_duration.observe(took.as_secs_f64());
+        Ok(())
     }
 
     /// Waits for the head of the answer and, if it is a stream, for its first piece: engines send

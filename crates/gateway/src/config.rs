@@ -9,6 +9,7 @@ use std::time::Duration;
 use foresee_core::Eviction;
 use foresee_core::router::RouterConfig;
 use foresee_engine::tokenizer::TokenizerError;
+use http::header::{AUTHORIZATION, HeaderName};
 use http::uri::{Authority, Scheme};
 use http::{HeaderValue, Uri};
 
@@ -26,6 +27,11 @@ pub struct GatewayConfig {
     pub workers: Vec<WorkerConfig>,
     /// How requests are placed.
     pub router: RouterConfig,
+    /// Most requests that wait at the router, if the router lets any wait and there is a limit.
+    /// Others are refused.
+    pub queue_limit: Option<usize>,
+    /// The header by whose value the queue tells tenants apart, where it treats them alike.
+    pub tenant_header: HeaderName,
     /// Whether workers share blocks between requests, unless one says otherwise.
     pub prefix_caching: bool,
     /// A model folder or `tokenizer.json`. Without it, prompts are matched as text.
@@ -72,6 +78,8 @@ impl Default for GatewayConfig {
             admin_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 8081)),
             workers: Vec::new(),
             router: RouterConfig::default(),
+            queue_limit: None,
+            tenant_header: AUTHORIZATION,
             prefix_caching: true,
             tokenizer: None,
             max_body_bytes: 32 << 20,

@@ -31,6 +31,7 @@ mod watch;
 mod workers;
 
 pub use config::{GatewayConfig, WorkerConfig, WorkerConfigError, default_io_threads};
+pub use http::HeaderName;
 pub use listen::raise_open_file_limit;
 pub use server::{Gateway, StartError};
 pub use subscribe::{EventSource, KvEvents};

@@ -66,6 +66,7 @@ pub(crate) struct Metrics {
     pub(crate) prompt_tokens: Counter,
     pub(crate) output_tokens: Counter,
     pub(crate) decision_duration: Histogram,
+    pub(crate) queue_duration: Histogram,
     pub(crate) time_to_first_token: Histogram,
     pub(crate) inter_token_latency: Histogram,
     pub(crate) probe_failures: Family<WorkerLabel, Counter>,
@@ -77,6 +78,7 @@ pub(crate) struct Metrics {
     tracked_edges: Gauge,
     worker_up: WorkerGauge,
     worker_requests: WorkerGauge,
+    worker_held_requests: WorkerGauge,
     worker_active_blocks: WorkerGauge,
     worker_engine_active_blocks: WorkerGauge,
     worker_cached_blocks: WorkerGauge,
@@ -93,8 +95,9 @@ pub(crate) struct Metrics {
 
 impl Metrics {
     pub(crate) fn new() -> Self {
-        // 1 µs to 65 ms; 1 ms to 524 s; 0.1 ms to 52 s.
+        // 1 µs to 65 ms; twice 1 ms to 524 s; 0.1 ms to 52 s.
         let decision_duration = Histogram::new(exponential_buckets(1e-6, 2.0, 17));
+        let queue_duration = Histogram::new(exponential_buckets(1e-3, 2.0, 20));
         let time_to_first_token = Histogram::new(exponential_buckets(1e-3, 2.0, 20));
         let inter_token_latency = Histogram::new(exponential_buckets(1e-4, 2.0, 20));
         let mut metrics = Self {
@@ -110,6 +113,7 @@ impl Metrics {
             prompt_tokens: Counter::default(),
             output_tokens: Counter::default(),
             decision_duration,
+            queue_duration,
             time_to_first_token,
             inter_token_latency,
             probe_failures: Family::default(),
@@ -121,6 +125,7 @@ impl Metrics {
             tracked_edges: Gauge::default(),
             worker_up: Family::default(),
             worker_requests: Family::default(),
+            worker_held_requests: Family::default(),
             worker_active_blocks: Family::default(),
             worker_engine_active_blocks: Family::default(),
             worker_cached_blocks: Family::default(),
@@ -163,6 +168,7 @@ impl Metrics {
             worker_events_live: "Whether the worker's KV events tell what it caches, rather than the shadow",
             worker_up: "Whether the worker can be chosen",
             worker_requests: "Requests booked on the worker",
+            worker_held_requests: "Those of them that wait at the router",
             worker_active_blocks: "Predicted active KV blocks of the worker",
             worker_engine_active_blocks: "Active KV blocks by the engine's own account, in its blocks, if it is sampled",
             worker_cached_blocks: "Predicted cached KV blocks of the worker, active ones included",
@@ -179,6 +185,11 @@ impl Metrics {
                 "decision_duration",
                 "Time of one routing decision",
                 &self.decision_duration,
+            ),
+            (
+                "queue_duration",
+                "That a request waited at the router for its worker to have room",
+                &self.queue_duration,
             ),
             (
                 "time_to_first_token",
@@ -300,6 +311,9 @@ impl Metrics {
         });
         self.show(&self.worker_requests, workers, |worker| {
             worker.requests.into()
+        });
+        self.show(&self.worker_held_requests, workers, |worker| {
+            worker.held_requests.into()
         });
         self.show(&self.worker_active_blocks, workers, |worker| {
             worker.active_blocks

@@ -1,5 +1,6 @@
 //! The API: read a request, route it, have it answered, and pass the answer on.
 
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,7 +8,7 @@ use bytes::Bytes;
 use foresee_core::batch::Batch;
 use foresee_core::fleet::WorkerId;
 use foresee_core::router::Request as RouteRequest;
-use foresee_core::sequence::Sequence;
+use foresee_core::sequence::{Sequence, salt};
 use foresee_engine::answer::Continuation;
 use foresee_engine::error::ApiError;
 use foresee_engine::request::{ApiRequest, BodyError, Endpoint, Sequences};
@@ -42,6 +43,9 @@ struct Job {
     is_named: bool,
     sequences: Sequences,
     max_tokens: Option<u32>,
+    /// How long the client says that the answer will be.
+    expected_tokens: Option<u32>,
+    has_tools: bool,
     streams: bool,
     prompt_bytes: usize,
     /// It is one prompt and asks for one answer.
@@ -52,6 +56,9 @@ struct Job {
     lists_cached: bool,
     /// How many tokens our tokenizer counted, if the engine ought to count the same.
     counted_tokens: Option<u32>,
+    /// In line, lower comes first.
+    priority: i32,
+    tenant: u64,
     /// Workers that the client does not want.
     ruled_out: Vec<WorkerId>,
 }
@@ -62,7 +69,11 @@ impl Job {
             model: if self.is_named { &self.model } else { "" },
             sequence: &self.sequences.first,
             max_tokens: self.max_tokens,
+            expected_tokens: self.expected_tokens,
+            has_tools: self.has_tools,
             streams: self.streams,
+            priority: self.priority,
+            tenant: self.tenant,
             excluded: &self.ruled_out,
         }
     }
@@ -140,15 +151,24 @@ impl Shared {
                 is_named: false,
                 sequences: Sequences::of_one(Sequence::opaque(0, self.config.router.block_size), 1),
                 max_tokens: None,
+                expected_tokens: None,
+                has_tools: false,
                 streams: true,
                 prompt_bytes: 0,
                 is_single: false,
                 continuation: None,
                 lists_cached: false,
                 counted_tokens: None,
+                priority: 0,
+                tenant: 0,
                 ruled_out: Vec::new(),
             },
         };
+        let order = "be a whole number: lower is sent first, and 0 is what others have";
+        job.priority = number(&head.headers, PRIORITY_HEADER, order)?.unwrap_or_default();
+        let tokens = "be the number of tokens that the answer is expected to have";
+        job.expected_tokens = number(&head.headers, EXPECTED_HEADER, tokens)?;
+        job.tenant = self.tenant(&head.headers);
         job.ruled_out = self.workers.ruled_out(&head.headers);
         let mut batch = self.route(&job)?;
         let mut message = Message::new(head, body, request_id, endpoint.is_some());
@@ -156,6 +176,14 @@ impl Shared {
         let mut attempts = Attempts::new(self, forwarder, &message, &job.ruled_out);
         let answer = attempts.until_answered(&mut batch).await?;
         Ok(self.pass_through(answer, batch, job, arrived, message.request_id()))
+    }
+
+    /// On whose behalf a request comes; those who do not say are one.
+    fn tenant(&self, headers: &HeaderMap) -> u64 {
+        let named = headers.get(&self.config.tenant_header);
+        named.map_or(0, |it| {
+            salt(&String::from_utf8_lossy(it.as_bytes()), None, None)
+        })
     }
 
     pub(crate) async fn read_body(
@@ -243,9 +271,13 @@ impl Shared {
             lists_cached: request.lists_cached,
             sequences,
             max_tokens: request.max_tokens,
+            expected_tokens: None,
+            has_tools: request.has_tools,
             streams: request.stream,
             prompt_bytes: request.prompt_bytes(),
             model: request.model,
+            priority: 0,
+            tenant: 0,
             ruled_out: Vec::new(),
         })
     }
@@ -342,6 +374,26 @@ impl Shared {
             .explain_batch(&job.request(), &job.sequences.further, now);
         explained.map_err(no_worker)
     }
+}
+
+/// A request's place among those that wait: lower is sent first, 0 if it does not say.
+const PRIORITY_HEADER: &str = "x-foresee-priority";
+
+/// How many tokens its answer is expected to have.
+const EXPECTED_HEADER: &str = "x-foresee-expected-tokens";
+
+/// The number in a header, if there is that header.
+fn number<N: FromStr>(
+    headers: &HeaderMap,
+    name: &'static str,
+    must: &str,
+) -> Result<Option<N>, ApiError> {
+    let Some(given) = headers.get(name) else {
+        return Ok(None);
+    };
+    let number = given.to_str().ok().and_then(|it| it.trim().parse().ok());
+    let wrong = || ApiError::bad_request(format!("The header `{name}` must {must}."), Some(name));
+    number.map(Some).ok_or_else(wrong)
 }
 
 /// Reads the rest of a body that was refused: most clients read no answer before they have sent

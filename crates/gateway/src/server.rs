@@ -10,7 +10,7 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use foresee_core::fleet::WorkerError;
@@ -26,6 +26,7 @@ use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::MissedTickBehavior;
 
 use crate::clock::Clock;
 use crate::config::GatewayConfig;
@@ -140,6 +141,9 @@ impl Gateway {
         for worker in workers {
             start_watching(&shared, worker);
         }
+        if shared.config.router.queue.is_some() {
+            tokio::spawn(tick(Arc::downgrade(&shared)));
+        }
         let for_admin = Arc::clone(&shared);
         let timeout = shared.config.shutdown_timeout;
         let admin = tokio::spawn(serve(admin, stopped, timeout, move |request| {
@@ -196,6 +200,22 @@ impl Gateway {
         if let Err(error) = written.await {
             tracing::error!(%error, "the recording was not finished");
         }
+    }
+}
+
+/// How often the queue is told that time has passed.
+const TICK: Duration = Duration::from_millis(10);
+
+/// Tells the queue that time has passed, as long as there is a gateway.
+async fn tick(shared: Weak<Shared>) {
+    let mut ticks = tokio::time::interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let Some(shared) = shared.upgrade() else {
+            return;
+        };
+        shared.router.tick(shared.clock.now());
     }
 }
 

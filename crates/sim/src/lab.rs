@@ -20,6 +20,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use foresee_core::choose::Policy;
+use foresee_core::queue::Order;
 use foresee_core::router::RouterConfig;
 
 use seat::Seat;
@@ -144,11 +145,13 @@ pub static ABLATIONS: [LabRule; 8] = [
     },
 ];
 
-/// A policy that replay can run: one of those that serve, or a [`LabRule`].
+/// A policy that replay can run: one of those that serve, or a [`LabRule`]; and in which order
+/// requests wait at the router, if they do.
 #[derive(Clone, Debug)]
 pub struct Contender {
     name: String,
     chooser: Chooser,
+    queue: Option<Order>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -172,19 +175,17 @@ const PR_1731: (&str, f64) = ("dynamo-pr1731", 1.0);
 impl Contender {
     /// The router's settings, changed so that it decides by this policy if it is one of its own.
     pub(crate) fn settings(&self, settings: &RouterConfig) -> RouterConfig {
-        match self.chooser {
-            Chooser::Router(policy, weight) => {
-                let mut settings = settings.clone();
-                settings.policy = policy;
-                match weight {
-                    Weight::Configured => {}
-                    Weight::Overlap(weight) => settings.overlap_weight = weight,
-                    Weight::TimeToFirstToken(weight) => settings.ttft_weight = weight,
-                }
-                settings
+        let mut settings = settings.clone();
+        settings.queue = self.queue;
+        if let Chooser::Router(policy, weight) = self.chooser {
+            settings.policy = policy;
+            match weight {
+                Weight::Configured => {}
+                Weight::Overlap(weight) => settings.overlap_weight = weight,
+                Weight::TimeToFirstToken(weight) => settings.ttft_weight = weight,
             }
-            Chooser::Rule(_) => settings.clone(),
         }
+        settings
     }
 
     /// What chooses in the router's place, if this is none of its own policies.
@@ -201,6 +202,7 @@ impl From<Policy> for Contender {
         Self {
             name: policy.to_string(),
             chooser: Chooser::Router(policy, Weight::Configured),
+            queue: None,
         }
     }
 }
@@ -225,38 +227,46 @@ fn names() -> Vec<&'static str> {
     let written = router
         .into_iter()
         .chain(["kv:WEIGHT", "delay:ttft=WEIGHT", PR_1731.0]);
-    written.chain(rules).collect()
+    let queued = ["POLICY+fcfs", "POLICY+shortest", "POLICY+fair"];
+    written.chain(rules).chain(queued).collect()
 }
 
 impl FromStr for Contender {
     type Err = UnknownContender;
 
     fn from_str(name: &str) -> Result<Self, UnknownContender> {
-        let number = |prefix| name.strip_prefix(prefix)?.parse().ok();
-        let chooser = if let Some(weight) = number("kv:") {
-            Some(Chooser::Router(Policy::Kv, Weight::Overlap(weight)))
-        } else if let Some(weight) = number("delay:ttft=") {
-            Some(Chooser::Router(
-                Policy::Delay,
-                Weight::TimeToFirstToken(weight),
-            ))
-        } else if name == PR_1731.0 {
-            Some(Chooser::Router(Policy::Kv, Weight::Overlap(PR_1731.1)))
-        } else if let Ok(policy) = name.parse() {
-            Some(Chooser::Router(policy, Weight::Configured))
-        } else {
-            let rule = RULES
-                .iter()
-                .chain(&ABLATIONS)
-                .find(|rule| rule.name == name);
-            rule.map(Chooser::Rule)
+        let unknown = || UnknownContender {
+            name: name.to_owned(),
         };
-        let name = name.to_owned();
-        match chooser {
-            Some(chooser) => Ok(Self { name, chooser }),
-            None => Err(UnknownContender { name }),
-        }
+        let (policy, queue) = match name.rsplit_once('+') {
+            Some((policy, order)) => (policy, Some(order.parse().map_err(|_| unknown())?)),
+            None => (name, None),
+        };
+        Ok(Self {
+            name: name.to_owned(),
+            chooser: chooser(policy).ok_or_else(unknown)?,
+            queue,
+        })
     }
+}
+
+fn chooser(name: &str) -> Option<Chooser> {
+    let number = |prefix| name.strip_prefix(prefix)?.parse().ok();
+    if let Some(weight) = number("kv:") {
+        return Some(Chooser::Router(Policy::Kv, Weight::Overlap(weight)));
+    }
+    if let Some(weight) = number("delay:ttft=") {
+        let weight = Weight::TimeToFirstToken(weight);
+        return Some(Chooser::Router(Policy::Delay, weight));
+    }
+    if name == PR_1731.0 {
+        return Some(Chooser::Router(Policy::Kv, Weight::Overlap(PR_1731.1)));
+    }
+    if let Ok(policy) = name.parse() {
+        return Some(Chooser::Router(policy, Weight::Configured));
+    }
+    let mut rules = RULES.iter().chain(&ABLATIONS);
+    rules.find(|rule| rule.name == name).map(Chooser::Rule)
 }
 
 #[cfg(test)]
@@ -266,7 +276,7 @@ mod tests {
     #[test]
     fn every_name_is_understood_and_kept() {
         for name in names() {
-            let name = name.replace("WEIGHT", "100");
+            let name = name.replace("WEIGHT", "100").replace("POLICY", "lmetric");
             let contender: Contender = name.parse().unwrap();
             assert_eq!(contender.to_string(), name);
         }
@@ -280,11 +290,13 @@ mod tests {
             "oracle:ttf",
             "delay:ttft=",
             "delay:no-tax",
+            "delay+",
+            "delay+lifo",
             "",
         ] {
             let error = name.parse::<Contender>().unwrap_err().to_string();
             assert!(error.contains("kv:WEIGHT, delay:ttft=WEIGHT, dynamo-pr1731, dynamo"));
-            assert!(error.contains("least-requests") && error.ends_with("delay:no-future"));
+            assert!(error.contains("least-requests") && error.ends_with("POLICY+fair"));
         }
     }
 }

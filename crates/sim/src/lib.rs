@@ -44,4 +44,5 @@ pub mod text;
 pub mod trace;
 pub mod traffic;
 pub mod verify;
+mod woken;
 pub mod workload;

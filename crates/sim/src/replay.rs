@@ -8,6 +8,7 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 use std::num::NonZeroU32;
 use std::ops::ControlFlow;
+use std::task::Context;
 use std::time::Duration;
 
 use foresee_core::booking::Booking;
@@ -26,6 +27,7 @@ use crate::report::{Goodput, Latency, Outcome, imbalance};
 use crate::schedule::{Change, FleetChange, Schedule};
 use crate::slo::Slo;
 use crate::traffic::Traffic;
+use crate::woken::Woken;
 use crate::workload::Workload;
 
 /// A fleet and its router.
@@ -182,6 +184,7 @@ pub fn run_while(
         replay.hear_events(now);
         replay.end_steps(now);
         replay.admit_arrivals(now)?;
+        replay.send_woken(now);
         replay.begin_steps(now);
         if (replay.ended, replay.missed) != before {
             let told = progress(Progress {
@@ -238,6 +241,8 @@ struct Replay<'a> {
     ready: Vec<usize>,
     /// By index of the request.
     flights: Vec<Option<Flight>>,
+    /// Requests that the router kept waiting, and has called.
+    woken: Woken,
     ended: usize,
     rejected: usize,
     /// Requests that have not been served as the SLO says.
@@ -291,6 +296,7 @@ impl<'a> Replay<'a> {
             step_ends: BinaryHeap::new(),
             ready: Vec::new(),
             flights: traffic.workload().requests.iter().map(|_| None).collect(),
+            woken: Woken::default(),
             ended: 0,
             rejected: 0,
             missed: 0,
@@ -453,38 +459,60 @@ impl<'a> Replay<'a> {
     fn admit_arrivals(&mut self, now: Duration) -> Result<(), ReplayError> {
         while let Some(index) = self.arrivals.take_due(now) {
             self.first_arrival.get_or_insert(now);
-            let sequence = self.traffic.prompt(index);
-            let booking = self.route(index, now)?;
-            let chosen = self.by_id[&booking.worker()];
-            let worker = &mut self.workers[chosen];
-            let hashes = self.traffic.known(index).hashes();
-            let submitted = worker.engine.submit(EngineRequest {
-                id: index as u64,
-                hashes: coarser(hashes, worker.stride.get()).collect(),
-                prompt_tokens: sequence.tokens(),
-                output_tokens: self.traffic.request(index).output_tokens,
-            });
-            if submitted.is_err() {
-                self.rejected += 1;
-                self.missed += 1;
-                drop(booking);
-                if let Some(seat) = &mut self.seat {
-                    seat.prefilled(index, chosen, now);
-                }
-                self.ended(index, now);
-                continue;
-            }
-            worker.requests += 1;
             self.flights[index] = Some(Flight {
-                booking,
+                booking: self.route(index, now)?,
                 arrival: now,
                 first_token: None,
                 last_token: now,
                 generated: 0,
             });
-            self.ready.push(chosen);
+            self.send(index, now);
         }
         Ok(())
+    }
+
+    /// Sends to their workers those whom the router kept waiting and has room for.
+    fn send_woken(&mut self, now: Duration) {
+        while let Some(index) = self.woken.take() {
+            self.send(index, now);
+        }
+    }
+
+    /// Sends a request to its worker, or waits until the router says so.
+    fn send(&mut self, index: usize, now: Duration) {
+        let Some(flight) = &mut self.flights[index] else {
+            return;
+        };
+        let waker = self.woken.waker(index);
+        let mut context = Context::from_waker(&waker);
+        if flight
+            .booking
+            .poll_sent(&mut context, &[], now)
+            .is_pending()
+        {
+            return;
+        }
+        let chosen = self.by_id[&flight.booking.worker()];
+        let worker = &mut self.workers[chosen];
+        let hashes = self.traffic.known(index).hashes();
+        let submitted = worker.engine.submit(EngineRequest {
+            id: index as u64,
+            hashes: coarser(hashes, worker.stride.get()).collect(),
+            prompt_tokens: flight.booking.sequence().tokens(),
+            output_tokens: self.traffic.request(index).output_tokens,
+        });
+        if submitted.is_ok() {
+            worker.requests += 1;
+            self.ready.push(chosen);
+            return;
+        }
+        self.rejected += 1;
+        self.missed += 1;
+        self.flights[index] = None;
+        if let Some(seat) = &mut self.seat {
+            seat.prefilled(index, chosen, now);
+        }
+        self.ended(index, now);
     }
 
     fn route(&mut self, request: usize, now: Duration) -> Result<Booking, RouteError> {

@@ -1,5 +1,5 @@
 //! What a change of the cost in seconds must not lose: it is as good as the greedy oracle, and no
-//! worse than least-requests where nothing is shared. Small enough to be run with every change; the
+//! worse than least-requests where nothing is shared; and waiting at the router is worth it. Small enough to be run with every change; the
 //! whole list is that of [`foresee_sim::suite`].
 
 #![allow(clippy::unwrap_used, reason = "tests")]
@@ -57,7 +57,7 @@ fn delay_is_within_three_percent_of_the_greedy_oracle() {
         open(&named("rag"), 300, 4.5),
         case(|seed| named("n-samples").with_requests(250).make(seed)),
     ];
-    let reports = replayed(&cases, &["delay", "oracle"]);
+    let reports = replayed(&cases, &["delay+shortest", "oracle"]);
     let ratios = reports.iter().map(|report| {
         let [delay, oracle] = end_to_end(report)[..] else {
             panic!("two policies")
@@ -69,9 +69,9 @@ fn delay_is_within_three_percent_of_the_greedy_oracle() {
     assert!(mean <= 1.03, "{mean:.3} times the oracle's: {ratios:.3?}");
 }
 
-#[test]
-fn delay_is_no_worse_than_least_requests_where_nothing_is_shared() {
-    let plain = Recipe::Burst {
+/// Prompts of most different lengths that share nothing.
+fn plain() -> Recipe {
+    Recipe::Burst {
         shape: Shape {
             isl: 1200,
             isl_spread: 0.9,
@@ -81,8 +81,32 @@ fn delay_is_no_worse_than_least_requests_where_nothing_is_shared() {
             ..Shape::default()
         },
         requests: 0,
+    }
+}
+
+#[test]
+fn waiting_at_the_router_wins_if_all_are_busy_and_costs_nothing_otherwise() {
+    let long = Recipe::named("burst-isl").unwrap();
+    let burst = case(|seed| long.clone().with_requests(300).make(seed));
+    let cases = [open(&plain(), 300, 6.0), burst];
+    let reports = replayed(&cases, &["delay", "delay+shortest"]);
+    let ratio = |report: &Report| {
+        let [at_once, in_line] = end_to_end(report)[..] else {
+            panic!("two policies")
+        };
+        in_line / at_once
     };
-    let reports = replayed(&[open(&plain, 600, 12.0)], &["delay", "least-requests"]);
+    let (idle, busy) = (ratio(&reports[0]), ratio(&reports[1]));
+    assert!(idle <= 1.01, "{idle:.3} times as long when there is room");
+    assert!(busy <= 0.97, "{busy:.3} times as long when there is none");
+}
+
+#[test]
+fn delay_is_no_worse_than_least_requests_where_nothing_is_shared() {
+    let reports = replayed(
+        &[open(&plain(), 600, 12.0)],
+        &["delay+shortest", "least-requests"],
+    );
     let [delay, least_requests] = end_to_end(&reports[0])[..] else {
         panic!("two policies")
     };

@@ -11,6 +11,8 @@ const PRIOR_REMAINING: f64 = 128.0;
 const PRIOR_ANSWERS: f64 = 1.0;
 /// How many answers of its kind what is known of all answers counts as.
 const ALL_ANSWERS: f64 = 10.0;
+/// How many answers of its kind what a client expects counts as.
+const EXPECTED_ANSWERS: f64 = 10.0;
 /// How many of the latest answers are remembered, about.
 const REMEMBERED: f64 = 2000.0;
 /// Kinds of requests told apart at most. Of more, the rarest is forgotten.
@@ -178,24 +180,64 @@ impl OutputLength {
     /// Tokens that are still to come of an answer of which `generated` have come, on average, if it
     /// ends by itself or at `limit`.
     pub(crate) fn remaining(&self, kind: Kind, generated: u32, limit: Option<u32>) -> u32 {
+        self.remaining_of(kind, generated, limit, None)
+    }
+
+    /// The same if the client expects so many of the whole answer.
+    pub(crate) fn remaining_of(
+        &self,
+        kind: Kind,
+        generated: u32,
+        limit: Option<u32>,
+        expected: Option<u32>,
+    ) -> u32 {
         let limit = limit.map_or(f64::INFINITY, f64::from);
         let most = (limit - f64::from(generated)).max(0.0);
         let (answers, left) = self.all.beyond(generated, limit);
         let of_all = (left + PRIOR_ANSWERS * PRIOR_REMAINING.min(most)) / (answers + PRIOR_ANSWERS);
-        let remaining = match self.kinds.get(&kind) {
-            Some(lengths) => {
-                let (answers, left) = lengths.beyond(generated, limit);
-                (left + ALL_ANSWERS * of_all) / (answers + ALL_ANSWERS)
+        // An answer longer than expected says that the client was wrong.
+        let expected = expected.filter(|&it| it > generated);
+        let (before, assumed) = match expected {
+            Some(expected) => {
+                let left = f64::from(expected - generated).min(most);
+                (EXPECTED_ANSWERS, EXPECTED_ANSWERS * left)
             }
-            None => of_all,
+            None => (ALL_ANSWERS, ALL_ANSWERS * of_all),
         };
-        remaining.round() as u32
+        let of_kind = self.kinds.get(&kind);
+        let (answers, left) = of_kind.map_or((0.0, 0.0), |it| it.beyond(generated, limit));
+        ((left + assumed) / (answers + before)).round() as u32
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_client_expects_is_believed_until_it_is_known_better() {
+        let mut lengths = OutputLength::default();
+        let (right, wrong) = (1, 2);
+        (0..100).for_each(|_| lengths.observe(0, 100, false));
+        let expects =
+            |lengths: &OutputLength, kind| lengths.remaining_of(kind, 0, None, Some(1000));
+        assert_eq!(expects(&lengths, right), 1000);
+        assert_eq!(lengths.remaining_of(right, 0, Some(600), Some(1000)), 600);
+        assert_eq!(lengths.remaining_of(right, 400, None, Some(1000)), 600);
+        for _ in 0..200 {
+            lengths.observe(right, 1000, false);
+            lengths.observe(wrong, 20, false);
+        }
+        assert_eq!(expects(&lengths, right), 1000);
+        assert!(
+            expects(&lengths, wrong) < 80,
+            "{}",
+            expects(&lengths, wrong)
+        );
+        // Longer than was said: as long as others are that came so far.
+        let of_all = lengths.remaining(3, 1500, None);
+        assert_eq!(lengths.remaining_of(3, 1500, None, Some(1000)), of_all);
+    }
 
     use rand::rngs::SmallRng;
     use rand::{Rng, SeedableRng};
