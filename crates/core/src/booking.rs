@@ -126,6 +126,9 @@ impl Booking {
         {
             self.is_now(key, worker, decision);
         }
+        if let Some((key, worker, decision)) = state.book_as_sent(self.key, &self.request(&[])) {
+            self.is_now(key, worker, decision);
+        }
         let poll = state.poll_sent(self.key, context);
         release(state);
         poll

@@ -75,7 +75,12 @@ impl State {
         if let Some(mut waiting) = record.waiting.take() {
             self.leave_line(worker, &waiting);
             self.queue.sends(&standing);
-            self.queue.woken.extend(waiting.waker.take());
+            if let Some(waker) = waiting.waker.take() {
+                self.queue.woken.push(waker);
+                if let Some(record) = self.record(key) {
+                    record.has_waited = Some(waiting.inflow);
+                }
+            }
         }
         let (bookings, fleet) = (&mut self.bookings, &mut self.fleet);
         let Some(record) = bookings.get_mut(key.index) else {
@@ -214,6 +219,28 @@ impl State {
         };
         self.enter(key, booked);
         Some((key, chosen, decision))
+    }
+
+    /// Books a request that has waited and was sent once more where it is: what it finds cached there
+    /// is what is cached now.
+    pub(crate) fn book_as_sent(
+        &mut self,
+        key: BookingKey,
+        request: &Request<'_>,
+    ) -> Option<(BookingKey, WorkerId, Decision)> {
+        let record = self.record(key)?;
+        let (worker, standing) = (record.worker, record.standing);
+        let inflow = record.has_waited.take()?;
+        // Nobody is let go in between: it makes no room.
+        let record = self.bookings.remove(key.index);
+        self.take_back(record, None);
+        if let Some((outlook, _)) = self.fleet.outlook_mut(worker) {
+            outlook.inflow.take_back(inflow, self.now);
+        }
+        let reading = self.read_again(request, standing);
+        let (key, decision, _) = self.book(worker, &reading, request);
+        self.send(key);
+        Some((key, worker, decision))
     }
 
     fn is_worth_moving(

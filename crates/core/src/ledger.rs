@@ -83,6 +83,7 @@ impl State {
             token_at: now,
             sent_at: now,
             standing,
+            has_waited: None,
             waiting: None,
             claim: None,
         };
@@ -371,7 +372,7 @@ impl State {
         self.let_go(slot);
     }
 
-    fn take_back(&mut self, record: Record, answered: Option<&Sequence>) {
+    pub(crate) fn take_back(&mut self, record: Record, answered: Option<&Sequence>) {
         if let Some(waiting) = &record.waiting {
             self.leave_line(record.worker, waiting);
         }

@@ -65,6 +65,9 @@ pub(crate) struct Record {
     /// When its worker was to get it.
     pub(crate) sent_at: Duration,
     pub(crate) standing: Standing,
+    /// It waited and was sent, and is to be booked by the cache as it is since: what it was counted
+    /// as when it came.
+    pub(crate) has_waited: Option<(Duration, f64)>,
     /// None once it is sent. Boxed, because few wait.
     pub(crate) waiting: Option<Box<Waiting>>,
     /// Its worker had more booked than it has memory for.

@@ -70,7 +70,11 @@ impl Fleet {
 
     /// A request whose prompt is like no other, of so many tokens. Returns its index.
     fn comes(&mut self, tokens: u32, request: Request<'_>) -> usize {
-        let seed = self.now.as_nanos() as u32;
+        self.asks(self.now.as_nanos() as u32, tokens, request)
+    }
+
+    /// One whose prompt is that of this number.
+    fn asks(&mut self, seed: u32, tokens: u32, request: Request<'_>) -> usize {
         let prompt: Vec<u32> = (0..tokens).map(|it| it.wrapping_add(seed)).collect();
         let sequence = Sequence::from_tokens(&prompt, 16.try_into().unwrap(), salt("", None, None));
         let request = Request {
@@ -176,6 +180,22 @@ fn a_worker_gets_its_next_prompt_when_it_has_computed_the_last() {
     }
     // Booked they all are from the beginning.
     assert_eq!(fleet.router.workers(fleet.now)[0].requests, 4);
+}
+
+#[test]
+fn what_is_cached_is_what_is_cached_when_it_is_sent() {
+    let mut fleet = Fleet::new(Order::Fcfs, 1);
+    let overlap = |fleet: &Fleet, index: usize| {
+        let decision = fleet.carried[index].booking.decision();
+        decision.cost.overlap_blocks
+    };
+    fleet.asks(7, 20_000, plain());
+    fleet.asks(7, 20_000, plain());
+    assert_eq!(overlap(&fleet, 1), 1249);
+    // The first leaves before it is computed, and nothing of it stays.
+    drop(fleet.carried.remove(0));
+    fleet.answer_bells();
+    assert_eq!((fleet.sent(), overlap(&fleet, 0)), (vec![0], 0));
 }
 
 #[test]
