@@ -51,12 +51,15 @@ fn steady(rate: f64, requests: u32, seed: u64) -> Workload {
 
 /// Conversations that together need more memory than the fleet of [`fleet`] has.
 fn chats() -> Workload {
-    let chat = Chat {
+    Workload::chat(&chat(), 1)
+}
+
+fn chat() -> Chat {
+    Chat {
         conversations: 120,
         starts: Gaps::poisson(Duration::from_millis(300)),
         ..Chat::default()
-    };
-    Workload::chat(&chat, 1)
+    }
 }
 
 fn outcome(config: &ReplayConfig, workload: &Workload) -> Outcome {
@@ -122,7 +125,10 @@ fn a_shadow_learns_from_answers_what_events_tell() {
 
 #[test]
 fn events_that_come_late_or_never_are_worth_less() {
-    let workload = chats();
+    // What has just ended is counted on until events have caught up: of those who think so long,
+    // little has just ended.
+    let think = Duration::from_secs(20);
+    let workload = Workload::chat(&Chat { think, ..chat() }, 1);
     let told = |lag: u64, loss: f64| {
         let mut config = fleet(4);
         config.knowledge = Knowledge::Events {
@@ -134,8 +140,8 @@ fn events_that_come_late_or_never_are_worth_less() {
     let at_once = told(0, 0.0);
     assert_eq!(at_once, told(0, 0.0));
     let never = told(0, 1.0);
-    assert!(never < 0.95 * at_once, "{never} of {at_once}");
-    assert!(told(3600, 0.0) < 0.95 * at_once);
+    assert!(never < 0.9 * at_once, "{never} of {at_once}");
+    assert!(told(3600, 0.0) < 0.9 * at_once);
     assert!(told(0, 0.5) < at_once);
 
     let mut config = fleet(1);
