@@ -65,10 +65,8 @@ pub(crate) struct QueueArgs {
 impl QueueArgs {
     /// What is asked for, or is best under this policy.
     pub(crate) fn order(self, policy: Policy) -> Option<Order> {
-        let Some(Queue(asked_for)) = self.queue else {
-            return (policy == Policy::Delay).then_some(Order::Shortest);
-        };
-        asked_for
+        let best = (policy == Policy::Delay).then_some(Order::Shortest);
+        self.queue.map_or(best, |Queue(asked_for)| asked_for)
     }
 }
 

@@ -5,7 +5,8 @@
 //! is the router's side: which workers hold which prefix.
 //!
 //! `blocks` is what the former keeps, `sparse` the table below both, `runs` how far each worker
-//! holds the prompts that the latter knows. They are written for their size: a fleet caches millions of blocks.
+//! holds the prompts that the latter knows. They are written for their size: a fleet caches millions
+//! of blocks.
 //!
 //! Engines' own hashes are opaque names here. Blocks are hashed anew from their token ids, so
 //! that neither the engine's algorithm nor what it mixes in needs to be known, and parents are

@@ -4,8 +4,9 @@
 //! Until the first byte of an answer nothing has been passed on, so another worker can take
 //! over, and what is booked moves with the request.
 
+use std::future::poll_fn;
 use std::sync::Arc;
-use std::task::Poll;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -106,31 +107,25 @@ impl<'a> Attempts<'a> {
             return Ok(());
         }
         let began = shared.clock.now();
-        let limit = shared.config.queue_limit.unwrap_or(usize::MAX);
-        let (mut has_come, mut is_refused) = (true, false);
-        let sent = std::future::poll_fn(|context| {
-            let now = shared.clock.now();
-            if batch.poll_sent(context, &self.excluded, now).is_ready() {
-                return Poll::Ready(());
+        let mut poll = |context: &mut Context<'_>| {
+            batch.poll_sent(context, &self.excluded, shared.clock.now())
+        };
+        if poll_fn(|context| Poll::Ready(poll(context)))
+            .await
+            .is_pending()
+        {
+            let limit = shared.config.queue_limit.unwrap_or(usize::MAX);
+            if shared.router.held_requests() > limit {
+                return Err(unavailable(format!(
+                    "{limit} requests wait already, which is the limit (--queue-limit). Try again shortly."
+                )));
             }
-            // Only who has just come can be one too many.
-            is_refused = std::mem::take(&mut has_come) && shared.router.held_requests() > limit;
-            if is_refused {
-                Poll::Ready(())
-            } else {
-                Poll::Pending
-            }
-        });
-        let patience = self.deadline.saturating_sub(began);
-        let waited = tokio::time::timeout(patience, sent).await;
-        if is_refused {
-            return Err(unavailable(format!(
-                "{limit} requests wait already, which is the limit (--queue-limit). Try again shortly."
-            )));
-        }
-        if waited.is_err() {
-            let message = format!("No worker had room within {} s.", patience.as_secs());
-            return Err(unavailable(message));
+            let patience = self.deadline.saturating_sub(began);
+            let sent = tokio::time::timeout(patience, poll_fn(poll)).await;
+            sent.map_err(|_| {
+                let waited = patience.as_secs();
+                unavailable(format!("No worker had room within {waited} s."))
+            })?;
         }
         let took = shared.clock.now().saturating_sub(began);
         shared.metrics.queue_duration.observe(took.as_secs_f64());

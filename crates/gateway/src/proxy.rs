@@ -1,5 +1,6 @@
 //! The API: read a request, route it, have it answered, and pass the answer on.
 
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,8 +8,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use foresee_core::batch::Batch;
 use foresee_core::fleet::WorkerId;
+use foresee_core::queue::Order;
 use foresee_core::router::Request as RouteRequest;
-use foresee_core::sequence::{Sequence, salt};
+use foresee_core::sequence::Sequence;
 use foresee_engine::answer::Continuation;
 use foresee_engine::error::ApiError;
 use foresee_engine::request::{ApiRequest, BodyError, Endpoint, Sequences};
@@ -43,8 +45,6 @@ struct Job {
     is_named: bool,
     sequences: Sequences,
     max_tokens: Option<u32>,
-    /// How long the client says that the answer will be.
-    expected_tokens: Option<u32>,
     has_tools: bool,
     streams: bool,
     prompt_bytes: usize,
@@ -56,8 +56,17 @@ struct Job {
     lists_cached: bool,
     /// How many tokens our tokenizer counted, if the engine ought to count the same.
     counted_tokens: Option<u32>,
+    wishes: Wishes,
+}
+
+/// What the headers of a request say of it.
+#[derive(Debug, Default)]
+struct Wishes {
+    /// How long the answer will be.
+    expected_tokens: Option<u32>,
     /// In line, lower comes first.
     priority: i32,
+    /// On whose behalf it comes, where that matters; those who do not say are one.
     tenant: u64,
     /// Workers that the client does not want.
     ruled_out: Vec<WorkerId>,
@@ -69,12 +78,12 @@ impl Job {
             model: if self.is_named { &self.model } else { "" },
             sequence: &self.sequences.first,
             max_tokens: self.max_tokens,
-            expected_tokens: self.expected_tokens,
+            expected_tokens: self.wishes.expected_tokens,
             has_tools: self.has_tools,
             streams: self.streams,
-            priority: self.priority,
-            tenant: self.tenant,
-            excluded: &self.ruled_out,
+            priority: self.wishes.priority,
+            tenant: self.wishes.tenant,
+            excluded: &self.wishes.ruled_out,
         }
     }
 }
@@ -151,7 +160,6 @@ impl Shared {
                 is_named: false,
                 sequences: Sequences::of_one(Sequence::opaque(0, self.config.router.block_size), 1),
                 max_tokens: None,
-                expected_tokens: None,
                 has_tools: false,
                 streams: true,
                 prompt_bytes: 0,
@@ -159,30 +167,31 @@ impl Shared {
                 continuation: None,
                 lists_cached: false,
                 counted_tokens: None,
-                priority: 0,
-                tenant: 0,
-                ruled_out: Vec::new(),
+                wishes: Wishes::default(),
             },
         };
-        let order = "be a whole number: lower is sent first, and 0 is what others have";
-        job.priority = number(&head.headers, PRIORITY_HEADER, order)?.unwrap_or_default();
-        let tokens = "be the number of tokens that the answer is expected to have";
-        job.expected_tokens = number(&head.headers, EXPECTED_HEADER, tokens)?;
-        job.tenant = self.tenant(&head.headers);
-        job.ruled_out = self.workers.ruled_out(&head.headers);
+        job.wishes = self.wishes(&head.headers)?;
         let mut batch = self.route(&job)?;
         let mut message = Message::new(head, body, request_id, endpoint.is_some());
         message.lists_cached = job.lists_cached;
-        let mut attempts = Attempts::new(self, forwarder, &message, &job.ruled_out);
+        let mut attempts = Attempts::new(self, forwarder, &message, &job.wishes.ruled_out);
         let answer = attempts.until_answered(&mut batch).await?;
         Ok(self.pass_through(answer, batch, job, arrived, message.request_id()))
     }
 
-    /// On whose behalf a request comes; those who do not say are one.
-    fn tenant(&self, headers: &HeaderMap) -> u64 {
-        let named = headers.get(&self.config.tenant_header);
-        named.map_or(0, |it| {
-            salt(&String::from_utf8_lossy(it.as_bytes()), None, None)
+    fn wishes(&self, headers: &HeaderMap) -> Result<Wishes, ApiError> {
+        let order = "be a whole number: lower is sent first, and 0 is what others have";
+        let tokens = "be the number of tokens that the answer is expected to have";
+        let tenant = match self.config.router.queue {
+            Some(Order::Fair) => headers.get(&self.config.tenant_header),
+            _ => None,
+        };
+        let hasher = BuildHasherDefault::<DefaultHasher>::default();
+        Ok(Wishes {
+            expected_tokens: number(headers, EXPECTED_HEADER, tokens)?,
+            priority: number(headers, PRIORITY_HEADER, order)?.unwrap_or_default(),
+            tenant: tenant.map_or(0, |it| hasher.hash_one(it)),
+            ruled_out: self.workers.ruled_out(headers),
         })
     }
 
@@ -271,14 +280,11 @@ impl Shared {
             lists_cached: request.lists_cached,
             sequences,
             max_tokens: request.max_tokens,
-            expected_tokens: None,
             has_tools: request.has_tools,
             streams: request.stream,
             prompt_bytes: request.prompt_bytes(),
             model: request.model,
-            priority: 0,
-            tenant: 0,
-            ruled_out: Vec::new(),
+            wishes: Wishes::default(),
         })
     }
 

@@ -1,6 +1,6 @@
 //! What a change of the cost in seconds must not lose: it is as good as the greedy oracle, and no
-//! worse than least-requests where nothing is shared; and waiting at the router is worth it. Small enough to be run with every change; the
-//! whole list is that of [`foresee_sim::suite`].
+//! worse than least-requests where nothing is shared; and waiting at the router is worth it. Small
+//! enough to be run with every change; the whole list is that of [`foresee_sim::suite`].
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
