@@ -256,7 +256,7 @@ impl State {
         let book = |request| {
             // Each sees those before it.
             let reading = self.read(request);
-            let (key, decision, _) = self.book(worker, &reading, request);
+            let (key, decision) = self.book(worker, &reading, request);
             self.send(key);
             (key, decision)
         };

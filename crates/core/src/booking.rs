@@ -228,8 +228,8 @@ impl Booking {
         state.free(self.key, None);
         // Again, because its own blocks are no overlap any longer.
         let reading = state.read_again(&request, reading.standing);
-        let (key, decision, waiting) = state.book(chosen, &reading, &request);
-        state.enter(key, waiting);
+        let (key, decision) = state.book(chosen, &reading, &request);
+        state.enter(key);
         release(state);
         self.is_now(key, chosen, decision);
         Ok(())

@@ -5,11 +5,12 @@
 //! choose anew, with loads and caches as they are by then, and moves if it costs much less there:
 //! to be placed late is worth something, but a forecast that is wrong moves it in vain.
 
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use crate::choose::Decision;
 use crate::fleet::{Worker, WorkerId, WorkerState, seconds};
+use crate::queue::{Order, Standing};
 use crate::record::{BookingKey, Waiting};
 use crate::request::Request;
 use crate::state::{Reading, State};
@@ -25,30 +26,66 @@ const WORTH_MOVING: f64 = 0.5;
 /// Nobody is asked to choose anew more often.
 const THINKS_FOR: Duration = Duration::from_millis(25);
 
+/// A request between two bookings.
+struct Unbooked {
+    worker: WorkerId,
+    standing: Standing,
+    waker: Option<Waker>,
+}
+
 impl State {
-    /// Books on `worker`, which gets the request now or when it has room.
+    /// Books a request that has just come on `worker`, which gets it now or when it has room.
     pub(crate) fn book_and_enter(
         &mut self,
         worker: WorkerId,
         reading: &Reading,
         request: &Request<'_>,
     ) -> (BookingKey, Decision) {
-        let (key, decision, waiting) = self.book(worker, reading, request);
-        self.queue.comes(&reading.standing, waiting.takes);
-        self.enter(key, waiting);
+        let (key, decision) = self.book(worker, reading, request);
+        let takes = match self.config.queue {
+            Some(Order::Fair) => self.takes(key),
+            _ => Duration::ZERO,
+        };
+        self.queue.comes(&reading.standing, takes);
+        self.enter(key);
         (key, decision)
     }
 
+    /// What a request is predicted to take of its worker's time.
+    fn takes(&mut self, key: BookingKey) -> Duration {
+        let Some(record) = self.bookings.get(key.index) else {
+            return Duration::ZERO;
+        };
+        let output = f64::from(record.expected_tokens);
+        let context = f64::from(record.prompt_tokens) + output / 2.0;
+        let own_step = self.fleet.outlook_mut(record.worker).map(|(outlook, law)| {
+            let pace = outlook.watch.pace(law);
+            pace.sequence + pace.context * context
+        });
+        seconds(record.prefill + output * own_step.unwrap_or_default())
+    }
+
     /// The request's worker, booked just now, gets it now or as soon as it has room.
-    pub(crate) fn enter(&mut self, key: BookingKey, waiting: Waiting) {
+    pub(crate) fn enter(&mut self, key: BookingKey) {
+        self.enter_again(key, None, self.now);
+    }
+
+    /// The same for one that was in line, with whom to wake, and when to ask it again to move.
+    fn enter_again(&mut self, key: BookingKey, waker: Option<Waker>, thinks_until: Duration) {
         if self.config.queue.is_none() {
             return self.send(key);
         }
         let Some(record) = self.record(key) else {
             return;
         };
-        let (worker, work, rank) = (record.worker, record.share.work, waiting.rank);
-        record.waiting = Some(Box::new(waiting));
+        let rank = record.standing.rank(record.prefill);
+        let (worker, work) = (record.worker, record.share.work);
+        record.waiting = Some(Box::new(Waiting {
+            rank,
+            is_invited: false,
+            thinks_until,
+            waker,
+        }));
         if let Some((outlook, _)) = self.fleet.outlook_mut(worker) {
             outlook.line.join(rank, key, work);
             self.queue.held += 1;
@@ -71,31 +108,21 @@ impl State {
         let Some(record) = self.record(key) else {
             return;
         };
-        let (worker, standing) = (record.worker, record.standing);
+        record.sent_at = now;
+        let (worker, standing, streams) = (record.worker, record.standing, record.streams);
         if let Some(mut waiting) = record.waiting.take() {
+            let waker = waiting.waker.take();
+            record.has_waited = waker.is_some();
+            self.queue.woken.extend(waker);
             self.leave_line(worker, &waiting);
             self.queue.sends(&standing);
-            if let Some(waker) = waiting.waker.take() {
-                self.queue.woken.push(waker);
-                if let Some(record) = self.record(key) {
-                    record.has_waited = Some(waiting.inflow);
-                }
-            }
         }
-        let (bookings, fleet) = (&mut self.bookings, &mut self.fleet);
-        let Some(record) = bookings.get_mut(key.index) else {
-            return;
-        };
-        record.sent_at = now;
-        let mut takes = Duration::ZERO;
-        if let Some((outlook, law)) = fleet.outlook_mut(worker) {
-            let pace = outlook.watch.pace(law);
-            let prefill = pace.prefill(1.0 / outlook.watch.prompts_together(), record.share.work);
-            takes = seconds(outlook.sent_backlog(&pace, now) + prefill);
+        if let Some(record) = self.bookings.get_mut(key.index)
+            && let Some((outlook, _)) = self.fleet.outlook_mut(worker)
+        {
             outlook.send(&mut record.share, now);
         }
-        if !record.streams {
-            record.first_token_due = now.saturating_add(takes);
+        if !streams {
             self.expect(key, now);
         }
     }
@@ -130,12 +157,13 @@ impl State {
         let law = self.fleet.outlooks[slot as usize].law;
         let others = self.fleet.outlooks.iter().filter(|it| it.law == law);
         let longest = others.max_by_key(|it| it.line.all().requests);
-        if let Some(key) = longest.and_then(|it| it.line.first()) {
-            let now = self.now;
-            let waiting = self.record(key).and_then(|it| it.waiting.as_ref());
-            if waiting.is_some_and(|it| it.thinks_until <= now) {
-                self.invite(key);
-            }
+        let Some(key) = longest.and_then(|it| it.line.first()) else {
+            return;
+        };
+        let now = self.now;
+        let waiting = self.record(key).and_then(|it| it.waiting.as_ref());
+        if waiting.is_some_and(|it| it.thinks_until <= now) {
+            self.invite(key);
         }
     }
 
@@ -198,26 +226,19 @@ impl State {
         key: BookingKey,
         request: &Request<'_>,
     ) -> Option<(BookingKey, WorkerId, Decision)> {
-        let record = self.record(key)?;
-        let (home, standing) = (record.worker, record.standing);
-        let waiting = record.waiting.take()?;
-        self.leave_line(home, &waiting);
-        self.free(key, None);
-        if let Some((outlook, _)) = self.fleet.outlook_mut(home) {
-            outlook.inflow.take_back(waiting.inflow, self.now);
-        }
+        let Unbooked {
+            worker: home,
+            standing,
+            waker,
+        } = self.unbook(key)?;
+        self.let_go(home.slot);
         let reading = self.read_again(request, standing);
         let chosen = match self.choose_by(request, &reading) {
             Ok(chosen) if self.is_worth_moving(home, chosen, &reading, request) => chosen,
             _ => home,
         };
-        let (key, decision, booked) = self.book(chosen, &reading, request);
-        let booked = Waiting {
-            waker: waiting.waker,
-            thinks_until: self.now.saturating_add(THINKS_FOR),
-            ..booked
-        };
-        self.enter(key, booked);
+        let (key, decision) = self.book(chosen, &reading, request);
+        self.enter_again(key, waker, self.now.saturating_add(THINKS_FOR));
         Some((key, chosen, decision))
     }
 
@@ -228,19 +249,33 @@ impl State {
         key: BookingKey,
         request: &Request<'_>,
     ) -> Option<(BookingKey, WorkerId, Decision)> {
-        let record = self.record(key)?;
-        let (worker, standing) = (record.worker, record.standing);
-        let inflow = record.has_waited.take()?;
+        self.record(key).filter(|it| it.has_waited)?;
         // Nobody is let go in between: it makes no room.
-        let record = self.bookings.remove(key.index);
-        self.take_back(record, None);
-        if let Some((outlook, _)) = self.fleet.outlook_mut(worker) {
-            outlook.inflow.take_back(inflow, self.now);
-        }
+        let Unbooked {
+            worker, standing, ..
+        } = self.unbook(key)?;
         let reading = self.read_again(request, standing);
-        let (key, decision, _) = self.book(worker, &reading, request);
+        let (key, decision) = self.book(worker, &reading, request);
         self.send(key);
         Some((key, worker, decision))
+    }
+
+    /// Takes a booking back that is to be made anew at once, as if it had never been.
+    fn unbook(&mut self, key: BookingKey) -> Option<Unbooked> {
+        let record = self.record(key)?;
+        let unbooked = Unbooked {
+            worker: record.worker,
+            standing: record.standing,
+            waker: record.waiting.as_mut().and_then(|it| it.waker.take()),
+        };
+        let record = self.bookings.remove(key.index);
+        let now = self.now;
+        if let Some((outlook, _)) = self.fleet.outlook_mut(record.worker) {
+            let counted = (record.booked_at, record.prefill);
+            outlook.inflow.take_back(counted, now);
+        }
+        self.take_back(record, None);
+        Some(unbooked)
     }
 
     fn is_worth_moving(

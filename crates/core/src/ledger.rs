@@ -12,7 +12,7 @@ use crate::choose::Decision;
 use crate::fleet::{WorkerId, seconds};
 use crate::forecast::pace::Work;
 use crate::outlook::Share;
-use crate::record::{BookingKey, Record, Waiting};
+use crate::record::{BookingKey, Record};
 use crate::reports::{Hits, Verdict};
 use crate::request::Request;
 use crate::sequence::{Sequence, SequenceHash};
@@ -38,15 +38,14 @@ impl State {
         record_of(&mut self.bookings, key)
     }
 
-    /// Books on `worker`, and says how the request is to wait. Nothing may happen between
-    /// [`read`](Self::read) and this; then it is to [enter](Self::enter) or to be
-    /// [sent](Self::send).
+    /// Books on `worker`. Nothing may happen between [`read`](Self::read) and this; then the request
+    /// is to [enter](Self::enter) or to be [sent](Self::send).
     pub(crate) fn book(
         &mut self,
         worker: WorkerId,
         reading: &Reading,
         request: &Request<'_>,
-    ) -> (BookingKey, Decision, Waiting) {
+    ) -> (BookingKey, Decision) {
         let decision = self.decision(worker.slot, reading, request);
         self.serial += 1;
         let sequence = request.sequence;
@@ -58,8 +57,6 @@ impl State {
         let context = u64::from(sequence.tokens());
         let mut share = Share::new(work, expected_tokens, context);
         share.is_watched = request.streams;
-        let standing = reading.standing;
-        let (mut prefill, mut takes) = (0.0, 0.0);
         let mut record = Record {
             serial: self.serial,
             worker,
@@ -82,8 +79,9 @@ impl State {
             first_token_due: now,
             token_at: now,
             sent_at: now,
-            standing,
-            has_waited: None,
+            standing: reading.standing,
+            prefill: 0.0,
+            has_waited: false,
             waiting: None,
             claim: None,
         };
@@ -134,14 +132,12 @@ impl State {
                 outlook.capacity = capacity;
                 record.waited_for_memory = capacity.is_some_and(|it| active > u64::from(it));
                 let pace = outlook.watch.pace(law);
-                prefill = pace.prefill(1.0 / outlook.watch.prompts_together(), work);
-                let wait = outlook.ahead_of(&standing, prefill, &pace, now).wait;
-                record.first_token_due = now.saturating_add(seconds(wait + prefill));
+                let prefill = pace.prefill(1.0 / outlook.watch.prompts_together(), work);
+                let ahead = outlook.ahead_of(&reading.standing, prefill, &pace, now);
+                record.first_token_due = now.saturating_add(seconds(ahead.wait + prefill));
+                record.prefill = prefill;
                 outlook.add(&record.share);
                 outlook.inflow.add(prefill, now);
-                let output = f64::from(expected_tokens);
-                let context = f64::from(sequence.tokens()) + output / 2.0;
-                takes = prefill + output * (pace.sequence + pace.context * context);
             }
         }
         let key = BookingKey {
@@ -152,15 +148,7 @@ impl State {
             self.awaits(worker, sequence, key);
         }
         self.bookings.insert(record);
-        let waiting = Waiting {
-            rank: standing.rank(prefill),
-            takes,
-            inflow: (now, prefill),
-            is_invited: false,
-            thinks_until: now,
-            waker: None,
-        };
-        (key, decision, waiting)
+        (key, decision)
     }
 
     /// An unwatched request is to be looked after again then.

@@ -4,7 +4,6 @@
 //! sent when its worker is about to turn to it. Engines take prompts as they come. What is not sent
 //! yet can still be overtaken, and can still go elsewhere: see [`dispatch`](crate::dispatch).
 
-use std::cmp::Ordering;
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::str::FromStr;
@@ -13,6 +12,7 @@ use std::time::Duration;
 
 use smallvec::SmallVec;
 
+use crate::fleet::seconds;
 use crate::forecast::pace::Work;
 use crate::record::BookingKey;
 
@@ -67,28 +67,11 @@ impl FromStr for Order {
 const AGEING: f64 = 10.0;
 
 /// A place in line: the least is sent first.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Rank {
     priority: i32,
-    tag: f64,
+    tag: Duration,
     arrival: u64,
-}
-
-impl Eq for Rank {}
-
-impl PartialOrd for Rank {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Rank {
-    fn cmp(&self, other: &Self) -> Ordering {
-        let tags = || self.tag.total_cmp(&other.tag);
-        let arrivals = || self.arrival.cmp(&other.arrival);
-        let priorities = self.priority.cmp(&other.priority);
-        priorities.then_with(tags).then_with(arrivals)
-    }
 }
 
 /// What a request's place is decided by, in whichever line.
@@ -99,7 +82,7 @@ pub(crate) struct Standing {
     tenant: u64,
     since: Duration,
     /// Where its share of its tenant's time begins.
-    begins: f64,
+    begins: Duration,
     /// Numbers requests as they come.
     arrival: u64,
 }
@@ -110,8 +93,8 @@ impl Standing {
         Rank {
             priority: self.priority,
             tag: match self.order {
-                Order::Fcfs => 0.0,
-                Order::Shortest => self.since.as_secs_f64() + AGEING * prefill,
+                Order::Fcfs => Duration::ZERO,
+                Order::Shortest => self.since.saturating_add(seconds(AGEING * prefill)),
                 Order::Fair => self.begins,
             },
             arrival: self.arrival,
@@ -128,10 +111,10 @@ pub(crate) struct Queue {
     arrivals: u64,
     /// Requests in all lines.
     pub(crate) held: usize,
-    /// Where each tenant's next share begins, in predicted seconds, unless time has passed that.
-    tenants: HashMap<u64, f64>,
+    /// Where each tenant's next share begins, in predicted time, unless that is past.
+    tenants: HashMap<u64, Duration>,
     /// Where the share of the latest request sent began: what is before is past.
-    virtual_time: f64,
+    virtual_time: Duration,
     /// Who may go on, told when the lock is released.
     pub(crate) woken: SmallVec<[Waker; 2]>,
 }
@@ -156,8 +139,8 @@ impl Queue {
         }
     }
 
-    /// A request joins a line for the first time; it is predicted to take so many seconds.
-    pub(crate) fn comes(&mut self, standing: &Standing, seconds: f64) {
+    /// A request has come, and is predicted to take so long.
+    pub(crate) fn comes(&mut self, standing: &Standing, takes: Duration) {
         self.arrivals += 1;
         if standing.order != Order::Fair {
             return;
@@ -168,8 +151,8 @@ impl Queue {
             self.tenants.retain(|_, end| *end > past);
         }
         if is_known || self.tenants.len() < MOST_TENANTS {
-            self.tenants
-                .insert(standing.tenant, standing.begins + seconds);
+            let ends = standing.begins.saturating_add(takes);
+            self.tenants.insert(standing.tenant, ends);
         }
     }
 
@@ -291,7 +274,7 @@ mod tests {
     /// Joins the queue and tells its rank.
     fn rank(queue: &mut Queue, order: Order, tenant: u64, prefill: f64, now: f64) -> Rank {
         let standing = queue.standing(order, 0, tenant, at(now));
-        queue.comes(&standing, prefill);
+        queue.comes(&standing, at(prefill));
         standing.rank(prefill)
     }
 
@@ -321,7 +304,7 @@ mod tests {
         for (tenant, requests, seconds) in [(1, 400, 1.0), (2, 30, 1.0), (3, 40, 5.0)] {
             for _ in 0..requests {
                 let standing = queue.standing(Order::Fair, 0, tenant, at(0.0));
-                queue.comes(&standing, seconds);
+                queue.comes(&standing, at(seconds));
                 line.push((standing.rank(seconds), standing, seconds));
             }
         }
@@ -348,7 +331,7 @@ mod tests {
             rank(&mut queue, Order::Fair, tenant, 1.0, 0.0);
             assert!(queue.tenants.len() <= MOST_TENANTS);
         }
-        queue.virtual_time = 5.0;
+        queue.virtual_time = at(5.0);
         rank(&mut queue, Order::Fair, u64::MAX, 1.0, 0.0);
         assert_eq!(queue.tenants.len(), 1);
     }
@@ -357,11 +340,11 @@ mod tests {
         /// Against a sorted list.
         #[test]
         fn a_line_knows_who_is_before_whom(
-            steps in prop::collection::vec((any::<bool>(), 0..9u32, 0..50u32), 1..120)
+            steps in prop::collection::vec((any::<bool>(), 0..9u64, 0..50u32), 1..120)
         ) {
             let (mut line, mut naive) = (Line::default(), Vec::new());
             for (arrival, (joins, tag, tokens)) in (0..).zip(steps) {
-                let rank = Rank { priority: 0, tag: tag.into(), arrival };
+                let rank = Rank { priority: 0, tag: Duration::from_secs(tag), arrival };
                 if joins || naive.is_empty() {
                     let key = BookingKey { serial: arrival, index: 0 };
                     let work = Work::new(tokens, tokens);

@@ -22,10 +22,6 @@ pub(crate) struct BookingKey {
 pub(crate) struct Waiting {
     /// Its place in its worker's line.
     pub(crate) rank: Rank,
-    /// Seconds of its worker's time that it is predicted to take.
-    pub(crate) takes: f64,
-    /// When it was counted among what comes to its worker, and for how many seconds.
-    pub(crate) inflow: (Duration, f64),
     /// It may choose anew.
     pub(crate) is_invited: bool,
     /// It is not asked to before.
@@ -65,9 +61,10 @@ pub(crate) struct Record {
     /// When its worker was to get it.
     pub(crate) sent_at: Duration,
     pub(crate) standing: Standing,
-    /// It waited and was sent, and is to be booked by the cache as it is since: what it was counted
-    /// as when it came.
-    pub(crate) has_waited: Option<(Duration, f64)>,
+    /// Seconds that its prompt takes to compute, by the forecast when it was booked.
+    pub(crate) prefill: f64,
+    /// It waited and was sent, and is to be booked by the cache as it is since.
+    pub(crate) has_waited: bool,
     /// None once it is sent. Boxed, because few wait.
     pub(crate) waiting: Option<Box<Waiting>>,
     /// Its worker had more booked than it has memory for.

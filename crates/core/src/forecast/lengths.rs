@@ -9,10 +9,8 @@ use crate::sequence::AlreadyHashed;
 const PRIOR_REMAINING: f64 = 128.0;
 /// How many answers the prior counts as.
 const PRIOR_ANSWERS: f64 = 1.0;
-/// How many answers of its kind what is known of all answers counts as.
-const ALL_ANSWERS: f64 = 10.0;
-/// How many answers of its kind what a client expects counts as.
-const EXPECTED_ANSWERS: f64 = 10.0;
+/// How many answers of its kind what is assumed counts as: by the client, or by all answers.
+const ASSUMED_ANSWERS: f64 = 10.0;
 /// How many of the latest answers are remembered, about.
 const REMEMBERED: f64 = 2000.0;
 /// Kinds of requests told apart at most. Of more, the rarest is forgotten.
@@ -197,47 +195,17 @@ impl OutputLength {
         let of_all = (left + PRIOR_ANSWERS * PRIOR_REMAINING.min(most)) / (answers + PRIOR_ANSWERS);
         // An answer longer than expected says that the client was wrong.
         let expected = expected.filter(|&it| it > generated);
-        let (before, assumed) = match expected {
-            Some(expected) => {
-                let left = f64::from(expected - generated).min(most);
-                (EXPECTED_ANSWERS, EXPECTED_ANSWERS * left)
-            }
-            None => (ALL_ANSWERS, ALL_ANSWERS * of_all),
-        };
+        let assumed = expected.map_or(of_all, |it| f64::from(it - generated).min(most));
         let of_kind = self.kinds.get(&kind);
         let (answers, left) = of_kind.map_or((0.0, 0.0), |it| it.beyond(generated, limit));
-        ((left + assumed) / (answers + before)).round() as u32
+        let remaining = (left + ASSUMED_ANSWERS * assumed) / (answers + ASSUMED_ANSWERS);
+        remaining.round() as u32
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_a_client_expects_is_believed_until_it_is_known_better() {
-        let mut lengths = OutputLength::default();
-        let (right, wrong) = (1, 2);
-        (0..100).for_each(|_| lengths.observe(0, 100, false));
-        let expects =
-            |lengths: &OutputLength, kind| lengths.remaining_of(kind, 0, None, Some(1000));
-        assert_eq!(expects(&lengths, right), 1000);
-        assert_eq!(lengths.remaining_of(right, 0, Some(600), Some(1000)), 600);
-        assert_eq!(lengths.remaining_of(right, 400, None, Some(1000)), 600);
-        for _ in 0..200 {
-            lengths.observe(right, 1000, false);
-            lengths.observe(wrong, 20, false);
-        }
-        assert_eq!(expects(&lengths, right), 1000);
-        assert!(
-            expects(&lengths, wrong) < 80,
-            "{}",
-            expects(&lengths, wrong)
-        );
-        // Longer than was said: as long as others are that came so far.
-        let of_all = lengths.remaining(3, 1500, None);
-        assert_eq!(lengths.remaining_of(3, 1500, None, Some(1000)), of_all);
-    }
 
     use rand::rngs::SmallRng;
     use rand::{Rng, SeedableRng};
@@ -329,6 +297,31 @@ mod tests {
         assert!(lengths.kinds.len() <= MOST_KINDS);
         assert!(lengths.remaining(0, u32::MAX, None) <= 128);
         assert!(lengths.remaining(0, 0, None) > 1 << 20);
+    }
+
+    #[test]
+    fn what_a_client_expects_is_believed_until_it_is_known_better() {
+        let mut lengths = OutputLength::default();
+        let (right, wrong) = (1, 2);
+        (0..100).for_each(|_| lengths.observe(0, 100, false));
+        let expects =
+            |lengths: &OutputLength, kind| lengths.remaining_of(kind, 0, None, Some(1000));
+        assert_eq!(expects(&lengths, right), 1000);
+        assert_eq!(lengths.remaining_of(right, 0, Some(600), Some(1000)), 600);
+        assert_eq!(lengths.remaining_of(right, 400, None, Some(1000)), 600);
+        for _ in 0..200 {
+            lengths.observe(right, 1000, false);
+            lengths.observe(wrong, 20, false);
+        }
+        assert_eq!(expects(&lengths, right), 1000);
+        assert!(
+            expects(&lengths, wrong) < 80,
+            "{}",
+            expects(&lengths, wrong)
+        );
+        // Longer than was said: as long as others are that came so far.
+        let of_all = lengths.remaining(3, 1500, None);
+        assert_eq!(lengths.remaining_of(3, 1500, None, Some(1000)), of_all);
     }
 
     #[test]

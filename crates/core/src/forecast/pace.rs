@@ -207,13 +207,13 @@ impl Watch {
         self.together.map_or(Duration::ZERO, |it| it.at)
     }
 
-    /// A prompt booked at `booked_at` got its first token. Returns whether that is the first of its
+    /// A prompt sent at `sent_at` got its first token. Returns whether that is the first of its
     /// step, so that the next has just begun.
     pub(crate) fn first_token(
         &mut self,
         law: &mut Law,
         work: Work,
-        booked_at: Duration,
+        sent_at: Duration,
         is_disturbed: bool,
         now: Duration,
     ) -> bool {
@@ -233,7 +233,7 @@ impl Watch {
         }
         let idle_from = before.map_or(Duration::ZERO, |it| it.at);
         self.together = Some(Together {
-            began: booked_at.max(idle_from),
+            began: sent_at.max(idle_from),
             at: now,
             work,
             prompts: 1,
