@@ -204,7 +204,7 @@ impl Sums {
 impl State {
     /// What the members would cost on every worker if they were booked there one after the other.
     pub(crate) fn sum(&self, members: &Members<'_>) -> Sums {
-        let unplaced = |load: &Load| Cost::of_nothing(load.active_blocks);
+        let unplaced = |load: &Load| Cost::of_nothing(load.booked_blocks());
         let mut sums = Sums {
             costs: self.fleet.loads.iter().map(unplaced).collect(),
             delays: vec![Delay::default(); self.fleet.slots()],
@@ -255,10 +255,9 @@ impl State {
     ) -> Vec<(BookingKey, Decision)> {
         let book = |request| {
             // Each sees those before it.
-            let reading = self.read(request);
-            let (key, decision) = self.book(worker, &reading, request);
-            self.send(key);
-            (key, decision)
+            let standing = self.standing(request);
+            let reading = self.read_as_sent(request, standing);
+            self.book(worker, &reading, request)
         };
         members.requests.iter().map(book).collect()
     }

@@ -11,7 +11,7 @@ use crate::fleet::WorkerId;
 use crate::record::BookingKey;
 use crate::request::{Request, RouteError};
 use crate::sequence::Sequence;
-use crate::state::{Locked, release};
+use crate::state::{Locked, State, release};
 
 /// A request's place on a worker. Dropping it frees all it holds there.
 #[derive(Debug)]
@@ -24,6 +24,7 @@ pub struct Booking {
     model: Box<str>,
     sequence: Sequence,
     max_tokens: Option<u32>,
+    ignores_eos: bool,
     expected_tokens: Option<u32>,
     has_tools: bool,
     streams: bool,
@@ -49,6 +50,7 @@ impl Booking {
             model: request.model.into(),
             sequence: request.sequence.clone(),
             max_tokens: request.max_tokens,
+            ignores_eos: request.ignores_eos,
             expected_tokens: request.expected_tokens,
             has_tools: request.has_tools,
             streams: request.streams,
@@ -72,6 +74,7 @@ impl Booking {
             model: &self.model,
             sequence: &self.sequence,
             max_tokens: self.max_tokens,
+            ignores_eos: self.ignores_eos,
             expected_tokens: self.expected_tokens,
             has_tools: self.has_tools,
             streams: self.streams,
@@ -126,21 +129,39 @@ impl Booking {
         {
             self.is_now(key, worker, decision);
         }
-        if let Some((key, worker, decision)) = state.book_as_sent(self.key, &self.request(&[])) {
-            self.is_now(key, worker, decision);
+        if state.is_called(self.key) {
+            self.send(&mut state);
         }
         let poll = state.poll_sent(self.key, context);
         release(state);
         poll
     }
 
+    /// If it is in line, it is so no longer.
+    fn send(&mut self, state: &mut State) {
+        if let Some((key, worker, decision)) = state.send(self.key, &self.request(&[])) {
+            self.is_now(key, worker, decision);
+        }
+    }
+
+    /// What tells of an answer tells that it was sent, whether it should have been or not.
+    fn hear(&mut self, now: Duration, what: impl FnOnce(&mut State, BookingKey)) {
+        let mut state = self.state.lock();
+        state.advance(now);
+        if state.is_in_line(self.key) {
+            drop(state);
+            let router = self.state.clone();
+            self.send(&mut router.lock());
+            state = self.state.lock();
+        }
+        what(&mut state, self.key);
+        release(state);
+    }
+
     /// The worker produced the first output token, so the prompt is computed. Only the first
     /// call counts.
     pub fn first_token(&mut self, now: Duration) {
-        let mut state = self.state.lock();
-        state.advance(now);
-        state.first_token(self.key, now);
-        release(state);
+        self.hear(now, |state, key| state.first_token(key, now));
     }
 
     /// The worker produced `count` further output tokens, the first one included.
@@ -148,22 +169,20 @@ impl Booking {
         if count == 0 {
             return;
         }
-        let mut state = self.state.lock();
-        state.advance(now);
-        state.first_token(self.key, now);
-        state.tokens(self.key, count, now);
-        release(state);
+        self.hear(now, |state, key| {
+            state.first_token(key, now);
+            state.tokens(key, count, now);
+        });
     }
 
     /// The worker says it has produced `total` output tokens so far: replaces what was counted.
     pub fn set_tokens(&mut self, total: u32, now: Duration) {
-        let mut state = self.state.lock();
-        state.advance(now);
-        if total > 0 {
-            state.first_token(self.key, now);
-        }
-        state.count(self.key, total);
-        release(state);
+        self.hear(now, |state, key| {
+            if total > 0 {
+                state.first_token(key, now);
+            }
+            state.count(key, total);
+        });
     }
 
     /// It is known what the worker has stored: `sequence` is the prompt and, after it, output.
@@ -228,20 +247,18 @@ impl Booking {
         state.free(self.key, None);
         // Again, because its own blocks are no overlap any longer.
         let reading = state.read_again(&request, reading.standing);
-        let (key, decision) = state.book(chosen, &reading, &request);
-        state.enter(key);
+        let (key, decision) = state.enter(chosen, &reading, &request, now);
         release(state);
         self.is_now(key, chosen, decision);
         Ok(())
     }
 
     /// The request ended as it should. Like dropping, but teaches how long answers are.
-    pub fn finish(self, now: Duration) {
-        let mut state = self.state.lock();
-        state.advance(now);
-        state.first_token(self.key, now);
-        state.learn_from_end(self.key, now);
-        release(state);
+    pub fn finish(mut self, now: Duration) {
+        self.hear(now, |state, key| {
+            state.first_token(key, now);
+            state.learn_from_end(key, now);
+        });
     }
 }
 

@@ -89,13 +89,22 @@ pub struct Decision {
 /// What a worker's bookings add up to.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Load {
-    /// Blocks pinned by running requests, shared ones once.
+    /// Blocks pinned by the requests that it has, shared ones once.
     pub(crate) active_blocks: u64,
-    /// Prompt and output tokens of running requests, not deduplicated: what a decode step reads.
+    /// Blocks beside those that the requests in its line will pin.
+    pub(crate) held_blocks: u64,
+    /// Prompt and output tokens of all of them, not deduplicated: what a decode step reads.
     pub(crate) context_tokens: u64,
     pub(crate) requests: u32,
     /// Tells workers apart in consistent hashing; does not change when others come and go.
     pub(crate) identity: u64,
+}
+
+impl Load {
+    /// Blocks that are or will be pinned by what is booked.
+    pub(crate) fn booked_blocks(&self) -> u64 {
+        self.active_blocks + self.held_blocks
+    }
 }
 
 /// What placing the request on each worker costs, by slot.
@@ -134,7 +143,7 @@ impl Field<'_> {
         let index = slot as usize;
         match self.prices {
             Prices::OfOne(demand, _, depths) => {
-                demand.cost(self.fleet.loads[index].active_blocks, depths[index])
+                demand.cost(self.fleet.loads[index].booked_blocks(), depths[index])
             }
             Prices::Summed(costs, _) => costs[index],
         }
@@ -203,7 +212,7 @@ impl Field<'_> {
         match self.prices {
             Prices::OfOne(demand, _, depths) => self.least_cost_by(rng, |index| {
                 let (load, depth) = (loads.get(index)?, depths.get(index)?);
-                Some(demand.cost(load.active_blocks, *depth))
+                Some(demand.cost(load.booked_blocks(), *depth))
             }),
             Prices::Summed(costs, _) => self.least_cost_by(rng, |index| costs.get(index).copied()),
         }

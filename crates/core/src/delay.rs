@@ -277,7 +277,7 @@ impl Placement {
             return 0.0;
         };
         let resident = depth.active.min(self.blocks);
-        let used = load.active_blocks as f64 + f64::from(self.blocks - resident);
+        let used = load.booked_blocks() as f64 + f64::from(self.blocks - resident);
         let capacity = f64::from(capacity);
         let block = f64::from(self.block_size);
         let requests = f64::from(load.requests) + 1.0;
@@ -286,7 +286,7 @@ impl Placement {
             return 0.0;
         }
         // Blocks that requests share are held by each of them for a share.
-        let blocks_per_token = load.active_blocks as f64 / (load.context_tokens as f64).max(1.0);
+        let blocks_per_token = load.booked_blocks() as f64 / (load.context_tokens as f64).max(1.0);
         let mut groups = [(0.0, 0.0, 0.0); GROUPS + 1];
         let present = outlook.running().chain([&outlook.ahead]);
         for (group, entry) in present.zip(&mut groups) {
@@ -502,7 +502,7 @@ mod tests {
             active_blocks: 500,
             context_tokens: 8000,
             requests: 5,
-            identity: 0,
+            ..Load::default()
         };
         let wait = |capacity| {
             outlook.capacity = Some(capacity);

@@ -1,18 +1,25 @@
 //! When a request that waits at the router is sent, and when it goes to another worker instead.
 //!
-//! A worker has room when no prompt sent to it is to be computed, or all are about to be. Then the
-//! first in its line is sent. If nobody is in its line, the first in the longest other line may
-//! choose anew, with loads and caches as they are by then, and moves if it costs much less there:
-//! to be placed late is worth something, but a forecast that is wrong moves it in vain.
+//! A worker has room when no prompt sent to it is to be computed, or all are about to be, and, if
+//! its engine makes prompts wait for memory, when it [admits](crate::admission) the next. Then the
+//! first in its line is called and, when whoever carries it answers, sent. If nobody is in its
+//! line, the first in the longest other line may choose anew, with loads and caches as they are by
+//! then, and moves if it costs much less there: to be placed late is worth something, but a
+//! forecast that is wrong moves it in vain.
+//!
+//! Those in line count in every decision, as those that run do, but not in what a worker holds and
+//! evicts: it knows nothing of them.
 
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
+use crate::admission::Promised;
 use crate::choose::Decision;
 use crate::fleet::{Worker, WorkerId, WorkerState, seconds};
 use crate::queue::{Order, Standing};
-use crate::record::{BookingKey, Waiting};
+use crate::record::BookingKey;
 use crate::request::Request;
+use crate::shadow::Eviction;
 use crate::state::{Reading, State};
 use crate::tree::Slot;
 
@@ -26,13 +33,6 @@ const WORTH_MOVING: f64 = 0.5;
 /// Nobody is asked to choose anew more often.
 const THINKS_FOR: Duration = Duration::from_millis(25);
 
-/// A request between two bookings.
-struct Unbooked {
-    worker: WorkerId,
-    standing: Standing,
-    waker: Option<Waker>,
-}
-
 impl State {
     /// Books a request that has just come on `worker`, which gets it now or when it has room.
     pub(crate) fn book_and_enter(
@@ -41,13 +41,12 @@ impl State {
         reading: &Reading,
         request: &Request<'_>,
     ) -> (BookingKey, Decision) {
-        let (key, decision) = self.book(worker, reading, request);
+        let (key, decision) = self.enter(worker, reading, request, self.now);
         let takes = match self.config.queue {
             Some(Order::Fair) => self.takes(key),
             _ => Duration::ZERO,
         };
         self.queue.comes(&reading.standing, takes);
-        self.enter(key);
         (key, decision)
     }
 
@@ -65,78 +64,60 @@ impl State {
         seconds(record.prefill + output * own_step.unwrap_or_default())
     }
 
-    /// The request's worker, booked just now, gets it now or as soon as it has room.
-    pub(crate) fn enter(&mut self, key: BookingKey) {
-        self.enter_again(key, None, self.now);
-    }
-
-    /// The same for one that was in line, with whom to wake, and when to ask it again to move.
-    fn enter_again(&mut self, key: BookingKey, waker: Option<Waker>, thinks_until: Duration) {
-        if self.config.queue.is_none() {
-            return self.send(key);
-        }
-        let Some(record) = self.record(key) else {
-            return;
+    /// Books a request where its worker gets it now or as soon as it has room. It is not asked to
+    /// choose anew before `thinks_until`.
+    pub(crate) fn enter(
+        &mut self,
+        worker: WorkerId,
+        reading: &Reading,
+        request: &Request<'_>,
+        thinks_until: Duration,
+    ) -> (BookingKey, Decision) {
+        let booked = if self.gets_at_once(worker, reading, request) {
+            self.queue.sends(&reading.standing);
+            self.book(worker, reading, request)
+        } else {
+            self.line_up(worker, reading, request, thinks_until)
         };
-        let rank = record.standing.rank(record.prefill);
-        let (worker, work) = (record.worker, record.share.work);
-        record.waiting = Some(Box::new(Waiting {
-            rank,
-            is_invited: false,
-            thinks_until,
-            waker,
-        }));
-        if let Some((outlook, _)) = self.fleet.outlook_mut(worker) {
-            outlook.line.join(rank, key, work);
-            self.queue.held += 1;
-        }
         self.let_go(worker.slot);
+        booked
     }
 
-    /// Takes a request out of its line, if it is in one.
-    pub(crate) fn leave_line(&mut self, worker: WorkerId, waiting: &Waiting) {
-        if let Some((outlook, _)) = self.fleet.outlook_mut(worker)
-            && outlook.line.leave(waiting.rank)
-        {
-            self.queue.held -= 1;
+    fn gets_at_once(&self, worker: WorkerId, reading: &Reading, request: &Request<'_>) -> bool {
+        if self.config.queue.is_none() {
+            return true;
         }
+        let Some(outlook) = self.fleet.outlooks.get(worker.slot as usize) else {
+            return true;
+        };
+        let demand = Promised::new(request.max_tokens, request.ignores_eos, 0);
+        let depth = reading.depths()[worker.slot as usize].active;
+        let adds = request.sequence.blocks().saturating_sub(depth);
+        outlook.line.is_empty()
+            && self.has_room(worker.slot)
+            && self.admits(worker.slot, adds.into(), demand)
     }
 
-    /// Sends a request on its way to its worker.
-    pub(crate) fn send(&mut self, key: BookingKey) {
-        let now = self.now;
-        let Some(record) = self.record(key) else {
+    /// Something may have made room at the worker in `slot`: who is first in its line is called, or
+    /// somebody else invited.
+    pub(crate) fn let_go(&mut self, slot: Slot) {
+        if self.queue.held == 0 || !self.has_room(slot) {
+            return;
+        }
+        let Some(key) = self.fleet.outlooks[slot as usize].line.first() else {
+            return self.invite_from_longest_line(slot);
+        };
+        let Some(record) = self.bookings.get(key.index) else {
             return;
         };
-        record.sent_at = now;
-        let (worker, standing, streams) = (record.worker, record.standing, record.streams);
-        if let Some(mut waiting) = record.waiting.take() {
-            let waker = waiting.waker.take();
-            record.has_waited = waker.is_some();
-            self.queue.woken.extend(waker);
-            self.leave_line(worker, &waiting);
-            self.queue.sends(&standing);
-        }
-        if let Some(record) = self.bookings.get_mut(key.index)
-            && let Some((outlook, _)) = self.fleet.outlook_mut(worker)
-        {
-            outlook.send(&mut record.share, now);
-        }
-        if !streams {
-            self.expect(key, now);
-        }
-    }
-
-    /// Something may have made room at the worker in `slot`.
-    pub(crate) fn let_go(&mut self, slot: Slot) {
-        if self.queue.held == 0 {
+        let adds = record.waiting.as_ref().map_or(0, |it| it.adds);
+        if !self.admits(slot, adds, record.promised()) {
             return;
         }
-        while self.has_room(slot) {
-            match self.fleet.outlooks[slot as usize].line.first() {
-                Some(key) => self.send(key),
-                None => return self.invite_from_longest_line(slot),
-            }
+        if let Some(waiting) = self.record(key).and_then(|it| it.waiting.as_mut()) {
+            waiting.is_called = true;
+            let waker = waiting.waker.take();
+            self.queue.woken.extend(waker);
         }
     }
 
@@ -150,6 +131,24 @@ impl State {
         let outlook = &self.fleet.outlooks[slot as usize];
         let pace = outlook.watch.pace(self.fleet.law(outlook));
         outlook.sent().requests == 0 || outlook.sent_backlog(&pace, self.now) < ABOUT_TO
+    }
+
+    /// Whether the worker in `slot` would begin at once with a request that `adds` blocks and may
+    /// be answered so much, as far as its memory goes.
+    fn admits(&self, slot: Slot, adds: u64, answer: Promised) -> bool {
+        let Some(worker) = self.fleet.at(slot) else {
+            return false;
+        };
+        let is_radix = worker.shadow.eviction() == Eviction::Radix;
+        let Some(capacity) = worker.known_capacity().filter(|_| is_radix) else {
+            return true;
+        };
+        let load = &self.fleet.loads[slot as usize];
+        let block_size = u64::from(self.config.block_size.get());
+        let a_page = u64::from(self.fleet.stride(slot).get());
+        let answers = self.fleet.outlooks[slot as usize].reserve.tokens() + answer.tokens();
+        let takes = (load.active_blocks + adds + a_page) * block_size + answers;
+        load.active_blocks == 0 || takes < u64::from(capacity) * block_size
     }
 
     /// Workers of other models have nobody who could come.
@@ -195,8 +194,8 @@ impl State {
         }
     }
 
-    /// Whether the request was sent, and its worker is to get it now. Otherwise `context` is woken
-    /// when to ask again.
+    /// Whether the request's worker is to get it now, or is gone, which the caller sees. Otherwise
+    /// `context` is woken when to ask again.
     pub(crate) fn poll_sent(&mut self, key: BookingKey, context: &mut Context<'_>) -> Poll<()> {
         let Some(record) = self.record(key) else {
             return Poll::Ready(());
@@ -208,15 +207,24 @@ impl State {
         waiting.waker = Some(context.waker().clone());
         match self.fleet.get(worker) {
             Some(_) => Poll::Pending,
-            // The caller sees that the worker is gone.
             None => Poll::Ready(()),
         }
+    }
+
+    pub(crate) fn is_in_line(&mut self, key: BookingKey) -> bool {
+        self.record(key).is_some_and(|it| it.waiting.is_some())
     }
 
     /// Whether the request is in line and was asked to choose anew.
     pub(crate) fn is_invited(&mut self, key: BookingKey) -> bool {
         let waiting = self.record(key).and_then(|it| it.waiting.as_mut());
         waiting.is_some_and(|it| std::mem::take(&mut it.is_invited))
+    }
+
+    /// Whether the request is in line and its worker has room for it.
+    pub(crate) fn is_called(&mut self, key: BookingKey) -> bool {
+        let waiting = self.record(key).and_then(|it| it.waiting.as_ref());
+        waiting.is_some_and(|it| it.is_called)
     }
 
     /// Books a request in line where it is best by now. Its place among others stays what it was
@@ -226,56 +234,44 @@ impl State {
         key: BookingKey,
         request: &Request<'_>,
     ) -> Option<(BookingKey, WorkerId, Decision)> {
-        let Unbooked {
-            worker: home,
-            standing,
-            waker,
-        } = self.unbook(key)?;
+        let (home, standing) = self.unbook(key)?;
         self.let_go(home.slot);
         let reading = self.read_again(request, standing);
         let chosen = match self.choose_by(request, &reading) {
             Ok(chosen) if self.is_worth_moving(home, chosen, &reading, request) => chosen,
             _ => home,
         };
-        let (key, decision) = self.book(chosen, &reading, request);
-        self.enter_again(key, waker, self.now.saturating_add(THINKS_FOR));
+        let thinks_until = self.now.saturating_add(THINKS_FOR);
+        let (key, decision) = self.enter(chosen, &reading, request, thinks_until);
         Some((key, chosen, decision))
     }
 
-    /// Books a request that has waited and was sent once more where it is: what it finds cached there
-    /// is what is cached now.
-    pub(crate) fn book_as_sent(
+    /// The worker of a request in line gets it: what it finds cached there is what is cached now.
+    pub(crate) fn send(
         &mut self,
         key: BookingKey,
         request: &Request<'_>,
     ) -> Option<(BookingKey, WorkerId, Decision)> {
-        self.record(key).filter(|it| it.has_waited)?;
-        // Nobody is let go in between: it makes no room.
-        let Unbooked {
-            worker, standing, ..
-        } = self.unbook(key)?;
-        let reading = self.read_again(request, standing);
+        self.record(key).filter(|it| it.waiting.is_some())?;
+        let (worker, standing) = self.unbook(key)?;
+        let reading = self.read_as_sent(request, standing);
+        self.queue.sends(&standing);
         let (key, decision) = self.book(worker, &reading, request);
-        self.send(key);
+        self.let_go(worker.slot);
         Some((key, worker, decision))
     }
 
     /// Takes a booking back that is to be made anew at once, as if it had never been.
-    fn unbook(&mut self, key: BookingKey) -> Option<Unbooked> {
-        let record = self.record(key)?;
-        let unbooked = Unbooked {
-            worker: record.worker,
-            standing: record.standing,
-            waker: record.waiting.as_mut().and_then(|it| it.waker.take()),
-        };
+    fn unbook(&mut self, key: BookingKey) -> Option<(WorkerId, Standing)> {
+        self.record(key)?;
         let record = self.bookings.remove(key.index);
-        let now = self.now;
-        if let Some((outlook, _)) = self.fleet.outlook_mut(record.worker) {
+        let (worker, standing, now) = (record.worker, record.standing, self.now);
+        if let Some((outlook, _)) = self.fleet.outlook_mut(worker) {
             let counted = (record.booked_at, record.prefill);
             outlook.inflow.take_back(counted, now);
         }
         self.take_back(record, None);
-        Some(unbooked)
+        Some((worker, standing))
     }
 
     fn is_worth_moving(

@@ -77,8 +77,10 @@ pub struct WorkerSnapshot {
     pub requests: u32,
     /// Those of them that wait at the router.
     pub held_requests: u32,
-    /// Blocks pinned by them, shared ones once.
+    /// Blocks pinned by those that it has, shared ones once.
     pub active_blocks: u64,
+    /// Blocks beside those that will be pinned by those that wait.
+    pub held_blocks: u64,
     /// Prompt and output tokens of them, not deduplicated.
     pub context_tokens: u64,
     /// Booked prompt tokens that it has not computed yet, by forecast.
@@ -442,6 +444,7 @@ impl Fleet {
                     requests: load.requests,
                     held_requests: outlook.line.all().requests,
                     active_blocks: load.active_blocks,
+                    held_blocks: load.held_blocks,
                     context_tokens: load.context_tokens,
                     prefill_tokens: outlook.backlog_tokens(&pace, now),
                     cached_blocks: if worker.shadow.is_told() {

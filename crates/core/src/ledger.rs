@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use slab::Slab;
 
+use crate::admission::Promised;
 use crate::choose::Decision;
 use crate::fleet::{WorkerId, seconds};
 use crate::forecast::pace::Work;
 use crate::outlook::Share;
-use crate::record::{BookingKey, Record};
+use crate::record::{BookingKey, Record, Waiting};
 use crate::reports::{Hits, Verdict};
 use crate::request::Request;
 use crate::sequence::{Sequence, SequenceHash};
@@ -38,66 +39,27 @@ impl State {
         record_of(&mut self.bookings, key)
     }
 
-    /// Books on `worker`. Nothing may happen between [`read`](Self::read) and this; then the request
-    /// is to [enter](Self::enter) or to be [sent](Self::send).
+    /// Books on `worker`, which gets it now. Nothing may happen between reading and this.
     pub(crate) fn book(
         &mut self,
         worker: WorkerId,
         reading: &Reading,
         request: &Request<'_>,
     ) -> (BookingKey, Decision) {
-        let decision = self.decision(worker.slot, reading, request);
-        self.serial += 1;
-        let sequence = request.sequence;
-        let now = self.now;
-        let cached_tokens = decision.cost.overlap_blocks * sequence.block_size().get();
-        let uncached_tokens = sequence.tokens().saturating_sub(cached_tokens);
-        let (kind, expected_tokens) = (reading.kind, reading.expected_tokens);
-        let work = Work::new(uncached_tokens, sequence.tokens());
-        let context = u64::from(sequence.tokens());
-        let mut share = Share::new(work, expected_tokens, context);
-        share.is_watched = request.streams;
-        let mut record = Record {
-            serial: self.serial,
-            worker,
-            node: NO_NODE,
-            hashed_blocks: 0,
-            block_size: sequence.block_size().get(),
-            stride: self.fleet.stride(worker.slot).get(),
-            prompt_tokens: sequence.tokens(),
-            generated_tokens: 0,
-            share,
-            kind,
-            max_tokens: request.max_tokens,
-            said_tokens: request.expected_tokens,
-            computed: false,
-            counted: false,
-            streams: request.streams,
-            expected_tokens,
-            booked_at: now,
-            waited_for_memory: false,
-            first_token_due: now,
-            token_at: now,
-            sent_at: now,
-            standing: reading.standing,
-            prefill: 0.0,
-            has_waited: false,
-            waiting: None,
-            claim: None,
-        };
+        let (mut record, decision) = self.new_record(worker, reading, request);
+        let (sequence, now) = (request.sequence, self.now);
+        let mut is_idle = false;
         if let Some((worker, load)) = self.fleet.get_mut(worker) {
-            let mut pinned_blocks = 0;
-            let mut copies = 0;
+            let slot = worker.id.slot;
+            let (mut pinned_blocks, mut copies) = (0, 0);
             if worker.prefix_caching {
                 let chain = sequence.shared_hashes();
-                let pinned = self
-                    .tree
-                    .pin(reading.at, chain, worker.id.slot, self.serial);
+                let pinned = self.tree.pin(reading.at, chain, slot, record.serial);
                 record.node = pinned.node;
                 record.hashed_blocks = pinned.path;
                 pinned_blocks = u64::from(pinned.blocks);
                 worker.pinned += pinned_blocks;
-                let depth = reading.depths()[worker.id.slot as usize];
+                let depth = reading.depths()[slot as usize];
                 let cached = depth.cached.min(sequence.reusable_blocks());
                 let in_use = load.active_blocks;
                 let shadow = &mut worker.shadow;
@@ -109,12 +71,13 @@ impl State {
                     .map_or(0, |run| run.start + run.blocks);
                 let reusable = sequence.reusable_blocks();
                 shadow.revived(&pinned.revived, end.saturating_sub(reusable));
-                copies = shadow.divide(&pinned, reusable, worker.id.slot, &mut self.tree);
+                copies = shadow.divide(&pinned, reusable, slot, &mut self.tree);
             }
             worker.shadow.waits();
-            self.foreseen.booked(self.serial);
-            if load.requests == 0 {
-                self.tree.begin(worker.id.slot, self.serial);
+            self.foreseen.booked(record.serial);
+            is_idle = load.active_blocks == 0;
+            if is_idle {
+                self.tree.begin(slot, record.serial);
             }
             worker.shadow.change_headroom(0, record.headroom());
             load.requests += 1;
@@ -122,33 +85,146 @@ impl State {
             load.active_blocks += pinned_blocks + u64::from(record.unshared_blocks());
             worker.shadow.make_room(
                 load.active_blocks + worker.shadow.room_for_copies(copies),
-                worker.id.slot,
+                slot,
                 &mut self.tree,
                 &mut self.foreseen,
             );
-            let (capacity, active) = (worker.known_capacity(), load.active_blocks);
-            let id = worker.id;
-            if let Some((outlook, law)) = self.fleet.outlook_mut(id) {
-                outlook.capacity = capacity;
-                record.waited_for_memory = capacity.is_some_and(|it| active > u64::from(it));
-                let pace = outlook.watch.pace(law);
-                let prefill = pace.prefill(1.0 / outlook.watch.prompts_together(), work);
-                let ahead = outlook.ahead_of(&reading.standing, prefill, &pace, now);
-                record.first_token_due = now.saturating_add(seconds(ahead.wait + prefill));
-                record.prefill = prefill;
-                outlook.add(&record.share);
-                outlook.inflow.add(prefill, now);
+        }
+        self.add_to_outlook(&mut record);
+        if let Some((outlook, _)) = self.fleet.outlook_mut(worker) {
+            outlook.send(&mut record.share, now);
+            let reserve = &mut outlook.reserve;
+            if is_idle {
+                reserve.idles();
             }
+            reserve.change(Promised::default(), record.promised());
         }
-        let key = BookingKey {
-            serial: self.serial,
-            index: self.bookings.vacant_key(),
-        };
-        if !record.streams {
+        let streams = record.streams;
+        let key = self.insert(record);
+        if !streams {
             self.awaits(worker, sequence, key);
+            self.expect(key, now);
         }
-        self.bookings.insert(record);
         (key, decision)
+    }
+
+    /// Books in the line of `worker`, which gets it later. Nothing may happen between reading and
+    /// this.
+    pub(crate) fn line_up(
+        &mut self,
+        worker: WorkerId,
+        reading: &Reading,
+        request: &Request<'_>,
+        thinks_until: Duration,
+    ) -> (BookingKey, Decision) {
+        let (mut record, decision) = self.new_record(worker, reading, request);
+        let mut adds = 0;
+        if let Some((worker, load)) = self.fleet.get_mut(worker) {
+            let slot = worker.id.slot;
+            let mut shared = 0;
+            if worker.prefix_caching {
+                let chain = request.sequence.shared_hashes();
+                let at = self.lined_up.descend(chain, &mut []);
+                let pinned = self.lined_up.pin(at, chain, slot, record.serial);
+                record.node = pinned.node;
+                record.hashed_blocks = pinned.path;
+                shared = reading.depths()[slot as usize].active.min(pinned.path);
+            }
+            adds = u64::from(record.blocks() - shared);
+            load.requests += 1;
+            load.context_tokens += record.context_tokens();
+            load.held_blocks += adds;
+        }
+        self.add_to_outlook(&mut record);
+        let waiting = Waiting {
+            rank: record.standing.rank(record.prefill),
+            adds,
+            is_called: false,
+            is_invited: false,
+            thinks_until,
+            waker: None,
+        };
+        let (rank, work) = (waiting.rank, record.share.work);
+        record.waiting = Some(Box::new(waiting));
+        let key = self.insert(record);
+        if let Some((outlook, _)) = self.fleet.outlook_mut(worker) {
+            outlook.line.join(rank, key, work);
+            self.queue.held += 1;
+        }
+        (key, decision)
+    }
+
+    fn new_record(
+        &mut self,
+        worker: WorkerId,
+        reading: &Reading,
+        request: &Request<'_>,
+    ) -> (Record, Decision) {
+        let decision = self.decision(worker.slot, reading, request);
+        self.serial += 1;
+        let (sequence, now) = (request.sequence, self.now);
+        let cached_tokens = decision.cost.overlap_blocks * sequence.block_size().get();
+        let uncached_tokens = sequence.tokens().saturating_sub(cached_tokens);
+        let work = Work::new(uncached_tokens, sequence.tokens());
+        let context = u64::from(sequence.tokens());
+        let mut share = Share::new(work, reading.expected_tokens, context);
+        share.is_watched = request.streams;
+        let record = Record {
+            serial: self.serial,
+            worker,
+            node: NO_NODE,
+            hashed_blocks: 0,
+            block_size: sequence.block_size().get(),
+            stride: self.fleet.stride(worker.slot).get(),
+            prompt_tokens: sequence.tokens(),
+            generated_tokens: 0,
+            share,
+            kind: reading.kind,
+            max_tokens: request.max_tokens,
+            ignores_eos: request.ignores_eos,
+            said_tokens: request.expected_tokens,
+            computed: false,
+            counted: false,
+            streams: request.streams,
+            expected_tokens: reading.expected_tokens,
+            booked_at: now,
+            waited_for_memory: false,
+            first_token_due: now,
+            token_at: now,
+            sent_at: now,
+            standing: reading.standing,
+            prefill: 0.0,
+            waiting: None,
+            claim: None,
+        };
+        (record, decision)
+    }
+
+    /// The request, booked on its worker or in its line, is ahead of that.
+    fn add_to_outlook(&mut self, record: &mut Record) {
+        let now = self.now;
+        let Some((worker, load)) = self.fleet.get_mut(record.worker) else {
+            return;
+        };
+        let (capacity, booked) = (worker.known_capacity(), load.booked_blocks());
+        let Some((outlook, law)) = self.fleet.outlook_mut(record.worker) else {
+            return;
+        };
+        outlook.capacity = capacity;
+        record.waited_for_memory = capacity.is_some_and(|it| booked > u64::from(it));
+        let pace = outlook.watch.pace(law);
+        record.prefill = pace.prefill(1.0 / outlook.watch.prompts_together(), record.share.work);
+        let ahead = outlook.ahead_of(&record.standing, record.prefill, &pace, now);
+        record.first_token_due = now.saturating_add(seconds(ahead.wait + record.prefill));
+        outlook.add(&record.share);
+        outlook.inflow.add(record.prefill, now);
+    }
+
+    fn insert(&mut self, record: Record) -> BookingKey {
+        BookingKey {
+            serial: record.serial,
+            index: self.bookings.insert(record),
+        }
     }
 
     /// An unwatched request is to be looked after again then.
@@ -169,10 +245,6 @@ impl State {
     }
 
     pub(crate) fn first_token(&mut self, key: BookingKey, now: Duration) {
-        if self.record(key).is_some_and(|it| it.waiting.is_some()) {
-            // It was sent, whether it should have been or not.
-            self.send(key);
-        }
         let record = record_of(&mut self.bookings, key);
         let Some(record) = record.filter(|record| !record.computed) else {
             return;
@@ -261,11 +333,17 @@ impl State {
             return;
         };
         let (blocks_before, context_before) = (record.blocks(), record.context_tokens());
-        let headroom_before = record.headroom();
+        let (headroom_before, promised_before) = (record.headroom(), record.promised());
+        let count = total.saturating_sub(record.generated_tokens);
         record.generated_tokens = total;
         let (blocks, context) = (record.blocks(), record.context_tokens());
         let headroom = record.headroom();
         let worker = record.worker;
+        if let Some((outlook, _)) = self.fleet.outlook_mut(worker) {
+            let running = outlook.decoding().0;
+            outlook.reserve.generates(count, running);
+            outlook.reserve.change(promised_before, record.promised());
+        }
         if blocks != blocks_before {
             // A block is little enough for a forecast to stand.
             let left = self.output_length.remaining_of(
@@ -361,11 +439,15 @@ impl State {
     }
 
     pub(crate) fn take_back(&mut self, record: Record, answered: Option<&Sequence>) {
-        if let Some(waiting) = &record.waiting {
-            self.leave_line(record.worker, waiting);
-        }
         if let Some((outlook, _)) = self.fleet.outlook_mut(record.worker) {
             outlook.remove(&record.share);
+        }
+        if let Some(waiting) = &record.waiting {
+            return self.leave_line(&record, waiting);
+        }
+        if let Some((outlook, _)) = self.fleet.outlook_mut(record.worker) {
+            let promised = record.promised();
+            outlook.reserve.change(promised, Promised::default());
         }
         let Some((worker, load)) = self.fleet.get_mut(record.worker) else {
             return;
@@ -428,6 +510,20 @@ impl State {
             &mut self.tree,
             &mut self.foreseen,
         );
+    }
+
+    fn leave_line(&mut self, record: &Record, waiting: &Waiting) {
+        if let Some((outlook, _)) = self.fleet.outlook_mut(record.worker)
+            && outlook.line.leave(waiting.rank)
+        {
+            self.queue.held -= 1;
+        }
+        if let Some((worker, load)) = self.fleet.get_mut(record.worker) {
+            load.requests -= 1;
+            load.context_tokens -= record.context_tokens();
+            load.held_blocks -= waiting.adds;
+            self.lined_up.unpin(record.node, worker.id.slot, 0);
+        }
     }
 
     /// Events may tell that the prompt is computed, though nobody sees its first token.

@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use crate::admission::Reserve;
 use crate::forecast::pace::{Pace, Watch, Work};
 use crate::queue::{Line, Prompts, Standing};
 
@@ -110,6 +111,7 @@ pub(crate) struct Outlook {
     /// Which law it follows.
     pub(crate) law: usize,
     pub(crate) inflow: Inflow,
+    pub(crate) reserve: Reserve,
     /// Its KV blocks, if they are known.
     pub(crate) capacity: Option<u32>,
 }

@@ -3,6 +3,7 @@
 use std::task::Waker;
 use std::time::Duration;
 
+use crate::admission::Promised;
 use crate::fleet::WorkerId;
 use crate::forecast::lengths::Kind;
 use crate::outlook::Share;
@@ -17,11 +18,15 @@ pub(crate) struct BookingKey {
     pub(crate) index: usize,
 }
 
-/// What is known of a request that is not sent yet.
+/// What is known of a request in line.
 #[derive(Debug)]
 pub(crate) struct Waiting {
     /// Its place in its worker's line.
     pub(crate) rank: Rank,
+    /// Blocks that it will add to its worker's active ones, as far as nobody before it does.
+    pub(crate) adds: u64,
+    /// Its worker has room for it.
+    pub(crate) is_called: bool,
     /// It may choose anew.
     pub(crate) is_invited: bool,
     /// It is not asked to before.
@@ -35,7 +40,7 @@ pub(crate) struct Waiting {
 pub(crate) struct Record {
     pub(crate) serial: u64,
     pub(crate) worker: WorkerId,
-    /// End of its path in the prefix tree.
+    /// End of its path in the prefix tree, or in that of those in line.
     pub(crate) node: NodeId,
     /// Blocks of the prompt booked through the tree; the others are its own.
     pub(crate) hashed_blocks: u32,
@@ -48,6 +53,7 @@ pub(crate) struct Record {
     pub(crate) share: Share,
     pub(crate) kind: Kind,
     pub(crate) max_tokens: Option<u32>,
+    pub(crate) ignores_eos: bool,
     /// What its client expects of the whole answer.
     pub(crate) said_tokens: Option<u32>,
     /// The worker has computed the prompt; said by its first token, not by a forecast.
@@ -63,9 +69,7 @@ pub(crate) struct Record {
     pub(crate) standing: Standing,
     /// Seconds that its prompt takes to compute, by the forecast when it was booked.
     pub(crate) prefill: f64,
-    /// It waited and was sent, and is to be booked by the cache as it is since.
-    pub(crate) has_waited: bool,
-    /// None once it is sent. Boxed, because few wait.
+    /// None once its worker gets it. Boxed, because few wait.
     pub(crate) waiting: Option<Box<Waiting>>,
     /// Its worker had more booked than it has memory for.
     pub(crate) waited_for_memory: bool,
@@ -93,6 +97,11 @@ impl Record {
     /// Blocks that no other request can share: the partial one and those of the output.
     pub(crate) fn unshared_blocks(&self) -> u32 {
         self.blocks() - self.hashed_blocks
+    }
+
+    /// What an SGLang sets aside for the rest of its answer.
+    pub(crate) fn promised(&self) -> Promised {
+        Promised::new(self.max_tokens, self.ignores_eos, self.generated_tokens)
     }
 
     /// Full blocks of output it has filled. Its engine keeps them like any full block, whether or

@@ -30,6 +30,9 @@ pub struct Request<'a> {
     pub sequence: &'a Sequence,
     /// The most output tokens it may produce.
     pub max_tokens: Option<u32>,
+    /// It produces all of those (`ignore_eos`). Engines set memory aside by that. Forecasts do not
+    /// look at it: benchmarks say it and nobody else, and are to measure what others get.
+    pub ignores_eos: bool,
     /// How many it is said to produce. That is learned, not believed: what those produced of whom
     /// about as much was said counts for more the more of them there were.
     pub expected_tokens: Option<u32>,
@@ -53,6 +56,7 @@ impl<'a> Request<'a> {
             model: "",
             sequence,
             max_tokens: None,
+            ignores_eos: false,
             expected_tokens: None,
             has_tools: false,
             streams: true,

@@ -81,6 +81,7 @@ impl Router {
         let known = state.fleet.remove(id);
         if known {
             state.tree.forget_worker(id.slot);
+            state.lined_up.forget_worker(id.slot);
             state.cache.forget_worker(id.slot);
             state.foreseen.forget(id.slot);
         }
@@ -364,6 +365,7 @@ impl Router {
     /// Runs of blocks the router distinguishes: what its memory is proportional to.
     #[must_use]
     pub fn tracked_edges(&self) -> usize {
-        self.state.lock().tree.len()
+        let state = self.state.lock();
+        state.tree.len() + state.lined_up.len()
     }
 }

@@ -51,7 +51,10 @@ impl Locked {
 pub(crate) struct State {
     pub(crate) config: RouterConfig,
     pub(crate) fleet: Fleet,
+    /// What workers' requests pin, and what they leave cached.
     pub(crate) tree: PrefixTree,
+    /// What requests in line will pin.
+    pub(crate) lined_up: PrefixTree,
     pub(crate) cache: CacheIndex,
     pub(crate) foreseen: Foreseen,
     pub(crate) bookings: Slab<Record>,
@@ -72,9 +75,10 @@ pub(crate) struct State {
 /// they are freed after the lock; and who is woken may want it.
 pub(crate) fn release(mut state: MutexGuard<'_, State>) {
     let garbage: SmallVec<[Chain; 4]> = std::mem::take(&mut state.tree.garbage);
+    let lined_up = std::mem::take(&mut state.lined_up.garbage);
     let woken = std::mem::take(&mut state.queue.woken);
     drop(state);
-    drop(garbage);
+    drop((garbage, lined_up));
     woken.into_iter().for_each(Waker::wake);
 }
 
@@ -104,6 +108,7 @@ impl State {
             config,
             fleet: Fleet::default(),
             tree: PrefixTree::default(),
+            lined_up: PrefixTree::default(),
             cache: CacheIndex::default(),
             foreseen: Foreseen::default(),
             bookings: Slab::new(),
@@ -117,16 +122,36 @@ impl State {
         }
     }
 
+    /// How a request stands that comes now.
+    pub(crate) fn standing(&self, request: &Request<'_>) -> Standing {
+        let order = self.config.queue.unwrap_or_default();
+        self.queue
+            .standing(order, request.priority, request.tenant, self.now)
+    }
+
     /// Reads how deep the request's prompt reaches on every worker.
     pub(crate) fn read(&self, request: &Request<'_>) -> Reading {
-        let order = self.config.queue.unwrap_or_default();
-        let (priority, tenant) = (request.priority, request.tenant);
-        let standing = self.queue.standing(order, priority, tenant, self.now);
-        self.read_again(request, standing)
+        self.read_again(request, self.standing(request))
     }
 
     /// The same for a request that came before.
     pub(crate) fn read_again(&self, request: &Request<'_>, standing: Standing) -> Reading {
+        let mut reading = self.read_as_sent(request, standing);
+        if self.queue.held > 0 {
+            let mut lined_up = Depths::zero(self.fleet.slots());
+            let chain = request.sequence.hashes();
+            self.lined_up.descend(chain, &mut lined_up);
+            for (depth, lined_up) in reading.depths.iter_mut().zip(lined_up.iter()) {
+                depth.active = depth.active.max(lined_up.active);
+            }
+            let overlaps = reading.depths.iter().map(|depth| depth.overlap());
+            reading.at.best_overlap = overlaps.max().unwrap_or(0);
+        }
+        reading
+    }
+
+    /// The same as if it were sent at once, before all in line.
+    pub(crate) fn read_as_sent(&self, request: &Request<'_>, standing: Standing) -> Reading {
         let mut depths = Depths::zero(self.fleet.slots());
         let chain = request.sequence.hashes();
         let mut at = self.tree.descend(chain, &mut depths);
@@ -203,10 +228,10 @@ impl State {
         request: &Request<'_>,
     ) -> Decision {
         let demand = self.demand(request);
-        let active = self.fleet.loads[slot as usize].active_blocks;
+        let booked = self.fleet.loads[slot as usize].booked_blocks();
         let depth = reading.depths[slot as usize];
         Decision {
-            cost: demand.cost(active, depth),
+            cost: demand.cost(booked, depth),
             depth,
             best_overlap_blocks: reading.at.best_overlap.min(demand.reusable_blocks),
         }
@@ -286,7 +311,7 @@ impl State {
                     id: worker.id,
                     name: worker.name.clone(),
                     requests: load.requests,
-                    active_blocks: load.active_blocks,
+                    active_blocks: load.booked_blocks(),
                     depth: sums.depths[slot as usize],
                     cost: field.cost_of(slot),
                     delay: sums.delays[slot as usize],

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
+use foresee_core::Eviction;
 use foresee_core::booking::Booking;
 use foresee_core::fleet::{WorkerId, WorkerSpec};
 use foresee_core::queue::Order;
@@ -35,6 +36,8 @@ struct Carried {
 /// A router, and those who carry requests.
 struct Fleet {
     router: Router,
+    /// What its workers are like, but for their names.
+    spec: WorkerSpec,
     workers: Vec<WorkerId>,
     carried: Vec<Carried>,
     now: Duration,
@@ -42,12 +45,32 @@ struct Fleet {
 
 impl Fleet {
     fn new(order: Order, workers: usize) -> Self {
+        let spec = WorkerSpec {
+            prefix_caching: true,
+            ..WorkerSpec::default()
+        };
+        Self::of(spec, order, workers)
+    }
+
+    /// Workers that set memory aside for answers, and have little.
+    fn sglang(order: Order, workers: usize, capacity_blocks: u32) -> Self {
+        let spec = WorkerSpec {
+            prefix_caching: true,
+            eviction: Eviction::Radix,
+            capacity_blocks: Some(capacity_blocks),
+            ..WorkerSpec::default()
+        };
+        Self::of(spec, order, workers)
+    }
+
+    fn of(spec: WorkerSpec, order: Order, workers: usize) -> Self {
         let router = Router::new(RouterConfig {
             queue: Some(order),
             ..RouterConfig::default()
         });
         let mut fleet = Self {
             router: router.unwrap(),
+            spec,
             workers: Vec::new(),
             carried: Vec::new(),
             now: Duration::from_secs(1),
@@ -59,8 +82,7 @@ impl Fleet {
     fn add_worker(&mut self) {
         let worker = self.router.add_worker(WorkerSpec {
             name: format!("{}", self.workers.len()),
-            prefix_caching: true,
-            ..WorkerSpec::default()
+            ..self.spec.clone()
         });
         let worker = worker.unwrap();
         self.router.set_healthy(worker, true);
@@ -134,7 +156,8 @@ impl Fleet {
         (0..self.carried.len()).filter(sent).collect()
     }
 
-    /// Nobody waits for a worker that has nothing to compute, or is not there.
+    /// Nobody waits for a worker that has nothing to compute, or is not there, unless it has
+    /// something and little memory.
     fn check(&self) {
         let snapshots = self.router.workers(self.now);
         let held = |it: &&Carried| !it.is_sent;
@@ -147,7 +170,8 @@ impl Fleet {
             let is_busy = self
                 .carried
                 .iter()
-                .any(|it| it.booking.worker() == worker && it.is_sent && !it.has_begun);
+                .filter(|it| it.booking.worker() == worker && it.is_sent)
+                .any(|it| !it.has_begun || self.spec.capacity_blocks.is_some());
             let snapshot = snapshots.iter().find(|it| it.id == worker).unwrap();
             let is_healthy = snapshot.state == foresee_core::fleet::WorkerState::Healthy;
             assert!(is_busy || !is_healthy, "{worker:?} is idle");
@@ -196,6 +220,50 @@ fn what_is_cached_is_what_is_cached_when_it_is_sent() {
     drop(fleet.carried.remove(0));
     fleet.answer_bells();
     assert_eq!((fleet.sent(), overlap(&fleet, 0)), (vec![0], 0));
+}
+
+#[test]
+fn whoever_waits_is_reckoned_with_but_holds_nothing() {
+    let mut fleet = Fleet::new(Order::Fcfs, 2);
+    fleet.come(2, 60_000, plain());
+    let waits = fleet.asks(7, 40_010, plain());
+    let like_it = fleet.asks(7, 40_010, plain());
+    let worker = worker_of(&fleet, waits);
+    assert_eq!(worker_of(&fleet, like_it), worker);
+    let snapshots = fleet.router.workers(fleet.now);
+    let snapshot = snapshots.iter().find(|it| it.id == worker).unwrap();
+    assert_eq!((snapshot.requests, snapshot.held_requests), (3, 2));
+    assert_eq!(snapshot.active_blocks, 60_000 / 16);
+    // What they share is held once, and of the last block each has its own.
+    assert_eq!(snapshot.held_blocks, 40_000 / 16 + 2);
+}
+
+#[test]
+fn an_engine_that_sets_memory_aside_gets_what_it_begins_with_at_once() {
+    let answer = |max_tokens, ignores_eos| Request {
+        max_tokens: Some(max_tokens),
+        ignores_eos,
+        ..plain()
+    };
+    for (blocks, next, is_sent) in [
+        // 60 and a page for the first and its answer, 40 and a page for the second and its own.
+        (200, answer(160, true), true),
+        (102, answer(160, true), true),
+        (101, answer(160, true), false),
+        // Seven tenths of the first's answer may be enough, all of the next one's it must be.
+        (96, answer(70, false), true),
+        (96, answer(120, false), false),
+    ] {
+        let mut fleet = Fleet::sglang(Order::Fcfs, 1, blocks);
+        let of_first = answer(160, next.ignores_eos);
+        let first = fleet.comes(50 * 16, of_first);
+        fleet.begins(first);
+        let second = fleet.comes(30 * 16, next);
+        assert_eq!(fleet.carried[second].is_sent, is_sent, "{blocks} {next:?}");
+        // However little there is, one is always begun with.
+        fleet.ends(first);
+        assert!(fleet.carried[0].is_sent);
+    }
 }
 
 #[test]
@@ -311,9 +379,13 @@ proptest! {
     #[test]
     fn nobody_is_forgotten(
         order in prop::sample::select(Order::ALL.map(|it| it.0).to_vec()),
+        capacity in prop::option::of(1..8_000u32),
         steps in prop::collection::vec((0..12u8, any::<prop::sample::Index>(), 1..60_000u32), 1..80)
     ) {
-        let mut fleet = Fleet::new(order, 3);
+        let mut fleet = match capacity {
+            Some(capacity) => Fleet::sglang(order, 3, capacity),
+            None => Fleet::new(order, 3),
+        };
         for (what, which, size) in steps {
             let some = which.index(fleet.carried.len().max(1));
             let worker = fleet.workers[which.index(fleet.workers.len())];
@@ -322,6 +394,8 @@ proptest! {
                     let request = Request {
                         priority: (size % 3) as i32,
                         tenant: u64::from(size % 5),
+                        max_tokens: (size % 7 > 0).then_some(size % 1000),
+                        ignores_eos: size % 2 == 0,
                         ..plain()
                     };
                     fleet.comes(size, request);
@@ -360,6 +434,8 @@ proptest! {
             fleet.check();
         }
         prop_assert_eq!(fleet.router.bookings(), 0);
-        prop_assert!(fleet.router.workers(fleet.now).iter().all(|it| it.active_blocks == 0));
+        for worker in fleet.router.workers(fleet.now) {
+            prop_assert_eq!((worker.active_blocks, worker.held_blocks), (0, 0));
+        }
     }
 }

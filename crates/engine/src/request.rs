@@ -40,6 +40,8 @@ pub struct ApiRequest {
     pub stream: bool,
     /// The most output tokens per choice, if the request says.
     pub max_tokens: Option<u32>,
+    /// Whether the answer has all of those (`ignore_eos`).
+    pub ignores_eos: bool,
     /// Whether the answer may call tools.
     pub has_tools: bool,
     /// How many answers are generated from each prompt (`n`), at least 1.
@@ -243,6 +245,7 @@ struct Fields<'b> {
     stream: Gist,
     max_tokens: Gist,
     max_completion_tokens: Gist,
+    ignore_eos: Gist,
     choices: Gist,
     add_special_tokens: Gist,
     add_generation_prompt: Gist,
@@ -262,6 +265,7 @@ enum Key {
     Stream,
     MaxTokens,
     MaxCompletionTokens,
+    IgnoreEos,
     N,
     CacheSalt,
     VllmXargs,
@@ -286,6 +290,7 @@ impl<'b> Fields<'b> {
             stream: Gist::Null,
             max_tokens: Gist::Null,
             max_completion_tokens: Gist::Null,
+            ignore_eos: Gist::Null,
             choices: Gist::Null,
             add_special_tokens: Gist::Null,
             add_generation_prompt: Gist::Null,
@@ -345,6 +350,7 @@ impl<'b> Fields<'b> {
             model: self.model.unwrap_or_default(),
             stream: matches!(self.stream, Gist::Bool(true) | Gist::Number(1.0)),
             max_tokens: max_completion_tokens.or(self.max_tokens.count()),
+            ignores_eos: self.ignore_eos == Gist::Bool(true),
             has_tools: self.tools.is_some_and(has_any),
             choices: match self.endpoint {
                 Endpoint::Embeddings => 1,
@@ -438,6 +444,7 @@ impl<'b> Visitor<'b> for &mut Fields<'b> {
                 Key::Stream => self.stream = body.next_value()?,
                 Key::MaxTokens => self.max_tokens = body.next_value()?,
                 Key::MaxCompletionTokens => self.max_completion_tokens = body.next_value()?,
+                Key::IgnoreEos => self.ignore_eos = body.next_value()?,
                 Key::N => self.choices = body.next_value()?,
                 Key::AddSpecialTokens => self.add_special_tokens = body.next_value()?,
                 Key::AddGenerationPrompt => self.add_generation_prompt = body.next_value()?,

@@ -83,12 +83,14 @@ fn what_is_absent_or_null_has_its_default() {
         minimal,
         chat(
             r#"{"messages": [], "model": null, "stream": null, "max_tokens": null, "n": null,
-                "cache_salt": null, "tools": null, "max_completion_tokens": null}"#
+                "cache_salt": null, "tools": null, "max_completion_tokens": null,
+                "ignore_eos": null}"#
         )
     );
     assert_eq!((minimal.model.as_str(), minimal.stream), ("", false));
     assert_eq!((minimal.max_tokens, minimal.choices), (None, 1));
-    assert!(!minimal.has_tools);
+    assert!(!minimal.has_tools && !minimal.ignores_eos);
+    assert!(chat(r#"{"messages": [], "ignore_eos": true}"#).ignores_eos);
 }
 
 #[test]

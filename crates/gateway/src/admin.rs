@@ -106,6 +106,7 @@ impl Shared {
             "requests": worker.requests,
             "held_requests": worker.held_requests,
             "active_blocks": worker.active_blocks,
+            "held_blocks": worker.held_blocks,
             "engine_active_blocks": known.as_ref().and_then(|it| *it.engine_active_blocks.lock()),
             "context_tokens": worker.context_tokens,
             "prefill_tokens": worker.prefill_tokens,
