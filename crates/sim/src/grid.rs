@@ -77,6 +77,16 @@ pub(crate) const SHOWN: [Shown; 8] = [
     HITS,
 ];
 
+/// What the router learned, by the first policy.
+pub(crate) const LEARNED: [(&str, &str); 6] = [
+    ("prefill learned, % off", "prefill"),
+    ("decode step learned, % off", "decode step"),
+    ("  known to a tenth after a change, s", "new speed after, s"),
+    ("TTFT forecast, % off", "TTFT"),
+    ("answer length forecast, % off", "length"),
+    ("  had over forecast, all together", "had/forecast"),
+];
+
 const fn times(measure: &'static str) -> Shown {
     Shown {
         measure,
@@ -140,6 +150,19 @@ impl Grid {
         summaries.filter(|it| it.is_first()).count()
     }
 
+    /// How far what the first policy's router learned was from the truth.
+    pub(crate) fn learned(&self) -> (Vec<&str>, Vec<(&str, Vec<String>)>) {
+        let policy = self.policies.first().map_or("", String::as_str);
+        let rows = self.rows.iter().map(|row| {
+            let cells = LEARNED.iter().map(|(measure, _)| {
+                let summary = row.report.summary_of(measure, policy);
+                summary.map_or(String::new(), Summary::shown)
+            });
+            (row.name.as_str(), cells.collect())
+        });
+        (LEARNED.map(|(_, name)| name).to_vec(), rows.collect())
+    }
+
     fn table(&self, shown: Shown) -> (Vec<&str>, Vec<(&str, Vec<String>)>) {
         let columns: Vec<&str> = self.policies.iter().map(String::as_str).collect();
         let mut rows: Vec<(&str, Vec<String>)> = Vec::new();
@@ -188,6 +211,9 @@ impl fmt::Display for Grid {
             write_cells(f, shown.measure, &columns, &rows)?;
             writeln!(f)?;
         }
+        let (columns, rows) = self.learned();
+        write_cells(f, "what was learned, % off", &columns, &rows)?;
+        writeln!(f)?;
         let seeds = self.rows.iter().map(|row| row.report.seeds).max();
         writeln!(
             f,
@@ -310,6 +336,7 @@ mod tests {
         for part in [
             "<h1>2 scenarios, 3 policies",
             "<b>hard</b>",
+            "What was learned",
             "8.00",
             "Left out: azure",
         ] {

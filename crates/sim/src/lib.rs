@@ -27,6 +27,7 @@ mod http;
 pub mod knowledge;
 pub mod lab;
 pub mod law;
+pub mod learning;
 pub mod load;
 mod page;
 pub mod prediction;

@@ -14,7 +14,7 @@ use std::task::Context;
 use std::time::Duration;
 
 use foresee_core::booking::Booking;
-use foresee_core::fleet::{WorkerId, WorkerSpec};
+use foresee_core::fleet::{WorkerId, WorkerSnapshot, WorkerSpec};
 use foresee_core::router::{Request, RouteError, Router};
 use foresee_core::sequence::SequenceHash;
 
@@ -22,6 +22,8 @@ use crate::arrivals::Arrivals;
 use crate::engine::{Engine, EngineConfig, EngineRequest, Step, TokenEvent};
 use crate::knowledge::{Follower, Knowledge};
 use crate::lab::seat::{Arriving, Seat, Standing};
+use crate::law::StepLoad;
+use crate::learning::Watch;
 use crate::prediction::{Booked, Sampler, unallocated};
 use crate::report::{Goodput, Latency, Outcome, imbalance};
 use crate::schedule::{Change, Schedule};
@@ -143,6 +145,7 @@ struct Replay<'a> {
     first_arrival: Option<Duration>,
     last_end: Duration,
     sampler: Sampler,
+    learning: Watch,
     times_to_first_token: Vec<f32>,
     inter_token_latencies: Vec<f32>,
     times_per_output_token: Vec<f32>,
@@ -196,6 +199,7 @@ impl<'a> Replay<'a> {
             first_arrival: None,
             last_end: Duration::ZERO,
             sampler: Sampler::new(workers.len(), config.keep_active_blocks),
+            learning: Watch::default(),
             times_to_first_token: Vec::new(),
             inter_token_latencies: Vec::new(),
             times_per_output_token: Vec::new(),
@@ -238,7 +242,10 @@ impl<'a> Replay<'a> {
     fn change_fleet(&mut self, now: Duration) -> Result<(), ReplayError> {
         while let Some(change) = self.schedule.take_due(now) {
             match change.what {
-                Change::Speed(speed) => self.workers[change.worker].speed = speed,
+                Change::Speed(speed) => {
+                    self.workers[change.worker].speed = speed;
+                    self.learning.changes(change.worker, now);
+                }
                 Change::Join => self.join(change.worker)?,
             }
         }
@@ -456,6 +463,7 @@ impl<'a> Replay<'a> {
         }
         while let Some(instant) = self.sampler.due_before(now) {
             let snapshots = self.router.workers(instant);
+            self.compare_learned(instant, &snapshots);
             let flights = &self.flights;
             let workers = &self.workers;
             let block_size = self.traffic.block_size().get();
@@ -482,6 +490,26 @@ impl<'a> Replay<'a> {
                 ))
             });
             self.sampler.take(samples);
+        }
+    }
+
+    fn compare_learned(&mut self, now: Duration, snapshots: &[WorkerSnapshot]) {
+        self.learning.take_lengths(self.router.length_forecast());
+        for snapshot in snapshots {
+            let Some(&index) = self.by_id.get(&snapshot.id) else {
+                continue;
+            };
+            let worker = &self.workers[index];
+            let mut decodes = StepLoad::default();
+            for it in worker.engine.in_flight() {
+                if let Some(flight) = &self.flights[it.id as usize]
+                    && flight.generated > 0
+                {
+                    decodes.add_decode(flight.booking.sequence().tokens() + flight.generated);
+                }
+            }
+            let truth = (&worker.engine.config().law, worker.speed);
+            self.learning.take(now, index, snapshot, truth, &decodes);
         }
     }
 
@@ -524,6 +552,7 @@ impl<'a> Replay<'a> {
             request_imbalance: imbalance(self.workers.iter().map(|it| it.requests)),
             leaked_blocks: predicted + held.sum::<u64>(),
             prediction: self.sampler.finish(),
+            learning: self.learning.finish(self.last_end),
             active_blocks: self.sampler.take_instants(),
             time_to_first_token: Latency::of(&mut self.times_to_first_token),
             inter_token_latency: Latency::of(&mut self.inter_token_latencies),

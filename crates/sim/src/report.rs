@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
+use crate::learning::Learning;
 use crate::prediction::{Instant, PredictionError};
 use crate::slo::Slo;
 use crate::spread::{Difference, difference};
@@ -90,6 +91,8 @@ pub struct Outcome {
     pub leaked_blocks: u64,
     /// How well the router knew what engines hold.
     pub prediction: PredictionError,
+    /// How well it knew what they take.
+    pub learning: Learning,
     /// Active blocks over time, if they were kept.
     #[serde(skip)]
     pub active_blocks: Vec<Instant>,
@@ -186,7 +189,7 @@ const fn measure(
 }
 
 #[rustfmt::skip]
-const MEASURES: [Measure; 29] = {
+const MEASURES: [Measure; 35] = {
     use Better::{Higher, Lower, Neither};
     [
         measure("TTFT mean, s", Lower, SECONDS, |it| it.time_to_first_token.mean),
@@ -217,6 +220,12 @@ const MEASURES: [Measure; 29] = {
         measure("  of admitted requests", Neither, PERCENT, |it| it.prediction.admitted),
         measure("  and allocated blocks", Neither, PERCENT, |it| it.prediction.allocated),
         measure("peak blocks of an engine", Neither, COUNT, |it| f64::from(it.prediction.peak_blocks)),
+        measure("prefill learned, % off", Neither, PERCENT, |it| it.learning.prefill),
+        measure("decode step learned, % off", Neither, PERCENT, |it| it.learning.step),
+        measure("  known to a tenth after a change, s", Neither, RATIO, |it| it.learning.recovery),
+        measure("TTFT forecast, % off", Neither, PERCENT, |it| it.learning.time_to_first_token),
+        measure("answer length forecast, % off", Neither, PERCENT, |it| it.learning.length),
+        measure("  had over forecast, all together", Neither, RATIO, |it| it.learning.length_bias),
         measure("blocks leaked", Neither, COUNT, |it| it.leaked_blocks as f64),
     ]
 };

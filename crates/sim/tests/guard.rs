@@ -115,3 +115,16 @@ fn delay_is_no_worse_than_least_requests_where_nothing_is_shared() {
         "{delay:.3} s, {least_requests:.3} s"
     );
 }
+
+#[test]
+fn what_is_learned_is_near_the_truth_and_follows_it() {
+    let mut case = open(&plain(), 600, 12.0);
+    case.config.changes = vec!["1:speed=0.5@20s".parse().unwrap()];
+    let reports = replayed(&[case], &["delay"]);
+    for outcome in &reports[0].outcomes {
+        let learned = outcome.learning;
+        let recovers = learned.recovery > 0.0 && learned.recovery < 10.0;
+        assert!(recovers && learned.step < 0.05, "{learned:?}");
+        assert!(learned.prefill < 0.2, "{learned:?}");
+    }
+}

@@ -79,6 +79,7 @@ impl Grid {
         }
         body.push_str(&self.frontier());
         body.push_str(&self.ablations());
+        body.push_str(&self.what_was_learned());
         for row in &self.rows {
             body.push_str(&self.distributions(row));
         }
@@ -185,9 +186,12 @@ impl Grid {
 
     /// How time to first token and time to the end trade against each other.
     fn frontier(&self) -> String {
-        let weight = |policy: &str| match policy {
+        // Those in one order of sending, that of the first policy.
+        let first = self.policies.first();
+        let order = first.and_then(|it| it.find('+').map(|at| &it[at..]));
+        let weight = |policy: &str| match policy.strip_suffix(order.unwrap_or_default())? {
             "delay" => Some(1.0),
-            _ => policy.strip_prefix("delay:ttft=")?.parse::<f64>().ok(),
+            policy => policy.strip_prefix("delay:ttft=")?.parse::<f64>().ok(),
         };
         let weighed = self
             .policies
@@ -278,6 +282,30 @@ impl Grid {
             let _ = write!(html, "<th>{}", escaped(name));
         }
         let _ = write!(html, "<th>end to end, worst row{rows}</table></div>");
+        html
+    }
+
+    /// How far what was learned is from the truth.
+    fn what_was_learned(&self) -> String {
+        let (columns, rows) = self.learned();
+        let policy = escaped(self.policies.first().map_or("", String::as_str));
+        let mut html = format!(
+            "<h2>What was learned</h2><p>What the router of <code>{policy}</code> took its workers \
+             to take, less what they took, in % of that: for a prompt of 1,000 tokens and for a \
+             step that decodes (means over workers and time), until a first token, and how long \
+             answers were; and how soon it knew a worker's new speed to a tenth.</p>\
+             <div class=\"scroll\"><table class=\"heat\"><tr><th>"
+        );
+        for column in columns {
+            let _ = write!(html, "<th>{}", escaped(column));
+        }
+        for (row, cells) in rows {
+            let _ = write!(html, "<tr><td>{}", escaped(row));
+            for cell in cells {
+                let _ = write!(html, "<td>{}", escaped(&cell));
+            }
+        }
+        html.push_str("</table></div>");
         html
     }
 
