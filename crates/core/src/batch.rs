@@ -124,7 +124,7 @@ impl Batch {
         let sums = state.sum(&members);
         self.worker = state.choose_for_all(&members, &sums)?;
         for booking in &bookings {
-            state.free(booking.key(), None);
+            state.withdraw(booking.key());
         }
         // Again, because their own blocks are no overlap any longer.
         let sums = state.sum(&members);

@@ -244,7 +244,7 @@ impl Booking {
             Some(_) => return Err(RouteError::NoWorker(request.model.to_owned())),
             None => state.choose_by(&request, &reading)?,
         };
-        state.free(self.key, None);
+        state.withdraw(self.key);
         // Again, because its own blocks are no overlap any longer.
         let reading = state.read_again(&request, reading.standing);
         let (key, decision) = state.enter(chosen, &reading, &request, now);

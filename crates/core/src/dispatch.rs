@@ -234,8 +234,7 @@ impl State {
         key: BookingKey,
         request: &Request<'_>,
     ) -> Option<(BookingKey, WorkerId, Decision)> {
-        let (home, standing) = self.unbook(key)?;
-        self.let_go(home.slot);
+        let (home, standing) = self.withdraw(key)?;
         let reading = self.read_again(request, standing);
         let chosen = match self.choose_by(request, &reading) {
             Ok(chosen) if self.is_worth_moving(home, chosen, &reading, request) => chosen,
@@ -261,7 +260,13 @@ impl State {
         Some((key, worker, decision))
     }
 
-    /// Takes a booking back that is to be made anew at once, as if it had never been.
+    /// Takes a booking back that is to be made elsewhere, as if it had never been.
+    pub(crate) fn withdraw(&mut self, key: BookingKey) -> Option<(WorkerId, Standing)> {
+        let (worker, standing) = self.unbook(key)?;
+        self.let_go(worker.slot);
+        Some((worker, standing))
+    }
+
     fn unbook(&mut self, key: BookingKey) -> Option<(WorkerId, Standing)> {
         self.record(key)?;
         let record = self.bookings.remove(key.index);
