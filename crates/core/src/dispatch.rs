@@ -140,7 +140,8 @@ impl State {
             return false;
         };
         let is_radix = worker.shadow.eviction() == Eviction::Radix;
-        let Some(capacity) = worker.known_capacity().filter(|_| is_radix) else {
+        // Too small a guess would hold back what has room.
+        let Some(capacity) = worker.told_capacity().filter(|_| is_radix) else {
             return true;
         };
         let load = &self.fleet.loads[slot as usize];

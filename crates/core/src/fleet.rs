@@ -155,6 +155,14 @@ impl Worker {
         (!is_assumed).then(|| self.shadow.capacity())
     }
 
+    /// KV blocks it has, if somebody said so.
+    pub(crate) fn told_capacity(&self) -> Option<u32> {
+        match self.shadow.capacity_source() {
+            CapacitySource::Configured | CapacitySource::Reported => Some(self.shadow.capacity()),
+            CapacitySource::Learned | CapacitySource::Assumed => None,
+        }
+    }
+
     pub(crate) fn state(&self) -> WorkerState {
         match (self.draining, self.healthy) {
             (true, _) => WorkerState::Draining,

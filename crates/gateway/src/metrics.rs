@@ -80,6 +80,7 @@ pub(crate) struct Metrics {
     worker_requests: WorkerGauge,
     worker_held_requests: WorkerGauge,
     worker_active_blocks: WorkerGauge,
+    worker_held_blocks: WorkerGauge,
     worker_engine_active_blocks: WorkerGauge,
     worker_cached_blocks: WorkerGauge,
     worker_capacity_blocks: WorkerGauge,
@@ -127,6 +128,7 @@ impl Metrics {
             worker_requests: Family::default(),
             worker_held_requests: Family::default(),
             worker_active_blocks: Family::default(),
+            worker_held_blocks: Family::default(),
             worker_engine_active_blocks: Family::default(),
             worker_cached_blocks: Family::default(),
             worker_capacity_blocks: Family::default(),
@@ -170,11 +172,12 @@ impl Metrics {
             worker_requests: "Requests booked on the worker",
             worker_held_requests: "Those of them that wait at the router",
             worker_active_blocks: "Predicted active KV blocks of the worker",
+            worker_held_blocks: "KV blocks beside those that requests waiting at the router will take",
             worker_engine_active_blocks: "Active KV blocks by the engine's own account, in its blocks, if it is sampled",
             worker_cached_blocks: "Predicted cached KV blocks of the worker, active ones included",
             worker_capacity_blocks: "KV blocks of the worker, as configured, reported, learned or assumed",
             worker_prefill_tokens: "Booked prompt tokens not yet computed, by forecast",
-            worker_context_tokens: "Prompt and output tokens of running requests",
+            worker_context_tokens: "Prompt and output tokens of the requests booked on the worker",
             worker_forecast_samples: "What the forecasts of prefill, decode steps and times to first token were learned from or held against",
             worker_forecast_error: "Mean absolute error of those forecasts, as a share",
             output_forecast: "Lengths of answers: tokens expected of the next, seen over forecast, mean absolute error as a share",
@@ -317,6 +320,9 @@ impl Metrics {
         });
         self.show(&self.worker_active_blocks, workers, |worker| {
             worker.active_blocks
+        });
+        self.show(&self.worker_held_blocks, workers, |worker| {
+            worker.held_blocks
         });
         self.show(&self.worker_cached_blocks, workers, |worker| {
             worker.cached_blocks
