@@ -1,11 +1,14 @@
 //! When a request that waits at the router is sent, and when it goes to another worker instead.
 //!
-//! A worker has room when no prompt sent to it is to be computed, or all are about to be, and, if
-//! its engine makes prompts wait for memory, when it [admits](crate::admission) the next. Then the
-//! first in its line is called and, when whoever carries it answers, sent. If nobody is in its
-//! line, the first in the longest other line may choose anew, with loads and caches as they are by
-//! then, and moves if it costs much less there: to be placed late is worth something, but a
-//! forecast that is wrong moves it in vain.
+//! A worker has room when no prompt sent to it is to be computed, or all are about to be. Then the
+//! first in its line that fits into its memory is called and, when whoever carries it answers,
+//! sent. An engine begins with a prompt of which but a piece fits, lets nobody by, and when its
+//! answers grow throws away what it has computed; or it makes prompts wait for as much memory as
+//! they [may](crate::admission) need.
+//!
+//! If nobody is in its line, the first in the longest other line may choose anew, with loads and
+//! caches as they are by then, and moves if it costs much less there: to be placed late is worth
+//! something, but a forecast that is wrong moves it in vain.
 //!
 //! Those in line count in every decision, as those that run do, but not in what a worker holds and
 //! evicts: it knows nothing of them.
@@ -98,26 +101,29 @@ impl State {
             && self.admits(worker.slot, adds.into(), demand)
     }
 
-    /// Something may have made room at the worker in `slot`: who is first in its line is called, or
+    /// Something may have made room at the worker in `slot`: the next in its line is called, or
     /// somebody else invited.
     pub(crate) fn let_go(&mut self, slot: Slot) {
         if self.queue.held == 0 || !self.has_room(slot) {
             return;
         }
-        let Some(key) = self.fleet.outlooks[slot as usize].line.first() else {
+        let line = &self.fleet.outlooks[slot as usize].line;
+        if line.is_empty() {
             return self.invite_from_longest_line(slot);
-        };
-        let Some(record) = self.bookings.get(key.index) else {
-            return;
-        };
-        let adds = record.waiting.as_ref().map_or(0, |it| it.adds);
-        if !self.admits(slot, adds, record.promised()) {
+        }
+        if line.called.is_some() {
             return;
         }
+        let next = line.next(self.now, |adds, answer| self.admits(slot, adds, answer));
+        let may_overfill = !self.is_held_back_by_engine(slot);
+        let Some((rank, key, _)) = next.filter(|(.., fits)| *fits || may_overfill) else {
+            return;
+        };
         if let Some(waiting) = self.record(key).and_then(|it| it.waiting.as_mut()) {
             waiting.is_called = true;
             let waker = waiting.waker.take();
             self.queue.woken.extend(waker);
+            self.fleet.outlooks[slot as usize].line.called = Some(rank);
         }
     }
 
@@ -133,23 +139,38 @@ impl State {
         outlook.sent().requests == 0 || outlook.sent_backlog(&pace, self.now) < ABOUT_TO
     }
 
+    /// Whether the engine of the worker in `slot` sets memory aside for answers, and makes prompts
+    /// wait for it.
+    fn is_held_back_by_engine(&self, slot: Slot) -> bool {
+        let worker = self.fleet.at(slot);
+        worker.is_some_and(|it| it.shadow.eviction() == Eviction::Radix)
+    }
+
     /// Whether the worker in `slot` would begin at once with a request that `adds` blocks and may
     /// be answered so much, as far as its memory goes.
     fn admits(&self, slot: Slot, adds: u64, answer: Promised) -> bool {
         let Some(worker) = self.fleet.at(slot) else {
             return false;
         };
-        let is_radix = worker.shadow.eviction() == Eviction::Radix;
+        let load = &self.fleet.loads[slot as usize];
         // Too small a guess would hold back what has room.
-        let Some(capacity) = worker.told_capacity().filter(|_| is_radix) else {
+        let Some(capacity) = worker.told_capacity() else {
             return true;
         };
-        let load = &self.fleet.loads[slot as usize];
+        // Whoever is alone there must do with what there is.
+        if load.active_blocks == 0 {
+            return true;
+        }
+        let capacity = u64::from(capacity);
+        if !self.is_held_back_by_engine(slot) {
+            return self.config.queue != Some(Order::Shortest)
+                || load.active_blocks + adds <= capacity;
+        }
         let block_size = u64::from(self.config.block_size.get());
         let a_page = u64::from(self.fleet.stride(slot).get());
         let answers = self.fleet.outlooks[slot as usize].reserve.tokens() + answer.tokens();
         let takes = (load.active_blocks + adds + a_page) * block_size + answers;
-        load.active_blocks == 0 || takes < u64::from(capacity) * block_size
+        takes < capacity * block_size
     }
 
     /// Workers of other models have nobody who could come.

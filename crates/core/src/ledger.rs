@@ -145,10 +145,11 @@ impl State {
             waker: None,
         };
         let (rank, work) = (waiting.rank, record.share.work);
+        let demand = (adds, record.promised());
         record.waiting = Some(Box::new(waiting));
         let key = self.insert(record);
         if let Some((outlook, _)) = self.fleet.outlook_mut(worker) {
-            outlook.line.join(rank, key, work);
+            outlook.line.join(rank, key, work, demand);
             self.queue.held += 1;
         }
         (key, decision)

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use smallvec::SmallVec;
 
+use crate::admission::Promised;
 use crate::fleet::seconds;
 use crate::forecast::pace::Work;
 use crate::record::BookingKey;
@@ -23,7 +24,8 @@ pub enum Order {
     #[default]
     Fcfs,
     /// Those with less to compute first, but each waits only so long: one second less to compute
-    /// counts as having come ten seconds before (shortest job first, with ageing).
+    /// counts as having come ten seconds before (shortest job first, with ageing). Those go first
+    /// that fit into their worker's memory (backfilling), within three times that time.
     Shortest,
     /// Each tenant in proportion, by what its requests are predicted to take (start-time fair
     /// queueing; Goyal, Vin and Cheng, 1996: deficit round robin with one number for each request
@@ -66,12 +68,18 @@ impl FromStr for Order {
 /// less to compute.
 const AGEING: f64 = 10.0;
 
+/// How many times as long a request that does not fit into its worker's memory lets others go first
+/// that do: they use what is free, but each of them puts off the time when enough is.
+const PATIENCE: f64 = 3.0;
+
 /// A place in line: the least is sent first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Rank {
     priority: i32,
     tag: Duration,
     arrival: u64,
+    /// Until then others go first that fit, if it does not fit itself.
+    yields_until: Duration,
 }
 
 /// What a request's place is decided by, in whichever line.
@@ -90,14 +98,17 @@ pub(crate) struct Standing {
 impl Standing {
     /// Where it stands if its prompt takes so many seconds to compute.
     pub(crate) fn rank(&self, prefill: f64) -> Rank {
+        let after = |times: f64| self.since.saturating_add(seconds(times * prefill));
+        let (tag, yields_until) = match self.order {
+            Order::Fcfs => (Duration::ZERO, Duration::ZERO),
+            Order::Shortest => (after(AGEING), after(PATIENCE * AGEING)),
+            Order::Fair => (self.begins, Duration::ZERO),
+        };
         Rank {
             priority: self.priority,
-            tag: match self.order {
-                Order::Fcfs => Duration::ZERO,
-                Order::Shortest => self.since.saturating_add(seconds(AGEING * prefill)),
-                Order::Fair => self.begins,
-            },
+            tag,
             arrival: self.arrival,
+            yields_until,
         }
     }
 }
@@ -188,6 +199,9 @@ struct Entry {
     rank: Rank,
     key: BookingKey,
     prompt: Prompts,
+    /// KV blocks that it will make active, and what it may be answered.
+    blocks: u64,
+    answer: Promised,
     /// All before it.
     before: Prompts,
 }
@@ -198,6 +212,8 @@ pub(crate) struct Line {
     /// By rank.
     entries: VecDeque<Entry>,
     all: Prompts,
+    /// Who was told to go, and has not gone yet.
+    pub(crate) called: Option<Rank>,
 }
 
 impl Line {
@@ -209,9 +225,25 @@ impl Line {
         self.entries.is_empty()
     }
 
-    /// Whom to send next.
     pub(crate) fn first(&self) -> Option<BookingKey> {
         self.entries.front().map(|it| it.key)
+    }
+
+    /// Whom to send next where there is room for those who `fit`, so many blocks and such an
+    /// answer: of those of the highest priority, the first that does, or that has yielded to others
+    /// for long enough; and whether it fits.
+    pub(crate) fn next(
+        &self,
+        now: Duration,
+        fit: impl Fn(u64, Promised) -> bool,
+    ) -> Option<(Rank, BookingKey, bool)> {
+        let priority = self.entries.front()?.rank.priority;
+        let alike = self.entries.iter();
+        let mut alike = alike.take_while(|it| it.rank.priority == priority);
+        alike.find_map(|it| {
+            let fits = fit(it.blocks, it.answer);
+            (fits || it.rank.yields_until <= now).then_some((it.rank, it.key, fits))
+        })
     }
 
     pub(crate) fn keys(&self) -> impl Iterator<Item = BookingKey> {
@@ -228,7 +260,13 @@ impl Line {
         behind.map_or(self.all, |it| it.before)
     }
 
-    pub(crate) fn join(&mut self, rank: Rank, key: BookingKey, work: Work) {
+    pub(crate) fn join(
+        &mut self,
+        rank: Rank,
+        key: BookingKey,
+        work: Work,
+        (blocks, answer): (u64, Promised),
+    ) {
         let at = self.position(rank);
         let prompt = Prompts { requests: 1, work };
         let before = self.before(rank);
@@ -238,6 +276,8 @@ impl Line {
                 rank,
                 key,
                 prompt,
+                blocks,
+                answer,
                 before,
             },
         );
@@ -251,11 +291,12 @@ impl Line {
     pub(crate) fn leave(&mut self, rank: Rank) -> bool {
         let at = self.position(rank);
         let is_there = self.entries.get(at).is_some_and(|it| it.rank == rank);
-        if is_there && let Some(Entry { prompt, .. }) = self.entries.remove(at) {
+        if is_there && let Some(gone) = self.entries.remove(at) {
             for behind in self.entries.range_mut(at..) {
-                behind.before -= prompt;
+                behind.before -= gone.prompt;
             }
-            self.all -= prompt;
+            self.all -= gone.prompt;
+            self.called = self.called.filter(|it| *it != rank);
         }
         is_there
     }
@@ -294,6 +335,38 @@ mod tests {
         let long = rank(&mut queue, Order::Shortest, 0, 2.0, 0.0);
         assert!(rank(&mut queue, Order::Shortest, 0, 1.0, 9.9) < long);
         assert!(rank(&mut queue, Order::Shortest, 0, 1.0, 10.1) > long);
+    }
+
+    #[test]
+    fn who_does_not_fit_yields_to_who_does_but_not_for_ever() {
+        let (mut queue, mut line) = (Queue::default(), Line::default());
+        let mut joins = |order, priority, prefill, blocks| {
+            let standing = queue.standing(order, priority, 0, at(0.0));
+            queue.comes(&standing, at(prefill));
+            let serial = standing.arrival;
+            let key = BookingKey { serial, index: 0 };
+            let demand = (blocks, Promised::default());
+            line.join(standing.rank(prefill), key, Work::default(), demand);
+            let next = |free, now| {
+                let next = line.next(at(now), |blocks, _| blocks <= free);
+                next.map(|(_, key, _)| key.serial)
+            };
+            (next(9, 0.0), next(9, 29.9), next(9, 30.1), next(100, 0.0))
+        };
+        assert_eq!(
+            joins(Order::Shortest, 0, 1.0, 50),
+            (None, None, Some(0), Some(0))
+        );
+        // Nor to those of less priority.
+        assert_eq!(
+            joins(Order::Shortest, 1, 0.1, 5),
+            (None, None, Some(0), Some(0))
+        );
+        let behind = joins(Order::Shortest, 0, 2.0, 5);
+        assert_eq!(behind, (Some(2), Some(2), Some(0), Some(0)));
+        // Where the first to come is the first to go, its engine sees to its memory.
+        let first = joins(Order::Fcfs, -1, 1.0, 50);
+        assert_eq!(first, (Some(3), Some(3), Some(3), Some(3)));
     }
 
     #[test]
@@ -344,11 +417,12 @@ mod tests {
         ) {
             let (mut line, mut naive) = (Line::default(), Vec::new());
             for (arrival, (joins, tag, tokens)) in (0..).zip(steps) {
-                let rank = Rank { priority: 0, tag: Duration::from_secs(tag), arrival };
+                let tag = Duration::from_secs(tag);
+                let rank = Rank { priority: 0, tag, arrival, yields_until: tag };
                 if joins || naive.is_empty() {
                     let key = BookingKey { serial: arrival, index: 0 };
                     let work = Work::new(tokens, tokens);
-                    line.join(rank, key, work);
+                    line.join(rank, key, work, (tokens.into(), Promised::default()));
                     naive.push((rank, key, work));
                     naive.sort_unstable_by_key(|it| it.0);
                 } else {

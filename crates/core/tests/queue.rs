@@ -52,11 +52,11 @@ impl Fleet {
         Self::of(spec, order, workers)
     }
 
-    /// Workers that set memory aside for answers, and have little.
-    fn sglang(order: Order, workers: usize, capacity_blocks: u32) -> Self {
+    /// Workers that have so little memory.
+    fn small(order: Order, workers: usize, eviction: Eviction, capacity_blocks: u32) -> Self {
         let spec = WorkerSpec {
             prefix_caching: true,
-            eviction: Eviction::Radix,
+            eviction,
             capacity_blocks: Some(capacity_blocks),
             ..WorkerSpec::default()
         };
@@ -254,7 +254,7 @@ fn an_engine_that_sets_memory_aside_gets_what_it_begins_with_at_once() {
         (96, answer(70, false), true),
         (96, answer(120, false), false),
     ] {
-        let mut fleet = Fleet::sglang(Order::Fcfs, 1, blocks);
+        let mut fleet = Fleet::small(Order::Fcfs, 1, Eviction::Radix, blocks);
         let of_first = answer(160, next.ignores_eos);
         let first = fleet.comes(50 * 16, of_first);
         fleet.begins(first);
@@ -264,6 +264,27 @@ fn an_engine_that_sets_memory_aside_gets_what_it_begins_with_at_once() {
         fleet.ends(first);
         assert!(fleet.carried[0].is_sent);
     }
+}
+
+#[test]
+fn who_does_not_fit_waits_for_memory_and_who_does_goes_by() {
+    let mut fleet = Fleet::small(Order::Shortest, 1, Eviction::Queue, 2000);
+    // Of 1,250 blocks each, and one of 500.
+    fleet.come(2, 20_000, plain());
+    fleet.begins(0);
+    assert_eq!(fleet.sent(), [0]);
+    fleet.comes(8000, plain());
+    fleet.begins(2);
+    assert_eq!(fleet.sent(), [0, 2]);
+    fleet.ends(0);
+    assert_eq!(fleet.sent(), [0, 1]);
+    // Alone it need not fit.
+    fleet.comes(40_000, plain());
+    fleet.begins(0);
+    assert_eq!(fleet.sent(), [0, 1]);
+    fleet.ends(0);
+    fleet.ends(0);
+    assert_eq!(fleet.sent(), [0]);
 }
 
 #[test]
@@ -379,11 +400,11 @@ proptest! {
     #[test]
     fn nobody_is_forgotten(
         order in prop::sample::select(Order::ALL.map(|it| it.0).to_vec()),
-        capacity in prop::option::of(1..8_000u32),
+        capacity in prop::option::of((1..8_000u32, prop::sample::select(vec![Eviction::Queue, Eviction::Radix]))),
         steps in prop::collection::vec((0..12u8, any::<prop::sample::Index>(), 1..60_000u32), 1..80)
     ) {
         let mut fleet = match capacity {
-            Some(capacity) => Fleet::sglang(order, 3, capacity),
+            Some((capacity, eviction)) => Fleet::small(order, 3, eviction, capacity),
             None => Fleet::new(order, 3),
         };
         for (what, which, size) in steps {
