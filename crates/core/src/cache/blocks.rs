@@ -1,4 +1,4 @@
-//! The blocks of one engine, by its names for them: 25 to 26 bytes each.
+//! The blocks of one engine, by its names for them: 28 bytes each.
 //!
 //! Blocks lie in pages and do not move, so that one can name its parent by a short number. A
 //! table finds them by name. It holds the larger part of the name, beside the number, and the
