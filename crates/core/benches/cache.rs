@@ -15,7 +15,7 @@ use cap::Cap;
 use divan::Bencher;
 use divan::counter::ItemsCount;
 use foresee_core::Depth;
-use foresee_core::cache::{CacheIndex, CacheView, Changes, Link, StoredBlocks};
+use foresee_core::cache::{CacheIndex, CacheView, Changes, Paths, StoredBlocks};
 use foresee_core::fleet::{WorkerId, WorkerSpec};
 use foresee_core::router::{Request, Router, RouterConfig};
 use foresee_core::sequence::Sequence;
@@ -290,19 +290,18 @@ fn index_of_prompts(workers: usize, depth: impl Fn(usize) -> usize) -> (CacheInd
     for worker in 0..workers {
         let others = 2_000_000 / workers as u64;
         let mut changes = Changes {
-            added: Vec::new(),
-            removed: Vec::new(),
             stride: 1,
+            ..Changes::default()
         };
         let others: Vec<u64> = (0..others)
             .map(|it| mix((worker as u64) << 32 | it))
             .collect();
         for conversation in others.chunks(CONVERSATION) {
-            changes.added.extend(Link::chain(conversation));
+            changes.added.push_behind(conversation, 0);
         }
         for prompt in &prompts {
             let held = &prompt.hashes()[..depth(worker)];
-            changes.added.extend(Link::chain(held));
+            changes.added.push_behind(held, 0);
         }
         index.update(worker as u32, &changes, &mut held);
     }
@@ -410,24 +409,19 @@ fn print_memory(what: &str, private_per_shared: u64) {
 /// What an engine that begins anew, or is followed for the first time, makes of its whole cache.
 fn tell_whole_cache(router: &Router, id: WorkerId, engine: &Engine) -> usize {
     let Changes { added, stride, .. } = engine.view.contents();
-    let removed = added.iter().map(|it| it.hash).collect();
     let blocks = added.len() * 2;
-    router.update_cache(
-        id,
-        &Changes {
-            added: Vec::new(),
-            removed,
-            stride,
-        },
-    );
-    router.update_cache(
-        id,
-        &Changes {
-            added,
-            removed: Vec::new(),
-            stride,
-        },
-    );
+    let gone = Changes {
+        added: Paths::default(),
+        removed: added.clone(),
+        stride,
+    };
+    router.update_cache(id, &gone);
+    let stored = Changes {
+        added,
+        removed: Paths::default(),
+        stride,
+    };
+    router.update_cache(id, &stored);
     blocks
 }
 

@@ -4,9 +4,13 @@
 //! hashes; it belongs to whoever listens to that engine, outside the router's lock. [`CacheIndex`]
 //! is the router's side: which workers hold which prefix.
 //!
-//! `blocks` is what the former keeps, `sparse` the table below both, `runs` how far each worker
-//! holds the prompts that the latter knows. They are written for their size: a fleet caches millions
-//! of blocks.
+//! What one tells the other are `paths`: prefixes that continue each other, and the way to the
+//! first of them from the last *mark*, one prefix in eight, by which alone the index finds it
+//! (`marks`). `blocks` and `way` are what the view keeps, `runs` how far each worker holds the
+//! prompts that the index knows, `sparse` the table below both. They are written for their size: a
+//! fleet caches millions of blocks. And for memory that is not at hand, which is what most of the
+//! time is spent on: a view must look for each block by its name, but the index reads a few lines
+//! an event.
 //!
 //! Engines' own hashes are opaque names here. Blocks are hashed anew from their token ids, so
 //! that neither the engine's algorithm nor what it mixes in needs to be known, and parents are
@@ -18,15 +22,18 @@
 
 mod blocks;
 mod index;
+mod marks;
 mod parked;
+mod paths;
 mod runs;
 mod sparse;
 mod view;
+mod way;
 
 pub use index::CacheIndex;
+pub(crate) use paths::Path;
+pub use paths::Paths;
 pub use view::CacheView;
-
-use crate::sequence::SequenceHash;
 
 /// A run of blocks of one sequence that came to be cached.
 #[derive(Clone, Copy, Debug)]
@@ -43,31 +50,13 @@ pub struct StoredBlocks<'a> {
     pub salt: u64,
 }
 
-/// A prefix, and the one that it continues by a block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Link {
-    /// Up to the end of the block.
-    pub hash: SequenceHash,
-    /// Up to its beginning; `None` if it begins its sequence.
-    pub previous: Option<SequenceHash>,
-}
-
-impl Link {
-    /// All prefixes of a sequence, of the engine's blocks.
-    pub fn chain(hashes: &[SequenceHash]) -> impl Iterator<Item = Self> {
-        let previous = std::iter::once(None).chain(hashes.iter().copied().map(Some));
-        let links = hashes.iter().zip(previous);
-        links.map(|(&hash, previous)| Self { hash, previous })
-    }
-}
-
 /// What an event changes in the index.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Changes {
     /// Prefixes that are cached and were not, none before what it continues.
-    pub added: Vec<Link>,
+    pub added: Paths,
     /// Prefixes that are no longer cached.
-    pub removed: Vec<SequenceHash>,
+    pub removed: Paths,
     /// The engine's blocks are so many times the router's: only the prefixes that end with one of
     /// its blocks are told of. 0 while nothing was stored.
     pub stride: u32,

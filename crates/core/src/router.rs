@@ -13,25 +13,25 @@ use parking_lot::MutexGuard;
 
 use crate::batch::{Batch, Members};
 use crate::booking::Booking;
-use crate::cache::{Changes, Link};
+use crate::cache::{Changes, Path};
 use crate::config::MOST_WEIGHT;
 pub use crate::config::{ConfigError, RouterConfig};
 use crate::fleet::{Fleet, Worker, WorkerError, WorkerId, WorkerSnapshot, WorkerSpec, WorkerState};
 use crate::forecast::lengths::LengthForecast;
 pub use crate::request::{Candidate, Explanation, Request, RouteError};
-use crate::sequence::{Sequence, SequenceHash};
+use crate::sequence::Sequence;
 use crate::shadow::Eviction;
 use crate::state::{Locked, State, release};
 use crate::tree::Slot;
 
-/// Prefixes that are told under one lock, at most. That takes some two microseconds: whoever waits
-/// is better off spinning than asleep.
-const MOST_TOLD_AT_ONCE: usize = 32;
+/// Prefixes that are told under one lock, at most. That takes some two microseconds: whoever
+/// waits is better off spinning than asleep.
+const MOST_TOLD_AT_ONCE: usize = 64;
 
 /// What events say of one worker's cache.
 enum Told<'a> {
-    Removed(&'a [SequenceHash]),
-    Added(&'a [Link]),
+    Removed(Path<'a>),
+    Added(Path<'a>),
 }
 
 /// Predicts load and cache of a fleet and places requests on it. A handle: clones share one
@@ -191,11 +191,16 @@ impl Router {
     /// Of many changes, some are told at a time, so that no decision waits for all: meanwhile it
     /// may find the cache between what it was and what it is.
     pub fn update_cache(&self, id: WorkerId, changes: &Changes) {
-        for hashes in changes.removed.chunks(MOST_TOLD_AT_ONCE) {
-            self.tell(id, changes.stride, Told::Removed(hashes));
+        for path in changes.removed.iter() {
+            // Tails first, so that what is left is a prefix.
+            for piece in path.pieces(MOST_TOLD_AT_ONCE).rev() {
+                self.tell(id, changes.stride, Told::Removed(piece));
+            }
         }
-        for links in changes.added.chunks(MOST_TOLD_AT_ONCE) {
-            self.tell(id, changes.stride, Told::Added(links));
+        for path in changes.added.iter() {
+            for piece in path.pieces(MOST_TOLD_AT_ONCE) {
+                self.tell(id, changes.stride, Told::Added(piece));
+            }
         }
     }
 
@@ -207,14 +212,14 @@ impl Router {
         {
             state.tree.set_told(id.slot, worker.shadow.last_stamp());
             match told {
-                Told::Removed(hashes) => {
-                    let blocks = &mut worker.told;
-                    state.cache.remove(id.slot, stride, hashes, blocks);
-                    state.foreseen.settle(id.slot, hashes.iter().copied());
+                Told::Removed(path) => {
+                    state.cache.remove(id.slot, stride, path, &mut worker.told);
+                    let hashes = path.told().iter().copied();
+                    state.foreseen.settle(id.slot, hashes);
                 }
-                Told::Added(links) => {
-                    state.cache.add(id.slot, stride, links, &mut worker.told);
-                    let hashes = links.iter().map(|it| it.hash);
+                Told::Added(path) => {
+                    state.cache.add(id.slot, stride, path, &mut worker.told);
+                    let hashes = path.told().iter().copied();
                     state.foreseen.settle(id.slot, hashes.clone());
                     state.stored(id, hashes);
                 }

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use foresee_core::booking::Booking;
-use foresee_core::cache::{Changes, Link};
+use foresee_core::cache::{Changes, Paths};
 use foresee_core::fleet::{WorkerId, WorkerSpec};
 use foresee_core::router::{Request, RouteError, Router, RouterConfig};
 use foresee_core::sequence::Sequence;
@@ -153,17 +153,15 @@ impl Known {
         };
         let blocks = &prompt[..sequence.hashes().len() * block];
         if stored {
-            changes.added = Link::chain(sequence.hashes()).collect();
+            changes.added = Paths::whole(sequence.hashes());
         } else {
             let told = self.told.iter().flatten();
             let behind = told.filter(|it| !blocks.is_empty() && it.starts_with(blocks));
-            let last = |it: &Vec<u32>| {
-                *Sequence::from_tokens(it, BLOCK_SIZE, 7)
-                    .hashes()
-                    .last()
-                    .unwrap()
-            };
-            changes.removed = behind.map(last).collect();
+            for it in behind {
+                let sequence = Sequence::from_tokens(it, BLOCK_SIZE, 7);
+                let before = sequence.hashes().len() - 1;
+                changes.removed.push_behind(sequence.hashes(), before);
+            }
         }
         if let Some(told) = &mut self.told {
             if stored {
@@ -171,9 +169,8 @@ impl Known {
             } else if !blocks.is_empty() {
                 told.retain(|it| !it.starts_with(blocks));
             }
-            let added = changes.added.iter().map(|it| it.hash);
-            self.holds
-                .told(added.chain(changes.removed.iter().copied()));
+            let added = changes.added.told();
+            self.holds.told(added.chain(changes.removed.told()));
         }
         changes
     }

@@ -7,7 +7,7 @@ use std::num::NonZeroU32;
 use std::time::Duration;
 
 use foresee_core::Depth;
-use foresee_core::cache::{CacheIndex, CacheView, Changes, Link, StoredBlocks};
+use foresee_core::cache::{CacheIndex, CacheView, Changes, Paths, StoredBlocks};
 use foresee_core::fleet::{WorkerId, WorkerSpec};
 use foresee_core::router::{Request, Router, RouterConfig};
 use foresee_core::sequence::Sequence;
@@ -270,13 +270,16 @@ proptest! {
         };
         for (worker, &(most, _)) in depths.iter().enumerate() {
             let (stride, added) = ends(worker, 0, most);
-            let added = Link::chain(&added).collect();
-            let changes = Changes { added, removed: Vec::new(), stride };
+            let added = Paths::whole(&added);
+            let changes = Changes { added, stride, ..Changes::default() };
             index.update(worker as u32, &changes, &mut held[worker]);
         }
         for (worker, &(most, left)) in depths.iter().enumerate() {
-            let (stride, removed) = ends(worker, left.min(most), most);
-            let changes = Changes { added: Vec::new(), removed, stride };
+            let (stride, left) = ends(worker, 0, left.min(most));
+            let (_, all) = ends(worker, 0, most);
+            let mut removed = Paths::default();
+            removed.push_behind(&all, left.len());
+            let changes = Changes { removed, stride, ..Changes::default() };
             index.update(worker as u32, &changes, &mut held[worker]);
         }
         let mut found = vec![Depth::default(); depths.len()];
@@ -289,6 +292,59 @@ proptest! {
         }
         prop_assert_eq!(found.iter().map(|it| it.cached).max(), Some(deepest));
     }
+}
+
+/// Longer than what the index keeps together.
+#[test]
+fn long_prompts_are_held_by_several() {
+    const BLOCKS: usize = 1300;
+    let tokens: Vec<u32> = (0..BLOCKS as u32).collect();
+    let prompt = Sequence::from_tokens(&tokens, NonZeroU32::MIN, SALT);
+    let mut index = CacheIndex::default();
+    let mut held = [0; 3];
+    let tell = |index: &mut CacheIndex, worker: usize, changes: Changes, held: &mut [u64; 3]| {
+        let stride = 1;
+        let changes = Changes { stride, ..changes };
+        index.update(worker as u32, &changes, &mut held[worker]);
+    };
+    let behind = |blocks: usize| {
+        let mut paths = Paths::default();
+        paths.push_behind(prompt.hashes(), blocks);
+        paths
+    };
+    for worker in 0..3 {
+        let added = behind(0);
+        tell(
+            &mut index,
+            worker,
+            Changes {
+                added,
+                ..Changes::default()
+            },
+            &mut held,
+        );
+    }
+    for (worker, left) in [(0, 1000), (0, 512), (1, 1)] {
+        let removed = behind(left);
+        tell(
+            &mut index,
+            worker,
+            Changes {
+                removed,
+                ..Changes::default()
+            },
+            &mut held,
+        );
+    }
+    let mut depths = [Depth::default(); 3];
+    let deepest = index.descend(prompt.hashes(), &mut depths);
+    assert_eq!((deepest, index.len()), (BLOCKS as u32, BLOCKS));
+    assert_eq!(depths.map(|it| it.cached), [512, 1, BLOCKS as u32]);
+    assert_eq!(held, [512, 1, BLOCKS as u64]);
+    for worker in 0..3 {
+        index.forget_worker(worker);
+    }
+    assert!(index.is_empty());
 }
 
 #[test]
@@ -462,4 +518,53 @@ fn what_cannot_be_followed_is_missing_and_said() {
     };
     assert!(view.store(&odd).added.is_empty());
     assert!(!view.is_exact());
+}
+
+#[derive(Clone, Debug)]
+enum Noise {
+    Store(Option<u64>, Vec<u64>, u32),
+    Remove(Vec<u64>),
+}
+
+fn noise() -> impl Strategy<Value = Noise> {
+    let name = || 0..10_u64;
+    let parent = prop::option::weighted(0.7, name());
+    prop_oneof![
+        3 => (parent, prop::collection::vec(name(), 1..6), 0..2_u32)
+            .prop_map(|(parent, names, tokens)| Noise::Store(parent, names, tokens)),
+        2 => prop::collection::vec(name(), 1..4).prop_map(Noise::Remove),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    /// Streams that no engine sends, where one name stands for several blocks, or follows itself.
+    #[test]
+    fn nothing_is_left_of_nonsense(
+        steps in prop::collection::vec((0..2_usize, noise()), 1..60),
+    ) {
+        let mut index = CacheIndex::default();
+        let mut views = [CacheView::new(NonZeroU32::MIN), CacheView::new(NonZeroU32::MIN)];
+        let mut held = [0; 2];
+        for (worker, step) in steps {
+            let view = &mut views[worker];
+            let changes = match step {
+                Noise::Store(parent, names, token) => view.store(&StoredBlocks {
+                    parent,
+                    hashes: &names,
+                    tokens: &vec![token; names.len()],
+                    block_size: 1,
+                    salt: SALT,
+                }),
+                Noise::Remove(names) => view.remove(&names),
+            };
+            index.update(worker as u32, &changes, &mut held[worker]);
+        }
+        for (worker, view) in views.iter_mut().enumerate() {
+            index.update(worker as u32, &view.clear(), &mut held[worker]);
+            prop_assert_eq!(held[worker], 0);
+        }
+        prop_assert!(index.is_empty());
+    }
 }

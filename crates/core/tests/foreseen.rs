@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use foresee_core::Depth;
 use foresee_core::booking::Booking;
-use foresee_core::cache::{Changes, Link};
+use foresee_core::cache::{Changes, Paths};
 use foresee_core::fleet::{WorkerId, WorkerSpec};
 use foresee_core::router::{Request, Router, RouterConfig};
 use foresee_core::sequence::Sequence;
@@ -45,22 +45,20 @@ impl Told {
         self.router.update_cache(
             self.id,
             &Changes {
-                added: Link::chain(prompt.hashes()).collect(),
-                removed: Vec::new(),
+                added: Paths::whole(prompt.hashes()),
                 stride: 1,
+                ..Changes::default()
             },
         );
     }
 
     fn removed(&self, prompt: &Sequence, from: usize) {
-        self.router.update_cache(
-            self.id,
-            &Changes {
-                added: Vec::new(),
-                removed: prompt.hashes()[from..].to_vec(),
-                stride: 1,
-            },
-        );
+        let mut changes = Changes {
+            stride: 1,
+            ..Changes::default()
+        };
+        changes.removed.push_behind(prompt.hashes(), from);
+        self.router.update_cache(self.id, &changes);
     }
 
     fn book(&self, prompt: &Sequence) -> Booking {

@@ -6,7 +6,7 @@ use std::num::NonZeroU32;
 use std::time::Duration;
 
 use foresee_core::booking::Booking;
-use foresee_core::cache::{Changes, Link};
+use foresee_core::cache::{Changes, Paths};
 use foresee_core::fleet::{WorkerId, WorkerSpec};
 use foresee_core::router::{Request, Router, RouterConfig};
 use foresee_core::sequence::Sequence;
@@ -90,9 +90,9 @@ fn events_tell_that_one_runs() {
     let _whole = side.book(2, false);
     assert_eq!(side.active(100), 4);
     let changes = Changes {
-        added: Link::chain(prompt(2).hashes()).collect(),
-        removed: Vec::new(),
+        added: Paths::whole(prompt(2).hashes()),
         stride: 1,
+        ..Changes::default()
     };
     side.router.update_cache(side.id, &changes);
     assert!(side.active(101) > 4);

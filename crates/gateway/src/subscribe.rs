@@ -303,9 +303,9 @@ impl Subscription<'_> {
         let before = std::mem::replace(&mut self.follower, anew);
         let Changes { added, stride, .. } = before.contents();
         self.tell_router(&Changes {
-            added: Vec::new(),
-            removed: added.iter().map(|it| it.hash).collect(),
+            removed: added,
             stride,
+            ..Changes::default()
         });
         self.tell_router(&self.follower.contents());
         let last = self.follower.last();

@@ -1,4 +1,4 @@
-//! The blocks of one engine, by its names for them: 25 to 26 bytes each.
+//! The blocks of one engine, by its names for them: 28 bytes each.
 //!
 //! Blocks lie in pages and do not move, so that one can name its parent by a short number. A
 //! table finds them by name. It holds the larger part of the name, beside the number, and the
@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
 
+use crate::cache::paths::is_mark;
 use crate::cache::sparse::{Entry, Sparse};
 use crate::sequence::AlreadyHashed;
 use crate::sequence::SequenceHash;
@@ -24,6 +25,10 @@ pub(super) const NONE: Id = ID_MASK as Id;
 
 /// Blocks that are followed at most. A stream that loses removals must not grow them for ever.
 const MOST_BLOCKS: usize = NONE as usize;
+
+/// Blocks that are [before](Blocks::write_before) another, at most, but for those before a hole. So
+/// many without a mark are either not of this world or a circle.
+const MOST_BEFORE: usize = 256;
 
 const PAGE_BITS: u32 = 9;
 const PAGE: usize = 1 << PAGE_BITS;
@@ -121,6 +126,25 @@ pub(super) struct Found {
     pub(super) id: Id,
 }
 
+/// A block that is neither stored nor a hole any more.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Gone {
+    pub(super) id: Id,
+    /// [`NONE`] if none was known.
+    pub(super) parent: Id,
+    pub(super) hash: SequenceHash,
+    pub(super) was_reachable: bool,
+}
+
+/// What a hole has to remember.
+#[derive(Debug)]
+struct Hole {
+    /// Nobody names it when it goes.
+    name: Name,
+    /// What was [before it](Blocks::write_before), which may go before it.
+    before: Box<[SequenceHash]>,
+}
+
 /// Blocks by name. A block is *stored* while it was stored more often than removed. One that is
 /// not but has children stays, as a hole, until they are gone or it is stored again.
 #[derive(Debug)]
@@ -129,8 +153,9 @@ pub(super) struct Blocks {
     pages: Vec<Vec<Block>>,
     /// The first block that is free; each tells the next.
     free: Id,
-    /// Names of the holes, which nobody names when they go.
-    holes: ById<Name>,
+    holes: ById<Hole>,
+    /// Whose memory is not yet free.
+    gone: Vec<Gone>,
     /// What stores and children exceed their bits by, of the few that do.
     excess: ById<u32>,
 }
@@ -142,6 +167,7 @@ impl Blocks {
             pages: Vec::new(),
             free: NONE,
             holes: HashMap::default(),
+            gone: Vec::new(),
             excess: HashMap::default(),
         }
     }
@@ -157,18 +183,11 @@ impl Blocks {
     }
 
     fn find_name(&self, name: Name) -> Found {
-        let first = self.table.seek(name.key());
-        let mut at = first;
-        while let Some(named) = self.table.get(at)
-            && named.key() == name.key()
-        {
-            let id = named.id();
-            if self.at(id).get(REST_OF_NAME) == name.rest() {
-                return Found { name, at, id };
-            }
-            at += 1;
-        }
-        let (at, id) = (first, NONE);
+        let is_it = |named: &Named| self.at(named.id()).get(REST_OF_NAME) == name.rest();
+        let (at, id) = match self.table.find(name.key(), is_it) {
+            Ok(at) => (at, self.table.get(at).map_or(NONE, |it| it.id())),
+            Err(at) => (at, NONE),
+        };
         Found { name, at, id }
     }
 
@@ -184,7 +203,13 @@ impl Blocks {
 
     /// Adds a block where a name was [looked for](Self::find) and is not. `None` if there are too
     /// many.
-    pub(super) fn insert(&mut self, found: Found, parent: Id, hash: SequenceHash) -> Option<Id> {
+    pub(super) fn insert(
+        &mut self,
+        found: Found,
+        parent: Id,
+        hash: SequenceHash,
+        reachable: bool,
+    ) -> Option<Id> {
         debug_assert!(found.id == NONE);
         if self.len() == MOST_BLOCKS {
             return None;
@@ -192,30 +217,34 @@ impl Blocks {
         let name = found.name;
         let mut block = Block { hash, fields: 0 };
         block.set(REST_OF_NAME, name.rest());
+        block.set(PARENT, u64::from(parent));
+        block.set(STORES, 1);
+        block.set(REACHABLE, u64::from(reachable));
         let id = if self.free == NONE {
             self.push(block)
         } else {
             let id = self.free;
-            self.free = self.at(id).get(PARENT) as Id;
-            *self.at_mut(id) = block;
+            let free = std::mem::replace(self.at_mut(id), block);
+            self.free = free.get(PARENT) as Id;
             id
         };
         let named = Named(name.key() | u64::from(id));
         self.table.insert(found.at, named);
-        self.begin(id, parent);
+        self.raise_children(parent);
         Some(id)
     }
 
     /// Stores a hole again.
     pub(super) fn fill(&mut self, id: Id, parent: Id, hash: SequenceHash) {
         self.holes.remove(&u64::from(id));
-        self.at_mut(id).hash = hash;
-        self.begin(id, parent);
+        let block = self.at_mut(id);
+        block.hash = hash;
+        block.set(PARENT, u64::from(parent));
+        block.set(STORES, 1);
+        self.raise_children(parent);
     }
 
-    fn begin(&mut self, id: Id, parent: Id) {
-        self.at_mut(id).set(PARENT, u64::from(parent));
-        self.raise(STORES, id);
+    fn raise_children(&mut self, parent: Id) {
         if parent != NONE {
             self.raise(CHILDREN, parent);
         }
@@ -237,52 +266,86 @@ impl Blocks {
     }
 
     /// A block that is stored was removed once. Returns whether it is no longer stored: then it is
-    /// a hole, or gone. `gone` is told of each that is gone and could be hit.
-    pub(super) fn count_removal(
-        &mut self,
-        found: Found,
-        mut gone: impl FnMut(SequenceHash),
-    ) -> bool {
+    /// a hole, or [gone](Self::gone).
+    pub(super) fn count_removal(&mut self, found: Found) -> bool {
         let id = found.id;
-        let block = self.at_mut(id);
-        if block.get(STORES) > 1 {
+        if self.at(id).get(STORES) > 1 {
             self.lower(STORES, id);
             return false;
         }
-        let parent = block.get(PARENT) as Id;
-        let has_children = block.get(CHILDREN) > 0;
-        block.set(PARENT, u64::from(NONE));
+        let block = self.at_mut(id);
         block.set(STORES, 0);
-        if has_children {
-            self.holes.insert(u64::from(id), found.name);
+        let parent = block.get(PARENT) as Id;
+        if block.get(CHILDREN) > 0 {
+            let mut before = Vec::new();
+            self.write_before(id, &mut before);
+            let (name, before) = (found.name, before.into());
+            self.holes.insert(u64::from(id), Hole { name, before });
+            self.at_mut(id).set(PARENT, u64::from(NONE));
         } else {
-            self.remove(found, &mut gone);
+            self.remove(found);
         }
         if parent != NONE {
             self.lower(CHILDREN, parent);
             let block = self.at(parent);
-            if block.get(CHILDREN) == 0 && block.get(STORES) == 0 {
-                self.remove_hole(parent, &mut gone);
+            if block.get(CHILDREN) == 0
+                && block.get(STORES) == 0
+                && let Some(hole) = self.holes.get(&u64::from(parent))
+            {
+                self.remove(self.find_name(hole.name));
             }
         }
         true
     }
 
-    fn remove_hole(&mut self, id: Id, gone: &mut impl FnMut(SequenceHash)) {
-        if let Some(name) = self.holes.remove(&u64::from(id)) {
-            self.remove(self.find_name(name), gone);
-        }
+    fn remove(&mut self, found: Found) {
+        self.table.remove(found.at);
+        let (id, block) = (found.id, self.at(found.id));
+        self.gone.push(Gone {
+            id,
+            parent: block.get(PARENT) as Id,
+            hash: block.hash,
+            was_reachable: block.get(REACHABLE) > 0,
+        });
     }
 
-    fn remove(&mut self, found: Found, gone: &mut impl FnMut(SequenceHash)) {
-        self.table.remove(found.at);
-        let free = std::mem::replace(&mut self.free, found.id);
-        let block = self.at_mut(found.id);
-        if block.get(REACHABLE) > 0 {
-            gone(block.hash);
+    /// Blocks that are gone, in the order in which they went, until they are
+    /// [freed](Self::free_gone). Nothing must be stored before that.
+    pub(super) fn gone(&self) -> &[Gone] {
+        &self.gone
+    }
+
+    pub(super) fn free_gone(&mut self) {
+        let mut gone = std::mem::take(&mut self.gone);
+        for it in gone.drain(..) {
+            if !self.holes.is_empty() {
+                self.holes.remove(&u64::from(it.id));
+            }
+            let free = std::mem::replace(&mut self.free, it.id);
+            let block = self.at_mut(it.id);
+            block.set(REACHABLE, 0);
+            block.set(PARENT, u64::from(free));
         }
-        block.set(REACHABLE, 0);
-        block.set(PARENT, u64::from(free));
+        self.gone = gone;
+    }
+
+    /// Writes what is before a block, backwards to the last mark, or to where its sequence begins.
+    pub(super) fn write_before(&self, id: Id, before: &mut Vec<SequenceHash>) {
+        let mut at = id;
+        for _ in 0..MOST_BEFORE {
+            let Some(parent) = self.parent(at) else {
+                if let Some(hole) = self.holes.get(&u64::from(at)) {
+                    before.extend_from_slice(&hole.before);
+                }
+                return;
+            };
+            let hash = self.hash(parent);
+            before.push(hash);
+            if is_mark(hash) {
+                return;
+            }
+            at = parent;
+        }
     }
 
     pub(super) fn hash(&self, id: Id) -> SequenceHash {
@@ -452,14 +515,15 @@ mod tests {
                 } else if entry.stores > 0 {
                     entry.stores -= 1;
                     let gone = entry.stores == 0;
-                    prop_assert_eq!(blocks.count_removal(found, drop), gone);
+                    prop_assert_eq!(blocks.count_removal(found), gone);
+                    blocks.free_gone();
                 } else {
                     let parent_id = blocks.find_stored(name(parent));
                     entry.stores = 1;
                     entry.parent = parent_id.map(|_| parent);
                     let parent_id = parent_id.unwrap_or(NONE);
                     if found.id == NONE {
-                        blocks.insert(found, parent_id, which).unwrap();
+                        blocks.insert(found, parent_id, which, true).unwrap();
                     } else {
                         blocks.fill(found.id, parent_id, which);
                     }

@@ -2,16 +2,18 @@
 
 use smallvec::SmallVec;
 
-use crate::cache::runs::{MOST_POSITION_BITS, POSITION_BITS, Position, RunId, Runs};
-use crate::cache::sparse::{Entry, Sparse};
-use crate::cache::{Changes, Link};
+use crate::cache::Changes;
+use crate::cache::marks::Marks;
+use crate::cache::paths::{Path, is_mark};
+use crate::cache::runs::{Position, RunId, Runs};
 use crate::sequence::SequenceHash;
 use crate::tree::{Depth, Slot};
 
 /// Which workers hold which prefix.
 ///
-/// A table tells where every prefix ends: at which block of which run. How much of a prompt anybody
-/// holds is found by bisection. From there up it is a few runs, each up to some block, and every
+/// Prefixes that continue each other are blocks of a run. A table tells where some of them are, the
+/// marks; others are found by walking from there. How much of a prompt anybody holds is found by
+/// bisection over its marks. From there up it is a few runs, each up to some block, and every
 /// worker's depth is where it stops in the last of them that it holds.
 #[derive(Debug, Default)]
 pub struct CacheIndex {
@@ -22,95 +24,30 @@ pub struct CacheIndex {
 #[derive(Debug)]
 struct Table {
     stride: u32,
-    /// By the hash's leading bits. One is small enough to grow under the router's lock: of two
-    /// million prefixes, each takes 26 KiB.
-    shards: Box<[Sparse<Prefix>]>,
+    marks: Marks,
     runs: Runs,
 }
-
-const SHARD_BITS: u32 = 10;
-
-/// The key within the shard, and the position: together ten bytes. They hold all of the hash but
-/// for five bits, so one look-up in 10^11 finds what it should not.
-#[derive(Clone, Copy, Debug)]
-#[repr(Rust, packed(2))]
-struct Prefix {
-    /// The low bits are the position's.
-    key: u64,
-    position: u16,
-}
-
-const LOW_BITS: u32 = POSITION_BITS - u16::BITS;
-const LOW_MASK: u64 = (1 << LOW_BITS) - 1;
-
-const _: () =
-    assert!(size_of::<Prefix>() == 10 && MOST_POSITION_BITS >> LOW_BITS < u16::MAX as u32);
-
-impl Prefix {
-    fn new(key: u64, position: Position) -> Self {
-        let bits = position.bits();
-        Self {
-            key: key | u64::from(bits) & LOW_MASK,
-            position: (bits >> LOW_BITS) as u16,
-        }
-    }
-
-    fn position(&self) -> Position {
-        let low = self.key & LOW_MASK;
-        Position::from_bits(u32::from(self.position) << LOW_BITS | low as u32)
-    }
-}
-
-impl Entry for Prefix {
-    const GAP: Self = Self {
-        key: u64::MAX,
-        position: u16::MAX,
-    };
-
-    fn key(&self) -> u64 {
-        self.key & !LOW_MASK
-    }
-
-    fn is_gap(&self) -> bool {
-        // The numbers of runs end below those that begin like that.
-        self.position == u16::MAX
-    }
-}
-
-fn shard_of(hash: SequenceHash) -> usize {
-    (hash >> (u64::BITS - SHARD_BITS)) as usize
-}
-
-/// What is left of the hash beside the number of its shard, but for the last bits.
-fn key_in_shard(hash: SequenceHash) -> u64 {
-    hash << SHARD_BITS & !LOW_MASK
-}
-
-/// How many prefixes are looked for at the same time.
-const TOGETHER: usize = 16;
 
 impl CacheIndex {
     /// Applies one worker's changes, and keeps count of the router's blocks it holds. Workers are
     /// numbered from 0, closely.
     pub fn update(&mut self, worker: Slot, changes: &Changes, held: &mut u64) {
-        self.remove(worker, changes.stride, &changes.removed, held);
-        self.add(worker, changes.stride, &changes.added, held);
-    }
-
-    pub(crate) fn remove(
-        &mut self,
-        worker: Slot,
-        stride: u32,
-        hashes: &[SequenceHash],
-        held: &mut u64,
-    ) {
-        if let Some(table) = self.tables.iter_mut().find(|it| it.stride == stride) {
-            *held -= table.remove(worker, hashes) * u64::from(stride);
+        for path in changes.removed.iter() {
+            self.remove(worker, changes.stride, path, held);
+        }
+        for path in changes.added.iter() {
+            self.add(worker, changes.stride, path, held);
         }
     }
 
-    pub(crate) fn add(&mut self, worker: Slot, stride: u32, links: &[Link], held: &mut u64) {
-        if stride == 0 || links.is_empty() {
+    pub(crate) fn remove(&mut self, worker: Slot, stride: u32, path: Path<'_>, held: &mut u64) {
+        if let Some(table) = self.tables.iter_mut().find(|it| it.stride == stride) {
+            *held -= table.remove(worker, path) * u64::from(stride);
+        }
+    }
+
+    pub(crate) fn add(&mut self, worker: Slot, stride: u32, path: Path<'_>, held: &mut u64) {
+        if stride == 0 || path.told().is_empty() {
             return;
         }
         let known = self.tables.iter().position(|it| it.stride == stride);
@@ -118,21 +55,23 @@ impl CacheIndex {
             self.tables.push(Table::new(stride));
             self.tables.len() - 1
         });
-        *held += self.tables[index].add(worker, links) * u64::from(stride);
+        *held += self.tables[index].add(worker, path) * u64::from(stride);
     }
 
-    /// Forgets a worker. Visits every prefix: for when one leaves.
+    /// Forgets a worker. Visits every run: for when one leaves.
     pub fn forget_worker(&mut self, worker: Slot) {
         for table in &mut self.tables {
-            table.forget_worker(worker);
+            for run in table.runs.ids() {
+                table.lose(Position::new(run, 0), worker);
+            }
         }
-        self.tables.retain(|table| table.len() > 0);
+        self.tables.retain(|table| table.runs.len() > 0);
     }
 
     /// Prefixes that some worker holds.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.tables.iter().map(Table::len).sum()
+        self.tables.iter().map(|table| table.runs.len()).sum()
     }
 
     /// Whether nobody holds anything.
@@ -162,89 +101,110 @@ impl Table {
     fn new(stride: u32) -> Self {
         Self {
             stride,
-            shards: (0..1 << SHARD_BITS).map(|_| Sparse::default()).collect(),
+            marks: Marks::new(),
             runs: Runs::default(),
         }
     }
 
-    fn len(&self) -> usize {
-        self.shards.iter().map(Sparse::len).sum()
-    }
-
-    fn find(&self, hash: SequenceHash) -> Option<Position> {
-        let (shard, key) = (&self.shards[shard_of(hash)], key_in_shard(hash));
-        let prefix = shard.get(shard.seek(key)).filter(|it| it.key() == key);
-        prefix.map(Prefix::position)
-    }
-
-    /// Makes [finding](Self::find) several prefixes faster.
-    fn touch(&self, hash: SequenceHash) {
-        self.shards[shard_of(hash)].touch(key_in_shard(hash));
-    }
-
     /// Returns how many of them the worker did not hold.
-    fn add(&mut self, worker: Slot, links: &[Link]) -> u64 {
-        let mut added = 0;
-        let mut last = None;
-        for links in links.chunks(TOGETHER) {
-            links.iter().for_each(|it| self.touch(it.hash));
-            for link in links {
-                let hash = link.hash;
-                let (shard, key) = (&self.shards[shard_of(hash)], key_in_shard(hash));
-                let at = shard.seek(key);
-                let found = shard.get(at).filter(|it| it.key() == key);
-                let position = if let Some(prefix) = found {
-                    let position = prefix.position();
-                    added += u64::from(self.runs.hold(position, worker));
-                    position
-                } else {
-                    let previous = link.previous.and_then(|previous| match last {
-                        Some((hash, position)) if hash == previous => Some(position),
-                        _ => self.find(previous),
-                    });
-                    let Some(position) = self.runs.append(previous, worker) else {
-                        continue;
-                    };
-                    added += 1;
-                    self.shards[shard_of(hash)].insert(at, Prefix::new(key, position));
-                    position
-                };
-                last = Some((hash, position));
-            }
+    fn add(&mut self, worker: Slot, path: Path<'_>) -> u64 {
+        let (way, mut told) = path.hashes().split_at(path.told_from());
+        for &hash in told.iter().filter(|&&it| is_mark(it)) {
+            self.marks.touch(hash);
         }
-        added
+        let mut last = self.last_held(worker, way);
+        if last.is_none() && !way.is_empty() {
+            return 0;
+        }
+        let mut added = 0;
+        while let Some(&first) = told.first() {
+            let (at, blocks) = if let Some(at) = self.next(last, first) {
+                let blocks = common(self.runs.from(at), told);
+                added += self.runs.hold(at, blocks, worker);
+                (at, blocks)
+            } else if let Some((at, blocks)) = self.runs.append(last, told, worker) {
+                for (index, &hash) in told[..blocks].iter().enumerate() {
+                    if is_listed(at.plus(index), hash) {
+                        self.marks.insert(hash, at.plus(index));
+                    }
+                }
+                added += blocks;
+                (at, blocks)
+            } else {
+                break;
+            };
+            last = Some(at.plus(blocks - 1));
+            told = &told[blocks..];
+        }
+        added as u64
+    }
+
+    /// Where a path ends, if the worker holds it.
+    fn last_held(&self, worker: Slot, path: &[SequenceHash]) -> Option<Position> {
+        let (mut rest, mut last) = (path, None);
+        while let Some(&hash) = rest.first() {
+            let held = self.held_from(hash, worker);
+            let blocks = held.map_or(1, |(_, held)| common(held, rest));
+            last = held.map(|(at, _)| at.plus(blocks - 1));
+            rest = &rest[blocks..];
+        }
+        last
+    }
+
+    /// A prefix that the worker holds, and what it holds of the run from there.
+    fn held_from(&self, hash: SequenceHash, worker: Slot) -> Option<(Position, &[SequenceHash])> {
+        let held = |at| self.runs.held_from(at, worker);
+        let found = self.marks.find(hash, |at| !held(at).is_empty());
+        found.map(|at| (at, held(at)))
+    }
+
+    /// What continues a block, or begins a sequence.
+    fn next(&self, last: Option<Position>, hash: SequenceHash) -> Option<Position> {
+        if let Some(last) = last
+            && self.runs.from(last).get(1) == Some(&hash)
+        {
+            return Some(last.plus(1));
+        }
+        let continues = |at: Position| self.runs.get(at.run()).previous() == last;
+        let is_next = |at: Position| at.block() == 0 && continues(at);
+        self.marks.find(hash, is_next)
     }
 
     /// Returns how many blocks the worker no longer holds.
-    fn remove(&mut self, worker: Slot, hashes: &[SequenceHash]) -> u64 {
-        let mut removed = 0;
-        for hashes in hashes.chunks(TOGETHER) {
-            hashes.iter().for_each(|&hash| self.touch(hash));
-            for &hash in hashes {
-                let (shard, key) = (&mut self.shards[shard_of(hash)], key_in_shard(hash));
-                let at = shard.seek(key);
-                if let Some(prefix) = shard.get(at).filter(|it| it.key() == key) {
-                    let position = prefix.position();
-                    let (lost, is_gone) = self.runs.lose(position, worker);
-                    removed += u64::from(lost);
-                    if is_gone {
-                        shard.remove(at);
-                    }
-                }
+    fn remove(&mut self, worker: Slot, path: Path<'_>) -> u64 {
+        let (hashes, told_from) = (path.hashes(), path.told_from());
+        let (mut removed, mut index) = (0, 0);
+        while let Some(&hash) = hashes.get(index) {
+            let Some((at, held)) = self.held_from(hash, worker) else {
+                index += 1;
+                continue;
+            };
+            let blocks = common(held, &hashes[index..]);
+            if index + blocks > told_from {
+                removed += self.lose(at.plus(told_from.saturating_sub(index)), worker);
             }
+            index += blocks;
         }
         removed
     }
 
-    fn forget_worker(&mut self, worker: Slot) {
-        self.runs.forget_worker(worker);
-        for shard in &mut self.shards {
-            shard.change_all(|it| {
-                if self.runs.forget_unless_held(it.position()) {
-                    *it = Prefix::GAP;
-                }
-            });
+    /// A worker lost a block, and with it what it holds of the run behind. Returns how many blocks
+    /// that are.
+    fn lose(&mut self, at: Position, worker: Slot) -> u64 {
+        let (lost, left) = self.runs.lose(at, worker);
+        let run = at.run();
+        let gone = self.runs.behind(run, left);
+        for &hash in gone.iter().filter(|&&it| is_mark(it)) {
+            self.marks.touch(hash);
         }
+        for (block, &hash) in (left..).zip(gone) {
+            let at = Position::new(run, block);
+            if is_listed(at, hash) {
+                self.marks.remove(hash, at);
+            }
+        }
+        self.runs.cut(run, left);
+        lost as u64
     }
 
     fn descend(&self, chain: &[SequenceHash], depths: &mut [Depth]) -> u32 {
@@ -278,16 +238,18 @@ impl Table {
         while let Some((mut last, mut at)) = deepest {
             stretches.clear();
             let start = loop {
-                let block = usize::from(at.block);
-                let start = last.saturating_sub(block);
-                let (run, end) = (at.run, last + 1);
+                let start = last.saturating_sub(at.block());
+                let (run, end) = (at.run(), last + 1);
                 stretches.push(Stretch { run, start, end });
                 if start == 0 {
                     return stretches;
                 }
                 last = start - 1;
+                let expected = self.block(chain, last);
                 match self.runs.get(run).previous() {
-                    Some(previous) if self.held_at(chain, last) == Some(previous) => at = previous,
+                    Some(previous) if self.runs.from(previous).first() == Some(&expected) => {
+                        at = previous;
+                    }
                     _ => break start,
                 }
             };
@@ -299,29 +261,54 @@ impl Table {
 
     /// The last of the first `blocks` blocks of a prompt that somebody holds.
     fn deepest(&self, chain: &[SequenceHash], blocks: usize) -> Option<(usize, Position)> {
-        let (mut held, mut missing) = (None, blocks);
+        let mut deepest = None;
+        // Between these the last mark is that somebody holds.
+        let (mut low, mut high) = (0, blocks);
         // Often somebody holds all, or nobody any.
         let mut guess = blocks.checked_sub(1)?;
-        loop {
-            match self.held_at(chain, guess) {
-                Some(position) => held = Some((guess, position)),
-                None => missing = guess,
+        while low < high {
+            let mut marks = (low..=guess).rev();
+            let mark = marks.find(|&it| it == 0 || is_mark(self.block(chain, it)));
+            let found = mark.map(|it| (it, self.marks.find(self.block(chain, it), |_| true)));
+            match found {
+                Some((mark, None)) => high = mark,
+                Some((mark, Some(at))) => {
+                    deepest = Some((mark, at));
+                    low = guess + 1;
+                }
+                None => low = guess + 1,
             }
-            guess = match held {
-                Some((last, _)) if last + 1 == missing => return held,
-                Some((last, _)) => last.midpoint(missing),
-                None if missing == 0 => return None,
-                None if missing == blocks - 1 => 0,
-                None => missing / 2,
+            guess = match deepest {
+                None if guess == blocks - 1 => 0,
+                _ => low.midpoint(high),
             };
         }
+        let (mut last, mut at) = deepest?;
+        while last + 1 < blocks {
+            let next = self.block(chain, last + 1);
+            let Some(next) = self.next(Some(at), next) else {
+                break;
+            };
+            (last, at) = (last + 1, next);
+        }
+        Some((last, at))
     }
 
-    /// Where in a run a block of a prompt is, if somebody holds it.
-    fn held_at(&self, chain: &[SequenceHash], block: usize) -> Option<Position> {
-        let position = self.find(chain[(block + 1) * self.stride as usize - 1])?;
-        self.runs.is_held(position).then_some(position)
+    /// What ends a block of a prompt.
+    fn block(&self, chain: &[SequenceHash], block: usize) -> SequenceHash {
+        chain[(block + 1) * self.stride as usize - 1]
     }
+}
+
+/// How many blocks are the same.
+fn common(ours: &[SequenceHash], theirs: &[SequenceHash]) -> usize {
+    let pairs = ours.iter().zip(theirs);
+    pairs.take_while(|(ours, theirs)| ours == theirs).count()
+}
+
+/// Whether the table tells where a block is.
+fn is_listed(at: Position, hash: SequenceHash) -> bool {
+    at.block() == 0 || is_mark(hash)
 }
 
 #[cfg(test)]
@@ -331,6 +318,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::cache::Paths;
     use crate::sequence::extend;
 
     fn hashes(prompt: &[u32]) -> Vec<SequenceHash> {
@@ -349,17 +337,28 @@ mod tests {
     }
 
     #[derive(Clone, Debug)]
+    enum Order {
+        Down,
+        Up,
+        Paths,
+    }
+
+    #[derive(Clone, Debug)]
     enum Step {
         Add(Vec<u32>),
-        /// And all that continues it, in one order or the other.
-        Remove(Vec<u32>, bool),
+        /// And all that continues it, block by block in one order or the other, or path by path.
+        Remove(Vec<u32>, Order),
         Forget,
+    }
+
+    fn order() -> impl Strategy<Value = Order> {
+        prop_oneof![Just(Order::Down), Just(Order::Up), Just(Order::Paths)]
     }
 
     fn step() -> impl Strategy<Value = Step> {
         prop_oneof![
             8 => prompt().prop_map(Step::Add),
-            8 => (prompt(), any::<bool>()).prop_map(|(prompt, up)| Step::Remove(prompt, up)),
+            8 => (prompt(), order()).prop_map(|(prompt, order)| Step::Remove(prompt, order)),
             1 => Just(Step::Forget),
         ]
     }
@@ -371,7 +370,8 @@ mod tests {
 
         #[test]
         fn depths_are_those_of_sets_of_prefixes(
-            steps in prop::collection::vec((0..WORKERS, step(), prompt()), 1..40)
+            steps in prop::collection::vec((0..WORKERS, step(), prompt()), 1..40),
+            most in 1..30_usize,
         ) {
             let mut index = CacheIndex::default();
             let mut models: [BTreeSet<Vec<u32>>; WORKERS] = Default::default();
@@ -380,19 +380,31 @@ mod tests {
                 let (slot, model) = (worker as Slot, &mut models[worker]);
                 match step {
                     Step::Add(prompt) => {
-                        let added: Vec<Link> = Link::chain(&hashes(&prompt)).collect();
+                        let added = Paths::whole(&hashes(&prompt));
                         model.extend((1..=prompt.len()).map(|end| prompt[..end].to_vec()));
-                        index.add(slot, 1, &added, &mut held[worker]);
+                        for piece in added.iter().flat_map(|it| it.pieces(most)) {
+                            index.add(slot, 1, piece, &mut held[worker]);
+                        }
                     }
-                    Step::Remove(prompt, up) => {
+                    Step::Remove(prompt, order) => {
                         let gone = model.iter().filter(|it| it.starts_with(&prompt));
-                        let gone = gone.filter_map(|it| hashes(it).pop());
-                        let mut gone: Vec<SequenceHash> = gone.collect();
-                        if up {
+                        let mut gone: Vec<&Vec<u32>> = gone.filter(|it| !it.is_empty()).collect();
+                        if matches!(order, Order::Up) {
                             gone.reverse();
                         }
+                        let mut removed = Paths::default();
+                        for it in gone {
+                            let before = match order {
+                                // What it has in common with others is told again.
+                                Order::Paths => prompt.len().saturating_sub(1),
+                                Order::Down | Order::Up => it.len() - 1,
+                            };
+                            removed.push_behind(&hashes(it), before);
+                        }
                         model.retain(|it| !it.starts_with(&prompt));
-                        index.remove(slot, 1, &gone, &mut held[worker]);
+                        for piece in removed.iter().flat_map(|it| it.pieces(most).rev()) {
+                            index.remove(slot, 1, piece, &mut held[worker]);
+                        }
                     }
                     Step::Forget => {
                         model.clear();
@@ -413,20 +425,15 @@ mod tests {
                 prop_assert_eq!(deepest as usize, most);
                 let prefixes: BTreeSet<&Vec<u32>> = models.iter().flatten().collect();
                 prop_assert_eq!(index.len(), prefixes.len());
-            }
-        }
-    }
-
-    #[test]
-    fn a_prefix_keeps_its_key_and_its_position() {
-        for hash in [0, 1, 0x0123_4567_89AB_CDEF, u64::MAX] {
-            let key = key_in_shard(hash);
-            for run in [0, 1, 63, 64, (0xFFFF << 6) - 1] {
-                for block in [0, 1, 511] {
-                    let prefix = Prefix::new(key, Position { run, block });
-                    assert_eq!(prefix.key(), key);
-                    assert_eq!(prefix.position(), Position { run, block });
-                    assert!(!prefix.is_gap());
+                for table in &index.tables {
+                    let listed = table.runs.ids().map(|run| {
+                        let blocks = table.runs.from(Position::new(run, 0)).iter();
+                        let blocks = blocks.enumerate();
+                        blocks
+                            .filter(|&(block, &hash)| is_listed(Position::new(run, block), hash))
+                            .count()
+                    });
+                    prop_assert_eq!(table.marks.len(), listed.sum::<usize>());
                 }
             }
         }

@@ -2,49 +2,49 @@
 //!
 //! A run begins where a prompt leaves what is known, and goes on for as long as blocks are added
 //! behind its last. Blocks that are added behind another begin a run of their own, so a block keeps
-//! its position for as long as it is known. Caches are closed under prefixes: who holds a block of
-//! a run holds all before it there, and a number of blocks says which.
+//! its position for as long as somebody holds it. Caches are closed under prefixes: who holds a
+//! block of a run holds all before it there, and a number of blocks says which.
 
 use smallvec::SmallVec;
 
+use crate::sequence::SequenceHash;
 use crate::tree::Slot;
 
 pub(super) type RunId = u32;
 
-/// Bits of a block's position, which is stored with its hash.
-pub(super) const POSITION_BITS: u32 = RUN_BITS + BLOCK_BITS;
-const RUN_BITS: u32 = 22;
 const BLOCK_BITS: u32 = 9;
 
 /// Runs that are kept at most. What would need more is not known.
-const MOST_RUNS: usize = if cfg!(test) { 256 } else { 0xFFFF << 6 };
+const MOST_RUNS: usize = if cfg!(test) { 256 } else { 1 << 22 };
 /// Blocks of a run, at most.
-const MOST_BLOCKS: u16 = if cfg!(test) { 8 } else { 1 << BLOCK_BITS };
-
-/// The largest [`Position::bits`].
-pub(super) const MOST_POSITION_BITS: u32 = ((MOST_RUNS as u32) << BLOCK_BITS) - 1;
+const MOST_BLOCKS: usize = if cfg!(test) { 8 } else { 1 << BLOCK_BITS };
 
 const PAGE_BITS: u32 = 9;
 const PAGE: usize = 1 << PAGE_BITS;
 
 /// Where a block is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Position {
-    pub(super) run: RunId,
-    pub(super) block: u16,
-}
+pub(super) struct Position(u32);
 
 impl Position {
-    pub(super) fn bits(self) -> u32 {
-        self.run << BLOCK_BITS | u32::from(self.block)
+    pub(super) const NONE: Self = Self(u32::MAX);
+
+    pub(super) fn new(run: RunId, block: usize) -> Self {
+        debug_assert!(block < 1 << BLOCK_BITS);
+        Self(run << BLOCK_BITS | block as u32)
     }
 
-    pub(super) fn from_bits(bits: u32) -> Self {
-        let block = bits & ((1 << BLOCK_BITS) - 1);
-        Self {
-            run: bits >> BLOCK_BITS,
-            block: block as u16,
-        }
+    pub(super) fn run(self) -> RunId {
+        self.0 >> BLOCK_BITS
+    }
+
+    pub(super) fn block(self) -> usize {
+        self.0 as usize % (1 << BLOCK_BITS)
+    }
+
+    /// So many blocks further in the run.
+    pub(super) fn plus(self, blocks: usize) -> Self {
+        Self::new(self.run(), self.block() + blocks)
     }
 }
 
@@ -57,64 +57,56 @@ pub(super) struct Holder {
 
 #[derive(Debug)]
 pub(super) struct Run {
+    /// Of the blocks that some worker holds.
+    hashes: Vec<SequenceHash>,
     /// Sorted by worker.
     holders: SmallVec<[Holder; 2]>,
-    /// The bits of what it continues; more than any, if it begins a sequence.
-    previous: u32,
-    /// Blocks that some worker holds.
-    len: u16,
-    /// Blocks that are known. Where a worker lost a block before it lost those behind, and nobody
-    /// else holds them, there are more than are held, until it says that it lost them too.
-    known: u16,
+    /// What it continues; [`Position::NONE`] if it begins a sequence.
+    previous: Position,
 }
 
 impl Run {
-    /// The block before its first, which may no longer be known.
+    /// The block before its first, which somebody may have lost who still holds this.
     pub(super) fn previous(&self) -> Option<Position> {
-        (self.previous <= MOST_POSITION_BITS).then(|| Position::from_bits(self.previous))
+        (self.previous != Position::NONE).then_some(self.previous)
     }
 
     pub(super) fn holders(&self) -> &[Holder] {
         &self.holders
     }
 
-    fn held_by(&self, worker: Slot) -> u16 {
+    fn held_by(&self, worker: Slot) -> usize {
         let found = self.search(worker);
-        found.map_or(0, |index| self.holders[index].blocks)
+        found.map_or(0, |index| usize::from(self.holders[index].blocks))
     }
 
     fn search(&self, worker: Slot) -> Result<usize, usize> {
         self.holders.binary_search_by_key(&worker, |it| it.worker)
     }
 
-    fn set_held(&mut self, worker: Slot, blocks: u16) {
-        if blocks > 0
-            && let [only] = &mut self.holders[..]
-            && only.worker == worker
-        {
-            only.blocks = blocks;
-            self.len = blocks;
-            return;
-        }
-        let before = match (self.search(worker), blocks) {
-            (Ok(index), 0) => self.holders.remove(index).blocks,
-            (Ok(index), _) => std::mem::replace(&mut self.holders[index].blocks, blocks),
-            (Err(_), 0) => return,
-            (Err(index), _) => {
-                self.holders.insert(index, Holder { worker, blocks });
-                0
+    fn set_held(&mut self, worker: Slot, blocks: usize) {
+        let blocks = blocks as u16;
+        match (self.search(worker), blocks) {
+            (Ok(index), 0) => {
+                self.holders.remove(index);
+                if self.holders.is_empty() {
+                    // Whoever comes next finds no memory of a crowd.
+                    self.holders = SmallVec::new();
+                }
             }
-        };
-        if blocks > before {
-            self.len = self.len.max(blocks);
-        } else if before == self.len {
-            let held = self.holders.iter().map(|it| it.blocks);
-            self.len = held.max().unwrap_or(0);
+            (Ok(index), _) => self.holders[index].blocks = blocks,
+            (Err(_), 0) => {}
+            (Err(index), _) => self.holders.insert(index, Holder { worker, blocks }),
         }
-        if self.holders.is_empty() {
-            // Whoever comes next finds no memory of a crowd.
-            self.holders = SmallVec::new();
+    }
+
+    /// Adds blocks behind the last, and not much memory beyond.
+    fn extend(&mut self, hashes: &[SequenceHash]) {
+        let len = self.hashes.len();
+        if len + hashes.len() > self.hashes.capacity() {
+            self.hashes.reserve_exact(hashes.len().max(len / 8));
         }
+        self.hashes.extend_from_slice(hashes);
     }
 }
 
@@ -124,9 +116,22 @@ pub(super) struct Runs {
     /// They do not move, so that no decision waits for them to.
     pages: Vec<Vec<Run>>,
     free: Vec<RunId>,
+    /// Blocks of all.
+    len: usize,
 }
 
 impl Runs {
+    /// Blocks that some worker holds.
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Every number that a run has, or had.
+    pub(super) fn ids(&self) -> std::ops::Range<RunId> {
+        let last = self.pages.last().map_or(0, Vec::len);
+        0..(self.pages.len().saturating_sub(1) * PAGE + last) as RunId
+    }
+
     pub(super) fn get(&self, id: RunId) -> &Run {
         &self.pages[(id >> PAGE_BITS) as usize][id as usize % PAGE]
     }
@@ -135,42 +140,66 @@ impl Runs {
         &mut self.pages[(id >> PAGE_BITS) as usize][id as usize % PAGE]
     }
 
-    pub(super) fn is_held(&self, at: Position) -> bool {
-        at.block < self.get(at.run).len
+    /// The blocks of a run from one on. None if it does not go so far.
+    pub(super) fn from(&self, at: Position) -> &[SequenceHash] {
+        self.behind(at.run(), at.block())
     }
 
-    /// A worker came to hold a block that is known. Returns whether that is new, and follows what
-    /// it holds.
-    pub(super) fn hold(&mut self, at: Position, worker: Slot) -> bool {
-        let run = self.get_mut(at.run);
-        let is_next = run.held_by(worker) == at.block;
-        if is_next {
-            run.set_held(worker, at.block + 1);
+    /// The blocks of a run but for the first.
+    pub(super) fn behind(&self, id: RunId, first: usize) -> &[SequenceHash] {
+        self.get(id).hashes.get(first..).unwrap_or_default()
+    }
+
+    /// Those of them that a worker holds.
+    pub(super) fn held_from(&self, at: Position, worker: Slot) -> &[SequenceHash] {
+        let run = self.get(at.run());
+        let held = at.block()..run.held_by(worker);
+        run.hashes.get(held).unwrap_or_default()
+    }
+
+    /// A worker came to hold some blocks of a run. Returns how many of them are new to it; without
+    /// those before them it holds none.
+    pub(super) fn hold(&mut self, at: Position, blocks: usize, worker: Slot) -> usize {
+        let run = self.get_mut(at.run());
+        let (held, end) = (run.held_by(worker), at.block() + blocks);
+        if held < at.block() || held >= end {
+            return 0;
         }
-        is_next
+        run.set_held(worker, end);
+        end - held
     }
 
-    /// A worker came to hold a block that is not known, behind another or nothing that is. `None`
-    /// if there are too many runs.
-    pub(super) fn append(&mut self, previous: Option<Position>, worker: Slot) -> Option<Position> {
+    /// A worker came to hold blocks that are not known, behind another or nothing that is. Returns
+    /// where the first is, and how many there was room for. `None` if there are too many runs.
+    pub(super) fn append(
+        &mut self,
+        previous: Option<Position>,
+        hashes: &[SequenceHash],
+        worker: Slot,
+    ) -> Option<(Position, usize)> {
         if let Some(previous) = previous {
-            let run = self.get_mut(previous.run);
-            let block = previous.block + 1;
-            let is_end = block == run.len && block == run.known;
-            if is_end && block < MOST_BLOCKS && run.held_by(worker) == block {
-                run.known += 1;
-                run.set_held(worker, block + 1);
-                let run = previous.run;
-                return Some(Position { run, block });
+            let run = self.get_mut(previous.run());
+            let len = run.hashes.len();
+            if previous.block() + 1 == len && len < MOST_BLOCKS && run.held_by(worker) == len {
+                let blocks = hashes.len().min(MOST_BLOCKS - len);
+                run.extend(&hashes[..blocks]);
+                run.set_held(worker, len + blocks);
+                self.len += blocks;
+                return Some((previous.plus(1), blocks));
             }
         }
-        let run = self.begin(Run {
-            holders: SmallVec::from_iter([Holder { worker, blocks: 1 }]),
-            previous: previous.map_or(u32::MAX, Position::bits),
-            len: 1,
-            known: 1,
+        let blocks = hashes.len().min(MOST_BLOCKS);
+        let holder = Holder {
+            worker,
+            blocks: blocks as u16,
+        };
+        let id = self.begin(Run {
+            hashes: hashes[..blocks].to_vec(),
+            holders: SmallVec::from_iter([holder]),
+            previous: previous.unwrap_or(Position::NONE),
         })?;
-        Some(Position { run, block: 0 })
+        self.len += blocks;
+        Some((Position::new(id, 0), blocks))
     }
 
     fn begin(&mut self, run: Run) -> Option<RunId> {
@@ -178,48 +207,43 @@ impl Runs {
             *self.get_mut(id) = run;
             return Some(id);
         }
-        let is_full = self.pages.last().is_none_or(|page| page.len() == PAGE);
-        if is_full {
-            self.pages.push(Vec::with_capacity(PAGE));
-        }
-        let before = (self.pages.len() - 1) * PAGE;
-        let page = self.pages.last_mut()?;
-        let id = before + page.len();
-        if id == MOST_RUNS {
+        let id = self.ids().end;
+        if id as usize == MOST_RUNS {
             return None;
         }
-        page.push(run);
-        Some(id as RunId)
+        if (id as usize).is_multiple_of(PAGE) {
+            self.pages.push(Vec::with_capacity(PAGE));
+        }
+        self.pages.last_mut()?.push(run);
+        Some(id)
     }
 
-    /// A worker lost a block, and with it what it holds behind. Returns how many it held, and
-    /// whether the block is no longer known.
-    pub(super) fn lose(&mut self, at: Position, worker: Slot) -> (u16, bool) {
-        let run = self.get_mut(at.run);
-        let lost = run.held_by(worker).saturating_sub(at.block);
+    /// A worker lost a block, and with it what it holds behind. Returns how many it held, and how
+    /// many are left that anybody holds: [`cut`](Self::cut) must follow.
+    pub(super) fn lose(&mut self, at: Position, worker: Slot) -> (usize, usize) {
+        let run = self.get_mut(at.run());
+        let lost = run.held_by(worker).saturating_sub(at.block());
         if lost > 0 {
-            run.set_held(worker, at.block);
+            run.set_held(worker, at.block());
         }
-        (lost, self.forget_unless_held(at))
+        let left = run.holders.iter().map(|it| usize::from(it.blocks)).max();
+        (lost, left.unwrap_or(0))
     }
 
-    /// Returns whether the block, which is known, no longer is.
-    pub(super) fn forget_unless_held(&mut self, at: Position) -> bool {
-        let run = self.get_mut(at.run);
-        if at.block < run.len {
-            return false;
+    /// Forgets all blocks of a run but the first.
+    pub(super) fn cut(&mut self, id: RunId, left: usize) {
+        let run = self.get_mut(id);
+        let before = run.hashes.len();
+        if left == before {
+            return;
         }
-        run.known -= 1;
-        if run.known == 0 {
-            self.free.push(at.run);
+        run.hashes.truncate(left);
+        if left < run.hashes.capacity() / 2 {
+            run.hashes.shrink_to(left + left / 8);
         }
-        true
-    }
-
-    /// A worker lost everything.
-    pub(super) fn forget_worker(&mut self, worker: Slot) {
-        for run in self.pages.iter_mut().flatten() {
-            run.set_held(worker, 0);
+        self.len -= before - left;
+        if left == 0 {
+            self.free.push(id);
         }
     }
 }
@@ -229,37 +253,71 @@ impl Runs {
 mod tests {
     use super::*;
 
+    /// Appends one block of that hash.
+    fn append(
+        runs: &mut Runs,
+        previous: Option<Position>,
+        hash: SequenceHash,
+        worker: Slot,
+    ) -> Option<Position> {
+        let (at, blocks) = runs.append(previous, &[hash], worker)?;
+        assert_eq!((runs.from(at), blocks), (&[hash][..], 1));
+        Some(at)
+    }
+
+    fn lose(runs: &mut Runs, at: Position, worker: Slot) -> usize {
+        let (lost, left) = runs.lose(at, worker);
+        runs.cut(at.run(), left);
+        lost
+    }
+
     #[test]
     fn a_run_ends_where_it_is_left() {
         let mut runs = Runs::default();
-        let first = runs.append(None, 1).unwrap();
-        let second = runs.append(Some(first), 1).unwrap();
-        assert_eq!((second.run, second.block), (first.run, 1));
+        let first = append(&mut runs, None, 10, 1).unwrap();
+        let second = append(&mut runs, Some(first), 20, 1).unwrap();
+        assert_eq!(second, first.plus(1));
         // The second of those that continue the first, and one behind what another holds.
-        let beside = runs.append(Some(first), 1).unwrap();
-        assert_eq!(runs.get(beside.run).previous(), Some(first));
-        assert!(runs.hold(first, 2));
-        assert_ne!(runs.append(Some(second), 2).unwrap().run, first.run);
-        // What was lost out of order is known until it is lost, and nothing goes on behind it.
-        assert_eq!(runs.lose(first, 1), (2, false));
-        assert!(runs.is_held(first) && !runs.is_held(second));
-        assert!(!runs.hold(second, 1));
-        assert_ne!(runs.append(Some(first), 2).unwrap().run, first.run);
-        assert_eq!(runs.lose(second, 1), (0, true));
-        assert_eq!(runs.append(Some(first), 2).unwrap(), second);
+        let beside = append(&mut runs, Some(first), 21, 1).unwrap();
+        assert_eq!(runs.get(beside.run()).previous(), Some(first));
+        assert_eq!(runs.from(first), [10, 20]);
+        assert_eq!(runs.hold(first, 1, 2), 1);
+        let behind = append(&mut runs, Some(second), 30, 2).unwrap();
+        assert_ne!(behind.run(), first.run());
+        assert_eq!(runs.len(), 4);
+        // Who lost a block holds none behind it until it holds that again.
+        assert_eq!(lose(&mut runs, first, 1), 2);
+        assert_eq!(
+            (runs.from(first), runs.held_from(first, 2)),
+            (&[10][..], &[10][..])
+        );
+        assert!(runs.from(second).is_empty() && runs.held_from(first, 1).is_empty());
+        assert_eq!(lose(&mut runs, second, 1), 0);
+        assert_eq!(append(&mut runs, Some(first), 22, 2).unwrap(), second);
+        assert_eq!(runs.hold(second, 1, 1), 0);
+        assert_eq!(runs.hold(first, 2, 1), 2);
+        assert_eq!(runs.len(), 4);
     }
 
     #[test]
     fn runs_are_bounded() {
         let mut runs = Runs::default();
-        let begun = |runs: &mut Runs| runs.append(None, 1);
+        let begun = |runs: &mut Runs| append(runs, None, 7, 1);
         let all: Vec<Position> = std::iter::from_fn(|| begun(&mut runs)).collect();
         assert_eq!(all.len(), MOST_RUNS);
-        assert_eq!(runs.lose(all[3], 1), (1, true));
+        assert_eq!(lose(&mut runs, all[3], 1), 1);
         assert_eq!(begun(&mut runs), Some(all[3]));
         assert_eq!(begun(&mut runs), None);
-        runs.forget_worker(1);
-        assert!(all.iter().all(|&it| runs.forget_unless_held(it)));
+        for &it in &all {
+            lose(&mut runs, it, 1);
+        }
+        assert_eq!(runs.len(), 0);
         assert!(begun(&mut runs).is_some());
+        // One that is full is continued by another.
+        let hashes = [7; MOST_BLOCKS + 3];
+        let (at, blocks) = runs.append(None, &hashes, 1).unwrap();
+        assert_eq!(blocks, MOST_BLOCKS);
+        let next = append(&mut runs, Some(at.plus(blocks - 1)), 8, 1).unwrap();
+        assert_ne!(next.run(), at.run());
     }
 }

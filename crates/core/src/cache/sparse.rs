@@ -1,4 +1,4 @@
-//! A table sorted by key, of which a quarter is gaps.
+//! A table sorted by key, of which a third is gaps.
 //!
 //! Keys are uniform, so where an entry belongs follows from its key, and it is never far from
 //! there: linear probing with the runs kept in order (Amble and Knuth, 1974). In order, a look-up
@@ -17,9 +17,9 @@ pub(super) trait Entry: Copy {
 }
 
 /// Entries in a hundred places, at most: beyond that, the table grows by a thirty-second part. The
-/// fuller, the longer its runs, of which every change moves a part: against 85, events are applied
-/// faster by a quarter at 75, by a half at 60.
-const MOST_IN_HUNDRED: usize = 78;
+/// fuller, the longer its runs, of which every change moves a part: events are applied faster by a
+/// tenth than at 78, which saves 2 bytes a block.
+const MOST_IN_HUNDRED: usize = 68;
 /// When there are fewer, it shrinks.
 const LEAST_IN_HUNDRED: usize = 40;
 const FEWEST_PLACES: usize = 8;
@@ -47,8 +47,23 @@ impl<E: Entry> Sparse<E> {
         self.len
     }
 
-    /// Where the entries with this key begin, or would.
-    pub(super) fn seek(&self, key: u64) -> usize {
+    /// Where the entry with this key is that is looked for, or else where those with its key begin,
+    /// or would.
+    pub(super) fn find(&self, key: u64, is_it: impl Fn(&E) -> bool) -> Result<usize, usize> {
+        let first = self.seek(key);
+        let mut at = first;
+        while let Some(entry) = self.get(at)
+            && entry.key() == key
+        {
+            if is_it(entry) {
+                return Ok(at);
+            }
+            at += 1;
+        }
+        Err(first)
+    }
+
+    fn seek(&self, key: u64) -> usize {
         let mut at = self.home(key);
         while self.entries.get(at).is_some_and(|entry| entry.key() < key) {
             at += 1;
@@ -76,7 +91,7 @@ impl<E: Entry> Sparse<E> {
         (((key >> 32) * self.places as u64) >> 32) as usize
     }
 
-    /// Inserts an entry before those of its key, whose place [`seek`](Self::seek) has just told.
+    /// Inserts an entry before those of its key, whose place [`find`](Self::find) has just told.
     pub(super) fn insert(&mut self, mut at: usize, entry: E) {
         if (self.len + 1) * 100 > self.places * MOST_IN_HUNDRED {
             self.resize(self.places + self.places / 32 + 1);
@@ -110,16 +125,6 @@ impl<E: Entry> Sparse<E> {
         if self.len * 100 < self.places * LEAST_IN_HUNDRED && self.places > FEWEST_PLACES {
             self.resize(self.len * 4 / 3);
         }
-    }
-
-    /// Changes every entry, but for its key. Those that become gaps are gone.
-    pub(super) fn change_all(&mut self, change: impl FnMut(&mut E)) {
-        self.entries
-            .iter_mut()
-            .filter(|it| !it.is_gap())
-            .for_each(change);
-        self.len = self.entries.iter().filter(|it| !it.is_gap()).count();
-        self.resize(self.len * 4 / 3);
     }
 
     fn resize(&mut self, places: usize) {
@@ -184,30 +189,23 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(256))]
 
         #[test]
-        fn a_table_is_a_map(steps in prop::collection::vec((key(), 0..100u32, 0..5u32), 0..400)) {
+        fn a_table_is_a_map(steps in prop::collection::vec((key(), 0..100u32), 0..400)) {
             let mut table = Sparse::<Pair>::default();
             let mut model = BTreeMap::new();
-            for (key, value, what) in steps {
-                let at = table.seek(key);
-                let found = table.get(at).filter(|it| it.key() == key).copied();
-                prop_assert_eq!(found.map(|it| it.1), model.get(&key).copied());
-                match (found, what) {
-                    (None, _) => {
+            for (key, value) in steps {
+                // Some entries share their keys.
+                let found = table.find(key, |it| it.1 % 2 == value % 2);
+                let is_known = model.contains_key(&(key, value % 2));
+                prop_assert_eq!(found.is_ok(), is_known);
+                match found {
+                    Err(at) => {
                         table.insert(at, Pair(key, value));
-                        model.insert(key, value);
+                        model.insert((key, value % 2), value);
                     }
-                    (Some(_), 0..4) => {
+                    Ok(at) => {
+                        let removed = model.remove(&(key, value % 2));
+                        prop_assert_eq!(table.get(at).map(|it| it.1), removed);
                         table.remove(at);
-                        model.remove(&key);
-                    }
-                    (Some(_), _) => {
-                        let gone = value;
-                        table.change_all(|it| {
-                            if it.1 == gone {
-                                *it = Pair::GAP;
-                            }
-                        });
-                        model.retain(|_, value| *value != gone);
                     }
                 }
                 prop_assert_eq!(table.len(), model.len());
@@ -215,7 +213,9 @@ mod tests {
                 prop_assert!(table.entries.len() <= FEWEST_PLACES + 3 * model.len() + 32);
             }
             let left = table.entries.iter().filter(|it| !it.is_gap());
-            let left: Vec<_> = left.map(|it| (it.0, it.1)).collect();
+            let mut left: Vec<_> = left.map(|it| ((it.0, it.1 % 2), it.1)).collect();
+            prop_assert!(left.is_sorted_by_key(|it| it.0.0));
+            left.sort_unstable();
             prop_assert_eq!(left, model.into_iter().collect::<Vec<_>>());
         }
     }

@@ -2,15 +2,19 @@
 
 use std::num::NonZeroU32;
 
-use crate::cache::blocks::{Blocks, Id, NONE};
+use crate::cache::blocks::{Blocks, Gone, Id, NONE};
 use crate::cache::parked::Parked;
-use crate::cache::{Changes, Link, StoredBlocks};
+use crate::cache::way::Way;
+use crate::cache::{Changes, Paths, StoredBlocks};
 use crate::sequence::{SequenceHash, extend};
 
 /// Finding what lies behind a hole looks at every block. So that no stream can make that the
 /// whole work, looks are earned by blocks told, and saved up to a limit.
 const LOOKS_PER_BLOCK: u64 = 64;
 const MOST_LOOKS: u64 = 1 << 24;
+
+/// Prefixes that lead to the first that is told of, mostly.
+const ROOM_FOR_WAY: usize = 16;
 
 /// One engine's prefix cache, followed event by event.
 #[derive(Debug)]
@@ -24,6 +28,7 @@ pub struct CacheView {
     /// How often, taken together.
     stored: u64,
     parked: Parked,
+    way: Way,
     /// A hole opened or closed, and what is behind it is still told as it was. Rare: engines
     /// evict tails first.
     unsettled: bool,
@@ -43,6 +48,7 @@ impl CacheView {
             len: 0,
             stored: 0,
             parked: Parked::default(),
+            way: Way::default(),
             unsettled: false,
             looks: MOST_LOOKS,
             exact: true,
@@ -86,34 +92,28 @@ impl CacheView {
     /// What an index that knows nothing must be told.
     #[must_use]
     pub fn contents(&self) -> Changes {
-        let mut changes = self.no_changes();
+        Changes {
+            added: self.all_reachable(),
+            ..self.no_changes()
+        }
+    }
+
+    /// All that can be hit, none before what it continues.
+    fn all_reachable(&self) -> Paths {
+        let (mut paths, mut way) = (Paths::default(), Way::default());
         let mut is_left = vec![false; self.blocks.ids()];
         for id in self.blocks.reachable() {
             is_left[id as usize] = true;
         }
-        for id in self.blocks.reachable() {
-            let path = self.path(id, |id| std::mem::take(&mut is_left[id as usize]));
-            changes
-                .added
-                .extend(path.into_iter().map(|id| self.link(id)));
+        // From the last, which is likely to be behind many.
+        for id in (0..self.blocks.ids() as Id).rev() {
+            let back = std::iter::successors(Some(id), |&id| self.blocks.parent(id));
+            let path = back.take_while(|&id| std::mem::take(&mut is_left[id as usize]));
+            let path: Vec<Id> = path.collect();
+            let path = path.iter().map(|&id| (id, self.blocks.hash(id)));
+            way.tell_back(path, &self.blocks, &mut paths);
         }
-        changes
-    }
-
-    /// The last blocks up to the end of `id`, first to last, as many as are wanted.
-    fn path(&self, id: Id, mut is_wanted: impl FnMut(Id) -> bool) -> Vec<Id> {
-        let parents = std::iter::successors(Some(id), |&id| self.blocks.parent(id));
-        let mut path: Vec<Id> = parents.take_while(|&id| is_wanted(id)).collect();
-        path.reverse();
-        path
-    }
-
-    fn link(&self, id: Id) -> Link {
-        let parent = self.blocks.parent(id);
-        Link {
-            hash: self.blocks.hash(id),
-            previous: parent.map(|parent| self.blocks.hash(parent)),
-        }
+        paths
     }
 
     fn no_changes(&self) -> Changes {
@@ -130,7 +130,7 @@ impl CacheView {
             return self.no_changes();
         }
         let mut changes = self.no_changes();
-        changes.added.reserve_exact(stored.hashes.len());
+        changes.added.reserve(stored.hashes.len() + ROOM_FOR_WAY);
         match stored.parent {
             None => {
                 let start = (NONE, stored.salt, true);
@@ -165,8 +165,7 @@ impl CacheView {
     /// Blocks are no longer cached, each once.
     pub fn remove(&mut self, hashes: &[u64]) -> Changes {
         let mut changes = self.no_changes();
-        changes.removed.reserve_exact(hashes.len());
-        hashes.iter().for_each(|&name| self.blocks.touch(name));
+        self.touch(hashes);
         for &name in hashes {
             let found = self.blocks.find(name);
             let id = found.id;
@@ -177,21 +176,38 @@ impl CacheView {
             }
             let has_children = self.blocks.has_children(id);
             self.stored -= 1;
-            let removed = &mut changes.removed;
-            if self.blocks.count_removal(found, |hash| removed.push(hash)) {
+            if self.blocks.count_removal(found) {
                 self.len -= 1;
                 self.unsettled |= has_children;
             }
         }
+        self.tell_gone(&mut changes.removed);
         self.settle(hashes.len(), &mut changes);
         changes
     }
 
+    fn tell_gone(&mut self, removed: &mut Paths) {
+        let gone = self.blocks.gone();
+        removed.reserve(gone.len() + ROOM_FOR_WAY);
+        // Mostly one path, from its end.
+        let follow = |behind: &Gone, it: &Gone| {
+            behind.parent == it.id && behind.was_reachable == it.was_reachable
+        };
+        for path in gone.chunk_by(follow) {
+            if path[0].was_reachable {
+                let path = path.iter().map(|it| (it.id, it.hash));
+                self.way.tell_back(path, &self.blocks, removed);
+            } else {
+                self.way.forget();
+            }
+        }
+        self.blocks.free_gone();
+    }
+
     /// Nothing is cached any more.
     pub fn clear(&mut self) -> Changes {
-        let told = self.blocks.reachable();
         let changes = Changes {
-            removed: told.map(|id| self.blocks.hash(id)).collect(),
+            removed: self.all_reachable(),
             ..self.no_changes()
         };
         *self = Self {
@@ -200,6 +216,13 @@ impl CacheView {
             ..Self::new(self.block_size)
         };
         changes
+    }
+
+    /// Makes finding several blocks faster.
+    fn touch(&self, names: &[u64]) {
+        if names.len() > 1 {
+            names.iter().for_each(|&name| self.blocks.touch(name));
+        }
     }
 
     /// What a block that follows `id` must know.
@@ -217,7 +240,9 @@ impl CacheView {
     ) {
         let ours = self.block_size.get() as usize;
         let theirs = ours * self.stride as usize;
-        names.iter().for_each(|&name| self.blocks.touch(name));
+        self.touch(names);
+        // The block whose prefix was the last to be told of.
+        let mut told = None;
         for (&name, tokens) in names.iter().zip(tokens.chunks_exact(theirs)) {
             let found = self.blocks.find(name);
             let is_known = found.id != NONE;
@@ -225,34 +250,44 @@ impl CacheView {
                 self.blocks.count_store(found.id);
                 (parent, previous, reachable) = self.behind(found.id);
             } else {
-                let before = (parent != NONE).then_some(previous);
                 previous = tokens.chunks_exact(ours).fold(previous, extend);
+                let mut is_told = false;
                 let id = if is_known {
                     // It came back in front of blocks that stayed.
                     self.unsettled = true;
-                    let told = self.blocks.hash(found.id);
-                    if self.blocks.is_reachable(found.id) && !(reachable && told == previous) {
+                    let was = self.blocks.hash(found.id);
+                    if self.blocks.is_reachable(found.id) && !(reachable && was == previous) {
                         self.blocks.set_reachable(found.id, false);
-                        changes.removed.push(told);
+                        let it = std::iter::once((found.id, was));
+                        self.way.tell_back(it, &self.blocks, &mut changes.removed);
                     }
+                    self.way.forget();
+                    told = None;
                     self.blocks.fill(found.id, parent, previous);
+                    is_told = self.blocks.is_reachable(found.id);
+                    self.blocks.set_reachable(found.id, reachable);
                     found.id
-                } else if let Some(id) = self.blocks.insert(found, parent, previous) {
+                } else if let Some(id) = self.blocks.insert(found, parent, previous, reachable) {
                     id
                 } else {
                     self.exact = false;
                     return;
                 };
                 self.len += 1;
-                if reachable && !self.blocks.is_reachable(id) {
-                    self.blocks.set_reachable(id, true);
-                    let hash = previous;
-                    let previous = before;
-                    changes.added.push(Link { hash, previous });
+                if reachable && !is_told {
+                    if told != Some(parent) {
+                        let added = &mut changes.added;
+                        self.way.begin(parent, id, &self.blocks, added);
+                    }
+                    changes.added.push(previous);
+                    told = Some(id);
                 }
                 parent = id;
             }
             self.stored += 1;
+        }
+        if let Some(last) = told {
+            self.way.end(last, &changes.added);
         }
     }
 
@@ -273,17 +308,25 @@ impl CacheView {
         self.looks -= self.blocks.len() as u64;
         self.unsettled = false;
         let is_reachable = self.blocks.find_reachable();
-        let told = self.blocks.reachable();
-        let lost: Vec<Id> = told.filter(|&id| !is_reachable[id as usize]).collect();
-        for id in lost {
-            self.blocks.set_reachable(id, false);
-            changes.removed.push(self.blocks.hash(id));
-        }
-        for id in (0..is_reachable.len() as Id).filter(|&id| is_reachable[id as usize]) {
-            for id in self.path(id, |id| !self.blocks.is_reachable(id)) {
-                self.blocks.set_reachable(id, true);
-                changes.added.push(self.link(id));
+        self.tell_all(false, &is_reachable, &mut changes.removed);
+        self.tell_all(true, &is_reachable, &mut changes.added);
+    }
+
+    /// Tells of all blocks that are reachable, or of all that are not, and were told otherwise.
+    fn tell_all(&mut self, reachable: bool, is_reachable: &[bool], paths: &mut Paths) {
+        for id in (0..is_reachable.len() as Id).rev() {
+            let mut path = Vec::new();
+            let mut next = Some(id);
+            while let Some(id) = next
+                && is_reachable[id as usize] == reachable
+                && self.blocks.is_reachable(id) != reachable
+            {
+                self.blocks.set_reachable(id, reachable);
+                path.push(id);
+                next = self.blocks.parent(id);
             }
+            let path = path.iter().map(|&id| (id, self.blocks.hash(id)));
+            self.way.tell_back(path, &self.blocks, paths);
         }
     }
 }

@@ -192,10 +192,10 @@ pub(crate) struct Claims {
 impl Claims {
     pub(crate) fn update(&mut self, changes: &Changes) {
         self.stride = self.stride.max(changes.stride as usize);
-        for hash in &changes.removed {
-            self.prefixes.remove(hash);
+        for hash in changes.removed.told() {
+            self.prefixes.remove(&hash);
         }
-        self.prefixes.extend(changes.added.iter().map(|it| it.hash));
+        self.prefixes.extend(changes.added.told());
     }
 
     /// Leading blocks of a prompt that are cached, as they say.
@@ -209,7 +209,7 @@ impl Claims {
 
 #[cfg(test)]
 mod tests {
-    use foresee_core::cache::Link;
+    use foresee_core::cache::Paths;
 
     use super::*;
 
@@ -320,15 +320,17 @@ mod tests {
         let mut claims = Claims::default();
         assert_eq!(claims.depth(&[1, 2]), 0);
         claims.update(&Changes {
-            added: Link::chain(&[2, 4, 6]).collect(),
-            removed: Vec::new(),
+            added: Paths::whole(&[2, 4, 6]),
             stride: 2,
+            ..Changes::default()
         });
         assert_eq!(claims.depth(&[1, 2, 3, 4, 5, 6, 7]), 6);
+        let mut removed = Paths::default();
+        removed.push_behind(&[2, 4], 1);
         claims.update(&Changes {
-            added: Vec::new(),
-            removed: vec![4],
+            removed,
             stride: 2,
+            ..Changes::default()
         });
         assert_eq!(claims.depth(&[1, 2, 3, 4, 5, 6, 7]), 2);
         assert_eq!(claims.depth(&[]), 0);

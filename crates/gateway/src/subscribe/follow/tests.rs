@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 
 use super::*;
 use crate::subscribe::evidence::Claims;
-use foresee_core::cache::Link;
+use foresee_core::cache::Paths;
 use foresee_engine::kv_events::{Layout, encode_batch, parse_message};
 
 const BLOCK: NonZeroU32 = NonZeroU32::new(2).unwrap();
@@ -48,8 +48,8 @@ fn blocks_are_found_as_requests_are_hashed() {
     };
     let salt = sequence::salt("m", None, None);
     let prompt = sequence::Sequence::from_tokens(&[1, 2, 3, 4], BLOCK, salt);
-    let added = changes.into_iter().flat_map(|it| it.added);
-    assert!(added.eq(Link::chain(prompt.hashes())));
+    let added = changes.iter().flat_map(|it| it.added.told());
+    assert!(added.eq(prompt.hashes().iter().copied()));
     assert!(follower.is_exact());
 }
 
@@ -261,8 +261,7 @@ fn a_prompt_of_one_block_is_stored_again_and_listed_blocks_are_not() {
     receive(&mut follower, 1, &block());
     receive(&mut follower, 2, &block());
     receive(&mut follower, 3, &removed);
-    let added = follower.contents().added.into_iter();
-    assert!(added.eq(Link::chain(prompt.hashes())));
+    assert_eq!(follower.contents().added, Paths::whole(prompt.hashes()));
     receive(&mut follower, 4, &removed);
     assert!(follower.contents().added.is_empty());
 }
