@@ -6,6 +6,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use foresee_core::DEFAULT_TTFT_WEIGHT;
 use foresee_core::choose::Policy;
 use foresee_core::queue::{Order, UnknownOrder};
 use foresee_core::router::RouterConfig;
@@ -20,7 +21,7 @@ pub(crate) struct RouterArgs {
     #[arg(long, default_value_t = 1.0, env = "FORESEE_OVERLAP_WEIGHT")]
     pub(crate) overlap_weight: f64,
     /// What a second until the first token counts, in seconds of anybody's delay
-    #[arg(long, default_value_t = 1.0, env = "FORESEE_TTFT_WEIGHT")]
+    #[arg(long, default_value_t = DEFAULT_TTFT_WEIGHT, env = "FORESEE_TTFT_WEIGHT")]
     pub(crate) ttft_weight: f64,
     /// 0 takes the least cost; above, samples by softmax over costs
     #[arg(long, default_value_t = 0.0, env = "FORESEE_TEMPERATURE")]

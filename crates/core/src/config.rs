@@ -8,6 +8,10 @@ use crate::queue::Order;
 /// vLLM's own, in tokens.
 const DEFAULT_BLOCK_SIZE: NonZeroU32 = NonZeroU32::new(16).unwrap();
 
+/// In replay of some twenty workloads, it makes first tokens and their slowest hundredth a few
+/// hundredths earlier than 1 does, for a few thousandths of the time to the end.
+pub const DEFAULT_TTFT_WEIGHT: f64 = 2.0;
+
 /// How a router decides.
 #[derive(Clone, Debug)]
 pub struct RouterConfig {
@@ -34,7 +38,7 @@ impl Default for RouterConfig {
         Self {
             policy: Policy::default(),
             overlap_weight: 1.0,
-            ttft_weight: 1.0,
+            ttft_weight: DEFAULT_TTFT_WEIGHT,
             temperature: 0.0,
             block_size: DEFAULT_BLOCK_SIZE,
             queue: None,

@@ -72,6 +72,7 @@ mod state;
 mod tree;
 
 pub use capacity::{CapacitySource, DEFAULT_CAPACITY_BLOCKS};
+pub use config::DEFAULT_TTFT_WEIGHT;
 pub use forecast::lengths::LengthForecast;
 pub use forecast::pace::Pace;
 pub use shadow::Eviction;

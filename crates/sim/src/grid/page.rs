@@ -2,6 +2,8 @@
 
 use std::fmt::Write;
 
+use foresee_core::DEFAULT_TTFT_WEIGHT;
+
 use crate::boxes;
 use crate::chart::{Chart, Line, escaped};
 use crate::grid::{
@@ -190,7 +192,7 @@ impl Grid {
         let first = self.policies.first();
         let order = first.and_then(|it| it.find('+').map(|at| &it[at..]));
         let weight = |policy: &str| match policy.strip_suffix(order.unwrap_or_default())? {
-            "delay" => Some(1.0),
+            "delay" => Some(DEFAULT_TTFT_WEIGHT),
             policy => policy.strip_prefix("delay:ttft=")?.parse::<f64>().ok(),
         };
         let weighed = self
