@@ -296,9 +296,13 @@ fn the_highest_rate_is_where_the_slo_breaks() {
         panic!("two policies");
     };
     assert!(kv.rate > random.rate, "{found}");
+    let by_kv = ReplayConfig {
+        contender: Some(Policy::Kv.into()),
+        ..config.clone()
+    };
     let share = |rate: f64| {
         let workload = traffic[0].at_rate(rate).unwrap();
-        outcome(&config, workload.workload()).goodput.share
+        outcome(&by_kv, workload.workload()).goodput.share
     };
     let rate = kv.rate.unwrap();
     assert!(share(rate) >= 0.9 && share(rate * 1.1) < 0.9, "{rate}");
@@ -358,7 +362,10 @@ fn the_fewest_workers_are_where_one_less_breaks_the_slo() {
     let workers = found.unwrap().found[0].workers.unwrap();
     assert!(workers > 1);
     let share = |workers: u32| {
-        let config = config.with_workers(workers);
+        let config = ReplayConfig {
+            contender: Some(Policy::Kv.into()),
+            ..config.with_workers(workers)
+        };
         outcome(&config, traffic[0].workload()).goodput.share
     };
     assert!(
