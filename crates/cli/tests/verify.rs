@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use foresee_core::fleet::WorkerState;
+use foresee_core::queue::Order;
 use foresee_core::router::RouterConfig;
 use foresee_gateway::{Gateway, GatewayConfig, WorkerConfig};
 use foresee_sim::engine::EngineConfig;
@@ -28,6 +29,8 @@ fn gateway(workers: &[String], block_size: u32, tokenizer: Option<PathBuf>) -> G
         workers: workers.collect(),
         router: RouterConfig {
             block_size: NonZeroU32::new(block_size).unwrap(),
+            // As `serve` has it.
+            queue: Some(Order::Shortest),
             ..RouterConfig::default()
         },
         tokenizer,
