@@ -235,10 +235,8 @@ impl Booking {
         let mut state = self.state.lock();
         state.advance(now);
         let standing = state.record(self.key).map(|it| it.standing);
-        let reading = match standing {
-            Some(standing) => state.read_again(&request, standing),
-            None => state.read(&request),
-        };
+        let standing = standing.unwrap_or_else(|| state.standing(&request));
+        let reading = state.read_again(&request, standing);
         let chosen = match worker {
             Some(worker) if state.fleet.get(worker).is_some() => worker,
             Some(_) => return Err(RouteError::NoWorker(request.model.to_owned())),
@@ -246,7 +244,7 @@ impl Booking {
         };
         state.withdraw(self.key);
         // Again, because its own blocks are no overlap any longer.
-        let reading = state.read_again(&request, reading.standing);
+        let reading = state.read_again(&request, standing);
         let (key, decision) = state.enter(chosen, &reading, &request, now);
         release(state);
         self.is_now(key, chosen, decision);

@@ -23,6 +23,12 @@ impl Depths {
         depths.resize(slots, Depth::default());
         Self(depths)
     }
+
+    /// The largest overlap of any worker.
+    pub(crate) fn best_overlap(&self) -> u32 {
+        let overlaps = self.0.iter().map(|depth| depth.overlap());
+        overlaps.max().unwrap_or(0)
+    }
 }
 
 impl Drop for Depths {

@@ -120,7 +120,6 @@ impl State {
             return;
         };
         if let Some(waiting) = self.record(key).and_then(|it| it.waiting.as_mut()) {
-            waiting.is_called = true;
             let waker = waiting.waker.take();
             self.queue.woken.extend(waker);
             self.fleet.outlooks[slot as usize].line.called = Some(rank);
@@ -245,8 +244,12 @@ impl State {
 
     /// Whether the request is in line and its worker has room for it.
     pub(crate) fn is_called(&mut self, key: BookingKey) -> bool {
-        let waiting = self.record(key).and_then(|it| it.waiting.as_ref());
-        waiting.is_some_and(|it| it.is_called)
+        let Some(record) = self.record(key) else {
+            return false;
+        };
+        let (worker, rank) = (record.worker, record.waiting.as_ref().map(|it| it.rank));
+        let outlook = self.fleet.outlook_mut(worker);
+        rank.is_some() && outlook.is_some_and(|(it, _)| it.line.called == rank)
     }
 
     /// Books a request in line where it is best by now. Its place among others stays what it was

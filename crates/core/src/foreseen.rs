@@ -39,7 +39,7 @@ pub(crate) struct Foreseen {
 impl Foreseen {
     /// What is foreseen from now on may be because of this booking.
     pub(crate) fn booked(&mut self, serial: u64) {
-        self.latest_booking = self.latest_booking.max(serial);
+        self.latest_booking = serial;
     }
 
     /// A run that begins with `uppermost` will be evicted.

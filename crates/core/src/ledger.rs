@@ -138,8 +138,6 @@ impl State {
         self.add_to_outlook(&mut record);
         let waiting = Waiting {
             rank: record.standing.rank(record.prefill),
-            adds,
-            is_called: false,
             is_invited: false,
             thinks_until,
             waker: None,
@@ -192,7 +190,6 @@ impl State {
             waited_for_memory: false,
             first_token_due: now,
             token_at: now,
-            sent_at: now,
             standing: reading.standing,
             prefill: 0.0,
             waiting: None,
@@ -229,7 +226,7 @@ impl State {
     }
 
     /// An unwatched request is to be looked after again then.
-    pub(crate) fn expect(&mut self, key: BookingKey, at: Duration) {
+    fn expect(&mut self, key: BookingKey, at: Duration) {
         self.due.push(Reverse((at, key)));
         self.drop_stale_forecasts();
     }
@@ -264,8 +261,7 @@ impl State {
                 }
                 let waited = record.waited_for_memory;
                 outlook.begin(&record.share, now);
-                let sent_at = record.sent_at;
-                has_begun_anew = outlook.watch.first_token(law, work, sent_at, waited, now);
+                has_begun_anew = outlook.watch.first_token(law, work, booked_at, waited, now);
             }
             // Otherwise this is the end of the whole answer: it tells nothing of prefill.
             is_started = outlook.compute(&mut record.share);
@@ -514,15 +510,17 @@ impl State {
     }
 
     fn leave_line(&mut self, record: &Record, waiting: &Waiting) {
+        let mut adds = 0;
         if let Some((outlook, _)) = self.fleet.outlook_mut(record.worker)
-            && outlook.line.leave(waiting.rank)
+            && let Some(blocks) = outlook.line.leave(waiting.rank)
         {
             self.queue.held -= 1;
+            adds = blocks;
         }
         if let Some((worker, load)) = self.fleet.get_mut(record.worker) {
             load.requests -= 1;
             load.context_tokens -= record.context_tokens();
-            load.held_blocks -= waiting.adds;
+            load.held_blocks -= adds;
             self.lined_up.unpin(record.node, worker.id.slot, 0);
         }
     }

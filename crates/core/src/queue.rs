@@ -199,7 +199,8 @@ struct Entry {
     rank: Rank,
     key: BookingKey,
     prompt: Prompts,
-    /// KV blocks that it will make active, and what it may be answered.
+    /// KV blocks that it will make active, as far as nobody before it does, and what it may be
+    /// answered.
     blocks: u64,
     answer: Promised,
     /// All before it.
@@ -287,18 +288,17 @@ impl Line {
         self.all += prompt;
     }
 
-    /// Returns whether it was there.
-    pub(crate) fn leave(&mut self, rank: Rank) -> bool {
+    /// Returns how many KV blocks it would have made active, if it was there.
+    pub(crate) fn leave(&mut self, rank: Rank) -> Option<u64> {
         let at = self.position(rank);
-        let is_there = self.entries.get(at).is_some_and(|it| it.rank == rank);
-        if is_there && let Some(gone) = self.entries.remove(at) {
-            for behind in self.entries.range_mut(at..) {
-                behind.before -= gone.prompt;
-            }
-            self.all -= gone.prompt;
-            self.called = self.called.filter(|it| *it != rank);
+        self.entries.get(at).filter(|it| it.rank == rank)?;
+        let gone = self.entries.remove(at)?;
+        for behind in self.entries.range_mut(at..) {
+            behind.before -= gone.prompt;
         }
-        is_there
+        self.all -= gone.prompt;
+        self.called = self.called.filter(|it| *it != rank);
+        Some(gone.blocks)
     }
 }
 
@@ -426,9 +426,9 @@ mod tests {
                     naive.push((rank, key, work));
                     naive.sort_unstable_by_key(|it| it.0);
                 } else {
-                    let (rank, ..) = naive.remove(tokens as usize % naive.len());
-                    prop_assert!(line.leave(rank));
-                    prop_assert!(!line.leave(rank));
+                    let (rank, _, work) = naive.remove(tokens as usize % naive.len());
+                    prop_assert_eq!(line.leave(rank), Some(work.tokens));
+                    prop_assert_eq!(line.leave(rank), None);
                 }
                 let before = |rank: Rank| {
                     let mut sum = Prompts::default();

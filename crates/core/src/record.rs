@@ -23,10 +23,6 @@ pub(crate) struct BookingKey {
 pub(crate) struct Waiting {
     /// Its place in its worker's line.
     pub(crate) rank: Rank,
-    /// Blocks that it will add to its worker's active ones, as far as nobody before it does.
-    pub(crate) adds: u64,
-    /// Its worker has room for it.
-    pub(crate) is_called: bool,
     /// It may choose anew.
     pub(crate) is_invited: bool,
     /// It is not asked to before.
@@ -63,9 +59,8 @@ pub(crate) struct Record {
     /// Its output is watched; otherwise it is forecast.
     pub(crate) streams: bool,
     pub(crate) expected_tokens: u32,
+    /// Unless it is in line, its worker was to get it then.
     pub(crate) booked_at: Duration,
-    /// When its worker was to get it.
-    pub(crate) sent_at: Duration,
     pub(crate) standing: Standing,
     /// Seconds that its prompt takes to compute, by the forecast when it was booked.
     pub(crate) prefill: f64,

@@ -144,8 +144,7 @@ impl State {
             for (depth, lined_up) in reading.depths.iter_mut().zip(lined_up.iter()) {
                 depth.active = depth.active.max(lined_up.active);
             }
-            let overlaps = reading.depths.iter().map(|depth| depth.overlap());
-            reading.at.best_overlap = overlaps.max().unwrap_or(0);
+            reading.at.best_overlap = reading.depths.best_overlap();
         }
         reading
     }
@@ -160,8 +159,7 @@ impl State {
         let reusable = request.sequence.reusable_blocks();
         let rounded = self.fleet.round_to_whole_blocks(reusable, &mut depths);
         if capped || rounded {
-            let overlaps = depths.iter().map(|depth| depth.overlap());
-            at.best_overlap = overlaps.max().unwrap_or(0);
+            at.best_overlap = depths.best_overlap();
         }
         let kind = request.kind();
         Reading {
