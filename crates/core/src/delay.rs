@@ -8,7 +8,6 @@
 //! | term | | what it is |
 //! |---|---|---|
 //! | wait | `V` | prompts before it are computed |
-//! | memory | `M` | answers end until its blocks fit, and keep fitting while all grow |
 //! | prefill | `x` | its prompt is computed |
 //! | decode | `O × step / (1 − ρ)` | its answer, if no other were there |
 //! | slowed | `Σ (κn + κc s_j) both_j / (1 − ρ)` | by each answer that is there, while both last |
@@ -18,7 +17,9 @@
 //!
 //! `κn` and `κc` are what a request and a token of context add to a step ([`Pace`]), `λ` and `ρ`
 //! how many requests come to the worker and which share of its time their prompts take, which is
-//! time in which no answer goes on. `alive_j` and `both_j` are how likely answer `j` is to be there
+//! time in which no answer goes on. `M` is how long it takes until enough answers have ended for its
+//! blocks to fit, and to keep fitting while all grow; its own wait for that is not counted, because
+//! [who fits goes by](crate::queue). `alive_j` and `both_j` are how likely answer `j` is to be there
 //! when the prompt's turn comes, and for how many tokens it goes on beside this one's; what answers
 //! have left is taken to be exponential around what is expected. They are looked at in groups of
 //! about equal remainders, so a worker costs the same to judge however many it runs.
@@ -48,8 +49,6 @@ use crate::tree::Depth;
 pub struct Delay {
     /// Before its prompt is turned to.
     pub wait: f64,
-    /// Until its blocks fit.
-    pub memory: f64,
     /// Computing its prompt.
     pub prefill: f64,
     /// Decoding its answer, alone.
@@ -68,7 +67,7 @@ impl Delay {
     /// Time to its first token.
     #[must_use]
     pub fn time_to_first_token(&self) -> f64 {
-        self.wait + self.memory + self.prefill
+        self.wait + self.prefill
     }
 
     /// The cost to be minimised, if a second until the first token counts so much.
@@ -86,7 +85,6 @@ impl Delay {
 impl std::ops::AddAssign for Delay {
     fn add_assign(&mut self, other: Self) {
         self.wait += other.wait;
-        self.memory += other.memory;
         self.prefill += other.prefill;
         self.decode += other.decode;
         self.slowed += other.slowed;
@@ -260,12 +258,12 @@ impl Placement {
         let half = steps_until / 2.0;
         meet(&outlook.ahead, half, steps_beside - half);
 
-        delay.memory = self.steps_until_it_fits(outlook, load, depth) * busy_step;
         delay.slowed += slowed / decodes;
         delay.stalls += stalls;
         delay.slows = own_step * shared / decodes;
-        // Whoever comes behind waits for memory, too, or goes elsewhere, which costs no more.
-        delay.future += delay.memory * (rate * delay.memory / 2.0).min(1.0);
+        // Whoever comes behind waits for memory, or goes elsewhere, which costs no more.
+        let memory = self.steps_until_it_fits(outlook, load, depth) * busy_step;
+        delay.future += memory * (rate * memory / 2.0).min(1.0);
         delay
     }
 
@@ -489,11 +487,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_waited_for_until_enough_answers_end() {
-        let pace = Pace {
-            step: 0.01,
-            ..NOTHING
-        };
+    fn memory_is_there_when_enough_answers_have_ended() {
         let mut outlook = running(4, 100, 1600);
         let mut last = Share::new(Work::default(), 1000, 1600);
         outlook.add(&last);
@@ -504,17 +498,14 @@ mod tests {
             requests: 5,
             ..Load::default()
         };
-        let wait = |capacity| {
+        let mut steps = |capacity| {
             outlook.capacity = Some(capacity);
-            placement(1600, 1.0)
-                .delay(&pace, &outlook, load, cached(0))
-                .memory
+            placement(1600, 1.0).steps_until_it_fits(&outlook, load, cached(0))
         };
-        let mut wait = wait;
-        assert_close(wait(10_000) + 1.0, 1.0);
+        assert_eq!(steps(10_000), 0.0);
         // The four end after a hundred steps.
-        assert_close(wait(550), 1.0);
+        assert_close(steps(550), 100.0);
         // Only when all have ended.
-        assert_close(wait(150), 10.0);
+        assert_close(steps(150), 1000.0);
     }
 }

@@ -274,7 +274,6 @@ fn show_explanation(explanation: &Explanation) -> Value {
             "cost": candidate.cost.total,
             "delay_seconds": {
                 "wait": candidate.delay.wait,
-                "memory": candidate.delay.memory,
                 "prefill": candidate.delay.prefill,
                 "decode": candidate.delay.decode,
                 "slowed": candidate.delay.slowed,

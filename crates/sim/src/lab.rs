@@ -102,16 +102,11 @@ pub static RULES: [LabRule; 11] = [
 ];
 
 /// The router's `delay` without one of its terms each: what the term is worth.
-pub static ABLATIONS: [LabRule; 8] = [
+pub static ABLATIONS: [LabRule; 7] = [
     LabRule {
         name: "delay:no-wait",
         what: "`delay` without the wait for prompts before it",
         make: || ablation::without(|it| &mut it.wait),
-    },
-    LabRule {
-        name: "delay:no-memory",
-        what: "`delay` without the wait for its blocks to fit",
-        make: || ablation::without(|it| &mut it.memory),
     },
     LabRule {
         name: "delay:no-prefill",

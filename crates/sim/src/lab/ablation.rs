@@ -67,8 +67,8 @@ mod tests {
         };
         assert_eq!(chosen(|it| &mut it.stalls, 1.0), 0);
         assert_eq!(chosen(|it| &mut it.wait, 1.0), 1);
-        assert_eq!(chosen(|it| &mut it.memory, 1.0), 1);
-        assert_eq!(chosen(|it| &mut it.memory, 10.0), 0);
+        assert_eq!(chosen(|it| &mut it.slows, 1.0), 1);
+        assert_eq!(chosen(|it| &mut it.slows, 10.0), 0);
     }
 
     /// So that an ablation lacks one term and no other.
@@ -84,7 +84,6 @@ mod tests {
             let spec = WorkerSpec {
                 name: format!("worker-{worker}"),
                 models: Vec::new(),
-                // Ample memory: nothing is waited for.
                 capacity_blocks: None,
                 prefix_caching: true,
                 ..WorkerSpec::default()
