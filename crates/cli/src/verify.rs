@@ -1,4 +1,4 @@
-//! `foresee verify`: a router of its own in front of engines that run, and what it got right.
+//! `foresee verify`: a router in front of engines that run, and what it got right.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -7,15 +7,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail};
 use clap::Args;
-use foresee_core::fleet::{WorkerSnapshot, WorkerState};
 use foresee_gateway::{Gateway, GatewayConfig, raise_open_file_limit};
 use foresee_sim::verify::{self, Lengths, VerifyConfig};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::serve::{ServeArgs, runtime};
-
-/// Time for the engines to be found.
-const PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(Args, Debug)]
 pub(crate) struct VerifyArgs {
@@ -46,6 +42,18 @@ pub(crate) struct VerifyArgs {
     /// Decides every prompt; by default no two runs share one, because engines would remember
     #[arg(long, value_name = "NUMBER")]
     prompt_seed: Option<u64>,
+    /// The API of a router that serves already, to be verified in place of one of its own: the
+    /// workers are its, and --block-size and --tokenizer must be as it has them
+    #[arg(
+        long,
+        value_name = "URL",
+        requires = "router_admin",
+        conflicts_with = "workers"
+    )]
+    router: Option<String>,
+    /// Its admin API
+    #[arg(long, value_name = "URL", requires = "router")]
+    router_admin: Option<String>,
     /// Writes the report as a page with pictures
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
@@ -53,7 +61,7 @@ pub(crate) struct VerifyArgs {
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     #[command(flatten)]
-    router: ServeArgs,
+    serve: ServeArgs,
 }
 
 pub(crate) fn verify(args: VerifyArgs) -> anyhow::Result<ExitCode> {
@@ -79,25 +87,29 @@ async fn run(args: VerifyArgs) -> anyhow::Result<ExitCode> {
     let config = GatewayConfig {
         listen: any_port,
         admin_listen: any_port,
-        ..args.router.gateway()
+        ..args.serve.gateway()
     };
-    if config.workers.is_empty() {
-        bail!("there is nothing to verify: name the engines with --worker URL");
-    }
     let (block_size, has_tokenizer) = (config.router.block_size, config.tokenizer.is_some());
     let since_1970 = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
     let seed = args.prompt_seed.unwrap_or(since_1970.as_secs());
-    let gateway = Gateway::start(config)?;
-    let model = match args.model {
-        Some(model) => model,
-        None => first_model(&gateway).await?,
+    let (own, api, admin) = match (args.router, args.router_admin) {
+        (Some(api), Some(admin)) => (None, api, admin),
+        _ if config.workers.is_empty() => {
+            bail!("there is nothing to verify: name the engines with --worker URL")
+        }
+        _ => {
+            let gateway = Gateway::start(config)?;
+            let api = format!("http://{}", gateway.address());
+            let admin = format!("http://{}", gateway.admin_address());
+            (Some(gateway), api, admin)
+        }
     };
     let config = VerifyConfig {
-        api: format!("http://{}", gateway.address()),
-        admin: format!("http://{}", gateway.admin_address()),
-        model,
+        api,
+        admin,
+        model: args.model,
         block_size: block_size.get(),
         has_tokenizer,
         requests: args.requests,
@@ -121,7 +133,9 @@ async fn run(args: VerifyArgs) -> anyhow::Result<ExitCode> {
     })
     .await?;
     bar.finish_and_clear();
-    gateway.shut_down().await;
+    if let Some(gateway) = own {
+        gateway.shut_down().await;
+    }
     print!("{found}");
     if let Some(path) = &args.html {
         std::fs::write(path, found.html())
@@ -136,30 +150,4 @@ async fn run(args: VerifyArgs) -> anyhow::Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
-}
-
-/// Waits until every worker is up, and returns the first model that they serve.
-async fn first_model(gateway: &Gateway) -> anyhow::Result<String> {
-    let router = gateway.router();
-    let is_ready = |it: &WorkerSnapshot| it.state == WorkerState::Healthy && !it.models.is_empty();
-    let wait = async {
-        loop {
-            let workers = router.workers(Duration::ZERO);
-            if workers.iter().all(is_ready) {
-                return workers
-                    .into_iter()
-                    .find_map(|it| it.models.into_iter().next());
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    match tokio::time::timeout(PATIENCE, wait).await {
-        Ok(model) => model.context("the workers serve no model"),
-        Err(_) => {
-            let workers = router.workers(Duration::ZERO);
-            let missing = workers.iter().filter(|it| !is_ready(it));
-            let missing: Vec<&str> = missing.map(|it| it.name.as_str()).collect();
-            bail!("no answer from {}", missing.join(", "))
-        }
-    }
 }

@@ -49,16 +49,15 @@ async fn verify(gateway: &Gateway, events: bool, config: VerifyConfig) -> Verifi
                 .iter()
                 .all(|it| it.state == WorkerState::Healthy && it.follows_events == events)
             {
-                return workers[0].models[0].clone();
+                return;
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
-    let model = tokio::time::timeout(PATIENCE, known).await.unwrap();
+    tokio::time::timeout(PATIENCE, known).await.unwrap();
     let config = VerifyConfig {
         api: format!("http://{}", gateway.address()),
         admin: format!("http://{}", gateway.admin_address()),
-        model,
         ..config
     };
     run(&config, |_| {}).await.unwrap()
@@ -68,7 +67,7 @@ fn config(block_size: u32) -> VerifyConfig {
     VerifyConfig {
         api: String::new(),
         admin: String::new(),
-        model: String::new(),
+        model: None,
         block_size,
         has_tokenizer: false,
         requests: 120,

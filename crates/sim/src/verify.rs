@@ -15,7 +15,7 @@ mod truth;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -28,6 +28,9 @@ pub use judge::Check;
 pub use report::{ActiveBlocks, Difference, Hits, Parity, Phase, Verification, WorkerResult};
 pub use script::{Kind, Lengths};
 
+/// Time for the router's workers to be found.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 /// How long the router and its engines may take to be at rest after the last request.
 const REST: Duration = Duration::from_secs(10);
 
@@ -38,8 +41,8 @@ pub struct VerifyConfig {
     pub api: String,
     /// The router's admin API.
     pub admin: String,
-    /// The model to ask for.
-    pub model: String,
+    /// The model to ask for; by default the first that the workers serve.
+    pub model: Option<String>,
     /// The router's tokens per block.
     pub block_size: u32,
     /// Whether the router knows the engines' tokenizer, so that text is predicted in full too.
@@ -80,6 +83,9 @@ pub enum VerifyError {
     /// The router does not answer as one.
     #[error("the router's admin API cannot be read: {0}")]
     Router(String),
+    /// It has no workers, or not all of them answer.
+    #[error("{0}")]
+    Workers(String),
 }
 
 /// Runs all phases, and tells the progress after each request. Requests that fail are counted.
@@ -87,18 +93,20 @@ pub enum VerifyError {
 /// Must be called within a Tokio runtime that has I/O and time enabled.
 ///
 /// # Errors
-/// When the router cannot be asked.
+/// When the router cannot be asked, or its workers do not all come to serve.
 pub async fn run(
     config: &VerifyConfig,
     progress: impl Fn(Progress),
 ) -> Result<Verification, VerifyError> {
     let reader = Arc::new(Reader::new(config.admin.clone(), config.block_size));
-    reader.workers().await.map_err(VerifyError::Router)?;
+    let first_model = first_model(&reader).await?;
+    let model = config.model.as_ref().unwrap_or(&first_model);
     let watch = Watch::start(Arc::clone(&reader), config.sample_interval);
     let mut phases = Vec::new();
     for (number, &concurrency) in config.concurrency.iter().enumerate() {
         let began = reader.seconds();
-        let mut phase = run_phase(config, number as u64, concurrency.max(1), &progress).await;
+        let mut phase =
+            run_phase(config, model, number as u64, concurrency.max(1), &progress).await;
         phase.seconds = (began, reader.seconds());
         phases.push(phase);
     }
@@ -108,8 +116,31 @@ pub async fn run(
     Ok(Verification::of(config, phases, parity, &reader.watched()))
 }
 
+/// Waits until every worker serves, and returns the first model that they do.
+async fn first_model(reader: &Reader) -> Result<String, VerifyError> {
+    let began = Instant::now();
+    loop {
+        let workers = reader.workers().await.map_err(VerifyError::Router)?;
+        let missing = workers.iter().filter(|it| !it.serves());
+        let missing: Vec<&str> = missing.map(|it| it.name.as_str()).collect();
+        let first = workers.iter().find_map(|it| it.models.first());
+        match first {
+            Some(model) if missing.is_empty() => return Ok(model.clone()),
+            None if workers.is_empty() => {
+                return Err(VerifyError::Workers("the router has no workers".to_owned()));
+            }
+            _ if began.elapsed() > PATIENCE => {
+                let missing = missing.join(", ");
+                return Err(VerifyError::Workers(format!("no answer from {missing}")));
+            }
+            _ => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    }
+}
+
 async fn run_phase(
     config: &VerifyConfig,
+    model: &str,
     number: u64,
     concurrency: usize,
     progress: &impl Fn(Progress),
@@ -122,7 +153,7 @@ async fn run_phase(
     };
     let script = Mutex::new(Script::new(
         config.seed.wrapping_add(number),
-        config.model.clone(),
+        model.to_owned(),
         config.block_size,
         config.lengths,
         config.stream_share,

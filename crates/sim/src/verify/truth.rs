@@ -24,12 +24,20 @@ const LIMIT: Duration = Duration::from_secs(10);
 pub(super) struct RouterWorker {
     pub(super) name: String,
     pub(super) url: String,
+    state: String,
+    pub(super) models: Vec<String>,
     /// Which engine behind that address it is, if one of several.
     pub(super) rank: Option<u32>,
     pub(super) active_blocks: u64,
     pub(super) cache_source: String,
     pub(super) capacity_blocks: u32,
     pub(super) kv_events: Option<KvEvents>,
+}
+
+impl RouterWorker {
+    pub(super) fn serves(&self) -> bool {
+        self.state == "healthy" && !self.models.is_empty()
+    }
 }
 
 /// Its KV events, as the router has them.
