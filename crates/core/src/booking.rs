@@ -292,7 +292,7 @@ mod tests {
         for _ in 0..1_000 {
             drop(book());
         }
-        let due = live[0].state.lock().due.len();
+        let due = live[0].state.lock().unwatched.due.len();
         assert!(due <= 2 * live.len() + 64 + 2, "{due} forecasts");
     }
 }

@@ -3,7 +3,6 @@
 //! All that a booking adds to its worker's numbers is in its [`Record`], and freeing takes
 //! exactly that back.
 
-use std::cmp::Reverse;
 use std::time::Duration;
 
 use slab::Slab;
@@ -16,22 +15,14 @@ use crate::outlook::Share;
 use crate::record::{BookingKey, Record, Waiting};
 use crate::reports::{Hits, Verdict};
 use crate::request::Request;
-use crate::sequence::{Sequence, SequenceHash};
+use crate::sequence::Sequence;
 use crate::state::{Reading, State};
-use crate::tree::{NO_NODE, Slot};
-
-/// Between two looks at a request that nobody watches, at least.
-const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
+use crate::tree::NO_NODE;
 
 /// For where the rest of the state is needed beside it.
-fn record_of(bookings: &mut Slab<Record>, key: BookingKey) -> Option<&mut Record> {
+pub(crate) fn record_of(bookings: &mut Slab<Record>, key: BookingKey) -> Option<&mut Record> {
     let record = bookings.get_mut(key.index)?;
     (record.serial == key.serial).then_some(record)
-}
-
-/// Names a block on one worker.
-fn awaited(worker: Slot, hash: SequenceHash) -> u64 {
-    hash.rotate_left(worker % u64::BITS) ^ u64::from(worker)
 }
 
 impl State {
@@ -102,8 +93,7 @@ impl State {
         let streams = record.streams;
         let key = self.insert(record);
         if !streams {
-            self.awaits(worker, sequence, key);
-            self.expect(key, now);
+            self.look_after(worker, sequence, key);
         }
         (key, decision)
     }
@@ -190,6 +180,7 @@ impl State {
             waited_for_memory: false,
             first_token_due: now,
             token_at: now,
+            known: (now, 0),
             standing: reading.standing,
             prefill: 0.0,
             waiting: None,
@@ -222,23 +213,6 @@ impl State {
         BookingKey {
             serial: record.serial,
             index: self.bookings.insert(record),
-        }
-    }
-
-    /// An unwatched request is to be looked after again then.
-    fn expect(&mut self, key: BookingKey, at: Duration) {
-        self.due.push(Reverse((at, key)));
-        self.drop_stale_forecasts();
-    }
-
-    /// Requests that end early leave their forecasts behind, due at any later time.
-    fn drop_stale_forecasts(&mut self) {
-        let bookings = &self.bookings;
-        if self.due.len() > 2 * bookings.len() + 64 {
-            self.due.retain(|Reverse((_, key))| {
-                let record = bookings.get(key.index);
-                record.is_some_and(|record| record.serial == key.serial && !record.computed)
-            });
         }
     }
 
@@ -279,7 +253,7 @@ impl State {
     }
 
     /// A booking waits no longer.
-    fn started(&mut self, worker: WorkerId, serial: u64) {
+    pub(crate) fn started(&mut self, worker: WorkerId, serial: u64) {
         let Some((worker, _)) = self.fleet.get_mut(worker) else {
             return;
         };
@@ -325,7 +299,7 @@ impl State {
         }
     }
 
-    fn set_generated(&mut self, key: BookingKey, total: u32) {
+    pub(crate) fn set_generated(&mut self, key: BookingKey, total: u32) {
         let Some(record) = record_of(&mut self.bookings, key) else {
             return;
         };
@@ -523,84 +497,5 @@ impl State {
             load.held_blocks -= adds;
             self.lined_up.unpin(record.node, worker.id.slot, 0);
         }
-    }
-
-    /// Events may tell that the prompt is computed, though nobody sees its first token.
-    fn awaits(&mut self, worker: WorkerId, prompt: &Sequence, key: BookingKey) {
-        let bookings = &self.bookings;
-        if self.awaited.len() > 2 * bookings.len() + 64 {
-            self.awaited.retain(|_, key| {
-                let record = bookings.get(key.index);
-                record.is_some_and(|record| record.serial == key.serial)
-            });
-        }
-        let hashes = prompt.hashes();
-        let partial = hashes.len() % self.fleet.stride(worker.slot).get() as usize;
-        if let Some(&last) = hashes[..hashes.len() - partial].last() {
-            self.awaited.insert(awaited(worker.slot, last), key);
-        }
-    }
-
-    /// Events say that a worker has stored these blocks.
-    pub(crate) fn stored(&mut self, worker: WorkerId, hashes: impl Iterator<Item = SequenceHash>) {
-        if self.awaited.is_empty() {
-            return;
-        }
-        for hash in hashes {
-            if let Some(key) = self.awaited.remove(&awaited(worker.slot, hash))
-                && let Some(record) = record_of(&mut self.bookings, key)
-                && let Some((outlook, _)) = self.fleet.outlook_mut(worker)
-                && record.worker == worker
-            {
-                outlook.begin(&record.share, self.now);
-            }
-        }
-    }
-
-    /// Brings forecasts up to `now`: requests whose output nobody watches make the progress they
-    /// should have made.
-    pub(crate) fn advance(&mut self, now: Duration) {
-        self.now = self.now.max(now);
-        while let Some(&Reverse((at, key))) = self.due.peek()
-            && at <= self.now
-        {
-            self.due.pop();
-            if let Some(next) = self.forecast_progress(key) {
-                self.due.push(Reverse((next, key)));
-            }
-        }
-    }
-
-    /// Gives an unwatched request the tokens it should have by now. Returns when its next block
-    /// should fill, if it should grow further.
-    fn forecast_progress(&mut self, key: BookingKey) -> Option<Duration> {
-        let now = self.now;
-        let record = record_of(&mut self.bookings, key).filter(|record| !record.computed)?;
-        let (worker_id, expected) = (record.worker, record.expected_tokens);
-        let block_size = record.block_size;
-        let (outlook, law) = self.fleet.outlook_mut(worker_id)?;
-        let (requests, context) = outlook.decoding();
-        let pace = outlook.watch.pace(law);
-        let step = pace.step(f64::from(requests.max(1)), context as f64);
-        if record.share.is_ahead() {
-            let due = record.first_token_due;
-            let Some(since) = outlook.computed_since(&record.share, due, now) else {
-                return now.checked_add(seconds(step).max(SHORTEST_PAUSE));
-            };
-            record.token_at = since;
-        }
-        let (is_started, serial) = (outlook.compute(&mut record.share), record.serial);
-        let decoding = now.saturating_sub(record.token_at);
-        let total = ((decoding.as_secs_f64() / step) as u32)
-            .saturating_add(1)
-            .min(expected);
-        let per_block = seconds(step).saturating_mul(block_size);
-        if is_started {
-            self.started(worker_id, serial);
-        }
-        self.set_generated(key, total);
-        // Never again at this very instant, however fast the worker was learned to be.
-        let pause = per_block.max(SHORTEST_PAUSE);
-        now.checked_add(pause).filter(|_| total < expected)
     }
 }

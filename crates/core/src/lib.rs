@@ -71,6 +71,7 @@ pub mod sequence;
 mod shadow;
 mod state;
 mod tree;
+mod unwatched;
 
 pub use capacity::{CapacitySource, DEFAULT_CAPACITY_BLOCKS};
 pub use config::DEFAULT_TTFT_WEIGHT;

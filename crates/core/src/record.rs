@@ -70,8 +70,10 @@ pub(crate) struct Record {
     pub(crate) waited_for_memory: bool,
     /// When its first token was forecast to come.
     pub(crate) first_token_due: Duration,
-    /// When its latest token came or, for the first and while unwatched, should have come.
+    /// When its latest token came or, while unwatched, its first should have come.
     pub(crate) token_at: Duration,
+    /// While unwatched: when it was last known or, for the first, taken to have so many tokens.
+    pub(crate) known: (Duration, u32),
     /// What of the prompt it expected to be cached, until the worker has said what was.
     pub(crate) claim: Option<Claim>,
 }

@@ -185,28 +185,29 @@ impl Router {
         release(state);
     }
 
-    /// A worker's events said that its cache changed. Means nothing for a worker that does not
+    /// A worker's events said by `now` that its cache changed. Means nothing for a worker that does not
     /// [follow events](Self::follow_events).
     ///
     /// Of many changes, some are told at a time, so that no decision waits for all: meanwhile it
     /// may find the cache between what it was and what it is.
-    pub fn update_cache(&self, id: WorkerId, changes: &Changes) {
+    pub fn update_cache(&self, id: WorkerId, changes: &Changes, now: Duration) {
         for path in changes.removed.iter() {
             // Tails first, so that what is left is a prefix.
             for piece in path.pieces(MOST_TOLD_AT_ONCE).rev() {
-                self.tell(id, changes.stride, Told::Removed(piece));
+                self.tell(id, changes.stride, Told::Removed(piece), now);
             }
         }
         for path in changes.added.iter() {
             for piece in path.pieces(MOST_TOLD_AT_ONCE) {
-                self.tell(id, changes.stride, Told::Added(piece));
+                self.tell(id, changes.stride, Told::Added(piece), now);
             }
         }
     }
 
-    fn tell(&self, id: WorkerId, stride: u32, told: Told<'_>) {
+    fn tell(&self, id: WorkerId, stride: u32, told: Told<'_>, now: Duration) {
         let mut guard = self.state.lock();
         let state = &mut *guard;
+        state.advance(now);
         if let Some((worker, _)) = state.fleet.get_mut(id)
             && worker.shadow.is_told()
         {
@@ -220,8 +221,8 @@ impl Router {
                 Told::Added(path) => {
                     state.cache.add(id.slot, stride, path, &mut worker.told);
                     let hashes = path.told().iter().copied();
-                    state.foreseen.settle(id.slot, hashes.clone());
-                    state.stored(id, hashes);
+                    state.foreseen.settle(id.slot, hashes);
+                    state.stored(id, path);
                 }
             }
             if let Some(stride) = NonZeroU32::new(stride) {

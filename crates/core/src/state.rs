@@ -3,9 +3,6 @@
 //! Read, choose and book are one critical section. Work proportional to a prompt (hashing,
 //! tokenising, allocating) is done before the lock is taken, freeing after it is released.
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
-use std::hash::BuildHasherDefault;
 use std::sync::Arc;
 use std::task::Waker;
 use std::time::Duration;
@@ -27,10 +24,10 @@ use crate::fleet::{Fleet, WorkerId};
 use crate::forecast::lengths::{Kind, OutputLength};
 use crate::foreseen::Foreseen;
 use crate::queue::{Queue, Standing};
-use crate::record::{BookingKey, Record};
+use crate::record::Record;
 use crate::request::{Candidate, Explanation, Request, RouteError};
-use crate::sequence::AlreadyHashed;
 use crate::tree::{Chain, Depth, Match, PrefixTree, Slot};
+use crate::unwatched::Unwatched;
 
 /// The state, shared by a router's handles and its bookings.
 #[derive(Clone, Debug)]
@@ -59,10 +56,7 @@ pub(crate) struct State {
     pub(crate) foreseen: Foreseen,
     pub(crate) bookings: Slab<Record>,
     pub(crate) output_length: OutputLength,
-    /// When the next forecast event of each unwatched request is due.
-    pub(crate) due: BinaryHeap<Reverse<(Duration, BookingKey)>>,
-    /// Unwatched requests by their last full block, whose storing would tell of their progress.
-    pub(crate) awaited: HashMap<u64, BookingKey, BuildHasherDefault<AlreadyHashed>>,
+    pub(crate) unwatched: Unwatched,
     pub(crate) serial: u64,
     pub(crate) queue: Queue,
     rng: SmallRng,
@@ -113,8 +107,7 @@ impl State {
             foreseen: Foreseen::default(),
             bookings: Slab::new(),
             output_length: OutputLength::default(),
-            due: BinaryHeap::new(),
-            awaited: HashMap::default(),
+            unwatched: Unwatched::default(),
             serial: 0,
             queue: Queue::default(),
             turn: 0,

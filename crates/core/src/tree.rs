@@ -321,6 +321,16 @@ impl PrefixTree {
         })
     }
 
+    /// How many bookings on `worker` pin the first `depth` blocks of the path to `node`.
+    pub(crate) fn pins_at(&self, node: NodeId, worker: Slot, depth: u32) -> u32 {
+        let path = std::iter::successors(self.nodes.get(node as usize), |node| {
+            self.nodes.get(node.parent as usize)
+        });
+        let last = path.take_while(|node| node.end >= depth).last();
+        let hold = last.and_then(|node| Some(node.holds[node.hold_index(worker).ok()?]));
+        hold.map_or(0, |hold| hold.pins)
+    }
+
     /// Takes back one [`pin`](Self::pin). Blocks computed meanwhile stay cached, stamped with
     /// `freed_by`; the others are gone.
     pub(crate) fn unpin(&mut self, node: NodeId, worker: Slot, freed_by: u64) -> Unpinned {

@@ -49,6 +49,7 @@ impl Told {
                 stride: 1,
                 ..Changes::default()
             },
+            Duration::ZERO,
         );
     }
 
@@ -58,7 +59,7 @@ impl Told {
             ..Changes::default()
         };
         changes.removed.push_behind(prompt.hashes(), from);
-        self.router.update_cache(self.id, &changes);
+        self.router.update_cache(self.id, &changes, Duration::ZERO);
     }
 
     fn book(&self, prompt: &Sequence) -> Booking {

@@ -6,7 +6,7 @@ use std::num::NonZeroU32;
 use std::time::Duration;
 
 use foresee_core::booking::Booking;
-use foresee_core::cache::{Changes, Paths};
+use foresee_core::cache::Changes;
 use foresee_core::fleet::{WorkerId, WorkerSpec};
 use foresee_core::router::{Request, Router, RouterConfig};
 use foresee_core::sequence::Sequence;
@@ -82,6 +82,16 @@ fn one_that_came_before_a_running_one_runs() {
     assert_eq!(fresh(soon + Duration::from_millis(100)), 0);
 }
 
+/// Events tell that these blocks were stored, the first `before` of them before.
+fn tell(side: &Side, tokens: &Sequence, before: usize, now: Duration) {
+    let mut changes = Changes {
+        stride: 1,
+        ..Changes::default()
+    };
+    changes.added.push_behind(tokens.hashes(), before);
+    side.router.update_cache(side.id, &changes, now);
+}
+
 #[test]
 fn events_tell_that_one_runs() {
     let side = Side::new();
@@ -89,11 +99,56 @@ fn events_tell_that_one_runs() {
     let _watched = side.book(1, true);
     let _whole = side.book(2, false);
     assert_eq!(side.active(100), 4);
-    let changes = Changes {
-        added: Paths::whole(prompt(2).hashes()),
-        stride: 1,
-        ..Changes::default()
-    };
-    side.router.update_cache(side.id, &changes);
+    tell(&side, &prompt(2), 0, at(100));
     assert!(side.active(101) > 4);
+}
+
+/// A prompt and so many blocks of answer.
+fn answered(content: u32, blocks: u32) -> Sequence {
+    let tokens: Vec<u32> = (0..(2 + blocks) * BLOCK_SIZE.get())
+        .map(|it| content << 16 | it)
+        .collect();
+    Sequence::from_tokens(&tokens, BLOCK_SIZE, 0)
+}
+
+#[test]
+fn events_tell_how_far_one_is() {
+    let side = Side::new();
+    side.router.follow_events(side.id, true);
+    let _whole = side.book(1, false);
+    // Far ahead of any forecast.
+    let mut now = Duration::from_micros(1);
+    for block in 0..50 {
+        tell(&side, &answered(1, block), 1 + block as usize, now);
+        now += Duration::from_micros(1);
+    }
+    let worker = || side.router.workers(now).remove(0);
+    // Behind 49 blocks the next is begun.
+    assert_eq!(worker().active_blocks, 2 + 49 + 1);
+    assert_eq!(worker().prefill_tokens, 0);
+}
+
+#[test]
+fn events_correct_a_forecast_that_went_too_fast() {
+    let side = Side::new();
+    side.router.follow_events(side.id, true);
+    let _whole = side.book(1, false);
+    tell(&side, &prompt(1), 0, at(0));
+    assert!(side.active(1000) > 2 + 5);
+    tell(&side, &answered(1, 1), 2, at(1000));
+    let worker = side.router.workers(at(1000)).remove(0);
+    assert_eq!(worker.active_blocks, 2 + 1 + 1);
+}
+
+#[test]
+fn of_two_with_one_prompt_nobody_knows_which_is_where() {
+    let side = Side::new();
+    side.router.follow_events(side.id, true);
+    let _whole = side.book(1, false);
+    let _watched = side.book(1, true);
+    let now = Duration::from_micros(1);
+    for block in 0..50 {
+        tell(&side, &answered(1, block), 1 + block as usize, now);
+    }
+    assert!(side.router.workers(now).remove(0).active_blocks < 2 + 10);
 }

@@ -407,7 +407,10 @@ impl Subscription<'_> {
 
     fn tell_router(&self, changes: &Changes) {
         self.worker.events.update_claims(changes);
-        self.shared.router.update_cache(self.worker.id, changes);
+        let now = self.shared.clock.now();
+        self.shared
+            .router
+            .update_cache(self.worker.id, changes, now);
     }
 
     fn count_gap(&self) {

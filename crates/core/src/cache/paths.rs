@@ -39,6 +39,12 @@ impl<'a> Path<'a> {
         &self.hashes[self.told_from..]
     }
 
+    /// What the first of those continues, unless it begins a sequence.
+    pub(crate) fn before_told(self) -> Option<SequenceHash> {
+        let before = self.told_from.checked_sub(1)?;
+        self.hashes.get(before).copied()
+    }
+
     /// The same in pieces that tell of so many at most.
     pub(crate) fn pieces(self, most: usize) -> impl DoubleEndedIterator<Item = Self> {
         (self.told_from..self.hashes.len())
