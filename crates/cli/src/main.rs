@@ -51,8 +51,9 @@ enum Command {
     Replay(replay::ReplayArgs),
     /// Hold the router's predictions against engines that run, yours for instance
     ///
-    /// Starts a router of its own, with the flags of `serve`, sends requests through it and
-    /// compares what it predicted with what the engines report. They should serve nobody else
+    /// Starts a router of its own, with the flags of `serve`, or takes one that serves already
+    /// (--router), sends requests through it and compares what it predicted with what the engines
+    /// report. They should serve nobody else
     /// meanwhile. Fails if the predictions do not hold.
     ///
     /// Example: foresee verify --worker http://gpu1:8000,kv-events=tcp://gpu1:5557 --html report.html

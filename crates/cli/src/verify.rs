@@ -18,7 +18,7 @@ pub(crate) struct VerifyArgs {
     /// Requests of each phase
     #[arg(long, default_value_t = 300)]
     requests: usize,
-    /// Requests in flight at a time: a phase for each number
+    /// Requests in flight at a time: a phase for each number; those alike are judged together
     #[arg(long, value_delimiter = ',', value_name = "N", default_value = "1,8")]
     concurrency: Vec<usize>,
     /// The model to ask for; the first that the workers serve by default
@@ -42,16 +42,11 @@ pub(crate) struct VerifyArgs {
     /// Decides every prompt; by default no two runs share one, because engines would remember
     #[arg(long, value_name = "NUMBER")]
     prompt_seed: Option<u64>,
-    /// The API of a router that serves already, to be verified in place of one of its own: the
-    /// workers are its, and --block-size and --tokenizer must be as it has them
-    #[arg(
-        long,
-        value_name = "URL",
-        requires = "router_admin",
-        conflicts_with = "workers"
-    )]
+    /// The address of a router that serves already (without /v1), to be verified in place of one of
+    /// its own: the workers are its, and --block-size and --tokenizer must be as it has them
+    #[arg(long, value_name = "URL", requires = "router_admin")]
     router: Option<String>,
-    /// Its admin API
+    /// The address of its admin API
     #[arg(long, value_name = "URL", requires = "router")]
     router_admin: Option<String>,
     /// Writes the report as a page with pictures
@@ -95,7 +90,10 @@ async fn run(args: VerifyArgs) -> anyhow::Result<ExitCode> {
         .unwrap_or_default();
     let seed = args.prompt_seed.unwrap_or(since_1970.as_secs());
     let (own, api, admin) = match (args.router, args.router_admin) {
-        (Some(api), Some(admin)) => (None, api, admin),
+        (Some(api), Some(admin)) => {
+            let bare = |url: String| url.trim_end_matches('/').to_owned();
+            (None, bare(api), bare(admin))
+        }
         _ if config.workers.is_empty() => {
             bail!("there is nothing to verify: name the engines with --worker URL")
         }

@@ -186,6 +186,8 @@ async fn verify_real(variable: &str, block_size: u32) {
     let config = VerifyConfig {
         has_tokenizer: tokenizer.is_some(),
         requests: 200,
+        // One hit in a hundred may be missed: a few hundred tell little of that.
+        concurrency: vec![1, 8, 8, 8],
         lengths: Lengths {
             prompt: 400,
             answer: 400,

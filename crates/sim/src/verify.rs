@@ -99,14 +99,13 @@ pub async fn run(
     progress: impl Fn(Progress),
 ) -> Result<Verification, VerifyError> {
     let reader = Arc::new(Reader::new(config.admin.clone(), config.block_size));
-    let first_model = first_model(&reader).await?;
-    let model = config.model.as_ref().unwrap_or(&first_model);
+    let model = find_model(&reader, config.model.as_deref()).await?;
     let watch = Watch::start(Arc::clone(&reader), config.sample_interval);
     let mut phases = Vec::new();
     for (number, &concurrency) in config.concurrency.iter().enumerate() {
         let began = reader.seconds();
         let mut phase =
-            run_phase(config, model, number as u64, concurrency.max(1), &progress).await;
+            run_phase(config, &model, number as u64, concurrency.max(1), &progress).await;
         phase.seconds = (began, reader.seconds());
         phases.push(phase);
     }
@@ -116,25 +115,28 @@ pub async fn run(
     Ok(Verification::of(config, phases, parity, &reader.watched()))
 }
 
-/// Waits until every worker serves, and returns the first model that they do.
-async fn first_model(reader: &Reader) -> Result<String, VerifyError> {
+/// Waits until all workers that are to serve the model do, or, without one, all that are to serve.
+/// Returns the model, or the first that they serve.
+async fn find_model(reader: &Reader, asked: Option<&str>) -> Result<String, VerifyError> {
     let began = Instant::now();
     loop {
-        let workers = reader.workers().await.map_err(VerifyError::Router)?;
+        let mut workers = reader.workers().await.map_err(VerifyError::Router)?;
+        workers.retain(|it| it.may_serve(asked));
+        if workers.is_empty() {
+            let none = "the router has no worker that could serve".to_owned();
+            return Err(VerifyError::Workers(none));
+        }
         let missing = workers.iter().filter(|it| !it.serves());
         let missing: Vec<&str> = missing.map(|it| it.name.as_str()).collect();
         let first = workers.iter().find_map(|it| it.models.first());
-        match first {
-            Some(model) if missing.is_empty() => return Ok(model.clone()),
-            None if workers.is_empty() => {
-                return Err(VerifyError::Workers("the router has no workers".to_owned()));
-            }
-            _ if began.elapsed() > PATIENCE => {
-                let missing = missing.join(", ");
-                return Err(VerifyError::Workers(format!("no answer from {missing}")));
-            }
-            _ => tokio::time::sleep(Duration::from_millis(20)).await,
+        if let (Some(first), true) = (first, missing.is_empty()) {
+            return Ok(asked.unwrap_or(first).to_owned());
         }
+        if began.elapsed() > PATIENCE {
+            let missing = missing.join(", ");
+            return Err(VerifyError::Workers(format!("no answer from {missing}")));
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 

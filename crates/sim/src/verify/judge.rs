@@ -1,10 +1,11 @@
 //! What a verification comes to: what was promised, what was found, and what to do about it.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::Serialize;
 
-use crate::verify::report::Verification;
+use crate::verify::report::{Hits, Verification};
 
 /// The share of requests whose cache hit must be predicted to the block: one at a time with KV
 /// events, several at a time with them, and without.
@@ -74,19 +75,21 @@ fn check_answers(found: &Verification, checks: &mut Vec<Check>) {
 
 fn check_hits(found: &Verification, checks: &mut Vec<Check>) {
     let all_tell = found.workers.iter().all(|it| it.cache_source == "events");
+    // Phases alike are one sample.
+    let mut by_concurrency = BTreeMap::<usize, Hits>::new();
     for phase in &found.phases {
-        let hits = phase.predictable(found.has_tokenizer);
-        let goal = match phase.concurrency {
+        let hits = by_concurrency.entry(phase.concurrency).or_default();
+        hits.add(&phase.predictable(found.has_tokenizer));
+    }
+    for (concurrency, hits) in by_concurrency {
+        let goal = match concurrency {
             _ if !all_tell => GOAL_SHADOW,
             1 => GOAL_ALONE,
             _ => GOAL_TOGETHER,
         };
         let reported = hits.requests > 0;
         checks.push(Check {
-            what: format!(
-                "cache hits predicted to the block, {} at a time",
-                phase.concurrency
-            ),
+            what: format!("cache hits predicted to the block, {concurrency} at a time"),
             found: if reported {
                 let share = hits.equal_share() * 100.0;
                 format!("{} of {} ({share:.1} %)", hits.equal, hits.requests)

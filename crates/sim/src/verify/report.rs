@@ -199,7 +199,7 @@ impl Hits {
         self.common += u64::from(predicted.min(actual));
     }
 
-    fn add(&mut self, other: &Self) {
+    pub(super) fn add(&mut self, other: &Self) {
         self.requests += other.requests;
         self.equal += other.equal;
         self.over += other.over;

@@ -35,6 +35,12 @@ pub(super) struct RouterWorker {
 }
 
 impl RouterWorker {
+    /// Whether it is to serve requests for the model, as far as its models are known.
+    pub(super) fn may_serve(&self, model: Option<&str>) -> bool {
+        let serves = |model| self.models.is_empty() || self.models.iter().any(|it| it == model);
+        self.state != "draining" && model.is_none_or(serves)
+    }
+
     pub(super) fn serves(&self) -> bool {
         self.state == "healthy" && !self.models.is_empty()
     }
