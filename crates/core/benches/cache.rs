@@ -207,7 +207,7 @@ fn full_fleet() -> (Router, Vec<(WorkerId, Engine)>) {
     let (router, ids) = router_of(WORKERS);
     let engines = ids.into_iter().zip(0..).map(|(id, number)| {
         let mut engine = Engine::new(number, 4);
-        engine.fill(&mut |changes| router.update_cache(id, &changes, Duration::ZERO));
+        engine.fill(&mut |changes| router.update_cache(id, &changes, Some(Duration::ZERO)));
         (id, engine)
     });
     let engines = engines.collect();
@@ -223,7 +223,7 @@ fn events_applied(bencher: Bencher<'_, '_>, blocks_an_event: usize) {
         turn = (turn + 1) % engines.len();
         let (id, engine) = &mut engines[turn];
         engine.replace_conversation(blocks_an_event, &mut |changes| {
-            router.update_cache(*id, &changes, Duration::ZERO);
+            router.update_cache(*id, &changes, Some(Duration::ZERO));
         });
     });
 }
@@ -369,7 +369,8 @@ fn print_memory(what: &str, private_per_shared: u64) {
     let mut per_block = Vec::new();
     for conversation in 0..=CONVERSATIONS {
         for (engine, &id) in engines.iter_mut().zip(&ids) {
-            let mut tell = |changes: Changes| router.update_cache(id, &changes, Duration::ZERO);
+            let mut tell =
+                |changes: Changes| router.update_cache(id, &changes, Some(Duration::ZERO));
             match conversation {
                 0 => engine.store_system_prompts(&mut tell),
                 _ => engine.begin_conversation(CONVERSATION, &mut tell),
@@ -391,7 +392,8 @@ fn print_memory(what: &str, private_per_shared: u64) {
 
     for _ in 0..CONVERSATIONS {
         for (engine, &id) in engines.iter_mut().zip(&ids) {
-            let mut tell = |changes: Changes| router.update_cache(id, &changes, Duration::ZERO);
+            let mut tell =
+                |changes: Changes| router.update_cache(id, &changes, Some(Duration::ZERO));
             engine.replace_conversation(CONVERSATION, &mut tell);
         }
     }
@@ -415,13 +417,13 @@ fn tell_whole_cache(router: &Router, id: WorkerId, engine: &Engine) -> usize {
         removed: added.clone(),
         stride,
     };
-    router.update_cache(id, &gone, Duration::ZERO);
+    router.update_cache(id, &gone, Some(Duration::ZERO));
     let stored = Changes {
         added,
         removed: Paths::default(),
         stride,
     };
-    router.update_cache(id, &stored, Duration::ZERO);
+    router.update_cache(id, &stored, Some(Duration::ZERO));
     blocks
 }
 
@@ -434,7 +436,7 @@ fn print_decisions_beside_a_writer() {
             "beside events of 1 block",
             Some(|router, id, engine| {
                 engine.replace_conversation(1, &mut |it| {
-                    router.update_cache(id, &it, Duration::ZERO)
+                    router.update_cache(id, &it, Some(Duration::ZERO))
                 });
                 REPLACED
             }),
@@ -443,7 +445,7 @@ fn print_decisions_beside_a_writer() {
             "beside events of 40 blocks",
             Some(|router, id, engine| {
                 engine.replace_conversation(40, &mut |it| {
-                    router.update_cache(id, &it, Duration::ZERO)
+                    router.update_cache(id, &it, Some(Duration::ZERO))
                 });
                 REPLACED
             }),

@@ -18,8 +18,9 @@
 //! `κn` and `κc` are what a request and a token of context add to a step ([`Pace`]), `λ` and `ρ`
 //! how many requests come to the worker and which share of its time their prompts take, which is
 //! time in which no answer goes on. `M` is how long it takes until enough answers have ended for its
-//! blocks to fit, and to keep fitting while all grow; its own wait for that is not counted, because
-//! [who fits goes by](crate::queue). `alive_j` and `both_j` are how likely answer `j` is to be there
+//! blocks to fit, and to keep fitting while all grow, which whoever comes behind waits for. Its own
+//! wait for that is not counted: in replay that was worse, with a [line](crate::queue), where who
+//! fits goes by, and without. `alive_j` and `both_j` are how likely answer `j` is to be there
 //! when the prompt's turn comes, and for how many tokens it goes on beside this one's; what answers
 //! have left is taken to be exponential around what is expected. They are looked at in groups of
 //! about equal remainders, so a worker costs the same to judge however many it runs.

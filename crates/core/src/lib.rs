@@ -9,8 +9,9 @@
 //! `forecast` (how fast it is, and how long answers are), `outlook` (what it has ahead of it),
 //! [`cost`], [`delay`] and [`choose`] (numbers, then a choice among numbers),
 //! [`fleet`] (the workers), `state` (what a decision reads), `ledger` (what bookings change),
-//! [`queue`], `dispatch` (who waits here, and when who is sent) and `admission` (what an SGLang begins
-//! with at once), and those that are used from outside: [`router`], [`booking`] and [`batch`].
+//! `unwatched` (how far those are that nobody watches), [`queue`], `dispatch` (who waits here, and
+//! when who is sent) and `admission` (what an SGLang begins with at once), and those that are used
+//! from outside: [`router`], [`booking`] and [`batch`].
 //!
 //! ```
 //! use std::time::Duration;

@@ -9,8 +9,6 @@
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-use parking_lot::MutexGuard;
-
 use crate::batch::{Batch, Members};
 use crate::booking::Booking;
 use crate::cache::{Changes, Path};
@@ -21,7 +19,7 @@ use crate::forecast::lengths::LengthForecast;
 pub use crate::request::{Candidate, Explanation, Request, RouteError};
 use crate::sequence::Sequence;
 use crate::shadow::Eviction;
-use crate::state::{Locked, State, release};
+use crate::state::{Locked, State, release, release_fair};
 use crate::tree::Slot;
 
 /// Prefixes that are told under one lock, at most. That takes some two microseconds: whoever
@@ -185,12 +183,13 @@ impl Router {
         release(state);
     }
 
-    /// A worker's events said by `now` that its cache changed. Means nothing for a worker that does not
-    /// [follow events](Self::follow_events).
+    /// A worker's events said that its cache changed: by `now`, if it just did; else that is what
+    /// they say it has held for some time, which tells nothing of how far requests are. Means
+    /// nothing for a worker that does not [follow events](Self::follow_events).
     ///
     /// Of many changes, some are told at a time, so that no decision waits for all: meanwhile it
     /// may find the cache between what it was and what it is.
-    pub fn update_cache(&self, id: WorkerId, changes: &Changes, now: Duration) {
+    pub fn update_cache(&self, id: WorkerId, changes: &Changes, now: Option<Duration>) {
         for path in changes.removed.iter() {
             // Tails first, so that what is left is a prefix.
             for piece in path.pieces(MOST_TOLD_AT_ONCE).rev() {
@@ -204,13 +203,18 @@ impl Router {
         }
     }
 
-    fn tell(&self, id: WorkerId, stride: u32, told: Told<'_>, now: Duration) {
+    fn tell(&self, id: WorkerId, stride: u32, told: Told<'_>, now: Option<Duration>) {
         let mut guard = self.state.lock();
         let state = &mut *guard;
-        state.advance(now);
-        if let Some((worker, _)) = state.fleet.get_mut(id)
-            && worker.shadow.is_told()
-        {
+        if let Some(now) = now {
+            state.advance(now);
+        }
+        let worker = state.fleet.get(id);
+        let is_told = worker.is_some_and(|it| it.shadow.is_told());
+        if let Some(stride) = NonZeroU32::new(stride).filter(|_| is_told) {
+            state.fleet.set_stride(id, stride);
+        }
+        if let Some((worker, _)) = state.fleet.get_mut(id).filter(|_| is_told) {
             state.tree.set_told(id.slot, worker.shadow.last_stamp());
             match told {
                 Told::Removed(path) => {
@@ -222,16 +226,15 @@ impl Router {
                     state.cache.add(id.slot, stride, path, &mut worker.told);
                     let hashes = path.told().iter().copied();
                     state.foreseen.settle(id.slot, hashes);
-                    state.stored(id, path);
+                    if now.is_some() {
+                        state.stored(id, path);
+                    }
                 }
-            }
-            if let Some(stride) = NonZeroU32::new(stride) {
-                state.fleet.set_stride(id, stride);
             }
         }
         // A stream of events that never pauses would else take the lock again and again before
         // whoever waits for it wakes.
-        MutexGuard::unlock_fair(guard);
+        release_fair(guard);
     }
 
     /// Prefixes that some worker's events say it caches.

@@ -67,11 +67,20 @@ pub(crate) struct State {
 
 /// Ends a critical section. Hash chains that lost their last node may be long allocations, so
 /// they are freed after the lock; and who is woken may want it.
-pub(crate) fn release(mut state: MutexGuard<'_, State>) {
+pub(crate) fn release(state: MutexGuard<'_, State>) {
+    release_by(state, drop);
+}
+
+/// The same, where the section is one of very many: whoever waits for the lock has it next.
+pub(crate) fn release_fair(state: MutexGuard<'_, State>) {
+    release_by(state, MutexGuard::unlock_fair);
+}
+
+fn release_by<'a>(mut state: MutexGuard<'a, State>, unlock: impl FnOnce(MutexGuard<'a, State>)) {
     let garbage: SmallVec<[Chain; 4]> = std::mem::take(&mut state.tree.garbage);
     let lined_up = std::mem::take(&mut state.lined_up.garbage);
     let woken = std::mem::take(&mut state.queue.woken);
-    drop(state);
+    unlock(state);
     drop((garbage, lined_up));
     woken.into_iter().for_each(Waker::wake);
 }

@@ -76,15 +76,15 @@ impl State {
         if self.unwatched.by_last_block.is_empty() {
             return;
         }
-        let mut before = path.before_told();
         for &hash in path.told() {
-            let by_last_block = &self.unwatched.by_last_block;
-            if let Some(&Followed { key, .. }) = by_last_block.get(&on(worker.slot, hash)) {
+            let followed = self.unwatched.by_last_block.get(&on(worker.slot, hash));
+            if let Some(&Followed { key, .. }) = followed {
                 self.begins(worker, key);
-            } else if let Some(before) = before {
-                self.goes_on(worker, before, hash);
             }
-            before = Some(hash);
+        }
+        // An answer fills one block after the other: several at once are somebody's prompt.
+        if let ([hash], Some(before)) = (path.told(), path.before_told()) {
+            self.goes_on(worker, before, *hash);
         }
     }
 
@@ -106,31 +106,41 @@ impl State {
             return;
         };
         let Followed { key, blocks } = followed;
-        let Some(record) = record_of(&mut self.bookings, key) else {
+        let record = record_of(&mut self.bookings, key).filter(|record| !record.computed);
+        let Some(record) = record.filter(|record| record.worker == worker) else {
             return;
         };
-        // With several that have the same prompt, nobody knows whose block it is.
-        let of_prompt = blocks.min(record.hashed_blocks);
-        if record.worker != worker || self.tree.pins_at(record.node, slot, of_prompt) != 1 {
+        // Behind a prompt that several have, nobody knows whose block it is.
+        let is_of_prompt = blocks <= record.hashed_blocks;
+        if is_of_prompt && self.tree.pins_at(record.node, slot, blocks) != 1 {
             return;
         }
-        let blocks = blocks.saturating_add(record.stride);
+        let blocks = blocks.saturating_add(self.fleet.stride(slot).get());
         let tokens = blocks.saturating_mul(record.block_size);
         // What comes after the last token in it is being computed.
         let generated = tokens
             .saturating_sub(record.prompt_tokens)
             .saturating_add(1);
+        if record.max_tokens.is_some_and(|most| generated > most) {
+            return;
+        }
         if record.share.is_ahead() {
             self.begins(worker, key);
             self.forecast_progress(key);
         }
         let now = self.now;
-        if let Some(record) = self.record(key) {
-            record.known = (now, generated);
+        let Some(record) = self.record(key) else {
+            return;
+        };
+        record.known = (now, generated);
+        let expected = record.expected_tokens;
+        let has_paused = record.generated_tokens >= expected && generated < expected;
+        let unwatched = &mut self.unwatched;
+        if has_paused {
+            unwatched.due.push(Reverse((now, key)));
         }
         let followed = Followed { key, blocks };
-        let by_last_block = &mut self.unwatched.by_last_block;
-        by_last_block.insert(on(slot, hash), followed);
+        unwatched.by_last_block.insert(on(slot, hash), followed);
         self.set_generated(key, generated);
     }
 

@@ -478,7 +478,7 @@ impl Pair {
             }
             Step::Told(_, prompt, stored) => {
                 let changes = known.hear(&prompt, stored);
-                self.router.update_cache(id, &changes, Duration::ZERO);
+                self.router.update_cache(id, &changes, Some(Duration::ZERO));
             }
             _ => {}
         }

@@ -143,7 +143,7 @@ impl Engine {
             block_size: self.block_size as u32,
             salt: SALT,
         });
-        router.update_cache(self.id, &changes, Duration::ZERO);
+        router.update_cache(self.id, &changes, Some(Duration::ZERO));
     }
 
     fn apply(&mut self, router: &Router, step: &Step) {
@@ -179,22 +179,22 @@ impl Engine {
                     self.stores.remove(&prompt[..end]);
                 }
                 let changes = self.view.remove(&[name(&prompt[..end])]);
-                router.update_cache(self.id, &changes, Duration::ZERO);
+                router.update_cache(self.id, &changes, Some(Duration::ZERO));
             }
             Step::Clear { .. } => {
                 self.stores.clear();
                 let changes = self.view.clear();
-                router.update_cache(self.id, &changes, Duration::ZERO);
+                router.update_cache(self.id, &changes, Some(Duration::ZERO));
             }
             Step::Retell { .. } => {
                 router.follow_events(self.id, false);
                 router.follow_events(self.id, true);
-                router.update_cache(self.id, &self.view.contents(), Duration::ZERO);
+                router.update_cache(self.id, &self.view.contents(), Some(Duration::ZERO));
             }
             Step::Replace { worker } => {
                 assert!(router.remove_worker(self.id));
                 // What it still says means nothing.
-                router.update_cache(self.id, &self.view.contents(), Duration::ZERO);
+                router.update_cache(self.id, &self.view.contents(), Some(Duration::ZERO));
                 *self = Self::new(router, *worker, self.block_size);
             }
         }
@@ -243,7 +243,7 @@ proptest! {
             }
         }
         for engine in &mut engines {
-            router.update_cache(engine.id, &engine.view.clear(), Duration::ZERO);
+            router.update_cache(engine.id, &engine.view.clear(), Some(Duration::ZERO));
         }
         prop_assert_eq!(router.cached_prefixes(), 0);
     }

@@ -49,7 +49,7 @@ impl Told {
                 stride: 1,
                 ..Changes::default()
             },
-            Duration::ZERO,
+            Some(Duration::ZERO),
         );
     }
 
@@ -59,7 +59,8 @@ impl Told {
             ..Changes::default()
         };
         changes.removed.push_behind(prompt.hashes(), from);
-        self.router.update_cache(self.id, &changes, Duration::ZERO);
+        self.router
+            .update_cache(self.id, &changes, Some(Duration::ZERO));
     }
 
     fn book(&self, prompt: &Sequence) -> Booking {

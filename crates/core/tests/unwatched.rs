@@ -83,13 +83,13 @@ fn one_that_came_before_a_running_one_runs() {
 }
 
 /// Events tell that these blocks were stored, the first `before` of them before.
-fn tell(side: &Side, tokens: &Sequence, before: usize, now: Duration) {
+fn tell(side: &Side, tokens: &Sequence, before: usize, now: impl Into<Option<Duration>>) {
     let mut changes = Changes {
         stride: 1,
         ..Changes::default()
     };
     changes.added.push_behind(tokens.hashes(), before);
-    side.router.update_cache(side.id, &changes, now);
+    side.router.update_cache(side.id, &changes, now.into());
 }
 
 #[test]
@@ -138,6 +138,41 @@ fn events_correct_a_forecast_that_went_too_fast() {
     tell(&side, &answered(1, 1), 2, at(1000));
     let worker = side.router.workers(at(1000)).remove(0);
     assert_eq!(worker.active_blocks, 2 + 1 + 1);
+    assert!(side.active(2000) > 2 + 5, "and goes on from there");
+}
+
+/// An answer of before may still be cached behind the prompt.
+#[test]
+fn what_is_listed_is_nobodys_progress() {
+    let side = Side::new();
+    side.router.follow_events(side.id, true);
+    let _whole = side.book(1, false);
+    let now = Duration::from_micros(1);
+    tell(&side, &prompt(1), 0, now);
+    for block in 0..50 {
+        tell(&side, &answered(1, block), 1 + block as usize, None);
+    }
+    // Nor what is stored at once: another's prompt that goes on from this one.
+    tell(&side, &answered(1, 50), 2, now);
+    assert!(side.router.workers(now).remove(0).active_blocks < 2 + 10);
+}
+
+#[test]
+fn nobody_is_further_than_it_may_come() {
+    let side = Side::new();
+    side.router.follow_events(side.id, true);
+    let prompt = prompt(1);
+    let request = Request {
+        streams: false,
+        max_tokens: Some(10),
+        ..Request::new(&prompt)
+    };
+    let _whole = side.router.route(&request, at(0)).unwrap();
+    let now = Duration::from_micros(1);
+    for block in 0..50 {
+        tell(&side, &answered(1, block), 1 + block as usize, now);
+    }
+    assert!(side.router.workers(now).remove(0).active_blocks <= 2 + 3);
 }
 
 #[test]

@@ -208,7 +208,7 @@ impl Subscription<'_> {
         if model != self.follower.model() {
             let removed = self.follower.clear();
             self.follower = self.follower.anew(model.clone());
-            self.tell_router(&removed);
+            self.tell_router(&removed, None);
         }
     }
 
@@ -229,7 +229,7 @@ impl Subscription<'_> {
         loop {
             match self.follower.receive(&message) {
                 Received::Applied(changes) => {
-                    self.applied(&changes);
+                    self.applied(&changes, Some(self.shared.clock.now()));
                     self.note_lag();
                     return;
                 }
@@ -302,12 +302,15 @@ impl Subscription<'_> {
         }
         let before = std::mem::replace(&mut self.follower, anew);
         let Changes { added, stride, .. } = before.contents();
-        self.tell_router(&Changes {
-            removed: added,
-            stride,
-            ..Changes::default()
-        });
-        self.tell_router(&self.follower.contents());
+        self.tell_router(
+            &Changes {
+                removed: added,
+                stride,
+                ..Changes::default()
+            },
+            None,
+        );
+        self.tell_router(&self.follower.contents(), None);
         let last = self.follower.last();
         self.worker.events.change(|it| {
             it.exact = true;
@@ -341,7 +344,7 @@ impl Subscription<'_> {
     fn take_replayed(&mut self, message: &Message<'_>) -> bool {
         loop {
             match self.follower.receive(message) {
-                Received::Applied(changes) => self.applied(&changes),
+                Received::Applied(changes) => self.applied(&changes, None),
                 Received::Known => {}
                 Received::Restarted(removed) => {
                     self.has_restarted(&removed);
@@ -357,9 +360,9 @@ impl Subscription<'_> {
         }
     }
 
-    fn applied(&mut self, changes: &[Changes]) {
+    fn applied(&mut self, changes: &[Changes], just_now: Option<Duration>) {
         for changes in changes {
-            self.tell_router(changes);
+            self.tell_router(changes, just_now);
         }
         let (block_size, now) = (self.follower.engine_block_size(), self.shared.clock.now());
         let events = &self.worker.events;
@@ -387,7 +390,7 @@ impl Subscription<'_> {
     /// Stores that say again what is known were lists, and are not counted any longer.
     fn take_back_repeats(&mut self, why: &str) {
         for changes in self.follower.take_back_repeats() {
-            self.tell_router(&changes);
+            self.tell_router(&changes, None);
         }
         self.worker.events.change(|it| it.has_lists = true);
         tracing::info!(
@@ -405,12 +408,11 @@ impl Subscription<'_> {
         }
     }
 
-    fn tell_router(&self, changes: &Changes) {
+    /// Tells what has changed `just_now`, or else at some time before.
+    fn tell_router(&self, changes: &Changes, just_now: Option<Duration>) {
         self.worker.events.update_claims(changes);
-        let now = self.shared.clock.now();
-        self.shared
-            .router
-            .update_cache(self.worker.id, changes, now);
+        let router = &self.shared.router;
+        router.update_cache(self.worker.id, changes, just_now);
     }
 
     fn count_gap(&self) {
@@ -445,7 +447,7 @@ impl Subscription<'_> {
     }
 
     fn has_restarted(&self, removed: &Changes) {
-        self.tell_router(removed);
+        self.tell_router(removed, None);
         self.worker.events.change(|it| {
             it.last_sequence = None;
             it.exact = true;
@@ -485,7 +487,7 @@ impl Subscription<'_> {
             router.follow_events(self.worker.id, true);
             let now = self.shared.clock.now();
             self.worker.events.with_evidence(|it| it.begin(now));
-            self.tell_router(&self.follower.contents());
+            self.tell_router(&self.follower.contents(), None);
         }
         let exact = self.follower.is_exact();
         self.worker.events.change(|it| {

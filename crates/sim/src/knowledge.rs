@@ -123,7 +123,7 @@ impl Follower {
             let view = &mut self.views[batch.worker];
             let Some(id) = id(batch.worker) else { continue };
             for changes in view.follow(&batch.events, traffic) {
-                router.update_cache(id, &changes, now);
+                router.update_cache(id, &changes, Some(now));
             }
         }
     }
