@@ -31,6 +31,10 @@ pub use script::{Kind, Lengths};
 /// Time for the router's workers to be found.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// How long a client lets pass after a failure: a router that restarts must not be met by all that
+/// is left.
+const AFTER_FAILURE: Duration = Duration::from_millis(500);
+
 /// How long the router and its engines may take to be at rest after the last request.
 const REST: Duration = Duration::from_secs(10);
 
@@ -168,6 +172,9 @@ async fn run_phase(
         while begun.fetch_add(1, Ordering::Relaxed) < config.requests {
             let ask = script.lock().next();
             let done = exchange(&client, &config.api, &ask, config.timeout).await;
+            if matches!(done.ending, Ending::Failed(_)) {
+                tokio::time::sleep(AFTER_FAILURE).await;
+            }
             let is_whole = done.ending == Ending::Answered;
             let prompt_tokens = done.usage.prompt_tokens.unwrap_or(0);
             let answer = is_whole.then(|| (done.text.clone(), prompt_tokens));
