@@ -59,6 +59,8 @@ pub(super) struct KvEvents {
 pub(super) struct Reading {
     /// When it was asked, in seconds since the watch began.
     pub(super) at: f64,
+    /// When the answer was there: it speaks of some moment between.
+    pub(super) until: f64,
     /// Active blocks by its own account.
     pub(super) held: f64,
 }
@@ -150,12 +152,20 @@ impl Reader {
     pub(super) async fn read(&self) -> Result<(), String> {
         let workers = self.read_predictions().await?;
         let at = self.seconds();
-        let held = join_all(workers.iter().map(|worker| self.held_by(worker))).await;
+        let held = workers.iter().map(async |worker| {
+            let held = self.held_by(worker).await;
+            held.map(|held| Reading {
+                at,
+                until: self.seconds(),
+                held,
+            })
+        });
+        let held = join_all(held).await;
         let mut watched = self.watched.lock();
         for (worker, held) in workers.iter().zip(held) {
             let known = watched.iter_mut().find(|it| it.worker.name == worker.name);
             match (known, held) {
-                (Some(watched), Ok(held)) => watched.readings.push(Reading { at, held }),
+                (Some(watched), Ok(reading)) => watched.readings.push(reading),
                 (Some(watched), Err(error)) => watched.unread = Some(error),
                 (None, _) => {}
             }
@@ -180,7 +190,8 @@ impl Reader {
         let theirs = caches.iter().find_map(|(_, cache)| cache.block_size);
         let per_block = f64::from(theirs.unwrap_or(self.block_size)) / f64::from(self.block_size);
         let blocks: f64 = engines.iter().map(|(_, load)| load.active_blocks).sum();
-        Ok(blocks * per_block)
+        // A share of its blocks, rounded by a float's last digits.
+        Ok((blocks * per_block).round())
     }
 
     async fn get(&self, url: &str) -> Result<Bytes, String> {
@@ -219,8 +230,18 @@ impl Watched {
         self.worker = worker.clone();
     }
 
+    /// How far a reading is from all that was predicted while it was taken.
+    pub(super) fn error_of(&self, reading: &Reading) -> f64 {
+        let later = self.predicted.iter().skip_while(|it| it.0 <= reading.at);
+        let meanwhile = later.take_while(|it| it.0 <= reading.until);
+        let predicted = meanwhile.map(|&(_, blocks)| blocks);
+        let predicted = predicted.chain([self.predicted_at(reading.at)]);
+        let errors = predicted.map(|blocks| (blocks as f64 - reading.held).abs());
+        errors.fold(f64::INFINITY, f64::min)
+    }
+
     /// What was predicted at some time.
-    pub(super) fn predicted_at(&self, at: f64) -> u64 {
+    fn predicted_at(&self, at: f64) -> u64 {
         let after = self.predicted.partition_point(|&(since, _)| since <= at);
         let index = after.saturating_sub(1);
         self.predicted.get(index).map_or(0, |&(_, blocks)| blocks)
