@@ -30,7 +30,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[command(after_help = list_workloads())]
 pub(crate) struct DemoArgs {
     /// A named workload
-    #[arg(long, default_value = "seed")]
+    #[arg(long, default_value = "agent")]
     workload: String,
     /// Policies to compare, separated by commas; each meets engines with empty caches
     #[arg(

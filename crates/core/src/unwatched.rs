@@ -124,7 +124,8 @@ impl State {
         if record.max_tokens.is_some_and(|most| generated > most) {
             return;
         }
-        if record.share.is_ahead() {
+        let was_ahead = record.share.is_ahead();
+        if was_ahead {
             self.begins(worker, key);
             self.forecast_progress(key);
         }
@@ -134,9 +135,10 @@ impl State {
         };
         record.known = (now, generated);
         let expected = record.expected_tokens;
-        let has_paused = record.generated_tokens >= expected && generated < expected;
+        // Then it is due no more, and else it still is.
+        let has_ended = !was_ahead && record.generated_tokens >= expected;
         let unwatched = &mut self.unwatched;
-        if has_paused {
+        if has_ended && generated < expected {
             unwatched.due.push(Reverse((now, key)));
         }
         let followed = Followed { key, blocks };
