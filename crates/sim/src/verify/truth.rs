@@ -296,3 +296,29 @@ impl Drop for Watch {
         self.0.iter().for_each(JoinHandle::abort);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reading_is_held_against_all_that_was_predicted_while_it_was_taken() {
+        let worker = serde_json::json!({
+            "name": "a", "url": "", "state": "healthy", "models": [], "rank": null,
+            "active_blocks": 7, "cache_source": "shadow", "capacity_blocks": 100, "kv_events": null,
+        });
+        let watched = Watched {
+            worker: serde_json::from_value(worker).unwrap(),
+            predicted: vec![(0.0, 3), (1.0, 20), (2.0, 7)],
+            readings: Vec::new(),
+            lags: Vec::new(),
+            unread: None,
+            last_batch: 0,
+        };
+        let error = |at, until, held| watched.error_of(&Reading { at, until, held });
+        assert_eq!(error(0.5, 0.9, 20.0), 17.0);
+        assert_eq!(error(0.5, 1.0, 20.0), 0.0);
+        assert_eq!(error(0.5, 2.5, 9.0), 2.0);
+        assert_eq!(error(1.5, 1.6, 9.0), 11.0);
+    }
+}
