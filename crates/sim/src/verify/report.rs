@@ -129,8 +129,7 @@ pub struct WorkerResult {
 pub struct ActiveBlocks {
     /// Readings compared.
     pub samples: usize,
-    /// Mean absolute difference to what was predicted between the question to the engine and its
-    /// answer, in blocks: of what that was, the nearest.
+    /// Mean absolute difference to what was predicted when the engine was asked, in blocks.
     pub mean_error: f64,
     /// The largest of those, in blocks.
     pub worst_error: f64,
@@ -154,14 +153,14 @@ impl ActiveBlocks {
     }
 
     fn of(watched: &Watched) -> Self {
-        let held = watched.readings.iter().map(|it| (it.at, it.held));
+        // Engines report a share of their blocks, rounded by a float's last digits.
+        let held = watched.readings.iter().map(|it| (it.at, it.held.round()));
         let held: Vec<(f64, f64)> = held.collect();
-        let errors = watched.readings.iter().map(|it| watched.error_of(it));
-        let errors: Vec<f64> = errors.collect();
+        let error = |&(at, held): &(f64, f64)| (watched.predicted_at(at) as f64 - held).abs();
         Self {
             samples: held.len(),
-            mean_error: errors.iter().sum::<f64>() / held.len().max(1) as f64,
-            worst_error: errors.iter().copied().fold(0.0, f64::max),
+            mean_error: held.iter().map(error).sum::<f64>() / held.len().max(1) as f64,
+            worst_error: held.iter().map(error).fold(0.0, f64::max),
             peak: held.iter().map(|&(_, held)| held).fold(0.0, f64::max),
             predicted_at_rest: watched.worker.active_blocks,
             held_at_rest: held.last().map_or(0.0, |&(_, held)| held),

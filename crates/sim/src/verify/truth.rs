@@ -59,8 +59,6 @@ pub(super) struct KvEvents {
 pub(super) struct Reading {
     /// When it was asked, in seconds since the watch began.
     pub(super) at: f64,
-    /// When the answer was there: it speaks of some moment between.
-    pub(super) until: f64,
     /// Active blocks by its own account.
     pub(super) held: f64,
 }
@@ -152,20 +150,12 @@ impl Reader {
     pub(super) async fn read(&self) -> Result<(), String> {
         let workers = self.read_predictions().await?;
         let at = self.seconds();
-        let held = workers.iter().map(async |worker| {
-            let held = self.held_by(worker).await;
-            held.map(|held| Reading {
-                at,
-                until: self.seconds(),
-                held,
-            })
-        });
-        let held = join_all(held).await;
+        let held = join_all(workers.iter().map(|worker| self.held_by(worker))).await;
         let mut watched = self.watched.lock();
         for (worker, held) in workers.iter().zip(held) {
             let known = watched.iter_mut().find(|it| it.worker.name == worker.name);
             match (known, held) {
-                (Some(watched), Ok(reading)) => watched.readings.push(reading),
+                (Some(watched), Ok(held)) => watched.readings.push(Reading { at, held }),
                 (Some(watched), Err(error)) => watched.unread = Some(error),
                 (None, _) => {}
             }
@@ -190,8 +180,7 @@ impl Reader {
         let theirs = caches.iter().find_map(|(_, cache)| cache.block_size);
         let per_block = f64::from(theirs.unwrap_or(self.block_size)) / f64::from(self.block_size);
         let blocks: f64 = engines.iter().map(|(_, load)| load.active_blocks).sum();
-        // A share of its blocks, rounded by a float's last digits.
-        Ok((blocks * per_block).round())
+        Ok(blocks * per_block)
     }
 
     async fn get(&self, url: &str) -> Result<Bytes, String> {
@@ -230,18 +219,8 @@ impl Watched {
         self.worker = worker.clone();
     }
 
-    /// How far a reading is from all that was predicted while it was taken.
-    pub(super) fn error_of(&self, reading: &Reading) -> f64 {
-        let later = self.predicted.iter().skip_while(|it| it.0 <= reading.at);
-        let meanwhile = later.take_while(|it| it.0 <= reading.until);
-        let predicted = meanwhile.map(|&(_, blocks)| blocks);
-        let predicted = predicted.chain([self.predicted_at(reading.at)]);
-        let errors = predicted.map(|blocks| (blocks as f64 - reading.held).abs());
-        errors.fold(f64::INFINITY, f64::min)
-    }
-
     /// What was predicted at some time.
-    fn predicted_at(&self, at: f64) -> u64 {
+    pub(super) fn predicted_at(&self, at: f64) -> u64 {
         let after = self.predicted.partition_point(|&(since, _)| since <= at);
         let index = after.saturating_sub(1);
         self.predicted.get(index).map_or(0, |&(_, blocks)| blocks)
@@ -294,31 +273,5 @@ fn every(interval: Duration) -> Interval {
 impl Drop for Watch {
     fn drop(&mut self) {
         self.0.iter().for_each(JoinHandle::abort);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_reading_is_held_against_all_that_was_predicted_while_it_was_taken() {
-        let worker = serde_json::json!({
-            "name": "a", "url": "", "state": "healthy", "models": [], "rank": null,
-            "active_blocks": 7, "cache_source": "shadow", "capacity_blocks": 100, "kv_events": null,
-        });
-        let watched = Watched {
-            worker: serde_json::from_value(worker).unwrap(),
-            predicted: vec![(0.0, 3), (1.0, 20), (2.0, 7)],
-            readings: Vec::new(),
-            lags: Vec::new(),
-            unread: None,
-            last_batch: 0,
-        };
-        let error = |at, until, held| watched.error_of(&Reading { at, until, held });
-        assert_eq!(error(0.5, 0.9, 20.0), 17.0);
-        assert_eq!(error(0.5, 1.0, 20.0), 0.0);
-        assert_eq!(error(0.5, 2.5, 9.0), 2.0);
-        assert_eq!(error(1.5, 1.6, 9.0), 11.0);
     }
 }
