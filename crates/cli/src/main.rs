@@ -53,8 +53,7 @@ enum Command {
     ///
     /// Starts a router of its own, with the flags of `serve`, or takes one that serves already
     /// (--router), sends requests through it and compares what it predicted with what the engines
-    /// report. They should serve nobody else
-    /// meanwhile. Fails if the predictions do not hold.
+    /// report. They should serve nobody else meanwhile. Fails if the predictions do not hold.
     ///
     /// Example: foresee verify --worker http://gpu1:8000,kv-events=tcp://gpu1:5557 --html report.html
     Verify(verify::VerifyArgs),

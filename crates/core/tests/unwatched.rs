@@ -17,11 +17,16 @@ fn at(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
 }
 
-fn prompt(content: u32) -> Sequence {
-    let tokens: Vec<u32> = (0..2 * BLOCK_SIZE.get())
+/// A prompt and so many blocks of answer.
+fn answered(content: u32, blocks: u32) -> Sequence {
+    let tokens: Vec<u32> = (0..(2 + blocks) * BLOCK_SIZE.get())
         .map(|it| content << 16 | it)
         .collect();
     Sequence::from_tokens(&tokens, BLOCK_SIZE, 0)
+}
+
+fn prompt(content: u32) -> Sequence {
+    answered(content, 0)
 }
 
 struct Side {
@@ -103,12 +108,11 @@ fn events_tell_that_one_runs() {
     assert!(side.active(101) > 4);
 }
 
-/// A prompt and so many blocks of answer.
-fn answered(content: u32, blocks: u32) -> Sequence {
-    let tokens: Vec<u32> = (0..(2 + blocks) * BLOCK_SIZE.get())
-        .map(|it| content << 16 | it)
-        .collect();
-    Sequence::from_tokens(&tokens, BLOCK_SIZE, 0)
+/// Events tell that the prompt's last block was filled, and one by one those of a long answer.
+fn tell_long_answer(side: &Side, now: Option<Duration>) {
+    for block in 0..50 {
+        tell(side, &answered(1, block), 1 + block as usize, now);
+    }
 }
 
 #[test]
@@ -149,9 +153,7 @@ fn what_is_listed_is_nobodys_progress() {
     let _whole = side.book(1, false);
     let now = Duration::from_micros(1);
     tell(&side, &prompt(1), 0, now);
-    for block in 0..50 {
-        tell(&side, &answered(1, block), 1 + block as usize, None);
-    }
+    tell_long_answer(&side, None);
     // Nor what is stored at once: another's prompt that goes on from this one.
     tell(&side, &answered(1, 50), 2, now);
     assert!(side.router.workers(now).remove(0).active_blocks < 2 + 10);
@@ -169,9 +171,7 @@ fn nobody_is_further_than_it_may_come() {
     };
     let _whole = side.router.route(&request, at(0)).unwrap();
     let now = Duration::from_micros(1);
-    for block in 0..50 {
-        tell(&side, &answered(1, block), 1 + block as usize, now);
-    }
+    tell_long_answer(&side, Some(now));
     assert!(side.router.workers(now).remove(0).active_blocks <= 2 + 3);
 }
 
@@ -182,8 +182,6 @@ fn of_two_with_one_prompt_nobody_knows_which_is_where() {
     let _whole = side.book(1, false);
     let _watched = side.book(1, true);
     let now = Duration::from_micros(1);
-    for block in 0..50 {
-        tell(&side, &answered(1, block), 1 + block as usize, now);
-    }
+    tell_long_answer(&side, Some(now));
     assert!(side.router.workers(now).remove(0).active_blocks < 2 + 10);
 }
