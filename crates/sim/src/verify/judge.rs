@@ -14,7 +14,7 @@ const GOAL_TOGETHER: f64 = 0.99;
 const GOAL_SHADOW: f64 = 0.97;
 
 /// How far predicted active blocks may be from the engine's own account on average, as a share of
-/// the most it held.
+/// the most it held, where that is of the same requests.
 const GOAL_ACTIVE: f64 = 0.02;
 
 /// Something that was promised.
@@ -112,22 +112,29 @@ fn check_hits(found: &Verification, checks: &mut Vec<Check>) {
 fn check_active_blocks(found: &Verification, checks: &mut Vec<Check>) {
     for worker in &found.workers {
         let active = &worker.active;
-        let is_known = active.samples > 0 && active.peak > 0.0;
+        let agreed = active.agreed_error_share().filter(|_| active.peak > 0.0);
         checks.push(Check {
             what: format!("active blocks of {}, mean error", worker.name),
-            found: if is_known {
-                let share = active.error_share() * 100.0;
-                format!("{:.2} blocks, {share:.1} % of the peak", active.mean_error)
-            } else {
-                let why = worker.unread.as_deref();
-                why.unwrap_or("it was given nothing to hold").to_owned()
+            found: match agreed {
+                Some(share) => format!(
+                    "{:.2} blocks, {:.1} % of the peak, in {} of {} readings with the same \
+                     requests; in all {:.1} %",
+                    active.agreed_error,
+                    share * 100.0,
+                    active.agreed,
+                    active.samples,
+                    active.error_share() * 100.0
+                ),
+                None => {
+                    let why = worker.unread.as_deref();
+                    why.unwrap_or("it was never seen with what it had been sent").to_owned()
+                }
             },
             goal: format!("{} %", GOAL_ACTIVE * 100.0),
-            passed: is_known.then(|| active.error_share() <= GOAL_ACTIVE),
-            remedy: is_known.then_some(
-                "short requests blur it: they are counted on their way to the engine and back; \
-                 other clients are load the router cannot see; SGLang needs --decode-log-interval 1",
-            ),
+            passed: agreed.map(|share| share <= GOAL_ACTIVE),
+            remedy: agreed.map(|_| {
+                "other clients are load the router cannot see; SGLang needs --decode-log-interval 1"
+            }),
         });
     }
 }

@@ -75,7 +75,8 @@ impl Verification {
         };
         format!(
             "<figure><figcaption><b>{}</b> {}: mean error {:.2} blocks, {:.1} % of the peak of \
-             {:.0}; worst {:.0}; {} readings</figcaption>{}</figure>",
+             {:.0}; worst {:.0}; {} readings. Where the engine counts the same requests, {}: mean \
+             error {:.2} blocks</figcaption>{}</figure>",
             escaped(&worker.name),
             escaped(&worker.url),
             active.mean_error,
@@ -83,6 +84,8 @@ impl Verification {
             active.peak,
             active.worst_error,
             active.samples,
+            active.agreed,
+            active.agreed_error,
             chart.svg()
         )
     }

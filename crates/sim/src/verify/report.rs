@@ -123,8 +123,10 @@ pub struct WorkerResult {
 
 /// Predicted active blocks against an engine's own account.
 ///
-/// The router counts a request from the instant it is chosen until its end has come back, the
-/// engine from the step that takes it up until the last: what both ways take is part of the error.
+/// The router counts a request from the instant it is chosen until its end has come back. An engine
+/// tells of it when the first step with it is over, a vLLM counts it nowhere until then, and stops
+/// with the last. Readings for which the two have different numbers of requests say how long that
+/// takes; the others, whether the blocks are right.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct ActiveBlocks {
     /// Readings compared.
@@ -133,6 +135,11 @@ pub struct ActiveBlocks {
     pub mean_error: f64,
     /// The largest of those, in blocks.
     pub worst_error: f64,
+    /// Those of the readings in which the engine counted as many requests as it had been sent,
+    /// before and after.
+    pub agreed: usize,
+    /// Mean absolute difference in these, in blocks.
+    pub agreed_error: f64,
     /// The most blocks the engine held.
     pub peak: f64,
     /// Predicted when all was over.
@@ -152,20 +159,36 @@ impl ActiveBlocks {
         self.mean_error / self.peak.max(1.0)
     }
 
+    /// The same where engine and router count the same requests; `None` where they never do.
+    #[must_use]
+    pub fn agreed_error_share(&self) -> Option<f64> {
+        (self.agreed > 0).then(|| self.agreed_error / self.peak.max(1.0))
+    }
+
     fn of(watched: &Watched) -> Self {
-        // Engines report a share of their blocks, rounded by a float's last digits.
-        let held = watched.readings.iter().map(|it| (it.at, it.held.round()));
-        let held: Vec<(f64, f64)> = held.collect();
-        let error = |&(at, held): &(f64, f64)| (watched.predicted_at(at) as f64 - held).abs();
+        let readings = &watched.readings;
+        let compared = readings.iter().map(|reading| {
+            let predicted = watched.predicted_at(reading.at).blocks;
+            let error = (predicted as f64 - reading.held).abs();
+            (error, watched.agrees(reading))
+        });
+        let errors = compared.clone().map(|(error, _)| error);
+        let agreed: Vec<f64> = compared
+            .filter_map(|(error, is)| is.then_some(error))
+            .collect();
+        let held = readings.iter().map(|it| (it.at, it.held));
+        let predicted = watched.predicted.iter().map(|it| (it.at, it.blocks));
         Self {
-            samples: held.len(),
-            mean_error: held.iter().map(error).sum::<f64>() / held.len().max(1) as f64,
-            worst_error: held.iter().map(error).fold(0.0, f64::max),
-            peak: held.iter().map(|&(_, held)| held).fold(0.0, f64::max),
+            samples: readings.len(),
+            mean_error: errors.clone().sum::<f64>() / readings.len().max(1) as f64,
+            worst_error: errors.fold(0.0, f64::max),
+            agreed: agreed.len(),
+            agreed_error: agreed.iter().sum::<f64>() / agreed.len().max(1) as f64,
+            peak: readings.iter().map(|it| it.held).fold(0.0, f64::max),
             predicted_at_rest: watched.worker.active_blocks,
-            held_at_rest: held.last().map_or(0.0, |&(_, held)| held),
-            predicted: watched.predicted.clone(),
-            held,
+            held_at_rest: readings.last().map_or(0.0, |it| it.held),
+            predicted: predicted.collect(),
+            held: held.collect(),
         }
     }
 }
@@ -363,23 +386,33 @@ impl fmt::Display for Verification {
         }
         writeln!(
             f,
-            "{:<22}{:>8}{:>8}{:>12}{:>13}{:>8}{:>15}",
-            "active blocks", "cache", "peak", "mean error", "of the peak", "worst", "event lag p99"
+            "{:<22}{:>8}{:>8}{:>12}{:>13}{:>8}{:>15}{:>15}",
+            "active blocks",
+            "cache",
+            "peak",
+            "mean error",
+            "of the peak",
+            "worst",
+            "same requests",
+            "event lag p99"
         )?;
         for worker in &self.workers {
             let active = &worker.active;
+            let agreed = active.agreed_error_share();
+            let agreed = agreed.map(|share| format!("{:.1}%", share * 100.0));
             let lag = worker
                 .event_lag
                 .map(|lag| format!("{:.1} ms", lag.p99 * 1e3));
             writeln!(
                 f,
-                "{:<22}{:>8}{:>8.0}{:>12.2}{:>12.1}%{:>8.0}{:>15}",
+                "{:<22}{:>8}{:>8.0}{:>12.2}{:>12.1}%{:>8.0}{:>15}{:>15}",
                 worker.name,
                 worker.cache_source,
                 active.peak,
                 active.mean_error,
                 active.error_share() * 100.0,
                 active.worst_error,
+                agreed.as_deref().unwrap_or("-"),
                 lag.as_deref().unwrap_or("-"),
             )?;
         }

@@ -29,6 +29,8 @@ pub(super) struct RouterWorker {
     /// Which engine behind that address it is, if one of several.
     pub(super) rank: Option<u32>,
     pub(super) active_blocks: u64,
+    requests: u32,
+    held_requests: u32,
     pub(super) cache_source: String,
     pub(super) capacity_blocks: u32,
     pub(super) kv_events: Option<KvEvents>,
@@ -39,6 +41,15 @@ impl RouterWorker {
     pub(super) fn may_serve(&self, model: Option<&str>) -> bool {
         let serves = |model| self.models.is_empty() || self.models.iter().any(|it| it == model);
         self.state != "draining" && model.is_none_or(serves)
+    }
+
+    /// What is predicted of it since `at`.
+    fn prediction(&self, at: f64) -> Prediction {
+        Prediction {
+            at,
+            blocks: self.active_blocks,
+            requests: self.requests.saturating_sub(self.held_requests),
+        }
     }
 
     pub(super) fn serves(&self) -> bool {
@@ -54,13 +65,28 @@ pub(super) struct KvEvents {
     pub(super) batches: u64,
 }
 
+/// What the router predicted of an engine from some time on.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Prediction {
+    /// Since when, in seconds since the watch began.
+    pub(super) at: f64,
+    /// Active blocks.
+    pub(super) blocks: u64,
+    /// Requests that it was sent, and has not ended.
+    pub(super) requests: u32,
+}
+
 /// What an engine said of itself at one moment.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reading {
     /// When it was asked, in seconds since the watch began.
     pub(super) at: f64,
-    /// Active blocks by its own account.
+    /// When it had answered.
+    until: f64,
+    /// Active blocks by its own account, of the router's size.
     pub(super) held: f64,
+    /// Requests that it has, as far as it has counted them.
+    pub(super) requests: u32,
 }
 
 /// All that was read of one worker.
@@ -68,8 +94,8 @@ pub(super) struct Reading {
 pub(super) struct Watched {
     /// As last described.
     pub(super) worker: RouterWorker,
-    /// Active blocks that the router predicted, and when, whenever that changed.
-    pub(super) predicted: Vec<(f64, u64)>,
+    /// What the router predicted, whenever that changed.
+    pub(super) predicted: Vec<Prediction>,
     pub(super) readings: Vec<Reading>,
     /// Seconds from a batch of events to its application, a figure for each batch that was seen.
     pub(super) lags: Vec<f64>,
@@ -135,7 +161,7 @@ impl Reader {
                 Some(watched) => watched.take(at, worker),
                 None => watched.push(Watched {
                     worker: worker.clone(),
-                    predicted: vec![(at, worker.active_blocks)],
+                    predicted: vec![worker.prediction(at)],
                     readings: Vec::new(),
                     lags: Vec::new(),
                     unread: None,
@@ -150,12 +176,12 @@ impl Reader {
     pub(super) async fn read(&self) -> Result<(), String> {
         let workers = self.read_predictions().await?;
         let at = self.seconds();
-        let held = join_all(workers.iter().map(|worker| self.held_by(worker))).await;
+        let read = join_all(workers.iter().map(|worker| self.read_engine(worker, at))).await;
         let mut watched = self.watched.lock();
-        for (worker, held) in workers.iter().zip(held) {
+        for (worker, reading) in workers.iter().zip(read) {
             let known = watched.iter_mut().find(|it| it.worker.name == worker.name);
-            match (known, held) {
-                (Some(watched), Ok(held)) => watched.readings.push(Reading { at, held }),
+            match (known, reading) {
+                (Some(watched), Ok(reading)) => watched.readings.push(reading),
                 (Some(watched), Err(error)) => watched.unread = Some(error),
                 (None, _) => {}
             }
@@ -167,8 +193,8 @@ impl Reader {
         self.watched.lock().clone()
     }
 
-    /// The router's blocks that the engine behind a worker holds.
-    async fn held_by(&self, worker: &RouterWorker) -> Result<f64, String> {
+    /// What the engine behind a worker says, which is asked `at` that time.
+    async fn read_engine(&self, worker: &RouterWorker, at: f64) -> Result<Reading, String> {
         let body = self.get(&format!("{}/metrics", worker.url)).await?;
         let text = String::from_utf8_lossy(&body);
         let mut engines = EngineLoad::parse(&text);
@@ -180,7 +206,14 @@ impl Reader {
         let theirs = caches.iter().find_map(|(_, cache)| cache.block_size);
         let per_block = f64::from(theirs.unwrap_or(self.block_size)) / f64::from(self.block_size);
         let blocks: f64 = engines.iter().map(|(_, load)| load.active_blocks).sum();
-        Ok(blocks * per_block)
+        let requests = engines.iter().map(|(_, load)| load.running + load.waiting);
+        Ok(Reading {
+            at,
+            until: self.seconds(),
+            // Engines report a share of their blocks, rounded by a float's last digits.
+            held: (blocks * per_block).round(),
+            requests: requests.sum(),
+        })
     }
 
     async fn get(&self, url: &str) -> Result<Bytes, String> {
@@ -206,9 +239,10 @@ impl Reader {
 
 impl Watched {
     fn take(&mut self, at: f64, worker: &RouterWorker) {
-        let last = self.predicted.last().map(|&(_, blocks)| blocks);
-        if last != Some(worker.active_blocks) {
-            self.predicted.push((at, worker.active_blocks));
+        let now = worker.prediction(at);
+        let is_same = |last: &Prediction| Prediction { at, ..*last } == now;
+        if !self.predicted.last().is_some_and(is_same) {
+            self.predicted.push(now);
         }
         if let Some(events) = &worker.kv_events
             && events.batches > self.last_batch
@@ -219,11 +253,18 @@ impl Watched {
         self.worker = worker.clone();
     }
 
+    /// Whether it was predicted to have as many requests as it says, from before it was asked until
+    /// it had answered.
+    pub(super) fn agrees(&self, reading: &Reading) -> bool {
+        let predicted = [reading.at, reading.until].map(|at| self.predicted_at(at).requests);
+        predicted == [reading.requests; 2]
+    }
+
     /// What was predicted at some time.
-    pub(super) fn predicted_at(&self, at: f64) -> u64 {
-        let after = self.predicted.partition_point(|&(since, _)| since <= at);
+    pub(super) fn predicted_at(&self, at: f64) -> Prediction {
+        let after = self.predicted.partition_point(|it| it.at <= at);
         let index = after.saturating_sub(1);
-        self.predicted.get(index).map_or(0, |&(_, blocks)| blocks)
+        self.predicted.get(index).copied().unwrap_or_default()
     }
 }
 
@@ -273,5 +314,47 @@ fn every(interval: Duration) -> Interval {
 impl Drop for Watch {
     fn drop(&mut self) {
         self.0.iter().for_each(JoinHandle::abort);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reading_agrees_if_nothing_came_or_went_while_it_was_taken() {
+        let worker = |requests, held_requests| {
+            let worker = serde_json::json!({
+                "name": "a", "url": "", "state": "healthy", "models": [], "rank": null,
+                "active_blocks": 7, "requests": requests, "held_requests": held_requests,
+                "cache_source": "shadow", "capacity_blocks": 100, "kv_events": null,
+            });
+            serde_json::from_value::<RouterWorker>(worker).unwrap()
+        };
+        let mut watched = Watched {
+            worker: worker(0, 0),
+            predicted: Vec::new(),
+            readings: Vec::new(),
+            lags: Vec::new(),
+            unread: None,
+            last_batch: 0,
+        };
+        // Those in the router's line are not the engine's.
+        watched.take(1.0, &worker(5, 2));
+        watched.take(1.5, &worker(3, 0));
+        watched.take(2.0, &worker(4, 0));
+        assert_eq!(watched.predicted.len(), 2, "what is as before is not noted");
+        let agrees = |at, until, requests| {
+            watched.agrees(&Reading {
+                at,
+                until,
+                held: 7.0,
+                requests,
+            })
+        };
+        assert!(agrees(1.1, 1.9, 3));
+        assert!(agrees(2.1, 2.2, 4));
+        assert!(!agrees(1.1, 1.9, 4), "the engine counts another one");
+        assert!(!agrees(1.9, 2.1, 3), "one was sent meanwhile");
     }
 }
