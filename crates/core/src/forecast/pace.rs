@@ -2,7 +2,9 @@
 //!
 //! Two laws, of which alike workers share one pair, and two factors that tell each worker from
 //! the others. A law has the shape, which needs samples of many kinds; a factor follows the one
-//! worker's speed, within some hundred samples.
+//! worker's speed, within some hundred samples. Where a law is wrong for all, factors make up for
+//! it, so a worker that nothing has been heard of, or not for long, has that of the others as far
+//! as theirs has changed since: it would else look slower than they are, and never be tried.
 //!
 //! - A prompt's first token comes `start + token × p + attention × p (s − p/2)` seconds after its
 //!   worker turned to it: `p` tokens to compute of a prompt of `s`, each of which looks at those
@@ -27,20 +29,54 @@ const SAME_STEP_SHARE: f64 = 0.05;
 const SAME_STEP: Duration = Duration::from_millis(1);
 /// Share of the mean that one more sample makes up.
 const MEAN_GAIN: f64 = 0.05;
+/// The same of the factors of all.
+const TYPICAL_GAIN: f64 = 0.01;
 
 /// What alike workers have in common.
 #[derive(Clone, Debug)]
 pub(crate) struct Law {
-    prefill: Regression<3>,
-    step: Regression<3>,
+    prefill: Time,
+    step: Time,
 }
 
 impl Default for Law {
     fn default() -> Self {
         Self {
-            prefill: Regression::new(FIRST_PREFILL),
-            step: Regression::new(FIRST_STEP),
+            prefill: Time::new(FIRST_PREFILL),
+            step: Time::new(FIRST_STEP),
         }
+    }
+}
+
+/// What one kind of work takes.
+#[derive(Clone, Debug)]
+struct Time {
+    shape: Regression<3>,
+    /// Mean of the factors of those whom it was learned from.
+    typical: f64,
+}
+
+impl Time {
+    fn new(first: [f64; 3]) -> Self {
+        Self {
+            shape: Regression::new(first),
+            typical: 1.0,
+        }
+    }
+
+    /// Of a worker with this factor, which is relative to the typical one.
+    fn of(&self, relative: f64) -> [f64; 3] {
+        let factor = relative * self.typical;
+        self.shape.coefficients().map(|it| it * factor)
+    }
+
+    /// It took a worker so long.
+    fn observe(&mut self, relative: &mut f64, features: &[f64; 3], seconds: f64) {
+        let mut factor = *relative * self.typical;
+        follow(&mut factor, seconds / self.shape.forecast(features));
+        self.shape.observe(features, seconds / factor);
+        self.typical += TYPICAL_GAIN * (factor - self.typical);
+        *relative = factor / self.typical;
     }
 }
 
@@ -137,6 +173,7 @@ struct Together {
 /// What one worker's stream of tokens tells.
 #[derive(Clone, Debug)]
 pub(crate) struct Watch {
+    /// How many times as long as the typical worker it takes.
     prefill_factor: f64,
     step_factor: f64,
     together: Option<Together>,
@@ -178,18 +215,17 @@ impl Watch {
     }
 
     pub(crate) fn pace(&self, law: &Law) -> Pace {
-        let [start, token, attention] = law.prefill.coefficients();
-        let [step, sequence, context] = law.step.coefficients();
-        let (prefill, decode) = (self.prefill_factor, self.step_factor);
+        let [start, token, attention] = law.prefill.of(self.prefill_factor);
+        let [step, sequence, context] = law.step.of(self.step_factor);
         Pace {
-            start: start * prefill,
-            token: token * prefill,
-            attention: attention * prefill,
-            step: step * decode,
-            sequence: sequence * decode,
-            context: context * decode,
-            samples: [law.prefill.samples(), law.step.samples()],
-            errors: [law.prefill.deviation(), law.step.deviation()],
+            start,
+            token,
+            attention,
+            step,
+            sequence,
+            context,
+            samples: [law.prefill.shape.samples(), law.step.shape.samples()],
+            errors: [law.prefill.shape.deviation(), law.step.shape.deviation()],
         }
     }
 
@@ -250,12 +286,8 @@ impl Watch {
         let seconds = together.at.saturating_sub(together.began).as_secs_f64();
         let Work { tokens, attention } = together.work;
         let features = [1.0, tokens as f64, attention as f64];
-        follow(
-            &mut self.prefill_factor,
-            seconds / law.prefill.forecast(&features),
-        );
         law.prefill
-            .observe(&features, seconds / self.prefill_factor);
+            .observe(&mut self.prefill_factor, &features, seconds);
     }
 
     /// A request got `tokens` more tokens, the one before them `elapsed` ago. `requests` decode
@@ -286,11 +318,7 @@ impl Watch {
             return true;
         }
         let features = [1.0, f64::from(requests), context as f64];
-        follow(
-            &mut self.step_factor,
-            seconds / law.step.forecast(&features),
-        );
-        law.step.observe(&features, seconds / self.step_factor);
+        law.step.observe(&mut self.step_factor, &features, seconds);
         true
     }
 }
@@ -378,6 +406,22 @@ mod tests {
         for (watch, slow) in watches.iter().zip([1.0, 2.0]) {
             let error = error(&watch.pace(&law), slow);
             assert!(error < 0.1, "{error} at {slow}");
+        }
+    }
+
+    #[test]
+    fn who_was_not_heard_of_is_like_the_others() {
+        let mut rng = SmallRng::seed_from_u64(5);
+        let (mut law, mut now) = (Law::default(), 1.0);
+        let mut watches = [Watch::default(), Watch::default(), Watch::default()];
+        // The second only while nothing is known yet, the third never.
+        prefills(&mut watches[1], &mut law, 0.2, 2, &mut now, &mut rng);
+        prefills(&mut watches[0], &mut law, 0.2, 500, &mut now, &mut rng);
+        // All get faster.
+        prefills(&mut watches[0], &mut law, 0.1, 500, &mut now, &mut rng);
+        for watch in &watches {
+            let error = error(&watch.pace(&law), 0.1);
+            assert!(error < 0.1, "{error}");
         }
     }
 
