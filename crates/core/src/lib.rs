@@ -8,7 +8,8 @@
 //! for long, whatever its events say), `capacity` and `reports` (what its responses say of that),
 //! `forecast` (how fast it is, and how long answers are), `outlook` (what it has ahead of it),
 //! [`cost`], [`delay`] and [`choose`] (numbers, then a choice among numbers),
-//! [`fleet`] (the workers), `state` (what a decision reads), `ledger` (what bookings change),
+//! [`fleet`] (the workers), `state` (what a decision reads), `copies` (when a prefix is worth
+//! computing once more), `ledger` (what bookings change),
 //! `unwatched` (how far those are that nobody watches), [`queue`], `dispatch` (who waits here, and
 //! when who is sent) and `admission` (what an SGLang begins with at once), and those that are used
 //! from outside: [`router`], [`booking`] and [`batch`].
@@ -54,6 +55,7 @@ pub mod cache;
 mod capacity;
 pub mod choose;
 mod config;
+mod copies;
 pub mod cost;
 pub mod delay;
 mod depths;

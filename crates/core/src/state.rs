@@ -17,6 +17,7 @@ use crate::batch::Members;
 use crate::cache::CacheIndex;
 use crate::choose::{Decision, Field, Prices};
 use crate::config::RouterConfig;
+use crate::copies::Losses;
 use crate::cost::Demand;
 use crate::delay::Placement;
 use crate::depths::Depths;
@@ -59,6 +60,7 @@ pub(crate) struct State {
     pub(crate) unwatched: Unwatched,
     pub(crate) serial: u64,
     pub(crate) queue: Queue,
+    pub(crate) losses: Losses,
     rng: SmallRng,
     turn: u64,
     /// The latest time anybody told.
@@ -119,6 +121,7 @@ impl State {
             unwatched: Unwatched::default(),
             serial: 0,
             queue: Queue::default(),
+            losses: Losses::default(),
             turn: 0,
             now: Duration::ZERO,
         }
@@ -245,13 +248,14 @@ impl State {
             .collect()
     }
 
-    /// Reads, then chooses a worker. Also tells what was read.
+    /// Reads, then chooses a worker for a request that has just come. Also tells what was read.
     pub(crate) fn choose(
         &mut self,
         request: &Request<'_>,
     ) -> Result<(WorkerId, Reading), RouteError> {
         let reading = self.read(request);
-        let worker = self.choose_by(request, &reading)?;
+        let best = self.choose_by(request, &reading)?;
+        let worker = self.copies_to(best, &reading, request).unwrap_or(best);
         Ok((worker, reading))
     }
 

@@ -101,8 +101,13 @@ pub static RULES: [LabRule; 11] = [
     },
 ];
 
-/// The router's `delay` without one of its terms each: what the term is worth.
-pub static ABLATIONS: [LabRule; 7] = [
+/// The router's `delay` without one of its terms each, and without copies: what that is worth.
+pub static ABLATIONS: [LabRule; 8] = [
+    LabRule {
+        name: "delay:no-copies",
+        what: "`delay` that gives idle workers no copy of a prefix; nor do the others without a term",
+        make: ablation::without_copies,
+    },
     LabRule {
         name: "delay:no-wait",
         what: "`delay` without the wait for prompts before it",

@@ -90,7 +90,7 @@ const AGENT_70: Source = Source::Open("agent", 38.0, 900);
 
 /// Every scenario, in the order to list them.
 #[rustfmt::skip]
-pub static SCENARIOS: [Scenario; 24] = {
+pub static SCENARIOS: [Scenario; 25] = {
     use Source::{Azure, Conversation, Named, Open};
     [
         fair("seed", "20 at a time, ISL 7000, OSL 100, 10 prefixes", &[Named("seed")]),
@@ -106,7 +106,8 @@ pub static SCENARIOS: [Scenario; 24] = {
         fair("conversation-70", "70 % of it", &[CONVERSATION_70]),
         fair("conversation-85", "85 % of it", &[Conversation(1.53)]),
         fair("conversation-95", "95 % of it", &[Conversation(1.71)]),
-        fair("agent", "tasks of some 12 calls, 70 % of what can be carried", &[AGENT_70]),
+        fair("agent-low", "tasks of some 12 calls, 15 % of what can be carried", &[Open("agent", 8.0, 300)]),
+        fair("agent", "70 % of it", &[AGENT_70]),
         fair("agent-high", "90 % of it", &[Open("agent", 50.0, 900)]),
         fair("rag", "questions about shared documents, 70 %", &[Open("rag", 9.5, 3000)]),
         fair("chat", "conversations of up to 8 turns, 70 %", &[Open("chat", 25.0, 1200)]),

@@ -1,4 +1,5 @@
-//! The router's cost in seconds without one of its terms: what the term is worth.
+//! The router's cost in seconds without one of its terms: what the term is worth. No idle worker is
+//! given a copy of a prefix for what was lost for want of it.
 
 use foresee_core::delay::Delay;
 use rand::rngs::SmallRng;
@@ -8,14 +9,16 @@ use super::view::{self, Rule, View};
 /// A term of the cost.
 type Term = fn(&mut Delay) -> &mut f64;
 
-/// Takes the worker of least [`Delay`], a term of which it does not see.
-struct Without(Term);
+/// Takes the worker of least [`Delay`], a term of which it may not see.
+struct Without(Option<Term>);
 
 impl Rule for Without {
     fn choose(&mut self, view: &View<'_>, rng: &mut SmallRng) -> usize {
         view::least(view.workers, rng, |worker| {
             let mut delay = worker.delay;
-            *(self.0)(&mut delay) = 0.0;
+            if let Some(term) = self.0 {
+                *term(&mut delay) = 0.0;
+            }
             delay.total(view.ttft_weight)
         })
     }
@@ -23,7 +26,12 @@ impl Rule for Without {
 
 /// The router's `delay` without this term.
 pub(super) fn without(term: Term) -> Box<dyn Rule> {
-    Box::new(Without(term))
+    Box::new(Without(Some(term)))
+}
+
+/// The router's `delay` with all of its terms.
+pub(super) fn without_copies() -> Box<dyn Rule> {
+    Box::new(Without(None))
 }
 
 #[cfg(test)]

@@ -1,0 +1,136 @@
+//! What requests lose for want of another copy of their prefix, and when an idle worker is to
+//! make one.
+//!
+//! The least delay leaves a prefix on the workers that have it while computing it anew costs more
+//! than the crowd there: right for one request, wrong for all that follow. How many will is not
+//! known, so a copy is made once as much has been lost for want of it as it costs: that is at most
+//! twice what it costs one who knows (ski rental; Karlin, Manasse, Rudolph and Sleator, 1988).
+//!
+//! Only idle workers make copies. Where all are busy, the time that takes is that of others, and
+//! loads put prefixes on further workers by themselves.
+
+use std::collections::HashMap;
+use std::hash::BuildHasherDefault;
+
+use crate::choose::Policy;
+use crate::fleet::WorkerId;
+use crate::request::Request;
+use crate::sequence::{AlreadyHashed, SequenceHash};
+use crate::state::{Reading, State};
+use crate::tree::{Depth, Slot};
+
+/// Prefixes that losses are kept of, twice.
+const MOST_PREFIXES: usize = 4096;
+
+type BySequence = HashMap<SequenceHash, f64, BuildHasherDefault<AlreadyHashed>>;
+
+/// Seconds lost for want of another copy, by the prefix. Those that nobody lost anything for in a
+/// long time are forgotten.
+#[derive(Debug, Default)]
+pub(crate) struct Losses {
+    recent: BySequence,
+    before: BySequence,
+}
+
+impl Losses {
+    /// Adds what one more request lost, and tells what all have.
+    fn add(&mut self, prefix: SequenceHash, seconds: f64) -> f64 {
+        if self.recent.len() == MOST_PREFIXES && !self.recent.contains_key(&prefix) {
+            self.before = std::mem::take(&mut self.recent);
+        }
+        let known = self.before.remove(&prefix).unwrap_or_default();
+        let lost = self.recent.entry(prefix).or_insert(known);
+        *lost += seconds;
+        *lost
+    }
+
+    /// There is another copy.
+    fn settle(&mut self, prefix: SequenceHash) {
+        self.recent.remove(&prefix);
+        self.before.remove(&prefix);
+    }
+}
+
+impl State {
+    /// The idle worker that is to compute the request's prefix once more, if one is, instead of
+    /// `chosen`, which costs least.
+    pub(crate) fn copies_to(
+        &mut self,
+        chosen: WorkerId,
+        reading: &Reading,
+        request: &Request<'_>,
+    ) -> Option<WorkerId> {
+        if self.config.policy != Policy::Delay || self.config.temperature > 0.0 {
+            return None;
+        }
+        let reusable = request.sequence.reusable_blocks();
+        let best = reading.at.best_overlap.min(reusable);
+        let &prefix = request
+            .sequence
+            .hashes()
+            .get(best.checked_sub(1)? as usize)?;
+        let overlap = |slot: Slot| reading.depths()[slot as usize].overlap().min(reusable);
+        if overlap(chosen.slot) < best {
+            self.losses.settle(prefix);
+            return None;
+        }
+        if self.fleet.loads[chosen.slot as usize].requests == 0 {
+            return None;
+        }
+        let lacking = self.fleet.eligible(request.model)?.iter().copied();
+        let lacking = lacking.filter(|&slot| {
+            self.fleet.loads[slot as usize].requests == 0
+                && overlap(slot) < best
+                && !request.excluded.iter().any(|it| it.slot == slot)
+                && self.fleet.at(slot).is_some_and(|it| it.prefix_caching)
+        });
+        let idle = lacking.max_by_key(|&slot| overlap(slot))?;
+
+        let placement = self.placement(request, reading);
+        let cost =
+            |slot: Slot, depth: Depth| placement.total(&self.fleet.delay(&placement, slot, depth));
+        let least = cost(chosen.slot, reading.depths()[chosen.slot as usize]);
+        let depth = reading.depths()[idle as usize];
+        let with_it = cost(
+            idle,
+            Depth {
+                cached: best,
+                ..depth
+            },
+        );
+        let copying = cost(idle, depth) - least;
+        if with_it >= least {
+            return None;
+        }
+        if self.losses.add(prefix, least - with_it) < copying {
+            return None;
+        }
+        self.losses.settle(prefix);
+        self.fleet.at(idle).map(|worker| worker.id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn losses_add_up_until_there_is_a_copy() {
+        let mut losses = Losses::default();
+        assert_eq!(losses.add(1, 2.0), 2.0);
+        assert_eq!(losses.add(2, 5.0), 5.0);
+        assert_eq!(losses.add(1, 1.0), 3.0);
+        losses.settle(1);
+        assert_eq!(losses.add(1, 1.0), 1.0);
+    }
+
+    #[test]
+    fn what_is_kept_is_bounded_and_what_is_recent_stays() {
+        let mut losses = Losses::default();
+        for prefix in 0..20 * MOST_PREFIXES as u64 {
+            losses.add(prefix + 1, 1.0);
+            assert_eq!(losses.add(0, 1.0), 1.0 + prefix as f64);
+        }
+        assert!(losses.recent.len() + losses.before.len() <= 2 * MOST_PREFIXES);
+    }
+}
