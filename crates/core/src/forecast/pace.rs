@@ -3,8 +3,8 @@
 //! Two laws, of which alike workers share one pair, and two factors that tell each worker from
 //! the others. A law has the shape, which needs samples of many kinds; a factor follows the one
 //! worker's speed, within some hundred samples. Where a law is wrong for all, factors make up for
-//! it, so a worker that nothing has been heard of, or not for long, has that of the others as far
-//! as theirs has changed since: it would else look slower than they are, and never be tried.
+//! it, so a worker of which little has been heard has that of the others: it would else look
+//! slower than they are, and never be tried.
 //!
 //! - A prompt's first token comes `start + token × p + attention × p (s − p/2)` seconds after its
 //!   worker turned to it: `p` tokens to compute of a prompt of `s`, each of which looks at those
@@ -31,6 +31,8 @@ const SAME_STEP: Duration = Duration::from_millis(1);
 const MEAN_GAIN: f64 = 0.05;
 /// The same of the factors of all.
 const TYPICAL_GAIN: f64 = 0.01;
+/// Samples until a worker's own factor counts alone.
+const KNOWN_AFTER: f64 = 30.0;
 
 /// What alike workers have in common.
 #[derive(Clone, Debug)]
@@ -64,20 +66,30 @@ impl Time {
         }
     }
 
-    /// Of a worker with this factor, which is relative to the typical one.
-    fn of(&self, relative: f64) -> [f64; 3] {
-        let factor = relative * self.typical;
-        self.shape.coefficients().map(|it| it * factor)
+    /// For a worker with this factor.
+    fn of(&self, factor: &Factor) -> [f64; 3] {
+        let known = (f64::from(factor.samples) / KNOWN_AFTER).min(1.0);
+        let believed = self.typical + known * (factor.own - self.typical);
+        self.shape.coefficients().map(|it| it * believed)
     }
 
     /// It took a worker so long.
-    fn observe(&mut self, relative: &mut f64, features: &[f64; 3], seconds: f64) {
-        let mut factor = *relative * self.typical;
-        follow(&mut factor, seconds / self.shape.forecast(features));
-        self.shape.observe(features, seconds / factor);
-        self.typical += TYPICAL_GAIN * (factor - self.typical);
-        *relative = factor / self.typical;
+    fn observe(&mut self, factor: &mut Factor, features: &[f64; 3], seconds: f64) {
+        if factor.samples == 0 {
+            factor.own = self.typical;
+        }
+        factor.samples = factor.samples.saturating_add(1);
+        follow(&mut factor.own, seconds / self.shape.forecast(features));
+        self.shape.observe(features, seconds / factor.own);
+        self.typical += TYPICAL_GAIN * (factor.own - self.typical);
     }
+}
+
+/// How many times as long one worker takes.
+#[derive(Clone, Copy, Debug, Default)]
+struct Factor {
+    own: f64,
+    samples: u32,
 }
 
 /// One worker's times, in seconds.
@@ -173,9 +185,8 @@ struct Together {
 /// What one worker's stream of tokens tells.
 #[derive(Clone, Debug)]
 pub(crate) struct Watch {
-    /// How many times as long as the typical worker it takes.
-    prefill_factor: f64,
-    step_factor: f64,
+    prefill_factor: Factor,
+    step_factor: Factor,
     together: Option<Together>,
     /// Prompts whose first tokens come in one step, on average.
     prompts_together: f64,
@@ -189,8 +200,8 @@ pub(crate) struct Watch {
 impl Default for Watch {
     fn default() -> Self {
         Self {
-            prefill_factor: 1.0,
-            step_factor: 1.0,
+            prefill_factor: Factor::default(),
+            step_factor: Factor::default(),
             together: None,
             prompts_together: 1.0,
             busy_step: 0.0,
@@ -215,8 +226,8 @@ impl Watch {
     }
 
     pub(crate) fn pace(&self, law: &Law) -> Pace {
-        let [start, token, attention] = law.prefill.of(self.prefill_factor);
-        let [step, sequence, context] = law.step.of(self.step_factor);
+        let [start, token, attention] = law.prefill.of(&self.prefill_factor);
+        let [step, sequence, context] = law.step.of(&self.step_factor);
         Pace {
             start,
             token,
