@@ -77,11 +77,12 @@ impl State {
         if self.fleet.loads[chosen.slot as usize].requests == 0 {
             return None;
         }
+        let excluded = self.excluded(request);
         let lacking = self.fleet.eligible(request.model)?.iter().copied();
         let lacking = lacking.filter(|&slot| {
             self.fleet.loads[slot as usize].requests == 0
                 && overlap(slot) < best
-                && !request.excluded.iter().any(|it| it.slot == slot)
+                && !excluded.contains(&slot)
                 && self.fleet.at(slot).is_some_and(|it| it.prefix_caching)
         });
         let idle = lacking.max_by_key(|&slot| overlap(slot))?;

@@ -241,7 +241,7 @@ impl State {
     }
 
     /// Slots of those excluded workers that still exist.
-    fn excluded(&self, request: &Request<'_>) -> SmallVec<[Slot; 4]> {
+    pub(crate) fn excluded(&self, request: &Request<'_>) -> SmallVec<[Slot; 4]> {
         let known = request.excluded.iter();
         known
             .filter_map(|&id| self.fleet.get(id).map(|_| id.slot))
