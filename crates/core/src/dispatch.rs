@@ -60,8 +60,9 @@ impl State {
         };
         let output = f64::from(record.expected_tokens);
         let context = f64::from(record.prompt_tokens) + output / 2.0;
+        let now = self.now;
         let own_step = self.fleet.outlook_mut(record.worker).map(|(outlook, law)| {
-            let pace = outlook.watch.pace(law);
+            let pace = outlook.watch.pace(law, now);
             pace.sequence + pace.context * context
         });
         seconds(record.prefill + output * own_step.unwrap_or_default())
@@ -134,7 +135,7 @@ impl State {
             return false;
         }
         let outlook = &self.fleet.outlooks[slot as usize];
-        let pace = outlook.watch.pace(self.fleet.law(outlook));
+        let pace = outlook.watch.pace(self.fleet.law(outlook), self.now);
         outlook.sent().requests == 0 || outlook.sent_backlog(&pace, self.now) < ABOUT_TO
     }
 

@@ -320,7 +320,7 @@ impl Fleet {
     pub(crate) fn delay(&self, placement: &Placement, slot: Slot, depth: Depth) -> Delay {
         let outlook = &self.outlooks[slot as usize];
         let load = self.loads[slot as usize];
-        let pace = outlook.watch.pace(self.law(outlook));
+        let pace = outlook.watch.pace(self.law(outlook), placement.now);
         placement.delay(&pace, outlook, load, depth)
     }
 
@@ -334,7 +334,7 @@ impl Fleet {
     ) -> f64 {
         let outlook = &self.outlooks[slot as usize];
         let load = self.loads[slot as usize];
-        let pace = outlook.watch.pace(self.law(outlook));
+        let pace = outlook.watch.pace(self.law(outlook), placement.now);
         placement.total_below(most, &pace, outlook, load, depth)
     }
 
@@ -441,7 +441,7 @@ impl Fleet {
             .map(|worker| {
                 let load = self.loads[worker.id.slot as usize];
                 let outlook = &self.outlooks[worker.id.slot as usize];
-                let pace = outlook.watch.pace(self.law(outlook));
+                let pace = outlook.watch.pace(self.law(outlook), now);
                 let (requests, context) = outlook.decoding();
                 let step = pace.step(f64::from(requests.max(1)), context as f64);
                 WorkerSnapshot {

@@ -201,7 +201,7 @@ impl State {
         };
         outlook.capacity = capacity;
         record.waited_for_memory = capacity.is_some_and(|it| booked > u64::from(it));
-        let pace = outlook.watch.pace(law);
+        let pace = outlook.watch.pace(law, now);
         record.prefill = pace.prefill(1.0 / outlook.watch.prompts_together(), record.share.work);
         let ahead = outlook.ahead_of(&record.standing, record.prefill, &pace, now);
         record.first_token_due = now.saturating_add(seconds(ahead.wait + record.prefill));

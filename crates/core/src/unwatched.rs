@@ -169,7 +169,7 @@ impl State {
         let block_size = record.block_size;
         let (outlook, law) = self.fleet.outlook_mut(worker)?;
         let (requests, context) = outlook.decoding();
-        let pace = outlook.watch.pace(law);
+        let pace = outlook.watch.pace(law, now);
         let step = pace.step(f64::from(requests.max(1)), context as f64);
         if record.share.is_ahead() {
             let due = record.first_token_due;

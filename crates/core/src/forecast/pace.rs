@@ -3,8 +3,8 @@
 //! Two laws, of which alike workers share one pair, and two factors that tell each worker from
 //! the others. A law has the shape, which needs samples of many kinds; a factor follows the one
 //! worker's speed, within some hundred samples. Where a law is wrong for all, factors make up for
-//! it, so a worker of which little has been heard has that of the others: it would else look
-//! slower than they are, and never be tried.
+//! it, so a worker of which little has been heard, or nothing lately, has that of the others: it
+//! would else look slower than they are, and never be tried (again).
 //!
 //! - A prompt's first token comes `start + token × p + attention × p (s − p/2)` seconds after its
 //!   worker turned to it: `p` tokens to compute of a prompt of `s`, each of which looks at those
@@ -33,6 +33,8 @@ const MEAN_GAIN: f64 = 0.05;
 const TYPICAL_GAIN: f64 = 0.01;
 /// Samples until a worker's own factor counts alone.
 const KNOWN_AFTER: f64 = 30.0;
+/// After so long without one, in seconds, it counts half.
+const HALF_FORGOTTEN: f64 = 60.0;
 
 /// What alike workers have in common.
 #[derive(Clone, Debug)]
@@ -67,14 +69,17 @@ impl Time {
     }
 
     /// For a worker with this factor.
-    fn of(&self, factor: &Factor) -> [f64; 3] {
-        let known = (f64::from(factor.samples) / KNOWN_AFTER).min(1.0);
+    fn of(&self, factor: &Factor, now: Duration) -> [f64; 3] {
+        let silence = now.saturating_sub(factor.heard_at).as_secs_f64();
+        let recent = 1.0 / (1.0 + (silence / HALF_FORGOTTEN).powi(2));
+        let known = (f64::from(factor.samples) / KNOWN_AFTER).min(1.0) * recent;
         let believed = self.typical + known * (factor.own - self.typical);
         self.shape.coefficients().map(|it| it * believed)
     }
 
-    /// It took a worker so long.
-    fn observe(&mut self, factor: &mut Factor, features: &[f64; 3], seconds: f64) {
+    /// It took a worker so long, up to `now`.
+    fn observe(&mut self, factor: &mut Factor, features: &[f64; 3], seconds: f64, now: Duration) {
+        factor.heard_at = now;
         if factor.samples == 0 {
             factor.own = self.typical;
         }
@@ -90,6 +95,8 @@ impl Time {
 struct Factor {
     own: f64,
     samples: u32,
+    /// When the last of them came.
+    heard_at: Duration,
 }
 
 /// One worker's times, in seconds.
@@ -225,9 +232,9 @@ impl Watch {
         self.forecasts
     }
 
-    pub(crate) fn pace(&self, law: &Law) -> Pace {
-        let [start, token, attention] = law.prefill.of(&self.prefill_factor);
-        let [step, sequence, context] = law.step.of(&self.step_factor);
+    pub(crate) fn pace(&self, law: &Law, now: Duration) -> Pace {
+        let [start, token, attention] = law.prefill.of(&self.prefill_factor, now);
+        let [step, sequence, context] = law.step.of(&self.step_factor, now);
         Pace {
             start,
             token,
@@ -298,7 +305,7 @@ impl Watch {
         let Work { tokens, attention } = together.work;
         let features = [1.0, tokens as f64, attention as f64];
         law.prefill
-            .observe(&mut self.prefill_factor, &features, seconds);
+            .observe(&mut self.prefill_factor, &features, seconds, together.at);
     }
 
     /// A request got `tokens` more tokens, the one before them `elapsed` ago. `requests` decode
@@ -329,7 +336,8 @@ impl Watch {
             return true;
         }
         let features = [1.0, f64::from(requests), context as f64];
-        law.step.observe(&mut self.step_factor, &features, seconds);
+        law.step
+            .observe(&mut self.step_factor, &features, seconds, now);
         true
     }
 }
@@ -397,10 +405,10 @@ mod tests {
         let mut rng = SmallRng::seed_from_u64(1);
         let (mut watch, mut law, mut now) = (Watch::default(), Law::default(), 1.0);
         prefills(&mut watch, &mut law, 1.0, 40, &mut now, &mut rng);
-        let first = error(&watch.pace(&law), 1.0);
+        let first = error(&watch.pace(&law, at(now)), 1.0);
         assert!(first < 0.15, "{first}");
         prefills(&mut watch, &mut law, 2.0, 100, &mut now, &mut rng);
-        let slowed = error(&watch.pace(&law), 2.0);
+        let slowed = error(&watch.pace(&law, at(now)), 2.0);
         assert!(slowed < 0.15, "{slowed}");
     }
 
@@ -415,7 +423,7 @@ mod tests {
             }
         }
         for (watch, slow) in watches.iter().zip([1.0, 2.0]) {
-            let error = error(&watch.pace(&law), slow);
+            let error = error(&watch.pace(&law, at(now)), slow);
             assert!(error < 0.1, "{error} at {slow}");
         }
     }
@@ -431,9 +439,41 @@ mod tests {
         // All get faster.
         prefills(&mut watches[0], &mut law, 0.1, 500, &mut now, &mut rng);
         for watch in &watches {
-            let error = error(&watch.pace(&law), 0.1);
+            let error = error(&watch.pace(&law, at(now)), 0.1);
             assert!(error < 0.1, "{error}");
         }
+    }
+
+    #[test]
+    fn who_was_slow_is_tried_again() {
+        let mut rng = SmallRng::seed_from_u64(6);
+        let (mut law, mut now) = (Law::default(), 1.0);
+        let mut watches = [Watch::default(), Watch::default()];
+        for _ in 0..100 {
+            for (watch, slow) in watches.iter_mut().zip([1.0, 4.0]) {
+                prefills(watch, &mut law, slow, 1, &mut now, &mut rng);
+            }
+        }
+        let forecast = |watches: &[Watch; 2], law: &Law, now: f64| {
+            let [one, other] = [0, 1].map(|it: usize| {
+                let pace = watches[it].pace(law, at(now));
+                pace.prefill(1.0, Work::new(1000, 1000))
+            });
+            other / one
+        };
+        let ratio = forecast(&watches, &law, now);
+        assert!((2.8..4.5).contains(&ratio), "{ratio}");
+        // It is not chosen for ten minutes.
+        let until = now + 600.0;
+        while now < until {
+            prefills(&mut watches[0], &mut law, 1.0, 1, &mut now, &mut rng);
+        }
+        let ratio = forecast(&watches, &law, now);
+        assert!((0.9..1.6).contains(&ratio), "{ratio}");
+        // It is as slow as ever, which two prompts tell.
+        prefills(&mut watches[1], &mut law, 4.0, 2, &mut now, &mut rng);
+        let ratio = forecast(&watches, &law, now);
+        assert!((2.5..4.5).contains(&ratio), "{ratio}");
     }
 
     #[test]
@@ -460,7 +500,7 @@ mod tests {
                 );
             }
         }
-        let pace = watch.pace(&law);
+        let pace = watch.pace(&law, at(now));
         assert!(pace.samples[1] <= 480, "{:?}", pace.samples);
         for (requests, context) in [(1.0, 1000.0), (50.0, 100_000.0)] {
             let ratio = pace.step(requests, context) / TRUTH.step(requests, context);
@@ -486,7 +526,7 @@ mod tests {
         assert!((watch.prompts_together() - 4.0).abs() < 0.1);
         let mut all = Work::default();
         (0..4).for_each(|_| all += work);
-        let forecast = watch.pace(&law).prefill(1.0, all);
+        let forecast = watch.pace(&law, at(201.0)).prefill(1.0, all);
         assert!((forecast / 0.4 - 1.0).abs() < 0.02, "{forecast}");
     }
 }
