@@ -44,11 +44,27 @@ impl Losses {
         *lost
     }
 
+    fn of(&self, prefix: SequenceHash) -> f64 {
+        let known = self.recent.get(&prefix).or(self.before.get(&prefix));
+        known.copied().unwrap_or_default()
+    }
+
     /// There is another copy.
     fn settle(&mut self, prefix: SequenceHash) {
         self.recent.remove(&prefix);
         self.before.remove(&prefix);
     }
+}
+
+/// A copy that would spare a request something.
+struct Copy {
+    prefix: SequenceHash,
+    /// Who would make it.
+    idle: WorkerId,
+    /// What the request loses for want of it, in seconds.
+    loses: f64,
+    /// What it costs everybody if this request makes it, in seconds.
+    takes: f64,
 }
 
 impl State {
@@ -60,27 +76,56 @@ impl State {
         reading: &Reading,
         request: &Request<'_>,
     ) -> Option<WorkerId> {
-        if self.config.policy != Policy::Delay || self.config.temperature > 0.0 {
-            return None;
-        }
-        let reusable = request.sequence.reusable_blocks();
-        let best = reading.at.best_overlap.min(reusable);
-        let &prefix = request
-            .sequence
-            .hashes()
-            .get(best.checked_sub(1)? as usize)?;
-        let overlap = |slot: Slot| reading.depths()[slot as usize].overlap().min(reusable);
-        if overlap(chosen.slot) < best {
+        let (prefix, best) = self.to_copy(reading, request)?;
+        if overlap(chosen.slot, reading, request) < best {
+            // It computes the prefix itself.
             self.losses.settle(prefix);
             return None;
         }
-        if self.fleet.loads[chosen.slot as usize].requests == 0 {
+        let copy = self.copy(chosen, reading, request)?;
+        if self.losses.add(copy.prefix, copy.loses) < copy.takes {
+            return None;
+        }
+        self.losses.settle(copy.prefix);
+        Some(copy.idle)
+    }
+
+    /// The same, if nothing is to change by it.
+    pub(crate) fn would_copy_to(
+        &self,
+        chosen: WorkerId,
+        reading: &Reading,
+        request: &Request<'_>,
+    ) -> Option<WorkerId> {
+        let copy = self.copy(chosen, reading, request)?;
+        let lost = self.losses.of(copy.prefix) + copy.loses;
+        (lost >= copy.takes).then_some(copy.idle)
+    }
+
+    /// The longest prefix of the request that some worker has, and its blocks; `None` if nothing is
+    /// copied.
+    fn to_copy(&self, reading: &Reading, request: &Request<'_>) -> Option<(SequenceHash, u32)> {
+        if self.config.policy != Policy::Delay || self.config.temperature > 0.0 {
+            return None;
+        }
+        let best = reading.at.best_overlap;
+        let best = best.min(request.sequence.reusable_blocks());
+        let last = best.checked_sub(1)? as usize;
+        Some((*request.sequence.hashes().get(last)?, best))
+    }
+
+    /// What another copy would be worth, where `chosen` has one and is busy, and somebody idles.
+    fn copy(&self, chosen: WorkerId, reading: &Reading, request: &Request<'_>) -> Option<Copy> {
+        let (prefix, best) = self.to_copy(reading, request)?;
+        let overlap = |slot| overlap(slot, reading, request);
+        let idles = |slot: Slot| self.fleet.loads[slot as usize].requests == 0;
+        if overlap(chosen.slot) < best || idles(chosen.slot) {
             return None;
         }
         let excluded = self.excluded(request);
         let lacking = self.fleet.eligible(request.model)?.iter().copied();
         let lacking = lacking.filter(|&slot| {
-            self.fleet.loads[slot as usize].requests == 0
+            idles(slot)
                 && overlap(slot) < best
                 && !excluded.contains(&slot)
                 && self.fleet.at(slot).is_some_and(|it| it.prefix_caching)
@@ -92,23 +137,24 @@ impl State {
             |slot: Slot, depth: Depth| placement.total(&self.fleet.delay(&placement, slot, depth));
         let least = cost(chosen.slot, reading.depths()[chosen.slot as usize]);
         let depth = reading.depths()[idle as usize];
-        let with_it = cost(
-            idle,
-            Depth {
-                cached: best,
-                ..depth
-            },
-        );
-        let copying = cost(idle, depth) - least;
-        if with_it >= least {
-            return None;
-        }
-        if self.losses.add(prefix, least - with_it) < copying {
-            return None;
-        }
-        self.losses.settle(prefix);
-        self.fleet.at(idle).map(|worker| worker.id)
+        let with_it = Depth {
+            cached: best,
+            ..depth
+        };
+        let loses = least - cost(idle, with_it);
+        (loses > 0.0).then_some(Copy {
+            prefix,
+            idle: self.fleet.at(idle)?.id,
+            loses,
+            takes: cost(idle, depth) - least,
+        })
     }
+}
+
+/// Blocks of the request that are there.
+fn overlap(slot: Slot, reading: &Reading, request: &Request<'_>) -> u32 {
+    let depth = reading.depths()[slot as usize];
+    depth.overlap().min(request.sequence.reusable_blocks())
 }
 
 #[cfg(test)]

@@ -94,7 +94,7 @@ pub struct Candidate {
     pub cost: Cost,
     /// The parts of its cost in seconds.
     pub delay: Delay,
-    /// How likely it is to be chosen by the cost that the policy looks at, as things stand: in
+    /// How likely it is to be preferred by the cost that the policy looks at, as things stand: in
     /// blocks for `kv`, otherwise in seconds.
     pub probability: f64,
 }
@@ -110,6 +110,9 @@ pub struct Explanation {
     pub ttft_weight: f64,
     /// Temperature of the choice.
     pub temperature: f64,
+    /// The idle worker that gets it all the same, to have a copy of its prefix: others that want
+    /// it have waited for as long as that takes.
+    pub copies_to: Option<WorkerId>,
     /// Every eligible worker, in the order they joined.
     pub candidates: Vec<Candidate>,
 }

@@ -306,6 +306,7 @@ impl State {
             &excluded,
         )?;
         let weights = self.probabilities(&field);
+        let copies_to = self.explain_copy(members, &weights);
         let mut candidates: Vec<Candidate> = weights
             .into_iter()
             .filter_map(|(slot, probability)| {
@@ -332,8 +333,22 @@ impl State {
             overlap_weight: self.config.overlap_weight,
             ttft_weight: self.config.ttft_weight,
             temperature: self.config.temperature,
+            copies_to,
             candidates,
         })
+    }
+
+    /// Who would get a request to compute its prefix once more, in place of the one of these that
+    /// costs least.
+    fn explain_copy(&self, members: &Members<'_>, weights: &[(Slot, f64)]) -> Option<WorkerId> {
+        let [request] = members.requests() else {
+            return None;
+        };
+        let &(chosen, _) = weights
+            .iter()
+            .find(|(_, probability)| *probability == 1.0)?;
+        let reading = self.read(request);
+        self.would_copy_to(self.fleet.at(chosen)?.id, &reading, request)
     }
 
     /// How likely `kv` is to choose each eligible worker.

@@ -35,7 +35,16 @@ fn prompt(own: u32) -> Sequence {
 /// Sends one that ends before the next comes, and tells where.
 fn serve(router: &Router, own: u32, now: Duration) -> (WorkerId, u32) {
     let prompt = prompt(own);
+    let explained = router.explain(&Request::new(&prompt), now).unwrap();
     let mut booking = router.route(&Request::new(&prompt), now).unwrap();
+    let is_cheapest = |id| {
+        let candidate = explained.candidates.iter().find(|it| it.id == id);
+        candidate.unwrap().probability > 0.0
+    };
+    match explained.copies_to {
+        Some(id) => assert!(id == booking.worker() && !is_cheapest(id)),
+        None => assert!(is_cheapest(booking.worker())),
+    }
     let overlap = booking.decision().depth.overlap();
     // As fast as is expected before anything is known.
     let computed = u64::from(PREFIX + 20 - overlap * BLOCK_SIZE.get());

@@ -288,12 +288,18 @@ fn show_explanation(explanation: &Explanation) -> Value {
         .candidates
         .iter()
         .max_by(|a, b| a.probability.total_cmp(&b.probability));
+    let copies_to = explanation.copies_to;
+    let copies_to = explanation
+        .candidates
+        .iter()
+        .find(|it| Some(it.id) == copies_to);
     json!({
         "policy": explanation.policy.to_string(),
         "overlap_weight": explanation.overlap_weight,
         "ttft_weight": explanation.ttft_weight,
         "temperature": explanation.temperature,
-        "choice": likeliest.map(|candidate| &candidate.name),
+        "choice": copies_to.or(likeliest).map(|candidate| &candidate.name),
+        "copies_to": copies_to.map(|candidate| &candidate.name),
         "candidates": candidates.collect::<Vec<_>>(),
     })
 }
