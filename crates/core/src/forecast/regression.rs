@@ -8,7 +8,7 @@ const BELIEVED_DEVIATIONS: f64 = 3.0;
 /// Share of the deviation's estimate that one more sample makes up.
 const DEVIATION_GAIN: f64 = 0.05;
 /// What deviations begin as, in shares of the forecast: nothing is known, so anything is believed.
-const FIRST_DEVIATION: f64 = 1.0;
+const FIRST_DEVIATION: f64 = 3.0;
 const LEAST_DEVIATION: f64 = 0.02;
 
 /// Times are forecast as a sum of so much for each of `N` features. Learned by recursive least
@@ -83,14 +83,38 @@ impl<const N: usize> Regression<N> {
         let is_sure = (0..N).all(|it| self.covariance[it][it] < self.first_variances[it]);
         let forgetting = if is_sure { FORGETTING } else { 1.0 };
         let total = forgetting + variance;
+        let before = self.coefficients;
         for row in 0..N {
-            let coefficient = self.coefficients[row] + gains[row] * error / total;
-            self.coefficients[row] = coefficient.max(0.0);
+            self.coefficients[row] += gains[row] * error / total;
             for column in 0..N {
                 let known = gains[row] * gains[column] / total;
                 self.covariance[row][column] = (self.covariance[row][column] - known) / forgetting;
             }
         }
+        self.make_positive();
+        if self.forecast(features) <= 0.0 {
+            self.coefficients = before.map(|it| it * (1.0 + error).max(0.1));
+        }
+    }
+
+    /// Nothing takes less than no time. What is less becomes nothing, and the others what they most
+    /// likely are if it is: they had made up for it (Simon and Chia, 2002).
+    fn make_positive(&mut self) {
+        for _ in 0..N {
+            let below = (0..N).find(|&it| self.coefficients[it] < 0.0);
+            let Some(below) = below else {
+                return;
+            };
+            let variance = self.covariance[below][below];
+            if variance > 0.0 {
+                let share = -self.coefficients[below] / variance;
+                for row in 0..N {
+                    self.coefficients[row] += share * self.covariance[row][below];
+                }
+            }
+            self.coefficients[below] = 0.0;
+        }
+        self.coefficients = self.coefficients.map(|it| it.max(0.0));
     }
 }
 
@@ -142,6 +166,20 @@ mod tests {
             observe(&mut regression, truth, 30, &mut rng);
             let error = error(&regression, truth, &mut rng);
             assert!(error < 0.1, "{error} of {truth:?}");
+        }
+    }
+
+    #[test]
+    fn who_is_nothing_like_the_guess_is_learned_too() {
+        let mut rng = SmallRng::seed_from_u64(9);
+        for times in [0.01, 0.05, 0.3, 3.0] {
+            for truth in [GUESS, [0.1, 0.0, 0.0], [0.0, 1e-4, 0.0]] {
+                let truth = truth.map(|it| it * times);
+                let mut regression = Regression::new(GUESS);
+                observe(&mut regression, truth, 60, &mut rng);
+                let error = error(&regression, truth, &mut rng);
+                assert!(error < 0.1, "{error} of {truth:?}");
+            }
         }
     }
 
