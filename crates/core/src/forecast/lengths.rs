@@ -15,6 +15,8 @@ const ASSUMED_ANSWERS: f64 = 10.0;
 const REMEMBERED: f64 = 2000.0;
 /// Kinds of requests told apart at most. Of more, the rarest is forgotten.
 const MOST_KINDS: usize = 64;
+/// What a kind's next answer weighs more for each kind forgotten.
+const EVICTION_AGES: f32 = 1.02;
 
 /// Lengths of two neighbouring bins differ by a fifth.
 const BINS_PER_OCTAVE: f64 = 4.0;
@@ -68,8 +70,8 @@ impl Lengths {
                 continue;
             }
             let mean = f64::from(self.tokens[bin]) / count;
-            // In the first bin, those that are longer.
-            if mean > done {
+            // In the first bin, those that are longer; some have no token at all.
+            if mean > done || generated == 0 {
                 answers += count;
                 left += count * (mean.min(limit) - done).max(0.0);
             }
@@ -170,6 +172,10 @@ impl OutputLength {
                 .min_by(|(_, one), (_, other)| weigh(one).total_cmp(&weigh(other)));
             if let Some((&rarest, _)) = rarest {
                 self.kinds.remove(&rarest);
+            }
+            // Those of which nothing more comes become the rarest.
+            for lengths in self.kinds.values_mut() {
+                lengths.weight *= EVICTION_AGES;
             }
         }
         self.kinds.entry(kind).or_default().observe(tokens);
@@ -297,6 +303,30 @@ mod tests {
         assert!(lengths.kinds.len() <= MOST_KINDS);
         assert!(lengths.remaining(0, u32::MAX, None) <= 128);
         assert!(lengths.remaining(0, 0, None) > 1 << 20);
+    }
+
+    #[test]
+    fn new_kinds_get_the_place_of_those_that_come_no_more() {
+        let mut lengths = OutputLength::default();
+        for kind in 0..MOST_KINDS as Kind {
+            (0..20).for_each(|_| lengths.observe(kind, 1000, false));
+        }
+        let (one, other) = (1000, 2000);
+        for _ in 0..500 {
+            lengths.observe(one, 10, false);
+            lengths.observe(other, 4000, false);
+        }
+        assert!(lengths.remaining(one, 0, None) < 100);
+        assert!(close(lengths.remaining(other, 0, None), 4000.0));
+    }
+
+    #[test]
+    fn answers_without_a_token_are_learned_too() {
+        let mut lengths = OutputLength::default();
+        (0..500).for_each(|_| lengths.observe(1, 1000, false));
+        (0..500).for_each(|_| lengths.observe(2, 0, false));
+        assert!(lengths.remaining(2, 0, None) < 20);
+        assert!(close(lengths.remaining(1, 0, None), 1000.0));
     }
 
     #[test]
