@@ -263,7 +263,8 @@ impl Placement {
         delay.stalls += stalls;
         delay.slows = own_step * shared / decodes;
         // Whoever comes behind waits for memory, or goes elsewhere, which costs no more.
-        let memory = self.steps_until_it_fits(outlook, load, depth) * busy_step;
+        let memory =
+            self.steps_until_it_fits(outlook, load, depth) * step.max(LEAST_STEP) / decodes;
         delay.future += memory * (rate * memory / 2.0).min(1.0);
         delay
     }

@@ -53,6 +53,18 @@ impl State {
         (key, decision)
     }
 
+    /// A body that has just come was sent at once, the first of its prompts being this.
+    pub(crate) fn came_and_was_sent(
+        &mut self,
+        first: &Request<'_>,
+        keys: impl Iterator<Item = BookingKey>,
+    ) {
+        let standing = self.standing(first);
+        self.queue.sends(&standing);
+        let takes = keys.map(|key| self.takes(key)).sum();
+        self.queue.comes(&standing, takes);
+    }
+
     /// What a request is predicted to take of its worker's time.
     fn takes(&mut self, key: BookingKey) -> Duration {
         let Some(record) = self.bookings.get(key.index) else {
@@ -260,7 +272,8 @@ impl State {
         key: BookingKey,
         request: &Request<'_>,
     ) -> Option<(BookingKey, WorkerId, Decision)> {
-        let (home, standing) = self.withdraw(key)?;
+        // Nobody behind it is called before it has chosen.
+        let (home, standing) = self.unbook(key)?;
         let reading = self.read_again(request, standing);
         let chosen = match self.choose_by(request, &reading) {
             Ok(chosen) if self.is_worth_moving(home, chosen, &reading, request) => chosen,
@@ -268,6 +281,9 @@ impl State {
         };
         let thinks_until = self.now.saturating_add(THINKS_FOR);
         let (key, decision) = self.enter(chosen, &reading, request, thinks_until);
+        if chosen != home {
+            self.let_go(home.slot);
+        }
         Some((key, chosen, decision))
     }
 

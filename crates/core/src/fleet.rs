@@ -182,7 +182,7 @@ pub(crate) struct Fleet {
     pub(crate) outlooks: Vec<Outlook>,
     /// What workers of the same models have in common. Never shrinks, so bounded by sets of models
     /// that workers of one fleet ever had; of more than [`MOST_LAWS`], the rest share the first.
-    laws: Vec<(Vec<String>, Law)>,
+    laws: Vec<(String, Law)>,
     eligible: Eligible,
     /// Apart too, because most fleets have none.
     coarse: Vec<Coarse>,
@@ -338,13 +338,15 @@ impl Fleet {
         placement.total_below(most, &pace, outlook, load, depth)
     }
 
-    /// Where the law is that workers of these models follow.
+    /// Where the law is that workers of these models follow: that of the first, because engines
+    /// name the model that they run before its adapters, which come and go.
     fn find_law(&mut self, models: &[String]) -> usize {
-        let known = self.laws.iter().position(|(of, _)| of == models);
+        let model = models.first().map(String::as_str).unwrap_or_default();
+        let known = self.laws.iter().position(|(of, _)| of == model);
         match known {
             Some(index) => index,
             None if self.laws.len() < MOST_LAWS => {
-                self.laws.push((models.to_vec(), Law::default()));
+                self.laws.push((model.to_owned(), Law::default()));
                 self.laws.len() - 1
             }
             None => 0,
@@ -373,8 +375,11 @@ impl Fleet {
 
     pub(crate) fn set_models(&mut self, id: WorkerId, models: Vec<String>) {
         let law = self.find_law(&models);
-        if let Some((outlook, _)) = self.outlook_mut(id) {
+        if let Some((outlook, _)) = self.outlook_mut(id)
+            && outlook.law != law
+        {
             outlook.law = law;
+            outlook.watch.follows_another_law();
         }
         self.update(id, |worker| &mut worker.models, models);
     }

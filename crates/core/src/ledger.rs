@@ -19,6 +19,9 @@ use crate::sequence::Sequence;
 use crate::state::{Reading, State};
 use crate::tree::NO_NODE;
 
+/// Whole answers with fewer steps say more of prefill than of steps.
+const FEW_STEPS: u32 = 16;
+
 /// For where the rest of the state is needed beside it.
 pub(crate) fn record_of(bookings: &mut Slab<Record>, key: BookingKey) -> Option<&mut Record> {
     let record = bookings.get_mut(key.index)?;
@@ -82,8 +85,11 @@ impl State {
             );
         }
         self.add_to_outlook(&mut record);
+        let mut is_started = false;
         if let Some((outlook, _)) = self.fleet.outlook_mut(worker) {
             outlook.send(&mut record.share, now);
+            // Who has no prompt has nothing to wait for, and its answer is not read.
+            is_started = record.prompt_tokens == 0 && outlook.compute(&mut record.share);
             let reserve = &mut outlook.reserve;
             if is_idle {
                 reserve.idles();
@@ -92,6 +98,9 @@ impl State {
         }
         let streams = record.streams;
         let key = self.insert(record);
+        if is_started {
+            self.started(worker, key.serial);
+        }
         if !streams {
             self.look_after(worker, sequence, key);
         }
@@ -229,13 +238,12 @@ impl State {
                 record.token_at = now;
                 let booked_at = record.booked_at;
                 let due = record.first_token_due.saturating_sub(booked_at);
-                let work = record.share.work;
+                let (work, waited) = (record.share.work, record.waited_for_memory);
                 if work.tokens > 0 {
                     outlook.watch.check(due, now.saturating_sub(booked_at));
+                    outlook.begin(&record.share, now);
+                    has_begun_anew = outlook.watch.first_token(law, work, booked_at, waited, now);
                 }
-                let waited = record.waited_for_memory;
-                outlook.begin(&record.share, now);
-                has_begun_anew = outlook.watch.first_token(law, work, booked_at, waited, now);
             }
             // Otherwise this is the end of the whole answer: it tells nothing of prefill.
             is_started = outlook.compute(&mut record.share);
@@ -277,7 +285,7 @@ impl State {
         self.count(key, total);
         if learns && let Some((outlook, law)) = self.fleet.outlook_mut(worker) {
             let computes =
-                outlook.ahead.requests > 0 || outlook.watch.first_token_at() > last_token_at;
+                outlook.sent().requests > 0 || outlook.watch.first_token_at() > last_token_at;
             let decoding = outlook.decoding();
             let watch = &mut outlook.watch;
             let has_line = !outlook.line.is_empty();
@@ -350,15 +358,18 @@ impl State {
         let (generated, streams, worker) = (record.generated_tokens, record.streams, record.worker);
         let (kind, expected) = (record.kind, record.expected_tokens);
         let max_tokens = record.max_tokens;
+        // When the first token came was forecast at best, and is off by a share of the prefill.
+        let (steps, has_begun) = (generated.saturating_sub(1), record.known.1 > 0);
+        let tells_steps = !streams && has_begun && steps >= FEW_STEPS;
         let elapsed = now.saturating_sub(record.token_at);
         self.output_length.check(expected, generated);
         let is_cut = max_tokens.is_some_and(|most| generated >= most);
         self.output_length.observe(kind, generated, is_cut);
-        if !streams && let Some((outlook, law)) = self.fleet.outlook_mut(worker) {
-            let computes = outlook.ahead.requests > 0;
+        if tells_steps && let Some((outlook, law)) = self.fleet.outlook_mut(worker) {
+            let computes = outlook.sent().requests > 0;
             let decoding = outlook.decoding();
             let watch = &mut outlook.watch;
-            watch.tokens(law, generated, elapsed, computes, decoding, now);
+            watch.tokens(law, steps, elapsed, computes, decoding, now);
         }
     }
 

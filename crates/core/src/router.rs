@@ -281,6 +281,7 @@ impl Router {
         let sums = state.sum(&members);
         let worker = state.choose_for_all(&members, &sums)?;
         let booked = state.book_all(worker, &members);
+        state.came_and_was_sent(request, booked.iter().map(|(key, _)| *key));
         release(state);
         let bookings =
             booked

@@ -344,14 +344,15 @@ impl State {
         let [request] = members.requests() else {
             return None;
         };
-        let &(chosen, _) = weights
+        let likeliest = weights
             .iter()
-            .find(|(_, probability)| *probability == 1.0)?;
+            .max_by(|one, other| one.1.total_cmp(&other.1));
+        let &(chosen, _) = likeliest?;
         let reading = self.read(request);
         self.would_copy_to(self.fleet.at(chosen)?.id, &reading, request)
     }
 
-    /// How likely `kv` is to choose each eligible worker.
+    /// How likely each eligible worker is to be preferred.
     fn probabilities(&self, field: &Field<'_>) -> Vec<(Slot, f64)> {
         let weights = field.softmax_weights(self.config.policy, self.config.temperature);
         let mut weights: Vec<(Slot, f64)> = weights.collect();

@@ -147,6 +147,41 @@ fn forecasts_do_not_teach_themselves() {
     assert_eq!(later.context_tokens, 1_000 + 128);
 }
 
+/// A worker of the same model that has loaded an adapter is no other engine.
+#[test]
+fn adapters_do_not_make_another_law() {
+    let (router, one) = router_of_one();
+    let add = |name: &str| {
+        let name = name.to_owned();
+        router.add_worker(WorkerSpec {
+            name,
+            ..WorkerSpec::default()
+        })
+    };
+    let other = add("other").unwrap();
+    let model = |names: &[&str]| names.iter().map(|&it| it.to_owned()).collect();
+    router.set_models(one, model(&["base"]));
+    router.set_models(other, model(&["base"]));
+    let mut now = Duration::ZERO;
+    for round in 0..100 {
+        let mut booking = route(&router, 1_000 + 10 * round, now);
+        now += millis(10);
+        booking.first_token(now);
+        now += millis(90);
+    }
+    let prefill = |id| {
+        let workers = router.workers(now);
+        let pace = workers.iter().find(|it| it.id == id).map(|it| it.pace);
+        pace.unwrap().prefill_speed()
+    };
+    assert!(prefill(one) > 50_000.0, "{}", prefill(one));
+    router.set_models(other, model(&["base", "adapter"]));
+    assert!((prefill(other) / prefill(one) - 1.0).abs() < 0.1);
+    // Another model is.
+    router.set_models(other, model(&["large"]));
+    assert!(prefill(other) < 20_000.0, "{}", prefill(other));
+}
+
 /// Calls without a prompt (a list of models, a health check) take time and compute no prompt
 /// token. Taken for a speed, they would bring it to zero, and forecasts to infinity.
 #[test]

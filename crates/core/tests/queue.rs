@@ -330,6 +330,83 @@ fn a_tenant_with_a_hundred_requests_does_not_keep_another_waiting() {
 }
 
 #[test]
+fn several_prompts_of_one_body_are_charged_to_their_tenant() {
+    let mut fleet = Fleet::new(Order::Fair, 1);
+    let of = |tenant| Request { tenant, ..plain() };
+    let sequence = Sequence::opaque(20_000, 16.try_into().unwrap());
+    let request = Request {
+        sequence: &sequence,
+        ..of(1)
+    };
+    let further = vec![sequence.clone(); 9];
+    let batch = fleet
+        .router
+        .route_batch(&request, &further, fleet.now)
+        .unwrap();
+    let busy = fleet.comes(20_000, of(3));
+    let same = fleet.comes(20_000, of(1));
+    let other = fleet.comes(20_000, of(2));
+    drop(batch);
+    fleet.answer_bells();
+    assert_eq!(fleet.sent(), [busy]);
+    fleet.begins(busy);
+    assert_eq!(fleet.sent(), [busy, other]);
+}
+
+#[test]
+fn what_has_no_prompt_keeps_nobody_waiting_and_tells_nothing_of_prefill() {
+    let sequence = Sequence::opaque(0, 16.try_into().unwrap());
+    let without = Request {
+        sequence: &sequence,
+        ..plain()
+    };
+    let run = |beside: bool| {
+        let mut fleet = Fleet::new(Order::Fcfs, 1);
+        let none = beside.then(|| fleet.router.route(&without, fleet.now).unwrap());
+        fleet.now += Duration::from_secs(60);
+        let first = fleet.comes(20_000, plain());
+        assert!(fleet.carried[first].is_sent);
+        fleet.now += Duration::from_secs(2);
+        if let Some(booking) = none {
+            booking.finish(fleet.now);
+        }
+        fleet.begins(first);
+        // The next tells when the first is over.
+        let second = fleet.comes(10_000, plain());
+        fleet.begins(second);
+        fleet.router.workers(fleet.now)[0].clone()
+    };
+    let (alone, beside) = (run(false), run(true));
+    assert!(alone.pace.samples[0] > 0);
+    assert_eq!(alone.pace, beside.pace);
+    assert_eq!(alone.backlog, beside.backlog);
+}
+
+#[test]
+fn who_is_invited_and_stays_keeps_its_turn() {
+    let mut fleet = Fleet::new(Order::Fcfs, 2);
+    // One worker has the prefix, the other computes for long.
+    let first = fleet.asks(7, 60_000, plain());
+    let other = fleet.comes(60_000, plain());
+    fleet.begins(first);
+    let sent = fleet.asks(7, 80_000, plain());
+    let waits = [100_000, 101_000].map(|it| fleet.asks(7, it, plain()));
+    assert_eq!(fleet.sent(), [first, other, sent]);
+    assert!(
+        waits
+            .iter()
+            .all(|&it| worker_of(&fleet, it) == worker_of(&fleet, first))
+    );
+    // Before its carrier wakes, the first in line is invited by the other, and called at home.
+    fleet.now += Duration::from_secs(1);
+    for index in [other, sent] {
+        fleet.carried[index].booking.tokens(1, fleet.now);
+    }
+    fleet.answer_bells();
+    assert_eq!(fleet.sent(), [first, other, sent, waits[0]]);
+}
+
+#[test]
 fn whoever_waits_goes_to_a_worker_that_joins() {
     let mut fleet = Fleet::new(Order::Fcfs, 1);
     fleet.come(6, 50_000, plain());

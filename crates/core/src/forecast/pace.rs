@@ -219,6 +219,12 @@ impl Default for Watch {
 }
 
 impl Watch {
+    /// A factor is one of its law.
+    pub(crate) fn follows_another_law(&mut self) {
+        self.prefill_factor = Factor::default();
+        self.step_factor = Factor::default();
+    }
+
     /// The first token of a request came so long after it was booked, and was forecast.
     pub(crate) fn check(&mut self, forecast: Duration, seen: Duration) {
         let error = forecast.as_secs_f64() / seen.as_secs_f64().max(1e-6) - 1.0;
