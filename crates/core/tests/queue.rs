@@ -344,7 +344,7 @@ fn several_prompts_of_one_body_are_charged_to_their_tenant() {
         .route_batch(&request, &further, fleet.now)
         .unwrap();
     let busy = fleet.comes(20_000, of(3));
-    let same = fleet.comes(20_000, of(1));
+    fleet.comes(20_000, of(1));
     let other = fleet.comes(20_000, of(2));
     drop(batch);
     fleet.answer_bells();
