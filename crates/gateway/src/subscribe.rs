@@ -197,9 +197,13 @@ impl Subscription<'_> {
 
     /// The worker may have come back without its cache, or with another model.
     fn look_at_worker(&mut self) {
-        if self.worker.lost_its_cache() && self.follower.last().is_some() {
+        self.follower.is_connected();
+        if self.worker.lost_its_cache() {
+            let was_heard = self.follower.last().is_some();
             let removed = self.follower.clear();
-            self.has_restarted(&removed);
+            if was_heard {
+                self.has_restarted(&removed);
+            }
         }
         let models = self.worker.models.read();
         let Some((model, _)) = models.first() else {

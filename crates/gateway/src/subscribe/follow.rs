@@ -46,11 +46,14 @@ pub(super) struct Follower {
     /// The name requests for the model itself come under.
     model: String,
     last: Option<Last>,
-    /// The data-parallel rank that is followed: the worker's or, if it has none, the first that
-    /// speaks.
+    /// The worker's data-parallel rank, if it has one.
+    own_rank: Option<u32>,
+    /// The rank that is followed: the worker's or, if it has none, the first that speaks.
     rank: Option<u32>,
     /// Another rank spoke, whose sequence numbers and blocks are its own.
     other_rank: Option<u32>,
+    /// Nobody has spoken since a connection was made, so another rank may have come instead.
+    is_anybody: bool,
     /// The group of layers that is followed: the first seen that attends to everything. A prefix
     /// that is cached for one such group is cached for all.
     group: Option<Option<u32>>,
@@ -72,8 +75,10 @@ impl Follower {
             block_size,
             model,
             last: None,
+            own_rank: rank,
             rank,
             other_rank: None,
+            is_anybody: true,
             group: None,
             missed: false,
             unreadable: 0,
@@ -86,7 +91,8 @@ impl Follower {
     pub(super) fn anew(&self, model: String) -> Self {
         Self {
             repeats: self.repeats.anew(),
-            ..Self::new(self.block_size, model, self.rank)
+            rank: self.rank,
+            ..Self::new(self.block_size, model, self.own_rank)
         }
     }
 
@@ -168,9 +174,13 @@ impl Follower {
         let next = self.last.map_or(0, |last| last.sequence.saturating_add(1));
         let decoded = decode_batch(message.payload);
         let speaker = decoded.as_ref().ok().and_then(|it| it.data_parallel_rank);
+        let is_anybody = std::mem::take(&mut self.is_anybody);
         if let Some(speaker) = speaker
             && *self.rank.get_or_insert(speaker) != speaker
         {
+            if is_anybody && self.own_rank.is_none() {
+                return Received::Restarted(self.clear());
+            }
             self.other_rank = Some(speaker);
             return Received::Known;
         }
@@ -215,12 +225,27 @@ impl Follower {
         });
     }
 
-    /// The engine is another, or has lost its cache.
-    pub(super) fn clear(&mut self) -> Changes {
-        self.last = None;
-        self.forget_blocks()
+    /// A connection was made: what ranks were heard before says nothing of who is there now.
+    pub(super) fn is_connected(&mut self) {
+        self.other_rank = None;
+        self.is_anybody = true;
     }
 
+    /// The engine is another process: nothing that was learned of it holds. Prompts that were sent
+    /// may have gone to the new one.
+    pub(super) fn clear(&mut self) -> Changes {
+        let removed = self.forget_blocks();
+        let anew = Self::new(
+            self.block_size,
+            std::mem::take(&mut self.model),
+            self.own_rank,
+        );
+        let before = std::mem::replace(self, anew);
+        self.repeats = before.repeats;
+        removed
+    }
+
+    /// The cache is empty, of the same engine.
     fn forget_blocks(&mut self) -> Changes {
         self.missed = false;
         self.repeats.clear();

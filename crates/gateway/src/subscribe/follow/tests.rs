@@ -154,6 +154,75 @@ fn two_ranks_are_never_taken_for_one() {
     assert!(of_any.fault().unwrap().contains("rank 4 come where rank 3"));
 }
 
+/// A block of a size and group of layers of the engine's choice.
+fn stored_as(block_size: u32, group: Option<u32>) -> Event {
+    Event::Stored(BlockStored {
+        hashes: vec![BlockKey(7)],
+        tokens: (0..block_size).collect(),
+        block_size,
+        group,
+        ..BlockStored::default()
+    })
+}
+
+/// The next process at the same address is of another release, or configured otherwise.
+#[test]
+fn nothing_learned_of_a_process_is_held_against_the_next() {
+    for (before, then, stride) in [
+        ((2, None), (2, Some(0)), 1),
+        ((2, Some(1)), (2, None), 1),
+        ((2, None), (4, None), 2),
+        ((4, None), (2, None), 1),
+        ((3, None), (2, None), 1),
+    ] {
+        let mut follower = follower();
+        follower.apply(&batch_with(stored_as(before.0, before.1)));
+        let contents = follower.contents();
+        let removed = follower.clear();
+        assert_eq!(removed.removed, contents.added);
+        assert_eq!(removed.stride, contents.stride, "told as it was");
+        follower.apply(&batch_with(stored_as(then.0, then.1)));
+        assert_eq!(follower.fault(), None, "{before:?}, {then:?}");
+        assert!(follower.is_exact(), "{before:?}, {then:?}");
+        let contents = follower.contents();
+        assert_eq!((contents.added.len(), contents.stride), (1, stride));
+        assert_eq!(follower.engine_block_size(), then.0);
+    }
+}
+
+fn batch_with(event: Event) -> EventBatch {
+    EventBatch {
+        events: vec![event],
+        ..EventBatch::default()
+    }
+}
+
+#[test]
+fn who_speaks_first_on_a_new_connection_may_be_another_rank() {
+    let mut of_any = follower();
+    receive(&mut of_any, 0, &batch_of(3, 7));
+    of_any.is_connected();
+    let restarted = receive(&mut of_any, 0, &batch_of(4, 8));
+    assert!(matches!(restarted, Received::Restarted(it) if it.removed.len() == 1));
+    receive(&mut of_any, 0, &batch_of(4, 8));
+    assert_eq!((of_any.fault(), of_any.contents().added.len()), (None, 1));
+    receive(&mut of_any, 1, &batch_of(3, 9));
+    assert!(of_any.fault().unwrap().contains("rank 3 come where rank 4"));
+
+    // One that was told which it is waits for that one.
+    let mut of_rank_1 = Follower::new(BLOCK, "m".to_owned(), Some(1));
+    receive(&mut of_rank_1, 0, &batch_of(0, 7));
+    for rank in [0, 1] {
+        of_rank_1.is_connected();
+        assert_eq!(of_rank_1.fault(), None);
+        receive(&mut of_rank_1, 0, &batch_of(rank, 8));
+        assert_eq!(of_rank_1.fault().is_some(), rank == 0);
+    }
+    of_rank_1.clear();
+    receive(&mut of_rank_1, 0, &batch_of(0, 7));
+    assert!(of_rank_1.fault().is_some(), "it is still of rank 1");
+}
+
 /// Whole messages recorded from engines that ran, and those of the folder that
 /// `FORESEE_KV_CAPTURES` names.
 fn recordings() -> Vec<(PathBuf, Vec<u8>)> {
