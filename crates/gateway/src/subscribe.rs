@@ -8,6 +8,7 @@
 mod evidence;
 mod follow;
 mod repeats;
+mod rest;
 mod sockets;
 mod source;
 mod standing;
@@ -24,6 +25,7 @@ use crate::shared::Shared;
 pub(crate) use crate::subscribe::evidence::Finding;
 use crate::subscribe::evidence::{Evidence, Reason};
 use crate::subscribe::follow::{Follower, Received};
+use crate::subscribe::rest::ReplayRest;
 use crate::subscribe::sockets::{Feed, Heard, SocketError, read_message, replay};
 pub(crate) use crate::subscribe::source::check_endpoint;
 pub use crate::subscribe::source::{EventSource, KvEvents};
@@ -46,9 +48,6 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 /// that no longer reaches back to its start.
 const REBUILD_INTERVAL: Duration = Duration::from_secs(5);
 const HOPELESS_REBUILD_INTERVAL: Duration = Duration::from_secs(300);
-
-/// How long replay is left alone after it failed.
-const REPLAY_REST: Duration = Duration::from_secs(5);
 
 /// Follows a worker's events until it is removed, wherever they are at the time.
 pub(crate) async fn follow_events(shared: Arc<Shared>, worker: Arc<Worker>) {
@@ -95,7 +94,7 @@ async fn follow(shared: &Shared, worker: &Worker, source: &EventSource) {
         source,
         follower: Follower::new(block_size, model, worker.config.rank),
         unusable_since: Some(Instant::now()),
-        replay_rests_until: Instant::now(),
+        replay_rest: ReplayRest::default(),
         rebuild_at: Instant::now(),
         told: None,
     };
@@ -117,7 +116,7 @@ struct Subscription<'s> {
     follower: Follower,
     /// Since when there are no usable events.
     unusable_since: Option<Instant>,
-    replay_rests_until: Instant,
+    replay_rest: ReplayRest,
     rebuild_at: Instant,
     told: Option<Told>,
 }
@@ -161,6 +160,7 @@ impl Subscription<'_> {
             match heard {
                 Some(Heard::Connected) => {
                     connected = true;
+                    self.replay_rest.end();
                     self.look_at_worker();
                     self.catch_up().await;
                     self.judge();
@@ -279,10 +279,9 @@ impl Subscription<'_> {
             return;
         };
         let now = Instant::now();
-        if self.follower.is_exact() || now < self.rebuild_at.max(self.replay_rests_until) {
+        if self.follower.is_exact() || now < self.rebuild_at || !self.replay_rest.is_over(now) {
             return;
         }
-        self.rebuild_at = now + REBUILD_INTERVAL;
         let mut anew = self.follower.anew(self.follower.model().to_owned());
         let mut is_whole = true;
         let replayed = replay(endpoint, 0, |message| {
@@ -292,12 +291,13 @@ impl Subscription<'_> {
             );
             is_whole
         });
-        if let Err(error) = replayed.await {
-            tracing::debug!(worker = %self.worker.config.name, %error, "no rebuild");
+        let replayed = replayed.await;
+        self.rebuild_at = Instant::now() + REBUILD_INTERVAL;
+        if self.count_of(replayed).is_none() {
             return;
         }
         if !is_whole || !anew.is_exact() {
-            self.rebuild_at = now + HOPELESS_REBUILD_INTERVAL;
+            self.rebuild_at = Instant::now() + HOPELESS_REBUILD_INTERVAL;
             return;
         }
         // A cleared cache on the way ends what is known of lists, not that they are asked for.
@@ -330,15 +330,29 @@ impl Subscription<'_> {
     /// replay, or it fails. If it turns out that the engine has restarted, nothing is applied.
     async fn replay_from(&mut self, from: u64) -> Option<usize> {
         let endpoint = self.source.replay.as_deref()?;
-        if Instant::now() < self.replay_rests_until {
+        if !self.replay_rest.is_over(Instant::now()) {
             return None;
         }
         let replayed = replay(endpoint, from, |message| self.take_replayed(message)).await;
+        self.count_of(replayed)
+    }
+
+    /// How many batches a replay brought, if it worked. One that failed rests from now on.
+    fn count_of(&mut self, replayed: Result<usize, SocketError>) -> Option<usize> {
+        let (worker, replay) = (&self.worker.config.name, &self.source.replay);
         match replayed {
-            Ok(count) => Some(count),
+            Ok(count) => {
+                if self.replay_rest.worked() {
+                    tracing::info!(%worker, ?replay, "KV events can be replayed again");
+                }
+                Some(count)
+            }
             Err(error) => {
-                self.replay_rests_until = Instant::now() + REPLAY_REST;
-                self.say_replay_failed(&error);
+                if self.replay_rest.failed(Instant::now()) {
+                    tracing::warn!(%worker, ?replay, %error, "KV events cannot be replayed");
+                } else {
+                    tracing::debug!(%worker, ?replay, %error, "KV events still cannot be replayed");
+                }
                 None
             }
         }
@@ -459,13 +473,6 @@ impl Subscription<'_> {
         tracing::info!(
             worker = %self.worker.config.name,
             "the engine has been restarted: its cache counts as empty"
-        );
-    }
-
-    fn say_replay_failed(&self, error: &SocketError) {
-        tracing::warn!(
-            worker = %self.worker.config.name, replay = ?self.source.replay, %error,
-            "KV events cannot be replayed"
         );
     }
 
