@@ -47,11 +47,16 @@ impl Watch {
                 metrics.prediction(predicted, actual);
             }
         }
-        if let (Some(foretold), Some(found), true) =
-            (self.foretold, usage.cached_tokens, self.is_single)
-        {
-            let now = self.shared.clock.now();
-            self.worker.events.weigh(Finding { foretold, found }, now);
+        if let (Some(foretold), true) = (self.foretold, self.is_single) {
+            let (events, now) = (&self.worker.events, self.shared.clock.now());
+            if let Some(found) = usage.cached_tokens {
+                events.weigh(Finding { foretold, found }, now);
+            } else if *outcome == Outcome::Ok {
+                let prompt_tokens = usage.prompt_tokens.unwrap_or(self.prompt_tokens);
+                let not_foretold = prompt_tokens.saturating_sub(foretold);
+                let computed = not_foretold.saturating_add(ending.output_tokens);
+                events.computed(computed, block_size, now);
+            }
         }
         let waited = |at: Duration| at.saturating_sub(self.arrived).as_secs_f64();
         tracing::debug!(

@@ -12,6 +12,7 @@ mod rest;
 mod sockets;
 mod source;
 mod standing;
+mod verdict;
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -23,13 +24,13 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::shared::Shared;
 pub(crate) use crate::subscribe::evidence::Finding;
-use crate::subscribe::evidence::{Evidence, Reason};
 use crate::subscribe::follow::{Follower, Received};
 use crate::subscribe::rest::ReplayRest;
 use crate::subscribe::sockets::{Feed, Heard, SocketError, read_message, replay};
 pub(crate) use crate::subscribe::source::check_endpoint;
 pub use crate::subscribe::source::{EventSource, KvEvents};
 pub(crate) use crate::subscribe::standing::{Board, EventsState, Standing};
+use crate::subscribe::verdict::Told;
 use crate::workers::Worker;
 
 /// Pauses between attempts to connect: they double from the first to the last.
@@ -48,6 +49,13 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 /// that no longer reaches back to its start.
 const REBUILD_INTERVAL: Duration = Duration::from_secs(5);
 const HOPELESS_REBUILD_INTERVAL: Duration = Duration::from_secs(300);
+
+/// How often a connection is made anew on which nothing comes although something should: whatever
+/// keeps connections on the way may have dropped it without a word.
+const REOPEN_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Checks in a row by which everything new came, until the connection counts as such.
+const MOST_CHECKS_WITH_NEWS: u32 = 2;
 
 /// Follows a worker's events until it is removed, wherever they are at the time.
 pub(crate) async fn follow_events(shared: Arc<Shared>, worker: Arc<Worker>) {
@@ -94,19 +102,12 @@ async fn follow(shared: &Shared, worker: &Worker, source: &EventSource) {
         source,
         follower: Follower::new(block_size, model, worker.config.rank),
         unusable_since: Some(Instant::now()),
+        is_silent: false,
         replay_rest: ReplayRest::default(),
         rebuild_at: Instant::now(),
         told: None,
     };
     subscription.run().await;
-}
-
-/// What was said last in the log about a subscription, so that it is said once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Told {
-    Live,
-    Unusable,
-    Mistrusted,
 }
 
 struct Subscription<'s> {
@@ -116,6 +117,8 @@ struct Subscription<'s> {
     follower: Follower,
     /// Since when there are no usable events.
     unusable_since: Option<Instant>,
+    /// None came although answers must have filled blocks, and none has since.
+    is_silent: bool,
     replay_rest: ReplayRest,
     rebuild_at: Instant,
     told: Option<Told>,
@@ -142,17 +145,20 @@ impl Subscription<'_> {
         }
     }
 
-    /// Follows a socket until its connection is lost.
+    /// Follows a socket until its connection is lost, or seems to be.
     async fn listen(&mut self, mut feed: Feed) {
         let grace = self.shared.config.events_grace;
         let mut connected = false;
+        let (mut heard_at, mut checks_with_news) = (Instant::now(), 0);
         let mut check_at = Instant::now() + grace;
         loop {
             let heard = tokio::select! {
                 heard = feed.next() => Some(heard),
                 () = self.worker.resubscribe.notified() => return,
                 () = self.worker.events.weighed.notified() => {
-                    self.heed_answers();
+                    if self.heed_answers() {
+                        return;
+                    }
                     continue;
                 }
                 () = sleep_until(check_at) => None,
@@ -176,15 +182,23 @@ impl Subscription<'_> {
                     check_at = Instant::now() + grace;
                 }
                 Some(Heard::Frames(frames)) => {
+                    (heard_at, checks_with_news) = (Instant::now(), 0);
                     self.take(&frames).await;
                     self.rebuild().await;
                     self.judge();
                     check_at = Instant::now() + CHECK_INTERVAL;
                 }
                 None if connected => {
+                    let before = self.follower.last();
                     self.catch_up().await;
+                    let has_news = self.follower.last() != before;
+                    checks_with_news = if has_news { checks_with_news + 1 } else { 0 };
                     self.rebuild().await;
                     self.judge();
+                    let waits_in_vain = self.is_doubted() && heard_at.elapsed() >= REOPEN_INTERVAL;
+                    if waits_in_vain || checks_with_news >= MOST_CHECKS_WITH_NEWS {
+                        return;
+                    }
                     check_at = Instant::now() + CHECK_INTERVAL;
                 }
                 None => {
@@ -379,6 +393,7 @@ impl Subscription<'_> {
     }
 
     fn applied(&mut self, changes: &[Changes], just_now: Option<Duration>) {
+        self.is_silent = false;
         for changes in changes {
             self.tell_router(changes, just_now);
         }
@@ -474,115 +489,6 @@ impl Subscription<'_> {
             worker = %self.worker.config.name,
             "the engine has been restarted: its cache counts as empty"
         );
-    }
-
-    /// Says whether events are usable, now that something came.
-    fn judge(&mut self) {
-        if let Some(fault) = self.follower.fault() {
-            self.set_state(EventsState::Faulty);
-            self.is_unusable(&fault);
-            return;
-        }
-        self.unusable_since = None;
-        if self.worker.events.with_evidence(|it| it.is_lost()) {
-            self.set_state(EventsState::Mistrusted);
-            return;
-        }
-        self.set_state(EventsState::Live);
-        if self.told == Some(Told::Live) {
-            return;
-        }
-        let name = &self.worker.config.name;
-        if !self.worker.events.read().followed {
-            let router = &self.shared.router;
-            router.follow_events(self.worker.id, true);
-            let now = self.shared.clock.now();
-            self.worker.events.with_evidence(|it| it.begin(now));
-            self.tell_router(&self.follower.contents(), None);
-        }
-        let exact = self.follower.is_exact();
-        self.worker.events.change(|it| {
-            it.followed = true;
-            it.exact = exact;
-        });
-        self.shared.metrics.events_live(name, true);
-        tracing::info!(worker = %name, source = %self.source, "KV events are followed");
-        self.told = Some(Told::Live);
-    }
-
-    /// Gives up on events, for now, if they have been unusable for long.
-    fn is_unusable(&mut self, why: &str) {
-        let since = *self.unusable_since.get_or_insert_with(Instant::now);
-        if self.told == Some(Told::Unusable) || since.elapsed() < self.shared.config.events_grace {
-            return;
-        }
-        let name = &self.worker.config.name;
-        self.shared.router.follow_events(self.worker.id, false);
-        self.worker.events.change(|it| it.followed = false);
-        self.worker.events.with_evidence(Evidence::rest);
-        self.shared.metrics.events_live(name, false);
-        tracing::warn!(
-            worker = %name, source = %self.source, why,
-            "no usable KV events: its cache is guessed from what is sent there"
-        );
-        self.told = Some(Told::Unusable);
-    }
-
-    /// Looks at what answers say about the events.
-    fn heed_answers(&mut self) {
-        let events = &self.worker.events;
-        match events.take_reason() {
-            // It may be no more than that.
-            Some(Reason::Wrong) if self.follower.has_stores_in_doubt() => {
-                self.take_back_repeats("answers report less in its cache");
-                let now = self.shared.clock.now();
-                self.worker.events.with_evidence(|it| it.begin(now));
-            }
-            Some(reason) => self.mistrust(reason),
-            None if events.with_evidence(|it| it.is_won_back()) => self.trust_again(),
-            None => {}
-        }
-    }
-
-    /// Believes the events no longer, until they would have been right for a while.
-    fn mistrust(&mut self, reason: Reason) {
-        let (worker, name) = (self.worker, &self.worker.config.name);
-        worker.events.with_evidence(Evidence::lose);
-        worker.events.set_claims(Some(&self.follower.contents()));
-        // If all of them can be had again, that may put it right.
-        self.follower.doubt();
-        self.rebuild_at = Instant::now();
-        self.shared.router.follow_events(worker.id, false);
-        worker.events.change(|it| {
-            it.state = EventsState::Mistrusted;
-            it.followed = false;
-            it.exact = false;
-            it.mistrusted += 1;
-        });
-        self.shared.metrics.events_live(name, false);
-        let label = [("worker", name.clone())];
-        let metrics = &self.shared.metrics;
-        metrics.kv_events_mistrusted.get_or_create(&label).inc();
-        let what = match reason {
-            Reason::Silent => "no KV events come, and answers report another cache",
-            Reason::Wrong => "answers report another cache than KV events do",
-        };
-        tracing::warn!(
-            worker = %name, source = %self.source,
-            "{what}: they are not believed, and its cache is guessed from what is sent there"
-        );
-        self.told = Some(Told::Mistrusted);
-    }
-
-    fn trust_again(&mut self) {
-        let events = &self.worker.events;
-        events.set_claims(None);
-        events.with_evidence(Evidence::rest_assured);
-        tracing::info!(
-            worker = %self.worker.config.name,
-            "KV events have been right again for a while: they are believed"
-        );
-        self.judge();
     }
 
     fn set_state(&self, state: EventsState) {

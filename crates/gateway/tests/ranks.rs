@@ -4,6 +4,7 @@
 mod fake_worker;
 
 use std::net::TcpListener;
+use std::time::Duration;
 
 use bytes::Bytes;
 use fake_worker::*;
@@ -193,7 +194,7 @@ async fn becomes(gateway: &Gateway, name: &str, is_so: impl Fn(&Value) -> bool) 
             {
                 return worker;
             }
-            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+            tokio::time::sleep(Duration::from_millis(2)).await;
         }
     };
     within("a worker to become what it should", looking).await
@@ -214,7 +215,7 @@ async fn until_heard(gateway: &Gateway, publisher: &mut Publisher, topic: &str, 
 async fn until_async(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
     within(what, async {
         while !is_so().await {
-            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+            tokio::time::sleep(Duration::from_millis(2)).await;
         }
     })
     .await;
@@ -343,6 +344,37 @@ async fn only_the_topic_asked_for_is_followed() {
     let next = |it: &Value| it["kv_events"]["last_sequence"] == heard + 1;
     let worker = becomes(&gateway, "gpu", next).await;
     assert_eq!(worker["kv_events"]["gaps"], 0);
+}
+
+/// Where answers do not report what they found cached, they still tell that blocks were filled.
+#[tokio::test]
+async fn what_is_published_under_another_topic_is_silence() {
+    let mut publisher = Publisher::start().await;
+    let mut engine = FakeWorker::start().await;
+    let (spec, port) = (engine.spec("gpu"), publisher.port);
+    let mut config = config(&[]);
+    config.events_grace = Duration::from_millis(50);
+    let written = format!("{spec},kv-events=tcp://127.0.0.1:{port},topic=kv");
+    config.workers = vec![written.parse::<WorkerConfig>().unwrap()];
+    let gateway = gateway_with(config).await;
+    becomes(&gateway, "gpu", |it| it["cache_source"] == "events").await;
+    let mut sent = 0;
+    until_async("the silence to be noticed", async || {
+        publisher.stored("kv@1", sent, None).await;
+        let prompt = format!("{sent} and so on ").repeat(100);
+        let request = http("POST", CHAT, chat(&prompt, false));
+        let mut client = Client::sending(gateway.address(), request).await;
+        engine.request().await.answer_json("{}").await;
+        client.answer().await;
+        sent += 1;
+        let worker = shown(&gateway, "gpu").await.unwrap();
+        worker["kv_events"]["state"] == "silent" && worker["cache_source"] == "shadow"
+    })
+    .await;
+    until_heard(&gateway, &mut publisher, "kv", None).await;
+    let worker = shown(&gateway, "gpu").await.unwrap();
+    assert_eq!(worker["kv_events"]["state"], "live");
+    assert_eq!(worker["cache_source"], "events");
 }
 
 #[tokio::test]

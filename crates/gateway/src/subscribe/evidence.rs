@@ -25,6 +25,12 @@ const MOST_WRONG_IN_SILENCE: u32 = 4;
 /// How long no event must have come, to be silence rather than lag.
 const SILENCE: Duration = Duration::from_secs(2);
 
+/// So many answers that filled so many blocks each, without one event, are silence whatever they
+/// report. They double each time, as what is cached already is not filled, and not all of that is
+/// known.
+const MOST_UNHEARD: u32 = 4;
+const BLOCKS_FILLED: u32 = 4;
+
 /// Right answers in a row that win trust back. They double with each loss of it.
 const RIGHT_AGAIN: u32 = 8;
 const MOST_DOUBLINGS: u32 = 5;
@@ -45,6 +51,8 @@ pub(crate) enum Reason {
     Silent,
     /// They come, and answers report another cache.
     Wrong,
+    /// None come, and answers must have filled blocks.
+    Unheard,
 }
 
 /// What the answers so far come to.
@@ -54,6 +62,11 @@ pub(crate) struct Evidence {
     /// Tokens of an engine's block: no difference up to one is held against anybody.
     block_tokens: u32,
     heard_at: Duration,
+    /// Answers since then that must have filled blocks, and when the first of them ended.
+    unheard: u32,
+    unheard_since: Duration,
+    /// How often that was silence.
+    silences: u32,
     /// How often trust was lost.
     losses: u32,
 }
@@ -86,6 +99,9 @@ impl Default for Evidence {
             trust: Trust::Unasked,
             block_tokens: 1,
             heard_at: Duration::ZERO,
+            unheard: 0,
+            unheard_since: Duration::ZERO,
+            silences: 0,
             losses: 0,
         }
     }
@@ -96,6 +112,7 @@ impl Evidence {
     pub(crate) fn begin(&mut self, now: Duration) {
         self.trust = Trust::NEW;
         self.heard_at = now;
+        self.unheard = 0;
     }
 
     /// Events are not followed any longer, for another reason.
@@ -119,6 +136,7 @@ impl Evidence {
     pub(crate) fn heard(&mut self, block_tokens: u32, now: Duration) {
         self.block_tokens = block_tokens.max(1);
         self.heard_at = now;
+        self.unheard = 0;
         match &mut self.trust {
             Trust::Unasked => {}
             Trust::Full {
@@ -160,6 +178,35 @@ impl Evidence {
                 }
             }
         }
+    }
+
+    /// An answer has ended for which so many tokens were computed, in blocks of at least
+    /// `block_tokens`, and does not report what it found cached. Returns a reason to believe the
+    /// events no longer, if there is one now.
+    pub(crate) fn computed(
+        &mut self,
+        tokens: u32,
+        block_tokens: u32,
+        now: Duration,
+    ) -> Option<Reason> {
+        let block_tokens = self.block_tokens.max(block_tokens);
+        let must_be_heard = matches!(self.trust, Trust::Full { .. });
+        if !must_be_heard || tokens / block_tokens < BLOCKS_FILLED {
+            return None;
+        }
+        if self.unheard == 0 {
+            self.unheard_since = now;
+        }
+        self.unheard += 1;
+        // The events of the last ones may be on their way.
+        let has_lasted = now.saturating_sub(self.unheard_since) >= SILENCE;
+        let most = MOST_UNHEARD << self.silences.min(MOST_DOUBLINGS);
+        if self.unheard <= most || !has_lasted {
+            return None;
+        }
+        self.unheard = 0;
+        self.silences += 1;
+        Some(Reason::Unheard)
     }
 
     /// Believes the events no longer.
@@ -290,6 +337,40 @@ mod tests {
         for _ in 0..50 {
             assert_eq!(evidence.weigh(WRONG, at(200.0)), None);
         }
+    }
+
+    #[test]
+    fn what_fills_blocks_unheard_is_silence() {
+        let filled = BLOCKS_FILLED * BLOCK;
+        let mut evidence = followed();
+        for step in 0..100 {
+            let now = at(f64::from(step));
+            assert_eq!(evidence.computed(filled - 1, 1, now), None, "too little");
+            assert_eq!(
+                evidence.computed(filled, BLOCK + 1, now),
+                None,
+                "too little"
+            );
+        }
+        for _ in 0..100 {
+            assert_eq!(evidence.computed(filled, 1, at(100.0)), None, "too soon");
+        }
+        for silence in 0..9 {
+            evidence.heard(BLOCK, at(101.0));
+            let most = MOST_UNHEARD << silence.min(MOST_DOUBLINGS);
+            for step in 0..most {
+                let now = at(102.0 + f64::from(step));
+                assert_eq!(evidence.computed(filled, 1, now), None);
+            }
+            let reason = evidence.computed(filled, 1, at(300.0));
+            assert_eq!(reason, Some(Reason::Unheard));
+        }
+        evidence.rest();
+        assert_eq!(
+            evidence.computed(filled, 1, at(300.0)),
+            None,
+            "not followed"
+        );
     }
 
     #[test]

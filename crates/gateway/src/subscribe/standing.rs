@@ -23,6 +23,8 @@ pub(crate) enum EventsState {
     Waiting,
     /// There is no connection.
     Connecting,
+    /// There is a connection, and none come although answers must have filled blocks.
+    Silent,
     /// Events come, and cannot be used.
     Faulty,
     /// Events are not believed: answers report another cache.
@@ -37,6 +39,7 @@ impl EventsState {
             Self::Off => "off",
             Self::Waiting => "waiting",
             Self::Connecting => "connecting",
+            Self::Silent => "silent",
             Self::Faulty => "faulty",
             Self::Mistrusted => "mistrusted",
             Self::Live => "live",
@@ -135,6 +138,16 @@ impl Board {
         let reason = evidence.weigh(finding, now);
         if reason.is_some() || evidence.is_won_back() {
             *self.reason.lock() = reason;
+            self.weighed.notify_one();
+        }
+    }
+
+    /// Takes note of an answer for which so many tokens were computed, in blocks of at least
+    /// `block_tokens`, and that says nothing of what was cached.
+    pub(crate) fn computed(&self, tokens: u32, block_tokens: u32, now: Duration) {
+        let mut evidence = self.evidence.lock();
+        if let Some(reason) = evidence.computed(tokens, block_tokens, now) {
+            *self.reason.lock() = Some(reason);
             self.weighed.notify_one();
         }
     }
