@@ -25,6 +25,8 @@ pub(crate) async fn learn_what_it_serves(shared: &Shared, worker: &Worker) {
         if worker.config.eviction.is_none() && worker.says_it_is("sglang") {
             shared.router.set_eviction(worker.id, Eviction::Radix);
         }
+    } else {
+        worker.says_no_models();
     }
     if worker.config.blocks.is_none()
         && let Ok(body) = get(shared, worker, "/metrics").await

@@ -91,10 +91,29 @@ fn stop_following(shared: &Shared, worker: &Worker) {
     worker.events.change(|it| *it = Standing::default());
 }
 
+/// The model that blocks are hashed with. Says so if that does not come from a worker that answers.
+async fn wait_for_model(shared: &Shared, worker: &Worker) -> String {
+    let has_come_late = async {
+        worker.until_asked_for_models().await;
+        sleep(shared.config.events_grace).await;
+    };
+    tokio::select! {
+        model = worker.first_model() => return model,
+        () = has_come_late => {}
+    }
+    tracing::warn!(
+        worker = %worker.config.name,
+        "its KV events are not followed, as it does not say which models it serves: have it list \
+         them at {}/v1/models to whoever asks, without a key",
+        worker.config.url()
+    );
+    worker.first_model().await
+}
+
 async fn follow(shared: &Shared, worker: &Worker, source: &EventSource) {
     worker.events.change(|it| it.state = EventsState::Waiting);
     shared.metrics.events_live(&worker.config.name, false);
-    let model = worker.first_model().await;
+    let model = wait_for_model(shared, worker).await;
     let block_size = shared.config.router.block_size;
     let subscription = Subscription {
         shared,

@@ -48,8 +48,8 @@ pub(crate) struct Worker {
     pub(crate) engine_active_blocks: Mutex<Option<u64>>,
     /// Asks for its KV events to be subscribed to anew: it was away.
     pub(crate) resubscribe: Notify,
-    /// Whether it has said which models it serves.
-    knows_models: watch::Sender<bool>,
+    /// Whether it has said which models it serves; `None` until it was asked.
+    knows_models: watch::Sender<Option<bool>>,
     /// Tells what watches it to end.
     removed: watch::Sender<bool>,
     /// How many blocks of its engine's size its cache has, if it said so; 0 if not.
@@ -105,7 +105,23 @@ impl Worker {
     fn set_models(&self, models: Vec<(String, Box<RawValue>)>) {
         let known = !models.is_empty();
         *self.models.write() = models;
-        self.knows_models.send_replace(known);
+        self.knows_models.send_replace(Some(known));
+    }
+
+    /// It was asked which models it serves, and does not say.
+    pub(crate) fn says_no_models(&self) {
+        self.knows_models.send_if_modified(|known| {
+            let is_news = known.is_none();
+            known.get_or_insert(false);
+            is_news
+        });
+    }
+
+    /// Waits until it was asked which models it serves.
+    pub(crate) async fn until_asked_for_models(&self) {
+        let mut known = self.knows_models.subscribe();
+        // The sender is as old as this worker, so waiting does not fail.
+        let _ = known.wait_for(Option::is_some).await;
     }
 
     /// Whether it says that it is a `vllm`, or an `sglang`.
@@ -127,7 +143,7 @@ impl Worker {
         let mut known = self.knows_models.subscribe();
         loop {
             // The sender is as old as this worker, so waiting does not fail.
-            let _ = known.wait_for(|known| *known).await;
+            let _ = known.wait_for(|known| *known == Some(true)).await;
             if let Some(model) = self.tells_first_model() {
                 return model;
             }
@@ -135,7 +151,7 @@ impl Worker {
         }
     }
 
-    fn tells_first_model(&self) -> Option<String> {
+    pub(crate) fn tells_first_model(&self) -> Option<String> {
         self.models.read().first().map(|(model, _)| model.clone())
     }
 
@@ -228,7 +244,7 @@ impl Workers {
             events: Board::default(),
             engine_active_blocks: Mutex::default(),
             resubscribe: Notify::new(),
-            knows_models: watch::Sender::new(false),
+            knows_models: watch::Sender::new(None),
             removed: watch::Sender::new(false),
             capacity_blocks: AtomicU32::new(0),
             heard_at: AtomicU64::new(0),
