@@ -37,23 +37,30 @@ pub(crate) async fn watch_worker(shared: Arc<Shared>, worker: Arc<Worker>) {
     let mut failures = 0;
     let mut successes = 0;
     let mut questions_left = MOST_QUESTIONS;
+    let mut first_model = None;
     loop {
         tokio::time::sleep(PROBE_GAP).await;
         let asked_at = shared.clock.now();
         let answer = get(&shared, &worker, "/health").await;
         let name = &worker.config.name;
         if answer.is_ok() {
-            if worker.is_back() {
+            let is_back = worker.is_back();
+            if is_back {
                 tracing::info!(worker = %name, "worker was away: its cache counts as empty");
                 shared.router.forget_cache(worker.id);
-                worker.resubscribe.notify_one();
                 questions_left = MOST_QUESTIONS;
-            } else if failures >= FAILURES_UNTIL_OUT {
-                // Its connections may be gone without anybody having said so.
-                worker.resubscribe.notify_one();
             }
-            if successes % PROBES_PER_LOOK_AT_MODELS == 0 {
+            let mut serves_another = false;
+            if is_back || successes % PROBES_PER_LOOK_AT_MODELS == 0 {
                 learn_what_it_serves(&shared, &worker).await;
+                if let Some(model) = worker.tells_first_model() {
+                    serves_another = first_model.as_ref().is_some_and(|it| *it != model);
+                    first_model = Some(model);
+                }
+            }
+            // One that failed may have lost connections without anybody having said so.
+            if is_back || serves_another || failures >= FAILURES_UNTIL_OUT {
+                worker.resubscribe.notify_one();
             }
             if questions_left > 0 {
                 let is_answered = learn_where_its_events_are(&shared, &worker).await;

@@ -200,6 +200,14 @@ async fn becomes(gateway: &Gateway, name: &str, is_so: impl Fn(&Value) -> bool) 
     within("a worker to become what it should", looking).await
 }
 
+/// How many blocks of the publisher's batch `sequence` a request for `model` is predicted to find.
+async fn found(gateway: &Gateway, model: &str, sequence: u64) -> Value {
+    let prompt = vec![sequence as u32; 17];
+    let body = json!({"model": model, "prompt": prompt}).to_string();
+    let explained = call(gateway.admin_address(), "POST", "/admin/explain", body).await;
+    explained.json()["candidates"][0]["overlap_cached_blocks"].clone()
+}
+
 /// Publishes until it is heard: what is sent before a subscription has arrived is lost.
 async fn until_heard(gateway: &Gateway, publisher: &mut Publisher, topic: &str, rank: Option<u32>) {
     let mut sequence = 0;
@@ -344,6 +352,26 @@ async fn only_the_topic_asked_for_is_followed() {
     let next = |it: &Value| it["kv_events"]["last_sequence"] == heard + 1;
     let worker = becomes(&gateway, "gpu", next).await;
     assert_eq!(worker["kv_events"]["gaps"], 0);
+}
+
+#[tokio::test]
+async fn a_model_put_in_place_of_another_is_the_one_whose_blocks_are_known() {
+    let mut publisher = Publisher::start().await;
+    let engine = FakeWorker::start().await;
+    let options = format!(",kv-events=tcp://127.0.0.1:{}", publisher.port);
+    let gateway = gateway_of(&engine, &options).await;
+    becomes(&gateway, "gpu", |it| it["cache_source"] == "events").await;
+    until_heard(&gateway, &mut publisher, "", None).await;
+    // Its probes see no failure.
+    engine.set_model_list(r#"{"data": [{"id": "n"}]}"#);
+    let mut sequence = 1000;
+    until_async("the new model's blocks to be known", async || {
+        sequence += 1;
+        publisher.stored("", sequence, None).await;
+        // The one before has had time to arrive.
+        found(&gateway, "n", sequence - 1).await == 1
+    })
+    .await;
 }
 
 /// Where answers do not report what they found cached, they still tell that blocks were filled.
