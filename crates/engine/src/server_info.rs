@@ -71,14 +71,20 @@ impl ServerInfo {
 }
 
 /// Reads where each rank of a vLLM publishes; `None` if that is not what the body says.
+///
+/// A vLLM binds wildcards and dials the rest, but what it bound with a port of the system's choice
+/// it tells as an address of its own: `is_own` says whether a host is that.
 #[must_use]
-pub fn parse_event_sources(body: &[u8]) -> Option<BTreeMap<u32, Published>> {
+pub fn parse_event_sources(
+    body: &[u8],
+    is_own: impl Fn(&str) -> bool,
+) -> Option<BTreeMap<u32, Published>> {
     let sources: BTreeMap<u32, Value> = serde_json::from_slice(body).ok()?;
     let read = |source: &Value| {
         let endpoint = source["endpoint"].as_str().unwrap_or("");
-        let binds = endpoint.contains('*') || endpoint.contains("::");
+        let binds = |host: &str| endpoint.contains('*') || endpoint.contains("::") || is_own(host);
         match host_and_port(endpoint) {
-            Some(_) if !binds => Published::Dials(endpoint.to_owned()),
+            Some((host, _)) if !binds(host) => Published::Dials(endpoint.to_owned()),
             Some((host, port)) => Published::Listens {
                 host: host.to_owned(),
                 port,
@@ -199,34 +205,42 @@ mod tests {
             assert_eq!(ServerInfo::parse(body.as_bytes()), None, "{body}");
         }
         for body in ["", "[]", "null", r#"{"detail": "Not Found"}"#] {
-            assert_eq!(parse_event_sources(body.as_bytes()), None, "{body}");
+            let sources = parse_event_sources(body.as_bytes(), |_| true);
+            assert_eq!(sources, None, "{body}");
         }
     }
 
     #[test]
-    fn vllm_binds_wildcards_and_dials_the_rest() {
+    fn vllm_binds_wildcards_and_its_own_addresses_and_dials_the_rest() {
         let body = json!({
             "3": {"endpoint": "tcp://*:5560", "topic": ""},
             "4": {"endpoint": "tcp://router:5561"},
             "5": {"endpoint": "ipc:///tmp/kv"},
+            "6": {"endpoint": "tcp://10.0.0.7:41000", "replay_endpoint": "tcp://10.0.0.7:41001"},
         });
-        let sources = parse_event_sources(body.to_string().as_bytes()).unwrap();
-        let listens = Published::Listens {
-            host: "*".to_owned(),
-            port: 5560,
-            replay_port: None,
+        let is_own = |host: &str| host == "10.0.0.7";
+        let sources = parse_event_sources(body.to_string().as_bytes(), is_own).unwrap();
+        let listens = |host: &str, port, replay_port| Published::Listens {
+            host: host.to_owned(),
+            port,
+            replay_port,
             topic: String::new(),
         };
         let dials = Published::Dials("tcp://router:5561".to_owned());
-        let expected = [(3, listens), (4, dials), (5, Published::Nowhere)];
+        let expected = [
+            (3, listens("*", 5560, None)),
+            (4, dials),
+            (5, Published::Nowhere),
+            (6, listens("10.0.0.7", 41000, Some(41001))),
+        ];
         assert_eq!(sources, expected.into());
-        assert_eq!(parse_event_sources(b"{}"), Some(BTreeMap::new()));
+        assert_eq!(parse_event_sources(b"{}", is_own), Some(BTreeMap::new()));
     }
 
     proptest! {
         #[test]
         fn any_value_is_survived(page_size in ".{0,9}", config in ".{0,40}", described in ".{0,40}") {
-            let _ = parse_event_sources(format!(r#"{{"0":{config}}}"#).as_bytes());
+            let _ = parse_event_sources(format!(r#"{{"0":{config}}}"#).as_bytes(), |_| false);
             for body in [
                 format!(r#"{{"page_size":{page_size},"kv_events_config":{config}}}"#),
                 format!(r#"{{"page_size":1,"kv_events_config":{config:?},"kv_events":{described}}}"#),

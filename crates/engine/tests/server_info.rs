@@ -34,7 +34,7 @@ fn vllm_tells_where_the_events_of_each_rank_are() {
     };
     let expected = [(0, of_rank(0)), (1, of_rank(1))];
     assert_eq!(
-        parse_event_sources(VLLM_TWO_RANKS.as_bytes()),
+        parse_event_sources(VLLM_TWO_RANKS.as_bytes(), |_| false),
         Some(expected.into())
     );
 }

@@ -76,7 +76,9 @@ pub(crate) async fn learn_where_its_events_are(shared: &Shared, worker: &Worker)
 
 async fn ask_vllm(shared: &Shared, worker: &Worker) -> Result<Option<EventSource>, NoAnswer> {
     let body = get(shared, worker, "/kv_event_sources").await?;
-    let mut sources = parse_event_sources(&body).ok_or(NoAnswer::Bad)?;
+    let own = hosts_of(worker).await;
+    let is_own = |host: &str| own.iter().any(|it| it == host);
+    let mut sources = parse_event_sources(&body, is_own).ok_or(NoAnswer::Bad)?;
     let published = match worker.config.rank {
         Some(rank) => sources.remove(&rank),
         // A server of one rank may be any of a larger whole.
@@ -84,6 +86,14 @@ async fn ask_vllm(shared: &Shared, worker: &Worker) -> Result<Option<EventSource
         None => None,
     };
     Ok(published.and_then(|published| source_of(worker, published)))
+}
+
+/// Its host as its address is written, and what that stands for.
+async fn hosts_of(worker: &Worker) -> Vec<String> {
+    let host = worker.config.authority.host();
+    let found = tokio::net::lookup_host((host.trim_matches(['[', ']']), 0)).await;
+    let addresses = found.into_iter().flatten().map(|it| it.ip().to_string());
+    addresses.chain([host.to_owned()]).collect()
 }
 
 async fn ask_sglang(shared: &Shared, worker: &Worker) -> Result<Option<EventSource>, NoAnswer> {

@@ -277,6 +277,21 @@ async fn each_rank_of_a_vllm_is_followed_where_it_says() {
     assert_eq!(worker["kv_events"], Value::Null);
 }
 
+/// `tcp://*:0` is told as the address it became.
+#[tokio::test]
+async fn a_vllm_is_followed_at_a_port_of_the_systems_choice() {
+    let publisher = Publisher::start().await;
+    let engine = FakeWorker::start().await;
+    engine.set_model_list(r#"{"data": [{"id": "m", "owned_by": "vllm"}]}"#);
+    let endpoint = format!("tcp://127.0.0.1:{}", publisher.port);
+    engine.set_event_sources(&json!({"0": {"endpoint": endpoint}}));
+    let mut config = config(&[]);
+    let by_name = format!("http://localhost:{},name=gpu", engine.address.port());
+    config.workers = vec![by_name.parse::<WorkerConfig>().unwrap()];
+    let gateway = gateway_with(config).await;
+    becomes(&gateway, "gpu", |it| it["cache_source"] == "events").await;
+}
+
 #[tokio::test]
 async fn an_engine_evicts_as_it_says_it_does_unless_it_is_written() {
     let engine = FakeWorker::start().await;
