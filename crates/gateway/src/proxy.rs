@@ -264,6 +264,11 @@ impl Shared {
         let ids = self.tokens.as_ref().map_or_else(Vec::new, |tokens| {
             tokens.encode(endpoint, &request, body, &self.metrics)
         });
+        // What is sent on, counted and logged keeps the name it came under.
+        let model = request.model.clone();
+        if let Some(alias) = self.workers.alias_of(&model) {
+            request.model = alias;
+        }
         let sequences = request.sequences(&ids, block_size, bytes_per_token);
         let continuation = match endpoint {
             Endpoint::Embeddings => None,
@@ -287,7 +292,7 @@ impl Shared {
             has_tools: request.has_tools,
             streams: request.stream,
             prompt_bytes: request.prompt_bytes(),
-            model: request.model,
+            model,
             wishes: Wishes::default(),
         })
     }

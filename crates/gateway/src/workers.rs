@@ -1,7 +1,7 @@
 //! Where the workers are: what the router knows by id, with an address.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
@@ -12,6 +12,7 @@ use http::uri::{PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderValue, Uri};
 use parking_lot::{Mutex, RwLock};
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::value::RawValue;
 use tokio::sync::{Notify, watch};
 
@@ -36,6 +37,8 @@ pub(crate) struct Worker {
     pub(crate) rank_header: Option<HeaderValue>,
     /// The entries of its `/v1/models`, as it wrote them.
     pub(crate) models: RwLock<Vec<(String, Box<RawValue>)>>,
+    /// The same by name, each with the name that its blocks are hashed with.
+    hashed_as: RwLock<Vec<(String, String)>>,
     /// Asks for a probe now rather than at the next interval.
     pub(crate) suspect: Notify,
     /// How its KV events stand.
@@ -102,10 +105,15 @@ impl Worker {
         self.lost_its_cache.swap(false, Ordering::Relaxed)
     }
 
-    fn set_models(&self, models: Vec<(String, Box<RawValue>)>) {
+    /// Returns whether they are others than before.
+    fn set_models(&self, models: Vec<(String, Box<RawValue>)>) -> bool {
         let known = !models.is_empty();
+        let hashed_as = names_to_hash_with(&models);
+        let before = std::mem::replace(&mut *self.hashed_as.write(), hashed_as);
+        let has_changed = before != *self.hashed_as.read();
         *self.models.write() = models;
         self.knows_models.send_replace(Some(known));
+        has_changed
     }
 
     /// It was asked which models it serves, and does not say.
@@ -182,11 +190,35 @@ impl Worker {
     }
 }
 
+/// Each model with the name that its blocks are hashed with: its own, but for other names of the
+/// first model, whose blocks bear no name. Those have its `root` and no `parent`, as adapters have.
+fn names_to_hash_with(models: &[(String, Box<RawValue>)]) -> Vec<(String, String)> {
+    #[derive(Deserialize)]
+    struct Card {
+        root: String,
+        parent: Option<IgnoredAny>,
+    }
+    let root = |model: &RawValue| {
+        let card: Card = serde_json::from_str(model.get()).ok()?;
+        card.parent.is_none().then_some(card.root)
+    };
+    let first = models.first();
+    let first = first.and_then(|(name, model)| Some((name, root(model)?)));
+    let hashed_as = |(name, model): &(String, Box<RawValue>)| match &first {
+        Some((first, theirs)) if root(model).as_ref() == Some(theirs) => (*first).clone(),
+        _ => name.clone(),
+    };
+    let pair = |it: &(String, Box<RawValue>)| (it.0.clone(), hashed_as(it));
+    models.iter().map(pair).collect()
+}
+
 /// All workers. The router decides who may serve; this says where they are.
 #[derive(Debug, Default)]
 pub(crate) struct Workers {
     by_id: RwLock<HashMap<WorkerId, Arc<Worker>>>,
     only_model: RwLock<Option<String>>,
+    /// The names that other names of models are hashed as.
+    aliases: RwLock<HashMap<String, String>>,
 }
 
 impl Workers {
@@ -240,6 +272,7 @@ impl Workers {
             config,
             told_of_ranks: AtomicBool::new(false),
             models: RwLock::default(),
+            hashed_as: RwLock::default(),
             suspect: Notify::new(),
             events: Board::default(),
             engine_active_blocks: Mutex::default(),
@@ -260,14 +293,15 @@ impl Workers {
         if let Some(worker) = removed {
             router.remove_worker(id);
             worker.remove();
-            self.find_only_model();
+            self.compare_models();
         }
     }
 
     /// A worker said which models it serves.
     pub(crate) fn set_models(&self, worker: &Worker, models: Vec<(String, Box<RawValue>)>) {
-        worker.set_models(models);
-        self.find_only_model();
+        if worker.set_models(models) {
+            self.compare_models();
+        }
     }
 
     /// The model that a request without a name is for: the first of every worker that has told
@@ -277,11 +311,18 @@ impl Workers {
         self.only_model.read().clone()
     }
 
+    /// The name that blocks of a model are hashed with, if that is another: a worker's events do
+    /// not say by which of its names it was asked for. Where workers differ, it is its own.
+    pub(crate) fn alias_of(&self, model: &str) -> Option<String> {
+        self.aliases.read().get(model).cloned()
+    }
+
     /// Kept, because it changes a million times less often than it is asked.
-    fn find_only_model(&self) {
+    fn compare_models(&self) {
         // Held throughout: of two that look at once, the later one sees more.
         let mut only_model = self.only_model.write();
         let workers = self.by_id.read();
+        *self.aliases.write() = find_aliases(workers.values());
         let mut models = workers
             .values()
             .filter_map(|worker| worker.tells_first_model());
@@ -315,6 +356,22 @@ impl Workers {
         all.sort_by_key(|worker| worker.id);
         all
     }
+}
+
+/// The names that other names of models are hashed as, by all workers that serve them.
+fn find_aliases<'w>(workers: impl Iterator<Item = &'w Arc<Worker>>) -> HashMap<String, String> {
+    let mut aliases = HashMap::<String, String>::new();
+    let mut own = HashSet::new();
+    for worker in workers {
+        for (name, hashed_as) in worker.hashed_as.read().iter() {
+            let known = aliases.entry(name.clone());
+            if known.or_insert_with(|| hashed_as.clone()) != hashed_as {
+                own.insert(name.clone());
+            }
+        }
+    }
+    aliases.retain(|name, hashed_as| name != hashed_as && !own.contains(name));
+    aliases
 }
 
 /// Starts what watches a worker until it is removed.

@@ -200,12 +200,16 @@ async fn becomes(gateway: &Gateway, name: &str, is_so: impl Fn(&Value) -> bool) 
     within("a worker to become what it should", looking).await
 }
 
-/// How many blocks of the publisher's batch `sequence` a request for `model` is predicted to find.
+/// How many blocks of the publisher's batch `sequence` a request for `model` is predicted to find
+/// on `gpu`.
 async fn found(gateway: &Gateway, model: &str, sequence: u64) -> Value {
     let prompt = vec![sequence as u32; 17];
     let body = json!({"model": model, "prompt": prompt}).to_string();
     let explained = call(gateway.admin_address(), "POST", "/admin/explain", body).await;
-    explained.json()["candidates"][0]["overlap_cached_blocks"].clone()
+    let explained = explained.json();
+    let mut candidates = explained["candidates"].as_array().into_iter().flatten();
+    let on_it = candidates.find(|it| it["worker"] == "gpu");
+    on_it.map_or(Value::Null, |it| it["overlap_cached_blocks"].clone())
 }
 
 /// Publishes until it is heard: what is sent before a subscription has arrived is lost.
@@ -367,6 +371,63 @@ async fn only_the_topic_asked_for_is_followed() {
     let next = |it: &Value| it["kv_events"]["last_sequence"] == heard + 1;
     let worker = becomes(&gateway, "gpu", next).await;
     assert_eq!(worker["kv_events"]["gaps"], 0);
+}
+
+#[tokio::test]
+async fn what_a_model_is_called_makes_no_difference_to_its_blocks() {
+    let mut publisher = Publisher::start().await;
+    let mut engine = FakeWorker::start().await;
+    let served = json!({"data": [
+        {"id": "m", "root": "/models/m", "parent": null},
+        {"id": "alias", "root": "/models/m", "parent": null},
+        {"id": "adapter", "root": "/models/m", "parent": "m"},
+        {"id": "other", "root": "/models/other", "parent": null},
+        {"id": "rootless"},
+    ]});
+    engine.set_model_list(&served.to_string());
+    let options = format!(",kv-events=tcp://127.0.0.1:{}", publisher.port);
+    let gateway = gateway_of(&engine, &options).await;
+    becomes(&gateway, "gpu", |it| it["cache_source"] == "events").await;
+    until_heard(&gateway, &mut publisher, "", None).await;
+    let worker = shown(&gateway, "gpu").await.unwrap();
+    let sequence = worker["kv_events"]["last_sequence"].as_u64().unwrap();
+    for (model, blocks) in [
+        ("m", 1),
+        ("alias", 1),
+        ("adapter", 0),
+        ("other", 0),
+        ("rootless", 0),
+    ] {
+        assert_eq!(found(&gateway, model, sequence).await, blocks, "{model}");
+    }
+    // The engine is asked for what the client wrote.
+    let body = json!({"model": "alias", "prompt": vec![sequence; 17]}).to_string();
+    let request = http("POST", "/v1/completions", &body);
+    let mut client = Client::sending(gateway.address(), request).await;
+    let exchange = engine.request().await;
+    assert_eq!(exchange.body, body.as_bytes());
+    exchange.answer_json("{}").await;
+    let answer = client.answer().await;
+    assert_eq!(answer.head.get("x-foresee-overlap-tokens"), Some("16"));
+}
+
+/// A name that is one worker's alias and another's own is hashed as it is.
+#[tokio::test]
+async fn workers_that_differ_on_a_name_leave_it_as_it_is() {
+    let mut publisher = Publisher::start().await;
+    let (one, two) = (FakeWorker::start().await, FakeWorker::start().await);
+    one.set_model_list(r#"{"data": [{"id": "m", "root": "/m"}, {"id": "n", "root": "/m"}]}"#);
+    two.set_model_list(r#"{"data": [{"id": "n", "root": "/m"}]}"#);
+    let mut config = config(&[&one]);
+    let (spec, port) = (two.spec("gpu"), publisher.port);
+    let followed = format!("{spec},kv-events=tcp://127.0.0.1:{port}");
+    config.workers.push(followed.parse().unwrap());
+    let gateway = gateway_with(config).await;
+    becomes(&gateway, "gpu", |it| it["cache_source"] == "events").await;
+    until_heard(&gateway, &mut publisher, "", None).await;
+    let worker = shown(&gateway, "gpu").await.unwrap();
+    let sequence = worker["kv_events"]["last_sequence"].as_u64().unwrap();
+    assert_eq!(found(&gateway, "n", sequence).await, 1);
 }
 
 #[tokio::test]
