@@ -9,8 +9,8 @@ use crate::queue::Order;
 const DEFAULT_BLOCK_SIZE: NonZeroU32 = NonZeroU32::new(16).unwrap();
 
 /// In replay of some twenty workloads, it makes first tokens and their slowest hundredth a few
-/// hundredths earlier than 1 does, for a few thousandths of the time to the end.
-pub const DEFAULT_TTFT_WEIGHT: f64 = 2.0;
+/// hundredths earlier than 1 does, for less than a hundredth of the time to the end.
+pub const DEFAULT_TTFT_WEIGHT: f64 = 3.0;
 
 /// How a router decides.
 #[derive(Clone, Debug)]

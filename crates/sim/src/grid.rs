@@ -352,12 +352,12 @@ mod tests {
                 "r",
                 [
                     ("delay", sure),
-                    ("delay:ttft=3", sure),
+                    ("delay:ttft=6", sure),
                     ("delay:no-wait", sure),
                 ],
             )
         });
-        let policies = ["delay", "delay:ttft=3", "delay:no-wait"]
+        let policies = ["delay", "delay:ttft=6", "delay:no-wait"]
             .map(str::to_owned)
             .to_vec();
         let page = Grid::new(policies, rows.to_vec(), Vec::new(), 1.0).html();
