@@ -58,7 +58,6 @@ impl Losses {
 
 /// A copy that would spare a request something.
 struct Copy {
-    prefix: SequenceHash,
     /// Who would make it.
     idle: WorkerId,
     /// What the request loses for want of it, in seconds.
@@ -76,17 +75,17 @@ impl State {
         reading: &Reading,
         request: &Request<'_>,
     ) -> Option<WorkerId> {
-        let (prefix, best) = self.to_copy(reading, request)?;
-        if overlap(chosen.slot, reading, request) < best {
+        let (prefix, blocks) = self.to_copy(reading, request)?;
+        if overlap(chosen.slot, reading, request) < blocks {
             // It computes the prefix itself.
             self.losses.settle(prefix);
             return None;
         }
-        let copy = self.copy(chosen, reading, request)?;
-        if self.losses.add(copy.prefix, copy.loses) < copy.takes {
+        let copy = self.copy(blocks, chosen, reading, request)?;
+        if self.losses.add(prefix, copy.loses) < copy.takes {
             return None;
         }
-        self.losses.settle(copy.prefix);
+        self.losses.settle(prefix);
         Some(copy.idle)
     }
 
@@ -97,8 +96,12 @@ impl State {
         reading: &Reading,
         request: &Request<'_>,
     ) -> Option<WorkerId> {
-        let copy = self.copy(chosen, reading, request)?;
-        let lost = self.losses.of(copy.prefix) + copy.loses;
+        let (prefix, blocks) = self.to_copy(reading, request)?;
+        if overlap(chosen.slot, reading, request) < blocks {
+            return None;
+        }
+        let copy = self.copy(blocks, chosen, reading, request)?;
+        let lost = self.losses.of(prefix) + copy.loses;
         (lost >= copy.takes).then_some(copy.idle)
     }
 
@@ -114,19 +117,25 @@ impl State {
         Some((*request.sequence.hashes().get(last)?, best))
     }
 
-    /// What another copy would be worth, where `chosen` has one and is busy, and somebody idles.
-    fn copy(&self, chosen: WorkerId, reading: &Reading, request: &Request<'_>) -> Option<Copy> {
-        let (prefix, best) = self.to_copy(reading, request)?;
+    /// What another copy of so many blocks would be worth, where `chosen`, which has one, is busy,
+    /// and somebody idles.
+    fn copy(
+        &self,
+        blocks: u32,
+        chosen: WorkerId,
+        reading: &Reading,
+        request: &Request<'_>,
+    ) -> Option<Copy> {
         let overlap = |slot| overlap(slot, reading, request);
         let idles = |slot: Slot| self.fleet.loads[slot as usize].requests == 0;
-        if overlap(chosen.slot) < best || idles(chosen.slot) {
+        if idles(chosen.slot) {
             return None;
         }
         let excluded = self.excluded(request);
         let lacking = self.fleet.eligible(request.model)?.iter().copied();
         let lacking = lacking.filter(|&slot| {
             idles(slot)
-                && overlap(slot) < best
+                && overlap(slot) < blocks
                 && !excluded.contains(&slot)
                 && self.fleet.at(slot).is_some_and(|it| it.prefix_caching)
         });
@@ -138,12 +147,11 @@ impl State {
         let least = cost(chosen.slot, reading.depths()[chosen.slot as usize]);
         let depth = reading.depths()[idle as usize];
         let with_it = Depth {
-            cached: best,
+            cached: blocks,
             ..depth
         };
         let loses = least - cost(idle, with_it);
         (loses > 0.0).then_some(Copy {
-            prefix,
             idle: self.fleet.at(idle)?.id,
             loses,
             takes: cost(idle, depth) - least,

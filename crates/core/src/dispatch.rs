@@ -45,11 +45,7 @@ impl State {
         request: &Request<'_>,
     ) -> (BookingKey, Decision) {
         let (key, decision) = self.enter(worker, reading, request, self.now);
-        let takes = match self.config.queue {
-            Some(Order::Fair) => self.takes(key),
-            _ => Duration::ZERO,
-        };
-        self.queue.comes(&reading.standing, takes);
+        self.comes(&reading.standing, std::iter::once(key));
         (key, decision)
     }
 
@@ -61,8 +57,16 @@ impl State {
     ) {
         let standing = self.standing(first);
         self.queue.sends(&standing);
-        let takes = keys.map(|key| self.takes(key)).sum();
-        self.queue.comes(&standing, takes);
+        self.comes(&standing, keys);
+    }
+
+    /// Takes note of a body that has come, with these prompts.
+    fn comes(&mut self, standing: &Standing, keys: impl Iterator<Item = BookingKey>) {
+        let takes = match self.config.queue {
+            Some(Order::Fair) => keys.map(|key| self.takes(key)).sum(),
+            _ => Duration::ZERO,
+        };
+        self.queue.comes(standing, takes);
     }
 
     /// What a request is predicted to take of its worker's time.

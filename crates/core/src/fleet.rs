@@ -180,8 +180,8 @@ pub(crate) struct Fleet {
     pub(crate) loads: Vec<Load>,
     /// Apart for the same reason.
     pub(crate) outlooks: Vec<Outlook>,
-    /// What workers of the same models have in common. Never shrinks, so bounded by sets of models
-    /// that workers of one fleet ever had; of more than [`MOST_LAWS`], the rest share the first.
+    /// What workers of the same first model have in common. Never shrinks, so bounded by the first
+    /// models that workers of one fleet ever had; of more than [`MOST_LAWS`], the rest share the first.
     laws: Vec<(String, Law)>,
     eligible: Eligible,
     /// Apart too, because most fleets have none.

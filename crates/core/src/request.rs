@@ -116,3 +116,16 @@ pub struct Explanation {
     /// Every eligible worker, in the order they joined.
     pub candidates: Vec<Candidate>,
 }
+
+impl Explanation {
+    /// Who would get it, as things stand: the likeliest, if chance decides.
+    #[must_use]
+    pub fn choice(&self) -> Option<&Candidate> {
+        let of = |id| self.candidates.iter().find(|it| it.id == id);
+        let likeliest = self
+            .candidates
+            .iter()
+            .max_by(|one, other| one.probability.total_cmp(&other.probability));
+        self.copies_to.and_then(of).or(likeliest)
+    }
+}

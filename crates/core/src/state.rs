@@ -306,7 +306,6 @@ impl State {
             &excluded,
         )?;
         let weights = self.probabilities(&field);
-        let copies_to = self.explain_copy(members, &weights);
         let mut candidates: Vec<Candidate> = weights
             .into_iter()
             .filter_map(|(slot, probability)| {
@@ -328,28 +327,19 @@ impl State {
             return Err(RouteError::NoWorker(request.model.to_owned()));
         }
         candidates.sort_unstable_by_key(|candidate| candidate.id);
-        Ok(Explanation {
+        let mut explanation = Explanation {
             policy: self.config.policy,
             overlap_weight: self.config.overlap_weight,
             ttft_weight: self.config.ttft_weight,
             temperature: self.config.temperature,
-            copies_to,
+            copies_to: None,
             candidates,
-        })
-    }
-
-    /// Who would get a request to compute its prefix once more, in place of the one of these that
-    /// costs least.
-    fn explain_copy(&self, members: &Members<'_>, weights: &[(Slot, f64)]) -> Option<WorkerId> {
-        let [request] = members.requests() else {
-            return None;
         };
-        let likeliest = weights
-            .iter()
-            .max_by(|one, other| one.1.total_cmp(&other.1));
-        let &(chosen, _) = likeliest?;
-        let reading = self.read(request);
-        self.would_copy_to(self.fleet.at(chosen)?.id, &reading, request)
+        if let ([request], Some(chosen)) = (members.requests(), explanation.choice()) {
+            let reading = self.read(request);
+            explanation.copies_to = self.would_copy_to(chosen.id, &reading, request);
+        }
+        Ok(explanation)
     }
 
     /// How likely each eligible worker is to be preferred.

@@ -284,22 +284,14 @@ fn show_explanation(explanation: &Explanation) -> Value {
             "probability": candidate.probability,
         })
     });
-    let likeliest = explanation
-        .candidates
-        .iter()
-        .max_by(|a, b| a.probability.total_cmp(&b.probability));
-    let copies_to = explanation.copies_to;
-    let copies_to = explanation
-        .candidates
-        .iter()
-        .find(|it| Some(it.id) == copies_to);
+    let choice = explanation.choice().map(|it| &it.name);
     json!({
         "policy": explanation.policy.to_string(),
         "overlap_weight": explanation.overlap_weight,
         "ttft_weight": explanation.ttft_weight,
         "temperature": explanation.temperature,
-        "choice": copies_to.or(likeliest).map(|candidate| &candidate.name),
-        "copies_to": copies_to.map(|candidate| &candidate.name),
+        "choice": choice,
+        "copies_to": choice.filter(|_| explanation.copies_to.is_some()),
         "candidates": candidates.collect::<Vec<_>>(),
     })
 }
