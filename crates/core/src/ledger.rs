@@ -47,8 +47,14 @@ impl State {
             let slot = worker.id.slot;
             let (mut pinned_blocks, mut copies) = (0, 0);
             if worker.prefix_caching {
-                let chain = sequence.shared_hashes();
-                let pinned = self.tree.pin(reading.at, chain, slot, record.serial);
+                // An engine with larger blocks shares none that is not full.
+                let kept = sequence.full_blocks(record.stride);
+                let chain = &sequence.first_hashes(kept);
+                let at = match kept == sequence.hashes().len() {
+                    true => reading.at,
+                    false => self.tree.descend(chain, &mut []),
+                };
+                let pinned = self.tree.pin(at, chain, slot, record.serial);
                 record.node = pinned.node;
                 record.hashed_blocks = pinned.path;
                 pinned_blocks = u64::from(pinned.blocks);
@@ -455,7 +461,7 @@ impl State {
         let mut node = record.node;
         let has_computed = record.computed && self.tree.is_computed(node, slot);
         if let Some(answered) = answered.filter(|_| has_computed && !worker.shadow.is_idle()) {
-            let chain = answered.shared_hashes();
+            let chain = &answered.first_hashes(answered.full_blocks(record.stride));
             let at = self.tree.descend(chain, &mut []);
             let pinned = self.tree.pin(at, chain, slot, self.serial);
             self.tree.mark_computed(pinned.node, slot);

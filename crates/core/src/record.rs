@@ -96,6 +96,12 @@ impl Record {
         self.blocks() - self.hashed_blocks
     }
 
+    /// How long its answer may become: what has not ended goes on, however much shorter it was
+    /// expected to be.
+    pub(crate) fn longest_answer(&self) -> u32 {
+        self.max_tokens.unwrap_or(self.expected_tokens)
+    }
+
     /// What an SGLang sets aside for the rest of its answer.
     pub(crate) fn promised(&self) -> Promised {
         Promised::new(self.max_tokens, self.ignores_eos, self.generated_tokens)

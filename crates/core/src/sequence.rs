@@ -137,6 +137,19 @@ impl Sequence {
         &self.hashes
     }
 
+    /// The first `blocks` hashes.
+    pub(crate) fn first_hashes(&self, blocks: usize) -> Arc<[SequenceHash]> {
+        match blocks >= self.hashes.len() {
+            true => Arc::clone(&self.hashes),
+            false => Arc::from(&self.hashes[..blocks]),
+        }
+    }
+
+    /// Full blocks of an engine whose blocks are `stride` of these, in these.
+    pub(crate) fn full_blocks(&self, stride: u32) -> usize {
+        self.hashes.len() - self.hashes.len() % stride as usize
+    }
+
     /// Length in tokens, the partial last block included.
     #[must_use]
     pub fn tokens(&self) -> u32 {

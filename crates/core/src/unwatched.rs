@@ -44,9 +44,7 @@ impl State {
     pub(crate) fn look_after(&mut self, worker: WorkerId, prompt: &Sequence, key: BookingKey) {
         self.forget_ended();
         self.unwatched.due.push(Reverse((self.now, key)));
-        let hashes = prompt.hashes();
-        let partial = hashes.len() % self.fleet.stride(worker.slot).get() as usize;
-        let full = &hashes[..hashes.len() - partial];
+        let full = &prompt.hashes()[..prompt.full_blocks(self.fleet.stride(worker.slot).get())];
         if let Some(&last) = full.last() {
             let blocks = full.len() as u32;
             let followed = Followed { key, blocks };
@@ -134,11 +132,11 @@ impl State {
             return;
         };
         record.known = (now, generated);
-        let expected = record.expected_tokens;
+        let most = record.longest_answer();
         // Then it is due no more, and else it still is.
-        let has_ended = !was_ahead && record.generated_tokens >= expected;
+        let has_ended = !was_ahead && record.generated_tokens >= most;
         let unwatched = &mut self.unwatched;
-        if has_ended && generated < expected {
+        if has_ended && generated < most {
             unwatched.due.push(Reverse((now, key)));
         }
         let followed = Followed { key, blocks };
@@ -183,15 +181,19 @@ impl State {
         let (since, known) = record.known;
         let since_then = now.saturating_sub(since).as_secs_f64() / step;
         let total = known.saturating_add(since_then as u32);
-        // It may turn out to be longer than expected.
-        let total = total.min(expected.max(known));
-        let per_block = seconds(step).saturating_mul(block_size);
+        let most = record.longest_answer().max(known);
+        let total = total.min(most);
+        let context = record.prompt_tokens.saturating_add(total);
+        let in_last_block = (context.saturating_sub(1)) % block_size + 1;
+        let to_next_block = 1 + block_size - in_last_block;
         if is_started {
             self.started(worker, serial);
         }
         self.set_generated(key, total);
         // Never again at this very instant, however fast the worker was learned to be.
-        let pause = per_block.max(SHORTEST_PAUSE);
-        now.checked_add(pause).filter(|_| total < expected)
+        let pause = seconds(step)
+            .saturating_mul(to_next_block)
+            .max(SHORTEST_PAUSE);
+        now.checked_add(pause).filter(|_| total < most)
     }
 }

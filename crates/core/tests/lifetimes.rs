@@ -122,6 +122,22 @@ fn unwatched_output_grows_and_stops_where_it_is_expected_to() {
     assert_eq!(look(&router, Duration::MAX).active_blocks, 0);
 }
 
+/// A prompt that ends in the middle of a block fills it long before it has answered a block.
+#[test]
+fn unwatched_output_takes_a_block_when_the_last_is_full() {
+    let (router, _) = router_of_one();
+    let _booking = route_unwatched(&router, 1_595, Some(64), Duration::ZERO);
+    let grows_at = |blocks| {
+        let mut at = (0..2_000).map(millis);
+        at.find(|now| look(&router, *now).active_blocks == blocks)
+    };
+    // 190 ms of prefill, then 20 ms for each token: of the first six, and of sixteen more.
+    let (first, second) = (grows_at(101).unwrap(), grows_at(102).unwrap());
+    assert!((millis(280)..=millis(330)).contains(&first), "{first:?}");
+    let later = second - first;
+    assert!((millis(310)..=millis(330)).contains(&later), "{later:?}");
+}
+
 #[test]
 fn unwatched_requests_that_may_answer_nothing_do_not_grow() {
     let (router, _) = router_of_one();
@@ -238,6 +254,27 @@ fn a_smaller_cache_is_smaller_at_once() {
         .explain(&Request::new(&sequence), Duration::ZERO)
         .unwrap();
     assert_eq!(explained.candidates[0].depth.cached, 30);
+}
+
+/// What two prompts have in common of a block that neither fills, an engine stores for each.
+#[test]
+fn an_engine_of_larger_blocks_shares_only_full_ones() {
+    let (router, only) = router_of_one();
+    router.set_stride(only, NonZeroU32::new(2).unwrap());
+    let look = || look(&router, Duration::ZERO);
+    let tokens: Vec<u32> = (0..5 * 16).collect();
+    let sequence = Sequence::from_tokens(&tokens, NonZeroU32::new(16).unwrap(), 0);
+    let book = || {
+        let request = Request::new(&sequence);
+        router.route(&request, Duration::ZERO).unwrap()
+    };
+    let (mut first, second) = (book(), book());
+    assert_eq!(look().active_blocks, 4 + 2 + 2);
+    first.tokens(1, Duration::ZERO);
+    drop(second);
+    assert_eq!(look().active_blocks, 6);
+    first.finish(Duration::ZERO);
+    assert_eq!((look().active_blocks, look().cached_blocks), (0, 4));
 }
 
 #[test]

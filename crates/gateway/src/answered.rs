@@ -71,6 +71,7 @@ impl Watch {
             best_blocks = decision.best_overlap_blocks,
             actual_blocks = actual,
             ttft_seconds = ending.first_token.map(waited),
+            seconds = waited(self.shared.clock.now()),
             "answered"
         );
     }
