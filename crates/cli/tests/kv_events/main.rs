@@ -535,6 +535,76 @@ async fn what_was_lost_is_found_again_when_replay_works() {
     assert_eq!(fleet.gateway.router().cached_prefixes(), 3);
 }
 
+/// A ROUTER socket drops answers that do not leave it fast enough.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replay_that_breaks_off_is_asked_for_again() {
+    let (endpoint, replay) = (free_endpoint(), free_endpoint());
+    let engine = Engine::start(engine_of(4096, None));
+    let worker = format!("{},kv-events={endpoint},replay={replay}", engine.address);
+    let mut publisher = PubSocket::new();
+    publisher.bind(&endpoint).await.unwrap();
+    let mut router = RouterSocket::new();
+    router.bind(&replay).await.unwrap();
+    let fleet = Fleet::start(&worker);
+    let batches: Vec<_> = (0..9).map(|n| batch(n, n as f64, n as u32)).collect();
+    let answer = async {
+        loop {
+            let request = router.recv().await.unwrap().into_vec();
+            let from = parse_replay_request(&request[1..]).unwrap() as usize;
+            let (sent, has_end) = match from {
+                0 => (vec![0, 1], false),
+                2 => (vec![2, 4, 5, 6, 7, 8], true),
+                _ => ((from..9).collect(), true),
+            };
+            let end = replay_end().map(Bytes::from).to_vec();
+            let sent = sent
+                .iter()
+                .map(|it| [&[Bytes::new()][..], &batches[*it]].concat());
+            for frames in sent.chain(has_end.then_some(end)) {
+                let frames = [&request[..1], &frames].concat();
+                router.send(message(&frames)).await.unwrap();
+            }
+        }
+    };
+    tokio::select! {
+        () = answer => {}
+        () = fleet.becomes(|worker| worker["kv_events"]["last_sequence"] == 8) => {}
+    }
+    assert_eq!(fleet.worker().await["kv_events"]["exact"], true);
+    assert_eq!(fleet.gateway.router().cached_prefixes(), 9);
+}
+
+/// Who missed more batches than it knows blocks knows nothing of what is cached now.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_known_before_a_long_gap_is_forgotten() {
+    let endpoint = free_endpoint();
+    let engine = Engine::start(engine_of(4096, None));
+    let worker = format!("{},kv-events={endpoint}", engine.address);
+    let mut publisher = PubSocket::new();
+    publisher.bind(&endpoint).await.unwrap();
+    let fleet = Fleet::start(&worker);
+    for (sequence, cached) in [(0_u64, 1), (1, 2), (3, 3), (4, 4), (10, 1), (11, 2)] {
+        let frames = batch(sequence, sequence as f64, sequence as u32);
+        // Repeated until the subscription has reached the publisher.
+        let send = async {
+            loop {
+                publisher.send(message(&frames)).await.unwrap();
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::select! {
+            () = send => {}
+            () = fleet.becomes(|it| it["kv_events"]["last_sequence"] == sequence) => {}
+        }
+        assert_eq!(
+            fleet.gateway.router().cached_prefixes(),
+            cached,
+            "{sequence}"
+        );
+    }
+    assert_eq!(fleet.worker().await["kv_events"]["exact"], false);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_engine_that_dials_is_heard() {
     let endpoint = free_endpoint();

@@ -245,6 +245,12 @@ impl Follower {
         removed
     }
 
+    /// Batches are lost, so many that hardly a block known before can still be cached: each that
+    /// an engine publishes took some. Returns what is forgotten.
+    pub(super) fn loses(&mut self, batches: u64) -> Option<Changes> {
+        (batches > self.view.stored_blocks()).then(|| self.forget_blocks())
+    }
+
     /// The cache is empty, of the same engine.
     fn forget_blocks(&mut self) -> Changes {
         self.missed = false;

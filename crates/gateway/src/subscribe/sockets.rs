@@ -31,6 +31,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a replay socket may take for one answer. Engines answer between two steps.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long it may take for the next. They come in one burst.
+const NEXT_ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// Answers one replay may have: twice what engines keep.
 const MOST_ANSWERS: usize = 20_000;
 
@@ -160,26 +163,59 @@ pub(super) fn read_message(frames: &[Bytes]) -> Option<Message<'_>> {
 
 /// Asks for all batches from a number on, and hands over each until `wanted` says no. Returns how
 /// many came.
+///
+/// A ROUTER socket drops what its peer does not take fast enough, of a thousand answers or more the
+/// end included. So what breaks off is asked for again from there.
 pub(super) async fn replay(
     endpoint: &str,
     from: u64,
     mut wanted: impl FnMut(&Message<'_>) -> bool,
 ) -> Result<usize, SocketError> {
+    let (mut next, mut count) = (from, 0);
+    let mut socket = ask(endpoint, next).await?;
+    let mut has_answered = false;
+    for _ in 0..MOST_ANSWERS {
+        let patience = match has_answered {
+            true => NEXT_ANSWER_TIMEOUT,
+            false => ANSWER_TIMEOUT,
+        };
+        let breaks_off = match timeout(patience, socket.recv()).await {
+            Err(_) if !has_answered => return Err(SocketError::Late),
+            Err(_) => true,
+            Ok(answer) => match parse_replay(&answer?.into_vec()) {
+                // At first it may be what the engine still keeps.
+                Ok(Replay::Batch(message)) if has_answered && message.sequence > next => true,
+                Ok(Replay::Batch(message)) => {
+                    has_answered = true;
+                    count += 1;
+                    next = next.max(message.sequence.saturating_add(1));
+                    if !wanted(&message) {
+                        return Ok(count);
+                    }
+                    false
+                }
+                Ok(Replay::End) => return Ok(count),
+                Err(error) => {
+                    tracing::debug!(endpoint, %error, "an answer to replay is no batch");
+                    false
+                }
+            },
+        };
+        if breaks_off {
+            tracing::debug!(endpoint, next, "a replay broke off and is asked for again");
+            socket = ask(endpoint, next).await?;
+            has_answered = false;
+        }
+    }
+    Err(SocketError::Endless)
+}
+
+async fn ask(endpoint: &str, from: u64) -> Result<DealerSocket, SocketError> {
     let mut socket = DealerSocket::new();
     let connected = timeout(CONNECT_TIMEOUT, socket.connect(endpoint)).await;
     connected.map_err(|_| SocketError::Late)??;
     let request = replay_request(from).map(Bytes::from).to_vec();
     let request = ZmqMessage::try_from(request).map_err(|_| ZmqError::NoMessage)?;
     socket.send(request).await?;
-    for count in 0..MOST_ANSWERS {
-        let answer = timeout(ANSWER_TIMEOUT, socket.recv()).await;
-        let answer = answer.map_err(|_| SocketError::Late)??;
-        match parse_replay(&answer.into_vec()) {
-            Ok(Replay::Batch(message)) if wanted(&message) => {}
-            Ok(Replay::Batch(_)) => return Ok(count + 1),
-            Ok(Replay::End) => return Ok(count),
-            Err(error) => tracing::debug!(endpoint, %error, "an answer to replay is no batch"),
-        }
-    }
-    Err(SocketError::Endless)
+    Ok(socket)
 }
