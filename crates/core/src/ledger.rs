@@ -48,9 +48,8 @@ impl State {
             let (mut pinned_blocks, mut copies) = (0, 0);
             if worker.prefix_caching {
                 // An engine with larger blocks shares none that is not full.
-                let kept = sequence.full_blocks(record.stride);
-                let chain = &sequence.first_hashes(kept);
-                let at = match kept == sequence.hashes().len() {
+                let chain = &sequence.whole_hashes(record.stride);
+                let at = match chain.len() == sequence.hashes().len() {
                     true => reading.at,
                     false => self.tree.descend(chain, &mut []),
                 };
@@ -461,7 +460,7 @@ impl State {
         let mut node = record.node;
         let has_computed = record.computed && self.tree.is_computed(node, slot);
         if let Some(answered) = answered.filter(|_| has_computed && !worker.shadow.is_idle()) {
-            let chain = &answered.first_hashes(answered.full_blocks(record.stride));
+            let chain = &answered.whole_hashes(record.stride);
             let at = self.tree.descend(chain, &mut []);
             let pinned = self.tree.pin(at, chain, slot, self.serial);
             self.tree.mark_computed(pinned.node, slot);

@@ -137,17 +137,12 @@ impl Sequence {
         &self.hashes
     }
 
-    /// The first `blocks` hashes.
-    pub(crate) fn first_hashes(&self, blocks: usize) -> Arc<[SequenceHash]> {
-        match blocks >= self.hashes.len() {
-            true => Arc::clone(&self.hashes),
-            false => Arc::from(&self.hashes[..blocks]),
+    /// The hashes that fill whole blocks of an engine whose blocks are `stride` of these.
+    pub(crate) fn whole_hashes(&self, stride: u32) -> Arc<[SequenceHash]> {
+        match self.hashes.len() % stride as usize {
+            0 => Arc::clone(&self.hashes),
+            partial => Arc::from(&self.hashes[..self.hashes.len() - partial]),
         }
-    }
-
-    /// Full blocks of an engine whose blocks are `stride` of these, in these.
-    pub(crate) fn full_blocks(&self, stride: u32) -> usize {
-        self.hashes.len() - self.hashes.len() % stride as usize
     }
 
     /// Length in tokens, the partial last block included.

@@ -44,7 +44,7 @@ impl State {
     pub(crate) fn look_after(&mut self, worker: WorkerId, prompt: &Sequence, key: BookingKey) {
         self.forget_ended();
         self.unwatched.due.push(Reverse((self.now, key)));
-        let full = &prompt.hashes()[..prompt.full_blocks(self.fleet.stride(worker.slot).get())];
+        let full = prompt.whole_hashes(self.fleet.stride(worker.slot).get());
         if let Some(&last) = full.last() {
             let blocks = full.len() as u32;
             let followed = Followed { key, blocks };
@@ -184,8 +184,7 @@ impl State {
         let most = record.longest_answer().max(known);
         let total = total.min(most);
         let context = record.prompt_tokens.saturating_add(total);
-        let in_last_block = (context.saturating_sub(1)) % block_size + 1;
-        let to_next_block = 1 + block_size - in_last_block;
+        let to_next_block = block_size - context.saturating_sub(1) % block_size;
         if is_started {
             self.started(worker, serial);
         }

@@ -476,10 +476,9 @@ impl Subscription<'_> {
 
     fn skip(&mut self, from: u64, to: u64) {
         let joins = self.follower.last().is_none();
-        if let Some(forgotten) = self.follower.loses(to.saturating_sub(from)) {
+        if let Some(forgotten) = self.follower.skip_to(to) {
             self.tell_router(&forgotten, None);
         }
-        self.follower.skip_to(to);
         let worker = &self.worker.config.name;
         if joins {
             tracing::info!(

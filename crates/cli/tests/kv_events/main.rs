@@ -486,6 +486,42 @@ fn message(frames: &[Bytes]) -> ZmqMessage {
     ZmqMessage::try_from(frames.to_vec()).unwrap()
 }
 
+/// Sends a batch again and again until the subscription has reached the publisher.
+async fn hears(fleet: &Fleet, publisher: &mut PubSocket, sequence: u64, frames: &[Bytes]) {
+    let send = async {
+        loop {
+            publisher.send(message(frames)).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::select! {
+        () = send => {}
+        () = fleet.becomes(|worker| worker["kv_events"]["last_sequence"] == sequence) => {}
+    }
+}
+
+/// Answers requests for a replay. Of those asked for, what `leaves` the socket, and whether the end
+/// does.
+async fn replays(
+    router: &mut RouterSocket,
+    batches: &[[Bytes; 3]],
+    leaves: impl Fn(usize) -> (Vec<usize>, bool),
+) {
+    loop {
+        let request = router.recv().await.unwrap().into_vec();
+        let from = parse_replay_request(&request[1..]).unwrap() as usize;
+        let (sent, has_end) = leaves(from);
+        let sent = sent
+            .iter()
+            .map(|it| [&[Bytes::new()][..], &batches[*it]].concat());
+        let end = replay_end().map(Bytes::from).to_vec();
+        for frames in sent.chain(has_end.then_some(end)) {
+            let frames = [&request[..1], &frames].concat();
+            router.send(message(&frames)).await.unwrap();
+        }
+    }
+}
+
 /// Replay fails when it is needed, and works later.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_lost_is_found_again_when_replay_works() {
@@ -497,39 +533,22 @@ async fn what_was_lost_is_found_again_when_replay_works() {
     let fleet = Fleet::start(&worker);
     fleet.becomes(follows).await;
     let batches: Vec<_> = (0..3).map(|n| batch(n, n as f64, n as u32)).collect();
-    // Repeated until the subscription has reached the publisher.
-    for (batch, is_heard) in [(0, json!(0)), (2, json!(2))] {
-        let send = async {
-            loop {
-                publisher.send(message(&batches[batch])).await.unwrap();
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        };
-        tokio::select! {
-            () = send => {}
-            () = fleet.becomes(|worker| worker["kv_events"]["last_sequence"] == is_heard) => {}
-        }
+    for sequence in [0, 2] {
+        hears(
+            &fleet,
+            &mut publisher,
+            sequence,
+            &batches[sequence as usize],
+        )
+        .await;
     }
     assert_eq!(fleet.worker().await["kv_events"]["exact"], false);
     assert_eq!(fleet.gateway.router().cached_prefixes(), 2);
 
     let mut router = RouterSocket::new();
     router.bind(&replay).await.unwrap();
-    let answer = async {
-        loop {
-            let request = router.recv().await.unwrap().into_vec();
-            let from = parse_replay_request(&request[1..]).unwrap() as usize;
-            let end = replay_end().map(Bytes::from).to_vec();
-            let again = batches[from..].iter();
-            let again = again.map(|it| [&[Bytes::new()][..], it].concat());
-            for frames in again.chain([end]) {
-                let frames = [&request[..1], &frames].concat();
-                router.send(message(&frames)).await.unwrap();
-            }
-        }
-    };
     tokio::select! {
-        () = answer => {}
+        () = replays(&mut router, &batches, |from| ((from..3).collect(), true)) => {}
         () = fleet.becomes(|worker| worker["kv_events"]["exact"] == true) => {}
     }
     assert_eq!(fleet.gateway.router().cached_prefixes(), 3);
@@ -547,27 +566,13 @@ async fn a_replay_that_breaks_off_is_asked_for_again() {
     router.bind(&replay).await.unwrap();
     let fleet = Fleet::start(&worker);
     let batches: Vec<_> = (0..9).map(|n| batch(n, n as f64, n as u32)).collect();
-    let answer = async {
-        loop {
-            let request = router.recv().await.unwrap().into_vec();
-            let from = parse_replay_request(&request[1..]).unwrap() as usize;
-            let (sent, has_end) = match from {
-                0 => (vec![0, 1], false),
-                2 => (vec![2, 4, 5, 6, 7, 8], true),
-                _ => ((from..9).collect(), true),
-            };
-            let end = replay_end().map(Bytes::from).to_vec();
-            let sent = sent
-                .iter()
-                .map(|it| [&[Bytes::new()][..], &batches[*it]].concat());
-            for frames in sent.chain(has_end.then_some(end)) {
-                let frames = [&request[..1], &frames].concat();
-                router.send(message(&frames)).await.unwrap();
-            }
-        }
+    let leaves = |from| match from {
+        0 => (vec![0, 1], false),
+        2 => (vec![2, 4, 5, 6, 7, 8], true),
+        _ => ((from..9).collect(), true),
     };
     tokio::select! {
-        () = answer => {}
+        () = replays(&mut router, &batches, leaves) => {}
         () = fleet.becomes(|worker| worker["kv_events"]["last_sequence"] == 8) => {}
     }
     assert_eq!(fleet.worker().await["kv_events"]["exact"], true);
@@ -585,17 +590,7 @@ async fn what_was_known_before_a_long_gap_is_forgotten() {
     let fleet = Fleet::start(&worker);
     for (sequence, cached) in [(0_u64, 1), (1, 2), (3, 3), (4, 4), (10, 1), (11, 2)] {
         let frames = batch(sequence, sequence as f64, sequence as u32);
-        // Repeated until the subscription has reached the publisher.
-        let send = async {
-            loop {
-                publisher.send(message(&frames)).await.unwrap();
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        };
-        tokio::select! {
-            () = send => {}
-            () = fleet.becomes(|it| it["kv_events"]["last_sequence"] == sequence) => {}
-        }
+        hears(&fleet, &mut publisher, sequence, &frames).await;
         assert_eq!(
             fleet.gateway.router().cached_prefixes(),
             cached,

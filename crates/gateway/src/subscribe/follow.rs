@@ -215,14 +215,21 @@ impl Follower {
         Received::Applied(self.apply(&batch))
     }
 
-    /// Carries on at a batch although those before it are missing.
-    pub(super) fn skip_to(&mut self, sequence: u64) {
+    /// Carries on at a batch although those before it are missing. Where more are than blocks are
+    /// known, hardly one of these can still be cached, since each batch took some: all are
+    /// forgotten, which is returned.
+    pub(super) fn skip_to(&mut self, sequence: u64) -> Option<Changes> {
+        let is_long = self.last.is_some_and(|last| {
+            sequence.saturating_sub(last.sequence.saturating_add(1)) > self.view.stored_blocks()
+        });
+        let forgotten = is_long.then(|| self.forget_blocks());
         self.missed = true;
         let timestamp = self.last.and_then(|last| last.timestamp);
         self.last = sequence.checked_sub(1).map(|sequence| Last {
             sequence,
             timestamp,
         });
+        forgotten
     }
 
     /// A connection was made: what ranks were heard before says nothing of who is there now.
@@ -243,12 +250,6 @@ impl Follower {
         let before = std::mem::replace(self, anew);
         self.repeats = before.repeats;
         removed
-    }
-
-    /// Batches are lost, so many that hardly a block known before can still be cached: each that
-    /// an engine publishes took some. Returns what is forgotten.
-    pub(super) fn loses(&mut self, batches: u64) -> Option<Changes> {
-        (batches > self.view.stored_blocks()).then(|| self.forget_blocks())
     }
 
     /// The cache is empty, of the same engine.
