@@ -6,9 +6,14 @@
 //! has started all that was booked by then, the next events are the last that may.
 //! A path loses its tail first, so a prompt whose blocks the shadow holds down to a noted one will
 //! not be found deeper, whatever events still say.
+//!
+//! An SGLang keeps what the requests of a step find cached before it makes room for any of them, so
+//! those that it has not [begun](PrefixTree::begin) with evict nothing that a request finds which is
+//! sent now.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::hash::BuildHasherDefault;
+use std::ops::Range;
 
 use crate::depths::Depths;
 use crate::sequence::{AlreadyHashed, SequenceHash};
@@ -27,6 +32,18 @@ struct Runs {
     order: VecDeque<(u64, SequenceHash)>,
     /// The latest booking that the worker has started.
     started: u64,
+}
+
+impl Runs {
+    /// How deep a path will be found that the shadow holds to the beginning of `gone` and events
+    /// tell of to its end, if that is less, where the worker has `begun` with bookings up to this.
+    fn kept(&self, chain: &[SequenceHash], mut gone: Range<u32>, begun: u64) -> Option<u32> {
+        let because_of = |depth: u32| self.because_of.get(&chain[depth as usize]);
+        if gone.is_empty() || because_of(gone.start).is_none() {
+            return None;
+        }
+        gone.find(|&depth| because_of(depth).is_some_and(|&serial| serial <= begun))
+    }
 }
 
 /// The evictions foreseen on each worker, if there are any.
@@ -105,10 +122,8 @@ impl Foreseen {
         let mut is_capped = false;
         for (&worker, runs) in &self.by_worker {
             let (told, left) = (&mut depths[worker as usize], shadows[worker as usize]);
-            if left.cached < told.cached
-                && runs.because_of.contains_key(&chain[left.cached as usize])
-            {
-                told.cached = left.cached;
+            if let Some(kept) = runs.kept(chain, left.cached..told.cached, tree.begun(worker)) {
+                told.cached = kept;
                 is_capped = true;
             }
         }

@@ -17,7 +17,7 @@ use crate::reports::{Hits, Verdict};
 use crate::request::Request;
 use crate::sequence::Sequence;
 use crate::state::{Reading, State};
-use crate::tree::NO_NODE;
+use crate::tree::{NO_NODE, Slot};
 
 /// Whole answers with fewer steps say more of prefill than of steps.
 const FEW_STEPS: u32 = 16;
@@ -92,7 +92,7 @@ impl State {
         self.add_to_outlook(&mut record);
         let mut is_started = false;
         if let Some((outlook, _)) = self.fleet.outlook_mut(worker) {
-            outlook.send(&mut record.share, now);
+            outlook.send(&mut record.share, record.serial, now);
             // Who has no prompt has nothing to wait for, and its answer is not read.
             is_started = record.prompt_tokens == 0 && outlook.compute(&mut record.share);
             let reserve = &mut outlook.reserve;
@@ -260,7 +260,7 @@ impl State {
                 self.started(id, serial);
             }
             if has_begun_anew {
-                self.tree.begin(id.slot, self.serial);
+                self.begins_step(id.slot, now);
             }
         }
     }
@@ -276,6 +276,13 @@ impl State {
             false => self.foreseen.started(slot, serial),
         }
         self.let_go(slot);
+    }
+
+    /// A step of the worker in `slot` has just begun, with all that has reached it.
+    fn begins_step(&mut self, slot: Slot, now: Duration) {
+        let underway = self.fleet.outlooks[slot as usize].first_underway(now);
+        let begun = underway.map_or(self.serial, |first| first - 1);
+        self.tree.begin(slot, begun);
     }
 
     pub(crate) fn tokens(&mut self, key: BookingKey, count: u32, now: Duration) {
@@ -295,7 +302,7 @@ impl State {
             let watch = &mut outlook.watch;
             let has_line = !outlook.line.is_empty();
             if watch.tokens(law, count, elapsed, computes, decoding, now) {
-                self.tree.begin(worker.slot, self.serial);
+                self.begins_step(worker.slot, now);
             }
             if has_line {
                 // Time has passed.

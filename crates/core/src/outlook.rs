@@ -14,7 +14,7 @@ use crate::queue::{Line, Prompts, Standing};
 /// What one booking adds to its worker's outlook.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Share {
-    /// Its place in the order in which the worker gets them; 0 until then.
+    /// Its booking's serial, which tells the order in which the worker gets them; 0 until then.
     place: u64,
     /// What it has to compute, while it waits for its first token.
     pub(crate) work: Work,
@@ -70,6 +70,10 @@ impl Group {
     }
 }
 
+/// How long a request is on its way to the scheduler of its engine, and a token from there: what is
+/// known when a token comes is of about so long ago.
+const UNDERWAY: Duration = Duration::from_millis(5);
+
 /// The first group has less than eight tokens to come, each further one up to twice as many.
 pub(crate) const GROUPS: usize = 12;
 
@@ -103,8 +107,6 @@ pub(crate) struct Outlook {
     pub(crate) line: Line,
     /// Those that are.
     queue: VecDeque<Queued>,
-    /// How many ever were.
-    places: u64,
     /// The last in that order that is known to have been begun with, and since when.
     begun: (u64, Duration),
     pub(crate) watch: Watch,
@@ -131,10 +133,9 @@ impl Outlook {
         self.work += share.work;
     }
 
-    /// The worker gets it.
-    pub(crate) fn send(&mut self, share: &mut Share, now: Duration) {
-        self.places += 1;
-        share.place = self.places;
+    /// The worker gets it, as the booking of this `serial`.
+    pub(crate) fn send(&mut self, share: &mut Share, serial: u64, now: Duration) {
+        share.place = serial;
         self.queue.push_back(Queued {
             place: share.place,
             work: share.work,
@@ -175,6 +176,13 @@ impl Outlook {
         if share.place > self.begun.0 {
             self.begun = (share.place, now);
         }
+    }
+
+    /// The first booking that a step which has just begun may be too early for.
+    pub(crate) fn first_underway(&self, now: Duration) -> Option<u64> {
+        let latest = self.queue.iter().rev();
+        let underway = latest.take_while(|it| now.saturating_sub(it.sent_at) < UNDERWAY);
+        underway.last().map(|it| it.place)
     }
 
     /// Since when the first token has been there of a request that nobody watches: it was `due` at
@@ -416,9 +424,9 @@ mod tests {
         let mut outlook = Outlook::default();
         let mut first = Share::new(Work::new(9_900, 9_900), 10, 9_900);
         let mut second = Share::new(Work::new(1_900, 1_900), 10, 1_900);
-        for share in [&mut first, &mut second] {
+        for (serial, share) in [(1, &mut first), (2, &mut second)] {
             outlook.add(share);
-            outlook.send(share, at(5.0));
+            outlook.send(share, serial, at(5.0));
         }
         let backlog = |outlook: &Outlook, seconds| outlook.backlog(&PACE, at(seconds));
         assert!((backlog(&outlook, 5.0) - 1.2).abs() < 1e-9);
@@ -455,12 +463,12 @@ mod tests {
         ) {
             let mut outlook = Outlook::default();
             let mut shares: Vec<Share> = Vec::new();
-            for (what, which, tokens) in steps {
+            for (serial, (what, which, tokens)) in (1..).zip(steps) {
                 if what == 0 || shares.is_empty() {
                     let work = Work::new(tokens / 2, tokens);
                     let mut share = Share::new(work, tokens % 777, tokens.into());
                     outlook.add(&share);
-                    outlook.send(&mut share, Duration::ZERO);
+                    outlook.send(&mut share, serial, Duration::ZERO);
                     shares.push(share);
                 } else {
                     let index = which.index(shares.len());

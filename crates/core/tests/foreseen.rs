@@ -5,12 +5,12 @@
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-use foresee_core::Depth;
 use foresee_core::booking::Booking;
 use foresee_core::cache::{Changes, Paths};
 use foresee_core::fleet::{WorkerId, WorkerSpec};
 use foresee_core::router::{Request, Router, RouterConfig};
 use foresee_core::sequence::Sequence;
+use foresee_core::{Depth, Eviction};
 
 const BLOCK_SIZE: NonZeroU32 = NonZeroU32::new(4).unwrap();
 const NOW: Duration = Duration::ZERO;
@@ -176,6 +176,28 @@ fn what_a_waiting_request_pins_stays() {
     let _other = worker.book(&prompt(2, 6));
     let _same = worker.book(&cached);
     assert_eq!(worker.depth(&cached).overlap(), 6);
+}
+
+/// An SGLang keeps what a step's requests find before it makes room for any of them.
+#[test]
+fn requests_of_one_step_evict_nothing_of_each_others() {
+    let at = Duration::from_millis;
+    let worker = Told::with_capacity(Some(12));
+    worker.router.set_eviction(worker.id, Eviction::Radix);
+    let cached = prompt(1, 6);
+    worker.serve(&cached);
+    let mut runs = worker.book(&prompt(2, 1));
+    runs.tokens(1, at(100));
+    runs.tokens(1, at(200));
+
+    let other = prompt(3, 6);
+    let _waits = worker.router.route(&Request::new(&other), at(250)).unwrap();
+    assert_eq!(worker.cached(&cached), 6, "it would be of the same step");
+    // This step began too early for one that had just been sent.
+    runs.tokens(1, at(252));
+    assert_eq!(worker.cached(&cached), 6);
+    runs.tokens(1, at(300));
+    assert_eq!(worker.cached(&cached), 0);
 }
 
 #[test]

@@ -59,8 +59,14 @@ impl PrefixTree {
     pub(crate) fn begin(&mut self, worker: Slot, serial: u64) {
         let begun = &mut self.progress_mut(worker).begun;
         if *begun != ALL_SHARE {
-            *begun = serial;
+            *begun = serial.max(*begun);
         }
+    }
+
+    /// The latest booking that `worker` has begun with, if what it begins with together is none of
+    /// the others' affair.
+    pub(crate) fn begun(&self, worker: Slot) -> u64 {
+        self.progress(worker).begun
     }
 
     /// Another worker may take its place.
