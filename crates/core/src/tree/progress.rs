@@ -63,8 +63,8 @@ impl PrefixTree {
         }
     }
 
-    /// The latest booking that `worker` has begun with, if what it begins with together is none of
-    /// the others' affair.
+    /// The latest booking that `worker` has begun with; any, if it shares what it begins with
+    /// together.
     pub(crate) fn begun(&self, worker: Slot) -> u64 {
         self.progress(worker).begun
     }
