@@ -7,9 +7,9 @@
 //! A path loses its tail first, so a prompt whose blocks the shadow holds down to a noted one will
 //! not be found deeper, whatever events still say.
 //!
-//! An SGLang keeps what the requests of a step find cached before it makes room for any of them, so
-//! those that it has not [begun](PrefixTree::begin) with evict nothing that a request finds which is
-//! sent now.
+//! An SGLang locks what all requests of a step find cached before it makes room for any of them. So
+//! what those will evict that it has not [begun](PrefixTree::begin) with is still there for a request
+//! that is sent now.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::hash::BuildHasherDefault;

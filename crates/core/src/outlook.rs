@@ -70,10 +70,6 @@ impl Group {
     }
 }
 
-/// How long a request is on its way to the scheduler of its engine, and a token from there: what is
-/// known when a token comes is of about so long ago.
-const UNDERWAY: Duration = Duration::from_millis(5);
-
 /// The first group has less than eight tokens to come, each further one up to twice as many.
 pub(crate) const GROUPS: usize = 12;
 
@@ -81,6 +77,10 @@ fn group_of(remaining: u32) -> usize {
     let eights = remaining / 8;
     ((u32::BITS - eights.leading_zeros()) as usize).min(GROUPS - 1)
 }
+
+/// How long a request is on its way to the scheduler of its engine, and a token from there: what is
+/// known when a token comes is of about so long ago.
+const UNDERWAY: Duration = Duration::from_millis(5);
 
 /// A prompt in the order in which it will be computed.
 #[derive(Clone, Copy, Debug)]

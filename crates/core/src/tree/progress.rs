@@ -55,7 +55,8 @@ impl PrefixTree {
         self.progress_mut(worker).begun = if shares { ALL_SHARE } else { 0 };
     }
 
-    /// `worker` begins with what was booked, up to `serial`.
+    /// `worker` begins with what was booked, up to `serial`. If it had nothing to do it has begun with
+    /// more already: what is sent to it then waits for no step.
     pub(crate) fn begin(&mut self, worker: Slot, serial: u64) {
         let begun = &mut self.progress_mut(worker).begun;
         if *begun != ALL_SHARE {
