@@ -1,6 +1,8 @@
 //! What goes wrong without anybody seeing it is said in the log, with what to do about it.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
+#[path = "it/fake_worker.rs"]
+#[allow(dead_code, reason = "the test needs a part of it")]
 mod fake_worker;
 
 use std::fmt;

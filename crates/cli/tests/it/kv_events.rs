@@ -1,0 +1,643 @@
+//! KV events from end to end: model engines that publish them over real sockets, the gateway that
+//! follows them, and what it then predicts against what the engines found in their caches.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+mod sampled;
+mod trust;
+
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::num::{NonZeroU32, NonZeroU64};
+use std::time::Duration;
+
+use crate::ports::{ANY_PORT, free_endpoint, free_port};
+use bytes::Bytes;
+use foresee_engine::kv_events::{
+    BlockKey, BlockStored, Event, EventBatch, encode_batch, parse_replay_request, replay_end,
+};
+use foresee_gateway::{Gateway, GatewayConfig, WorkerConfig};
+use foresee_sim::engine::EngineConfig;
+use foresee_sim::law::L40S_8B;
+use foresee_sim::server::{KvEventsConfig, Layout, ServerConfig, bind, serve};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use zeromq::{PubSocket, RouterSocket, Socket, SocketRecv, SocketSend, ZmqMessage};
+
+const BLOCK: u32 = 16;
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// An engine that can be stopped and started again where it was.
+struct Engine {
+    address: SocketAddr,
+    config: ServerConfig,
+    stop: Option<oneshot::Sender<()>>,
+    serving: Option<JoinHandle<std::io::Result<()>>>,
+}
+
+/// A small engine, so that blocks are evicted.
+fn engine_of(blocks: u32, kv_events: Option<KvEventsConfig>) -> ServerConfig {
+    let mut engine = EngineConfig::from_preset(&L40S_8B, NonZeroU32::new(BLOCK).unwrap());
+    engine.blocks = blocks;
+    ServerConfig {
+        time_scale: 1000.0,
+        kv_events,
+        ..ServerConfig::new("model", engine)
+    }
+}
+
+fn publishing() -> KvEventsConfig {
+    KvEventsConfig::new(free_endpoint())
+}
+
+fn with_replay() -> KvEventsConfig {
+    KvEventsConfig {
+        replay: Some(free_endpoint()),
+        ..publishing()
+    }
+}
+
+impl Engine {
+    fn start(config: ServerConfig) -> Self {
+        let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
+        let mut engine = Self {
+            address,
+            config,
+            stop: None,
+            serving: None,
+        };
+        engine.start_again();
+        engine
+    }
+
+    fn start_again(&mut self) {
+        let listener = bind(self.address).unwrap();
+        let (stop, stopped) = oneshot::channel::<()>();
+        let stopped = async {
+            let _ = stopped.await;
+        };
+        self.stop = Some(stop);
+        self.serving = Some(tokio::spawn(serve(self.config.clone(), listener, stopped)));
+    }
+
+    async fn stop(&mut self) {
+        drop(self.stop.take());
+        self.serving.take().unwrap().await.unwrap().unwrap();
+    }
+
+    async fn metric(&self, name: &str) -> u64 {
+        let metrics = http(self.address, "GET", "/metrics", "").await.1;
+        let line = metrics.lines().find(|line| line.starts_with(name)).unwrap();
+        line.rsplit(' ').next().unwrap().parse::<f64>().unwrap() as u64
+    }
+}
+
+/// What a request was predicted to find, and found, in tokens.
+#[derive(Debug, PartialEq)]
+struct Hit {
+    predicted: u64,
+    actual: u64,
+}
+
+struct Fleet {
+    gateway: Gateway,
+}
+
+impl Fleet {
+    /// A gateway with one worker.
+    fn start(worker: &str) -> Self {
+        let gateway = Gateway::start(GatewayConfig {
+            listen: ANY_PORT.parse().unwrap(),
+            admin_listen: ANY_PORT.parse().unwrap(),
+            workers: vec![worker.parse::<WorkerConfig>().unwrap()],
+            probe_interval: Duration::from_millis(20),
+            events_grace: Duration::from_millis(100),
+            sample_engines: Some(Duration::from_millis(20)),
+            ..GatewayConfig::default()
+        });
+        Self {
+            gateway: gateway.unwrap(),
+        }
+    }
+
+    /// A gateway that follows an engine's events.
+    async fn following(engine: &Engine) -> Self {
+        let events = engine.config.kv_events.as_ref().unwrap();
+        let mut worker = format!("{},name=w,kv-events={}", engine.address, events.endpoint);
+        if let Some(replay) = &events.replay {
+            worker += &format!(",replay={replay}");
+        }
+        let fleet = Self::start(&worker);
+        fleet.becomes(follows).await;
+        fleet
+    }
+
+    async fn worker(&self) -> Value {
+        let (_, body) = http(self.gateway.admin_address(), "GET", "/admin/workers", "").await;
+        let body: Value = serde_json::from_str(&body).unwrap();
+        body["workers"][0].clone()
+    }
+
+    async fn becomes(&self, expected: impl Fn(&Value) -> bool) {
+        let mut worker = Value::Null;
+        let wait = async {
+            while !expected(&worker) {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+                worker = self.worker().await;
+            }
+        };
+        let waited = tokio::time::timeout(PATIENCE, wait).await;
+        assert!(waited.is_ok(), "{worker:#}");
+    }
+
+    /// Waits until everything the engine published has been applied.
+    async fn catches_up(&self, engine: &Engine) {
+        let published = engine.metric("model_engine:kv_event_batches_total").await;
+        self.becomes(|worker| worker["kv_events"]["last_sequence"] == published - 1)
+            .await;
+    }
+
+    /// Has the engine publish something until it is heard.
+    async fn hears_again(&self, engine: &Engine) {
+        for token in 1..PATIENCE.as_secs() as u32 {
+            self.send(&[token; 100], 20).await;
+            let heard = self.catches_up(engine);
+            if tokio::time::timeout(Duration::from_secs(1), heard)
+                .await
+                .is_ok()
+            {
+                return;
+            }
+        }
+        panic!("nothing is heard from the engine");
+    }
+
+    async fn send(&self, prompt: &[u32], max_tokens: u32) -> Hit {
+        let body = json!({
+            "model": "model", "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": true,
+        });
+        let address = self.gateway.address();
+        let (head, body) = http(address, "POST", "/v1/completions", &body.to_string()).await;
+        let header = "x-foresee-overlap-tokens: ";
+        let predicted = head.lines().find_map(|line| line.strip_prefix(header));
+        let body: Value = serde_json::from_str(&body).unwrap();
+        let details = &body["usage"]["prompt_tokens_details"];
+        Hit {
+            predicted: predicted.unwrap().parse().unwrap(),
+            actual: details["cached_tokens"].as_u64().unwrap(),
+        }
+    }
+
+    async fn metric(&self, name: &str) -> f64 {
+        let (_, metrics) = http(self.gateway.admin_address(), "GET", "/metrics", "").await;
+        let line = metrics.lines().find(|line| line.starts_with(name));
+        line.map_or(0.0, |line| {
+            line.rsplit(' ').next().unwrap().parse().unwrap()
+        })
+    }
+}
+
+fn follows(worker: &Value) -> bool {
+    worker["cache_source"] == "events" && worker["state"] == "healthy"
+}
+
+async fn http(address: SocketAddr, method: &str, path: &str, body: &str) -> (String, String) {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let length = body.len();
+    let request = format!(
+        "{method} {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\
+         content-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    assert!(head.starts_with("HTTP/1.1 200"), "{answer}");
+    (head.to_owned(), body.to_owned())
+}
+
+/// Prompts that share beginnings, repeat, end on and between blocks, and overflow a small cache.
+fn prompts(count: u32) -> Vec<Vec<u32>> {
+    (0..count)
+        .map(|number| {
+            let family = number % 5;
+            let blocks = 2 + number * 7 % 11;
+            let shared = (0..blocks * BLOCK).map(move |token| family * 100_000 + token);
+            let own = (0..number * 3 % 20).map(move |token| 900_000 + number % 8 * 100 + token);
+            shared.chain(own).collect()
+        })
+        .collect()
+}
+
+async fn every_hit_is_predicted(events: KvEventsConfig) {
+    let engine = Engine::start(engine_of(48, Some(events)));
+    let fleet = Fleet::following(&engine).await;
+    let mut hits = 0;
+    for (number, prompt) in prompts(60).iter().enumerate() {
+        let hit = fleet.send(prompt, 1 + number as u32 % 40).await;
+        assert_eq!(hit.predicted, hit.actual, "request {number}");
+        hits += hit.actual;
+        fleet.catches_up(&engine).await;
+        let cached = fleet.gateway.router().cached_prefixes() as u64;
+        assert_eq!(cached, engine.metric("model_engine:cached_blocks").await);
+    }
+    assert!(hits > 1000, "{hits} tokens");
+    let worker = fleet.worker().await;
+    assert_eq!(worker["kv_events"]["exact"], true, "{worker:#}");
+    assert_eq!(worker["kv_events"]["gaps"], 0);
+    assert_eq!(fleet.metric("foresee_worker_events_live").await, 1.0);
+    assert!(fleet.metric("foresee_kv_event_batches_total").await >= 60.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hits_are_predicted_from_maps() {
+    every_hit_is_predicted(with_replay()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hits_are_predicted_from_arrays_under_a_topic_without_replay() {
+    let events = KvEventsConfig {
+        layout: Layout::Array,
+        topic: "kv@engine".to_owned(),
+        ..publishing()
+    };
+    every_hit_is_predicted(events).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_lost_is_replayed() {
+    let events = KvEventsConfig {
+        drop_every: NonZeroU64::new(3),
+        ..with_replay()
+    };
+    let engine = Engine::start(engine_of(48, Some(events)));
+    let fleet = Fleet::following(&engine).await;
+    for prompt in prompts(40) {
+        fleet.send(&prompt, 20).await;
+    }
+    fleet.catches_up(&engine).await;
+    let cached = fleet.gateway.router().cached_prefixes() as u64;
+    assert_eq!(cached, engine.metric("model_engine:cached_blocks").await);
+    let worker = fleet.worker().await;
+    let events = &worker["kv_events"];
+    assert_eq!(
+        (&events["exact"], &events["lost"]),
+        (&json!(true), &json!(0))
+    );
+    assert!(events["gaps"].as_u64().unwrap() > 3, "{worker:#}");
+    assert!(fleet.metric("foresee_kv_event_gaps_total").await > 3.0);
+    let hit = fleet.send(&prompts(40)[39], 1).await;
+    assert_eq!(hit.predicted, hit.actual);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_lost_for_good_is_marked_and_the_rest_carries_on() {
+    let events = KvEventsConfig {
+        drop_every: NonZeroU64::new(4),
+        ..publishing()
+    };
+    let engine = Engine::start(engine_of(4096, Some(events)));
+    let fleet = Fleet::following(&engine).await;
+    for prompt in prompts(40) {
+        fleet.send(&prompt, 20).await;
+    }
+    fleet
+        .becomes(|worker| worker["kv_events"]["lost"].as_u64() > Some(3))
+        .await;
+    let worker = fleet.worker().await;
+    assert_eq!(worker["kv_events"]["exact"], false, "{worker:#}");
+    assert!(follows(&worker), "{worker:#}");
+    // Nothing was evicted, so what is known is right, if not all.
+    let hit = fleet.send(&prompts(40)[39], 1).await;
+    assert!(0 < hit.predicted && hit.predicted <= hit.actual, "{hit:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blocks_cached_before_anybody_listened_are_replayed() {
+    let engine = Engine::start(engine_of(4096, Some(with_replay())));
+    let first = Fleet::following(&engine).await;
+    let prompt = &prompts(11)[10];
+    first.send(prompt, 30).await;
+    first.gateway.shut_down().await;
+
+    let second = Fleet::following(&engine).await;
+    second.catches_up(&engine).await;
+    let hit = second.send(prompt, 30).await;
+    assert_eq!(hit.predicted, hit.actual);
+    assert!(hit.actual > 0);
+}
+
+async fn a_restart_empties_the_cache(events: KvEventsConfig) {
+    let mut engine = Engine::start(engine_of(4096, Some(events)));
+    let fleet = Fleet::following(&engine).await;
+    let prompt = &prompts(11)[10];
+    for _ in 0..5 {
+        fleet.send(prompt, 20).await;
+    }
+    fleet.catches_up(&engine).await;
+    assert!(fleet.gateway.router().cached_prefixes() > 0);
+
+    engine.stop().await;
+    fleet.becomes(|worker| worker["state"] != "healthy").await;
+    let can_ask = engine.config.kv_events.as_ref().unwrap().replay.is_some();
+    engine.start_again();
+    fleet
+        .becomes(|worker| {
+            follows(worker)
+                && worker["kv_events"]["state"] == "live"
+                && (!can_ask || worker["kv_events"]["last_sequence"].is_null())
+        })
+        .await;
+    if can_ask {
+        assert_eq!(fleet.gateway.router().cached_prefixes(), 0);
+    } else {
+        // Without replay, a batch tells, and the first may be out before anybody listens again.
+        fleet.hears_again(&engine).await;
+    }
+    for expected in [false, true] {
+        let hit = fleet.send(prompt, 20).await;
+        assert_eq!(
+            (hit.predicted, hit.actual > 0),
+            (hit.actual, expected),
+            "{hit:?}"
+        );
+        fleet.catches_up(&engine).await;
+    }
+    if can_ask {
+        assert_eq!(fleet.worker().await["kv_events"]["exact"], true);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_empties_the_cache_with_replay() {
+    a_restart_empties_the_cache(with_replay()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_empties_the_cache_without_replay() {
+    a_restart_empties_the_cache(publishing()).await;
+}
+
+/// The new process may well have counted further than the old one before anybody looks.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_is_noticed_however_far_the_new_engine_has_come() {
+    let mut engine = Engine::start(engine_of(4096, Some(with_replay())));
+    let fleet = Fleet::following(&engine).await;
+    fleet.send(&prompts(11)[10], 20).await;
+    fleet.catches_up(&engine).await;
+
+    engine.stop().await;
+    engine.start_again();
+    for prompt in prompts(20) {
+        let body = json!({ "prompt": prompt, "max_tokens": 20, "ignore_eos": true });
+        http(engine.address, "POST", "/v1/completions", &body.to_string()).await;
+    }
+    fleet.catches_up(&engine).await;
+    let cached = fleet.gateway.router().cached_prefixes() as u64;
+    assert_eq!(cached, engine.metric("model_engine:cached_blocks").await);
+    assert_eq!(fleet.worker().await["kv_events"]["exact"], true);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_events_the_shadow_serves_until_there_are_some() {
+    let events = with_replay();
+    let mut engine = Engine::start(engine_of(4096, None));
+    let replay = events.replay.as_ref().unwrap();
+    let worker = format!(
+        "{},kv-events={},replay={replay}",
+        engine.address, events.endpoint
+    );
+    let fleet = Fleet::start(&worker);
+    fleet
+        .becomes(|worker| {
+            worker["state"] == "healthy" && worker["kv_events"]["state"] == "connecting"
+        })
+        .await;
+    let prompt = &prompts(11)[10];
+    fleet.send(prompt, 20).await;
+    let hit = fleet.send(prompt, 20).await;
+    assert_eq!(hit.predicted, hit.actual);
+    assert!(hit.predicted > 0);
+    assert_eq!(fleet.worker().await["cache_source"], "shadow");
+    assert_eq!(fleet.metric("foresee_worker_events_live").await, 0.0);
+
+    engine.stop().await;
+    engine.config.kv_events = Some(events);
+    engine.start_again();
+    fleet.becomes(follows).await;
+    fleet.send(prompt, 20).await;
+    fleet.catches_up(&engine).await;
+
+    // And back.
+    engine.stop().await;
+    engine.config.kv_events = None;
+    engine.start_again();
+    fleet
+        .becomes(|worker| worker["cache_source"] == "shadow" && worker["state"] == "healthy")
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blocks_that_do_not_fit_are_left_to_the_shadow() {
+    let mut config = engine_of(4096, Some(with_replay()));
+    config.engine.block_size = NonZeroU32::new(24).unwrap();
+    let engine = Engine::start(config);
+    let fleet = Fleet::following(&engine).await;
+    fleet.send(&prompts(11)[10], 20).await;
+    fleet
+        .becomes(|worker| {
+            worker["kv_events"]["state"] == "faulty" && worker["cache_source"] == "shadow"
+        })
+        .await;
+}
+
+/// The frames of a batch that stores one block.
+fn batch(sequence: u64, timestamp: f64, block: u32) -> [Bytes; 3] {
+    let batch = EventBatch {
+        timestamp: Some(timestamp),
+        events: vec![Event::Stored(BlockStored {
+            hashes: vec![BlockKey(u64::from(block) + 1)],
+            tokens: (0..BLOCK).map(|token| block + token).collect(),
+            block_size: BLOCK,
+            ..BlockStored::default()
+        })],
+        ..EventBatch::default()
+    };
+    [
+        Bytes::new(),
+        Bytes::copy_from_slice(&sequence.to_be_bytes()),
+        encode_batch(&batch, Layout::Map).into(),
+    ]
+}
+
+fn message(frames: &[Bytes]) -> ZmqMessage {
+    ZmqMessage::try_from(frames.to_vec()).unwrap()
+}
+
+/// Sends a batch again and again until the subscription has reached the publisher.
+async fn hears(fleet: &Fleet, publisher: &mut PubSocket, sequence: u64, frames: &[Bytes]) {
+    let send = async {
+        loop {
+            publisher.send(message(frames)).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::select! {
+        () = send => {}
+        () = fleet.becomes(|worker| worker["kv_events"]["last_sequence"] == sequence) => {}
+    }
+}
+
+/// Answers requests for a replay. Of those asked for, what `leaves` the socket, and whether the end
+/// does.
+async fn replays(
+    router: &mut RouterSocket,
+    batches: &[[Bytes; 3]],
+    leaves: impl Fn(usize) -> (Vec<usize>, bool),
+) {
+    loop {
+        let request = router.recv().await.unwrap().into_vec();
+        let from = parse_replay_request(&request[1..]).unwrap() as usize;
+        let (sent, has_end) = leaves(from);
+        let sent = sent
+            .iter()
+            .map(|it| [&[Bytes::new()][..], &batches[*it]].concat());
+        let end = replay_end().map(Bytes::from).to_vec();
+        for frames in sent.chain(has_end.then_some(end)) {
+            let frames = [&request[..1], &frames].concat();
+            router.send(message(&frames)).await.unwrap();
+        }
+    }
+}
+
+/// Replay fails when it is needed, and works later.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_lost_is_found_again_when_replay_works() {
+    let (endpoint, replay) = (free_endpoint(), free_endpoint());
+    let engine = Engine::start(engine_of(4096, None));
+    let worker = format!("{},kv-events={endpoint},replay={replay}", engine.address);
+    let mut publisher = PubSocket::new();
+    publisher.bind(&endpoint).await.unwrap();
+    let fleet = Fleet::start(&worker);
+    fleet.becomes(follows).await;
+    let batches: Vec<_> = (0..3).map(|n| batch(n, n as f64, n as u32)).collect();
+    for sequence in [0, 2] {
+        hears(
+            &fleet,
+            &mut publisher,
+            sequence,
+            &batches[sequence as usize],
+        )
+        .await;
+    }
+    assert_eq!(fleet.worker().await["kv_events"]["exact"], false);
+    assert_eq!(fleet.gateway.router().cached_prefixes(), 2);
+
+    let mut router = RouterSocket::new();
+    router.bind(&replay).await.unwrap();
+    tokio::select! {
+        () = replays(&mut router, &batches, |from| ((from..3).collect(), true)) => {}
+        () = fleet.becomes(|worker| worker["kv_events"]["exact"] == true) => {}
+    }
+    assert_eq!(fleet.gateway.router().cached_prefixes(), 3);
+}
+
+/// A ROUTER socket drops answers that do not leave it fast enough.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replay_that_breaks_off_is_asked_for_again() {
+    let (endpoint, replay) = (free_endpoint(), free_endpoint());
+    let engine = Engine::start(engine_of(4096, None));
+    let worker = format!("{},kv-events={endpoint},replay={replay}", engine.address);
+    let mut publisher = PubSocket::new();
+    publisher.bind(&endpoint).await.unwrap();
+    let mut router = RouterSocket::new();
+    router.bind(&replay).await.unwrap();
+    let fleet = Fleet::start(&worker);
+    let batches: Vec<_> = (0..9).map(|n| batch(n, n as f64, n as u32)).collect();
+    let leaves = |from| match from {
+        0 => (vec![0, 1], false),
+        2 => (vec![2, 4, 5, 6, 7, 8], true),
+        _ => ((from..9).collect(), true),
+    };
+    tokio::select! {
+        () = replays(&mut router, &batches, leaves) => {}
+        () = fleet.becomes(|worker| worker["kv_events"]["last_sequence"] == 8) => {}
+    }
+    assert_eq!(fleet.worker().await["kv_events"]["exact"], true);
+    assert_eq!(fleet.gateway.router().cached_prefixes(), 9);
+}
+
+/// Who missed more batches than it knows blocks knows nothing of what is cached now.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_known_before_a_long_gap_is_forgotten() {
+    let endpoint = free_endpoint();
+    let engine = Engine::start(engine_of(4096, None));
+    let worker = format!("{},kv-events={endpoint}", engine.address);
+    let mut publisher = PubSocket::new();
+    publisher.bind(&endpoint).await.unwrap();
+    let fleet = Fleet::start(&worker);
+    for (sequence, cached) in [(0_u64, 1), (1, 2), (3, 3), (4, 4), (10, 1), (11, 2)] {
+        let frames = batch(sequence, sequence as f64, sequence as u32);
+        hears(&fleet, &mut publisher, sequence, &frames).await;
+        assert_eq!(
+            fleet.gateway.router().cached_prefixes(),
+            cached,
+            "{sequence}"
+        );
+    }
+    assert_eq!(fleet.worker().await["kv_events"]["exact"], false);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_engine_that_dials_is_heard() {
+    let endpoint = free_endpoint();
+    let engine = Engine::start(engine_of(4096, None));
+    let worker = format!("{},kv-events=bind:{endpoint}", engine.address);
+    let fleet = Fleet::start(&worker);
+    fleet
+        .becomes(|worker| {
+            worker["state"] == "healthy" && worker["kv_events"]["state"] == "connecting"
+        })
+        .await;
+    let mut heard = HashSet::new();
+    // A second process is heard as well as the first, and as another.
+    for process in 0..2 {
+        let mut publisher = PubSocket::new();
+        publisher.connect(&endpoint).await.unwrap();
+        fleet
+            .becomes(|worker| follows(worker) && worker["kv_events"]["state"] == "live")
+            .await;
+        // Until the subscription has reached the publisher, it sends to nobody.
+        let mut sequence = 0_u64;
+        let send = async {
+            loop {
+                let timestamp = f64::from(process) * 1e6 + sequence as f64;
+                let frames = batch(sequence, timestamp, process as u32);
+                publisher.send(message(&frames)).await.unwrap();
+                sequence += 1;
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let batches = fleet.worker().await["kv_events"]["batches"].clone();
+        let heard_it = fleet.becomes(|worker| {
+            worker["kv_events"]["batches"].as_u64() > batches.as_u64().map(|it| it + 3)
+        });
+        tokio::select! {
+            () = send => {}
+            () = heard_it => {}
+        }
+        heard.insert(fleet.gateway.router().cached_prefixes());
+        drop(publisher);
+        fleet
+            .becomes(|worker| worker["kv_events"]["state"] == "connecting")
+            .await;
+    }
+    assert_eq!(
+        heard,
+        HashSet::from([1]),
+        "one block of one process at a time"
+    );
+}

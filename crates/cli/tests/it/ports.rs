@@ -1,0 +1,19 @@
+//! Addresses on this machine for servers that a test starts.
+
+#![allow(clippy::unwrap_used)]
+
+use std::net::TcpListener;
+
+/// An address that leaves the choice of the port to the system.
+pub(crate) const ANY_PORT: &str = "127.0.0.1:0";
+
+/// Returns a port that was free a moment ago.
+pub(crate) fn free_port() -> u16 {
+    let listener = TcpListener::bind(ANY_PORT).unwrap();
+    listener.local_addr().unwrap().port()
+}
+
+/// Returns an address for a ZeroMQ socket, on a port that was free a moment ago.
+pub(crate) fn free_endpoint() -> String {
+    format!("tcp://127.0.0.1:{}", free_port())
+}

@@ -1,0 +1,710 @@
+//! What every test needs: workers scripted byte by byte, a gateway in front of them, and a
+//! client that sees the bytes that come back. All of it over real sockets.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use foresee_core::choose::Policy;
+use foresee_core::fleet::{WorkerSnapshot, WorkerState};
+use foresee_gateway::{Gateway, GatewayConfig};
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
+
+/// No wait in these tests should take nearly as long.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How soon the worker must learn that a client has left.
+pub(crate) const SOON: Duration = Duration::from_millis(500);
+
+/// The model that workers serve unless told otherwise.
+pub(crate) const MODEL: &str = "m";
+
+pub(crate) const PROBE_INTERVAL: Duration = Duration::from_millis(40);
+
+pub(crate) const STREAM_HEAD: &[u8] =
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n";
+
+// Waiting
+
+/// Waits for a future, but not for ever.
+pub(crate) async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(PATIENCE, future).await {
+        Ok(value) => value,
+        Err(_) => panic!("waited in vain: {what}"),
+    }
+}
+
+/// Looks again and again until something is so, but not for ever.
+pub(crate) async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    within(what, async {
+        while !is_so() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    })
+    .await;
+}
+
+// The worker
+
+/// An engine of which every answer but those to probes is scripted by the test.
+pub(crate) struct FakeWorker {
+    pub(crate) address: SocketAddr,
+    shared: Arc<Scripted>,
+    received: mpsc::UnboundedReceiver<Exchange>,
+    accepting: AbortHandle,
+    /// Keeps the port while nobody listens on it.
+    reserved: Option<TcpSocket>,
+}
+
+struct Scripted {
+    healthy: AtomicBool,
+    probes: AtomicUsize,
+    connections: AtomicUsize,
+    model_list: Mutex<String>,
+    metrics: Mutex<String>,
+    server_info: Mutex<Option<String>>,
+    event_sources: Mutex<Option<String>>,
+    requests: mpsc::UnboundedSender<Exchange>,
+    running: Mutex<Vec<AbortHandle>>,
+}
+
+impl FakeWorker {
+    pub(crate) async fn start() -> Self {
+        Self::serving(&[MODEL]).await
+    }
+
+    pub(crate) async fn serving(models: &[&str]) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (requests, received) = mpsc::unbounded_channel();
+        let models: Vec<Value> = models.iter().map(|id| json!({ "id": id })).collect();
+        let shared = Arc::new(Scripted {
+            healthy: AtomicBool::new(true),
+            probes: AtomicUsize::new(0),
+            connections: AtomicUsize::new(0),
+            model_list: Mutex::new(json!({ "object": "list", "data": models }).to_string()),
+            metrics: Mutex::default(),
+            server_info: Mutex::default(),
+            event_sources: Mutex::default(),
+            requests,
+            running: Mutex::default(),
+        });
+        Self {
+            address,
+            accepting: Scripted::accept(&shared, listener),
+            shared,
+            received,
+            reserved: None,
+        }
+    }
+
+    /// How the gateway is told of it.
+    pub(crate) fn spec(&self, name: &str) -> String {
+        format!("http://{},name={name}", self.address)
+    }
+
+    /// The next request that is no probe.
+    pub(crate) async fn request(&mut self) -> Exchange {
+        let next = within("a request to reach the worker", self.received.recv());
+        next.await.unwrap()
+    }
+
+    /// The next request that is no probe, however long it takes.
+    pub(crate) async fn request_at_any_time(&mut self) -> Exchange {
+        self.received.recv().await.unwrap()
+    }
+
+    /// A request that is no probe, if one has come.
+    pub(crate) fn try_request(&mut self) -> Option<Exchange> {
+        self.received.try_recv().ok()
+    }
+
+    /// Whether no request has come that the test has not taken.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.received.is_empty()
+    }
+
+    pub(crate) fn probes(&self) -> usize {
+        self.shared.probes.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn connections(&self) -> usize {
+        self.shared.connections.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn set_healthy(&self, healthy: bool) {
+        self.shared.healthy.store(healthy, Ordering::SeqCst);
+    }
+
+    pub(crate) fn set_model_list(&self, list: &str) {
+        list.clone_into(&mut self.shared.model_list.lock());
+    }
+
+    pub(crate) fn set_metrics(&self, metrics: &str) {
+        metrics.clone_into(&mut self.shared.metrics.lock());
+    }
+
+    /// Has it speak as an SGLang.
+    pub(crate) fn set_server_info(&self, info: &Value) {
+        *self.shared.server_info.lock() = Some(info.to_string());
+    }
+
+    /// Has it say where it publishes, as a vLLM.
+    pub(crate) fn set_event_sources(&self, sources: &Value) {
+        *self.shared.event_sources.lock() = Some(sources.to_string());
+    }
+
+    /// Ends as a killed process does: connections are closed, new ones refused.
+    pub(crate) async fn die(&mut self) {
+        self.accepting.abort();
+        for task in self.shared.running.lock().drain(..) {
+            task.abort();
+        }
+        until("the worker to stop listening", || {
+            let socket = TcpSocket::new_v4().unwrap();
+            socket.set_reuseaddr(true).unwrap();
+            let free = socket.bind(self.address).is_ok();
+            self.reserved = free.then_some(socket);
+            free
+        })
+        .await;
+    }
+
+    /// Listens again where it did.
+    pub(crate) fn come_back(&mut self) {
+        let listener = self.reserved.take().unwrap().listen(1024).unwrap();
+        self.accepting = Scripted::accept(&self.shared, listener);
+    }
+}
+
+impl Scripted {
+    fn accept(self: &Arc<Self>, listener: TcpListener) -> AbortHandle {
+        let shared = Arc::clone(self);
+        let task = tokio::spawn(async move {
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                shared.connections.fetch_add(1, Ordering::SeqCst);
+                Arc::clone(&shared).serve(stream);
+            }
+        });
+        task.abort_handle()
+    }
+
+    fn serve(self: Arc<Self>, stream: TcpStream) {
+        let shared = Arc::clone(&self);
+        let task = tokio::spawn(async move {
+            let mut connection = Connection::new(stream);
+            // Until the gateway closes the connection, or a request has come.
+            while let Ok(head) = connection.head().await {
+                let body = connection.body(&head, false).await.unwrap();
+                let Some(answer) = shared.probed(&head) else {
+                    let worker = Arc::clone(&shared);
+                    let exchange = Exchange {
+                        head,
+                        body,
+                        connection,
+                        worker,
+                    };
+                    let _ = shared.requests.send(exchange);
+                    return;
+                };
+                if connection.stream.write_all(&answer).await.is_err() {
+                    return;
+                }
+            }
+        });
+        self.running.lock().push(task.abort_handle());
+    }
+
+    /// The answer, if the request is one that gateways send of their own accord.
+    fn probed(&self, head: &Head) -> Option<Vec<u8>> {
+        let (status, body) = match head.first_line.as_str() {
+            "GET /health HTTP/1.1" => {
+                self.probes.fetch_add(1, Ordering::SeqCst);
+                let healthy = self.healthy.load(Ordering::SeqCst);
+                let status = if healthy { "200 OK" } else { "500 Not Well" };
+                (status, String::new())
+            }
+            "GET /v1/models HTTP/1.1" => ("200 OK", self.model_list.lock().clone()),
+            "GET /metrics HTTP/1.1" => ("200 OK", self.metrics.lock().clone()),
+            // Of an older release, which has nothing at `/server_info`.
+            "GET /get_server_info HTTP/1.1" => found(&self.server_info),
+            "GET /kv_event_sources HTTP/1.1" => found(&self.event_sources),
+            "GET /server_info HTTP/1.1" => ("404 Not Found", String::new()),
+            _ => return None,
+        };
+        Some(whole(status, "application/json", body))
+    }
+}
+
+fn found(body: &Mutex<Option<String>>) -> (&'static str, String) {
+    match body.lock().clone() {
+        Some(body) => ("200 OK", body),
+        None => ("404 Not Found", String::new()),
+    }
+}
+
+/// A whole answer of known length.
+pub(crate) fn whole(status: &str, content_type: &str, body: impl AsRef<[u8]>) -> Vec<u8> {
+    let body = body.as_ref();
+    let length = body.len();
+    let head = format!(
+        "HTTP/1.1 {status}\r\ncontent-type: {content_type}\r\ncontent-length: {length}\r\n\r\n"
+    );
+    [head.as_bytes(), body].concat()
+}
+
+/// One chunk of a chunked body, as it is written.
+pub(crate) fn chunk(data: impl AsRef<[u8]>) -> Vec<u8> {
+    let data = data.as_ref();
+    let mut chunk = format!("{:x}\r\n", data.len()).into_bytes();
+    chunk.extend_from_slice(data);
+    chunk.extend_from_slice(b"\r\n");
+    chunk
+}
+
+/// One event with one token of text.
+pub(crate) fn token(text: &str) -> String {
+    let event = json!({ "choices": [{ "index": 0, "delta": { "content": text } }] });
+    format!("data: {event}\n\n")
+}
+
+/// One request that reached a worker, to be answered by the test.
+pub(crate) struct Exchange {
+    pub(crate) head: Head,
+    pub(crate) body: Vec<u8>,
+    connection: Connection,
+    worker: Arc<Scripted>,
+}
+
+impl Exchange {
+    pub(crate) async fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        let written = self.try_send(bytes).await;
+        written.expect("the gateway closed its connection");
+    }
+
+    /// As [`send`](Self::send), unless the gateway has closed its connection.
+    pub(crate) async fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> io::Result<()> {
+        self.connection.stream.write_all(bytes.as_ref()).await
+    }
+
+    pub(crate) async fn send_chunk(&mut self, data: impl AsRef<[u8]>) {
+        self.send(chunk(data)).await;
+    }
+
+    pub(crate) async fn start_stream(&mut self) {
+        self.send(STREAM_HEAD).await;
+    }
+
+    /// Ends a stream as engines do, and keeps the connection.
+    pub(crate) async fn end_stream(mut self) {
+        self.send_chunk("data: [DONE]\n\n").await;
+        self.finish_chunks().await;
+    }
+
+    /// Ends a chunked body and keeps the connection.
+    pub(crate) async fn finish_chunks(mut self) {
+        self.send("0\r\n\r\n").await;
+        self.keep();
+    }
+
+    /// Answers all at once and keeps the connection.
+    pub(crate) async fn answer(mut self, bytes: impl AsRef<[u8]>) {
+        self.send(bytes).await;
+        self.keep();
+    }
+
+    pub(crate) async fn answer_json(self, body: impl AsRef<[u8]>) {
+        self.answer(whole("200 OK", "application/json", body)).await;
+    }
+
+    /// Serves further requests on this connection.
+    pub(crate) fn keep(self) {
+        self.worker.serve(self.connection.stream);
+    }
+
+    /// Closes the connection in order.
+    pub(crate) fn close(self) {}
+
+    /// Breaks the connection: the other side's reads and writes fail.
+    pub(crate) fn reset(self) {
+        self.connection.stream.set_zero_linger().unwrap();
+    }
+
+    /// Returns once the gateway has closed the connection, however.
+    pub(crate) async fn closed(&mut self) {
+        let read = self.connection.fill().await;
+        assert!(!matches!(read, Ok(1..)), "got more bytes of a request");
+    }
+}
+
+// HTTP, read literally
+
+/// The head of a message.
+#[derive(Debug)]
+pub(crate) struct Head {
+    pub(crate) first_line: String,
+    pub(crate) headers: Vec<(String, String)>,
+}
+
+impl Head {
+    fn parse(bytes: &[u8]) -> Self {
+        let text = String::from_utf8_lossy(bytes);
+        let mut lines = text.split("\r\n");
+        let first_line = lines.next().unwrap().to_owned();
+        let headers = lines.filter_map(|line| {
+            let (name, value) = line.split_once(':')?;
+            Some((name.to_lowercase(), value.trim().to_owned()))
+        });
+        Self {
+            headers: headers.collect(),
+            first_line,
+        }
+    }
+
+    pub(crate) fn get(&self, name: &str) -> Option<&str> {
+        let found = self.headers.iter().find(|(known, _)| known == name);
+        found.map(|(_, value)| value.as_str())
+    }
+
+    pub(crate) fn status(&self) -> u16 {
+        let status = self.first_line.split(' ').nth(1).unwrap();
+        status.parse().unwrap()
+    }
+}
+
+/// A connection of which the bytes read so far, but not used, are kept.
+pub(crate) struct Connection {
+    pub(crate) stream: TcpStream,
+    unused: Vec<u8>,
+}
+
+impl Connection {
+    pub(crate) fn new(stream: TcpStream) -> Self {
+        stream.set_nodelay(true).unwrap();
+        Self {
+            stream,
+            unused: Vec::new(),
+        }
+    }
+
+    async fn fill(&mut self) -> io::Result<usize> {
+        self.stream.read_buf(&mut self.unused).await
+    }
+
+    async fn fill_or_fail(&mut self) -> io::Result<()> {
+        match self.fill().await? {
+            0 => Err(io::ErrorKind::UnexpectedEof.into()),
+            _ => Ok(()),
+        }
+    }
+
+    async fn take(&mut self, length: usize) -> io::Result<Vec<u8>> {
+        while self.unused.len() < length {
+            self.fill_or_fail().await?;
+        }
+        let rest = self.unused.split_off(length);
+        Ok(std::mem::replace(&mut self.unused, rest))
+    }
+
+    /// Up to and without `end`, which is skipped.
+    async fn take_until(&mut self, end: &[u8]) -> io::Result<Vec<u8>> {
+        loop {
+            let found = self.unused.windows(end.len()).position(|w| w == end);
+            if let Some(length) = found {
+                let taken = self.take(length).await?;
+                self.take(end.len()).await?;
+                return Ok(taken);
+            }
+            self.fill_or_fail().await?;
+        }
+    }
+
+    pub(crate) async fn head(&mut self) -> io::Result<Head> {
+        Ok(Head::parse(&self.take_until(b"\r\n\r\n").await?))
+    }
+
+    /// The next chunk of a chunked body; `None` is its end.
+    pub(crate) async fn chunk(&mut self) -> io::Result<Option<Vec<u8>>> {
+        let size = self.take_until(b"\r\n").await?;
+        let size = String::from_utf8(size).unwrap();
+        let size = usize::from_str_radix(&size, 16).expect("a chunk's size");
+        let data = self.take(size).await?;
+        assert_eq!(self.take(2).await?, b"\r\n");
+        Ok((size > 0).then_some(data))
+    }
+
+    pub(crate) async fn chunks(&mut self) -> io::Result<Vec<u8>> {
+        let mut body = Vec::new();
+        while let Some(chunk) = self.chunk().await? {
+            body.extend_from_slice(&chunk);
+        }
+        Ok(body)
+    }
+
+    /// The body that belongs to `head`.
+    async fn body(&mut self, head: &Head, until_close: bool) -> io::Result<Vec<u8>> {
+        if head.get("transfer-encoding") == Some("chunked") {
+            return self.chunks().await;
+        }
+        match head.get("content-length") {
+            Some(length) => self.take(length.parse().unwrap()).await,
+            None if until_close => {
+                while self.fill().await? > 0 {}
+                Ok(std::mem::take(&mut self.unused))
+            }
+            None => Ok(Vec::new()),
+        }
+    }
+}
+
+// The client
+
+/// One connection of a client to the gateway.
+pub(crate) struct Client {
+    pub(crate) connection: Connection,
+}
+
+/// An answer that came whole.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) head: Head,
+    pub(crate) body: Vec<u8>,
+}
+
+impl Answer {
+    pub(crate) fn status(&self) -> u16 {
+        self.head.status()
+    }
+
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|error| {
+            panic!("{error} in {}", self.text());
+        })
+    }
+
+    pub(crate) fn text(&self) -> &str {
+        std::str::from_utf8(&self.body).unwrap()
+    }
+
+    /// Asserts that this is an error as OpenAI clients read it, and returns what is in it.
+    pub(crate) fn error(&self, status: u16) -> Value {
+        assert_eq!(self.status(), status, "{self:?}");
+        assert_eq!(self.head.get("content-type"), Some("application/json"));
+        let error = self.json()["error"].clone();
+        assert!(error["message"].is_string(), "{error}");
+        assert!(error["type"].is_string(), "{error}");
+        assert!(error.get("param").is_some(), "{error}");
+        assert!(error.get("code").is_some(), "{error}");
+        error
+    }
+}
+
+impl Client {
+    pub(crate) async fn connect(address: SocketAddr) -> Self {
+        let stream = within("a connection", TcpStream::connect(address)).await;
+        Self {
+            connection: Connection::new(stream.unwrap()),
+        }
+    }
+
+    /// Connects and sends `bytes`, to the letter.
+    pub(crate) async fn sending(address: SocketAddr, bytes: impl AsRef<[u8]>) -> Self {
+        let mut client = Self::connect(address).await;
+        client.send(bytes).await;
+        client
+    }
+
+    pub(crate) async fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        self.connection
+            .stream
+            .write_all(bytes.as_ref())
+            .await
+            .unwrap();
+    }
+
+    /// The head of the answer.
+    pub(crate) async fn head(&mut self) -> Head {
+        within("an answer", self.connection.head()).await.unwrap()
+    }
+
+    /// The next chunk of an answer that streams.
+    pub(crate) async fn chunk(&mut self) -> Vec<u8> {
+        let chunk = within("a chunk", self.connection.chunk()).await;
+        chunk.unwrap().expect("the answer ended")
+    }
+
+    /// All chunks that are left; an error if the answer breaks off.
+    pub(crate) async fn rest(&mut self) -> io::Result<String> {
+        let rest = within("the end of the answer", self.connection.chunks()).await?;
+        Ok(String::from_utf8(rest).unwrap())
+    }
+
+    /// The whole answer; an error if it breaks off.
+    pub(crate) async fn try_answer(&mut self) -> io::Result<Answer> {
+        within("a whole answer", async {
+            let head = self.connection.head().await?;
+            let body = self.connection.body(&head, true).await?;
+            Ok(Answer { head, body })
+        })
+        .await
+    }
+
+    pub(crate) async fn answer(&mut self) -> Answer {
+        self.try_answer().await.unwrap()
+    }
+}
+
+/// A request as a client writes it.
+pub(crate) fn http(method: &str, path: &str, body: impl AsRef<[u8]>) -> Vec<u8> {
+    let body = body.as_ref();
+    let mut request = format!("{method} {path} HTTP/1.1\r\nhost: gateway\r\n");
+    if !body.is_empty() {
+        let length = body.len();
+        request += &format!("content-type: application/json\r\ncontent-length: {length}\r\n");
+    }
+    [request.as_bytes(), b"\r\n", body].concat()
+}
+
+/// One request, one answer, on a connection of its own.
+pub(crate) async fn call(
+    address: SocketAddr,
+    method: &str,
+    path: &str,
+    body: impl AsRef<[u8]>,
+) -> Answer {
+    let mut client = Client::sending(address, http(method, path, body)).await;
+    client.answer().await
+}
+
+/// A chat body.
+pub(crate) fn chat(prompt: &str, stream: bool) -> String {
+    let messages = json!([{ "role": "user", "content": prompt }]);
+    json!({ "model": MODEL, "stream": stream, "messages": messages }).to_string()
+}
+
+pub(crate) const CHAT: &str = "/v1/chat/completions";
+
+// The gateway
+
+/// Short times, any port, and each worker in turn, the first one first.
+pub(crate) fn config(workers: &[&FakeWorker]) -> GatewayConfig {
+    let mut config = GatewayConfig {
+        listen: "127.0.0.1:0".parse().unwrap(),
+        admin_listen: "127.0.0.1:0".parse().unwrap(),
+        probe_interval: PROBE_INTERVAL,
+        connect_timeout: Duration::from_secs(1),
+        shutdown_timeout: Duration::from_secs(2),
+        io_threads: NonZeroUsize::MIN.saturating_add(1),
+        ..GatewayConfig::default()
+    };
+    config.router.policy = Policy::RoundRobin;
+    config.workers = workers
+        .iter()
+        .zip('a'..)
+        .map(|(worker, name)| worker.spec(&name.to_string()).parse().unwrap())
+        .collect();
+    config
+}
+
+/// A gateway, once it has found all its workers, which are named `a`, `b` and so on.
+pub(crate) async fn gateway(workers: &[&FakeWorker]) -> Gateway {
+    gateway_with(config(workers)).await
+}
+
+pub(crate) async fn gateway_with(config: GatewayConfig) -> Gateway {
+    let gateway = Gateway::start(config).unwrap();
+    until("all workers to be found", || {
+        workers(&gateway)
+            .values()
+            .all(|worker| worker.state == WorkerState::Healthy)
+    })
+    .await;
+    gateway
+}
+
+/// The workers by name, as the router sees them.
+pub(crate) fn workers(gateway: &Gateway) -> HashMap<String, WorkerSnapshot> {
+    let snapshots = gateway.router().workers(Duration::ZERO);
+    let by_name = snapshots.into_iter().map(|it| (it.name.clone(), it));
+    by_name.collect()
+}
+
+/// Returns after as much time as a gateway takes for a few probes, by watching one that does.
+pub(crate) async fn a_few_probe_intervals() {
+    let worker = FakeWorker::start().await;
+    let gateway = gateway(&[&worker]).await;
+    let before = worker.probes();
+    until("a few probes", || worker.probes() >= before + 3).await;
+    gateway.shut_down().await;
+}
+
+pub(crate) fn state(gateway: &Gateway, name: &str) -> WorkerState {
+    workers(gateway)[name].state
+}
+
+/// The workers as the admin API shows them.
+pub(crate) async fn shown(gateway: &Gateway, name: &str) -> Option<Value> {
+    let answer = call(gateway.admin_address(), "GET", "/admin/workers", "").await;
+    let listed = answer.json()["workers"].as_array().unwrap().clone();
+    listed.into_iter().find(|worker| worker["name"] == name)
+}
+
+/// Whether nothing is booked anywhere, to the last block and token.
+pub(crate) fn is_free(gateway: &Gateway) -> bool {
+    gateway.router().bookings() == 0
+        && workers(gateway).values().all(|worker| {
+            worker.requests == 0
+                && worker.active_blocks == 0
+                && worker.context_tokens == 0
+                && worker.prefill_tokens == 0
+        })
+}
+
+/// Waits until all bookings are gone: the gateway may see an end a moment after the client.
+pub(crate) async fn freed(gateway: &Gateway) {
+    until("everything to be freed", || is_free(gateway)).await;
+}
+
+pub(crate) async fn metrics(gateway: &Gateway) -> String {
+    let answer = call(gateway.admin_address(), "GET", "/metrics", "").await;
+    assert_eq!(answer.status(), 200);
+    answer.text().to_owned()
+}
+
+/// The value of one series, as `name` or `name{labels}`.
+pub(crate) fn value(metrics: &str, series: &str) -> Option<f64> {
+    let mut lines = metrics.lines();
+    lines.find_map(|line| {
+        let value = line.strip_prefix(series)?.strip_prefix(' ')?;
+        value.parse().ok()
+    })
+}
+
+/// Waits for a metric, which may be counted a moment after the client has its answer.
+pub(crate) async fn counted(gateway: &Gateway, series: &str, expected: f64) {
+    let started = Instant::now();
+    loop {
+        let text = metrics(gateway).await;
+        if value(&text, series) == Some(expected) {
+            return;
+        }
+        let found = value(&text, series);
+        assert!(
+            started.elapsed() < PATIENCE,
+            "{series} is {found:?}, not {expected}"
+        );
+    }
+}

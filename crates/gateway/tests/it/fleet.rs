@@ -1,0 +1,515 @@
+//! Workers come, fail, return and go; operators watch and steer.
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+use std::collections::{HashMap, HashSet};
+use std::time::{Duration, Instant};
+
+use crate::fake_worker::*;
+use foresee_core::choose::Policy;
+use foresee_core::fleet::WorkerState;
+use foresee_gateway::{Gateway, StartError};
+use serde_json::{Value, json};
+
+async fn admin(gateway: &Gateway, method: &str, path: &str, body: &str) -> Answer {
+    call(gateway.admin_address(), method, path, body).await
+}
+
+/// Sends a request and returns the name of the worker that got and answered it.
+async fn served_by(gateway: &Gateway, workers: &mut [&mut FakeWorker]) -> String {
+    let mut client =
+        Client::sending(gateway.address(), http("POST", CHAT, chat("hi", false))).await;
+    let mut exchange = None;
+    until("a worker to be asked", || {
+        exchange = workers.iter_mut().find_map(|worker| worker.try_request());
+        exchange.is_some()
+    })
+    .await;
+    exchange.unwrap().answer_json("{}").await;
+    let answer = client.answer().await;
+    assert_eq!(answer.status(), 200);
+    answer.head.get("x-foresee-worker").unwrap().to_owned()
+}
+
+// Health
+
+#[tokio::test]
+async fn a_gateway_is_ready_once_a_worker_is() {
+    let worker = FakeWorker::start().await;
+    worker.set_healthy(false);
+    let gateway = Gateway::start(config(&[&worker])).unwrap();
+    until("a few probes", || worker.probes() >= 3).await;
+    let live = admin(&gateway, "GET", "/health/live", "").await;
+    assert_eq!(live.status(), 200);
+    admin(&gateway, "GET", "/health/ready", "").await.error(503);
+    let health = call(gateway.address(), "GET", "/health", "").await;
+    assert_eq!(health.status(), 503);
+    let answer = call(gateway.address(), "POST", CHAT, chat("hi", true)).await;
+    answer.error(503);
+    assert!(worker.is_idle());
+
+    worker.set_healthy(true);
+    until("the worker to be found", || {
+        state(&gateway, "a") == WorkerState::Healthy
+    })
+    .await;
+    let ready = admin(&gateway, "GET", "/health/ready", "").await;
+    assert_eq!(ready.status(), 200);
+    let health = call(gateway.address(), "GET", "/health", "").await;
+    assert_eq!((health.status(), health.text()), (200, ""));
+}
+
+#[tokio::test]
+async fn a_worker_that_dies_gets_nothing_until_it_returns() {
+    let (mut first, mut second) = (FakeWorker::start().await, FakeWorker::start().await);
+    let gateway = gateway(&[&first, &second]).await;
+    first.die().await;
+    until("the probe to fail", || {
+        state(&gateway, "a") == WorkerState::Unhealthy
+    })
+    .await;
+    for _ in 0..4 {
+        assert_eq!(served_by(&gateway, &mut [&mut second]).await, "b");
+    }
+    let text = metrics(&gateway).await;
+    assert_eq!(value(&text, "foresee_worker_up{worker=\"a\"}"), Some(0.0));
+    let failures = "foresee_probe_failures_total{worker=\"a\"}";
+    assert!(value(&text, failures).unwrap() >= 2.0);
+    assert_eq!(value(&text, "foresee_retries_total"), Some(0.0));
+
+    let returned = Instant::now();
+    first.come_back();
+    until("the probe to succeed", || {
+        state(&gateway, "a") == WorkerState::Healthy
+    })
+    .await;
+    // One interval, and as much again for a slow machine.
+    assert!(returned.elapsed() < 2 * PROBE_INTERVAL + Duration::from_millis(100));
+    let mut servers = HashSet::new();
+    for _ in 0..2 {
+        servers.insert(served_by(&gateway, &mut [&mut first, &mut second]).await);
+    }
+    assert_eq!(servers.len(), 2, "it has its turn again");
+}
+
+#[tokio::test]
+async fn a_worker_that_was_away_has_an_empty_cache() {
+    let mut worker = FakeWorker::start().await;
+    let gateway = gateway(&[&worker]).await;
+    let long = "a prompt of many blocks ".repeat(40);
+    let body = chat(&long, false);
+    let mut client = Client::sending(gateway.address(), http("POST", CHAT, &body)).await;
+    worker.request().await.answer_json("{}").await;
+    client.answer().await;
+    let cached = || workers(&gateway)["a"].cached_blocks;
+    until("the prompt to be cached", || cached() > 10).await;
+
+    worker.die().await;
+    until("the probe to fail", || {
+        state(&gateway, "a") == WorkerState::Unhealthy
+    })
+    .await;
+    assert!(cached() > 10, "it may only be unreachable");
+    worker.come_back();
+    until("the probe to succeed", || {
+        state(&gateway, "a") == WorkerState::Healthy
+    })
+    .await;
+    assert_eq!(cached(), 0);
+}
+
+#[tokio::test]
+async fn one_failed_probe_is_no_outage() {
+    let worker = FakeWorker::start().await;
+    let mut config = config(&[&worker]);
+    config.probe_interval = Duration::from_secs(60);
+    let gateway = gateway_with(config).await;
+    worker.set_healthy(false);
+    // A request that breaks asks for a probe, which fails.
+    let failures = "foresee_probe_failures_total{worker=\"a\"}";
+    let mut worker = worker;
+    let mut client = Client::sending(gateway.address(), http("POST", CHAT, chat("hi", true))).await;
+    let mut exchange = worker.request().await;
+    exchange.start_stream().await;
+    exchange.send_chunk(token("x")).await;
+    client.head().await;
+    exchange.reset();
+    counted(&gateway, failures, 1.0).await;
+    assert_eq!(state(&gateway, "a"), WorkerState::Healthy);
+}
+
+#[tokio::test]
+async fn probes_are_no_load() {
+    let worker = FakeWorker::start().await;
+    let gateway = gateway(&[&worker]).await;
+    let probes = worker.probes();
+    until("many probes", || {
+        assert!(is_free(&gateway));
+        worker.probes() >= probes + 5
+    })
+    .await;
+    let text = metrics(&gateway).await;
+    assert_eq!(
+        value(&text, "foresee_decision_duration_seconds_count"),
+        Some(0.0)
+    );
+    assert_eq!(value(&text, "foresee_prompt_tokens_total"), Some(0.0));
+}
+
+#[tokio::test]
+async fn what_a_worker_says_of_itself_is_learned() {
+    let worker = FakeWorker::serving(&["m", "adapter"]).await;
+    worker.set_metrics(
+        "# TYPE vllm:cache_config_info gauge\n\
+         vllm:cache_config_info{block_size=\"16\",num_gpu_blocks=\"27312\"} 1.0\n",
+    );
+    let gateway = gateway(&[&worker]).await;
+    let worker = shown(&gateway, "a").await.unwrap();
+    assert_eq!(worker["models"], json!(["m", "adapter"]));
+    assert_eq!(worker["capacity_blocks"], 27311, "one block is never used");
+    assert_eq!(worker["state"], "healthy");
+}
+
+// Joining and leaving
+
+#[tokio::test]
+async fn a_worker_drains_and_is_gone() {
+    let (mut first, mut second) = (FakeWorker::start().await, FakeWorker::start().await);
+    let gateway = gateway(&[&first, &second]).await;
+    let mut client = Client::sending(gateway.address(), http("POST", CHAT, chat("hi", true))).await;
+    let mut exchange = first.request().await;
+    exchange.start_stream().await;
+    exchange.send_chunk(token("x")).await;
+    assert_eq!(client.head().await.status(), 200);
+    client.chunk().await;
+
+    for _ in 0..2 {
+        // Asking twice is no mistake.
+        let answer = admin(&gateway, "DELETE", "/admin/workers/a", "").await;
+        assert_eq!(answer.status(), 202);
+        assert_eq!(answer.json()["state"], "draining");
+    }
+    let draining = shown(&gateway, "a").await.unwrap();
+    assert_eq!(
+        (&draining["state"], &draining["requests"]),
+        (&json!("draining"), &json!(1))
+    );
+    for _ in 0..3 {
+        assert_eq!(served_by(&gateway, &mut [&mut second]).await, "b");
+    }
+    // Its probe does not bring it back.
+    let probes = first.probes();
+    until("more probes", || first.probes() >= probes + 2).await;
+    assert_eq!(state(&gateway, "a"), WorkerState::Draining);
+
+    exchange.send_chunk(token("y")).await;
+    assert_eq!(client.chunk().await, token("y").as_bytes());
+    exchange.end_stream().await;
+    assert!(client.rest().await.unwrap().ends_with("data: [DONE]\n\n"));
+    until("the worker to be gone", || {
+        !workers(&gateway).contains_key("a")
+    })
+    .await;
+    assert!(shown(&gateway, "a").await.is_none());
+    assert!(!metrics(&gateway).await.contains("worker=\"a\","));
+    assert!(is_free(&gateway));
+    let answer = admin(&gateway, "DELETE", "/admin/workers/a", "").await;
+    answer.error(404);
+
+    // The name is free again.
+    let body = json!({ "url": first.spec("a") }).to_string();
+    let answer = admin(&gateway, "POST", "/admin/workers", &body).await;
+    assert_eq!(answer.status(), 202);
+    until("the worker to be found again", || {
+        state(&gateway, "a") == WorkerState::Healthy
+    })
+    .await;
+    assert!(is_free(&gateway));
+}
+
+#[tokio::test]
+async fn the_last_worker_may_drain() {
+    let worker = FakeWorker::start().await;
+    let gateway = gateway(&[&worker]).await;
+    admin(&gateway, "DELETE", "/admin/workers/a", "").await;
+    until("the worker to be gone", || workers(&gateway).is_empty()).await;
+    let answer = call(gateway.address(), "POST", CHAT, chat("hi", true)).await;
+    answer.error(503);
+    // Nobody probes it any more.
+    let probes = worker.probes();
+    let answer = admin(&gateway, "GET", "/health/ready", "").await;
+    answer.error(503);
+    a_few_probe_intervals().await;
+    assert!(worker.probes() <= probes + 1);
+}
+
+#[tokio::test]
+async fn a_worker_joins_and_serves() {
+    let mut worker = FakeWorker::start().await;
+    let gateway = gateway(&[]).await;
+    let body = json!({ "url": worker.spec("new") + ",blocks=77" }).to_string();
+    let answer = admin(&gateway, "POST", "/admin/workers", &body).await;
+    assert_eq!(answer.status(), 202);
+    assert_eq!(answer.json()["name"], "new");
+    until("the worker to be found", || {
+        state(&gateway, "new") == WorkerState::Healthy
+    })
+    .await;
+    let shown = shown(&gateway, "new").await.unwrap();
+    assert_eq!(shown["capacity_blocks"], 77);
+    assert_eq!(shown["url"], format!("http://{}", worker.address));
+    assert_eq!(served_by(&gateway, &mut [&mut worker]).await, "new");
+
+    let answer = admin(&gateway, "POST", "/admin/workers", &body).await;
+    let error = answer.error(400);
+    assert!(
+        error["message"].as_str().unwrap().contains("`new`"),
+        "{error}"
+    );
+    for wrong in [
+        "",
+        "{}",
+        "{\"url\": 7}",
+        r#"{"url": "ftp://x"}"#,
+        r#"{"url": ",name=x"}"#,
+    ] {
+        let answer = admin(&gateway, "POST", "/admin/workers", wrong).await;
+        assert_eq!(answer.error(400)["param"], "url", "{wrong}");
+    }
+    assert_eq!(workers(&gateway).len(), 1);
+}
+
+#[tokio::test]
+async fn two_workers_of_one_name_do_not_start() {
+    let worker = FakeWorker::start().await;
+    let mut config = config(&[&worker, &worker]);
+    config.workers[1].name = "a".to_owned();
+    let started = Gateway::start(config);
+    assert!(matches!(started, Err(StartError::Worker(_))), "{started:?}");
+}
+
+#[tokio::test]
+async fn a_worker_may_be_removed_by_any_name() {
+    let worker = FakeWorker::start().await;
+    let gateway = gateway(&[]).await;
+    for (name, path) in [
+        ("127.0.0.1:8000", "127.0.0.1:8000"),
+        ("127.0.0.1:8000", "127.0.0.1%3A8000"),
+        ("rack/1", "rack%2f1"),
+        ("50%", "50%"),
+    ] {
+        let body = json!({ "url": worker.spec(name) }).to_string();
+        let answer = admin(&gateway, "POST", "/admin/workers", &body).await;
+        assert_eq!(answer.status(), 202, "{name}");
+        let path = format!("/admin/workers/{path}");
+        let answer = admin(&gateway, "DELETE", &path, "").await;
+        assert_eq!(answer.status(), 202, "{name}");
+        until("the worker to be gone", || workers(&gateway).is_empty()).await;
+    }
+}
+
+#[tokio::test]
+async fn unknown_admin_paths_are_named() {
+    let gateway = gateway(&[]).await;
+    let answer = admin(&gateway, "GET", "/admin/nothing", "").await;
+    let error = answer.error(404);
+    let message = error["message"].as_str().unwrap();
+    assert!(message.contains("GET /admin/nothing"), "{message}");
+    let answer = admin(&gateway, "DELETE", "/admin/workers/ghost", "").await;
+    answer.error(404);
+}
+
+// Explaining and measuring
+
+#[tokio::test]
+async fn explain_names_every_part_of_the_cost_and_books_nothing() {
+    let (mut first, second) = (FakeWorker::start().await, FakeWorker::start().await);
+    let mut config = config(&[&first, &second]);
+    config.router.policy = Policy::Kv;
+    config.router.overlap_weight = 2.0;
+    let gateway = gateway_with(config).await;
+    let mut other = second;
+    // One of them has the prompt, and still runs it.
+    let prompt = "the same words again and again ".repeat(30);
+    let body = chat(&prompt, true);
+    let mut client = Client::sending(gateway.address(), http("POST", CHAT, &body)).await;
+    let mut exchange = None;
+    until("a worker to be asked", || {
+        exchange = first.try_request().or_else(|| other.try_request());
+        exchange.is_some()
+    })
+    .await;
+    let mut exchange = exchange.unwrap();
+    exchange.start_stream().await;
+    exchange.send_chunk(token("x")).await;
+    let head = client.head().await;
+    let holder = head.get("x-foresee-worker").unwrap();
+    client.chunk().await;
+
+    let before = admin(&gateway, "GET", "/admin/workers", "").await.json();
+    for _ in 0..3 {
+        let answer = admin(&gateway, "POST", "/admin/explain", &body).await;
+        assert_eq!(answer.status(), 200);
+        let explained = answer.json();
+        assert_eq!(explained["policy"], "kv");
+        assert_eq!(explained["overlap_weight"], 2.0);
+        let candidates = explained["candidates"].as_array().unwrap();
+        assert_eq!(candidates.len(), 2);
+        let mut costs = HashMap::new();
+        for candidate in candidates {
+            let number = |name: &str| {
+                let value = &candidate[name];
+                value
+                    .as_f64()
+                    .unwrap_or_else(|| panic!("{name} in {candidate}"))
+            };
+            let name = candidate["worker"].as_str().unwrap();
+            let cost = 2.0 * number("prefill_blocks") + number("active_blocks_if_placed");
+            assert_eq!(number("cost"), cost, "{candidate}");
+            assert_eq!(
+                number("overlap_blocks"),
+                number("overlap_cached_blocks").max(number("overlap_active_blocks"))
+            );
+            let holds = name == holder;
+            assert_eq!(number("requests"), f64::from(u8::from(holds)));
+            assert_eq!(number("overlap_blocks") > 0.0, holds);
+            assert_eq!(number("active_blocks") > 0.0, holds);
+            costs.insert(name.to_owned(), number("cost"));
+            assert!((0.0..=1.0).contains(&number("probability")));
+        }
+        let choice = explained["choice"].as_str().unwrap();
+        assert!(costs.values().all(|cost| *cost >= costs[choice]));
+    }
+    let after = admin(&gateway, "GET", "/admin/workers", "").await.json();
+    let load = |listed: &Value| -> Vec<Value> {
+        let names = [
+            "requests",
+            "active_blocks",
+            "context_tokens",
+            "cached_blocks",
+        ];
+        let workers = listed["workers"].as_array().unwrap();
+        let pairs = workers
+            .iter()
+            .flat_map(|worker| names.map(|name| worker[name].clone()));
+        pairs.collect()
+    };
+    assert_eq!(load(&after), load(&before));
+    assert_eq!(gateway.router().bookings(), 1);
+    exchange.end_stream().await;
+    client.rest().await.unwrap();
+    freed(&gateway).await;
+
+    for (body, status) in [("{", 400), (r#"{"model": "gpt", "messages": []}"#, 404)] {
+        admin(&gateway, "POST", "/admin/explain", body)
+            .await
+            .error(status);
+    }
+    for body in [
+        r#"{"prompt": "hi"}"#,
+        r#"{"input": ["hi"]}"#,
+        r#"{"prompt": [1, 2]}"#,
+    ] {
+        let answer = admin(&gateway, "POST", "/admin/explain", body).await;
+        assert_eq!(answer.status(), 200, "{body}");
+    }
+}
+
+/// Reads exposition text as strictly as a scraper, and returns all names of series.
+fn parse_exposition(text: &str) -> HashSet<String> {
+    let mut names = HashSet::new();
+    let mut types = HashMap::new();
+    let body = text.strip_suffix("# EOF\n").expect("the end mark");
+    for line in body.lines() {
+        if let Some(comment) = line.strip_prefix("# ") {
+            let mut words = comment.splitn(3, ' ');
+            let (kind, name) = (words.next().unwrap(), words.next().unwrap());
+            assert!(["HELP", "TYPE", "UNIT"].contains(&kind), "{line}");
+            assert!(name.starts_with("foresee_"), "{line}");
+            if kind == "TYPE" {
+                let twice = types.insert(name.to_owned(), words.next().unwrap().to_owned());
+                assert_eq!(twice, None, "{line}");
+            }
+            continue;
+        }
+        let (series, value) = line.rsplit_once(' ').unwrap();
+        value.parse::<f64>().unwrap();
+        let (name, labels) = series.split_once('{').unwrap_or((series, "}"));
+        let labels = labels.strip_suffix('}').unwrap();
+        for label in labels.split_terminator(',') {
+            let (_, value) = label.split_once('=').unwrap();
+            assert!(
+                value.len() >= 2 && value.starts_with('"') && value.ends_with('"'),
+                "{line}"
+            );
+        }
+        let family = ["_total", "_bucket", "_count", "_sum"]
+            .iter()
+            .find_map(|suffix| {
+                name.strip_suffix(suffix)
+                    .filter(|name| types.contains_key(*name))
+            });
+        assert!(
+            types.contains_key(family.unwrap_or(name)),
+            "no type: {line}"
+        );
+        names.insert(
+            series
+                .split_once("le=")
+                .map_or(series, |(name, _)| name)
+                .to_owned(),
+        );
+    }
+    names
+}
+
+#[tokio::test]
+async fn metrics_keep_their_promised_names() {
+    let mut worker = FakeWorker::start().await;
+    let gateway = gateway(&[&worker]).await;
+    let mut client = Client::sending(gateway.address(), http("POST", CHAT, chat("hi", true))).await;
+    let mut exchange = worker.request().await;
+    exchange.start_stream().await;
+    exchange.send_chunk(token("x")).await;
+    exchange.send_chunk(token("y")).await;
+    client.head().await;
+    client.chunk().await;
+    let during = metrics(&gateway).await;
+    let active = "foresee_worker_active_blocks{worker=\"a\"}";
+    assert!(value(&during, active).unwrap() > 0.0);
+    assert_eq!(
+        value(&during, "foresee_worker_requests{worker=\"a\"}"),
+        Some(1.0)
+    );
+    let usage = json!({"choices": [], "usage": {
+        "prompt_tokens": 50, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 16},
+    }});
+    exchange.send_chunk(format!("data: {usage}\n\n")).await;
+    exchange.end_stream().await;
+    client.rest().await.unwrap();
+    freed(&gateway).await;
+
+    let text = metrics(&gateway).await;
+    let names = parse_exposition(&text);
+    for promised in [
+        "foresee_worker_active_blocks{worker=\"a\"}",
+        "foresee_worker_prefill_tokens{worker=\"a\"}",
+        "foresee_worker_requests{worker=\"a\"}",
+        "foresee_decision_duration_seconds_count",
+        "foresee_decision_duration_seconds_bucket{",
+        "foresee_time_to_first_token_seconds_count",
+        "foresee_time_to_first_token_seconds_bucket{",
+        "foresee_inter_token_latency_seconds_count",
+        "foresee_inter_token_latency_seconds_bucket{",
+        "foresee_overlap_blocks_total{kind=\"predicted\"}",
+        "foresee_overlap_blocks_total{kind=\"best\"}",
+        "foresee_overlap_blocks_total{kind=\"actual\"}",
+        "foresee_requests_total{outcome=\"ok\"}",
+    ] {
+        assert!(names.contains(promised), "{promised} in\n{text}");
+    }
+    assert_eq!(value(&text, active), Some(0.0));
+    assert_eq!(value(&text, "foresee_bookings"), Some(0.0));
+    let answer = call(gateway.admin_address(), "GET", "/metrics", "").await;
+    let content_type = answer.head.get("content-type").unwrap();
+    assert!(content_type.starts_with("application/openmetrics-text"));
+}

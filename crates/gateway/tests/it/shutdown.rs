@@ -1,0 +1,83 @@
+//! Stopping: nothing new, what runs may end, and no waiting beyond the deadline.
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+use std::time::{Duration, Instant};
+
+use crate::fake_worker::*;
+use tokio::net::TcpStream;
+
+#[tokio::test]
+async fn running_streams_end_and_nothing_new_is_accepted() {
+    let mut worker = FakeWorker::start().await;
+    let gateway = gateway(&[&worker]).await;
+    let router = gateway.router().clone();
+    let addresses = [gateway.address(), gateway.admin_address()];
+    // One connection is idle, one has never been used.
+    let mut idle = Client::sending(gateway.address(), http("GET", "/health", "")).await;
+    assert_eq!(idle.answer().await.status(), 200);
+    let _unused = Client::connect(gateway.address()).await;
+    let mut client = Client::sending(gateway.address(), http("POST", CHAT, chat("hi", true))).await;
+    let mut exchange = worker.request().await;
+    exchange.start_stream().await;
+    exchange.send_chunk(token("x")).await;
+    assert_eq!(client.head().await.status(), 200);
+    client.chunk().await;
+
+    let stopped = tokio::spawn(gateway.shut_down());
+    for address in addresses {
+        within("new connections to be refused", async {
+            while TcpStream::connect(address).await.is_ok() {}
+        })
+        .await;
+    }
+    assert!(!stopped.is_finished());
+    for _ in 0..3 {
+        exchange.send_chunk(token("y")).await;
+        assert_eq!(client.chunk().await, token("y").as_bytes());
+    }
+    let ended = Instant::now();
+    exchange.end_stream().await;
+    assert_eq!(client.rest().await.unwrap(), "data: [DONE]\n\n");
+    within("the gateway to stop", stopped).await.unwrap();
+    // Long before the deadline: idle connections hold nobody up.
+    assert!(ended.elapsed() < Duration::from_secs(1));
+    assert_eq!(router.bookings(), 0);
+    // And nobody is probed any more.
+    let probes = worker.probes();
+    a_few_probe_intervals().await;
+    assert!(worker.probes() <= probes + 1);
+}
+
+#[tokio::test]
+async fn a_stream_that_never_ends_is_left_at_the_deadline() {
+    let mut worker = FakeWorker::start().await;
+    let mut config = config(&[&worker]);
+    config.shutdown_timeout = Duration::from_millis(150);
+    let gateway = gateway_with(config).await;
+    let router = gateway.router().clone();
+    let mut client = Client::sending(gateway.address(), http("POST", CHAT, chat("hi", true))).await;
+    let mut exchange = worker.request().await;
+    exchange.start_stream().await;
+    exchange.send_chunk(token("x")).await;
+    client.head().await;
+    client.chunk().await;
+
+    let stopping = Instant::now();
+    within("the gateway to stop", gateway.shut_down()).await;
+    let took = stopping.elapsed();
+    assert!(took >= Duration::from_millis(150), "{took:?}");
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    // Nothing of it lives on.
+    within("the worker to be told", exchange.closed()).await;
+    assert!(client.rest().await.is_err());
+    until("the booking to be freed", || router.bookings() == 0).await;
+}
+
+#[tokio::test]
+async fn an_idle_gateway_stops_at_once() {
+    let worker = FakeWorker::start().await;
+    let gateway = gateway(&[&worker]).await;
+    let stopping = Instant::now();
+    gateway.shut_down().await;
+    assert!(stopping.elapsed() < Duration::from_millis(500));
+}

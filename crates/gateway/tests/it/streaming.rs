@@ -1,0 +1,159 @@
+//! Streams are watched as they pass: each token is load, and the end of a stream ends it.
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+use crate::fake_worker::*;
+use foresee_gateway::Gateway;
+use serde_json::json;
+
+async fn active_blocks(gateway: &Gateway) -> u64 {
+    let worker = shown(gateway, "a").await.unwrap();
+    worker["active_blocks"].as_u64().unwrap()
+}
+
+async fn context_tokens(gateway: &Gateway) -> u64 {
+    let worker = shown(gateway, "a").await.unwrap();
+    worker["context_tokens"].as_u64().unwrap()
+}
+
+/// A client that streams, and its exchange on the worker, before the answer's head.
+async fn streaming(gateway: &Gateway, worker: &mut FakeWorker) -> (Client, Exchange) {
+    let request = http("POST", CHAT, chat("a short prompt", true));
+    let client = Client::sending(gateway.address(), request).await;
+    let mut exchange = worker.request().await;
+    exchange.start_stream().await;
+    (client, exchange)
+}
+
+#[tokio::test]
+async fn tokens_grow_the_booking_and_its_end_frees_it() {
+    let mut worker = FakeWorker::start().await;
+    let gateway = gateway(&[&worker]).await;
+    let (mut client, mut exchange) = streaming(&gateway, &mut worker).await;
+    let before = active_blocks(&gateway).await;
+    let context = context_tokens(&gateway).await;
+    assert!(before > 0, "a request is counted before its first byte");
+
+    // Who speaks, then a comment: no token yet.
+    let role = json!({"choices": [{"delta": {"role": "assistant", "content": ""}}]});
+    exchange.send_chunk(format!("data: {role}\n\n")).await;
+    assert_eq!(client.head().await.status(), 200);
+    client.chunk().await;
+    exchange.send_chunk(": ping\n\n").await;
+    client.chunk().await;
+    assert_eq!(context_tokens(&gateway).await, context);
+
+    for count in 1..=64 {
+        exchange.send_chunk(token("é")).await;
+        client.chunk().await;
+        assert_eq!(context_tokens(&gateway).await, context + count);
+    }
+    let shown = shown(&gateway, "a").await.unwrap();
+    assert_eq!(active_blocks(&gateway).await, before + 64 / 16);
+    assert_eq!(shown["prefill_tokens"], 0);
+    assert_eq!(shown["requests"], 1);
+
+    exchange.end_stream().await;
+    assert_eq!(client.rest().await.unwrap(), "data: [DONE]\n\n");
+    freed(&gateway).await;
+    assert_eq!(active_blocks(&gateway).await, 0);
+    assert_eq!(context_tokens(&gateway).await, 0);
+    let text = metrics(&gateway).await;
+    assert_eq!(value(&text, "foresee_output_tokens_total"), Some(64.0));
+    let first = "foresee_time_to_first_token_seconds_count";
+    assert_eq!(value(&text, first), Some(1.0));
+    let next = "foresee_inter_token_latency_seconds_count";
+    assert_eq!(value(&text, next), Some(63.0));
+    let ok = "foresee_requests_total{outcome=\"ok\"}";
+    assert_eq!(value(&text, ok), Some(1.0));
+}
+
+#[tokio::test]
+async fn what_is_seen_does_not_depend_on_where_the_stream_is_cut() {
+    let mut worker = FakeWorker::start().await;
+    let gateway = gateway(&[&worker]).await;
+    let (mut client, mut exchange) = streaming(&gateway, &mut worker).await;
+    let context = context_tokens(&gateway).await;
+    // Three tokens, each byte of them in a chunk of its own.
+    let stream = [token("é"), token("\u{1F600}\\n"), token("z")].concat();
+    for byte in stream.as_bytes() {
+        exchange.send_chunk([*byte]).await;
+    }
+    exchange.send_chunk("data: [DO").await;
+    client.head().await;
+    let mut received = Vec::new();
+    while received.len() < stream.len() {
+        received.extend(client.chunk().await);
+    }
+    assert_eq!(received, stream.as_bytes());
+    assert_eq!(context_tokens(&gateway).await, context + 3);
+    exchange.send_chunk("NE]\n\n").await;
+    exchange.finish_chunks().await;
+    assert_eq!(client.rest().await.unwrap(), "data: [DONE]\n\n");
+    freed(&gateway).await;
+}
+
+#[tokio::test]
+async fn usage_corrects_the_count() {
+    let mut worker = FakeWorker::start().await;
+    let gateway = gateway(&[&worker]).await;
+    let (mut client, mut exchange) = streaming(&gateway, &mut worker).await;
+    let context = context_tokens(&gateway).await;
+    exchange.send_chunk(token("many tokens in one event")).await;
+    client.head().await;
+    client.chunk().await;
+    assert_eq!(context_tokens(&gateway).await, context + 1);
+    for reported in [40, 7] {
+        let usage = json!({"choices": [], "usage": {
+            "prompt_tokens": 100, "completion_tokens": reported,
+            "prompt_tokens_details": {"cached_tokens": 32},
+        }});
+        exchange.send_chunk(format!("data: {usage}\n\n")).await;
+        client.chunk().await;
+        assert_eq!(context_tokens(&gateway).await, context + reported);
+    }
+    exchange.end_stream().await;
+    client.rest().await.unwrap();
+    freed(&gateway).await;
+    let text = metrics(&gateway).await;
+    let actual = "foresee_overlap_blocks_total{kind=\"actual\"}";
+    assert_eq!(value(&text, actual), Some(2.0));
+    let under = "foresee_overlap_predictions_total{result=\"under\"}";
+    assert_eq!(value(&text, under), Some(1.0));
+}
+
+#[tokio::test]
+async fn an_answer_in_one_piece_holds_its_booking_until_its_end() {
+    let mut worker = FakeWorker::start().await;
+    let gateway = gateway(&[&worker]).await;
+    let request = http("POST", CHAT, chat("a prompt", false));
+    let mut client = Client::sending(gateway.address(), request).await;
+    let mut exchange = worker.request().await;
+    let body = json!({"choices": [], "usage": {"completion_tokens": 5}}).to_string();
+    let answer = whole("200 OK", "application/json", &body);
+    let (first, last) = answer.split_at(answer.len() - 5);
+    exchange.send(first).await;
+    client.head().await;
+    assert_eq!(shown(&gateway, "a").await.unwrap()["requests"], 1);
+    exchange.answer(last).await;
+    freed(&gateway).await;
+    counted(&gateway, "foresee_output_tokens_total", 5.0).await;
+}
+
+#[tokio::test]
+async fn one_connection_carries_one_stream_after_another() {
+    let mut worker = FakeWorker::start().await;
+    let gateway = gateway(&[&worker]).await;
+    let mut client = Client::connect(gateway.address()).await;
+    for _ in 0..3 {
+        client.send(http("POST", CHAT, chat("again", true))).await;
+        let mut exchange = worker.request().await;
+        exchange.start_stream().await;
+        exchange.send_chunk(token("x")).await;
+        exchange.end_stream().await;
+        assert_eq!(client.head().await.status(), 200);
+        assert!(client.rest().await.unwrap().ends_with("data: [DONE]\n\n"));
+    }
+    freed(&gateway).await;
+    // Probes and requests share a pool, so a second connection may have been needed.
+    assert!(worker.connections() <= 3, "{}", worker.connections());
+}

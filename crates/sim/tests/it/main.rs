@@ -1,0 +1,14 @@
+//! Integration tests of the simulated engine, the replays and the load client.
+
+mod conditions;
+mod engine;
+mod guard;
+mod load;
+mod replay;
+mod server;
+mod shadow;
+
+use std::num::NonZeroU32;
+
+/// Block size of the simulated engines, in tokens.
+const BLOCK: NonZeroU32 = NonZeroU32::new(16).unwrap();
