@@ -29,6 +29,8 @@ use zeromq::{PubSocket, RouterSocket, Socket, SocketRecv, SocketSend, ZmqMessage
 
 const BLOCK: u32 = 16;
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Status requests after which an event counts as lost.
+const LOOKS: u32 = 100;
 
 /// An engine that can be stopped and started again where it was.
 struct Engine {
@@ -162,17 +164,20 @@ impl Fleet {
 
     /// Has the engine publish something until it is heard.
     async fn hears_again(&self, engine: &Engine) {
-        for token in 1..PATIENCE.as_secs() as u32 {
-            self.send(&[token; 100], 20).await;
-            let heard = self.catches_up(engine);
-            if tokio::time::timeout(Duration::from_secs(1), heard)
-                .await
-                .is_ok()
-            {
-                return;
+        let heard = async {
+            for token in 1.. {
+                self.send(&[token; 100], 20).await;
+                let published = engine.metric("model_engine:kv_event_batches_total").await;
+                for _ in 0..LOOKS {
+                    if self.worker().await["kv_events"]["last_sequence"] == published - 1 {
+                        return;
+                    }
+                    tokio::time::sleep(Duration::from_millis(2)).await;
+                }
             }
-        }
-        panic!("nothing is heard from the engine");
+        };
+        let waited = tokio::time::timeout(PATIENCE, heard).await;
+        assert!(waited.is_ok(), "nothing is heard from the engine");
     }
 
     async fn send(&self, prompt: &[u32], max_tokens: u32) -> Hit {

@@ -1,7 +1,7 @@
 //! Clients leave, workers die, requests are wrong: who is told what, and what stays behind.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::fake_worker::*;
 use foresee_core::fleet::WorkerState;
@@ -19,11 +19,9 @@ async fn a_client_that_leaves_before_the_first_byte_frees_its_worker() {
         let mut exchange = worker.request().await;
         exchange.send(head).await;
         assert_eq!(shown(&gateway, "a").await.unwrap()["requests"], 1);
-        let left = Instant::now();
         drop(client);
         within("the worker to be told", exchange.closed()).await;
         freed(&gateway).await;
-        assert!(left.elapsed() < SOON, "{:?}", left.elapsed());
     }
     counted(
         &gateway,
@@ -48,11 +46,9 @@ async fn a_client_that_leaves_in_mid_answer_frees_its_worker() {
         client.head().await;
         assert_eq!(shown(&gateway, "a").await.unwrap()["requests"], 1);
         // The worker stays silent, so nobody notices by failing to write.
-        let left = Instant::now();
         drop(client);
         within("the worker to be told", exchange.closed()).await;
         freed(&gateway).await;
-        assert!(left.elapsed() < SOON, "{:?}", left.elapsed());
     }
     counted(
         &gateway,

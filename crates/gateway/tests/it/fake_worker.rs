@@ -25,13 +25,10 @@ use tokio::task::AbortHandle;
 /// No wait in these tests should take nearly as long.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// How soon the worker must learn that a client has left.
-pub(crate) const SOON: Duration = Duration::from_millis(500);
-
 /// The model that workers serve unless told otherwise.
 pub(crate) const MODEL: &str = "m";
 
-pub(crate) const PROBE_INTERVAL: Duration = Duration::from_millis(40);
+const PROBE_INTERVAL: Duration = Duration::from_millis(40);
 
 pub(crate) const STREAM_HEAD: &[u8] =
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n";

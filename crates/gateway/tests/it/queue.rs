@@ -1,6 +1,8 @@
 //! Requests wait at the gateway until their worker has room.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
+use std::time::Duration;
+
 use crate::fake_worker::*;
 use foresee_core::queue::Order;
 use foresee_gateway::{Gateway, GatewayConfig};
@@ -184,7 +186,7 @@ async fn whoever_waits_for_a_worker_that_dies_goes_to_another() {
 async fn nobody_waits_longer_than_for_a_first_byte() {
     let mut worker = FakeWorker::start().await;
     let mut config = queueing(&[&worker], Order::Fcfs);
-    config.first_byte_timeout = SOON;
+    config.first_byte_timeout = Duration::from_millis(500);
     let gateway = gateway_with(config).await;
     let mut first = sends(&gateway, "a", "").await;
     let exchange = worker.request().await;

@@ -6,10 +6,15 @@ use std::time::{Duration, Instant};
 use crate::fake_worker::*;
 use tokio::net::TcpStream;
 
+/// A shutdown deadline that no test waits for: a gateway that stops has not waited for it.
+const FAR: Duration = Duration::from_secs(3600);
+
 #[tokio::test]
 async fn running_streams_end_and_nothing_new_is_accepted() {
     let mut worker = FakeWorker::start().await;
-    let gateway = gateway(&[&worker]).await;
+    let mut config = config(&[&worker]);
+    config.shutdown_timeout = FAR;
+    let gateway = gateway_with(config).await;
     let router = gateway.router().clone();
     let addresses = [gateway.address(), gateway.admin_address()];
     // One connection is idle, one has never been used.
@@ -35,12 +40,10 @@ async fn running_streams_end_and_nothing_new_is_accepted() {
         exchange.send_chunk(token("y")).await;
         assert_eq!(client.chunk().await, token("y").as_bytes());
     }
-    let ended = Instant::now();
     exchange.end_stream().await;
     assert_eq!(client.rest().await.unwrap(), "data: [DONE]\n\n");
+    // Before the deadline: idle connections do not delay the shutdown.
     within("the gateway to stop", stopped).await.unwrap();
-    // Long before the deadline: idle connections hold nobody up.
-    assert!(ended.elapsed() < Duration::from_secs(1));
     assert_eq!(router.bookings(), 0);
     // And nobody is probed any more.
     let probes = worker.probes();
@@ -66,7 +69,6 @@ async fn a_stream_that_never_ends_is_left_at_the_deadline() {
     within("the gateway to stop", gateway.shut_down()).await;
     let took = stopping.elapsed();
     assert!(took >= Duration::from_millis(150), "{took:?}");
-    assert!(took < Duration::from_secs(1), "{took:?}");
     // Nothing of it lives on.
     within("the worker to be told", exchange.closed()).await;
     assert!(client.rest().await.is_err());
@@ -76,8 +78,8 @@ async fn a_stream_that_never_ends_is_left_at_the_deadline() {
 #[tokio::test]
 async fn an_idle_gateway_stops_at_once() {
     let worker = FakeWorker::start().await;
-    let gateway = gateway(&[&worker]).await;
-    let stopping = Instant::now();
-    gateway.shut_down().await;
-    assert!(stopping.elapsed() < Duration::from_millis(500));
+    let mut config = config(&[&worker]);
+    config.shutdown_timeout = FAR;
+    let gateway = gateway_with(config).await;
+    within("the gateway to stop", gateway.shut_down()).await;
 }
