@@ -1,5 +1,5 @@
-//! Whatever bytes an engine sends, reading them and following them does no harm: no panic, and no
-//! more of anything than the bytes can have said.
+//! Fuzzes the decoding of KV events and their application to a cache view. No bytes of an engine
+//! may cause a panic, or yield more values or blocks than the bytes can contain.
 //!
 //! `cargo fuzz run kv_events -s none`, on a stable toolchain too.
 
@@ -7,11 +7,11 @@
 
 use std::num::NonZeroU32;
 
-use foresee_core::cache::{CacheView, StoredBlocks};
+use foresee_core::event_index::{CacheView, StoredBlocks};
 use foresee_engine::kv_events::{BlockKey, Event, decode_batch, parse_message, parse_replay};
 use libfuzzer_sys::fuzz_target;
 
-/// Divides the block sizes that recorded engines have.
+/// The router's block size, which divides the block sizes of the recorded engines.
 const BLOCK_SIZE: NonZeroU32 = NonZeroU32::new(4).unwrap();
 
 fuzz_target!(|bytes: &[u8]| {
@@ -22,17 +22,17 @@ fuzz_target!(|bytes: &[u8]| {
     };
     let mut values = batch.malformed as usize + batch.unknown as usize;
     let mut view = CacheView::new(BLOCK_SIZE);
-    // Twice: what was removed or parked the first time is met again.
+    // Events are applied twice, so that removed blocks and orphans of the first pass occur again.
     for event in batch.events.iter().chain(&batch.events) {
         match event {
             Event::Stored(stored) => {
                 values += stored.hashes.len() + stored.tokens.len() + stored.extras.len();
-                let held = stored.tokens.capacity().max(stored.hashes.capacity());
-                assert!(held <= bytes.len());
+                let reserved = stored.tokens.capacity().max(stored.hashes.capacity());
+                assert!(reserved <= bytes.len());
                 let hashes: Vec<u64> = stored.hashes.iter().map(|&BlockKey(hash)| hash).collect();
                 view.store(&StoredBlocks {
                     parent: stored.parent.map(|BlockKey(hash)| hash),
-                    hashes: &hashes,
+                    engine_hashes: &hashes,
                     tokens: &stored.tokens,
                     block_size: stored.block_size,
                     salt: 0,

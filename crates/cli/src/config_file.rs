@@ -1,83 +1,158 @@
-//! `--config FILE`: the same settings as the flags, in TOML.
+//! `--config FILE`: the settings of `serve` in TOML.
 //!
-//! The file's settings become flags in front of those given, so there is one list of settings,
-//! with one set of defaults. A flag beats the environment, which beats the file; workers of all
-//! three are taken together.
+//! The keys are the names of the flags. A flag overrides the environment, which overrides the file.
+//! A setting comes from one of the three as a whole. The settings of the file are appended to the
+//! arguments as flags, and the command line is parsed again, so that flags and file have one syntax
+//! and one set of checks.
+
+mod worker_table;
 
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
-use clap::CommandFactory;
+use anyhow::{Context, anyhow, bail};
+use clap::parser::ValueSource;
+use clap::{Arg, ArgAction, ArgMatches};
 use toml::{Table, Value};
 
-use crate::Cli;
+pub(crate) use worker_table::from_flag;
 
-/// Puts the settings of the file that `--config` names in front of the other arguments.
-pub(crate) fn expand(arguments: Vec<OsString>) -> anyhow::Result<Vec<OsString>> {
-    let Some(path) = config_path(&arguments) else {
-        return Ok(arguments);
+use crate::values::{Kind, nearest};
+use crate::{CONFIGURED, InvalidConfiguration, command};
+
+/// Flags that the file does not accept as keys.
+const NOT_KEYS: [&str; 5] = ["config", "help", "version", "host", "port"];
+
+/// Groups of flags that set one setting. A flag or a variable of a group overrides all keys of that
+/// group in the file.
+const GROUPS: [&[&str]; 2] = [&["listen", "host", "port"], &["worker", "worker-urls"]];
+
+/// Returns the matches of the command line with the settings of the file, or `matches` unchanged
+/// without `--config`.
+///
+/// # Errors
+/// If the file cannot be read, or a setting in it is unknown or invalid.
+pub(crate) fn merge(arguments: Vec<OsString>, matches: ArgMatches) -> anyhow::Result<ArgMatches> {
+    let path = match matches.subcommand() {
+        Some((name, settings)) if CONFIGURED.contains(&name) => {
+            let path = settings.get_one::<PathBuf>("config").cloned();
+            path.map(|path| (name, settings, path))
+        }
+        _ => None,
     };
-    let text = std::fs::read_to_string(Path::new(&path))
-        .with_context(|| format!("cannot read {}", path.display()))?;
-    let table: Table = text
-        .parse()
-        .with_context(|| format!("{} is not TOML", path.display()))?;
-    let settings =
-        flags_of(&table, arguments.get(1)).with_context(|| format!("in {}", path.display()))?;
-    let mut expanded: Vec<OsString> = arguments.iter().take(2).cloned().collect();
-    expanded.extend(settings);
-    expanded.extend(arguments.into_iter().skip(2));
-    Ok(expanded)
+    let Some((name, settings, path)) = path else {
+        return Ok(matches);
+    };
+    let from_file = || format!("in {}", path.display());
+    let mut expanded = arguments;
+    let flags = flags(&path, name, settings)
+        .with_context(from_file)
+        .context(InvalidConfiguration)?;
+    expanded.extend(flags);
+    command().try_get_matches_from(expanded).map_err(|error| {
+        // The arguments without the file were valid, so the error is in the file.
+        let text = error.render().to_string();
+        let text = text.trim_start_matches("error: ");
+        let text = text.split("\n\nFor more information").next();
+        anyhow!("{}", text.unwrap_or_default().trim_end())
+            .context(from_file())
+            .context(InvalidConfiguration)
+    })
 }
 
-fn config_path(arguments: &[OsString]) -> Option<OsString> {
-    let given = arguments.iter().enumerate().find_map(|(i, argument)| {
-        let text = argument.to_str()?;
-        match text.strip_prefix("--config") {
-            Some("") => arguments.get(i + 1).cloned(),
-            Some(rest) => rest.strip_prefix('=').map(OsString::from),
-            None => None,
-        }
-    });
-    given.or_else(|| std::env::var_os("FORESEE_CONFIG"))
-}
-
-fn flags_of(table: &Table, subcommand: Option<&OsString>) -> anyhow::Result<Vec<OsString>> {
-    let cli = Cli::command();
-    let command = subcommand
-        .and_then(|name| name.to_str())
-        .and_then(|name| cli.find_subcommand(name))
-        .context("`--config` goes with a subcommand that takes it")?;
+/// Returns the settings of the file as flags. A setting that a flag or a variable sets is left out.
+fn flags(path: &Path, subcommand: &str, settings: &ArgMatches) -> anyhow::Result<Vec<OsString>> {
+    let text = std::fs::read_to_string(path).context("cannot read the file")?;
+    let table: Table = text.parse().context("the file is not valid TOML")?;
+    let mut program = command();
+    program.build();
+    let serve = program
+        .find_subcommand(subcommand)
+        .context("the subcommand has no settings")?;
     let mut flags = Vec::new();
-    for (key, value) in table {
-        let known = command
-            .get_arguments()
-            .find(|argument| argument.get_long() == Some(key) && key != "config");
-        let Some(argument) = known else {
-            bail!("unknown setting `{key}`: `foresee serve --help` lists them");
-        };
-        let overridden = argument
-            .get_env()
-            .is_some_and(|variable| std::env::var_os(variable).is_some());
-        if overridden {
-            continue;
+    let mut seen: Vec<String> = Vec::new();
+    for (key, value) in &table {
+        let name = key.replace('_', "-");
+        let argument = find(serve, key, &name)?;
+        if seen.contains(&name) {
+            bail!("key `{key}` is given twice, with a hyphen and with an underscore");
         }
-        let values = match value {
-            Value::Array(values) => values.as_slice(),
-            value => std::slice::from_ref(value),
-        };
-        for value in values {
-            let text = match value {
-                Value::String(text) => text.clone(),
-                Value::Integer(number) => number.to_string(),
-                Value::Float(number) => number.to_string(),
-                Value::Boolean(true) => "on".to_owned(),
-                Value::Boolean(false) => "off".to_owned(),
-                _ => bail!("`{key}` is neither text, a number, on/off, nor a list of those"),
-            };
-            flags.push(format!("--{key}={text}").into());
+        let values = values(key, argument, value)?;
+        if !is_overridden(&name, serve, settings) {
+            flags.extend(
+                values
+                    .iter()
+                    .map(|value| format!("--{name}={value}").into()),
+            );
         }
+        seen.push(name);
     }
     Ok(flags)
+}
+
+/// Returns the flags of a subcommand that the file accepts as keys, with their names.
+pub(crate) fn keys(serve: &clap::Command) -> impl Iterator<Item = (&Arg, &str)> {
+    let settings = serve.get_arguments().filter(|argument| is_key(argument));
+    settings.filter_map(|argument| Some((argument, argument.get_long()?)))
+}
+
+/// Returns whether the file accepts a flag of `serve` as a key.
+pub(crate) fn is_key(argument: &Arg) -> bool {
+    argument
+        .get_long()
+        .is_some_and(|name| !NOT_KEYS.contains(&name))
+}
+
+/// Returns the flag of a key. The error for an unknown key suggests the most similar one.
+fn find<'a>(serve: &'a clap::Command, key: &str, name: &str) -> anyhow::Result<&'a Arg> {
+    let found = keys(serve).find(|(_, known)| *known == name);
+    if let Some((argument, _)) = found {
+        return Ok(argument);
+    }
+    match nearest(name, keys(serve).map(|(_, name)| name)) {
+        Some(similar) => bail!("unknown key `{key}`; did you mean `{similar}`?"),
+        None => bail!("unknown key `{key}`; `foresee serve --help` lists the settings"),
+    }
+}
+
+/// Returns whether a flag or a variable sets this setting, or another flag of its group.
+fn is_overridden(name: &str, serve: &clap::Command, settings: &ArgMatches) -> bool {
+    let group = GROUPS.into_iter().find(|group| group.contains(&name));
+    let single = [name];
+    let names = group.unwrap_or(&single);
+    let arguments = serve.get_arguments().filter(|argument| {
+        let long = argument.get_long();
+        long.is_some_and(|long| names.contains(&long))
+    });
+    let mut sources = arguments.map(|argument| settings.value_source(argument.get_id().as_str()));
+    sources.any(|source| {
+        matches!(
+            source,
+            Some(ValueSource::CommandLine | ValueSource::EnvVariable)
+        )
+    })
+}
+
+/// Returns a value of the file, or the values of a list, as texts for the command line.
+fn values(key: &str, argument: &Arg, value: &Value) -> anyhow::Result<Vec<String>> {
+    let kind = Kind::of(argument);
+    let is_list = matches!(argument.get_action(), ArgAction::Append);
+    let values = match value {
+        Value::Array(values) if is_list => values.as_slice(),
+        Value::Array(_) => bail!("key `{key}` takes one value, not a list"),
+        value => std::slice::from_ref(value),
+    };
+    let texts = values.iter().map(|value| match value {
+        Value::String(text) => Ok(text.clone()),
+        Value::Integer(number) => Ok(number.to_string()),
+        Value::Float(number) => Ok(number.to_string()),
+        Value::Boolean(is_on) if kind == Kind::Switch => {
+            Ok(if *is_on { "on" } else { "off" }.to_owned())
+        }
+        Value::Table(table) if argument.get_long() == Some("worker") => {
+            worker_table::to_flag(table).with_context(|| format!("in a [[{key}]] table"))
+        }
+        other => bail!("key `{key}` cannot be a {}", other.type_str()),
+    });
+    texts.collect()
 }

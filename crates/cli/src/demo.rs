@@ -1,4 +1,4 @@
-//! `foresee demo`: eight model engines, the gateway and a client in one process, over TCP.
+//! `foresee demo`: mock engines, the router and a client in one process, over TCP.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -6,59 +6,63 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use foresee_core::choose::Policy;
-use foresee_core::fleet::WorkerState;
+use foresee_core::policy::Policy;
 use foresee_core::router::RouterConfig;
+use foresee_core::workers::{WorkerSnapshot, WorkerState};
 use foresee_gateway::{Gateway, GatewayConfig, WorkerConfig, raise_open_file_limit};
 use foresee_sim::load::{self, LiveOutcome, LiveReport, LoadConfig, NamedOutcome};
-use foresee_sim::server::{ServerConfig, bind, serve};
+use foresee_sim::mock_engine::{MockEngineConfig, bind, serve};
 use foresee_sim::workload::Workload;
-use indicatif::{ProgressBar, ProgressStyle};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::flags::{ModelEngineArgs, QueueArgs, RouterArgs, WorkloadArgs, list_workloads};
+use crate::flags::{EngineArgs, QueueArgs, RouterArgs, WorkloadArgs, policy, workload};
+use crate::output::print;
+use crate::progress;
 use crate::serve::runtime;
+use crate::values::{Fraction, address};
 
+/// Name of the model that the mock engines serve.
 const MODEL: &str = "model";
+/// Address with a port that the system chooses.
 const ANY_PORT: &str = "127.0.0.1:0";
 
-/// Time for engines to be found at the start, and for the last bookings to be freed at the end.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Time limit for all workers to become healthy at the start, and for all bookings to be released
+/// at the end.
+const STATE_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Args, Debug)]
-#[command(after_help = list_workloads())]
 pub(crate) struct DemoArgs {
-    /// A named workload
-    #[arg(long, default_value = "agent")]
+    /// Selects the requests to send, by the name of a workload
+    #[arg(long, default_value = "agent", value_parser = workload())]
     workload: String,
-    /// Policies to compare, separated by commas; each meets engines with empty caches
+    /// Selects the policies to compare, separated by commas; each starts with empty caches
     #[arg(
         long,
         value_delimiter = ',',
-        value_name = "POLICY",
-        default_value = "round-robin,delay"
+        default_values_t = [Policy::RoundRobin, Policy::default()],
+        value_parser = policy()
     )]
     policy: Vec<Policy>,
-    /// Model engines
-    #[arg(long, default_value_t = 8)]
+    /// Sets the number of mock engines
+    #[arg(long, value_name = "N", default_value_t = 8)]
     workers: u32,
-    /// How many times faster than real the engines run; reports speak in the engines' seconds
-    #[arg(long, default_value_t = 8.0)]
-    time_scale: f64,
-    /// Share of streams that the client leaves at a random point
-    #[arg(long, default_value_t = 0.0)]
-    abort_share: f64,
-    /// Stay up after the comparison, with the last policy
+    /// Sets the speed of the engines in multiples of real time; reports are in the engines' time
+    #[arg(long, value_name = "FACTOR", default_value_t = 8.0)]
+    speedup: f64,
+    /// Sets the fraction of streams that the client closes at a random point
+    #[arg(long, value_name = "FRACTION", default_value_t = Fraction(0.0))]
+    abort_fraction: Fraction,
+    /// Keeps the router and the engines running after the comparison, under the last policy
     #[arg(long)]
     keep: bool,
-    /// Where the gateway listens
-    #[arg(long, default_value = ANY_PORT)]
+    /// Sets the address of the router's API
+    #[arg(long, value_name = "HOST:PORT", default_value = ANY_PORT, value_parser = address)]
     listen: SocketAddr,
-    /// Where the gateway's metrics and admin listen
-    #[arg(long, default_value = ANY_PORT)]
+    /// Sets the address of the router's metrics and admin API
+    #[arg(long, value_name = "HOST:PORT", default_value = ANY_PORT, value_parser = address)]
     admin_listen: SocketAddr,
-    /// Also writes the report to this file
+    /// Writes the report as JSON to a file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     #[command(flatten)]
@@ -66,21 +70,24 @@ pub(crate) struct DemoArgs {
     #[command(flatten)]
     queue: QueueArgs,
     #[command(flatten)]
-    model_engine: ModelEngineArgs,
+    engine: EngineArgs,
     #[command(flatten)]
     shape: WorkloadArgs,
 }
 
+/// Runs the subcommand.
 pub(crate) fn demo(args: DemoArgs) -> anyhow::Result<()> {
     raise_open_file_limit().context("cannot raise the limit of open files")?;
     let workload = args.shape.make(&args.workload, args.router.seed)?;
     runtime()?.block_on(compare(&args, &workload))
 }
 
+/// Sends the workload once under each policy and prints the report. With `--keep`, then serves
+/// until an interrupt.
 async fn compare(args: &DemoArgs, workload: &Workload) -> anyhow::Result<()> {
     println!(
-        "{} model engines ({}) at {} times their real speed, behind one gateway, over TCP.",
-        args.workers, args.model_engine.engine.description, args.time_scale
+        "{} mock engines ({}) at {} times their real speed, behind one router, over TCP.",
+        args.workers, args.engine.preset.description, args.speedup
     );
     let mut report = LiveReport {
         workload: workload.name.clone(),
@@ -89,56 +96,59 @@ async fn compare(args: &DemoArgs, workload: &Workload) -> anyhow::Result<()> {
     };
     let mut last = None;
     for &policy in &args.policy {
-        if let Some(stage) = last.take() {
-            Stage::take_down(stage).await;
+        if let Some(fleet) = last.take() {
+            DemoFleet::shut_down(fleet).await;
         }
-        let stage = Stage::set_up(args, policy).await?;
-        let outcome = stage.play(args, workload, policy).await?;
-        stage.wait_until_empty().await?;
+        let fleet = DemoFleet::start(args, policy).await?;
+        let outcome = fleet.send(args, workload, policy).await?;
+        fleet.wait_until_empty().await?;
         report.outcomes.push(NamedOutcome {
             name: policy.to_string(),
             outcome,
         });
-        last = Some(stage);
+        last = Some(fleet);
     }
-    print!("{report}");
-    println!("Every booking was freed: no active block is left on any worker.");
+    print(&report)?;
+    println!("All bookings are released: no worker has an active block left.");
     if let Some(path) = &args.json {
         let json = serde_json::to_string_pretty(&report)?;
         std::fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
     }
-    let Some(stage) = last else {
+    let Some(fleet) = last else {
         return Ok(());
     };
     if args.keep {
-        stage.say_where();
+        fleet.print_addresses();
         tokio::signal::ctrl_c().await?;
     } else {
-        println!("\nWith --keep it stays up for you to send requests. Your own engines:");
+        println!("\nWith --keep, the router stays up for your own requests. For your own engines:");
         println!("  foresee serve --worker http://HOST:8000 --worker http://HOST2:8000");
     }
-    stage.take_down().await;
+    fleet.shut_down().await;
     Ok(())
 }
 
-/// The engines and the gateway of one run.
-struct Stage {
+/// The mock engines and the gateway for the run of one policy.
+struct DemoFleet {
     gateway: Gateway,
+    /// Servers of the mock engines.
     engines: JoinSet<std::io::Result<()>>,
+    /// Becomes true to stop the mock engines.
     stop_engines: watch::Sender<bool>,
 }
 
-impl Stage {
-    async fn set_up(args: &DemoArgs, policy: Policy) -> anyhow::Result<Self> {
+impl DemoFleet {
+    /// Starts the engines and the gateway, and waits until all workers are healthy.
+    async fn start(args: &DemoArgs, policy: Policy) -> anyhow::Result<Self> {
         let (stop_engines, stopped) = watch::channel(false);
         let mut engines = JoinSet::new();
         let mut workers = Vec::new();
         for number in 1..=args.workers {
             let seed = args.router.seed.wrapping_add(number.into());
-            let engine = args.model_engine.config(args.router.block_size, seed);
-            let config = ServerConfig {
-                time_scale: args.time_scale,
-                ..ServerConfig::new(MODEL, engine)
+            let engine = args.engine.config(args.router.block_size, seed);
+            let config = MockEngineConfig {
+                speedup: args.speedup,
+                ..MockEngineConfig::new(MODEL, engine)
             };
             let listener = bind(ANY_PORT.parse()?)?;
             let url = format!("http://{},name=engine-{number}", listener.local_addr()?);
@@ -156,40 +166,46 @@ impl Stage {
             admin_listen: args.admin_listen,
             workers,
             router: RouterConfig {
-                queue: args.queue.order(policy),
+                queue_order: args.queue.order(policy),
                 ..args.router.config(policy)
             },
             shutdown_timeout: Duration::from_secs(1),
             ..GatewayConfig::default()
         })?;
-        let stage = Self {
+        let fleet = Self {
             gateway,
             engines,
             stop_engines,
         };
         let all_healthy = || {
-            let workers = stage.gateway.router().workers(Duration::ZERO);
-            workers.iter().all(|it| it.state == WorkerState::Healthy)
+            let workers = fleet.gateway.router().workers(Duration::ZERO);
+            workers
+                .iter()
+                .all(|worker| worker.state == WorkerState::Healthy)
         };
-        if !comes_true(all_healthy).await {
-            bail!("the model engines did not come up");
+        if !becomes_true(all_healthy).await {
+            bail!("the mock engines did not become healthy within {STATE_TIMEOUT:?}");
         }
-        Ok(stage)
+        Ok(fleet)
     }
 
-    async fn play(
+    /// Sends the workload to the gateway and waits until every response has ended. Returns the
+    /// client's measurements, in the engines' time. `policy` only names the progress bar; the
+    /// gateway's policy is set by [`start`](Self::start).
+    ///
+    /// # Errors
+    /// If `--speedup` is out of range. Failed requests are counted in the outcome.
+    async fn send(
         &self,
         args: &DemoArgs,
         workload: &Workload,
         policy: Policy,
     ) -> anyhow::Result<LiveOutcome> {
-        let style = ProgressStyle::with_template("{prefix:16} {bar:40} {pos}/{len} {msg} {eta}")?;
-        let bar = ProgressBar::new(workload.requests.len() as u64).with_style(style);
-        bar.set_prefix(policy.to_string());
+        let bar = progress::bar(policy, workload.requests.len())?;
         let config = LoadConfig {
             workers: args.workers as usize,
-            time_scale: args.time_scale,
-            abort_share: args.abort_share,
+            speedup: args.speedup,
+            abort_fraction: args.abort_fraction.0,
             seed: args.router.seed,
             ..LoadConfig::new(format!("http://{}", self.gateway.address()), MODEL)
         };
@@ -202,26 +218,33 @@ impl Stage {
         Ok(outcome)
     }
 
-    /// What was booked must be free a moment after the last stream ended.
+    /// Waits until the router has released all bookings.
+    ///
+    /// # Errors
+    /// If a booking is left after [`STATE_TIMEOUT`].
     async fn wait_until_empty(&self) -> anyhow::Result<()> {
         let router = self.gateway.router();
         let is_empty = || {
             let workers = router.workers(Duration::ZERO);
-            let held = |it: &foresee_core::fleet::WorkerSnapshot| {
-                it.active_blocks + it.prefill_tokens + it.context_tokens + u64::from(it.requests)
+            let occupied = |worker: &WorkerSnapshot| {
+                worker.active_blocks
+                    + worker.prefill_tokens
+                    + worker.context_tokens
+                    + u64::from(worker.requests)
             };
-            router.bookings() == 0 && workers.iter().map(held).sum::<u64>() == 0
+            router.booking_count() == 0 && workers.iter().map(occupied).sum::<u64>() == 0
         };
-        if !comes_true(is_empty).await {
+        if !becomes_true(is_empty).await {
             bail!(
-                "bookings were not freed: {:#?}",
+                "bookings were not released within {STATE_TIMEOUT:?}: {:#?}",
                 router.workers(Duration::ZERO)
             );
         }
         Ok(())
     }
 
-    fn say_where(&self) {
+    /// Prints the addresses, with commands to try.
+    fn print_addresses(&self) {
         let (api, admin) = (self.gateway.address(), self.gateway.admin_address());
         println!("\nPoint a client at http://{api}/v1, or try:");
         println!(
@@ -229,22 +252,23 @@ impl Stage {
         );
         println!("  curl http://{admin}/admin/workers");
         println!("  curl http://{admin}/metrics");
-        println!("Ctrl-C ends it.");
+        println!("Press Ctrl-C to stop.");
     }
 
-    async fn take_down(self) {
+    /// Stops the gateway, then the engines.
+    async fn shut_down(self) {
         self.gateway.shut_down().await;
         self.stop_engines.send_replace(true);
         self.engines.join_all().await;
     }
 }
 
-/// Whether `condition` becomes true before patience runs out.
-async fn comes_true(condition: impl Fn() -> bool) -> bool {
+/// Waits until a condition is true. Returns false if that takes longer than [`STATE_TIMEOUT`].
+async fn becomes_true(condition: impl Fn() -> bool) -> bool {
     let wait = async {
         while !condition() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    tokio::time::timeout(PATIENCE, wait).await.is_ok()
+    tokio::time::timeout(STATE_TIMEOUT, wait).await.is_ok()
 }

@@ -2,135 +2,193 @@
 
 use std::fmt;
 use std::num::NonZeroU32;
-use std::str::FromStr;
-use std::time::Duration;
+use std::sync::LazyLock;
 
 use clap::{Args, ValueEnum};
-use foresee_core::DEFAULT_TTFT_WEIGHT;
-use foresee_core::choose::Policy;
-use foresee_core::queue::{Order, UnknownOrder};
+use foresee_core::policy::Policy;
+use foresee_core::queue::QueueOrder;
 use foresee_core::router::RouterConfig;
+use foresee_gateway::GatewayConfig;
 use foresee_sim::engine::EngineConfig;
-use foresee_sim::law::{Preset, UnknownPreset};
+use foresee_sim::step_time::{PRESETS, Preset};
 use foresee_sim::workload::{NAMED, Recipe, Shape, Spacing, UnknownSpacing, Workload};
 
-/// How the router decides.
+use crate::values::{Choice, Fraction, duration};
+
+/// Default settings of the libraries, which are the defaults of the flags.
+pub(crate) static DEFAULTS: LazyLock<GatewayConfig> = LazyLock::new(GatewayConfig::default);
+
+/// Returns the parser of `--policy`. The error for the name of another router's policy suggests the
+/// corresponding policy of this router.
+pub(crate) fn policy() -> Choice<Policy> {
+    let policies = Policy::ALL;
+    let policies = policies.map(|(policy, name)| (policy, name, policy.description()));
+    Choice::new(policies).suggesting(&[
+        ("cache-aware", "marginal-delay"),
+        ("prefix-aware", "marginal-delay"),
+        ("prefixaware", "marginal-delay"),
+        ("kv-aware", "marginal-delay"),
+        ("kvaware", "marginal-delay"),
+        ("roundrobin", "round-robin"),
+        ("manual", "consistent-hash"),
+        ("session", "consistent-hash"),
+        ("least-loaded", "least-requests"),
+    ])
+}
+
+/// Settings of the routing decision.
 #[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Routing")]
 pub(crate) struct RouterArgs {
-    /// What computing a prompt block costs, in active blocks; 0 is pure load balancing
-    #[arg(long, default_value_t = 1.0, env = "FORESEE_OVERLAP_WEIGHT")]
+    /// Sets the cost of a prompt block to compute, in active blocks; 0 balances load only
+    ///
+    /// Under kv, a higher weight keeps requests at workers that have their prefix in cache. Under
+    /// marginal-delay, the weight multiplies the predicted prefill time.
+    #[arg(long, value_name = "WEIGHT", default_value_t = DEFAULTS.router.overlap_weight, env = "FORESEE_OVERLAP_WEIGHT")]
     pub(crate) overlap_weight: f64,
-    /// What a second until the first token counts, in seconds of anybody's delay
-    #[arg(long, default_value_t = DEFAULT_TTFT_WEIGHT, env = "FORESEE_TTFT_WEIGHT")]
+    /// Sets how much a second of time to first token weighs against a second of total latency
+    ///
+    /// A higher weight gives faster first tokens, a lower one faster completion. For
+    /// marginal-delay.
+    #[arg(long, value_name = "WEIGHT", default_value_t = DEFAULTS.router.ttft_weight, env = "FORESEE_TTFT_WEIGHT")]
     pub(crate) ttft_weight: f64,
-    /// 0 takes the least cost; above, samples by softmax over costs
-    #[arg(long, default_value_t = 0.0, env = "FORESEE_TEMPERATURE")]
+    /// Sets the randomness of the choice: 0 takes the least cost, higher values sample by softmax
+    #[arg(long, value_name = "NUMBER", default_value_t = DEFAULTS.router.temperature, env = "FORESEE_TEMPERATURE")]
     pub(crate) temperature: f64,
-    /// Tokens per KV block: the engine's own
+    /// Sets the tokens per KV block; use the engines' own block size
     #[arg(
         long,
-        default_value = "16",
+        default_value_t = DEFAULTS.router.block_size,
         value_name = "TOKENS",
         env = "FORESEE_BLOCK_SIZE"
     )]
     pub(crate) block_size: NonZeroU32,
-    /// Fixes every random choice
-    #[arg(long, default_value_t = 0, env = "FORESEE_SEED")]
+    /// Sets the seed of all random choices; change it for an independent run
+    #[arg(long, value_name = "NUMBER", default_value_t = DEFAULTS.router.seed, env = "FORESEE_SEED")]
     pub(crate) seed: u64,
 }
 
 impl RouterArgs {
+    /// Returns the settings of a router under `policy`, with the policy's default queue order.
     pub(crate) fn config(&self, policy: Policy) -> RouterConfig {
         RouterConfig {
-            policy,
             overlap_weight: self.overlap_weight,
             ttft_weight: self.ttft_weight,
             temperature: self.temperature,
             block_size: self.block_size,
-            queue: None,
             seed: self.seed,
+            ..RouterConfig::for_policy(policy)
         }
     }
 }
 
-/// Whether requests wait here, and in which order.
+/// Settings of the router's queues.
 #[derive(Args, Clone, Copy, Debug)]
+#[command(next_help_heading = "Queue")]
 pub(crate) struct QueueArgs {
-    /// In which order requests wait here until their worker has room: shortest (least to compute
-    /// first, with ageing), fcfs, fair (tenants alike), or off to send each at once. By default
-    /// shortest under --policy delay, and off under others
-    #[arg(long, value_name = "ORDER", env = "FORESEE_QUEUE")]
+    /// Sets the order in which requests wait at the router until their worker can take them
+    ///
+    /// The default is shortest under marginal-delay, and off under other policies.
+    #[arg(long, value_name = "ORDER", env = "FORESEE_QUEUE", value_parser = queue())]
     queue: Option<Queue>,
 }
 
 impl QueueArgs {
-    /// What is asked for, or is best under this policy.
-    pub(crate) fn order(self, policy: Policy) -> Option<Order> {
-        let best = (policy == Policy::Delay).then_some(Order::Shortest);
-        self.queue.map_or(best, |Queue(asked_for)| asked_for)
+    /// Returns the order of the flag, or the default of `policy`. `None` means no queue.
+    pub(crate) fn order(self, policy: Policy) -> Option<QueueOrder> {
+        self.queue
+            .map_or(policy.default_queue(), |Queue(order)| order)
     }
 }
 
-/// An order, or `off`.
+/// A queue order, or `None` for `off`.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Queue(pub(crate) Option<Order>);
+pub(crate) struct Queue(pub(crate) Option<QueueOrder>);
 
-impl FromStr for Queue {
-    type Err = String;
+/// Value of `--queue` for no queue.
+const NO_QUEUE: &str = "off";
 
-    fn from_str(text: &str) -> Result<Self, String> {
-        if text == "off" {
-            return Ok(Self(None));
-        }
-        let order = text.parse().map(|order| Self(Some(order)));
-        order.map_err(|error: UnknownOrder| format!("{error}; or off"))
-    }
+/// Returns the parser of `--queue`.
+fn queue() -> Choice<Queue> {
+    let orders =
+        QueueOrder::ALL.map(|(order, name)| (Queue(Some(order)), name, order.description()));
+    let off = (Queue(None), NO_QUEUE, "every request is sent at once");
+    Choice::new(orders.into_iter().chain([off]))
 }
 
 impl fmt::Display for Queue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
             Some(order) => order.fmt(f),
-            None => f.pad("off"),
+            None => f.pad(NO_QUEUE),
         }
     }
 }
 
-/// `on` or `off`.
+/// A switch: `on` or `off`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Switch {
     On,
     Off,
 }
 
-/// What a model engine is like.
+impl From<bool> for Switch {
+    fn from(is_on: bool) -> Self {
+        if is_on { Self::On } else { Self::Off }
+    }
+}
+
+impl fmt::Display for Switch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::On => "on",
+            Self::Off => "off",
+        })
+    }
+}
+
+/// The properties of a mock engine.
 #[derive(Args, Clone, Debug)]
-pub(crate) struct ModelEngineArgs {
-    /// Model and accelerator it imitates: l40s-8b or h100-70b-tp4
-    #[arg(long, default_value = "l40s-8b", value_name = "PRESET", value_parser = preset)]
-    pub(crate) engine: &'static Preset,
-    /// KV blocks of each engine, if not the preset's
+#[command(next_help_heading = "Mock engine")]
+pub(crate) struct EngineArgs {
+    /// Selects the model and the accelerator to imitate
+    #[arg(
+        long = "engine",
+        default_value = PRESETS[0].name,
+        value_name = "PRESET",
+        value_parser = preset()
+    )]
+    pub(crate) preset: &'static Preset,
+    /// Sets the number of KV blocks of each engine, in place of the preset's
     #[arg(long)]
     pub(crate) blocks: Option<NonZeroU32>,
-    /// Most tokens an engine computes in one step, if not the preset's
-    #[arg(long)]
+    /// Sets the maximum number of tokens in one engine step, in place of the preset's
+    #[arg(long, value_name = "TOKENS")]
     pub(crate) max_num_batched_tokens: Option<NonZeroU32>,
-    /// Most requests an engine runs at once
-    #[arg(long, default_value = "256")]
-    pub(crate) max_num_seqs: NonZeroU32,
-    /// Whether an engine shares blocks between requests
-    #[arg(long, default_value = "on")]
+    /// Sets the maximum number of requests that an engine runs at a time, in place of the preset's
+    #[arg(long, value_name = "REQUESTS")]
+    pub(crate) max_num_seqs: Option<NonZeroU32>,
+    /// Selects whether requests share cached blocks in an engine
+    #[arg(long, value_name = "SWITCH", default_value_t = Switch::On)]
     pub(crate) prefix_caching: Switch,
 }
 
-impl ModelEngineArgs {
+/// Returns the parser of `--engine`.
+fn preset() -> Choice<&'static Preset> {
+    Choice::new(PRESETS.map(|preset| (preset, preset.name, preset.description)))
+}
+
+impl EngineArgs {
+    /// Returns the configuration of an engine whose noise in step times has this seed.
     pub(crate) fn config(&self, block_size: NonZeroU32, seed: u64) -> EngineConfig {
-        let mut config = EngineConfig::from_preset(self.engine, block_size);
-        config.max_num_seqs = self.max_num_seqs.get();
+        let mut config = EngineConfig::from_preset(self.preset, block_size);
         config.prefix_caching = self.prefix_caching == Switch::On;
         config.seed = seed;
         if let Some(blocks) = self.blocks {
             config.blocks = blocks.get();
+        }
+        if let Some(requests) = self.max_num_seqs {
+            config.max_num_seqs = requests.get();
         }
         if let Some(tokens) = self.max_num_batched_tokens {
             config.max_num_batched_tokens = tokens.get();
@@ -139,55 +197,74 @@ impl ModelEngineArgs {
     }
 }
 
-/// Changes to a named workload. What is not given stays as the name has it.
+/// Returns the parser of `--workload`.
+pub(crate) fn workload() -> Choice<String> {
+    Choice::new(NAMED.map(|(name, description)| (name.to_owned(), name, description)))
+}
+
+/// Changes of a named workload. Without a flag, the workload keeps its own value.
 #[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Shape of the workload")]
 pub(crate) struct WorkloadArgs {
-    /// Requests (conversations for chat, tasks for agent); of a trace, the first so many
+    /// Sets the number of requests: conversations for chat, tasks for agent, and the first requests
+    /// of a trace
     #[arg(long)]
     pub(crate) requests: Option<u32>,
-    /// Requests in flight at a time, for the seed workloads
-    #[arg(long)]
+    /// Sets the number of requests in flight at a time, for workloads without an arrival rate
+    #[arg(long, value_name = "REQUESTS")]
     pub(crate) concurrency: Option<usize>,
-    /// Mean prompt length, in tokens
-    #[arg(long)]
+    /// Sets the mean length of prompts, in tokens: of a message for chat, of the tool prompt for agent,
+    /// of all documents for rag
+    #[arg(long, value_name = "TOKENS")]
     pub(crate) isl: Option<u32>,
-    /// Mean answer length, in tokens
-    #[arg(long)]
+    /// Sets the mean output length, in tokens
+    #[arg(long, value_name = "TOKENS")]
     pub(crate) osl: Option<u32>,
-    /// Prompt lengths vary by this share, up and down
-    #[arg(long)]
+    /// Sets how far prompt lengths vary in both directions, as a fraction of the mean
+    #[arg(long, value_name = "FRACTION")]
     pub(crate) isl_spread: Option<f64>,
-    /// Answer lengths vary by this share, up and down
-    #[arg(long)]
+    /// Sets how far output lengths vary in both directions, as a fraction of the mean
+    #[arg(long, value_name = "FRACTION")]
     pub(crate) osl_spread: Option<f64>,
-    /// Share of prompts that are longer by --heavy-factor
-    #[arg(long)]
-    pub(crate) heavy_fraction: Option<f64>,
-    /// How many times longer those are
-    #[arg(long)]
+    /// Sets the fraction of prompts that are longer by --heavy-factor
+    #[arg(long, value_name = "FRACTION")]
+    pub(crate) heavy_fraction: Option<Fraction>,
+    /// Sets the length of heavy prompts, in multiples of the mean
+    #[arg(long, value_name = "FACTOR")]
     pub(crate) heavy_factor: Option<f64>,
-    /// Number of prefixes that prompts begin with; 0 for none
-    #[arg(long)]
+    /// Sets the number of different prefixes that prompts begin with; 0 for none
+    #[arg(long, value_name = "N")]
     pub(crate) prefixes: Option<u32>,
-    /// Share of a prompt that is its prefix
-    #[arg(long)]
-    pub(crate) prefix_share: Option<f64>,
-    /// Mean time between two conversations, for chat, in milliseconds
-    #[arg(long, conflicts_with = "rps")]
-    pub(crate) gap_ms: Option<u32>,
-    /// Requests a second, on average: they arrive whether or not others have ended
+    /// Sets the fraction of a prompt that is its prefix
+    #[arg(long, value_name = "FRACTION")]
+    pub(crate) prefix_fraction: Option<Fraction>,
+    /// Sets the mean time between the starts of two conversations, for chat, such as 500ms
+    #[arg(long, conflicts_with = "rps", value_name = "DURATION", value_parser = duration)]
+    pub(crate) gap: Option<humantime::Duration>,
+    /// Sets the mean arrivals per second, whether or not earlier requests have ended
     ///
-    /// Of conversations and tasks it is the beginnings that come at the rate that makes so many.
+    /// Conversations and tasks start at the rate that gives this many requests per second.
     #[arg(long, value_name = "REQUESTS")]
     pub(crate) rps: Option<f64>,
-    /// How arrivals at --rps are spread: poisson, even, or gamma:CV, whose standard deviation is
-    /// CV times the mean: bursts and lulls
+    /// Sets how arrivals at --rps are spaced: poisson, even, or gamma:CV for bursts and lulls
+    ///
+    /// CV is the standard deviation of the time between two arrivals, divided by its mean.
     #[arg(long, value_name = "SPACING", default_value = "poisson", value_parser = spacing)]
     pub(crate) arrivals: Spacing,
 }
 
 impl WorkloadArgs {
-    /// Makes the workload of that name, changed as asked.
+    /// Generates the workload `name`, changed by the flags. Equal flags and seeds give equal
+    /// requests.
+    ///
+    /// A flag that does not apply to the kind of workload has no effect. `--isl` sets the mean
+    /// length of a message for chat, of the prompt that tasks of a kind share for agent, and of all
+    /// documents of a prompt together for rag. With `--rps`, bursts and workloads with a fixed
+    /// concurrency become open-loop workloads.
+    ///
+    /// # Errors
+    /// If no workload has this name, or `--rps` is not a positive number or gives fewer than one
+    /// start in a million seconds.
     pub(crate) fn make(&self, name: &str, seed: u64) -> anyhow::Result<Workload> {
         let mut recipe = Recipe::named(name)?;
         match &mut recipe {
@@ -210,22 +287,21 @@ impl WorkloadArgs {
             Recipe::Chat(chat) => {
                 replace(&mut chat.conversations, self.requests);
                 replace(&mut chat.message_tokens, self.isl);
-                replace(&mut chat.answer_tokens, self.osl);
-                let gap = self.gap_ms.map(|ms| Duration::from_millis(ms.into()));
-                replace(&mut chat.starts.mean, gap);
+                replace(&mut chat.output_tokens, self.osl);
+                replace(&mut chat.starts.mean, self.gap.map(Into::into));
             }
             Recipe::Agent(agent) => {
                 replace(&mut agent.tasks, self.requests);
                 replace(&mut agent.tool_prompt_tokens, self.isl);
-                replace(&mut agent.answer_tokens, self.osl);
+                replace(&mut agent.output_tokens, self.osl);
             }
             Recipe::Rag(rag) => {
                 replace(&mut rag.requests, self.requests);
                 replace(
                     &mut rag.document_tokens,
-                    self.isl.map(|it| it / rag.per_prompt),
+                    self.isl.map(|tokens| tokens / rag.per_prompt),
                 );
-                replace(&mut rag.answer_tokens, self.osl);
+                replace(&mut rag.output_tokens, self.osl);
             }
         }
         if let Some(rate) = self.rps {
@@ -236,34 +312,33 @@ impl WorkloadArgs {
         Ok(workload)
     }
 
+    /// Applies the flags to the shape of a synthetic workload.
     fn reshape(&self, shape: &mut Shape) {
         replace(&mut shape.isl, self.isl);
         replace(&mut shape.osl, self.osl);
         replace(&mut shape.isl_spread, self.isl_spread);
         replace(&mut shape.osl_spread, self.osl_spread);
-        replace(&mut shape.heavy_fraction, self.heavy_fraction);
+        replace(
+            &mut shape.heavy_fraction,
+            self.heavy_fraction.map(|fraction| fraction.0),
+        );
         replace(&mut shape.heavy_factor, self.heavy_factor);
         replace(&mut shape.prefixes, self.prefixes);
-        replace(&mut shape.prefix_share, self.prefix_share);
+        replace(
+            &mut shape.prefix_fraction,
+            self.prefix_fraction.map(|fraction| fraction.0),
+        );
     }
 }
 
+/// Overwrites a setting if its flag is given.
 fn replace<T>(setting: &mut T, given: Option<T>) {
     if let Some(given) = given {
         *setting = given;
     }
 }
 
-/// The workloads there are, for `--help`.
-pub(crate) fn list_workloads() -> String {
-    let lines = NAMED.map(|(name, what)| format!("  {name:<18} {what}"));
-    format!("Workloads:\n{}", lines.join("\n"))
-}
-
+/// Parses `--arrivals`.
 fn spacing(text: &str) -> Result<Spacing, UnknownSpacing> {
     text.parse()
-}
-
-fn preset(name: &str) -> Result<&'static Preset, UnknownPreset> {
-    name.parse()
 }

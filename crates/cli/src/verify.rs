@@ -1,104 +1,147 @@
-//! `foresee verify`: a router in front of engines that run, and what it got right.
+//! `foresee verify`: compares a router's predictions with running engines.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, bail};
-use clap::Args;
+use anyhow::{Context, anyhow, bail};
+use clap::{ArgMatches, Args};
+use foresee_core::policy::Policy;
+use foresee_core::router::RouterConfig;
 use foresee_gateway::{Gateway, GatewayConfig, raise_open_file_limit};
-use foresee_sim::verify::{self, Lengths, VerifyConfig};
-use indicatif::{ProgressBar, ProgressStyle};
+use foresee_sim::verify::{self, Lengths, Verdict, VerifyConfig};
 
-use crate::serve::{ServeArgs, runtime};
+use crate::exit::not_carried_out;
+use crate::flags::{DEFAULTS, QueueArgs, RouterArgs, Switch, policy};
+use crate::output::print;
+use crate::progress;
+use crate::serve::{PromptArgs, WorkerArgs, runtime};
+use crate::values::{Fraction, positive_duration};
 
 #[derive(Args, Debug)]
 pub(crate) struct VerifyArgs {
-    /// Requests of each phase
-    #[arg(long, default_value_t = 300)]
+    /// Sets the number of requests of each phase
+    #[arg(long, value_name = "N", default_value_t = 300)]
     requests: usize,
-    /// Requests in flight at a time: a phase for each number; those alike are judged together
+    /// Sets the number of requests in flight at a time, one phase for each number; phases with
+    /// equal numbers are judged together
     #[arg(long, value_delimiter = ',', value_name = "N", default_value = "1,8")]
     concurrency: Vec<usize>,
-    /// The model to ask for; the first that the workers serve by default
-    #[arg(long)]
+    /// Names the model of the requests [default: the first model that the workers serve]
+    #[arg(long, value_name = "NAME")]
     model: Option<String>,
-    /// Tokens of the longest prompt
+    /// Sets the longest prompt, in tokens
     #[arg(long, default_value_t = 1000, value_name = "TOKENS")]
     max_prompt: u32,
-    /// Tokens of the longest answer
+    /// Sets the longest output, in tokens
     #[arg(long, default_value_t = 64, value_name = "TOKENS")]
-    max_answer: u32,
-    /// Share of answers that are streamed; how far others are, nobody can see
-    #[arg(long, default_value_t = 0.6)]
-    stream_share: f64,
-    /// Share of streams that the client leaves before their end, where several run
-    #[arg(long, default_value_t = 0.05)]
-    abort_share: f64,
-    /// Seconds between two looks at the engines' metrics
-    #[arg(long, default_value_t = 0.25, value_name = "SECONDS")]
-    sample_interval: f64,
-    /// Decides every prompt; by default no two runs share one, because engines would remember
+    max_output: u32,
+    /// Sets the fraction of responses that are streamed; the router cannot see the progress of the
+    /// rest
+    #[arg(long, value_name = "FRACTION", default_value_t = Fraction(0.6))]
+    stream_fraction: Fraction,
+    /// Sets the fraction of streams that the client closes early, in phases with several in flight
+    #[arg(long, value_name = "FRACTION", default_value_t = Fraction(0.05))]
+    abort_fraction: Fraction,
+    /// Sets the time between two reads of the engines' metrics, such as 250ms
+    #[arg(
+        long,
+        default_value = "250ms",
+        value_name = "DURATION",
+        value_parser = positive_duration
+    )]
+    sample_interval: humantime::Duration,
+    /// Sets the seed of all prompts [default: the time, because engines remember earlier prompts]
     #[arg(long, value_name = "NUMBER")]
     prompt_seed: Option<u64>,
-    /// The address of a router that serves already (without /v1), to be verified in place of one of
-    /// its own: the workers are its, and --block-size and --tokenizer must be as it has them
+    /// Names a running router by its URL without /v1, to verify in place of a new one
+    ///
+    /// The running router's workers are verified. Set --block-size and --tokenizer to its values.
     #[arg(long, value_name = "URL", requires = "router_admin")]
     router: Option<String>,
-    /// The address of its admin API
+    /// Sets the URL of the running router's admin API
     #[arg(long, value_name = "URL", requires = "router")]
     router_admin: Option<String>,
-    /// Writes the report as a page with pictures
+    /// Writes the report as an HTML page with charts to a file
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
-    /// Writes the report as JSON
+    /// Writes the report as JSON to a file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     #[command(flatten)]
-    serve: ServeArgs,
+    workers: WorkerArgs,
+    #[command(flatten)]
+    prompts: PromptArgs,
+    /// Selects how a worker is chosen for a request
+    #[arg(
+        long,
+        default_value_t = DEFAULTS.router.policy,
+        value_parser = policy(),
+        env = "FORESEE_POLICY",
+        help_heading = "Routing"
+    )]
+    policy: Policy,
+    #[command(flatten)]
+    routing: RouterArgs,
+    #[command(flatten)]
+    queue: QueueArgs,
 }
 
-pub(crate) fn verify(args: VerifyArgs) -> anyhow::Result<ExitCode> {
-    raise_open_file_limit().context("cannot raise the limit of open files")?;
-    runtime()?.block_on(run(args))
-}
-
-async fn run(args: VerifyArgs) -> anyhow::Result<ExitCode> {
-    let shares = [
-        ("--stream-share", args.stream_share),
-        ("--abort-share", args.abort_share),
-    ];
-    for (flag, share) in shares {
-        if !(0.0..=1.0).contains(&share) {
-            bail!("`{flag}` is {share}: it must be from 0 to 1");
-        }
+impl VerifyArgs {
+    /// Resolves the workers, which flags and variables can set.
+    pub(crate) fn resolve(mut self, matches: &ArgMatches) -> Self {
+        self.workers = self.workers.resolve(matches);
+        self
     }
-    let sample_interval = Duration::try_from_secs_f64(args.sample_interval).ok();
-    let sample_interval = sample_interval
-        .filter(|interval| !interval.is_zero())
-        .context("`--sample-interval` must be more than 0 seconds")?;
+}
+
+/// Runs the subcommand and returns its exit code.
+pub(crate) fn verify(args: VerifyArgs) -> ExitCode {
+    let verdict = raise_open_file_limit()
+        .context("cannot raise the limit of open files")
+        .and_then(|_| runtime()?.block_on(run(args)));
+    match verdict {
+        Ok(Verdict::Holds | Verdict::NotShown) => ExitCode::SUCCESS,
+        Ok(Verdict::Fails) => ExitCode::FAILURE,
+        Ok(Verdict::NotMeasured) => not_carried_out(&anyhow!(
+            "no response reported both a prediction and cached_tokens"
+        )),
+        Err(error) => not_carried_out(&error),
+    }
+}
+
+/// Starts a gateway unless `--router` names one, verifies it, and writes the reports.
+async fn run(args: VerifyArgs) -> anyhow::Result<Verdict> {
     let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let config = GatewayConfig {
+    let gateway_config = GatewayConfig {
         listen: any_port,
         admin_listen: any_port,
-        ..args.serve.gateway()
+        workers: args.workers.workers(),
+        router: RouterConfig {
+            queue_order: args.queue.order(args.policy),
+            ..args.routing.config(args.policy)
+        },
+        prefix_caching: args.prompts.prefix_caching == Switch::On,
+        tokenizer: args.prompts.tokenizer,
+        ..GatewayConfig::default()
     };
-    let (block_size, has_tokenizer) = (config.router.block_size, config.tokenizer.is_some());
+    let block_size = gateway_config.router.block_size;
+    let has_tokenizer = gateway_config.tokenizer.is_some();
     let since_1970 = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
     let seed = args.prompt_seed.unwrap_or(since_1970.as_secs());
-    let (own, api, admin) = match (args.router, args.router_admin) {
+    let (own_gateway, api, admin) = match (args.router, args.router_admin) {
         (Some(api), Some(admin)) => {
-            let bare = |url: String| url.trim_end_matches('/').to_owned();
-            (None, bare(api), bare(admin))
+            let without_slash = |url: String| url.trim_end_matches('/').to_owned();
+            (None, without_slash(api), without_slash(admin))
         }
-        _ if config.workers.is_empty() => {
-            bail!("there is nothing to verify: name the engines with --worker URL")
+        _ if gateway_config.workers.is_empty() => {
+            bail!("no worker to verify; add the engines with --worker URL")
         }
         _ => {
-            let gateway = Gateway::start(config)?;
+            let gateway = Gateway::start(gateway_config)?;
             let api = format!("http://{}", gateway.address());
             let admin = format!("http://{}", gateway.admin_address());
             (Some(gateway), api, admin)
@@ -114,38 +157,33 @@ async fn run(args: VerifyArgs) -> anyhow::Result<ExitCode> {
         concurrency: args.concurrency,
         lengths: Lengths {
             prompt: args.max_prompt,
-            answer: args.max_answer,
+            output: args.max_output,
         },
-        stream_share: args.stream_share,
-        abort_share: args.abort_share,
-        sample_interval,
+        stream_fraction: args.stream_fraction.0,
+        abort_fraction: args.abort_fraction.0,
+        sample_interval: args.sample_interval.into(),
         seed,
         timeout: Duration::from_secs(600),
     };
-    let style = ProgressStyle::with_template("{prefix:16} {bar:40} {pos}/{len} {eta}")?;
-    let bar = ProgressBar::new(0).with_style(style);
-    let found = verify::run(&config, |progress| {
-        bar.set_prefix(format!("{} at a time", progress.concurrency));
+    let bar = progress::bar("", 0)?;
+    let verification = verify::run(&config, |progress| {
+        bar.set_prefix(format!("{} in flight", progress.concurrency));
         bar.set_length(progress.total as u64);
         bar.set_position(progress.ended as u64);
     })
     .await?;
     bar.finish_and_clear();
-    if let Some(gateway) = own {
+    if let Some(gateway) = own_gateway {
         gateway.shut_down().await;
     }
-    print!("{found}");
+    print(&verification)?;
     if let Some(path) = &args.html {
-        std::fs::write(path, found.html())
+        std::fs::write(path, verification.html())
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
     if let Some(path) = &args.json {
-        let json = serde_json::to_string_pretty(&found)?;
+        let json = serde_json::to_string_pretty(&verification)?;
         std::fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
     }
-    Ok(if found.passed() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    Ok(verification.verdict())
 }

@@ -1,8 +1,8 @@
-//! What a decision costs: `cargo bench -p foresee-core`.
+//! Time of a routing decision: `cargo bench -p foresee-core --bench decision`.
 //!
-//! The fleet is busy while it is measured: every worker runs four requests and caches what went
-//! before, prompts share one of ten prefixes of half their length, and what follows is unique.
-//! A decision includes booking, first token and freeing.
+//! The fleet is busy during the measurement: every worker runs four requests and caches earlier
+//! ones. The first half of each prompt is one of ten prefixes; the second half is unique. A decision
+//! includes booking, first token and release.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -13,12 +13,12 @@ use std::time::Duration;
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
 use foresee_core::booking::Booking;
-use foresee_core::choose::Policy;
-use foresee_core::fleet::WorkerSpec;
+use foresee_core::policy::Policy;
 use foresee_core::router::{Request, Router, RouterConfig};
-use foresee_core::sequence::{Sequence, salt};
+use foresee_core::sequence::{Sequence, prefix_salt};
+use foresee_core::workers::WorkerSpec;
 
-// As in the program: chains are allocated by one thread and may be freed by another.
+// The allocator of the program: hash chains are allocated by one thread and may be freed by another.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -30,22 +30,22 @@ const ISL: usize = 4096;
 const LONG_ISL: usize = 131_072;
 const WORKERS: [usize; 3] = [8, 64, 512];
 
-/// Numbers requests across threads; also the clock.
+/// Number of requests so far, over all threads. Also serves as the clock.
 static REQUESTS: AtomicU64 = AtomicU64::new(1);
 
 fn now() -> Duration {
     Duration::from_micros(100 * REQUESTS.load(Ordering::Relaxed))
 }
 
-/// A prompt whose first half is one of ten, and whose second half no other has.
+/// Returns a prompt whose first half is one of ten prefixes, and whose second half is unique.
 fn tokens(isl: usize) -> Vec<u32> {
     let mut tokens = vec![0; isl];
-    renew(&mut tokens);
+    make_unique(&mut tokens);
     tokens
 }
 
-/// Makes `tokens` the next request's prompt.
-fn renew(tokens: &mut [u32]) {
+/// Turns `tokens` into the prompt of the next request.
+fn make_unique(tokens: &mut [u32]) {
     let request = REQUESTS.fetch_add(1, Ordering::Relaxed) as u32;
     let half = tokens.len() / 2;
     tokens[0] = request % 10;
@@ -60,7 +60,7 @@ fn route(router: &Router, sequence: &Sequence) -> Booking {
     router.route(&Request::new(sequence), now()).unwrap()
 }
 
-/// A fleet in the middle of its work. The bookings keep it so.
+/// Returns a fleet with running requests. They run until the bookings are dropped.
 fn busy_fleet(workers: usize, isl: usize) -> (Router, Vec<Booking>) {
     busy_fleet_under(Policy::default(), workers, isl)
 }
@@ -68,6 +68,7 @@ fn busy_fleet(workers: usize, isl: usize) -> (Router, Vec<Booking>) {
 fn busy_fleet_under(policy: Policy, workers: usize, isl: usize) -> (Router, Vec<Booking>) {
     let config = RouterConfig {
         policy,
+        queue_order: None,
         ..RouterConfig::default()
     };
     let router = Router::new(config).unwrap();
@@ -84,22 +85,22 @@ fn busy_fleet_under(policy: Policy, workers: usize, isl: usize) -> (Router, Vec<
     for _ in 0..workers * 8 {
         let sequence = hash(&tokens(isl));
         let mut booking = route(&router, &sequence);
-        booking.tokens(20, now());
-        booking.finish(now());
+        booking.on_tokens(20, now());
+        booking.complete(now());
     }
     let running = (0..workers * 4).map(|_| {
         let mut booking = route(&router, &hash(&tokens(isl)));
-        booking.tokens(20, now());
+        booking.on_tokens(20, now());
         booking
     });
     let running = running.collect();
     (router, running)
 }
 
-/// One request's life, less hashing.
+/// Routes one request, reports its first token, and releases it.
 fn decide(router: &Router, sequence: &Sequence) {
     let mut booking = route(router, sequence);
-    booking.tokens(1, now());
+    booking.on_tokens(1, now());
     drop(black_box(booking));
 }
 
@@ -113,10 +114,10 @@ fn hashing(bencher: Bencher<'_, '_>, isl: usize) {
 
 #[divan::bench]
 fn salting() -> u64 {
-    salt(black_box("meta-llama/Llama-3.3-70B-Instruct"), None, None)
+    prefix_salt(black_box("meta-llama/Llama-3.3-70B-Instruct"), None, None)
 }
 
-/// Hash, choose, book, first token, free.
+/// Hashing, choice, booking, first token, release.
 #[divan::bench(args = WORKERS, threads = [1, 2], sample_size = 50, sample_count = 2000)]
 fn whole_decision(bencher: Bencher<'_, '_>, workers: usize) {
     let (router, running) = busy_fleet(workers, ISL);
@@ -127,8 +128,8 @@ fn whole_decision(bencher: Bencher<'_, '_>, workers: usize) {
     drop(running);
 }
 
-/// Choose, book, first token, free: what is not hashing, one by one, so that the median is that
-/// of single decisions.
+/// Choice, booking, first token, release, without hashing. Measured one by one, so that the median is
+/// that of single decisions.
 #[divan::bench(args = WORKERS, sample_size = 1, sample_count = 20_000)]
 fn without_hashing(bencher: Bencher<'_, '_>, workers: usize) {
     let (router, running) = busy_fleet(workers, ISL);
@@ -138,7 +139,7 @@ fn without_hashing(bencher: Bencher<'_, '_>, workers: usize) {
     drop(running);
 }
 
-/// The same by the cost in blocks.
+/// Decisions without hashing, under the policy `kv`.
 #[divan::bench(args = WORKERS, sample_size = 1, sample_count = 20_000)]
 fn without_hashing_in_blocks(bencher: Bencher<'_, '_>, workers: usize) {
     let (router, running) = busy_fleet_under(Policy::Kv, workers, ISL);
@@ -148,7 +149,7 @@ fn without_hashing_in_blocks(bencher: Bencher<'_, '_>, workers: usize) {
     drop(running);
 }
 
-/// The same for prompts 32 times as long.
+/// Decisions without hashing, for prompts of 131,072 tokens.
 #[divan::bench(args = WORKERS, sample_size = 1, sample_count = 2_000)]
 fn without_hashing_at_128k(bencher: Bencher<'_, '_>, workers: usize) {
     let (router, running) = busy_fleet(workers, LONG_ISL);
@@ -158,11 +159,11 @@ fn without_hashing_at_128k(bencher: Bencher<'_, '_>, workers: usize) {
     drop(running);
 }
 
-/// Counting one more token of a running stream.
+/// Report of one more token of a running request.
 #[divan::bench]
 fn token(bencher: Bencher<'_, '_>) {
     let (router, running) = busy_fleet(8, ISL);
     let mut booking = route(&router, &hash(&tokens(ISL)));
-    bencher.bench_local(|| booking.tokens(1, now()));
+    bencher.bench_local(|| booking.on_tokens(1, now()));
     drop(running);
 }

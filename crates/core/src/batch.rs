@@ -1,41 +1,42 @@
-//! Several prompts that one worker must take together, because they came in one body.
+//! Batches: the bookings of one request body with several prompts, all on one worker.
 //!
-//! To the engine each is a request of its own, so each has a booking of its own. The worker is
-//! the one where they cost least in sum, a prefix that several share counted once, and all are
-//! booked there in the step that chooses it.
+//! The engine treats each prompt as a request of its own, so each has a booking of its own. The
+//! worker is the one where the sum of their costs is least; a prefix that several prompts share
+//! counts once. Choosing the worker and booking all prompts there is one step.
 
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use smallvec::SmallVec;
 
+use crate::active_tree::{PrefixMatch, PrefixTree, WorkerIndex};
 use crate::booking::Booking;
-use crate::choose::{Decision, Load, Prices};
-use crate::cost::Cost;
-use crate::delay::Delay;
-use crate::fleet::WorkerId;
-use crate::record::BookingKey;
+use crate::booking_record::BookingId;
+use crate::kv_cost::KvCost;
+use crate::marginal_delay::MarginalDelay;
+use crate::policy::{CostSource, Decision, Load};
 use crate::request::{Request, RouteError};
 use crate::sequence::Sequence;
-use crate::state::{State, release};
-use crate::tree::{Depth, PrefixTree, Slot};
+use crate::state::{State, unlock};
+use crate::workers::WorkerId;
 
-/// The most prompts to book in one step: it takes as long as so many single ones, and nobody else
-/// can be routed meanwhile. Whoever has more books the rest as one, of
-/// [unknown content](Sequence::opaque).
-pub const MOST_IN_BATCH: usize = 64;
+/// Maximum number of prompts that are booked in one step. The step takes as long as routing that
+/// many single requests, and holds the router's lock all the time. A caller with more prompts books
+/// the rest as one prompt of [unknown content](Sequence::unhashed).
+pub const MAX_BATCH_PROMPTS: usize = 64;
 
-/// The bookings of prompts that one worker takes. Dropping it frees all of them.
+/// Bookings of one body with several prompts, all on one worker. Dropping it releases all of them.
 #[derive(Debug)]
-#[must_use = "dropping a batch frees it"]
+#[must_use = "dropping a batch releases it"]
 pub struct Batch {
-    /// In the order of the prompts; none where one has ended.
+    /// Bookings in the order of the prompts; `None` for a prompt that has ended.
     bookings: SmallVec<[Option<Booking>; 1]>,
     worker: WorkerId,
     decision: Decision,
 }
 
 impl Batch {
+    /// Returns a batch of these bookings, which are all on `worker`.
     pub(crate) fn new(
         bookings: impl Iterator<Item = Booking>,
         worker: WorkerId,
@@ -48,32 +49,34 @@ impl Batch {
         }
     }
 
-    /// The worker all are booked on.
+    /// Returns the worker on which all prompts are booked.
     #[must_use]
     pub fn worker(&self) -> WorkerId {
         self.worker
     }
 
-    /// What spoke for that worker, summed over the prompts.
+    /// Returns the cost and the prefix match for which that worker was chosen, summed over the
+    /// prompts.
     #[must_use]
     pub fn decision(&self) -> &Decision {
         &self.decision
     }
 
-    /// How many prompts there were, those that have ended among them.
+    /// Returns the number of prompts in the body, including the ones that have ended.
     #[must_use]
-    pub fn prompts(&self) -> usize {
+    pub fn prompt_count(&self) -> usize {
         self.bookings.len()
     }
 
-    /// The booking of one prompt, unless it has ended.
+    /// Returns the booking of the prompt with this index, unless it has ended.
     pub fn booking(&mut self, prompt: usize) -> Option<&mut Booking> {
         self.bookings.get_mut(prompt)?.as_mut()
     }
 
-    /// As [`Booking::poll_sent`]. Several prompts are never kept waiting: they would have to find
-    /// room together.
-    pub fn poll_sent(
+    /// Polls for the dispatch of the batch: see [`Booking::poll_dispatch`]. Always `Ready` for
+    /// several prompts. They are never queued, because they would have to fit the worker's memory
+    /// together.
+    pub fn poll_dispatch(
         &mut self,
         context: &mut Context<'_>,
         excluded: &[WorkerId],
@@ -82,30 +85,32 @@ impl Batch {
         let [Some(booking)] = self.bookings.as_mut_slice() else {
             return Poll::Ready(());
         };
-        let poll = booking.poll_sent(context, excluded, now);
+        let poll = booking.poll_dispatch(context, excluded, now);
         (self.worker, self.decision) = (booking.worker(), *booking.decision());
         poll
     }
 
-    /// One prompt was answered as it should, and what it held is free: see [`Booking::finish`].
-    pub fn finish_one(&mut self, prompt: usize, now: Duration) {
+    /// Releases the booking of the prompt with this index, which ended normally: see
+    /// [`Booking::complete`].
+    pub fn complete_prompt(&mut self, prompt: usize, now: Duration) {
         if let Some(booking) = self.bookings.get_mut(prompt).and_then(Option::take) {
-            booking.finish(now);
+            booking.complete(now);
         }
     }
 
-    /// All prompts that are left were answered as they should: see [`Booking::finish`].
-    pub fn finish(self, now: Duration) {
+    /// Releases the bookings of all prompts that have not ended yet, because they ended normally:
+    /// see [`Booking::complete`].
+    pub fn complete(self, now: Duration) {
         for booking in self.bookings.into_iter().flatten() {
-            booking.finish(now);
+            booking.complete(now);
         }
     }
 
-    /// Frees all and books all on the worker that the policy prefers among those not excluded, in
-    /// one step: see [`Booking::reroute`].
+    /// Releases all bookings and books the prompts again on the worker that the policy chooses among
+    /// all that are not in `excluded`, in one step: see [`Booking::reroute`].
     ///
     /// # Errors
-    /// As [`Router::route`](crate::router::Router::route); all bookings stay where they are.
+    /// As [`Router::route`](crate::router::Router::route). All bookings then stay where they are.
     pub fn reroute(&mut self, excluded: &[WorkerId], now: Duration) -> Result<(), RouteError> {
         if let [Some(booking)] = self.bookings.as_mut_slice() {
             booking.reroute(excluded, now)?;
@@ -114,151 +119,163 @@ impl Batch {
         }
         let mut bookings: SmallVec<[&mut Booking; 1]> =
             self.bookings.iter_mut().flatten().collect();
-        let Some(router) = bookings.first().map(|booking| booking.router().clone()) else {
+        let Some(shared) = bookings.first().map(|booking| booking.shared().clone()) else {
             return Ok(());
         };
         let requests = bookings.iter().map(|booking| booking.request(excluded));
-        let members = Members::new(requests.collect());
-        let mut state = router.lock();
-        state.advance(now);
-        let sums = state.sum(&members);
-        self.worker = state.choose_for_all(&members, &sums)?;
+        let batch = BatchRequest::new(requests.collect());
+        let mut state = shared.lock();
+        state.advance_to(now);
+        let costs = state.batch_costs(&batch);
+        self.worker = state.select_for_batch(&batch, &costs)?;
         for booking in &bookings {
-            state.withdraw(booking.key());
+            state.release_for_rebooking(booking.id());
         }
-        // Again, because their own blocks are no overlap any longer.
-        let sums = state.sum(&members);
-        self.decision = sums.decision(self.worker);
-        let booked = state.book_all(self.worker, &members);
-        release(state);
-        for (booking, (key, decision)) in bookings.iter_mut().zip(booked) {
-            booking.is_now(key, self.worker, decision);
+        // Computed again: the blocks that the bookings themselves pinned no longer count as overlap.
+        let costs = state.batch_costs(&batch);
+        self.decision = costs.decision(self.worker);
+        let booked = state.book_batch(self.worker, &batch);
+        unlock(state);
+        for (booking, (id, decision)) in bookings.iter_mut().zip(booked) {
+            booking.rebind(id, self.worker, decision);
         }
         Ok(())
     }
 }
 
-/// Requests for one worker, and what each repeats of those before it.
+/// Requests that one worker must take together, with the prefixes that they share.
 #[derive(Debug)]
-pub(crate) struct Members<'a> {
+pub(crate) struct BatchRequest<'a> {
+    /// One request for each prompt. Only their prompts differ.
     requests: Vec<Request<'a>>,
-    /// Leading blocks of each request that one before it has as well.
-    repeated: Vec<u32>,
+    /// For each request, the number of leading blocks that an earlier request has as well.
+    shared_with_earlier: Vec<u32>,
 }
 
-impl<'a> Members<'a> {
-    /// The request, and others like it with the `further` prompts.
-    pub(crate) fn like(request: &Request<'a>, further: &'a [Sequence]) -> Self {
-        debug_assert!(further.len() < MOST_IN_BATCH);
+impl<'a> BatchRequest<'a> {
+    /// Returns `request` and a copy of it for each of the `further` prompts.
+    pub(crate) fn from_request(request: &Request<'a>, further: &'a [Sequence]) -> Self {
+        debug_assert!(
+            further.len() < MAX_BATCH_PROMPTS,
+            "a batch has at most MAX_BATCH_PROMPTS prompts"
+        );
         let further = further.iter().map(|sequence| Request {
-            sequence,
+            prompt: sequence,
             ..*request
         });
         Self::new(std::iter::once(*request).chain(further).collect())
     }
 
-    /// Needs the lock for nothing.
+    /// Computes the prefixes that the requests share. Does not need the router's lock.
     fn new(requests: Vec<Request<'a>>) -> Self {
-        // What the requests before have booked on some worker that had nothing.
+        // Pins the prompts one after the other on a single worker that starts empty.
         let mut tree = PrefixTree::default();
-        let repeated = requests.iter().map(|request| {
-            let mut depths = [Depth::default()];
-            let chain = request.sequence.shared_hashes();
-            let at = tree.descend(chain, &mut depths);
-            tree.pin(at, chain, 0, 0);
-            depths[0].active
+        let shared_with_earlier = requests.iter().map(|request| {
+            let mut prefix_matches = [PrefixMatch::default()];
+            let chain = request.prompt.hash_chain();
+            let position = tree.match_prefix(chain, &mut prefix_matches);
+            tree.pin(position, chain, 0, 0);
+            prefix_matches[0].active_blocks
         });
         Self {
-            repeated: repeated.collect(),
+            shared_with_earlier: shared_with_earlier.collect(),
             requests,
         }
     }
 
+    /// Returns one request for each prompt.
     pub(crate) fn requests(&self) -> &[Request<'a>] {
         &self.requests
     }
 }
 
-/// What a batch would cost on each worker, by slot.
+/// Costs of a batch on each worker, by worker index.
 #[derive(Debug)]
-pub(crate) struct Sums {
-    pub(crate) costs: Vec<Cost>,
-    pub(crate) delays: Vec<Delay>,
-    /// What of those is to be minimised.
-    pub(crate) totals: Vec<f64>,
-    pub(crate) depths: Vec<Depth>,
+pub(crate) struct BatchCosts {
+    /// Costs in blocks, summed over the prompts.
+    pub(crate) costs: Vec<KvCost>,
+    /// Costs in seconds, summed over the prompts.
+    pub(crate) delays: Vec<MarginalDelay>,
+    /// Weighted sums of `delays`: the numbers that the marginal-delay policy minimises.
+    pub(crate) objective: Vec<f64>,
+    /// Prefix matches, summed over the prompts.
+    pub(crate) prefix_matches: Vec<PrefixMatch>,
 }
 
-impl Sums {
-    /// What speaks for `worker`.
+impl BatchCosts {
+    /// Returns the decision to place the batch on `worker`.
     pub(crate) fn decision(&self, worker: WorkerId) -> Decision {
         let best = self.costs.iter().map(|cost| cost.overlap_blocks).max();
         Decision {
-            cost: self.costs[worker.slot as usize],
-            depth: self.depths[worker.slot as usize],
+            cost: self.costs[worker.index as usize],
+            prefix_match: self.prefix_matches[worker.index as usize],
             best_overlap_blocks: best.unwrap_or(0),
         }
     }
 }
 
 impl State {
-    /// What the members would cost on every worker if they were booked there one after the other.
-    pub(crate) fn sum(&self, members: &Members<'_>) -> Sums {
-        let unplaced = |load: &Load| Cost::of_nothing(load.booked_blocks());
-        let mut sums = Sums {
-            costs: self.fleet.loads.iter().map(unplaced).collect(),
-            delays: vec![Delay::default(); self.fleet.slots()],
-            totals: vec![0.0; self.fleet.slots()],
-            depths: vec![Depth::default(); self.fleet.slots()],
+    /// Returns the costs of the batch on every worker, with its prompts booked one after the other.
+    pub(crate) fn batch_costs(&self, batch: &BatchRequest<'_>) -> BatchCosts {
+        let idle_cost = |load: &Load| KvCost::idle(load.projected_blocks());
+        let mut batch_costs = BatchCosts {
+            costs: self.workers.loads.iter().map(idle_cost).collect(),
+            delays: vec![MarginalDelay::default(); self.workers.index_len()],
+            objective: vec![0.0; self.workers.index_len()],
+            prefix_matches: vec![PrefixMatch::default(); self.workers.index_len()],
         };
-        for (request, &repeated) in members.requests.iter().zip(&members.repeated) {
-            let reading = self.read(request);
-            let (demand, placement) = (self.demand(request), self.placement(request, &reading));
-            for (slot, &alone) in reading.depths().iter().enumerate() {
-                let worker = self.fleet.at(slot as u32);
-                let mut depth = alone;
+        for (request, &shared) in batch.requests.iter().zip(&batch.shared_with_earlier) {
+            let assessment = self.assess(request);
+            let cost_input = self.kv_cost_input(request);
+            let profile = self.request_profile(request, &assessment);
+            for (index, &own_match) in assessment.prefix_matches().iter().enumerate() {
+                let worker = self.workers.by_index(index as WorkerIndex);
+                let mut prefix_match = own_match;
                 if worker.is_some_and(|worker| worker.prefix_caching) {
-                    depth.active = depth.active.max(repeated);
+                    prefix_match.active_blocks = prefix_match.active_blocks.max(shared);
                 }
-                sums.costs[slot].add(demand, depth);
-                let mut delay = self.fleet.delay(&placement, slot as Slot, depth);
-                // Each waits for those before it, too.
-                delay.wait += sums.delays[slot].prefill;
-                sums.totals[slot] += placement.total(&delay);
-                sums.delays[slot] += delay;
-                let sum = &mut sums.depths[slot];
-                sum.cached = sum.cached.saturating_add(depth.cached);
-                sum.active = sum.active.saturating_add(depth.active);
+                batch_costs.costs[index].add(cost_input, prefix_match);
+                let mut delay =
+                    self.workers
+                        .marginal_delay(&profile, index as WorkerIndex, prefix_match);
+                // Each prompt also waits for the prefills of the prompts before it.
+                delay.queue_wait += batch_costs.delays[index].prefill;
+                batch_costs.objective[index] += profile.total(&delay);
+                batch_costs.delays[index] += delay;
+                let sum = &mut batch_costs.prefix_matches[index];
+                sum.cached_blocks = sum.cached_blocks.saturating_add(prefix_match.cached_blocks);
+                sum.active_blocks = sum.active_blocks.saturating_add(prefix_match.active_blocks);
             }
         }
-        sums
+        batch_costs
     }
 
-    /// Chooses the worker for all members.
-    pub(crate) fn choose_for_all(
+    /// Chooses the worker for the whole batch.
+    pub(crate) fn select_for_batch(
         &mut self,
-        members: &Members<'_>,
-        sums: &Sums,
+        batch: &BatchRequest<'_>,
+        batch_costs: &BatchCosts,
     ) -> Result<WorkerId, RouteError> {
-        // A model, exclusions and a wish to stay close to a prefix are the first one's.
-        self.pick(
-            &members.requests[0],
-            Prices::Summed(&sums.costs, &sums.totals),
+        // The model and the exclusions are equal for all prompts. Consistent hashing uses the first
+        // prompt.
+        self.select_with_costs(
+            &batch.requests[0],
+            CostSource::Precomputed(&batch_costs.costs, &batch_costs.objective),
         )
     }
 
-    /// Books all members on `worker`.
-    pub(crate) fn book_all(
+    /// Books all prompts of the batch on `worker`, as dispatched.
+    pub(crate) fn book_batch(
         &mut self,
         worker: WorkerId,
-        members: &Members<'_>,
-    ) -> Vec<(BookingKey, Decision)> {
+        batch: &BatchRequest<'_>,
+    ) -> Vec<(BookingId, Decision)> {
         let book = |request| {
-            // Each sees those before it.
-            let standing = self.standing(request);
-            let reading = self.read_as_sent(request, standing);
-            self.book(worker, &reading, request)
+            // Assessed one by one, so that each prompt matches the blocks of those before it.
+            let ticket = self.ticket(request);
+            let assessment = self.assess_ignoring_queue(request, ticket);
+            self.book(worker, &assessment, request)
         };
-        members.requests.iter().map(book).collect()
+        batch.requests.iter().map(book).collect()
     }
 }

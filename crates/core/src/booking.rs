@@ -1,230 +1,248 @@
-//! What one routed request holds on one worker, from the instant it is chosen until it ends.
+//! Bookings: what one routed request occupies on one worker, from the choice of the worker until the
+//! request ends.
 //!
-//! [`Booking`] is the only thing that changes a worker's load, and dropping it is the only way
-//! to free what it holds, so no path (abort, retry, error, panic) can forget to.
+//! Only a [`Booking`] changes the load of a worker, and dropping it is the only way to release what
+//! it occupies. No path (abort, retry, error, panic) can therefore forget the release.
 
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use crate::choose::Decision;
-use crate::fleet::WorkerId;
-use crate::record::BookingKey;
+use crate::booking_record::BookingId;
+use crate::policy::Decision;
 use crate::request::{Request, RouteError};
 use crate::sequence::Sequence;
-use crate::state::{Locked, State, release};
+use crate::state::{SharedState, State, unlock};
+use crate::workers::WorkerId;
 
-/// A request's place on a worker. Dropping it frees all it holds there.
+/// Everything that one routed request occupies on one worker. Dropping it releases all of that.
+///
+/// The booking keeps the request, so that it can be booked again on another worker.
 #[derive(Debug)]
-#[must_use = "dropping a booking frees it"]
+#[must_use = "dropping a booking releases it"]
 pub struct Booking {
-    state: Locked,
-    key: BookingKey,
+    /// State of the router that made the booking.
+    state: SharedState,
+    /// Key of the booking record.
+    id: BookingId,
     worker: WorkerId,
     decision: Decision,
     model: Box<str>,
-    sequence: Sequence,
+    prompt: Sequence,
     max_tokens: Option<u32>,
-    ignores_eos: bool,
-    expected_tokens: Option<u32>,
+    ignore_eos: bool,
+    expected_output_tokens: Option<u32>,
     has_tools: bool,
-    streams: bool,
+    is_streaming: bool,
     priority: i32,
     tenant: u64,
-    /// Prompt and output, once the output is known.
-    answered: Option<Sequence>,
+    /// Prompt followed by output, once the caller has reported the content of the output.
+    output_sequence: Option<Sequence>,
 }
 
 impl Booking {
+    /// Returns the handle of the booking with this id.
     pub(crate) fn new(
-        state: Locked,
-        key: BookingKey,
+        state: SharedState,
+        id: BookingId,
         worker: WorkerId,
         decision: Decision,
         request: &Request<'_>,
     ) -> Self {
         Self {
             state,
-            key,
+            id,
             worker,
             decision,
             model: request.model.into(),
-            sequence: request.sequence.clone(),
+            prompt: request.prompt.clone(),
             max_tokens: request.max_tokens,
-            ignores_eos: request.ignores_eos,
-            expected_tokens: request.expected_tokens,
+            ignore_eos: request.ignore_eos,
+            expected_output_tokens: request.expected_output_tokens,
             has_tools: request.has_tools,
-            streams: request.streams,
+            is_streaming: request.is_streaming,
             priority: request.priority,
             tenant: request.tenant,
-            answered: None,
+            output_sequence: None,
         }
     }
 
-    pub(crate) fn router(&self) -> &Locked {
+    /// Returns the state of the router that made the booking.
+    pub(crate) fn shared(&self) -> &SharedState {
         &self.state
     }
 
-    pub(crate) fn key(&self) -> BookingKey {
-        self.key
+    /// Returns the key of the booking record.
+    pub(crate) fn id(&self) -> BookingId {
+        self.id
     }
 
-    /// What was asked for when it was booked.
+    /// Returns the request that was booked, with these excluded workers.
     pub(crate) fn request<'a>(&'a self, excluded: &'a [WorkerId]) -> Request<'a> {
         Request {
             model: &self.model,
-            sequence: &self.sequence,
+            prompt: &self.prompt,
             max_tokens: self.max_tokens,
-            ignores_eos: self.ignores_eos,
-            expected_tokens: self.expected_tokens,
+            ignore_eos: self.ignore_eos,
+            expected_output_tokens: self.expected_output_tokens,
             has_tools: self.has_tools,
-            streams: self.streams,
+            is_streaming: self.is_streaming,
             priority: self.priority,
             tenant: self.tenant,
-            excluded,
+            excluded_workers: excluded,
         }
     }
 
-    /// It was freed where it was and booked anew.
-    pub(crate) fn is_now(&mut self, key: BookingKey, worker: WorkerId, decision: Decision) {
-        // Another worker has stored nothing of what this one answered.
-        self.answered = None;
-        (self.key, self.worker, self.decision) = (key, worker, decision);
+    /// Points the handle at a new booking of the same request, after the old one was released.
+    pub(crate) fn rebind(&mut self, id: BookingId, worker: WorkerId, decision: Decision) {
+        // The new worker has stored none of the output that the previous one generated.
+        self.output_sequence = None;
+        (self.id, self.worker, self.decision) = (id, worker, decision);
     }
 
-    /// The worker it is booked on.
+    /// Returns the worker on which the request is booked.
     #[must_use]
     pub fn worker(&self) -> WorkerId {
         self.worker
     }
 
-    /// What spoke for that worker.
+    /// Returns the cost and the prefix match for which that worker was chosen.
     #[must_use]
     pub fn decision(&self) -> &Decision {
         &self.decision
     }
 
-    /// The prompt.
+    /// Returns the prompt of the request.
     #[must_use]
-    pub fn sequence(&self) -> &Sequence {
-        &self.sequence
+    pub fn prompt(&self) -> &Sequence {
+        &self.prompt
     }
 
-    /// Ready once the request is to be sent to [`worker`](Self::worker), which may have become
-    /// another meanwhile, or have gone. Otherwise whoever asked is woken when to ask again. Always
-    /// ready without a [queue](crate::queue).
+    /// Returns `Ready` once the request is to be sent to [`worker`](Self::worker). Always `Ready` if
+    /// the router has no [queue](crate::queue).
     ///
-    /// It does not move to a worker that is excluded.
-    pub fn poll_sent(
+    /// The worker may have changed by then: a queued request moves if another worker becomes much
+    /// cheaper, but never to a worker in `excluded`. `Ready` also means that the worker was removed
+    /// and no other one can be chosen. While the result is `Pending`, the task of `context` is woken
+    /// when it must poll again.
+    pub fn poll_dispatch(
         &mut self,
         context: &mut Context<'_>,
         excluded: &[WorkerId],
         now: Duration,
     ) -> Poll<()> {
-        let router = self.state.clone();
-        let mut state = router.lock();
-        state.advance(now);
-        if state.is_invited(self.key)
-            && let Some((key, worker, decision)) =
-                state.choose_anew(self.key, &self.request(excluded))
+        let shared = self.state.clone();
+        let mut state = shared.lock();
+        state.advance_to(now);
+        if state.take_rebalance_offer(self.id)
+            && let Some((id, worker, decision)) = state.rebalance(self.id, &self.request(excluded))
         {
-            self.is_now(key, worker, decision);
+            self.rebind(id, worker, decision);
         }
-        if state.is_called(self.key) {
-            self.send(&mut state);
+        if state.is_dispatching(self.id) {
+            self.dispatch(&mut state);
         }
-        let poll = state.poll_sent(self.key, context);
-        release(state);
+        let poll = state.poll_dispatch(self.id, context);
+        unlock(state);
         poll
     }
 
-    /// If it is in line, it is so no longer.
-    fn send(&mut self, state: &mut State) {
-        if let Some((key, worker, decision)) = state.send(self.key, &self.request(&[])) {
-            self.is_now(key, worker, decision);
+    /// Marks the request as sent, if it is queued.
+    fn dispatch(&mut self, state: &mut State) {
+        if let Some((id, worker, decision)) = state.dispatch(self.id, &self.request(&[])) {
+            self.rebind(id, worker, decision);
         }
     }
 
-    /// What tells of an answer tells that it was sent, whether it should have been or not.
-    fn hear(&mut self, now: Duration, what: impl FnOnce(&mut State, BookingKey)) {
+    /// Applies an observation of the response. Any such observation proves that the request reached
+    /// its engine. If it is still queued here, it is marked as sent first.
+    fn with_dispatched(&mut self, now: Duration, observe: impl FnOnce(&mut State, BookingId)) {
         let mut state = self.state.lock();
-        state.advance(now);
-        if state.is_in_line(self.key) {
+        state.advance_to(now);
+        if state.is_queued(self.id) {
             drop(state);
-            let router = self.state.clone();
-            self.send(&mut router.lock());
+            let shared = self.state.clone();
+            self.dispatch(&mut shared.lock());
             state = self.state.lock();
         }
-        what(&mut state, self.key);
-        release(state);
+        observe(&mut state, self.id);
+        unlock(state);
     }
 
-    /// The worker produced the first output token, so the prompt is computed. Only the first
-    /// call counts.
-    pub fn first_token(&mut self, now: Duration) {
-        self.hear(now, |state, key| state.first_token(key, now));
+    /// Records that the worker generated the first output token, so the prompt is computed. Calls
+    /// after the first have no effect.
+    pub fn on_first_token(&mut self, now: Duration) {
+        self.with_dispatched(now, |state, id| state.on_first_token(id, now));
     }
 
-    /// The worker produced `count` further output tokens, the first one included.
-    pub fn tokens(&mut self, count: u32, now: Duration) {
+    /// Records that the worker generated `count` output tokens since the last report, the first
+    /// token included.
+    pub fn on_tokens(&mut self, count: u32, now: Duration) {
         if count == 0 {
             return;
         }
-        self.hear(now, |state, key| {
-            state.first_token(key, now);
-            state.tokens(key, count, now);
+        self.with_dispatched(now, |state, id| {
+            state.on_first_token(id, now);
+            state.on_tokens(id, count, now);
         });
     }
 
-    /// The worker says it has produced `total` output tokens so far: replaces what was counted.
-    pub fn set_tokens(&mut self, total: u32, now: Duration) {
-        self.hear(now, |state, key| {
+    /// Sets the number of output tokens so far to `total`, as reported by the worker. Replaces what
+    /// was counted.
+    pub fn set_output_tokens(&mut self, total: u32, now: Duration) {
+        self.with_dispatched(now, |state, id| {
             if total > 0 {
-                state.first_token(key, now);
+                state.on_first_token(id, now);
             }
-            state.count(key, total);
+            state.set_reported_output(id, total);
         });
     }
 
-    /// It is known what the worker has stored: `sequence` is the prompt and, after it, output.
-    /// When the booking ends, its blocks of output can be found again as those of a prompt can.
-    /// A sequence that does not begin with the prompt is ignored.
-    pub fn answered(&mut self, sequence: Sequence) {
-        let prompt = self.sequence.hashes();
-        // An equal hash is an equal prefix.
-        let begins_with_prompt =
+    /// Sets the content that the worker has stored: `sequence` is the prompt followed by output.
+    ///
+    /// Once the booking is released, a later prompt that continues `sequence` matches the output's
+    /// blocks too. Has no effect if `sequence` does not start with the prompt or has another block
+    /// size.
+    pub fn set_output_sequence(&mut self, sequence: Sequence) {
+        let prompt = self.prompt.hashes();
+        // An equal hash means an equal prefix.
+        let starts_with_prompt =
             prompt.is_empty() || sequence.hashes().get(prompt.len() - 1) == prompt.last();
-        if begins_with_prompt && sequence.block_size() == self.sequence.block_size() {
-            self.answered = Some(sequence);
+        if starts_with_prompt && sequence.block_size() == self.prompt.block_size() {
+            self.output_sequence = Some(sequence);
         }
     }
 
-    /// The worker says that it took `tokens` of the prompt from its cache. What was predicted is
-    /// held against it: it tells how much the cache holds, and when it was lost. Only the first
-    /// call counts.
-    pub fn observed_cached(&mut self, tokens: u32) {
+    /// Records that the worker took `tokens` tokens of the prompt from its cache, as its response
+    /// reports.
+    ///
+    /// The number is compared with the hit that was expected at the booking. The difference shows
+    /// how large the cache is, or that the worker has lost it. Calls after the first have no effect.
+    pub fn on_cached_tokens(&mut self, tokens: u32) {
         let mut state = self.state.lock();
-        state.observe_cached(self.key, &self.sequence, tokens);
-        release(state);
+        state.observe_cached_tokens(self.id, &self.prompt, tokens);
+        unlock(state);
     }
 
-    /// Frees everything on its worker and books the same request on another, in one step.
-    /// Output counted so far is forgotten: the other worker starts from the prompt.
+    /// Releases everything on the present worker and books the same request on `worker`, in one
+    /// step. Output tokens counted so far are discarded, because the new worker starts from the
+    /// prompt.
     ///
     /// # Errors
-    /// If the worker is not known; the booking stays where it is.
+    /// [`RouteError::NoWorker`] if `worker` does not exist. The booking then stays where it is.
     pub fn move_to(&mut self, worker: WorkerId, now: Duration) -> Result<(), RouteError> {
         self.rebook(now, &[], Some(worker))
     }
 
-    /// As [`move_to`](Self::move_to), to the worker that the policy prefers among those not
-    /// excluded.
+    /// Moves the booking, as [`move_to`](Self::move_to) does, to the worker that the policy chooses
+    /// among all that are not in `excluded`.
     ///
     /// # Errors
-    /// As [`Router::route`](crate::router::Router::route); the booking stays where it is.
+    /// As [`Router::route`](crate::router::Router::route). The booking then stays where it is.
     pub fn reroute(&mut self, excluded: &[WorkerId], now: Duration) -> Result<(), RouteError> {
         self.rebook(now, excluded, None)
     }
 
+    /// Books the request again on `worker`, or on the policy's choice if that is `None`.
     fn rebook(
         &mut self,
         now: Duration,
@@ -233,29 +251,30 @@ impl Booking {
     ) -> Result<(), RouteError> {
         let request = self.request(excluded);
         let mut state = self.state.lock();
-        state.advance(now);
-        let standing = state.record(self.key).map(|it| it.standing);
-        let standing = standing.unwrap_or_else(|| state.standing(&request));
-        let reading = state.read_again(&request, standing);
+        state.advance_to(now);
+        let ticket = state.record(self.id).map(|record| record.ticket);
+        let ticket = ticket.unwrap_or_else(|| state.ticket(&request));
+        let assessment = state.assess_with_ticket(&request, ticket);
         let chosen = match worker {
-            Some(worker) if state.fleet.get(worker).is_some() => worker,
+            Some(worker) if state.workers.get(worker).is_some() => worker,
             Some(_) => return Err(RouteError::NoWorker(request.model.to_owned())),
-            None => state.choose_by(&request, &reading)?,
+            None => state.select_worker(&request, &assessment)?,
         };
-        state.withdraw(self.key);
-        // Again, because its own blocks are no overlap any longer.
-        let reading = state.read_again(&request, standing);
-        let (key, decision) = state.enter(chosen, &reading, &request, now);
-        release(state);
-        self.is_now(key, chosen, decision);
+        state.release_for_rebooking(self.id);
+        // Assessed again: the blocks that the booking itself pinned no longer count as overlap.
+        let assessment = state.assess_with_ticket(&request, ticket);
+        let (id, decision) = state.book_or_enqueue(chosen, &assessment, &request, now);
+        unlock(state);
+        self.rebind(id, chosen, decision);
         Ok(())
     }
 
-    /// The request ended as it should. Like dropping, but teaches how long answers are.
-    pub fn finish(mut self, now: Duration) {
-        self.hear(now, |state, key| {
-            state.first_token(key, now);
-            state.learn_from_end(key, now);
+    /// Releases the booking of a request that ended normally. In contrast to a mere drop, the
+    /// forecasts learn from the length of its output and from its duration.
+    pub fn complete(mut self, now: Duration) {
+        self.with_dispatched(now, |state, id| {
+            state.on_first_token(id, now);
+            state.learn_from_completion(id, now);
         });
     }
 }
@@ -263,8 +282,8 @@ impl Booking {
 impl Drop for Booking {
     fn drop(&mut self) {
         let mut state = self.state.lock();
-        state.free(self.key, self.answered.as_ref());
-        release(state);
+        state.release(self.id, self.output_sequence.as_ref());
+        unlock(state);
     }
 }
 
@@ -272,27 +291,33 @@ impl Drop for Booking {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::fleet::WorkerSpec;
     use crate::router::{Router, RouterConfig};
+    use crate::workers::WorkerSpec;
 
-    /// Behind a long backlog, forecasts are due long after their requests were given up.
+    /// With a long backlog, updates are due long after their requests were aborted.
     #[test]
-    fn forecasts_of_ended_requests_do_not_pile_up() {
-        let config = RouterConfig::default();
-        let sequence = Sequence::opaque(1_000_000, config.block_size);
+    fn updates_of_ended_requests_do_not_accumulate() {
+        let config = RouterConfig {
+            queue_order: None,
+            ..RouterConfig::default()
+        };
+        let sequence = Sequence::unhashed(1_000_000, config.block_size);
         let router = Router::new(config).unwrap();
         let worker = router.add_worker(WorkerSpec::default()).unwrap();
         router.set_healthy(worker, true);
-        let unwatched = Request {
-            streams: false,
+        let request = Request {
+            is_streaming: false,
             ..Request::new(&sequence)
         };
-        let book = || router.route(&unwatched, Duration::ZERO).unwrap();
+        let book = || router.route(&request, Duration::ZERO).unwrap();
         let live: Vec<Booking> = (0..10).map(|_| book()).collect();
         for _ in 0..1_000 {
             drop(book());
         }
-        let due = live[0].state.lock().unwatched.due.len();
-        assert!(due <= 2 * live.len() + 64 + 2, "{due} forecasts");
+        let updates = live[0].state.lock().progress.next_updates.len();
+        assert!(
+            updates <= 2 * live.len() + 64 + 2,
+            "{updates} updates are scheduled"
+        );
     }
 }

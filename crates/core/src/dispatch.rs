@@ -1,347 +1,416 @@
-//! When a request that waits at the router is sent, and when it goes to another worker instead.
+//! Dispatch: when a queued request is sent, and when it moves to another worker.
 //!
-//! A worker has room when no prompt sent to it is to be computed, or all are about to be. Then the
-//! first in its line that fits into its memory is called and, when whoever carries it answers,
-//! sent. An engine begins with a prompt of which but a piece fits, lets nobody by, and when its
-//! answers grow throws away what it has computed; or it makes prompts wait for as much memory as
-//! they [may](crate::admission) need.
+//! A worker has prefill slack when its prefill backlog is empty or shorter than
+//! [`DISPATCH_AHEAD_SECONDS`]. The first queued request that fits its free KV blocks is then woken.
+//! Its task polls, which books it as sent. Memory is checked here because engines handle its lack
+//! badly. vLLM starts a prompt that fits only in part, blocks all others behind it, and preempts
+//! running requests when outputs grow. SGLang delays prompts until their
+//! [whole reservation](crate::sglang_admission) fits.
 //!
-//! If nobody is in its line, the first in the longest other line may choose anew, with loads and
-//! caches as they are by then, and moves if it costs much less there: to be placed late is worth
-//! something, but a forecast that is wrong moves it in vain.
+//! If the worker's own queue is empty, the first request of the longest queue of the same model is
+//! offered a new choice, with the loads and caches of that time. It moves only if that halves its
+//! cost. A late choice knows more than an early one, but a forecast that is wrong moves the request
+//! in vain.
 //!
-//! Those in line count in every decision, as those that run do, but not in what a worker holds and
-//! evicts: it knows nothing of them.
+//! Queued requests count in every routing decision, as running ones do. They do not count in a
+//! worker's active blocks and cause no evictions there, because the worker does not know of them
+//! yet.
 
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use crate::admission::Promised;
-use crate::choose::Decision;
-use crate::fleet::{Worker, WorkerId, WorkerState, seconds};
-use crate::queue::{Order, Standing};
-use crate::record::BookingKey;
+use crate::active_tree::WorkerIndex;
+use crate::booking_record::BookingId;
+use crate::estimated_cache::EvictionRule;
+use crate::policy::Decision;
+use crate::queue::{QueueOrder, QueueTicket};
 use crate::request::Request;
-use crate::shadow::Eviction;
-use crate::state::{Reading, State};
-use crate::tree::Slot;
+use crate::sglang_admission::OutputReservation;
+use crate::state::{RequestAssessment, State};
+use crate::workers::{Worker, WorkerId, WorkerState, duration_from_secs_saturating};
 
-/// Seconds of computing that a worker has room beside: as long as it may take a prompt to get
-/// there, with room to spare.
-const ABOUT_TO: f64 = 0.1;
+/// Largest prefill backlog, in seconds, with which a worker has prefill slack. It must exceed the
+/// time that a request takes to reach the worker, so that the worker does not run idle.
+const DISPATCH_AHEAD_SECONDS: f64 = 0.1;
 
-/// A request in line moves for no more than this share of what it costs where it is.
-const WORTH_MOVING: f64 = 0.5;
+/// Largest cost of a queued request on another worker, relative to its cost on the present one, for
+/// which the request moves.
+const MAX_MIGRATION_COST_RATIO: f64 = 0.5;
 
-/// Nobody is asked to choose anew more often.
-const THINKS_FOR: Duration = Duration::from_millis(25);
+/// Minimum time between two offers of a new choice to the same request.
+const REBALANCE_INTERVAL: Duration = Duration::from_millis(25);
 
 impl State {
-    /// Books a request that has just come on `worker`, which gets it now or when it has room.
-    pub(crate) fn book_and_enter(
+    /// Books a request that has just arrived on `worker`: dispatched if the worker can take it now,
+    /// and queued otherwise.
+    pub(crate) fn book_on_arrival(
         &mut self,
         worker: WorkerId,
-        reading: &Reading,
+        assessment: &RequestAssessment,
         request: &Request<'_>,
-    ) -> (BookingKey, Decision) {
-        let (key, decision) = self.enter(worker, reading, request, self.now);
-        self.comes(&reading.standing, std::iter::once(key));
-        (key, decision)
+    ) -> (BookingId, Decision) {
+        let (id, decision) = self.book_or_enqueue(worker, assessment, request, self.now);
+        self.record_arrival(&assessment.ticket, std::iter::once(id));
+        (id, decision)
     }
 
-    /// A body that has just come was sent at once, the first of its prompts being this.
-    pub(crate) fn came_and_was_sent(
+    /// Records the arrival of a batch that was dispatched at once. `first` is the request with its
+    /// first prompt, `bookings` are those of all prompts.
+    pub(crate) fn record_batch_arrival(
         &mut self,
         first: &Request<'_>,
-        keys: impl Iterator<Item = BookingKey>,
+        bookings: impl Iterator<Item = BookingId>,
     ) {
-        let standing = self.standing(first);
-        self.queue.sends(&standing);
-        self.comes(&standing, keys);
+        let ticket = self.ticket(first);
+        self.queue.on_dispatch(&ticket);
+        self.record_arrival(&ticket, bookings);
     }
 
-    /// Takes note of a body that has come, with these prompts.
-    fn comes(&mut self, standing: &Standing, keys: impl Iterator<Item = BookingKey>) {
-        let takes = match self.config.queue {
-            Some(Order::Fair) => keys.map(|key| self.takes(key)).sum(),
+    /// Records an arrival with the service time of all its bookings.
+    fn record_arrival(&mut self, ticket: &QueueTicket, bookings: impl Iterator<Item = BookingId>) {
+        let service_time = match self.config.queue_order {
+            Some(QueueOrder::FairByTenant) => {
+                bookings.map(|id| self.predicted_service_time(id)).sum()
+            }
             _ => Duration::ZERO,
         };
-        self.queue.comes(standing, takes);
+        self.queue.on_arrival(ticket, service_time);
     }
 
-    /// What a request is predicted to take of its worker's time.
-    fn takes(&mut self, key: BookingKey) -> Duration {
-        let Some(record) = self.bookings.get(key.index) else {
+    /// Returns the predicted time that a request takes of its worker: its prefill, and what it adds
+    /// to each decode step.
+    fn predicted_service_time(&mut self, id: BookingId) -> Duration {
+        let Some(record) = self.bookings.get(id.index) else {
             return Duration::ZERO;
         };
-        let output = f64::from(record.expected_tokens);
-        let context = f64::from(record.prompt_tokens) + output / 2.0;
+        let output_tokens = f64::from(record.expected_output_tokens);
+        let mean_context = f64::from(record.prompt_tokens) + output_tokens / 2.0;
         let now = self.now;
-        let own_step = self.fleet.outlook_mut(record.worker).map(|(outlook, law)| {
-            let pace = outlook.watch.pace(law, now);
-            pace.sequence + pace.context * context
-        });
-        seconds(record.prefill + output * own_step.unwrap_or_default())
+        let seconds_per_step =
+            self.workers
+                .pending_work_mut(record.worker)
+                .map(|(pending_work, shared_model)| {
+                    let model = pending_work.latency.latency_model(shared_model, now);
+                    model.decode_per_request + model.decode_per_context_token * mean_context
+                });
+        duration_from_secs_saturating(
+            record.predicted_prefill_seconds + output_tokens * seconds_per_step.unwrap_or_default(),
+        )
     }
 
-    /// Books a request where its worker gets it now or as soon as it has room. It is not asked to
-    /// choose anew before `thinks_until`.
-    pub(crate) fn enter(
+    /// Books a request on `worker`: dispatched if the worker can take it now, and queued otherwise.
+    /// Until `rebalance_not_before`, slack of other workers does not lead to a new choice for it.
+    pub(crate) fn book_or_enqueue(
         &mut self,
         worker: WorkerId,
-        reading: &Reading,
+        assessment: &RequestAssessment,
         request: &Request<'_>,
-        thinks_until: Duration,
-    ) -> (BookingKey, Decision) {
-        let booked = if self.gets_at_once(worker, reading, request) {
-            self.queue.sends(&reading.standing);
-            self.book(worker, reading, request)
+        rebalance_not_before: Duration,
+    ) -> (BookingId, Decision) {
+        let booked = if self.can_dispatch_now(worker, assessment, request) {
+            self.queue.on_dispatch(&assessment.ticket);
+            self.book(worker, assessment, request)
         } else {
-            self.line_up(worker, reading, request, thinks_until)
+            self.enqueue(worker, assessment, request, rebalance_not_before)
         };
-        self.let_go(worker.slot);
+        self.try_dispatch_next(worker.index);
         booked
     }
 
-    fn gets_at_once(&self, worker: WorkerId, reading: &Reading, request: &Request<'_>) -> bool {
-        if self.config.queue.is_none() {
+    /// Returns whether a new request can be sent to the worker at once: no other request is queued
+    /// for it, it has prefill slack, and the request fits its memory. Always true without a queue.
+    fn can_dispatch_now(
+        &self,
+        worker: WorkerId,
+        assessment: &RequestAssessment,
+        request: &Request<'_>,
+    ) -> bool {
+        if self.config.queue_order.is_none() {
             return true;
         }
-        let Some(outlook) = self.fleet.outlooks.get(worker.slot as usize) else {
+        let Some(pending_work) = self.workers.pending_work.get(worker.index as usize) else {
             return true;
         };
-        let demand = Promised::new(request.max_tokens, request.ignores_eos, 0);
-        let depth = reading.depths()[worker.slot as usize].active;
-        let adds = request.sequence.blocks().saturating_sub(depth);
-        outlook.line.is_empty()
-            && self.has_room(worker.slot)
-            && self.admits(worker.slot, adds.into(), demand)
+        let reservation = OutputReservation::new(request.max_tokens, request.ignore_eos, 0);
+        let active_match = assessment.prefix_matches()[worker.index as usize].active_blocks;
+        let new_blocks = request.prompt.blocks().saturating_sub(active_match);
+        pending_work.queue.is_empty()
+            && self.has_prefill_slack(worker.index)
+            && self.fits_memory(worker.index, new_blocks.into(), reservation)
     }
 
-    /// Something may have made room at the worker in `slot`: the next in its line is called, or
-    /// somebody else invited.
-    pub(crate) fn let_go(&mut self, slot: Slot) {
-        if self.queue.held == 0 || !self.has_room(slot) {
+    /// Dispatches the next queued request of the worker at `index`, if the worker can take one. If
+    /// its queue is empty, offers it to a request that is queued for another worker.
+    ///
+    /// Must be called after every change that may free prefill slack or memory. The task of the
+    /// request is woken when the lock is released.
+    pub(crate) fn try_dispatch_next(&mut self, index: WorkerIndex) {
+        if self.queue.queued_total == 0 || !self.has_prefill_slack(index) {
             return;
         }
-        let line = &self.fleet.outlooks[slot as usize].line;
-        if line.is_empty() {
-            return self.invite_from_longest_line(slot);
+        let queue = &self.workers.pending_work[index as usize].queue;
+        if queue.is_empty() {
+            return self.rebalance_from_longest_queue(index);
         }
-        if line.called.is_some() {
+        if queue.dispatching.is_some() {
             return;
         }
-        let next = line.next(self.now, |adds, answer| self.admits(slot, adds, answer));
-        let may_overfill = !self.is_held_back_by_engine(slot);
-        let Some((rank, key, _)) = next.filter(|(.., fits)| *fits || may_overfill) else {
+        let next = queue.next_dispatchable(self.now, |new_blocks, reservation| {
+            self.fits_memory(index, new_blocks, reservation)
+        });
+        // A request that does not fit is sent once its backfill window has passed, except to an
+        // engine that reserves memory: there it would only wait.
+        let may_exceed_memory = !self.engine_reserves_output_memory(index);
+        let Some((key, id, _)) = next.filter(|(.., fits)| *fits || may_exceed_memory) else {
             return;
         };
-        if let Some(waiting) = self.record(key).and_then(|it| it.waiting.as_mut()) {
-            let waker = waiting.waker.take();
-            self.queue.woken.extend(waker);
-            self.fleet.outlooks[slot as usize].line.called = Some(rank);
+        if let Some(queued) = self.record(id).and_then(|record| record.queued.as_mut()) {
+            let waker = queued.waker.take();
+            self.queue.pending_wakers.extend(waker);
+            self.workers.pending_work[index as usize].queue.dispatching = Some(key);
         }
     }
 
-    fn has_room(&self, slot: Slot) -> bool {
-        let Some(worker) = self.fleet.at(slot) else {
+    /// Returns whether the worker at `index` exists, is not unhealthy, and has a prefill backlog
+    /// shorter than [`DISPATCH_AHEAD_SECONDS`].
+    fn has_prefill_slack(&self, index: WorkerIndex) -> bool {
+        let Some(worker) = self.workers.by_index(index) else {
             return false;
         };
         if worker.state() == WorkerState::Unhealthy {
             return false;
         }
-        let outlook = &self.fleet.outlooks[slot as usize];
-        let pace = outlook.watch.pace(self.fleet.law(outlook), self.now);
-        outlook.sent().requests == 0 || outlook.sent_backlog(&pace, self.now) < ABOUT_TO
+        let pending_work = &self.workers.pending_work[index as usize];
+        let latency_model = pending_work
+            .latency
+            .latency_model(self.workers.latency_model(pending_work), self.now);
+        pending_work.sent_totals().requests == 0
+            || pending_work.sent_prefill_seconds(&latency_model, self.now) < DISPATCH_AHEAD_SECONDS
     }
 
-    /// Whether the engine of the worker in `slot` sets memory aside for answers, and makes prompts
-    /// wait for it.
-    fn is_held_back_by_engine(&self, slot: Slot) -> bool {
-        let worker = self.fleet.at(slot);
-        worker.is_some_and(|it| it.shadow.eviction() == Eviction::Radix)
+    /// Returns whether the engine of the worker at `index` reserves memory for outputs, and makes
+    /// prompts wait until their reservation fits. SGLang does.
+    fn engine_reserves_output_memory(&self, index: WorkerIndex) -> bool {
+        let worker = self.workers.by_index(index);
+        worker.is_some_and(|worker| worker.estimated_cache.eviction() == EvictionRule::SglangRadix)
     }
 
-    /// Whether the worker in `slot` would begin at once with a request that `adds` blocks and may
-    /// be answered so much, as far as its memory goes.
-    fn admits(&self, slot: Slot, adds: u64, answer: Promised) -> bool {
-        let Some(worker) = self.fleet.at(slot) else {
+    /// Returns whether the memory of the worker at `index` suffices to start a request at once that
+    /// adds `new_blocks` active blocks and may generate the output of `reservation`.
+    ///
+    /// For an engine that reserves no memory for outputs, this is checked only if the queue order
+    /// is `shortest`.
+    fn fits_memory(
+        &self,
+        index: WorkerIndex,
+        new_blocks: u64,
+        reservation: OutputReservation,
+    ) -> bool {
+        let Some(worker) = self.workers.by_index(index) else {
             return false;
         };
-        let load = &self.fleet.loads[slot as usize];
-        // Too small a guess would hold back what has room.
-        let Some(capacity) = worker.told_capacity() else {
+        let load = &self.workers.loads[index as usize];
+        // A learned or assumed capacity that is too small would delay requests that do fit.
+        let Some(capacity) = worker.reported_capacity() else {
             return true;
         };
-        // Whoever is alone there must do with what there is.
+        // A request that is alone on the worker gets no more memory by waiting.
         if load.active_blocks == 0 {
             return true;
         }
         let capacity = u64::from(capacity);
-        if !self.is_held_back_by_engine(slot) {
-            return self.config.queue != Some(Order::Shortest)
-                || load.active_blocks + adds <= capacity;
+        if !self.engine_reserves_output_memory(index) {
+            return self.config.queue_order != Some(QueueOrder::ShortestPrefillFirst)
+                || load.active_blocks + new_blocks <= capacity;
         }
         let block_size = u64::from(self.config.block_size.get());
-        let a_page = u64::from(self.fleet.stride(slot).get());
-        let answers = self.fleet.outlooks[slot as usize].reserve.tokens() + answer.tokens();
-        let takes = (load.active_blocks + adds + a_page) * block_size + answers;
-        takes < capacity * block_size
+        let engine_block = u64::from(self.workers.engine_block_ratio(index).get());
+        let output_tokens = self.workers.pending_work[index as usize]
+            .output_reserve
+            .tokens()
+            + reservation.tokens();
+        let needed_tokens =
+            (load.active_blocks + new_blocks + engine_block) * block_size + output_tokens;
+        needed_tokens < capacity * block_size
     }
 
-    /// Workers of other models have nobody who could come.
-    fn invite_from_longest_line(&mut self, slot: Slot) {
-        let law = self.fleet.outlooks[slot as usize].law;
-        let others = self.fleet.outlooks.iter().filter(|it| it.law == law);
-        let longest = others.max_by_key(|it| it.line.all().requests);
-        let Some(key) = longest.and_then(|it| it.line.first()) else {
+    /// Offers a new choice to the first request of the longest queue, because the worker at `index`
+    /// has prefill slack and an empty queue. Considers only queues of workers with the same latency
+    /// model: requests of other models could not move to it.
+    fn rebalance_from_longest_queue(&mut self, index: WorkerIndex) {
+        let latency_model = self.workers.pending_work[index as usize].latency_model;
+        let same_model = self
+            .workers
+            .pending_work
+            .iter()
+            .filter(|pending_work| pending_work.latency_model == latency_model);
+        let longest = same_model.max_by_key(|pending_work| pending_work.queue.totals().requests);
+        let Some(id) = longest.and_then(|pending_work| pending_work.queue.first()) else {
             return;
         };
         let now = self.now;
-        let waiting = self.record(key).and_then(|it| it.waiting.as_ref());
-        if waiting.is_some_and(|it| it.thinks_until <= now) {
-            self.invite(key);
+        let queued = self.record(id).and_then(|record| record.queued.as_ref());
+        if queued.is_some_and(|queued| queued.rebalance_not_before <= now) {
+            self.offer_rebalance(id);
         }
     }
 
-    /// The worker is gone, and its line with it.
-    pub(crate) fn close_line(&mut self, worker: WorkerId) {
-        self.invite_all(worker);
-        if let Some((outlook, _)) = self.fleet.outlook_mut(worker) {
-            self.queue.held -= outlook.line.all().requests as usize;
+    /// Removes the queue of a worker that is about to be removed, and offers a new choice to all
+    /// requests in it.
+    pub(crate) fn drop_worker_queue(&mut self, worker: WorkerId) {
+        self.offer_rebalance_to_all(worker);
+        if let Some((pending_work, _)) = self.workers.pending_work_mut(worker) {
+            self.queue.queued_total -= pending_work.queue.totals().requests as usize;
         }
     }
 
-    /// The worker takes no more: all in its line may choose anew.
-    pub(crate) fn invite_all(&mut self, worker: WorkerId) {
-        let Some((outlook, _)) = self.fleet.outlook_mut(worker) else {
+    /// Offers a new choice to all requests in the worker's queue, because the worker accepts no
+    /// more requests.
+    pub(crate) fn offer_rebalance_to_all(&mut self, worker: WorkerId) {
+        let Some((pending_work, _)) = self.workers.pending_work_mut(worker) else {
             return;
         };
-        let keys: Vec<BookingKey> = outlook.line.keys().collect();
-        for key in keys {
-            self.invite(key);
+        let ids: Vec<BookingId> = pending_work.queue.bookings().collect();
+        for id in ids {
+            self.offer_rebalance(id);
         }
     }
 
-    /// Whoever carries the request is woken to choose anew.
-    fn invite(&mut self, key: BookingKey) {
-        if let Some(waiting) = self.record(key).and_then(|it| it.waiting.as_mut()) {
-            waiting.is_invited = true;
-            let waker = waiting.waker.take();
-            self.queue.woken.extend(waker);
+    /// Lets a queued request choose a worker again when it is polled next, and wakes its task.
+    fn offer_rebalance(&mut self, id: BookingId) {
+        if let Some(queued) = self.record(id).and_then(|record| record.queued.as_mut()) {
+            queued.rebalance_offered = true;
+            let waker = queued.waker.take();
+            self.queue.pending_wakers.extend(waker);
         }
     }
 
-    /// Whether the request's worker is to get it now, or is gone, which the caller sees. Otherwise
-    /// `context` is woken when to ask again.
-    pub(crate) fn poll_sent(&mut self, key: BookingKey, context: &mut Context<'_>) -> Poll<()> {
-        let Some(record) = self.record(key) else {
+    /// Returns `Ready` if the request is dispatched or its worker was removed, which the caller
+    /// notices. Otherwise the task of `context` is woken when it must poll again.
+    pub(crate) fn poll_dispatch(&mut self, id: BookingId, context: &mut Context<'_>) -> Poll<()> {
+        let Some(record) = self.record(id) else {
             return Poll::Ready(());
         };
         let worker = record.worker;
-        let Some(waiting) = &mut record.waiting else {
+        let Some(queued) = &mut record.queued else {
             return Poll::Ready(());
         };
-        waiting.waker = Some(context.waker().clone());
-        match self.fleet.get(worker) {
+        queued.waker = Some(context.waker().clone());
+        match self.workers.get(worker) {
             Some(_) => Poll::Pending,
             None => Poll::Ready(()),
         }
     }
 
-    pub(crate) fn is_in_line(&mut self, key: BookingKey) -> bool {
-        self.record(key).is_some_and(|it| it.waiting.is_some())
+    /// Returns whether the request is queued.
+    pub(crate) fn is_queued(&self, id: BookingId) -> bool {
+        self.get_record(id)
+            .is_some_and(|record| record.queued.is_some())
     }
 
-    /// Whether the request is in line and was asked to choose anew.
-    pub(crate) fn is_invited(&mut self, key: BookingKey) -> bool {
-        let waiting = self.record(key).and_then(|it| it.waiting.as_mut());
-        waiting.is_some_and(|it| std::mem::take(&mut it.is_invited))
+    /// Returns whether the request is queued and may choose a worker again, and withdraws the
+    /// offer.
+    pub(crate) fn take_rebalance_offer(&mut self, id: BookingId) -> bool {
+        let queued = self.record(id).and_then(|record| record.queued.as_mut());
+        queued.is_some_and(|queued| std::mem::take(&mut queued.rebalance_offered))
     }
 
-    /// Whether the request is in line and its worker has room for it.
-    pub(crate) fn is_called(&mut self, key: BookingKey) -> bool {
-        let Some(record) = self.record(key) else {
+    /// Returns whether the request is queued and its worker is ready to take it now.
+    pub(crate) fn is_dispatching(&self, id: BookingId) -> bool {
+        let Some(record) = self.get_record(id) else {
             return false;
         };
-        let (worker, rank) = (record.worker, record.waiting.as_ref().map(|it| it.rank));
-        let outlook = self.fleet.outlook_mut(worker);
-        rank.is_some() && outlook.is_some_and(|(it, _)| it.line.called == rank)
+        let key = record.queued.as_ref().map(|queued| queued.key);
+        let pending_work = self.workers.pending_work(record.worker);
+        key.is_some() && pending_work.is_some_and(|work| work.queue.dispatching == key)
     }
 
-    /// Books a request in line where it is best by now. Its place among others stays what it was
-    /// by when it came.
-    pub(crate) fn choose_anew(
+    /// Books a queued request again: on the worker that the policy chooses now, if that is worth a
+    /// move, and otherwise on its present worker. The request keeps its queue ticket. Returns `None`
+    /// if the booking does not exist.
+    pub(crate) fn rebalance(
         &mut self,
-        key: BookingKey,
+        id: BookingId,
         request: &Request<'_>,
-    ) -> Option<(BookingKey, WorkerId, Decision)> {
-        // Nobody behind it is called before it has chosen.
-        let (home, standing) = self.unbook(key)?;
-        let reading = self.read_again(request, standing);
-        let chosen = match self.choose_by(request, &reading) {
-            Ok(chosen) if self.is_worth_moving(home, chosen, &reading, request) => chosen,
-            _ => home,
+    ) -> Option<(BookingId, WorkerId, Decision)> {
+        // Does not dispatch the next request of the queue: this one may return to it.
+        let (current, ticket) = self.remove_booking(id)?;
+        let assessment = self.assess_with_ticket(request, ticket);
+        let chosen = match self.select_worker(request, &assessment) {
+            Ok(chosen) if self.is_worth_moving(current, chosen, &assessment, request) => chosen,
+            _ => current,
         };
-        let thinks_until = self.now.saturating_add(THINKS_FOR);
-        let (key, decision) = self.enter(chosen, &reading, request, thinks_until);
-        if chosen != home {
-            self.let_go(home.slot);
+        let rebalance_not_before = self.now.saturating_add(REBALANCE_INTERVAL);
+        let (id, decision) =
+            self.book_or_enqueue(chosen, &assessment, request, rebalance_not_before);
+        if chosen != current {
+            self.try_dispatch_next(current.index);
         }
-        Some((key, chosen, decision))
+        Some((id, chosen, decision))
     }
 
-    /// The worker of a request in line gets it: what it finds cached there is what is cached now.
-    pub(crate) fn send(
+    /// Books a queued request as sent to its worker, with the prefix match of this time. Returns
+    /// `None` if the request is not queued.
+    pub(crate) fn dispatch(
         &mut self,
-        key: BookingKey,
+        id: BookingId,
         request: &Request<'_>,
-    ) -> Option<(BookingKey, WorkerId, Decision)> {
-        self.record(key).filter(|it| it.waiting.is_some())?;
-        let (worker, standing) = self.unbook(key)?;
-        let reading = self.read_as_sent(request, standing);
-        self.queue.sends(&standing);
-        let (key, decision) = self.book(worker, &reading, request);
-        self.let_go(worker.slot);
-        Some((key, worker, decision))
+    ) -> Option<(BookingId, WorkerId, Decision)> {
+        self.record(id).filter(|record| record.queued.is_some())?;
+        let (worker, ticket) = self.remove_booking(id)?;
+        let assessment = self.assess_ignoring_queue(request, ticket);
+        self.queue.on_dispatch(&ticket);
+        let (id, decision) = self.book(worker, &assessment, request);
+        self.try_dispatch_next(worker.index);
+        Some((id, worker, decision))
     }
 
-    /// Takes a booking back that is to be made elsewhere, as if it had never been.
-    pub(crate) fn withdraw(&mut self, key: BookingKey) -> Option<(WorkerId, Standing)> {
-        let (worker, standing) = self.unbook(key)?;
-        self.let_go(worker.slot);
-        Some((worker, standing))
+    /// Removes a booking that is about to be made elsewhere, and dispatches the next request of its
+    /// worker. Returns the worker and the queue ticket.
+    pub(crate) fn release_for_rebooking(
+        &mut self,
+        id: BookingId,
+    ) -> Option<(WorkerId, QueueTicket)> {
+        let (worker, ticket) = self.remove_booking(id)?;
+        self.try_dispatch_next(worker.index);
+        Some((worker, ticket))
     }
 
-    fn unbook(&mut self, key: BookingKey) -> Option<(WorkerId, Standing)> {
-        self.record(key)?;
-        let record = self.bookings.remove(key.index);
-        let (worker, standing, now) = (record.worker, record.standing, self.now);
-        if let Some((outlook, _)) = self.fleet.outlook_mut(worker) {
-            let counted = (record.booked_at, record.prefill);
-            outlook.inflow.take_back(counted, now);
+    /// Removes a booking as if it had never been made: it no longer counts in the arrival rate of
+    /// its worker either.
+    fn remove_booking(&mut self, id: BookingId) -> Option<(WorkerId, QueueTicket)> {
+        self.record(id)?;
+        let record = self.bookings.remove(id.index);
+        let (worker, ticket, now) = (record.worker, record.ticket, self.now);
+        if let Some((pending_work, _)) = self.workers.pending_work_mut(worker) {
+            let arrival = (record.booked_at, record.predicted_prefill_seconds);
+            pending_work.arrival_rate.undo(arrival, now);
         }
-        self.take_back(record, None);
-        Some((worker, standing))
+        self.undo(record, None);
+        Some((worker, ticket))
     }
 
+    /// Returns whether a queued request should move from `current` to `chosen`: if `current` is not
+    /// healthy, or if the move reduces the cost to [`MAX_MIGRATION_COST_RATIO`] of what it is.
     fn is_worth_moving(
         &self,
-        home: WorkerId,
-        to: WorkerId,
-        reading: &Reading,
+        current: WorkerId,
+        chosen: WorkerId,
+        assessment: &RequestAssessment,
         request: &Request<'_>,
     ) -> bool {
-        let state = self.fleet.get(home).map(Worker::state);
+        let state = self.workers.get(current).map(Worker::state);
         if state != Some(WorkerState::Healthy) {
             return true;
         }
-        let placement = self.placement(request, reading);
+        let profile = self.request_profile(request, assessment);
         let cost = |worker: WorkerId| {
-            let depth = reading.depths()[worker.slot as usize];
-            let delay = self.fleet.delay(&placement, worker.slot, depth);
-            placement.total(&delay)
+            let prefix_match = assessment.prefix_matches()[worker.index as usize];
+            let delay = self
+                .workers
+                .marginal_delay(&profile, worker.index, prefix_match);
+            profile.total(&delay)
         };
-        cost(to) <= WORTH_MOVING * cost(home)
+        cost(chosen) <= MAX_MIGRATION_COST_RATIO * cost(current)
     }
 }

@@ -1,7 +1,7 @@
-//! What is learned from watching streams: how long a worker takes, and how long answers are.
+//! Forecasts learned from traffic: how fast a worker is, and how long outputs are.
 //!
-//! All of it is learned while requests pass, sample by sample, and bounded.
+//! All models are learned online, sample by sample, while requests pass. Their memory is bounded.
 
-pub(crate) mod lengths;
-pub(crate) mod pace;
+pub(crate) mod latency;
+pub(crate) mod output_length;
 mod regression;

@@ -1,524 +1,644 @@
-//! What bookings hold on workers, and every change of it.
+//! The life of a booking: booked or queued, prefill, decode, release.
 //!
-//! All that a booking adds to its worker's numbers is in its [`Record`], and freeing takes
-//! exactly that back.
+//! All that a booking adds to the numbers of its worker is in its [`BookingRecord`]. Its release
+//! subtracts exactly that.
 
 use std::time::Duration;
 
 use slab::Slab;
 
-use crate::admission::Promised;
-use crate::choose::Decision;
-use crate::fleet::{WorkerId, seconds};
-use crate::forecast::pace::Work;
-use crate::outlook::Share;
-use crate::record::{BookingKey, Record, Waiting};
-use crate::reports::{Hits, Verdict};
+use crate::active_tree::{NO_NODE, WorkerIndex};
+use crate::booking_record::{BookingId, BookingRecord, KnownProgress, QueuedState};
+use crate::forecast::latency::PrefillWork;
+use crate::hit_audit::{AuditResult, ReportedHit};
+use crate::pending_work::RequestWork;
+use crate::policy::Decision;
 use crate::request::Request;
 use crate::sequence::Sequence;
-use crate::state::{Reading, State};
-use crate::tree::{NO_NODE, Slot};
+use crate::sglang_admission::OutputReservation;
+use crate::state::{RequestAssessment, State};
+use crate::workers::{WorkerId, duration_from_secs_saturating};
 
-/// Whole answers with fewer steps say more of prefill than of steps.
-const FEW_STEPS: u32 = 16;
+/// Minimum number of decode steps for which the total time of a response that is not streamed is a
+/// sample of decode time. With fewer steps, prefill is too large a part of it.
+const MIN_STEPS_FOR_LATENCY_SAMPLE: u32 = 16;
 
-/// For where the rest of the state is needed beside it.
-pub(crate) fn record_of(bookings: &mut Slab<Record>, key: BookingKey) -> Option<&mut Record> {
-    let record = bookings.get_mut(key.index)?;
-    (record.serial == key.serial).then_some(record)
+/// Returns the record of a booking, unless the booking has ended. For callers that borrow other
+/// parts of the [`State`] at the same time.
+pub(crate) fn find_record(
+    bookings: &mut Slab<BookingRecord>,
+    id: BookingId,
+) -> Option<&mut BookingRecord> {
+    let record = bookings.get_mut(id.index)?;
+    (record.serial == id.serial).then_some(record)
 }
 
 impl State {
-    pub(crate) fn record(&mut self, key: BookingKey) -> Option<&mut Record> {
-        record_of(&mut self.bookings, key)
+    /// Returns the record of a booking, unless the booking has ended.
+    pub(crate) fn get_record(&self, id: BookingId) -> Option<&BookingRecord> {
+        let record = self.bookings.get(id.index)?;
+        (record.serial == id.serial).then_some(record)
     }
 
-    /// Books on `worker`, which gets it now. Nothing may happen between reading and this.
+    /// Returns the record of a booking to be changed, unless the booking has ended.
+    pub(crate) fn record(&mut self, id: BookingId) -> Option<&mut BookingRecord> {
+        find_record(&mut self.bookings, id)
+    }
+
+    /// Books a request on `worker`, as sent to it now. The state must not have changed since
+    /// `assessment` was made.
     pub(crate) fn book(
         &mut self,
         worker: WorkerId,
-        reading: &Reading,
+        assessment: &RequestAssessment,
         request: &Request<'_>,
-    ) -> (BookingKey, Decision) {
-        let (mut record, decision) = self.new_record(worker, reading, request);
-        let (sequence, now) = (request.sequence, self.now);
+    ) -> (BookingId, Decision) {
+        let (mut record, decision) = self.build_record(worker, assessment, request);
+        let (prompt, now) = (request.prompt, self.now);
         let mut is_idle = false;
-        if let Some((worker, load)) = self.fleet.get_mut(worker) {
-            let slot = worker.id.slot;
-            let (mut pinned_blocks, mut copies) = (0, 0);
+        if let Some((worker, load)) = self.workers.get_mut(worker) {
+            let index = worker.id.index;
+            let cache = &mut worker.estimated_cache;
+            let (mut pinned_blocks, mut duplicates) = (0, 0);
             if worker.prefix_caching {
-                // An engine with larger blocks shares none that is not full.
-                let chain = &sequence.whole_hashes(record.stride);
-                let at = match chain.len() == sequence.hashes().len() {
-                    true => reading.at,
-                    false => self.tree.descend(chain, &mut []),
+                // An engine with larger blocks shares only full blocks of its own.
+                let chain = &prompt.hash_chain_aligned_to(record.engine_block_ratio);
+                let position = match chain.len() == prompt.hashes().len() {
+                    true => assessment.tree_position,
+                    false => self.tree.match_prefix(chain, &mut []),
                 };
-                let pinned = self.tree.pin(at, chain, slot, record.serial);
+                let pinned = self.tree.pin(position, chain, index, record.serial);
                 record.node = pinned.node;
-                record.hashed_blocks = pinned.path;
-                pinned_blocks = u64::from(pinned.blocks);
-                worker.pinned += pinned_blocks;
-                let depth = reading.depths()[slot as usize];
-                let cached = depth.cached.min(sequence.reusable_blocks());
-                let in_use = load.active_blocks;
-                let shadow = &mut worker.shadow;
-                record.claim = Some(shadow.claim(cached, depth.active, &pinned.revived, in_use));
-                // Of a prompt that is cached whole the last block is computed again.
-                let end = pinned
-                    .revived
+                record.hashed_blocks = pinned.path_blocks;
+                pinned_blocks = u64::from(pinned.newly_pinned);
+                worker.pinned_blocks += pinned_blocks;
+                let prefix_match = assessment.prefix_matches()[index as usize];
+                let max_reusable_blocks = prompt.max_reusable_blocks();
+                record.expected_hit = Some(cache.expected_hit(
+                    prefix_match.cached_blocks.min(max_reusable_blocks),
+                    prefix_match.active_blocks,
+                    &pinned.reused,
+                    load.active_blocks,
+                ));
+                // If the whole prompt is cached, its last block is computed again.
+                let reused_until = pinned
+                    .reused
                     .first()
                     .map_or(0, |run| run.start + run.blocks);
-                let reusable = sequence.reusable_blocks();
-                shadow.revived(&pinned.revived, end.saturating_sub(reusable));
-                copies = shadow.divide(&pinned, reusable, slot, &mut self.tree);
+                cache.reuse(
+                    &pinned.reused,
+                    reused_until.saturating_sub(max_reusable_blocks),
+                );
+                duplicates =
+                    cache.mark_engine_boundary(&pinned, max_reusable_blocks, index, &mut self.tree);
             }
-            worker.shadow.waits();
-            self.foreseen.booked(record.serial);
+            cache.begin_prefill();
+            self.pending_evictions.note_booking(record.serial);
             is_idle = load.active_blocks == 0;
             if is_idle {
-                self.tree.begin(slot, record.serial);
+                self.tree.mark_started(index, record.serial);
             }
-            worker.shadow.change_headroom(0, record.headroom());
+            cache.change_headroom(0, record.headroom());
             load.requests += 1;
             load.context_tokens += record.context_tokens();
             load.active_blocks += pinned_blocks + u64::from(record.unshared_blocks());
-            worker.shadow.make_room(
-                load.active_blocks + worker.shadow.room_for_copies(copies),
-                slot,
+            cache.evict_to_fit(
+                load.active_blocks + cache.transient_duplicate_blocks(duplicates),
+                index,
                 &mut self.tree,
-                &mut self.foreseen,
+                &mut self.pending_evictions,
             );
         }
-        self.add_to_outlook(&mut record);
-        let mut is_started = false;
-        if let Some((outlook, _)) = self.fleet.outlook_mut(worker) {
-            outlook.send(&mut record.share, record.serial, now);
-            // Who has no prompt has nothing to wait for, and its answer is not read.
-            is_started = record.prompt_tokens == 0 && outlook.compute(&mut record.share);
-            let reserve = &mut outlook.reserve;
+        self.add_pending_work(&mut record);
+        let mut is_prefill_finished = false;
+        if let Some((pending_work, _)) = self.workers.pending_work_mut(worker) {
+            pending_work.mark_sent(&mut record.work, record.serial, now);
+            // An empty prompt has no prefill to wait for, and its output is not observed.
+            is_prefill_finished =
+                record.prompt_tokens == 0 && pending_work.finish_prefill(&mut record.work);
+            let reserve = &mut pending_work.output_reserve;
             if is_idle {
-                reserve.idles();
+                reserve.reset_ratio();
             }
-            reserve.change(Promised::default(), record.promised());
+            reserve.replace(OutputReservation::default(), record.output_reservation());
         }
-        let streams = record.streams;
-        let key = self.insert(record);
-        if is_started {
-            self.started(worker, key.serial);
+        let is_streaming = record.is_streaming;
+        let id = self.insert(record);
+        if is_prefill_finished {
+            self.on_prefill_finished(worker, id.serial);
         }
-        if !streams {
-            self.look_after(worker, sequence, key);
+        if !is_streaming {
+            self.track_progress(worker, prompt, id);
         }
-        (key, decision)
+        (id, decision)
     }
 
-    /// Books in the line of `worker`, which gets it later. Nothing may happen between reading and
-    /// this.
-    pub(crate) fn line_up(
+    /// Books a request in the queue of `worker`, to be sent later. The state must not have changed
+    /// since `assessment` was made. Until `rebalance_not_before`, slack of other workers does not
+    /// lead to a new choice for the request.
+    pub(crate) fn enqueue(
         &mut self,
         worker: WorkerId,
-        reading: &Reading,
+        assessment: &RequestAssessment,
         request: &Request<'_>,
-        thinks_until: Duration,
-    ) -> (BookingKey, Decision) {
-        let (mut record, decision) = self.new_record(worker, reading, request);
-        let mut adds = 0;
-        if let Some((worker, load)) = self.fleet.get_mut(worker) {
-            let slot = worker.id.slot;
-            let mut shared = 0;
+        rebalance_not_before: Duration,
+    ) -> (BookingId, Decision) {
+        let (mut record, decision) = self.build_record(worker, assessment, request);
+        let mut new_blocks = 0;
+        if let Some((worker, load)) = self.workers.get_mut(worker) {
+            let index = worker.id.index;
+            let mut shared_blocks = 0;
             if worker.prefix_caching {
-                let chain = request.sequence.shared_hashes();
-                let at = self.lined_up.descend(chain, &mut []);
-                let pinned = self.lined_up.pin(at, chain, slot, record.serial);
+                let chain = request.prompt.hash_chain();
+                let position = self.queued_prefixes.match_prefix(chain, &mut []);
+                let pinned = self
+                    .queued_prefixes
+                    .pin(position, chain, index, record.serial);
                 record.node = pinned.node;
-                record.hashed_blocks = pinned.path;
-                shared = reading.depths()[slot as usize].active.min(pinned.path);
+                record.hashed_blocks = pinned.path_blocks;
+                shared_blocks = assessment.prefix_matches()[index as usize]
+                    .active_blocks
+                    .min(pinned.path_blocks);
             }
-            adds = u64::from(record.blocks() - shared);
+            new_blocks = u64::from(record.blocks() - shared_blocks);
             load.requests += 1;
             load.context_tokens += record.context_tokens();
-            load.held_blocks += adds;
+            load.queued_blocks += new_blocks;
         }
-        self.add_to_outlook(&mut record);
-        let waiting = Waiting {
-            rank: record.standing.rank(record.prefill),
-            is_invited: false,
-            thinks_until,
+        self.add_pending_work(&mut record);
+        let key = record.ticket.queue_key(record.predicted_prefill_seconds);
+        let work = record.work.work;
+        let memory = (new_blocks, record.output_reservation());
+        record.queued = Some(Box::new(QueuedState {
+            key,
+            rebalance_offered: false,
+            rebalance_not_before,
             waker: None,
-        };
-        let (rank, work) = (waiting.rank, record.share.work);
-        let demand = (adds, record.promised());
-        record.waiting = Some(Box::new(waiting));
-        let key = self.insert(record);
-        if let Some((outlook, _)) = self.fleet.outlook_mut(worker) {
-            outlook.line.join(rank, key, work, demand);
-            self.queue.held += 1;
+        }));
+        let id = self.insert(record);
+        if let Some((pending_work, _)) = self.workers.pending_work_mut(worker) {
+            pending_work.queue.insert(key, id, work, memory);
+            self.queue.queued_total += 1;
         }
-        (key, decision)
+        (id, decision)
     }
 
-    fn new_record(
+    /// Returns a record with the next serial, and the decision that led to it. The record pins
+    /// nothing and is not queued yet.
+    fn build_record(
         &mut self,
         worker: WorkerId,
-        reading: &Reading,
+        assessment: &RequestAssessment,
         request: &Request<'_>,
-    ) -> (Record, Decision) {
-        let decision = self.decision(worker.slot, reading, request);
-        self.serial += 1;
-        let (sequence, now) = (request.sequence, self.now);
-        let cached_tokens = decision.cost.overlap_blocks * sequence.block_size().get();
-        let uncached_tokens = sequence.tokens().saturating_sub(cached_tokens);
-        let work = Work::new(uncached_tokens, sequence.tokens());
-        let context = u64::from(sequence.tokens());
-        let mut share = Share::new(work, reading.expected_tokens, context);
-        share.is_watched = request.streams;
-        let record = Record {
-            serial: self.serial,
+    ) -> (BookingRecord, Decision) {
+        let decision = self.decision(worker.index, assessment, request);
+        self.last_booking_serial += 1;
+        let (prompt, now) = (request.prompt, self.now);
+        let cached_tokens = decision.cost.overlap_blocks * prompt.block_size().get();
+        let uncached_tokens = prompt.tokens().saturating_sub(cached_tokens);
+        let prefill_work = PrefillWork::new(uncached_tokens, prompt.tokens());
+        let context_tokens = u64::from(prompt.tokens());
+        let mut work = RequestWork::new(
+            prefill_work,
+            assessment.expected_output_tokens,
+            context_tokens,
+        );
+        work.is_streaming = request.is_streaming;
+        let record = BookingRecord {
+            serial: self.last_booking_serial,
             worker,
             node: NO_NODE,
             hashed_blocks: 0,
-            block_size: sequence.block_size().get(),
-            stride: self.fleet.stride(worker.slot).get(),
-            prompt_tokens: sequence.tokens(),
-            generated_tokens: 0,
-            share,
-            kind: reading.kind,
+            block_size: prompt.block_size().get(),
+            engine_block_ratio: self.workers.engine_block_ratio(worker.index).get(),
+            prompt_tokens: prompt.tokens(),
+            output_tokens: 0,
+            work,
+            length_class: assessment.length_class,
             max_tokens: request.max_tokens,
-            ignores_eos: request.ignores_eos,
-            said_tokens: request.expected_tokens,
-            computed: false,
-            counted: false,
-            streams: request.streams,
-            expected_tokens: reading.expected_tokens,
+            ignore_eos: request.ignore_eos,
+            client_expected_tokens: request.expected_output_tokens,
+            prefill_confirmed: false,
+            output_count_reported: false,
+            is_streaming: request.is_streaming,
+            expected_output_tokens: assessment.expected_output_tokens,
             booked_at: now,
             waited_for_memory: false,
-            first_token_due: now,
-            token_at: now,
-            known: (now, 0),
-            standing: reading.standing,
-            prefill: 0.0,
-            waiting: None,
-            claim: None,
+            predicted_first_token_at: now,
+            last_token_at: now,
+            last_known: KnownProgress {
+                at: now,
+                output_tokens: 0,
+            },
+            ticket: assessment.ticket,
+            predicted_prefill_seconds: 0.0,
+            queued: None,
+            expected_hit: None,
         };
         (record, decision)
     }
 
-    /// The request, booked on its worker or in its line, is ahead of that.
-    fn add_to_outlook(&mut self, record: &mut Record) {
+    /// Adds a booking, dispatched or queued, to the pending work of its worker, and predicts its
+    /// prefill time and the time of its first token.
+    fn add_pending_work(&mut self, record: &mut BookingRecord) {
         let now = self.now;
-        let Some((worker, load)) = self.fleet.get_mut(record.worker) else {
+        let Some((worker, load)) = self.workers.get_mut(record.worker) else {
             return;
         };
-        let (capacity, booked) = (worker.known_capacity(), load.booked_blocks());
-        let Some((outlook, law)) = self.fleet.outlook_mut(record.worker) else {
+        let (capacity, projected_blocks) = (worker.estimated_capacity(), load.projected_blocks());
+        let Some((pending_work, shared_model)) = self.workers.pending_work_mut(record.worker)
+        else {
             return;
         };
-        outlook.capacity = capacity;
-        record.waited_for_memory = capacity.is_some_and(|it| booked > u64::from(it));
-        let pace = outlook.watch.pace(law, now);
-        record.prefill = pace.prefill(1.0 / outlook.watch.prompts_together(), record.share.work);
-        let ahead = outlook.ahead_of(&record.standing, record.prefill, &pace, now);
-        record.first_token_due = now.saturating_add(seconds(ahead.wait + record.prefill));
-        outlook.add(&record.share);
-        outlook.inflow.add(record.prefill, now);
+        pending_work.capacity = capacity;
+        record.waited_for_memory =
+            capacity.is_some_and(|capacity| projected_blocks > u64::from(capacity));
+        let latency_model = pending_work.latency.latency_model(shared_model, now);
+        record.predicted_prefill_seconds = latency_model.prefill_seconds(
+            1.0 / pending_work.latency.mean_prefill_batch(),
+            record.work.work,
+        );
+        let queue_wait = pending_work.queue_wait(
+            &record.ticket,
+            record.predicted_prefill_seconds,
+            &latency_model,
+            now,
+        );
+        record.predicted_first_token_at = now.saturating_add(duration_from_secs_saturating(
+            queue_wait.wait_seconds + record.predicted_prefill_seconds,
+        ));
+        pending_work.add_prefill(&record.work);
+        pending_work
+            .arrival_rate
+            .add(record.predicted_prefill_seconds, now);
     }
 
-    fn insert(&mut self, record: Record) -> BookingKey {
-        BookingKey {
+    /// Stores a record and returns its id.
+    fn insert(&mut self, record: BookingRecord) -> BookingId {
+        BookingId {
             serial: record.serial,
             index: self.bookings.insert(record),
         }
     }
 
-    pub(crate) fn first_token(&mut self, key: BookingKey, now: Duration) {
-        let record = record_of(&mut self.bookings, key);
-        let Some(record) = record.filter(|record| !record.computed) else {
+    /// Records that the worker has computed the prompt, because its output is reported. Learns from
+    /// the time of the first token if the response is streamed. Calls after the first have no
+    /// effect.
+    pub(crate) fn on_first_token(&mut self, id: BookingId, now: Duration) {
+        let record = find_record(&mut self.bookings, id);
+        let Some(record) = record.filter(|record| !record.prefill_confirmed) else {
             return;
         };
-        record.computed = true;
+        record.prefill_confirmed = true;
         let (node, serial) = (record.node, record.serial);
-        let (mut is_started, mut has_begun_anew) = (false, false);
-        if let Some((outlook, law)) = self.fleet.outlook_mut(record.worker) {
-            if record.streams {
-                record.token_at = now;
+        let (mut is_prefill_finished, mut is_first_of_step) = (false, false);
+        if let Some((pending_work, shared_model)) = self.workers.pending_work_mut(record.worker) {
+            if record.is_streaming {
+                record.last_token_at = now;
                 let booked_at = record.booked_at;
-                let due = record.first_token_due.saturating_sub(booked_at);
-                let (work, waited) = (record.share.work, record.waited_for_memory);
-                if work.tokens > 0 {
-                    outlook.watch.check(due, now.saturating_sub(booked_at));
-                    outlook.begin(&record.share, now);
-                    has_begun_anew = outlook.watch.first_token(law, work, booked_at, waited, now);
+                let predicted_ttft = record.predicted_first_token_at.saturating_sub(booked_at);
+                let (prefill_work, waited_for_memory) =
+                    (record.work.work, record.waited_for_memory);
+                if prefill_work.new_tokens > 0 {
+                    pending_work
+                        .latency
+                        .record_ttft_error(predicted_ttft, now.saturating_sub(booked_at));
+                    pending_work.mark_started(&record.work, now);
+                    is_first_of_step = pending_work.latency.observe_first_token(
+                        shared_model,
+                        prefill_work,
+                        booked_at,
+                        waited_for_memory,
+                        now,
+                    );
                 }
             }
-            // Otherwise this is the end of the whole answer: it tells nothing of prefill.
-            is_started = outlook.compute(&mut record.share);
+            // Without streaming this is the end of the whole output, whose time says nothing about
+            // prefill.
+            is_prefill_finished = pending_work.finish_prefill(&mut record.work);
         }
-        let id = record.worker;
-        if self.fleet.get(id).is_some() {
-            self.tree.mark_computed(node, id.slot);
-            if is_started {
-                self.started(id, serial);
+        let worker = record.worker;
+        if self.workers.get(worker).is_some() {
+            self.tree.mark_cached(node, worker.index);
+            if is_prefill_finished {
+                self.on_prefill_finished(worker, serial);
             }
-            if has_begun_anew {
-                self.begins_step(id.slot, now);
+            if is_first_of_step {
+                self.on_engine_step_started(worker.index, now);
             }
         }
     }
 
-    /// A booking waits no longer.
-    pub(crate) fn started(&mut self, worker: WorkerId, serial: u64) {
-        let Some((worker, _)) = self.fleet.get_mut(worker) else {
+    /// Counts the end of a booking's prefill. The worker has therefore started this booking and all
+    /// that were sent to it before. Dispatches the worker's next request.
+    pub(crate) fn on_prefill_finished(&mut self, worker: WorkerId, serial: u64) {
+        let Some((worker, _)) = self.workers.get_mut(worker) else {
             return;
         };
-        let slot = worker.id.slot;
-        match worker.shadow.waits_no_longer() {
-            true => self.foreseen.started_all(slot),
-            false => self.foreseen.started(slot, serial),
+        let index = worker.id.index;
+        match worker.estimated_cache.end_prefill() {
+            true => self.pending_evictions.mark_all_started(index),
+            false => self.pending_evictions.mark_started(index, serial),
         }
-        self.let_go(slot);
+        self.try_dispatch_next(index);
     }
 
-    /// A step of the worker in `slot` has just begun, with all that has reached it.
-    fn begins_step(&mut self, slot: Slot, now: Duration) {
-        let underway = self.fleet.outlooks[slot as usize].first_underway(now);
-        let begun = underway.map_or(self.serial, |first| first - 1);
-        self.tree.begin(slot, begun);
+    /// Records that the engine of the worker at `index` has just started a step. It includes all
+    /// requests that are not in transit any more.
+    fn on_engine_step_started(&mut self, index: WorkerIndex, now: Duration) {
+        let in_transit = self.workers.pending_work[index as usize].oldest_in_transit(now);
+        let last_started = in_transit.map_or(self.last_booking_serial, |oldest| oldest - 1);
+        self.tree.mark_started(index, last_started);
     }
 
-    pub(crate) fn tokens(&mut self, key: BookingKey, count: u32, now: Duration) {
-        let Some(record) = self.record(key) else {
+    /// Counts `count` further output tokens. Learns from the time since the token before them if
+    /// the response is streamed.
+    pub(crate) fn on_tokens(&mut self, id: BookingId, count: u32, now: Duration) {
+        let Some(record) = self.record(id) else {
             return;
         };
-        let elapsed = now.saturating_sub(record.token_at);
-        let total = record.generated_tokens.saturating_add(count);
-        let learns = record.streams && record.generated_tokens > 0;
-        let (worker, last_token_at) = (record.worker, record.token_at);
-        record.token_at = now.max(record.token_at);
-        self.count(key, total);
-        if learns && let Some((outlook, law)) = self.fleet.outlook_mut(worker) {
-            let computes =
-                outlook.sent().requests > 0 || outlook.watch.first_token_at() > last_token_at;
-            let decoding = outlook.decoding();
-            let watch = &mut outlook.watch;
-            let has_line = !outlook.line.is_empty();
-            if watch.tokens(law, count, elapsed, computes, decoding, now) {
-                self.begins_step(worker.slot, now);
+        let elapsed = now.saturating_sub(record.last_token_at);
+        let total = record.output_tokens.saturating_add(count);
+        let is_decode_sample = record.is_streaming && record.output_tokens > 0;
+        let (worker, last_token_at) = (record.worker, record.last_token_at);
+        record.last_token_at = now.max(record.last_token_at);
+        self.set_reported_output(id, total);
+        if is_decode_sample
+            && let Some((pending_work, shared_model)) = self.workers.pending_work_mut(worker)
+        {
+            let beside_prefill = pending_work.sent_totals().requests > 0
+                || pending_work.latency.first_token_at() > last_token_at;
+            let decode_load = pending_work.decode_load();
+            let has_queue = !pending_work.queue.is_empty();
+            let latency = &mut pending_work.latency;
+            if latency.observe_step(
+                shared_model,
+                count,
+                elapsed,
+                beside_prefill,
+                decode_load,
+                now,
+            ) {
+                self.on_engine_step_started(worker.index, now);
             }
-            if has_line {
-                // Time has passed.
-                self.let_go(worker.slot);
+            if has_queue {
+                // The prefill backlog shrinks with time, so the worker may have slack by now.
+                self.try_dispatch_next(worker.index);
             }
         }
     }
 
-    /// The worker said that it has generated `total` tokens.
-    pub(crate) fn count(&mut self, key: BookingKey, total: u32) {
-        if let Some(record) = self.record(key) {
-            record.counted = true;
-            self.set_generated(key, total);
+    /// Sets the number of output tokens to `total`, as reported by the worker.
+    pub(crate) fn set_reported_output(&mut self, id: BookingId, total: u32) {
+        if let Some(record) = self.record(id) {
+            record.output_count_reported = true;
+            self.set_output_tokens(id, total);
         }
     }
 
-    pub(crate) fn set_generated(&mut self, key: BookingKey, total: u32) {
-        let Some(record) = record_of(&mut self.bookings, key) else {
+    /// Sets the number of output tokens to `total`, reported or estimated, and updates the load, the
+    /// pending work and the estimated cache of the worker.
+    pub(crate) fn set_output_tokens(&mut self, id: BookingId, total: u32) {
+        let Some(record) = find_record(&mut self.bookings, id) else {
             return;
         };
         let (blocks_before, context_before) = (record.blocks(), record.context_tokens());
-        let (headroom_before, promised_before) = (record.headroom(), record.promised());
-        let count = total.saturating_sub(record.generated_tokens);
-        record.generated_tokens = total;
-        let (blocks, context) = (record.blocks(), record.context_tokens());
+        let (headroom_before, reservation_before) =
+            (record.headroom(), record.output_reservation());
+        let count = total.saturating_sub(record.output_tokens);
+        record.output_tokens = total;
+        let (blocks, context_tokens) = (record.blocks(), record.context_tokens());
         let headroom = record.headroom();
         let worker = record.worker;
-        if let Some((outlook, _)) = self.fleet.outlook_mut(worker) {
-            let running = outlook.decoding().0;
-            outlook.reserve.generates(count, running);
-            outlook.reserve.change(promised_before, record.promised());
+        if let Some((pending_work, _)) = self.workers.pending_work_mut(worker) {
+            let (running_requests, _) = pending_work.decode_load();
+            pending_work
+                .output_reserve
+                .on_decode_tokens(count, running_requests);
+            pending_work
+                .output_reserve
+                .replace(reservation_before, record.output_reservation());
         }
         if blocks != blocks_before {
-            // A block is little enough for a forecast to stand.
-            let left = self.output_length.remaining_of(
-                record.kind,
+            // Within one block the forecast changes too little to be computed anew.
+            let remaining_tokens = self.output_length.remaining_with_hint(
+                record.length_class,
                 total,
                 record.max_tokens,
-                record.said_tokens,
+                record.client_expected_tokens,
             );
-            if let Some((outlook, _)) = self.fleet.outlook_mut(worker) {
-                outlook.renew(&mut record.share, left, context);
+            if let Some((pending_work, _)) = self.workers.pending_work_mut(worker) {
+                pending_work.update_decode(&mut record.work, remaining_tokens, context_tokens);
             }
         }
-        if let Some((worker, load)) = self.fleet.get_mut(worker) {
+        if let Some((worker, load)) = self.workers.get_mut(worker) {
             load.active_blocks = load.active_blocks + u64::from(blocks) - u64::from(blocks_before);
-            load.context_tokens = load.context_tokens + context - context_before;
-            worker.shadow.change_headroom(headroom_before, headroom);
+            load.context_tokens = load.context_tokens + context_tokens - context_before;
+            worker
+                .estimated_cache
+                .change_headroom(headroom_before, headroom);
             if blocks > blocks_before || headroom > headroom_before {
-                worker.shadow.make_room(
+                worker.estimated_cache.evict_to_fit(
                     load.active_blocks,
-                    worker.id.slot,
+                    worker.id.index,
                     &mut self.tree,
-                    &mut self.foreseen,
+                    &mut self.pending_evictions,
                 );
             }
         }
     }
 
-    pub(crate) fn learn_from_end(&mut self, key: BookingKey, now: Duration) {
-        // A forecast teaches nothing, least of all itself.
-        let Some(record) = self.record(key).filter(|record| record.counted) else {
+    /// Learns the length of an output that ended normally and, if the response was not streamed,
+    /// the time of its decode steps. Learns nothing if the number of tokens was only estimated.
+    pub(crate) fn learn_from_completion(&mut self, id: BookingId, now: Duration) {
+        let Some(record) = self
+            .record(id)
+            .filter(|record| record.output_count_reported)
+        else {
             return;
         };
-        let (generated, streams, worker) = (record.generated_tokens, record.streams, record.worker);
-        let (kind, expected) = (record.kind, record.expected_tokens);
+        let (output_tokens, is_streaming, worker) =
+            (record.output_tokens, record.is_streaming, record.worker);
+        let (length_class, expected_tokens) = (record.length_class, record.expected_output_tokens);
         let max_tokens = record.max_tokens;
-        // When the first token came was forecast at best, and is off by a share of the prefill.
-        let (steps, has_begun) = (generated.saturating_sub(1), record.known.1 > 0);
-        let tells_steps = !streams && has_begun && steps >= FEW_STEPS;
-        let elapsed = now.saturating_sub(record.token_at);
-        self.output_length.check(expected, generated);
-        let is_cut = max_tokens.is_some_and(|most| generated >= most);
-        self.output_length.observe(kind, generated, is_cut);
-        if tells_steps && let Some((outlook, law)) = self.fleet.outlook_mut(worker) {
-            let computes = outlook.sent().requests > 0;
-            let decoding = outlook.decoding();
-            let watch = &mut outlook.watch;
-            watch.tokens(law, steps, elapsed, computes, decoding, now);
+        // Without streaming the time of the first token was at best forecast. Its error, a part of
+        // the prefill time, is small only over many steps.
+        let steps = output_tokens.saturating_sub(1);
+        let has_first_token = record.last_known.output_tokens > 0;
+        let is_decode_sample =
+            !is_streaming && has_first_token && steps >= MIN_STEPS_FOR_LATENCY_SAMPLE;
+        let elapsed = now.saturating_sub(record.last_token_at);
+        self.output_length
+            .record_accuracy(expected_tokens, output_tokens);
+        let is_truncated = max_tokens.is_some_and(|max_tokens| output_tokens >= max_tokens);
+        self.output_length
+            .observe(length_class, output_tokens, is_truncated);
+        if is_decode_sample
+            && let Some((pending_work, shared_model)) = self.workers.pending_work_mut(worker)
+        {
+            let beside_prefill = pending_work.sent_totals().requests > 0;
+            let decode_load = pending_work.decode_load();
+            let latency = &mut pending_work.latency;
+            latency.observe_step(
+                shared_model,
+                steps,
+                elapsed,
+                beside_prefill,
+                decode_load,
+                now,
+            );
         }
     }
 
-    /// The worker said that it found `tokens` of the prompt in its cache.
-    pub(crate) fn observe_cached(&mut self, key: BookingKey, prompt: &Sequence, tokens: u32) {
-        let Some(record) = self.record(key) else {
+    /// Compares the `tokens` tokens of the prompt that the worker found in its cache with the
+    /// expected hit, and corrects the estimated cache. Has no effect if the cache source is events.
+    pub(crate) fn observe_cached_tokens(&mut self, id: BookingId, prompt: &Sequence, tokens: u32) {
+        let Some(record) = self.record(id) else {
             return;
         };
         let (worker, block_size) = (record.worker, record.block_size);
-        let Some(claim) = record.claim.take() else {
+        let Some(expected_hit) = record.expected_hit.take() else {
             return;
         };
-        let Some((worker, load)) = self.fleet.get_mut(worker) else {
+        let Some((worker, load)) = self.workers.get_mut(worker) else {
             return;
         };
-        if worker.shadow.is_told() {
+        if worker.estimated_cache.is_event_tracked() {
             return;
         }
-        let next = prompt.hashes().get(claim.expected() as usize).copied();
-        let hits = Hits {
+        let next_block = prompt
+            .hashes()
+            .get(expected_hit.expected() as usize)
+            .copied();
+        let reported_hit = ReportedHit {
             blocks: tokens / block_size,
-            are_estimate: prompt.is_estimate(),
+            is_estimate: prompt.is_text_based(),
         };
-        match worker.shadow.observe(&claim, hits, next) {
-            Verdict::Kept => {}
-            Verdict::LostBefore(stamp) => {
-                worker.shadow.forget_freed_before(stamp);
-                self.tree.forget_freed_before(worker.id.slot, stamp);
+        match worker
+            .estimated_cache
+            .audit_hit(&expected_hit, reported_hit, next_block)
+        {
+            AuditResult::Consistent => {}
+            AuditResult::CacheLostBefore(epoch) => {
+                worker.estimated_cache.forget_freed_before(epoch);
+                self.tree.clear_freed_before(worker.id.index, epoch);
             }
         }
-        worker.shadow.make_room(
+        worker.estimated_cache.evict_to_fit(
             load.active_blocks,
-            worker.id.slot,
+            worker.id.index,
             &mut self.tree,
-            &mut self.foreseen,
+            &mut self.pending_evictions,
         );
     }
 
-    /// Takes a booking back. What it computed stays in the worker's cache, output included where
-    /// `answered`, prompt and output, tells its content.
-    pub(crate) fn free(&mut self, key: BookingKey, answered: Option<&Sequence>) {
-        let known = self.record(key).is_some();
-        let Some(record) = known.then(|| self.bookings.remove(key.index)) else {
+    /// Releases a booking and dispatches the worker's next request. The blocks that the request
+    /// computed stay in the estimated cache. `output_sequence`, the prompt followed by output, makes
+    /// the blocks of the output findable too. Has no effect if the booking has ended already.
+    pub(crate) fn release(&mut self, id: BookingId, output_sequence: Option<&Sequence>) {
+        let exists = self.record(id).is_some();
+        let Some(record) = exists.then(|| self.bookings.remove(id.index)) else {
             return;
         };
-        let slot = record.worker.slot;
-        self.take_back(record, answered);
-        self.let_go(slot);
+        let index = record.worker.index;
+        self.undo(record, output_sequence);
+        self.try_dispatch_next(index);
     }
 
-    pub(crate) fn take_back(&mut self, record: Record, answered: Option<&Sequence>) {
-        if let Some((outlook, _)) = self.fleet.outlook_mut(record.worker) {
-            outlook.remove(&record.share);
+    /// Subtracts a removed booking from all numbers of its worker, and unpins its blocks. See
+    /// [`release`](Self::release) for `output_sequence`.
+    pub(crate) fn undo(&mut self, record: BookingRecord, output_sequence: Option<&Sequence>) {
+        if let Some((pending_work, _)) = self.workers.pending_work_mut(record.worker) {
+            pending_work.remove(&record.work);
         }
-        if let Some(waiting) = &record.waiting {
-            return self.leave_line(&record, waiting);
+        if let Some(queued) = &record.queued {
+            return self.dequeue(&record, queued);
         }
-        if let Some((outlook, _)) = self.fleet.outlook_mut(record.worker) {
-            let promised = record.promised();
-            outlook.reserve.change(promised, Promised::default());
+        if let Some((pending_work, _)) = self.workers.pending_work_mut(record.worker) {
+            let reservation = record.output_reservation();
+            pending_work
+                .output_reserve
+                .replace(reservation, OutputReservation::default());
         }
-        let Some((worker, load)) = self.fleet.get_mut(record.worker) else {
+        let Some((worker, load)) = self.workers.get_mut(record.worker) else {
             return;
         };
-        if record.share.is_ahead() && worker.shadow.waits_no_longer() {
-            self.foreseen.started_all(worker.id.slot);
+        let index = worker.id.index;
+        let cache = &mut worker.estimated_cache;
+        if record.work.is_in_prefill() && cache.end_prefill() {
+            self.pending_evictions.mark_all_started(index);
         }
-        worker.shadow.change_headroom(record.headroom(), 0);
+        cache.change_headroom(record.headroom(), 0);
         load.requests -= 1;
         load.context_tokens -= record.context_tokens();
-        let unshared = record.unshared_blocks();
-        load.active_blocks -= u64::from(unshared);
+        load.active_blocks -= u64::from(record.unshared_blocks());
         if !worker.prefix_caching {
             return;
         }
-        let slot = worker.id.slot;
-        let mut stamp = worker.shadow.next_stamp();
-        let mut left_behind = if record.computed {
+        let mut epoch = cache.next_epoch();
+        let mut unknown_output_blocks = if record.prefill_confirmed {
             record.output_blocks()
         } else {
             0
         };
         let mut node = record.node;
-        let has_computed = record.computed && self.tree.is_computed(node, slot);
-        if let Some(answered) = answered.filter(|_| has_computed && !worker.shadow.is_idle()) {
-            let chain = &answered.whole_hashes(record.stride);
-            let at = self.tree.descend(chain, &mut []);
-            let pinned = self.tree.pin(at, chain, slot, self.serial);
-            self.tree.mark_computed(pinned.node, slot);
-            worker.shadow.revived(&pinned.revived, u32::MAX);
-            worker
-                .shadow
-                .divide(&pinned, u32::MAX, slot, &mut self.tree);
-            let known = match worker.shadow.keeps_copies() {
-                true => pinned.blocks,
-                false => pinned.path.saturating_sub(record.hashed_blocks),
+        let is_cached = record.prefill_confirmed && self.tree.is_cached(node, index);
+        if let Some(output_sequence) = output_sequence.filter(|_| is_cached && !cache.is_disabled())
+        {
+            let chain = &output_sequence.hash_chain_aligned_to(record.engine_block_ratio);
+            let position = self.tree.match_prefix(chain, &mut []);
+            let pinned = self
+                .tree
+                .pin(position, chain, index, self.last_booking_serial);
+            self.tree.mark_cached(pinned.node, index);
+            cache.reuse(&pinned.reused, u32::MAX);
+            cache.mark_engine_boundary(&pinned, u32::MAX, index, &mut self.tree);
+            let known_output_blocks = match cache.keeps_duplicates() {
+                true => pinned.newly_pinned,
+                false => pinned.path_blocks.saturating_sub(record.hashed_blocks),
             };
-            left_behind = left_behind.saturating_sub(known);
-            worker.pinned += u64::from(pinned.blocks);
-            load.active_blocks += u64::from(pinned.blocks);
-            // The longer path takes the place of the shorter, which frees nothing: but hashes
-            // may collide.
-            let shorter = self.tree.unpin(node, slot, stamp);
-            worker.pinned -= u64::from(shorter.blocks);
-            load.active_blocks -= u64::from(shorter.blocks);
-            worker.shadow.freed(shorter, 0, stamp);
-            stamp = worker.shadow.next_stamp();
+            unknown_output_blocks = unknown_output_blocks.saturating_sub(known_output_blocks);
+            worker.pinned_blocks += u64::from(pinned.newly_pinned);
+            load.active_blocks += u64::from(pinned.newly_pinned);
+            // The new path includes that of the prompt, so this unpin releases nothing, unless
+            // hashes collide.
+            let unpinned = self.tree.unpin(node, index, epoch);
+            worker.pinned_blocks -= u64::from(unpinned.unpinned);
+            load.active_blocks -= u64::from(unpinned.unpinned);
+            cache.push_freed(unpinned, 0, epoch);
+            epoch = cache.next_epoch();
             node = pinned.node;
         }
-        let unpinned = self.tree.unpin(node, slot, stamp);
-        worker.pinned -= u64::from(unpinned.blocks);
-        load.active_blocks -= u64::from(unpinned.blocks);
-        worker.shadow.freed(unpinned, left_behind, stamp);
-        if worker.shadow.is_told() {
-            self.tree.awaits_told(slot, stamp);
+        let unpinned = self.tree.unpin(node, index, epoch);
+        worker.pinned_blocks -= u64::from(unpinned.unpinned);
+        load.active_blocks -= u64::from(unpinned.unpinned);
+        cache.push_freed(unpinned, unknown_output_blocks, epoch);
+        if cache.is_event_tracked() {
+            self.tree.limit_unacknowledged(index, epoch);
         }
-        worker.shadow.make_room(
+        cache.evict_to_fit(
             load.active_blocks,
-            worker.id.slot,
+            index,
             &mut self.tree,
-            &mut self.foreseen,
+            &mut self.pending_evictions,
         );
     }
 
-    fn leave_line(&mut self, record: &Record, waiting: &Waiting) {
-        let mut adds = 0;
-        if let Some((outlook, _)) = self.fleet.outlook_mut(record.worker)
-            && let Some(blocks) = outlook.line.leave(waiting.rank)
+    /// Removes a queued booking from the queue of its worker, from the worker's load and from the
+    /// tree of queued prefixes.
+    fn dequeue(&mut self, record: &BookingRecord, queued: &QueuedState) {
+        let mut queued_blocks = 0;
+        if let Some((pending_work, _)) = self.workers.pending_work_mut(record.worker)
+            && let Some(blocks) = pending_work.queue.remove(queued.key)
         {
-            self.queue.held -= 1;
-            adds = blocks;
+            self.queue.queued_total -= 1;
+            queued_blocks = blocks;
         }
-        if let Some((worker, load)) = self.fleet.get_mut(record.worker) {
+        if let Some((worker, load)) = self.workers.get_mut(record.worker) {
             load.requests -= 1;
             load.context_tokens -= record.context_tokens();
-            load.held_blocks -= adds;
-            self.lined_up.unpin(record.node, worker.id.slot, 0);
+            load.queued_blocks -= queued_blocks;
+            self.queued_prefixes.unpin(record.node, worker.id.index, 0);
         }
     }
 }

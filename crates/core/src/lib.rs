@@ -1,24 +1,52 @@
-//! The decision: which worker gets the next request, by predicted load and cache.
+//! Router core of Foresee: predicts the load and the prefix cache of every LLM worker, and chooses
+//! the worker for each request.
 //!
-//! This crate does no I/O, reads no clock and is not async: time comes in as an argument, so the
-//! code that serves traffic is the code that runs in the simulator and in the property tests.
+//! The caller adds workers to a [`Router`](router::Router) and routes each request with it. The
+//! result is a [`Booking`](booking::Booking), which counts the request on its worker until it is
+//! dropped. The caller reports what it observes of the response (first token, further tokens, cached
+//! tokens, end) to the booking, and what it learns about the worker (health, KV events, capacity) to
+//! the router. The crate does no I/O, reads no clock and is not async: time is an argument of every
+//! call. The code that serves traffic is therefore the code that runs in the simulator and in the
+//! property tests.
 //!
-//! Read in this order: [`sequence`] (what a prompt is), `tree` (what a worker holds), `shadow` and
-//! [`cache`] (what it still caches, by its own rule or by its events), `foreseen` (what it will not
-//! for long, whatever its events say), `capacity` and `reports` (what its responses say of that),
-//! `forecast` (how fast it is, and how long answers are), `outlook` (what it has ahead of it),
-//! [`cost`], [`delay`] and [`choose`] (numbers, then a choice among numbers),
-//! [`fleet`] (the workers), `state` (what a decision reads), `copies` (when a prefix is worth
-//! computing once more), `ledger` (what bookings change),
-//! `unwatched` (how far those are that nobody watches), [`queue`], `dispatch` (who waits here, and
-//! when who is sent) and `admission` (what an SGLang begins with at once), and those that are used
-//! from outside: [`router`], [`booking`] and [`batch`].
+//! # Modules
+//!
+//! What a caller uses:
+//!
+//! | module | question |
+//! |---|---|
+//! | [`router`] | How is a request routed, and how does the router learn about its workers? |
+//! | [`booking`], [`batch`] | What does a routed request occupy, and how is its progress reported? |
+//! | [`workers`] | What is a worker, and what is known about it? |
+//! | [`sequence`] | What is a prompt, and how is it hashed? |
+//! | [`event_index`] | How do KV events become knowledge about caches? |
+//! | [`policy`], [`kv_cost`], [`marginal_delay`] | By which rule, and by which cost, is a worker chosen? |
+//! | [`queue`] | Which requests wait at the router, and which is sent next? |
+//!
+//! What happens inside, in the order of reading:
+//!
+//! | module | question |
+//! |---|---|
+//! | `config`, `request`, `cache_source` | Which types do callers of the router pass and receive? |
+//! | `state` | What is behind the router's lock, and how is a decision made? |
+//! | `active_tree`, `prefix_matches` | Which blocks do the requests of each worker pin? |
+//! | `estimated_cache` | Which blocks does a worker without KV events still cache? |
+//! | `pending_evictions` | Which cached blocks will be evicted before a new request runs? |
+//! | `capacity`, `hit_audit` | What do reported cache hits say about a worker's cache? |
+//! | `forecast` | How fast is a worker, and how long are outputs? |
+//! | `pending_work` | How much prefill and decode work does a worker have? |
+//! | `replication` | When should an idle worker compute a popular prefix once more? |
+//! | `booking_record`, `ledger` | What does a booking add to its worker, and when is it subtracted? |
+//! | `progress_estimator` | How far is a request whose response is not streamed? |
+//! | `dispatch`, `sglang_admission` | When is a queued request sent, and does it fit the worker's memory? |
+//!
+//! # Example
 //!
 //! ```
 //! use std::time::Duration;
-//! use foresee_core::fleet::WorkerSpec;
 //! use foresee_core::router::{Request, Router, RouterConfig};
-//! use foresee_core::sequence::{Sequence, salt};
+//! use foresee_core::sequence::{Sequence, prefix_salt};
+//! use foresee_core::workers::WorkerSpec;
 //!
 //! let config = RouterConfig::default();
 //! let block_size = config.block_size;
@@ -32,10 +60,10 @@
 //!     router.set_healthy(worker, true);
 //! }
 //!
-//! let prompt: Vec<u32> = (0..100).collect();
-//! let sequence = Sequence::from_tokens(&prompt, block_size, salt("llama", None, None));
-//! let mut booking = router.route(&Request::new(&sequence), Duration::ZERO)?;
-//! booking.tokens(1, Duration::from_millis(80));
+//! let tokens: Vec<u32> = (0..100).collect();
+//! let prompt = Sequence::from_tokens(&tokens, block_size, prefix_salt("llama", None, None));
+//! let mut booking = router.route(&Request::new(&prompt), Duration::ZERO)?;
+//! booking.on_tokens(1, Duration::from_millis(80));
 //!
 //! let chosen = router
 //!     .workers(Duration::from_millis(80))
@@ -43,42 +71,43 @@
 //!     .find(|worker| worker.id == booking.worker());
 //! assert_eq!(chosen.map(|worker| worker.active_blocks), Some(7)); // ⌈(100 + 1) / 16⌉
 //!
-//! drop(booking); // frees everything
+//! drop(booking); // releases everything
 //! assert!(router.workers(Duration::ZERO).iter().all(|worker| worker.active_blocks == 0));
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-mod admission;
+mod active_tree;
 pub mod batch;
 pub mod booking;
-pub mod cache;
+mod booking_record;
+mod cache_source;
 mod capacity;
-pub mod choose;
 mod config;
-mod copies;
-pub mod cost;
-pub mod delay;
-mod depths;
 mod dispatch;
-pub mod fleet;
+mod estimated_cache;
+pub mod event_index;
 mod forecast;
-mod foreseen;
+mod hit_audit;
+pub mod kv_cost;
 mod ledger;
-mod outlook;
+pub mod marginal_delay;
+mod pending_evictions;
+mod pending_work;
+pub mod policy;
+mod prefix_matches;
+mod progress_estimator;
 pub mod queue;
-mod record;
-mod reports;
+mod replication;
 mod request;
 pub mod router;
 pub mod sequence;
-mod shadow;
+mod sglang_admission;
 mod state;
-mod tree;
-mod unwatched;
+pub mod workers;
 
+pub use active_tree::PrefixMatch;
 pub use capacity::{CapacitySource, DEFAULT_CAPACITY_BLOCKS};
 pub use config::DEFAULT_TTFT_WEIGHT;
-pub use forecast::lengths::LengthForecast;
-pub use forecast::pace::Pace;
-pub use shadow::Eviction;
-pub use tree::Depth;
+pub use estimated_cache::EvictionRule;
+pub use forecast::latency::{LatencyAccuracy, LatencyModel};
+pub use forecast::output_length::OutputLengthAccuracy;

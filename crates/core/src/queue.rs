@@ -1,8 +1,8 @@
-//! Requests that wait at the router, in a line for each worker, and who in it is sent next.
+//! The router's queue: requests that wait for their worker, and the order in which they are sent.
 //!
-//! A request is booked when it comes, where it costs least, so that every decision counts it; it is
-//! sent when its worker is about to turn to it. Engines take prompts as they come. What is not sent
-//! yet can still be overtaken, and can still go elsewhere: see [`dispatch`](crate::dispatch).
+//! A request is booked on arrival, on the worker where it costs least, so that every decision counts
+//! it. It is sent when its worker is about to start it. Engines start prompts in order of arrival;
+//! a request that is not sent yet can still be overtaken, and can still move to another worker.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -12,293 +12,347 @@ use std::time::Duration;
 
 use smallvec::SmallVec;
 
-use crate::admission::Promised;
-use crate::fleet::seconds;
-use crate::forecast::pace::Work;
-use crate::record::BookingKey;
+use crate::booking_record::BookingId;
+use crate::forecast::latency::PrefillWork;
+use crate::sglang_admission::OutputReservation;
+use crate::workers::duration_from_secs_saturating;
 
-/// In which order requests of one priority are sent.
+/// Order in which queued requests of equal priority are sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Order {
-    /// As they came.
+pub enum QueueOrder {
+    /// In order of arrival.
     #[default]
     Fcfs,
-    /// Those with less to compute first, but each waits only so long: one second less to compute
-    /// counts as having come ten seconds before (shortest job first, with ageing). Those go first
-    /// that fit into their worker's memory (backfilling), within three times that time.
-    Shortest,
-    /// Each tenant in proportion, by what its requests are predicted to take (start-time fair
-    /// queueing; Goyal, Vin and Cheng, 1996: deficit round robin with one number for each request
-    /// in place of rounds).
-    Fair,
+    /// Least prefill first, with ageing: one second less prefill counts as ten seconds of waiting,
+    /// so a long prompt is not starved (shortest job first).
+    ///
+    /// A request that does not fit its worker's memory lets smaller ones pass (backfilling), for at
+    /// most thirty seconds per second of its own prefill.
+    ShortestPrefillFirst,
+    /// Equal service for all tenants, by the predicted service time of their requests (start-time
+    /// fair queueing; Goyal, Vin and Cheng, 1996: like deficit round robin, with one number per
+    /// request instead of rounds).
+    FairByTenant,
 }
 
-impl Order {
-    /// Every order, with its name.
-    pub const ALL: [(Order, &'static str); 3] = [
-        (Order::Fcfs, "fcfs"),
-        (Order::Shortest, "shortest"),
-        (Order::Fair, "fair"),
+impl QueueOrder {
+    /// Every order, with its name in configuration.
+    pub const ALL: [(QueueOrder, &'static str); 3] = [
+        (QueueOrder::Fcfs, "fcfs"),
+        (QueueOrder::ShortestPrefillFirst, "shortest"),
+        (QueueOrder::FairByTenant, "fair"),
     ];
+
+    /// Returns one line on the order, for help texts.
+    #[must_use]
+    pub fn description(self) -> &'static str {
+        match self {
+            Self::Fcfs => "in order of arrival",
+            Self::ShortestPrefillFirst => "least prefill time first, with ageing",
+            Self::FairByTenant => "an equal share of the engines' time for each tenant",
+        }
+    }
 }
 
-impl fmt::Display for Order {
+impl fmt::Display for QueueOrder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = Self::ALL.iter().find(|(order, _)| order == self);
         f.pad(name.map_or("", |(_, name)| name))
     }
 }
 
-/// An order's name that is none of [`Order::ALL`].
+/// Error for a name that is not in [`QueueOrder::ALL`].
 #[derive(Debug, thiserror::Error)]
-#[error("unknown order `{0}`: use fcfs, shortest or fair")]
-pub struct UnknownOrder(String);
+#[error("unknown queue order `{0}`: use fcfs, shortest or fair")]
+pub struct UnknownQueueOrder(String);
 
-impl FromStr for Order {
-    type Err = UnknownOrder;
+impl FromStr for QueueOrder {
+    type Err = UnknownQueueOrder;
 
-    fn from_str(name: &str) -> Result<Self, UnknownOrder> {
-        let known = Self::ALL.into_iter().find(|(_, known)| *known == name);
-        let known = known.map(|(order, _)| order);
-        known.ok_or_else(|| UnknownOrder(name.to_owned()))
+    fn from_str(name: &str) -> Result<Self, UnknownQueueOrder> {
+        Self::ALL
+            .into_iter()
+            .find_map(|(order, order_name)| (order_name == name).then_some(order))
+            .ok_or_else(|| UnknownQueueOrder(name.to_owned()))
     }
 }
 
-/// How many seconds later a request may come and still be sent first, for each second that it has
-/// less to compute.
-const AGEING: f64 = 10.0;
+/// Seconds of waiting that one second less of prefill is worth.
+const AGEING_SECONDS_PER_PREFILL_SECOND: f64 = 10.0;
 
-/// How many times as long a request that does not fit into its worker's memory lets others go first
-/// that do: they use what is free, but each of them puts off the time when enough is.
-const PATIENCE: f64 = 3.0;
+/// Time for which a request that does not fit its worker's memory lets others pass, as a multiple of
+/// its ageing time. The others use memory that is free, but each of them delays the time at which
+/// enough is free for this one.
+const BACKFILL_WINDOW_FACTOR: f64 = 3.0;
 
-/// A place in line: the least is sent first.
+/// Sort key in a worker's queue; the smallest is dispatched first. Compared field by field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Rank {
+pub(crate) struct QueueKey {
+    /// Priority of the request; lower values come first.
     priority: i32,
-    tag: Duration,
-    arrival: u64,
-    /// Until then others go first that fit, if it does not fit itself.
-    yields_until: Duration,
+    /// Position by the queue order: zero, a time of arrival plus ageing, or a start tag.
+    order_tag: Duration,
+    /// Number of the arrival, which decides between equal tags.
+    arrival_number: u64,
+    /// Time until which others may pass this request while it does not fit.
+    backfill_until: Duration,
 }
 
-/// What a request's place is decided by, in whichever line.
+/// Part of a request's sort key that does not depend on the worker. Drawn on arrival, and kept when
+/// the request moves to another worker.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Standing {
-    order: Order,
+pub(crate) struct QueueTicket {
+    order: QueueOrder,
     priority: i32,
     tenant: u64,
-    since: Duration,
-    /// Where its share of its tenant's time begins.
-    begins: Duration,
-    /// Numbers requests as they come.
-    arrival: u64,
+    arrived_at: Duration,
+    /// Virtual time at which the service of the request starts, under fair queueing.
+    start_tag: Duration,
+    /// Number of the arrival.
+    arrival_number: u64,
 }
 
-impl Standing {
-    /// Where it stands if its prompt takes so many seconds to compute.
-    pub(crate) fn rank(&self, prefill: f64) -> Rank {
-        let after = |times: f64| self.since.saturating_add(seconds(times * prefill));
-        let (tag, yields_until) = match self.order {
-            Order::Fcfs => (Duration::ZERO, Duration::ZERO),
-            Order::Shortest => (after(AGEING), after(PATIENCE * AGEING)),
-            Order::Fair => (self.begins, Duration::ZERO),
+impl QueueTicket {
+    /// Returns the sort key on a worker where the prefill takes `prefill_seconds`.
+    pub(crate) fn queue_key(&self, prefill_seconds: f64) -> QueueKey {
+        let arrival_plus = |factor: f64| {
+            self.arrived_at
+                .saturating_add(duration_from_secs_saturating(factor * prefill_seconds))
         };
-        Rank {
+        let (order_tag, backfill_until) = match self.order {
+            QueueOrder::Fcfs => (Duration::ZERO, Duration::ZERO),
+            QueueOrder::ShortestPrefillFirst => (
+                arrival_plus(AGEING_SECONDS_PER_PREFILL_SECOND),
+                arrival_plus(BACKFILL_WINDOW_FACTOR * AGEING_SECONDS_PER_PREFILL_SECOND),
+            ),
+            QueueOrder::FairByTenant => (self.start_tag, Duration::ZERO),
+        };
+        QueueKey {
             priority: self.priority,
-            tag,
-            arrival: self.arrival,
-            yields_until,
+            order_tag,
+            arrival_number: self.arrival_number,
+            backfill_until,
         }
     }
 }
 
-/// Most tenants whose shares are kept apart. Who has none left owing is forgotten before.
-const MOST_TENANTS: usize = 4096;
+/// Maximum number of tenants with a finish tag. At the limit, tags that have passed are dropped
+/// first; a new tenant then gets no tag if none had passed.
+const MAX_TENANTS: usize = 4096;
 
-/// What all lines have in common.
+/// State that all worker queues share.
 #[derive(Debug, Default)]
-pub(crate) struct Queue {
+pub(crate) struct QueuePolicyState {
+    /// Number of arrivals so far.
     arrivals: u64,
-    /// Requests in all lines.
-    pub(crate) held: usize,
-    /// Where each tenant's next share begins, in predicted time, unless that is past.
-    tenants: HashMap<u64, Duration>,
-    /// Where the share of the latest request sent began: what is before is past.
+    /// Number of requests in all worker queues.
+    pub(crate) queued_total: usize,
+    /// Virtual time at which the latest request of each tenant ends. A tenant whose tag has passed
+    /// may be missing.
+    tenant_finish_tags: HashMap<u64, Duration>,
+    /// Largest start tag of any dispatched request. Tags before it have passed.
     virtual_time: Duration,
-    /// Who may go on, told when the lock is released.
-    pub(crate) woken: SmallVec<[Waker; 2]>,
+    /// Tasks to wake when the router's lock is released.
+    pub(crate) pending_wakers: SmallVec<[Waker; 2]>,
 }
 
-impl Queue {
-    /// How a request stands that comes now.
-    pub(crate) fn standing(
+impl QueuePolicyState {
+    /// Returns the queue ticket of a request that arrives `now`. Lower values of `priority` come
+    /// first. The start tag is the tenant's finish tag or the virtual time, whichever is later.
+    ///
+    /// The arrival itself is counted by [`on_arrival`](Self::on_arrival). All tickets between two
+    /// calls of `on_arrival` have the same arrival number.
+    pub(crate) fn ticket(
         &self,
-        order: Order,
+        order: QueueOrder,
         priority: i32,
         tenant: u64,
         now: Duration,
-    ) -> Standing {
-        let owed = self.tenants.get(&tenant).copied().unwrap_or_default();
-        Standing {
+    ) -> QueueTicket {
+        let finish_tag = self
+            .tenant_finish_tags
+            .get(&tenant)
+            .copied()
+            .unwrap_or_default();
+        QueueTicket {
             order,
             priority,
             tenant,
-            since: now,
-            begins: owed.max(self.virtual_time),
-            arrival: self.arrivals,
+            arrived_at: now,
+            start_tag: finish_tag.max(self.virtual_time),
+            arrival_number: self.arrivals,
         }
     }
 
-    /// A request has come, and is predicted to take so long.
-    pub(crate) fn comes(&mut self, standing: &Standing, takes: Duration) {
+    /// Records the arrival of a request that is predicted to take `service_time` of its worker.
+    pub(crate) fn on_arrival(&mut self, ticket: &QueueTicket, service_time: Duration) {
         self.arrivals += 1;
-        if standing.order != Order::Fair {
+        if ticket.order != QueueOrder::FairByTenant {
             return;
         }
-        let is_known = self.tenants.contains_key(&standing.tenant);
-        if !is_known && self.tenants.len() >= MOST_TENANTS {
-            let past = self.virtual_time;
-            self.tenants.retain(|_, end| *end > past);
+        let has_tag = self.tenant_finish_tags.contains_key(&ticket.tenant);
+        if !has_tag && self.tenant_finish_tags.len() >= MAX_TENANTS {
+            let virtual_time = self.virtual_time;
+            self.tenant_finish_tags
+                .retain(|_, finish_tag| *finish_tag > virtual_time);
         }
-        if is_known || self.tenants.len() < MOST_TENANTS {
-            let ends = standing.begins.saturating_add(takes);
-            self.tenants.insert(standing.tenant, ends);
+        if has_tag || self.tenant_finish_tags.len() < MAX_TENANTS {
+            let finish_tag = ticket.start_tag.saturating_add(service_time);
+            self.tenant_finish_tags.insert(ticket.tenant, finish_tag);
         }
     }
 
-    /// One is sent.
-    pub(crate) fn sends(&mut self, standing: &Standing) {
-        self.virtual_time = self.virtual_time.max(standing.begins);
+    /// Records the dispatch of a request, which advances the virtual time.
+    pub(crate) fn on_dispatch(&mut self, ticket: &QueueTicket) {
+        self.virtual_time = self.virtual_time.max(ticket.start_tag);
     }
 }
 
-/// Prompts, and what they take.
+/// Number of prompts, and their prefill work.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Prompts {
+pub(crate) struct PrefillTotals {
+    /// Number of prompts.
     pub(crate) requests: u32,
-    pub(crate) work: Work,
+    /// Sum of their prefill work.
+    pub(crate) work: PrefillWork,
 }
 
-impl std::ops::AddAssign for Prompts {
+impl std::ops::AddAssign for PrefillTotals {
     fn add_assign(&mut self, other: Self) {
         self.requests += other.requests;
         self.work += other.work;
     }
 }
 
-impl std::ops::SubAssign for Prompts {
+impl std::ops::SubAssign for PrefillTotals {
     fn sub_assign(&mut self, other: Self) {
         self.requests -= other.requests;
         self.work -= other.work;
     }
 }
 
+/// One queued request.
 #[derive(Clone, Copy, Debug)]
-struct Entry {
-    rank: Rank,
-    key: BookingKey,
-    prompt: Prompts,
-    /// KV blocks that it will make active, as far as nobody before it does, and what it may be
-    /// answered.
+struct QueueEntry {
+    key: QueueKey,
+    booking: BookingId,
+    /// The request itself, in the form in which totals are summed.
+    prompt: PrefillTotals,
+    /// KV blocks that the request will pin in addition to active and queued ones.
     blocks: u64,
-    answer: Promised,
-    /// All before it.
-    before: Prompts,
+    /// Output that the request may generate.
+    output_reservation: OutputReservation,
+    /// Totals of all entries before this one.
+    totals_before: PrefillTotals,
 }
 
-/// Those who wait for one worker. Asking costs O(log n), joining and leaving O(n) of the cheapest.
+/// Requests that wait for one worker. Queries take O(log n) time. Insertion and removal take O(n),
+/// with a few additions per entry.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Line {
-    /// By rank.
-    entries: VecDeque<Entry>,
-    all: Prompts,
-    /// Who was told to go, and has not gone yet.
-    pub(crate) called: Option<Rank>,
+pub(crate) struct WorkerQueue {
+    /// Entries by ascending queue key.
+    entries: VecDeque<QueueEntry>,
+    totals: PrefillTotals,
+    /// Key of the request whose task was woken and has not polled yet. No other request is
+    /// dispatched until then.
+    pub(crate) dispatching: Option<QueueKey>,
 }
 
-impl Line {
-    pub(crate) fn all(&self) -> Prompts {
-        self.all
+impl WorkerQueue {
+    /// Returns the totals of all queued requests.
+    pub(crate) fn totals(&self) -> PrefillTotals {
+        self.totals
     }
 
     pub(crate) fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    pub(crate) fn first(&self) -> Option<BookingKey> {
-        self.entries.front().map(|it| it.key)
+    /// Returns the booking with the smallest key.
+    pub(crate) fn first(&self) -> Option<BookingId> {
+        self.entries.front().map(|entry| entry.booking)
     }
 
-    /// Whom to send next where there is room for those who `fit`, so many blocks and such an
-    /// answer: of those of the highest priority, the first that does, or that has yielded to others
-    /// for long enough; and whether it fits.
-    pub(crate) fn next(
+    /// Returns the request to dispatch next, and whether it fits the worker's memory. `fits` decides
+    /// that from the blocks and the possible output of a request.
+    ///
+    /// Among the requests of the highest priority, this is the first that fits or whose backfill
+    /// window has passed.
+    pub(crate) fn next_dispatchable(
         &self,
         now: Duration,
-        fit: impl Fn(u64, Promised) -> bool,
-    ) -> Option<(Rank, BookingKey, bool)> {
-        let priority = self.entries.front()?.rank.priority;
-        let alike = self.entries.iter();
-        let mut alike = alike.take_while(|it| it.rank.priority == priority);
-        alike.find_map(|it| {
-            let fits = fit(it.blocks, it.answer);
-            (fits || it.rank.yields_until <= now).then_some((it.rank, it.key, fits))
+        fits: impl Fn(u64, OutputReservation) -> bool,
+    ) -> Option<(QueueKey, BookingId, bool)> {
+        let priority = self.entries.front()?.key.priority;
+        let entries = self.entries.iter();
+        let mut highest_priority = entries.take_while(|entry| entry.key.priority == priority);
+        highest_priority.find_map(|entry| {
+            let does_fit = fits(entry.blocks, entry.output_reservation);
+            (does_fit || entry.key.backfill_until <= now).then_some((
+                entry.key,
+                entry.booking,
+                does_fit,
+            ))
         })
     }
 
-    pub(crate) fn keys(&self) -> impl Iterator<Item = BookingKey> {
-        self.entries.iter().map(|it| it.key)
+    /// Returns all bookings, by ascending key.
+    pub(crate) fn bookings(&self) -> impl Iterator<Item = BookingId> {
+        self.entries.iter().map(|entry| entry.booking)
     }
 
-    fn position(&self, rank: Rank) -> usize {
-        self.entries.partition_point(|it| it.rank < rank)
+    /// Returns the index at which an entry with this key is or would be.
+    fn position(&self, key: QueueKey) -> usize {
+        self.entries.partition_point(|entry| entry.key < key)
     }
 
-    /// Those that are sent before one of this rank.
-    pub(crate) fn before(&self, rank: Rank) -> Prompts {
-        let behind = self.entries.get(self.position(rank));
-        behind.map_or(self.all, |it| it.before)
+    /// Returns the totals of all requests that are sent before one with this key.
+    pub(crate) fn totals_before(&self, key: QueueKey) -> PrefillTotals {
+        let next = self.entries.get(self.position(key));
+        next.map_or(self.totals, |entry| entry.totals_before)
     }
 
-    pub(crate) fn join(
+    /// Adds a request with this prefill work. `blocks` is the number of KV blocks that it will pin in
+    /// addition, `output_reservation` the output that it may generate.
+    pub(crate) fn insert(
         &mut self,
-        rank: Rank,
-        key: BookingKey,
-        work: Work,
-        (blocks, answer): (u64, Promised),
+        key: QueueKey,
+        booking: BookingId,
+        work: PrefillWork,
+        (blocks, output_reservation): (u64, OutputReservation),
     ) {
-        let at = self.position(rank);
-        let prompt = Prompts { requests: 1, work };
-        let before = self.before(rank);
+        let index = self.position(key);
+        let prompt = PrefillTotals { requests: 1, work };
+        let totals_before = self.totals_before(key);
         self.entries.insert(
-            at,
-            Entry {
-                rank,
+            index,
+            QueueEntry {
                 key,
+                booking,
                 prompt,
                 blocks,
-                answer,
-                before,
+                output_reservation,
+                totals_before,
             },
         );
-        for behind in self.entries.range_mut(at + 1..) {
-            behind.before += prompt;
+        for later in self.entries.range_mut(index + 1..) {
+            later.totals_before += prompt;
         }
-        self.all += prompt;
+        self.totals += prompt;
     }
 
-    /// Returns how many KV blocks it would have made active, if it was there.
-    pub(crate) fn leave(&mut self, rank: Rank) -> Option<u64> {
-        let at = self.position(rank);
-        self.entries.get(at).filter(|it| it.rank == rank)?;
-        let gone = self.entries.remove(at)?;
-        for behind in self.entries.range_mut(at..) {
-            behind.before -= gone.prompt;
+    /// Removes the request with this key. Returns its `blocks`, or `None` if there is no such
+    /// request.
+    pub(crate) fn remove(&mut self, key: QueueKey) -> Option<u64> {
+        let index = self.position(key);
+        self.entries.get(index).filter(|entry| entry.key == key)?;
+        let removed = self.entries.remove(index)?;
+        for later in self.entries.range_mut(index..) {
+            later.totals_before -= removed.prompt;
         }
-        self.all -= gone.prompt;
-        self.called = self.called.filter(|it| *it != rank);
-        Some(gone.blocks)
+        self.totals -= removed.prompt;
+        self.dispatching = self.dispatching.filter(|dispatching| *dispatching != key);
+        Some(removed.blocks)
     }
 }
 
@@ -312,136 +366,151 @@ mod tests {
         Duration::from_secs_f64(seconds)
     }
 
-    /// Joins the queue and tells its rank.
-    fn rank(queue: &mut Queue, order: Order, tenant: u64, prefill: f64, now: f64) -> Rank {
-        let standing = queue.standing(order, 0, tenant, at(now));
-        queue.comes(&standing, at(prefill));
-        standing.rank(prefill)
+    /// Records an arrival and returns the queue key of the request.
+    fn arrive(
+        queue: &mut QueuePolicyState,
+        order: QueueOrder,
+        tenant: u64,
+        prefill: f64,
+        now: f64,
+    ) -> QueueKey {
+        let ticket = queue.ticket(order, 0, tenant, at(now));
+        queue.on_arrival(&ticket, at(prefill));
+        ticket.queue_key(prefill)
     }
 
     #[test]
-    fn the_first_to_come_is_the_first_to_go() {
-        let mut queue = Queue::default();
-        let long = rank(&mut queue, Order::Fcfs, 0, 9.0, 1.0);
-        let short = rank(&mut queue, Order::Fcfs, 0, 0.1, 1.0);
+    fn fcfs_orders_by_arrival_within_a_priority() {
+        let mut queue = QueuePolicyState::default();
+        let long = arrive(&mut queue, QueueOrder::Fcfs, 0, 9.0, 1.0);
+        let short = arrive(&mut queue, QueueOrder::Fcfs, 0, 0.1, 1.0);
         assert!(long < short);
-        let urgent = queue.standing(Order::Fcfs, -1, 0, at(2.0)).rank(9.0);
+        let urgent = queue
+            .ticket(QueueOrder::Fcfs, -1, 0, at(2.0))
+            .queue_key(9.0);
         assert!(urgent < long);
     }
 
     #[test]
-    fn the_shorter_overtakes_but_not_for_ever() {
-        let mut queue = Queue::default();
-        let long = rank(&mut queue, Order::Shortest, 0, 2.0, 0.0);
-        assert!(rank(&mut queue, Order::Shortest, 0, 1.0, 9.9) < long);
-        assert!(rank(&mut queue, Order::Shortest, 0, 1.0, 10.1) > long);
+    fn shorter_prompts_overtake_until_ageing_outweighs_them() {
+        let mut queue = QueuePolicyState::default();
+        let long = arrive(&mut queue, QueueOrder::ShortestPrefillFirst, 0, 2.0, 0.0);
+        assert!(arrive(&mut queue, QueueOrder::ShortestPrefillFirst, 0, 1.0, 9.9) < long);
+        assert!(arrive(&mut queue, QueueOrder::ShortestPrefillFirst, 0, 1.0, 10.1) > long);
     }
 
     #[test]
-    fn who_does_not_fit_yields_to_who_does_but_not_for_ever() {
-        let (mut queue, mut line) = (Queue::default(), Line::default());
-        let mut joins = |order, priority, prefill, blocks| {
-            let standing = queue.standing(order, priority, 0, at(0.0));
-            queue.comes(&standing, at(prefill));
-            let serial = standing.arrival;
-            let key = BookingKey { serial, index: 0 };
-            let demand = (blocks, Promised::default());
-            line.join(standing.rank(prefill), key, Work::default(), demand);
-            let next = |free, now| {
-                let next = line.next(at(now), |blocks, _| blocks <= free);
-                next.map(|(_, key, _)| key.serial)
+    fn smaller_requests_backfill_until_the_window_of_the_larger_passes() {
+        let (mut policy_state, mut queue) = (QueuePolicyState::default(), WorkerQueue::default());
+        let mut next_after_insert = |order, priority, prefill, blocks| {
+            let ticket = policy_state.ticket(order, priority, 0, at(0.0));
+            policy_state.on_arrival(&ticket, at(prefill));
+            let serial = ticket.arrival_number;
+            let booking = BookingId { serial, index: 0 };
+            let memory = (blocks, OutputReservation::default());
+            queue.insert(
+                ticket.queue_key(prefill),
+                booking,
+                PrefillWork::default(),
+                memory,
+            );
+            let next = |free_blocks, now| {
+                let next = queue.next_dispatchable(at(now), |blocks, _| blocks <= free_blocks);
+                next.map(|(_, booking, _)| booking.serial)
             };
             (next(9, 0.0), next(9, 29.9), next(9, 30.1), next(100, 0.0))
         };
         assert_eq!(
-            joins(Order::Shortest, 0, 1.0, 50),
+            next_after_insert(QueueOrder::ShortestPrefillFirst, 0, 1.0, 50),
             (None, None, Some(0), Some(0))
         );
-        // Nor to those of less priority.
+        // A request of lower priority does not pass.
         assert_eq!(
-            joins(Order::Shortest, 1, 0.1, 5),
+            next_after_insert(QueueOrder::ShortestPrefillFirst, 1, 0.1, 5),
             (None, None, Some(0), Some(0))
         );
-        let behind = joins(Order::Shortest, 0, 2.0, 5);
-        assert_eq!(behind, (Some(2), Some(2), Some(0), Some(0)));
-        // Where the first to come is the first to go, its engine sees to its memory.
-        let first = joins(Order::Fcfs, -1, 1.0, 50);
+        let backfilled = next_after_insert(QueueOrder::ShortestPrefillFirst, 0, 2.0, 5);
+        assert_eq!(backfilled, (Some(2), Some(2), Some(0), Some(0)));
+        // Under fcfs the engine itself handles the lack of memory.
+        let first = next_after_insert(QueueOrder::Fcfs, -1, 1.0, 50);
         assert_eq!(first, (Some(3), Some(3), Some(3), Some(3)));
     }
 
     #[test]
-    fn tenants_get_equal_shares_whatever_they_ask_for() {
-        let mut queue = Queue::default();
-        let mut line = Vec::new();
-        // One asks for much, at once; another for little, later; a third in long pieces.
+    fn tenants_get_equal_service_whatever_their_demand() {
+        let mut queue = QueuePolicyState::default();
+        let mut queued = Vec::new();
+        // Tenant 1 has many requests, tenant 2 few, and tenant 3 long ones.
         for (tenant, requests, seconds) in [(1, 400, 1.0), (2, 30, 1.0), (3, 40, 5.0)] {
             for _ in 0..requests {
-                let standing = queue.standing(Order::Fair, 0, tenant, at(0.0));
-                queue.comes(&standing, at(seconds));
-                line.push((standing.rank(seconds), standing, seconds));
+                let ticket = queue.ticket(QueueOrder::FairByTenant, 0, tenant, at(0.0));
+                queue.on_arrival(&ticket, at(seconds));
+                queued.push((ticket.queue_key(seconds), ticket, seconds));
             }
         }
-        line.sort_unstable_by_key(|it| it.0);
+        queued.sort_unstable_by_key(|(key, ..)| *key);
         let mut served = HashMap::<u64, f64>::new();
-        for (_, standing, seconds) in line.into_iter().take(64) {
-            queue.sends(&standing);
-            *served.entry(standing.tenant).or_default() += seconds;
+        for (_, ticket, seconds) in queued.into_iter().take(64) {
+            queue.on_dispatch(&ticket);
+            *served.entry(ticket.tenant).or_default() += seconds;
         }
-        let shares: Vec<f64> = served.into_values().collect();
-        assert_eq!(shares.len(), 3);
-        for share in &shares {
-            assert!((share - shares[0]).abs() <= 5.0, "{shares:?}");
+        let service: Vec<f64> = served.into_values().collect();
+        assert_eq!(service.len(), 3);
+        for seconds in &service {
+            assert!((seconds - service[0]).abs() <= 5.0, "{service:?}");
         }
-        // Who has asked for nothing saves nothing up.
-        let begins = queue.standing(Order::Fair, 0, 9, at(0.0)).begins;
-        assert_eq!(begins, queue.virtual_time);
+        // A tenant that was idle gains no credit.
+        let start_tag = queue
+            .ticket(QueueOrder::FairByTenant, 0, 9, at(0.0))
+            .start_tag;
+        assert_eq!(start_tag, queue.virtual_time);
     }
 
     #[test]
-    fn tenants_are_bounded() {
-        let mut queue = Queue::default();
-        for tenant in 0..3 * MOST_TENANTS as u64 {
-            rank(&mut queue, Order::Fair, tenant, 1.0, 0.0);
-            assert!(queue.tenants.len() <= MOST_TENANTS);
+    fn the_number_of_remembered_tenants_is_bounded() {
+        let mut queue = QueuePolicyState::default();
+        for tenant in 0..3 * MAX_TENANTS as u64 {
+            arrive(&mut queue, QueueOrder::FairByTenant, tenant, 1.0, 0.0);
+            assert!(queue.tenant_finish_tags.len() <= MAX_TENANTS);
         }
         queue.virtual_time = at(5.0);
-        rank(&mut queue, Order::Fair, u64::MAX, 1.0, 0.0);
-        assert_eq!(queue.tenants.len(), 1);
+        arrive(&mut queue, QueueOrder::FairByTenant, u64::MAX, 1.0, 0.0);
+        assert_eq!(queue.tenant_finish_tags.len(), 1);
     }
 
     proptest! {
-        /// Against a sorted list.
+        /// Compares the queue with a sorted list.
         #[test]
-        fn a_line_knows_who_is_before_whom(
+        fn totals_before_a_key_equal_those_of_a_sorted_list(
             steps in prop::collection::vec((any::<bool>(), 0..9u64, 0..50u32), 1..120)
         ) {
-            let (mut line, mut naive) = (Line::default(), Vec::new());
-            for (arrival, (joins, tag, tokens)) in (0..).zip(steps) {
+            let (mut queue, mut naive) = (WorkerQueue::default(), Vec::new());
+            for (arrival, (inserts, tag, tokens)) in (0..).zip(steps) {
                 let tag = Duration::from_secs(tag);
-                let rank = Rank { priority: 0, tag, arrival, yields_until: tag };
-                if joins || naive.is_empty() {
-                    let key = BookingKey { serial: arrival, index: 0 };
-                    let work = Work::new(tokens, tokens);
-                    line.join(rank, key, work, (tokens.into(), Promised::default()));
-                    naive.push((rank, key, work));
-                    naive.sort_unstable_by_key(|it| it.0);
+                let key = QueueKey { priority: 0, order_tag: tag, arrival_number: arrival, backfill_until: tag };
+                if inserts || naive.is_empty() {
+                    let booking = BookingId { serial: arrival, index: 0 };
+                    let work = PrefillWork::new(tokens, tokens);
+                    queue.insert(key, booking, work, (tokens.into(), OutputReservation::default()));
+                    naive.push((key, booking, work));
+                    naive.sort_unstable_by_key(|(key, ..)| *key);
                 } else {
-                    let (rank, _, work) = naive.remove(tokens as usize % naive.len());
-                    prop_assert_eq!(line.leave(rank), Some(work.tokens));
-                    prop_assert_eq!(line.leave(rank), None);
+                    let (removed, _, work) = naive.remove(tokens as usize % naive.len());
+                    prop_assert_eq!(queue.remove(removed), Some(work.new_tokens));
+                    prop_assert_eq!(queue.remove(removed), None);
                 }
-                let before = |rank: Rank| {
-                    let mut sum = Prompts::default();
-                    for &(_, _, work) in naive.iter().filter(|it| it.0 < rank) {
-                        sum += Prompts { requests: 1, work };
+                let before = |limit: QueueKey| {
+                    let mut sum = PrefillTotals::default();
+                    for &(_, _, work) in naive.iter().filter(|(key, ..)| *key < limit) {
+                        sum += PrefillTotals { requests: 1, work };
                     }
                     sum
                 };
-                prop_assert_eq!(line.first(), naive.first().map(|it| it.1));
-                prop_assert_eq!(line.before(rank), before(rank));
-                let last = Rank { priority: i32::MAX, ..rank };
-                prop_assert_eq!(line.all(), before(last));
-                prop_assert!(line.keys().eq(naive.iter().map(|it| it.1)));
+                prop_assert_eq!(queue.first(), naive.first().map(|(_, booking, _)| *booking));
+                prop_assert_eq!(queue.totals_before(key), before(key));
+                let last = QueueKey { priority: i32::MAX, ..key };
+                prop_assert_eq!(queue.totals(), before(last));
+                prop_assert!(queue.bookings().eq(naive.iter().map(|(_, booking, _)| *booking)));
             }
         }
     }

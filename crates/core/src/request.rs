@@ -1,16 +1,16 @@
-//! What is asked of a router, and what it answers: requests, refusals, explanations.
+//! Requests to a router, and its replies: errors and explanations.
 
 use rapidhash::v3::{DEFAULT_RAPID_SECRETS, rapidhash_v3_seeded};
 
-use crate::choose::Policy;
-use crate::cost::Cost;
-use crate::delay::Delay;
-use crate::fleet::WorkerId;
-use crate::forecast::lengths::Kind;
+use crate::active_tree::PrefixMatch;
+use crate::forecast::output_length::LengthClass;
+use crate::kv_cost::KvCost;
+use crate::marginal_delay::MarginalDelay;
+use crate::policy::Policy;
 use crate::sequence::Sequence;
-use crate::tree::Depth;
+use crate::workers::WorkerId;
 
-/// Why no worker was chosen.
+/// Reason why no worker was chosen.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum RouteError {
     /// Workers are known, and none of them serves this model.
@@ -21,58 +21,64 @@ pub enum RouteError {
     NoWorker(String),
 }
 
-/// What is to be placed.
+/// Request to be routed.
 #[derive(Clone, Copy, Debug)]
 pub struct Request<'a> {
-    /// Model name; empty accepts any worker.
+    /// Model name; an empty name accepts any worker.
     pub model: &'a str,
-    /// The prompt.
-    pub sequence: &'a Sequence,
-    /// The most output tokens it may produce.
+    /// Prompt, divided into blocks and hashed.
+    pub prompt: &'a Sequence,
+    /// Maximum number of output tokens, if the client sets one.
     pub max_tokens: Option<u32>,
-    /// It produces all of those (`ignore_eos`). Engines set memory aside by that. Forecasts do not
-    /// look at it: benchmarks say it and nobody else, and are to measure what others get.
-    pub ignores_eos: bool,
-    /// How many it is said to produce. That is learned, not believed: what those produced of whom
-    /// about as much was said counts for more the more of them there were.
-    pub expected_tokens: Option<u32>,
-    /// Whether it may call tools, which makes for answers of other lengths.
+    /// Whether the engine generates `max_tokens` tokens whatever the model predicts (`ignore_eos`).
+    ///
+    /// SGLang reserves more memory for such a request. Forecasts of output lengths ignore the
+    /// field: only benchmarks set it, and they should measure what other requests would get.
+    pub ignore_eos: bool,
+    /// Number of output tokens that the client expects.
+    ///
+    /// The number is a hint. The forecast combines it with the observed lengths of requests whose
+    /// hint had a similar magnitude; the more of them there are, the less the hint itself counts.
+    pub expected_output_tokens: Option<u32>,
+    /// Whether the request may call tools. Outputs of such requests have other lengths.
     pub has_tools: bool,
-    /// Whether its output will be watched. If not, its progress is forecast.
-    pub streams: bool,
-    /// In line, lower comes first.
+    /// Whether the response is streamed, so that the caller will report its tokens. Otherwise the
+    /// progress of the request is estimated.
+    pub is_streaming: bool,
+    /// Priority in the worker's queue; requests with lower values are dispatched first.
     pub priority: i32,
-    /// On whose behalf, where tenants are to be treated alike.
+    /// Tenant of the request, for [`FairByTenant`](crate::queue::QueueOrder::FairByTenant).
     pub tenant: u64,
-    /// Workers not to choose: those that failed it already.
-    pub excluded: &'a [WorkerId],
+    /// Workers that must not be chosen, for example because they already failed the request.
+    pub excluded_workers: &'a [WorkerId],
 }
 
 impl<'a> Request<'a> {
-    /// A streamed request for any model, with no other wish.
+    /// Returns a streamed request for any model, with defaults for everything else.
     #[must_use]
     pub fn new(sequence: &'a Sequence) -> Self {
         Self {
             model: "",
-            sequence,
+            prompt: sequence,
             max_tokens: None,
-            ignores_eos: false,
-            expected_tokens: None,
+            ignore_eos: false,
+            expected_output_tokens: None,
             has_tools: false,
-            streams: true,
+            is_streaming: true,
             priority: 0,
             tenant: 0,
-            excluded: &[],
+            excluded_workers: &[],
         }
     }
 
-    /// What its answer's length may depend on: the model, about how long it may be and is said to
-    /// be, and whether it may call tools.
-    pub(crate) fn kind(&self) -> Kind {
+    /// Returns the length class: the model, the magnitudes (powers of two) of the output limit and
+    /// of the client's expectation, and whether tools may be called.
+    pub(crate) fn length_class(&self) -> LengthClass {
         let model = rapidhash_v3_seeded(self.model.as_bytes(), &DEFAULT_RAPID_SECRETS);
-        let octave =
-            |tokens: Option<u32>| tokens.map_or(0, |it| u64::BITS - u64::from(it).leading_zeros());
-        let lengths = octave(self.max_tokens) | octave(self.expected_tokens) << 8;
+        let magnitude = |tokens: Option<u32>| {
+            tokens.map_or(0, |tokens| u64::BITS - u64::from(tokens).leading_zeros())
+        };
+        let lengths = magnitude(self.max_tokens) | magnitude(self.expected_output_tokens) << 8;
         model ^ u64::from(lengths | u32::from(self.has_tools) << 16)
     }
 }
@@ -80,52 +86,56 @@ impl<'a> Request<'a> {
 /// One worker in an [`Explanation`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Candidate {
-    /// The worker.
+    /// Worker id.
     pub id: WorkerId,
-    /// Its name.
+    /// Worker name.
     pub name: String,
-    /// Requests booked on it.
+    /// Number of requests booked on the worker.
     pub requests: u32,
-    /// Its active blocks before this request.
+    /// Active blocks of the worker without this request. Blocks that queued requests will pin are
+    /// included.
     pub active_blocks: u64,
-    /// How deep the prompt reaches there.
-    pub depth: Depth,
-    /// The parts of its cost in blocks.
-    pub cost: Cost,
-    /// The parts of its cost in seconds.
-    pub delay: Delay,
-    /// How likely it is to be preferred by the cost that the policy looks at, as things stand: in
-    /// blocks for `kv`, otherwise in seconds.
+    /// Prefix match of the prompt on the worker.
+    pub prefix_match: PrefixMatch,
+    /// Cost of the request on the worker, in blocks.
+    pub cost: KvCost,
+    /// Cost of the request on the worker, in seconds.
+    pub delay: MarginalDelay,
+    /// Probability that the policy chooses this worker now, before replication.
     pub probability: f64,
 }
 
-/// How a request would be decided now.
+/// Decision that the router would make now.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Explanation {
-    /// The policy that decides.
+    /// Policy that decides.
     pub policy: Policy,
-    /// Weight of the prefill blocks in the cost.
+    /// Weight of computing a prompt: see
+    /// [`RouterConfig::overlap_weight`](crate::router::RouterConfig::overlap_weight).
     pub overlap_weight: f64,
-    /// What a second until the first token counts, in seconds of anybody's delay.
+    /// Weight of one second of the request's time to first token, relative to one second of any
+    /// other delay.
     pub ttft_weight: f64,
     /// Temperature of the choice.
     pub temperature: f64,
-    /// The idle worker that gets it all the same, to have a copy of its prefix: others that want
-    /// it have waited for as long as that takes.
-    pub copies_to: Option<WorkerId>,
-    /// Every eligible worker, in the order they joined.
+    /// Idle worker that takes the request instead of the policy's choice, so that it computes and
+    /// caches the request's prefix. Set once the regret for the prefix reaches the cost of
+    /// computing it.
+    pub replicates_prefix_to: Option<WorkerId>,
+    /// Every eligible worker, in the order in which the workers were added.
     pub candidates: Vec<Candidate>,
 }
 
 impl Explanation {
-    /// Who would get it, as things stand: the likeliest, if chance decides.
+    /// Returns the worker that would take the request: the target of the replication, if there is
+    /// one, and otherwise the most probable choice of the policy.
     #[must_use]
-    pub fn choice(&self) -> Option<&Candidate> {
-        let of = |id| self.candidates.iter().find(|it| it.id == id);
-        let likeliest = self
+    pub fn expected_choice(&self) -> Option<&Candidate> {
+        let by_id = |id| self.candidates.iter().find(|candidate| candidate.id == id);
+        let most_probable = self
             .candidates
             .iter()
-            .max_by(|one, other| one.probability.total_cmp(&other.probability));
-        self.copies_to.and_then(of).or(likeliest)
+            .max_by(|a, b| a.probability.total_cmp(&b.probability));
+        self.replicates_prefix_to.and_then(by_id).or(most_probable)
     }
 }

@@ -1,7 +1,7 @@
-//! The router: read, choose and book in one step under one lock.
+//! The router: assess, choose and book a request in one step under one lock.
 //!
-//! [`Router`] owns everything the decision reads, so what a decision sees includes every booking
-//! made before it, by any thread.
+//! [`Router`] owns everything that a decision reads, so a decision sees every booking that any
+//! thread made before it.
 //!
 //! The router reads no clock. Every `now` is the time since an epoch of the caller's choice, and
 //! should not go backwards.
@@ -9,238 +9,265 @@
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-use crate::batch::{Batch, Members};
+use crate::active_tree::WorkerIndex;
+use crate::batch::{Batch, BatchRequest};
 use crate::booking::Booking;
-use crate::cache::{Changes, Path};
-use crate::config::MOST_WEIGHT;
+pub use crate::cache_source::{CacheSource, Observed};
+use crate::config::MAX_WEIGHT;
 pub use crate::config::{ConfigError, RouterConfig};
-use crate::fleet::{Fleet, Worker, WorkerError, WorkerId, WorkerSnapshot, WorkerSpec, WorkerState};
-use crate::forecast::lengths::LengthForecast;
+use crate::estimated_cache::EvictionRule;
+use crate::event_index::{CacheDelta, PrefixRun};
+use crate::forecast::output_length::OutputLengthAccuracy;
 pub use crate::request::{Candidate, Explanation, Request, RouteError};
 use crate::sequence::Sequence;
-use crate::shadow::Eviction;
-use crate::state::{Locked, State, release, release_fair};
-use crate::tree::Slot;
+use crate::state::{SharedState, State, unlock, unlock_fair};
+use crate::workers::{
+    Worker, WorkerError, WorkerId, WorkerSnapshot, WorkerSpec, WorkerState, Workers,
+};
 
-/// Prefixes that are told under one lock, at most. That takes some two microseconds: whoever
-/// waits is better off spinning than asleep.
-const MOST_TOLD_AT_ONCE: usize = 64;
+/// Hashes of a cache delta that are applied in one critical section. 64 take about two
+/// microseconds, so a waiting thread acquires the lock by spinning and does not go to sleep.
+const MAX_HASHES_PER_LOCK: usize = 64;
 
-/// What events say of one worker's cache.
-enum Told<'a> {
-    Removed(Path<'a>),
-    Added(Path<'a>),
+/// A part of a cache delta that is small enough for one critical section.
+enum DeltaChunk<'a> {
+    Removed(PrefixRun<'a>),
+    Stored(PrefixRun<'a>),
 }
 
-/// Predicts load and cache of a fleet and places requests on it. A handle: clones share one
-/// state.
+/// Predicts the load and the cache of a fleet of workers and places requests on it.
+///
+/// A `Router` is a handle: clones share one state.
 #[derive(Clone, Debug)]
 pub struct Router {
-    state: Locked,
+    state: SharedState,
 }
 
 impl Router {
-    /// A router without workers.
+    /// Returns a router without workers.
     ///
     /// # Errors
-    /// If the weight or the temperature is negative, not a number, or absurdly large.
+    /// [`ConfigError`] if a weight or the temperature is negative, not a number, or above 10⁶.
     pub fn new(config: RouterConfig) -> Result<Self, ConfigError> {
         for (field, value) in [
             ("overlap-weight", config.overlap_weight),
             ("ttft-weight", config.ttft_weight),
             ("temperature", config.temperature),
         ] {
-            if !(0.0..=MOST_WEIGHT).contains(&value) {
+            if !(0.0..=MAX_WEIGHT).contains(&value) {
                 return Err(ConfigError { field, value });
             }
         }
         Ok(Self {
-            state: Locked::new(State::new(config)),
+            state: SharedState::new(State::new(config)),
         })
     }
 
-    /// Adds a worker. It is unhealthy until [`set_healthy`](Self::set_healthy) says otherwise.
+    /// Adds a worker. It is unhealthy until [`set_healthy`](Self::set_healthy) changes that.
     ///
     /// # Errors
-    /// If the name is taken or there are [`MAX_WORKERS`](crate::fleet::MAX_WORKERS) already.
+    /// If the name is taken or the router has [`MAX_WORKERS`](crate::workers::MAX_WORKERS)
+    /// workers.
     pub fn add_worker(&self, spec: WorkerSpec) -> Result<WorkerId, WorkerError> {
-        let shares = spec.eviction == Eviction::Queue;
+        let shares_within_step = spec.eviction == EvictionRule::VllmLru;
         let mut state = self.state.lock();
-        let id = state.fleet.add(spec)?;
-        state.tree.set_shares(id.slot, shares);
+        let id = state.workers.add(spec)?;
+        state
+            .tree
+            .set_intra_step_sharing(id.index, shares_within_step);
         Ok(id)
     }
 
-    /// Forgets a worker and all that was booked on it. Bookings that outlive it free nothing.
-    /// Returns whether it was known.
+    /// Removes a worker with all its bookings and returns whether it existed. A [`Booking`] that
+    /// outlives its worker releases nothing.
     pub fn remove_worker(&self, id: WorkerId) -> bool {
         let mut state = self.state.lock();
-        state.close_line(id);
-        let known = state.fleet.remove(id);
+        state.drop_worker_queue(id);
+        let known = state.workers.remove(id);
         if known {
-            state.tree.forget_worker(id.slot);
-            state.lined_up.forget_worker(id.slot);
-            state.cache.forget_worker(id.slot);
-            state.foreseen.forget(id.slot);
+            state.tree.remove_worker(id.index);
+            state.queued_prefixes.remove_worker(id.index);
+            state.event_index.remove_worker(id.index);
+            state.pending_evictions.clear(id.index);
         }
-        release(state);
+        unlock(state);
         known
     }
 
-    /// Says whether a worker can be chosen.
+    /// Sets whether a worker can be chosen.
     pub fn set_healthy(&self, id: WorkerId, healthy: bool) {
-        self.change(id, |fleet| fleet.set_healthy(id, healthy));
+        self.update_worker(id, |workers| workers.set_healthy(id, healthy));
     }
 
-    /// Says whether a worker only finishes what it has.
+    /// Sets whether a worker only finishes its present requests and receives no new ones.
     pub fn set_draining(&self, id: WorkerId, draining: bool) {
-        self.change(id, |fleet| fleet.set_draining(id, draining));
+        self.update_worker(id, |workers| workers.set_draining(id, draining));
     }
 
-    /// Whoever waits for a worker is told what becomes of it.
-    fn change(&self, id: WorkerId, change: impl FnOnce(&mut Fleet)) {
+    /// Applies a state change, then revisits the worker's queue: a healthy worker is sent its next
+    /// request; requests queued for a worker that accepts none are offered to other workers.
+    fn update_worker(&self, id: WorkerId, change: impl FnOnce(&mut Workers)) {
         let mut state = self.state.lock();
-        change(&mut state.fleet);
-        match state.fleet.get(id).map(Worker::state) {
-            Some(WorkerState::Healthy) => state.let_go(id.slot),
-            _ => state.invite_all(id),
+        change(&mut state.workers);
+        match state.workers.get(id).map(Worker::state) {
+            Some(WorkerState::Healthy) => state.try_dispatch_next(id.index),
+            _ => state.offer_rebalance_to_all(id),
         }
-        release(state);
+        unlock(state);
     }
 
-    /// Says which models a worker serves; none means unknown.
+    /// Sets the models that a worker serves. An empty list means that they are unknown.
     pub fn set_models(&self, id: WorkerId, models: Vec<String>) {
-        self.state.lock().fleet.set_models(id, models);
+        self.state.lock().workers.set_models(id, models);
     }
 
-    /// Says how many KV blocks a worker has.
+    /// Sets a worker's cache capacity, in the router's blocks, as reported by its engine.
     pub fn set_capacity(&self, id: WorkerId, blocks: u32) {
         let mut guard = self.state.lock();
         let state = &mut *guard;
-        if let Some((worker, load)) = state.fleet.get_mut(id) {
-            worker.shadow.set_capacity(blocks);
-            worker.shadow.make_room(
+        if let Some((worker, load)) = state.workers.get_mut(id) {
+            worker.estimated_cache.set_capacity(blocks);
+            worker.estimated_cache.evict_to_fit(
                 load.active_blocks,
-                id.slot,
+                id.index,
                 &mut state.tree,
-                &mut state.foreseen,
+                &mut state.pending_evictions,
             );
-            let capacity = worker.known_capacity();
-            if let Some((outlook, _)) = state.fleet.outlook_mut(id) {
-                outlook.capacity = capacity;
+            let capacity = worker.estimated_capacity();
+            if let Some((pending_work, _)) = state.workers.pending_work_mut(id) {
+                pending_work.capacity = capacity;
             }
         }
-        release(guard);
+        unlock(guard);
     }
 
-    /// Says that one of the blocks of a worker's engine is `stride` of the router's.
-    pub fn set_stride(&self, id: WorkerId, stride: NonZeroU32) {
-        self.state.lock().fleet.set_stride(id, stride);
+    /// Sets how many router blocks one block of the worker's engine holds.
+    pub fn set_engine_block_ratio(&self, id: WorkerId, ratio: NonZeroU32) {
+        self.state.lock().workers.set_engine_block_ratio(id, ratio);
     }
 
-    /// Says how a worker chooses what to evict.
-    pub fn set_eviction(&self, id: WorkerId, eviction: Eviction) {
+    /// Sets the rule by which a worker's engine chooses the blocks that it evicts.
+    pub fn set_eviction(&self, id: WorkerId, eviction: EvictionRule) {
         let mut state = self.state.lock();
-        if let Some((worker, _)) = state.fleet.get_mut(id) {
-            worker.shadow.set_eviction(eviction);
-            state.tree.set_shares(id.slot, eviction == Eviction::Queue);
+        if let Some((worker, _)) = state.workers.get_mut(id) {
+            worker.estimated_cache.set_eviction(eviction);
+            state
+                .tree
+                .set_intra_step_sharing(id.index, eviction == EvictionRule::VllmLru);
         }
     }
 
-    /// A worker lost its cache: it was restarted, or told to drop it. What is booked stays.
-    pub fn forget_cache(&self, id: WorkerId) {
+    /// Clears what the router knows of a worker's cache, because its engine restarted or dropped
+    /// its cache. Bookings stay.
+    pub fn clear_cache(&self, id: WorkerId) {
         let mut state = self.state.lock();
-        if let Some((worker, _)) = state.fleet.get_mut(id) {
-            worker.shadow.clear();
-            state.tree.forget_computed(id.slot);
-            state.foreseen.forget(id.slot);
+        if let Some((worker, _)) = state.workers.get_mut(id) {
+            worker.estimated_cache.clear();
+            state.tree.clear_cached(id.index);
+            state.pending_evictions.clear(id.index);
         }
-        release(state);
+        unlock(state);
     }
 
-    /// Says who tells what a worker caches from now on: its events
-    /// ([`update_cache`](Self::update_cache)), or the shadow of what is sent to it. Either begins
-    /// with an empty cache. Where the worker's capacity is known, blocks that its events still tell
-    /// of are not counted on if requests booked before will take them.
-    pub fn follow_events(&self, id: WorkerId, follows: bool) {
-        let mut state = self.state.lock();
-        if let Some((worker, _)) = state.fleet.get_mut(id)
-            && worker.shadow.is_told() != follows
-        {
-            worker.shadow.clear();
-            worker.shadow.set_told(follows);
-            worker.told = 0;
-            let told = if follows {
-                worker.shadow.last_stamp()
-            } else {
-                0
-            };
-            state.tree.forget_computed(id.slot);
-            state.tree.set_told(id.slot, told);
-            state.cache.forget_worker(id.slot);
-            state.foreseen.forget(id.slot);
-        }
-        release(state);
-    }
-
-    /// A worker's events said that its cache changed: by `now`, if it just did; else that is what
-    /// they say it has held for some time, which tells nothing of how far requests are. Means
-    /// nothing for a worker that does not [follow events](Self::follow_events).
+    /// Selects where a worker's cache contents come from: its KV events, applied with
+    /// [`apply_cache_delta`](Self::apply_cache_delta), or the estimated cache (the engine's eviction
+    /// rule, run on the requests routed to it).
     ///
-    /// Of many changes, some are told at a time, so that no decision waits for all: meanwhile it
-    /// may find the cache between what it was and what it is.
-    pub fn update_cache(&self, id: WorkerId, changes: &Changes, now: Option<Duration>) {
-        for path in changes.removed.iter() {
-            // Tails first, so that what is left is a prefix.
-            for piece in path.pieces(MOST_TOLD_AT_ONCE).rev() {
-                self.tell(id, changes.stride, Told::Removed(piece), now);
+    /// A switch discards the contents that the previous source knew. With events and a known
+    /// capacity, blocks that already booked requests will evict are not counted as cached, even
+    /// while the events still list them.
+    pub fn set_cache_source(&self, id: WorkerId, source: CacheSource) {
+        let mut state = self.state.lock();
+        if let Some((worker, _)) = state.workers.get_mut(id)
+            && worker.cache_source() != source
+        {
+            let cache = &mut worker.estimated_cache;
+            cache.clear();
+            cache.set_event_tracked(source == CacheSource::Events);
+            worker.event_cached_blocks = 0;
+            let acknowledged_epoch = match source {
+                CacheSource::Events => cache.last_epoch(),
+                CacheSource::Estimated => 0,
+            };
+            state.tree.clear_cached(id.index);
+            state.tree.acknowledge(id.index, acknowledged_epoch);
+            state.event_index.remove_worker(id.index);
+            state.pending_evictions.clear(id.index);
+        }
+        unlock(state);
+    }
+
+    /// Applies a change of a worker's cache that its KV events reported. Has no effect on a worker
+    /// whose [cache source](Self::set_cache_source) is the estimate.
+    ///
+    /// A large delta is applied in several critical sections, so that no decision waits for the
+    /// whole of it. A decision in between sees the cache partly updated.
+    pub fn apply_cache_delta(&self, id: WorkerId, delta: &CacheDelta, observed: Observed) {
+        let ratio = delta.engine_block_ratio;
+        for run in delta.removed.iter() {
+            // Tails first, so that the blocks that stay form a prefix.
+            for chunk in run.chunks(MAX_HASHES_PER_LOCK).rev() {
+                self.apply_delta_chunk(id, ratio, DeltaChunk::Removed(chunk), observed);
             }
         }
-        for path in changes.added.iter() {
-            for piece in path.pieces(MOST_TOLD_AT_ONCE) {
-                self.tell(id, changes.stride, Told::Added(piece), now);
+        for run in delta.stored.iter() {
+            for chunk in run.chunks(MAX_HASHES_PER_LOCK) {
+                self.apply_delta_chunk(id, ratio, DeltaChunk::Stored(chunk), observed);
             }
         }
     }
 
-    fn tell(&self, id: WorkerId, stride: u32, told: Told<'_>, now: Option<Duration>) {
+    fn apply_delta_chunk(
+        &self,
+        id: WorkerId,
+        ratio: u32,
+        chunk: DeltaChunk<'_>,
+        observed: Observed,
+    ) {
         let mut guard = self.state.lock();
         let state = &mut *guard;
-        if let Some(now) = now {
-            state.advance(now);
+        if let Observed::Live(now) = observed {
+            state.advance_to(now);
         }
-        let worker = state.fleet.get(id);
-        let is_told = worker.is_some_and(|it| it.shadow.is_told());
-        if let Some(stride) = NonZeroU32::new(stride).filter(|_| is_told) {
-            state.fleet.set_stride(id, stride);
+        let is_event_tracked = state
+            .workers
+            .get(id)
+            .is_some_and(|worker| worker.cache_source() == CacheSource::Events);
+        if let Some(ratio) = NonZeroU32::new(ratio).filter(|_| is_event_tracked) {
+            state.workers.set_engine_block_ratio(id, ratio);
         }
-        if let Some((worker, _)) = state.fleet.get_mut(id).filter(|_| is_told) {
-            state.tree.set_told(id.slot, worker.shadow.last_stamp());
-            match told {
-                Told::Removed(path) => {
-                    state.cache.remove(id.slot, stride, path, &mut worker.told);
-                    let hashes = path.told().iter().copied();
-                    state.foreseen.settle(id.slot, hashes);
+        if let Some((worker, _)) = state.workers.get_mut(id).filter(|_| is_event_tracked) {
+            state
+                .tree
+                .acknowledge(id.index, worker.estimated_cache.last_epoch());
+            let cached_blocks = &mut worker.event_cached_blocks;
+            match chunk {
+                DeltaChunk::Removed(run) => {
+                    state
+                        .event_index
+                        .remove(id.index, ratio, run, cached_blocks);
+                    let hashes = run.changed().iter().copied();
+                    state.pending_evictions.acknowledge(id.index, hashes);
                 }
-                Told::Added(path) => {
-                    state.cache.add(id.slot, stride, path, &mut worker.told);
-                    let hashes = path.told().iter().copied();
-                    state.foreseen.settle(id.slot, hashes);
-                    if now.is_some() {
-                        state.stored(id, path);
+                DeltaChunk::Stored(run) => {
+                    state.event_index.add(id.index, ratio, run, cached_blocks);
+                    let hashes = run.changed().iter().copied();
+                    state.pending_evictions.acknowledge(id.index, hashes);
+                    if matches!(observed, Observed::Live(_)) {
+                        state.on_blocks_stored(id, run);
                     }
                 }
             }
         }
-        // A stream of events that never pauses would else take the lock again and again before
-        // whoever waits for it wakes.
-        release_fair(guard);
+        // An event stream without pauses would otherwise take the lock again before a waiting
+        // thread wakes up.
+        unlock_fair(guard);
     }
 
-    /// Prefixes that some worker's events say it caches.
+    /// Returns the number of distinct blocks that KV events reported as cached by some worker.
     #[must_use]
-    pub fn cached_prefixes(&self) -> usize {
-        self.state.lock().cache.len()
+    pub fn indexed_blocks(&self) -> usize {
+        self.state.lock().event_index.len()
     }
 
     /// Chooses a worker for the request and books it there, in one step.
@@ -249,18 +276,20 @@ impl Router {
     /// If no worker serves the model, or none that does is available.
     pub fn route(&self, request: &Request<'_>, now: Duration) -> Result<Booking, RouteError> {
         let mut state = self.state.lock();
-        state.advance(now);
-        let (worker, reading) = state.choose(request)?;
-        let (key, decision) = state.book_and_enter(worker, &reading, request);
-        // Under the lock, whose cache line the reference count shares.
+        state.advance_to(now);
+        let (worker, assessment) = state.choose(request)?;
+        let (id, decision) = state.book_on_arrival(worker, &assessment, request);
+        // Cloned under the lock, because the reference count shares a cache line with it.
         let shared = self.state.clone();
-        release(state);
-        Ok(Booking::new(shared, key, worker, decision, request))
+        unlock(state);
+        Ok(Booking::new(shared, id, worker, decision, request))
     }
 
-    /// Chooses one worker for the request and for others like it with the `further` prompts, of
-    /// which there are less than [`MOST_IN_BATCH`](crate::batch::MOST_IN_BATCH), and books each
-    /// there, in one step.
+    /// Chooses one worker for a request with several prompts and books every prompt there, in one
+    /// step.
+    ///
+    /// `request` has the first prompt, `further` the others: fewer than
+    /// [`MAX_BATCH_PROMPTS`](crate::batch::MAX_BATCH_PROMPTS).
     ///
     /// # Errors
     /// As [`route`](Self::route).
@@ -275,25 +304,25 @@ impl Router {
             let (worker, decision) = (booking.worker(), *booking.decision());
             return Ok(Batch::new(std::iter::once(booking), worker, decision));
         }
-        let members = Members::like(request, further);
+        let batch = BatchRequest::from_request(request, further);
         let mut state = self.state.lock();
-        state.advance(now);
-        let sums = state.sum(&members);
-        let worker = state.choose_for_all(&members, &sums)?;
-        let booked = state.book_all(worker, &members);
-        state.came_and_was_sent(request, booked.iter().map(|(key, _)| *key));
-        release(state);
-        let bookings =
-            booked
-                .into_iter()
-                .zip(members.requests())
-                .map(|((key, decision), request)| {
-                    Booking::new(self.state.clone(), key, worker, decision, request)
-                });
-        Ok(Batch::new(bookings, worker, sums.decision(worker)))
+        state.advance_to(now);
+        let costs = state.batch_costs(&batch);
+        let worker = state.select_for_batch(&batch, &costs)?;
+        let booked = state.book_batch(worker, &batch);
+        state.record_batch_arrival(request, booked.iter().map(|(id, _)| *id));
+        unlock(state);
+        let bookings = booked
+            .into_iter()
+            .zip(batch.requests())
+            .map(|((id, decision), request)| {
+                Booking::new(self.state.clone(), id, worker, decision, request)
+            });
+        Ok(Batch::new(bookings, worker, costs.decision(worker)))
     }
 
-    /// What [`route`](Self::route) would look at. Books nothing and draws no random number.
+    /// Returns the costs that [`route`](Self::route) would compare. Books nothing and draws no
+    /// random number.
     ///
     /// # Errors
     /// As [`route`](Self::route).
@@ -301,8 +330,8 @@ impl Router {
         self.explain_batch(request, &[], now)
     }
 
-    /// What [`route_batch`](Self::route_batch) would look at. Depths and costs are sums over the
-    /// prompts.
+    /// Returns the costs that [`route_batch`](Self::route_batch) would compare. Prefix matches and
+    /// costs are sums over the prompts. Books nothing and draws no random number.
     ///
     /// # Errors
     /// As [`route`](Self::route).
@@ -312,70 +341,73 @@ impl Router {
         further: &[Sequence],
         now: Duration,
     ) -> Result<Explanation, RouteError> {
-        let members = Members::like(request, further);
+        let batch = BatchRequest::from_request(request, further);
         let mut state = self.state.lock();
-        state.advance(now);
-        let explanation = state.explain(&members);
-        release(state);
+        state.advance_to(now);
+        let explanation = state.explain(&batch);
+        unlock(state);
         explanation
     }
 
-    /// Every worker as it stands.
+    /// Returns a snapshot of every worker.
     #[must_use]
     pub fn workers(&self, now: Duration) -> Vec<WorkerSnapshot> {
         let mut state = self.state.lock();
-        state.advance(now);
-        let snapshots = state.fleet.snapshot(state.now);
-        release(state);
+        state.advance_to(now);
+        let snapshots = state.workers.snapshot(state.now);
+        unlock(state);
         snapshots
     }
 
-    /// Whether some worker can be chosen.
+    /// Returns whether at least one worker can be chosen.
     #[must_use]
     pub fn is_ready(&self) -> bool {
         let state = self.state.lock();
         state
-            .fleet
+            .workers
             .eligible("")
-            .is_some_and(|slots| !slots.is_empty())
+            .is_some_and(|eligible| !eligible.is_empty())
     }
 
-    /// Requests that wait here for their worker to have room.
+    /// Returns the number of requests that are queued at the router.
     #[must_use]
-    pub fn held_requests(&self) -> usize {
-        self.state.lock().queue.held
+    pub fn queued_requests(&self) -> usize {
+        self.state.lock().queue.queued_total
     }
 
-    /// Time has passed: sends those whose worker has room by now. To be called every few
-    /// milliseconds if there is a [queue](crate::queue), because not everything that makes room is
-    /// seen: a prompt whose answer does not stream is only forecast to be computed.
+    /// Dispatches queued requests whose worker can take them at `now`.
+    ///
+    /// Must be called every few milliseconds if requests are [queued](crate::queue): the router
+    /// does not observe every event that frees a worker. The end of a prefill whose response does
+    /// not stream, for instance, is only forecast.
     pub fn tick(&self, now: Duration) {
         let mut state = self.state.lock();
-        if state.queue.held > 0 {
-            state.advance(now);
-            for slot in 0..state.fleet.slots() as Slot {
-                state.let_go(slot);
+        if state.queue.queued_total > 0 {
+            state.advance_to(now);
+            for worker in 0..state.workers.index_len() as WorkerIndex {
+                state.try_dispatch_next(worker);
             }
         }
-        release(state);
+        unlock(state);
     }
 
-    /// How well lengths of answers are forecast.
+    /// Returns how accurate the forecasts of output lengths were.
     #[must_use]
-    pub fn length_forecast(&self) -> LengthForecast {
-        self.state.lock().output_length.forecast()
+    pub fn output_length_accuracy(&self) -> OutputLengthAccuracy {
+        self.state.lock().output_length.accuracy()
     }
 
-    /// Bookings that exist now, on whatever worker.
+    /// Returns the number of bookings on all workers.
     #[must_use]
-    pub fn bookings(&self) -> usize {
+    pub fn booking_count(&self) -> usize {
         self.state.lock().bookings.len()
     }
 
-    /// Runs of blocks the router distinguishes: what its memory is proportional to.
+    /// Returns the number of nodes in the trees of active and of queued prefixes. The router's
+    /// memory is proportional to it.
     #[must_use]
-    pub fn tracked_edges(&self) -> usize {
+    pub fn prefix_tree_nodes(&self) -> usize {
         let state = self.state.lock();
-        state.tree.len() + state.lined_up.len()
+        state.tree.len() + state.queued_prefixes.len()
     }
 }

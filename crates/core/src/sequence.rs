@@ -1,12 +1,12 @@
-//! A prompt as the prefix cache sees it: a chain of sequence hashes, one per full block.
+//! Prompts as the prefix cache sees them: chains of sequence hashes, one per full block.
 //!
-//! A *sequence hash* stands for all tokens from the first to the end of its block, so two
-//! prompts with an equal hash at position `i` have equal tokens in blocks `0..=i`. Everything
-//! else in this crate rests on that fact: common prefixes are found by bisection, and sets of
-//! workers along a prompt are nested.
+//! A *sequence hash* identifies all tokens from the first to the end of its block. Two prompts with
+//! an equal hash at position `i` therefore have equal tokens in blocks `0..=i`. The rest of this
+//! crate relies on that: common prefixes are found by bisection, and the sets of workers that have
+//! the blocks of a prompt are nested.
 //!
-//! Blocks are hashed one by one with rapidhash (their hashes do not depend on each other, so
-//! the processor overlaps them), then chained with one multiplication a block.
+//! Blocks are hashed one by one with rapidhash. Their hashes do not depend on each other, so the
+//! processor computes several at a time. They are then chained with one multiplication per block.
 
 use std::hash::Hasher;
 use std::num::NonZeroU32;
@@ -14,232 +14,254 @@ use std::sync::Arc;
 
 use rapidhash::v3::{DEFAULT_RAPID_SECRETS, rapidhash_v3_inline};
 
-/// What is beyond this length of a prompt does not count: no engine takes it.
-const MOST_TOKENS: usize = u32::MAX as usize;
+/// Maximum length of a prompt in tokens. The rest of a longer prompt is ignored, because no engine
+/// accepts it.
+const MAX_TOKENS: usize = u32::MAX as usize;
 
-/// Identifies a prefix: all tokens up to and including one full block, and the salt.
+/// Hash that identifies a prefix: the salt, and all tokens up to the end of a full block.
 pub type SequenceHash = u64;
 
-/// What must never share a prefix, folded into one number: pass it to the constructors of
-/// [`Sequence`]. Requests match only when model, LoRA adapter and cache salt are all equal.
+/// Returns a salt for the constructors of [`Sequence`], which combines everything that must be
+/// equal for two prompts to share a prefix. Prompts match only if model, LoRA adapter and cache
+/// salt are all equal.
 #[must_use]
-pub fn salt(model: &str, lora: Option<&str>, cache_salt: Option<&str>) -> u64 {
-    // A length before each part keeps ("ab", "c") apart from ("a", "bc").
+pub fn prefix_salt(model: &str, lora: Option<&str>, cache_salt: Option<&str>) -> u64 {
+    // The length before each part keeps ("ab", "c") apart from ("a", "bc").
     let mut folded = 0;
     for part in [Some(model), lora, cache_salt] {
         let length = part.map_or(u64::MAX, |text| text.len() as u64);
-        folded = chain(folded, length);
+        folded = mix_hash(folded, length);
         if let Some(text) = part {
-            folded = chain(folded, hash_bytes(text.as_bytes()));
+            folded = mix_hash(folded, hash_block(text.as_bytes()));
         }
     }
     folded
 }
 
-/// A prompt cut into blocks and hashed. Cheap to clone: the hashes are shared.
+/// Prompt that was divided into blocks and hashed. Cheap to clone, because clones share the hashes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sequence {
+    /// Sequence hash of each full block whose content is known.
     hashes: Arc<[SequenceHash]>,
+    /// Length of the prompt in tokens, blocks without a hash included.
     tokens: u32,
+    /// Tokens per block.
     block_size: NonZeroU32,
-    is_estimate: bool,
+    /// Whether the blocks are text blocks, so that `tokens` is an estimate.
+    is_text_based: bool,
 }
 
 impl Sequence {
-    /// Hashes token ids. `block_size` is in tokens; the partial last block has no hash.
+    /// Hashes a prompt of token ids. `block_size` is in tokens. A partial last block gets no hash.
     #[must_use]
     pub fn from_tokens(tokens: &[u32], block_size: NonZeroU32, salt: u64) -> Self {
-        let tokens = &tokens[..tokens.len().min(MOST_TOKENS)];
+        let tokens = &tokens[..tokens.len().min(MAX_TOKENS)];
         let blocks = tokens.chunks_exact(block_size.get() as usize);
         Self {
-            hashes: chain_hashes(blocks.map(bytemuck::cast_slice::<u32, u8>), salt),
+            hashes: hash_chain_of(blocks.map(bytemuck::cast_slice::<u32, u8>), salt),
             tokens: tokens.len() as u32,
             block_size,
-            is_estimate: false,
+            is_text_based: false,
         }
     }
 
-    /// Stands in for [`Sequence::from_tokens`] where there is no tokenizer: cuts the prompt's
-    /// bytes into pieces of `bytes_per_token × block_size` bytes, each of which counts as one
-    /// block. Equal text has equal pieces, so prefixes are found as well as with tokens; only
-    /// the token count is an estimate.
+    /// Hashes a prompt of text, where no tokenizer is available. Divides the text into text blocks
+    /// of `bytes_per_token × block_size` bytes, each of which counts as one block. Equal text has
+    /// equal text blocks, so prefixes are found as with tokens; only the token count is an
+    /// estimate.
     ///
-    /// Sequences cut at different `bytes_per_token` never match each other.
+    /// Sequences with different `bytes_per_token` never match each other.
     #[must_use]
     pub fn from_text(text: &[u8], bytes_per_token: f64, block_size: NonZeroU32, salt: u64) -> Self {
-        let piece = bytes_per_piece(bytes_per_token, block_size);
-        let most_bytes = piece.saturating_mul(MOST_TOKENS / block_size.get() as usize);
-        let text = &text[..text.len().min(most_bytes)];
-        let salt = chain(salt, piece as u64);
-        let tokens = (text.len() as u128 * u128::from(block_size.get())).div_ceil(piece as u128);
+        let text_block = bytes_per_text_block(bytes_per_token, block_size);
+        let max_bytes = text_block.saturating_mul(MAX_TOKENS / block_size.get() as usize);
+        let text = &text[..text.len().min(max_bytes)];
+        let salt = mix_hash(salt, text_block as u64);
+        let tokens =
+            (text.len() as u128 * u128::from(block_size.get())).div_ceil(text_block as u128);
         Self {
-            hashes: chain_hashes(text.chunks_exact(piece), salt),
+            hashes: hash_chain_of(text.chunks_exact(text_block), salt),
             tokens: tokens as u32,
             block_size,
-            is_estimate: true,
+            is_text_based: true,
         }
     }
 
-    /// The prompt followed by `ids`, where it is of tokens; `end` is its own.
+    /// Returns the prompt with `tokens` appended. `end` must be the partial block of this prompt,
+    /// which must have been hashed with [`from_tokens`](Self::from_tokens).
     #[must_use]
-    pub fn followed_by_tokens(&self, end: &OpenEnd, ids: &[u32]) -> Self {
-        self.followed_by(end, bytemuck::cast_slice(ids))
+    pub fn extended_with_tokens(&self, end: &PartialBlock, tokens: &[u32]) -> Self {
+        self.extended_with(end, bytemuck::cast_slice(tokens))
     }
 
-    /// The prompt followed by `text`, where it is of text; `end` is its own.
+    /// Returns the prompt with `text` appended. `end` must be the partial block of this prompt,
+    /// which must have been hashed with [`from_text`](Self::from_text).
     #[must_use]
-    pub fn followed_by_text(&self, end: &OpenEnd, text: &[u8]) -> Self {
-        self.followed_by(end, text)
+    pub fn extended_with_text(&self, end: &PartialBlock, text: &[u8]) -> Self {
+        self.extended_with(end, text)
     }
 
-    fn followed_by(&self, end: &OpenEnd, more: &[u8]) -> Self {
-        let content = [&end.rest, more].concat();
-        let last = self.hashes.last().copied().unwrap_or(end.salt);
-        let further = chain_hashes(content.chunks_exact(end.bytes_per_block), last);
-        let hashes: Arc<[SequenceHash]> = [&self.hashes[..], &further[..]].concat().into();
-        let rest = content.len() % end.bytes_per_block;
+    /// Returns the prompt with bytes of content appended after those of its partial block.
+    fn extended_with(&self, end: &PartialBlock, added: &[u8]) -> Self {
+        let content = [&end.bytes, added].concat();
+        let previous = self.hashes.last().copied().unwrap_or(end.salt);
+        let added_hashes = hash_chain_of(content.chunks_exact(end.bytes_per_block), previous);
+        let hashes: Arc<[SequenceHash]> = [&self.hashes[..], &added_hashes[..]].concat().into();
+        let partial_bytes = content.len() % end.bytes_per_block;
         let blocks = hashes.len() as u64 * u64::from(self.block_size.get());
-        let partial = rest as u64 * u64::from(self.block_size.get());
-        let tokens = blocks + partial.div_ceil(end.bytes_per_block as u64);
+        let partial_tokens = partial_bytes as u64 * u64::from(self.block_size.get());
+        let tokens = blocks + partial_tokens.div_ceil(end.bytes_per_block as u64);
         Self {
             hashes,
             tokens: u32::try_from(tokens).unwrap_or(u32::MAX),
             block_size: self.block_size,
-            is_estimate: self.is_estimate,
+            is_text_based: self.is_text_based,
         }
     }
 
-    /// A prompt of known length and unknown content: it is booked, and matches nothing.
+    /// Returns a prompt of known length and unknown content. It can be booked, and matches no other
+    /// prompt.
     #[must_use]
-    pub fn opaque(tokens: u32, block_size: NonZeroU32) -> Self {
+    pub fn unhashed(tokens: u32, block_size: NonZeroU32) -> Self {
         Self {
             hashes: Arc::from([]),
             tokens,
             block_size,
-            is_estimate: false,
+            is_text_based: false,
         }
     }
 
-    /// Adds `tokens` whose content is not hashed, after the hashed ones: what follows an image.
+    /// Appends `tokens` tokens without hashes, for content after an image.
     #[must_use]
-    pub fn with_opaque_tail(mut self, tokens: u32) -> Self {
+    pub fn with_unhashed_tail(mut self, tokens: u32) -> Self {
         self.tokens = self.tokens.saturating_add(tokens);
         self
     }
 
-    /// The sequence hash of each full block whose content is known, in order.
+    /// Returns the sequence hash of each full block whose content is known, in order.
     #[must_use]
     pub fn hashes(&self) -> &[SequenceHash] {
         &self.hashes
     }
 
-    pub(crate) fn shared_hashes(&self) -> &Arc<[SequenceHash]> {
+    /// Returns the sequence hashes as a shared allocation.
+    pub(crate) fn hash_chain(&self) -> &Arc<[SequenceHash]> {
         &self.hashes
     }
 
-    /// The hashes that fill whole blocks of an engine whose blocks are `stride` of these.
-    pub(crate) fn whole_hashes(&self, stride: u32) -> Arc<[SequenceHash]> {
-        match self.hashes.len() % stride as usize {
+    /// Returns the sequence hashes up to the last that ends a whole block of an engine, which has
+    /// `engine_block_ratio` of these blocks.
+    pub(crate) fn hash_chain_aligned_to(&self, engine_block_ratio: u32) -> Arc<[SequenceHash]> {
+        match self.hashes.len() % engine_block_ratio as usize {
             0 => Arc::clone(&self.hashes),
             partial => Arc::from(&self.hashes[..self.hashes.len() - partial]),
         }
     }
 
-    /// Length in tokens, the partial last block included.
+    /// Returns the length in tokens, the partial last block included.
     #[must_use]
     pub fn tokens(&self) -> u32 {
         self.tokens
     }
 
-    /// Whether its blocks are pieces of text, of which an engine's are only about as long.
+    /// Returns whether the blocks are text blocks, whose length only approximates that of an engine
+    /// block.
     #[must_use]
-    pub fn is_estimate(&self) -> bool {
-        self.is_estimate
+    pub fn is_text_based(&self) -> bool {
+        self.is_text_based
     }
 
-    /// Tokens per block.
+    /// Returns the number of tokens per block.
     #[must_use]
     pub fn block_size(&self) -> NonZeroU32 {
         self.block_size
     }
 
-    /// Blocks the prompt occupies, the partial last one included.
+    /// Returns the number of blocks that the prompt occupies, the partial last block included.
     #[must_use]
     pub fn blocks(&self) -> u32 {
         self.tokens.div_ceil(self.block_size.get())
     }
 
-    /// The most leading blocks an engine can take from its cache: never the whole prompt,
-    /// because the last token must be computed to get logits.
+    /// Returns the maximum number of leading blocks that an engine can take from its cache. Never
+    /// the whole prompt, because the last token must be computed to get logits.
     #[must_use]
-    pub fn reusable_blocks(&self) -> u32 {
+    pub fn max_reusable_blocks(&self) -> u32 {
         self.tokens.saturating_sub(1) / self.block_size.get()
     }
 }
 
-/// How a prompt's last, partial block begins, so that its [`Sequence`] can go on once it is known
-/// what follows the prompt.
+/// Content of the last, partial block of a prompt. With it, [`Sequence`] can be extended once the
+/// text or tokens after the prompt are known.
 #[derive(Clone, Debug)]
-pub struct OpenEnd {
-    rest: Vec<u8>,
+pub struct PartialBlock {
+    /// Content of the block, as token ids in memory order or as text.
+    bytes: Vec<u8>,
+    /// Bytes of content in a full block.
     bytes_per_block: usize,
-    /// What the first block is chained to.
+    /// Salt with which the hash chain of the prompt starts.
     salt: u64,
 }
 
-impl OpenEnd {
-    /// The end of a prompt that [`Sequence::from_tokens`] hashes.
+impl PartialBlock {
+    /// Returns the partial block of a prompt that [`Sequence::from_tokens`] hashes with these
+    /// arguments.
     #[must_use]
-    pub fn of_tokens(tokens: &[u32], block_size: NonZeroU32, salt: u64) -> Self {
+    pub fn from_tokens(tokens: &[u32], block_size: NonZeroU32, salt: u64) -> Self {
         let rest = tokens.chunks_exact(block_size.get() as usize).remainder();
         Self {
-            rest: bytemuck::cast_slice(rest).to_vec(),
+            bytes: bytemuck::cast_slice(rest).to_vec(),
             bytes_per_block: size_of::<u32>() * block_size.get() as usize,
             salt,
         }
     }
 
-    /// The end of a prompt that [`Sequence::from_text`] hashes.
+    /// Returns the partial block of a prompt that [`Sequence::from_text`] hashes with these
+    /// arguments.
     #[must_use]
-    pub fn of_text(text: &[u8], bytes_per_token: f64, block_size: NonZeroU32, salt: u64) -> Self {
-        let piece = bytes_per_piece(bytes_per_token, block_size);
+    pub fn from_text(text: &[u8], bytes_per_token: f64, block_size: NonZeroU32, salt: u64) -> Self {
+        let text_block = bytes_per_text_block(bytes_per_token, block_size);
         Self {
-            rest: text.chunks_exact(piece).remainder().to_vec(),
-            bytes_per_block: piece,
-            salt: chain(salt, piece as u64),
+            bytes: text.chunks_exact(text_block).remainder().to_vec(),
+            bytes_per_block: text_block,
+            salt: mix_hash(salt, text_block as u64),
         }
     }
 
-    /// Bytes of content that make a block.
+    /// Returns the number of bytes of content in a full block.
     #[must_use]
     pub fn bytes_per_block(&self) -> usize {
         self.bytes_per_block
     }
 }
 
-/// How many bytes of text stand for one block.
-fn bytes_per_piece(bytes_per_token: f64, block_size: NonZeroU32) -> usize {
+/// Returns the number of bytes of text that stand for one block; at least one.
+fn bytes_per_text_block(bytes_per_token: f64, block_size: NonZeroU32) -> usize {
     let bytes = (bytes_per_token * f64::from(block_size.get())).round();
     (bytes as usize).max(1)
 }
 
-/// Learns how many bytes of prompt text stand for one token, from the prompt-token counts that
-/// responses report.
+/// Estimate of the bytes of prompt text per token, learned from the prompt token counts in
+/// responses.
 ///
-/// The ratio in use changes only when the observed one has drifted away from it, because every
-/// change makes earlier text sequences unrecognisable.
+/// The ratio in use changes only when the observed ratio has drifted away from it, because text
+/// sequences hashed with another ratio can no longer be matched.
 #[derive(Clone, Debug)]
 pub struct BytesPerToken {
-    in_use: f64,
+    /// Ratio in use.
+    active_ratio: f64,
+    /// Weighted sum of the observed prompt sizes in bytes.
     bytes: f64,
+    /// Sum of the observed prompt sizes in tokens, with the same weights.
     tokens: f64,
+    /// Number of observed prompts.
     samples: u32,
 }
 
 impl Default for BytesPerToken {
     fn default() -> Self {
         Self {
-            in_use: 4.0,
+            active_ratio: 4.0,
             bytes: 0.0,
             tokens: 0.0,
             samples: 0,
@@ -248,19 +270,22 @@ impl Default for BytesPerToken {
 }
 
 impl BytesPerToken {
+    /// Number of observed prompts before the ratio may change.
     const SAMPLES_BEFORE_CHANGE: u32 = 16;
+    /// Relative difference between observed ratio and ratio in use beyond which the ratio changes.
     const DRIFT_BEFORE_CHANGE: f64 = 0.15;
-    /// Old samples count for less: the weight of one `n` samples ago is `FORGETTING^n`.
+    /// Factor by which the weight of a sample falls with each later one: a sample `n` prompts ago
+    /// has weight `FORGETTING^n`.
     const FORGETTING: f64 = 0.99;
 
-    /// The ratio to cut text with.
+    /// Returns the ratio to divide text with, in bytes per token.
     #[must_use]
-    pub fn get(&self) -> f64 {
-        self.in_use
+    pub fn ratio(&self) -> f64 {
+        self.active_ratio
     }
 
-    /// Takes one prompt's size as sent, in bytes, and as the engine counted it. Returns whether
-    /// the ratio in use changed.
+    /// Adds the size of one prompt, in bytes as sent and in tokens as counted by the engine.
+    /// Returns whether the ratio in use changed.
     pub fn observe(&mut self, prompt_bytes: usize, prompt_tokens: u32) -> bool {
         if prompt_bytes == 0 || prompt_tokens == 0 {
             return false;
@@ -269,58 +294,65 @@ impl BytesPerToken {
         self.tokens = self.tokens * Self::FORGETTING + f64::from(prompt_tokens);
         self.samples = self.samples.saturating_add(1);
         let observed = (self.bytes / self.tokens).clamp(0.25, 64.0);
-        let drift = (observed / self.in_use - 1.0).abs();
-        let change =
+        let drift = (observed / self.active_ratio - 1.0).abs();
+        let has_drifted =
             self.samples >= Self::SAMPLES_BEFORE_CHANGE && drift > Self::DRIFT_BEFORE_CHANGE;
-        if change {
-            self.in_use = observed;
+        if has_drifted {
+            self.active_ratio = observed;
         }
-        change
+        has_drifted
     }
 }
 
-/// The sequence hash of a block of `tokens` that follows a prefix with hash `previous`; the salt,
-/// if it is the first.
+/// Returns the sequence hash of a block of `tokens` after a prefix with hash `previous`, which is
+/// the salt for the first block.
 #[must_use]
-pub fn extend(previous: SequenceHash, tokens: &[u32]) -> SequenceHash {
-    chain(previous, hash_bytes(bytemuck::cast_slice(tokens)))
+pub fn extend_hash(previous: SequenceHash, tokens: &[u32]) -> SequenceHash {
+    mix_hash(previous, hash_block(bytemuck::cast_slice(tokens)))
 }
 
-fn chain_hashes<'a>(blocks: impl ExactSizeIterator<Item = &'a [u8]>, salt: u64) -> Arc<[u64]> {
+/// Hashes the content of consecutive blocks, starting from the salt.
+fn hash_chain_of<'a>(blocks: impl ExactSizeIterator<Item = &'a [u8]>, salt: u64) -> Arc<[u64]> {
     let mut previous = salt;
-    // Collecting an exact-size iterator into an Arc allocates once.
+    // Collecting an iterator of exact size into an Arc allocates once.
     blocks
         .map(|block| {
-            previous = chain(previous, hash_bytes(block));
+            previous = mix_hash(previous, hash_block(block));
             previous
         })
         .collect()
 }
 
+/// Returns the hash of the content of one block, whatever precedes it.
 #[inline]
-fn hash_bytes(bytes: &[u8]) -> u64 {
+fn hash_block(bytes: &[u8]) -> u64 {
     rapidhash_v3_inline::<true, false, false>(bytes, &DEFAULT_RAPID_SECRETS)
 }
 
-/// Extends a chain by one link: multiply to 128 bits and fold, the mixer of wyhash and rapidhash.
+/// Extends a hash chain by one link: multiplies to 128 bits and folds the halves, the mixer of
+/// wyhash and rapidhash.
 #[inline]
-fn chain(previous: u64, link: u64) -> u64 {
+fn mix_hash(previous: u64, link: u64) -> u64 {
     const ODD: u64 = 0x9E37_79B9_7F4A_7C15;
     let product = u128::from(previous ^ ODD) * u128::from(link ^ ODD.rotate_left(32) | 1);
     ((product as u64) ^ ((product >> 64) as u64)).wrapping_add(link)
 }
 
-/// Sequence hashes are uniform already; hashing them again would double the cost of a look-up.
+/// Hasher that returns its `u64` key. Sequence hashes are uniform already, and hashing them again
+/// would double the cost of a look-up.
 #[derive(Debug, Default)]
-pub(crate) struct AlreadyHashed(u64);
+pub(crate) struct IdentityHasher(u64);
 
-impl Hasher for AlreadyHashed {
+impl Hasher for IdentityHasher {
     fn finish(&self) -> u64 {
         self.0
     }
 
     fn write(&mut self, bytes: &[u8]) {
-        debug_assert!(false, "only u64 keys are used, not {bytes:?}");
+        debug_assert!(
+            false,
+            "IdentityHasher takes only u64 keys, got bytes {bytes:?}"
+        );
     }
 
     fn write_u64(&mut self, hash: u64) {

@@ -1,7 +1,8 @@
-//! Everything behind the router's lock, and how a decision reads it.
+//! State of the router, behind one lock, and the steps of a decision: assess, select, explain.
 //!
-//! Read, choose and book are one critical section. Work proportional to a prompt (hashing,
-//! tokenising, allocating) is done before the lock is taken, freeing after it is released.
+//! Assessing, choosing and booking are one critical section. Work that is proportional to a prompt
+//! (hashing, tokenizing, allocating) is done before the lock is taken. Deallocation is done after it
+//! is released.
 
 use std::sync::Arc;
 use std::task::Waker;
@@ -13,312 +14,383 @@ use rand::rngs::SmallRng;
 use slab::Slab;
 use smallvec::SmallVec;
 
-use crate::batch::Members;
-use crate::cache::CacheIndex;
-use crate::choose::{Decision, Field, Prices};
+use crate::active_tree::{HashChain, PrefixMatch, PrefixTree, TreePosition, WorkerIndex};
+use crate::batch::BatchRequest;
+use crate::booking_record::BookingRecord;
 use crate::config::RouterConfig;
-use crate::copies::Losses;
-use crate::cost::Demand;
-use crate::delay::Placement;
-use crate::depths::Depths;
-use crate::fleet::{Fleet, WorkerId};
-use crate::forecast::lengths::{Kind, OutputLength};
-use crate::foreseen::Foreseen;
-use crate::queue::{Queue, Standing};
-use crate::record::Record;
+use crate::event_index::EventIndex;
+use crate::forecast::output_length::{LengthClass, OutputLengthModel};
+use crate::kv_cost::KvCostInput;
+use crate::marginal_delay::RequestProfile;
+use crate::pending_evictions::PendingEvictions;
+use crate::policy::{CandidateSet, CostSource, Decision};
+use crate::prefix_matches::PrefixMatches;
+use crate::progress_estimator::ProgressEstimator;
+use crate::queue::{QueuePolicyState, QueueTicket};
+use crate::replication::ReplicationRegret;
 use crate::request::{Candidate, Explanation, Request, RouteError};
-use crate::tree::{Chain, Depth, Match, PrefixTree, Slot};
-use crate::unwatched::Unwatched;
+use crate::workers::{WorkerId, Workers};
 
-/// The state, shared by a router's handles and its bookings.
+/// State of a router, shared by its handles and its bookings.
 #[derive(Clone, Debug)]
-pub(crate) struct Locked(Arc<Mutex<State>>);
+pub(crate) struct SharedState(Arc<Mutex<State>>);
 
-impl Locked {
+impl SharedState {
+    /// Puts `state` behind a lock.
     pub(crate) fn new(state: State) -> Self {
         Self(Arc::new(Mutex::new(state)))
     }
 
+    /// Starts a critical section. It should end with [`unlock`].
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock()
     }
 }
 
-/// Everything behind the lock.
+/// State of a router: everything behind its lock.
 #[derive(Debug)]
 pub(crate) struct State {
+    /// Configuration, fixed for the lifetime of the router.
     pub(crate) config: RouterConfig,
-    pub(crate) fleet: Fleet,
-    /// What workers' requests pin, and what they leave cached.
+    /// Workers, with their loads and their pending work.
+    pub(crate) workers: Workers,
+    /// Active tree: prefixes that dispatched requests pin, and prefixes that workers still cache
+    /// according to their estimated caches.
     pub(crate) tree: PrefixTree,
-    /// What requests in line will pin.
-    pub(crate) lined_up: PrefixTree,
-    pub(crate) cache: CacheIndex,
-    pub(crate) foreseen: Foreseen,
-    pub(crate) bookings: Slab<Record>,
-    pub(crate) output_length: OutputLength,
-    pub(crate) unwatched: Unwatched,
-    pub(crate) serial: u64,
-    pub(crate) queue: Queue,
-    pub(crate) losses: Losses,
+    /// Prefixes that queued requests will pin.
+    pub(crate) queued_prefixes: PrefixTree,
+    /// Prefixes that workers cache according to their KV events.
+    pub(crate) event_index: EventIndex,
+    /// Evictions that bookings will cause and that events have not confirmed.
+    pub(crate) pending_evictions: PendingEvictions,
+    /// Records of all bookings.
+    pub(crate) bookings: Slab<BookingRecord>,
+    /// Forecast of output lengths.
+    pub(crate) output_length: OutputLengthModel,
+    /// Progress of requests whose responses are not streamed.
+    pub(crate) progress: ProgressEstimator,
+    /// Serial of the latest booking. A booking that is made again gets a new serial.
+    pub(crate) last_booking_serial: u64,
+    /// State that all worker queues share. The queues themselves are in [`Workers::pending_work`].
+    pub(crate) queue: QueuePolicyState,
+    /// Regret per prefix, which decides when to replicate it.
+    pub(crate) replication_regret: ReplicationRegret,
+    /// Source of random choices.
     rng: SmallRng,
-    turn: u64,
-    /// The latest time anybody told.
+    /// Number of choices so far, for the round-robin policy.
+    round_robin_cursor: u64,
+    /// Latest time that a caller has passed in. Never goes back.
     pub(crate) now: Duration,
 }
 
-/// Ends a critical section. Hash chains that lost their last node may be long allocations, so
-/// they are freed after the lock; and who is woken may want it.
-pub(crate) fn release(state: MutexGuard<'_, State>) {
-    release_by(state, drop);
+/// Ends a critical section, then drops unused hash chains and wakes tasks. Both happen without the
+/// lock: the chains may be large allocations, and the tasks may take the lock.
+pub(crate) fn unlock(state: MutexGuard<'_, State>) {
+    unlock_by(state, drop);
 }
 
-/// The same, where the section is one of very many: whoever waits for the lock has it next.
-pub(crate) fn release_fair(state: MutexGuard<'_, State>) {
-    release_by(state, MutexGuard::unlock_fair);
+/// Ends a critical section like [`unlock`], and passes the lock on to a thread that waits for it.
+/// For sections that follow each other without a pause, which could keep the lock otherwise.
+pub(crate) fn unlock_fair(state: MutexGuard<'_, State>) {
+    unlock_by(state, MutexGuard::unlock_fair);
 }
 
-fn release_by<'a>(mut state: MutexGuard<'a, State>, unlock: impl FnOnce(MutexGuard<'a, State>)) {
-    let garbage: SmallVec<[Chain; 4]> = std::mem::take(&mut state.tree.garbage);
-    let lined_up = std::mem::take(&mut state.lined_up.garbage);
-    let woken = std::mem::take(&mut state.queue.woken);
+/// Ends a critical section by calling `unlock`.
+fn unlock_by<'a>(mut state: MutexGuard<'a, State>, unlock: impl FnOnce(MutexGuard<'a, State>)) {
+    let active_chains: SmallVec<[HashChain; 4]> = std::mem::take(&mut state.tree.deferred_drops);
+    let queued_chains = std::mem::take(&mut state.queued_prefixes.deferred_drops);
+    let wakers = std::mem::take(&mut state.queue.pending_wakers);
     unlock(state);
-    drop((garbage, lined_up));
-    woken.into_iter().for_each(Waker::wake);
+    drop((active_chains, queued_chains));
+    wakers.into_iter().for_each(Waker::wake);
 }
 
-/// What a decision reads of one prompt.
+/// Properties of one request that a decision reads.
 #[derive(Debug)]
-pub(crate) struct Reading {
-    depths: Depths,
-    /// Where it leaves the tree.
-    pub(crate) at: Match,
-    /// What its answer's length may depend on, and how many tokens it is expected to have.
-    pub(crate) kind: Kind,
-    pub(crate) expected_tokens: u32,
-    pub(crate) standing: Standing,
+pub(crate) struct RequestAssessment {
+    prefix_matches: PrefixMatches,
+    /// Position at which the prompt leaves the active tree, and the largest overlap of any worker.
+    pub(crate) tree_position: TreePosition,
+    /// Length class of the output.
+    pub(crate) length_class: LengthClass,
+    /// Expected number of output tokens.
+    pub(crate) expected_output_tokens: u32,
+    /// Queue ticket, which decides how many queued requests this one overtakes.
+    pub(crate) ticket: QueueTicket,
 }
 
-impl Reading {
-    /// By slot.
-    pub(crate) fn depths(&self) -> &[Depth] {
-        &self.depths
+impl RequestAssessment {
+    /// Returns the prefix match of the prompt on each worker, by worker index.
+    pub(crate) fn prefix_matches(&self) -> &[PrefixMatch] {
+        &self.prefix_matches
     }
 }
 
 impl State {
+    /// Returns the state of a router without workers.
     pub(crate) fn new(config: RouterConfig) -> Self {
         Self {
             rng: SmallRng::seed_from_u64(config.seed),
             config,
-            fleet: Fleet::default(),
+            workers: Workers::default(),
             tree: PrefixTree::default(),
-            lined_up: PrefixTree::default(),
-            cache: CacheIndex::default(),
-            foreseen: Foreseen::default(),
+            queued_prefixes: PrefixTree::default(),
+            event_index: EventIndex::default(),
+            pending_evictions: PendingEvictions::default(),
             bookings: Slab::new(),
-            output_length: OutputLength::default(),
-            unwatched: Unwatched::default(),
-            serial: 0,
-            queue: Queue::default(),
-            losses: Losses::default(),
-            turn: 0,
+            output_length: OutputLengthModel::default(),
+            progress: ProgressEstimator::default(),
+            last_booking_serial: 0,
+            queue: QueuePolicyState::default(),
+            replication_regret: ReplicationRegret::default(),
+            round_robin_cursor: 0,
             now: Duration::ZERO,
         }
     }
 
-    /// How a request stands that comes now.
-    pub(crate) fn standing(&self, request: &Request<'_>) -> Standing {
-        let order = self.config.queue.unwrap_or_default();
+    /// Returns the queue ticket of a request that arrives now.
+    pub(crate) fn ticket(&self, request: &Request<'_>) -> QueueTicket {
+        let order = self.config.queue_order.unwrap_or_default();
         self.queue
-            .standing(order, request.priority, request.tenant, self.now)
+            .ticket(order, request.priority, request.tenant, self.now)
     }
 
-    /// Reads how deep the request's prompt reaches on every worker.
-    pub(crate) fn read(&self, request: &Request<'_>) -> Reading {
-        self.read_again(request, self.standing(request))
+    /// Assesses a request that arrives now: its prefix match on every worker, its expected output
+    /// and its queue ticket.
+    pub(crate) fn assess(&self, request: &Request<'_>) -> RequestAssessment {
+        self.assess_with_ticket(request, self.ticket(request))
     }
 
-    /// The same for a request that came before.
-    pub(crate) fn read_again(&self, request: &Request<'_>, standing: Standing) -> Reading {
-        let mut reading = self.read_as_sent(request, standing);
-        if self.queue.held > 0 {
-            let mut lined_up = Depths::zero(self.fleet.slots());
-            let chain = request.sequence.hashes();
-            self.lined_up.descend(chain, &mut lined_up);
-            for (depth, lined_up) in reading.depths.iter_mut().zip(lined_up.iter()) {
-                depth.active = depth.active.max(lined_up.active);
+    /// Assesses a request with an existing queue ticket. Used when a booked request is rebalanced or
+    /// retried, so that it keeps its position among the queued requests.
+    pub(crate) fn assess_with_ticket(
+        &self,
+        request: &Request<'_>,
+        ticket: QueueTicket,
+    ) -> RequestAssessment {
+        let mut assessment = self.assess_ignoring_queue(request, ticket);
+        if self.queue.queued_total > 0 {
+            let mut queued_matches = PrefixMatches::new(self.workers.index_len());
+            let hashes = request.prompt.hashes();
+            self.queued_prefixes
+                .match_prefix(hashes, &mut queued_matches);
+            for (prefix_match, queued_match) in assessment
+                .prefix_matches
+                .iter_mut()
+                .zip(queued_matches.iter())
+            {
+                prefix_match.active_blocks =
+                    prefix_match.active_blocks.max(queued_match.active_blocks);
             }
-            reading.at.best_overlap = reading.depths.best_overlap();
+            assessment.tree_position.best_overlap = assessment.prefix_matches.best_overlap();
         }
-        reading
+        assessment
     }
 
-    /// The same as if it were sent at once, before all in line.
-    pub(crate) fn read_as_sent(&self, request: &Request<'_>, standing: Standing) -> Reading {
-        let mut depths = Depths::zero(self.fleet.slots());
-        let chain = request.sequence.hashes();
-        let mut at = self.tree.descend(chain, &mut depths);
-        at.best_overlap = at.best_overlap.max(self.cache.descend(chain, &mut depths));
-        let capped = self.foreseen.cap(chain, &self.tree, &mut depths);
-        let reusable = request.sequence.reusable_blocks();
-        let rounded = self.fleet.round_to_whole_blocks(reusable, &mut depths);
-        if capped || rounded {
-            at.best_overlap = depths.best_overlap();
+    /// Assesses a request as if it were dispatched now: blocks that only queued requests will pin do
+    /// not count as active.
+    pub(crate) fn assess_ignoring_queue(
+        &self,
+        request: &Request<'_>,
+        ticket: QueueTicket,
+    ) -> RequestAssessment {
+        let mut prefix_matches = PrefixMatches::new(self.workers.index_len());
+        let hashes = request.prompt.hashes();
+        let mut tree_position = self.tree.match_prefix(hashes, &mut prefix_matches);
+        tree_position.best_overlap = tree_position
+            .best_overlap
+            .max(self.event_index.match_prefix(hashes, &mut prefix_matches));
+        let is_clamped = self
+            .pending_evictions
+            .clamp(hashes, &self.tree, &mut prefix_matches);
+        let max_reusable_blocks = request.prompt.max_reusable_blocks();
+        let is_rounded = self
+            .workers
+            .round_down_to_engine_blocks(max_reusable_blocks, &mut prefix_matches);
+        if is_clamped || is_rounded {
+            tree_position.best_overlap = prefix_matches.best_overlap();
         }
-        let kind = request.kind();
-        Reading {
-            depths,
-            at,
-            kind,
-            expected_tokens: self.output_length.remaining_of(
-                kind,
+        let length_class = request.length_class();
+        RequestAssessment {
+            prefix_matches,
+            tree_position,
+            length_class,
+            expected_output_tokens: self.output_length.remaining_with_hint(
+                length_class,
                 0,
                 request.max_tokens,
-                request.expected_tokens,
+                request.expected_output_tokens,
             ),
-            standing,
+            ticket,
         }
     }
 
-    fn field<'a>(
+    /// Returns the workers among which a policy chooses for this request.
+    ///
+    /// # Errors
+    /// [`RouteError::UnknownModel`] if the models of all workers are known and none serves this one.
+    fn candidates<'a>(
         &'a self,
         request: &Request<'a>,
-        prices: Prices<'a>,
-        excluded: &'a [Slot],
-    ) -> Result<Field<'a>, RouteError> {
+        costs: CostSource<'a>,
+        excluded: &'a [WorkerIndex],
+    ) -> Result<CandidateSet<'a>, RouteError> {
         let eligible = self
-            .fleet
+            .workers
             .eligible(request.model)
             .ok_or_else(|| RouteError::UnknownModel(request.model.to_owned()))?;
-        Ok(Field {
+        Ok(CandidateSet {
             eligible,
             excluded,
-            fleet: &self.fleet,
-            prices,
-            hashes: request.sequence.hashes(),
+            workers: &self.workers,
+            costs,
+            hashes: request.prompt.hashes(),
         })
     }
 
-    pub(crate) fn demand(&self, request: &Request<'_>) -> Demand {
-        Demand {
-            blocks: request.sequence.blocks(),
-            reusable_blocks: request.sequence.reusable_blocks(),
+    /// Returns the properties of a request on which its cost in blocks depends.
+    pub(crate) fn kv_cost_input(&self, request: &Request<'_>) -> KvCostInput {
+        KvCostInput {
+            blocks: request.prompt.blocks(),
+            max_reusable_blocks: request.prompt.max_reusable_blocks(),
             overlap_weight: self.config.overlap_weight,
         }
     }
 
-    pub(crate) fn placement(&self, request: &Request<'_>, reading: &Reading) -> Placement {
-        let sequence = request.sequence;
-        Placement {
-            prompt_tokens: sequence.tokens(),
-            blocks: sequence.blocks(),
-            reusable_blocks: sequence.reusable_blocks(),
-            block_size: sequence.block_size().get(),
-            output_tokens: f64::from(reading.expected_tokens),
+    /// Returns the properties of a request on which its marginal delay depends.
+    pub(crate) fn request_profile(
+        &self,
+        request: &Request<'_>,
+        assessment: &RequestAssessment,
+    ) -> RequestProfile {
+        let prompt = request.prompt;
+        RequestProfile {
+            prompt_tokens: prompt.tokens(),
+            blocks: prompt.blocks(),
+            max_reusable_blocks: prompt.max_reusable_blocks(),
+            block_size: prompt.block_size().get(),
+            output_tokens: f64::from(assessment.expected_output_tokens),
             overlap_weight: self.config.overlap_weight,
             ttft_weight: self.config.ttft_weight,
-            standing: reading.standing,
+            ticket: assessment.ticket,
             now: self.now,
         }
     }
 
-    /// What speaks for placing the request at `slot`, as last [read](Self::read).
+    /// Returns the decision to place the request on the worker at `index`, according to
+    /// `assessment`.
     pub(crate) fn decision(
         &self,
-        slot: Slot,
-        reading: &Reading,
+        index: WorkerIndex,
+        assessment: &RequestAssessment,
         request: &Request<'_>,
     ) -> Decision {
-        let demand = self.demand(request);
-        let booked = self.fleet.loads[slot as usize].booked_blocks();
-        let depth = reading.depths[slot as usize];
+        let cost_input = self.kv_cost_input(request);
+        let projected_blocks = self.workers.loads[index as usize].projected_blocks();
+        let prefix_match = assessment.prefix_matches[index as usize];
         Decision {
-            cost: demand.cost(booked, depth),
-            depth,
-            best_overlap_blocks: reading.at.best_overlap.min(demand.reusable_blocks),
+            cost: cost_input.cost(projected_blocks, prefix_match),
+            prefix_match,
+            best_overlap_blocks: assessment
+                .tree_position
+                .best_overlap
+                .min(cost_input.max_reusable_blocks),
         }
     }
 
-    /// Slots of those excluded workers that still exist.
-    pub(crate) fn excluded(&self, request: &Request<'_>) -> SmallVec<[Slot; 4]> {
-        let known = request.excluded.iter();
-        known
-            .filter_map(|&id| self.fleet.get(id).map(|_| id.slot))
+    /// Returns the indices of the excluded workers that still exist.
+    pub(crate) fn excluded(&self, request: &Request<'_>) -> SmallVec<[WorkerIndex; 4]> {
+        request
+            .excluded_workers
+            .iter()
+            .filter_map(|&id| self.workers.get(id).map(|_| id.index))
             .collect()
     }
 
-    /// Reads, then chooses a worker for a request that has just come. Also tells what was read.
+    /// Chooses a worker for a request that arrives now: the policy's choice, or an idle worker to
+    /// which its prefix is replicated. Returns the worker and the assessment on which the choice is
+    /// based.
     pub(crate) fn choose(
         &mut self,
         request: &Request<'_>,
-    ) -> Result<(WorkerId, Reading), RouteError> {
-        let reading = self.read(request);
-        let best = self.choose_by(request, &reading)?;
-        let worker = self.copies_to(best, &reading, request).unwrap_or(best);
-        Ok((worker, reading))
+    ) -> Result<(WorkerId, RequestAssessment), RouteError> {
+        let assessment = self.assess(request);
+        let selected = self.select_worker(request, &assessment)?;
+        let worker = self
+            .replicate_to(selected, &assessment, request)
+            .unwrap_or(selected);
+        Ok((worker, assessment))
     }
 
-    /// Chooses a worker by what was read.
-    pub(crate) fn choose_by(
+    /// Selects a worker by the configured policy, with costs computed from `assessment`.
+    pub(crate) fn select_worker(
         &mut self,
         request: &Request<'_>,
-        reading: &Reading,
+        assessment: &RequestAssessment,
     ) -> Result<WorkerId, RouteError> {
-        let (demand, placement) = (self.demand(request), self.placement(request, reading));
-        let prices = Prices::OfOne(demand, placement, &reading.depths);
-        self.pick(request, prices)
+        let cost_input = self.kv_cost_input(request);
+        let profile = self.request_profile(request, assessment);
+        let costs = CostSource::Computed(cost_input, profile, &assessment.prefix_matches);
+        self.select_with_costs(request, costs)
     }
 
-    /// Chooses a worker at these prices.
-    pub(crate) fn pick(
+    /// Selects a worker by the configured policy, with these costs. Advances the random numbers and
+    /// the round-robin cursor if it succeeds.
+    pub(crate) fn select_with_costs(
         &mut self,
         request: &Request<'_>,
-        prices: Prices<'_>,
+        costs: CostSource<'_>,
     ) -> Result<WorkerId, RouteError> {
         let excluded = self.excluded(request);
-        // A copy: a decision that fails draws nothing, and the field borrows the rest.
+        // Works on a copy: a failed decision draws no random number, and the candidates borrow
+        // `self`.
         let mut rng = self.rng.clone();
         let worker = self
-            .field(request, prices, &excluded)?
-            .choose(
+            .candidates(request, costs, &excluded)?
+            .select(
                 self.config.policy,
                 self.config.temperature,
                 self.config.block_size.get() as usize,
-                self.turn,
+                self.round_robin_cursor,
                 &mut rng,
             )
-            .and_then(|slot| self.fleet.at(slot))
+            .and_then(|index| self.workers.by_index(index))
             .map(|worker| worker.id)
             .ok_or_else(|| RouteError::NoWorker(request.model.to_owned()))?;
         self.rng = rng;
-        self.turn += 1;
+        self.round_robin_cursor += 1;
         Ok(worker)
     }
 
-    pub(crate) fn explain(&self, members: &Members<'_>) -> Result<Explanation, RouteError> {
-        let request = &members.requests()[0];
-        let sums = self.sum(members);
+    /// Returns the decision that would be made for the batch now, without making it.
+    pub(crate) fn explain(&self, batch: &BatchRequest<'_>) -> Result<Explanation, RouteError> {
+        let request = &batch.requests()[0];
+        let batch_costs = self.batch_costs(batch);
         let excluded = self.excluded(request);
-        let field = self.field(
+        let candidate_set = self.candidates(
             request,
-            Prices::Summed(&sums.costs, &sums.totals),
+            CostSource::Precomputed(&batch_costs.costs, &batch_costs.objective),
             &excluded,
         )?;
-        let weights = self.probabilities(&field);
-        let mut candidates: Vec<Candidate> = weights
+        let probabilities = candidate_set.selection_probabilities(
+            self.config.policy,
+            self.config.temperature,
+            self.config.block_size.get() as usize,
+            self.round_robin_cursor,
+        );
+        let mut candidates: Vec<Candidate> = probabilities
             .into_iter()
-            .filter_map(|(slot, probability)| {
-                let worker = self.fleet.at(slot)?;
-                let load = self.fleet.loads[slot as usize];
+            .filter_map(|(index, probability)| {
+                let worker = self.workers.by_index(index)?;
+                let load = self.workers.loads[index as usize];
                 Some(Candidate {
                     id: worker.id,
                     name: worker.name.clone(),
                     requests: load.requests,
-                    active_blocks: load.booked_blocks(),
-                    depth: sums.depths[slot as usize],
-                    cost: field.cost_of(slot),
-                    delay: sums.delays[slot as usize],
+                    active_blocks: load.projected_blocks(),
+                    prefix_match: batch_costs.prefix_matches[index as usize],
+                    cost: candidate_set.kv_cost(index),
+                    delay: batch_costs.delays[index as usize],
                     probability,
                 })
             })
@@ -332,22 +404,14 @@ impl State {
             overlap_weight: self.config.overlap_weight,
             ttft_weight: self.config.ttft_weight,
             temperature: self.config.temperature,
-            copies_to: None,
+            replicates_prefix_to: None,
             candidates,
         };
-        if let ([request], Some(chosen)) = (members.requests(), explanation.choice()) {
-            let reading = self.read(request);
-            explanation.copies_to = self.would_copy_to(chosen.id, &reading, request);
+        if let ([request], Some(chosen)) = (batch.requests(), explanation.expected_choice()) {
+            let assessment = self.assess(request);
+            explanation.replicates_prefix_to =
+                self.peek_replication(chosen.id, &assessment, request);
         }
         Ok(explanation)
-    }
-
-    /// How likely each eligible worker is to be preferred.
-    fn probabilities(&self, field: &Field<'_>) -> Vec<(Slot, f64)> {
-        let weights = field.softmax_weights(self.config.policy, self.config.temperature);
-        let mut weights: Vec<(Slot, f64)> = weights.collect();
-        let total: f64 = weights.iter().map(|(_, weight)| weight).sum();
-        weights.iter_mut().for_each(|(_, weight)| *weight /= total);
-        weights
     }
 }

@@ -1,7 +1,7 @@
-//! What decoding KV events costs: `cargo bench -p foresee-engine --bench kv_events`.
+//! Benchmarks of KV event decoding: `cargo bench -p foresee-engine --bench kv_events`.
 //!
-//! An item is a block-op: one block stored or removed. Blocks have 16 tokens of a vocabulary of
-//! 128,000, low ids more often than high ones, as in text.
+//! An item is a block operation: one block stored or removed. Blocks have 16 tokens from a
+//! vocabulary of 128,000. Low ids are more frequent than high ones, as in text.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -14,10 +14,12 @@ fn main() {
     divan::main();
 }
 
+/// Tokens per block.
 const BLOCK_SIZE: u64 = 16;
+/// Number of token ids.
 const VOCABULARY: u64 = 128_000;
 
-/// A generator of numbers without pattern (SplitMix64).
+/// A pseudorandom number generator (SplitMix64).
 struct Numbers(u64);
 
 impl Numbers {
@@ -29,7 +31,8 @@ impl Numbers {
         number ^ (number >> 31)
     }
 
-    /// The product of two even chances: half of all ids are in the lowest fifth of them.
+    /// Returns a token id, the product of two uniform numbers: half of all ids are in the lowest
+    /// fifth of the vocabulary.
     fn token(&mut self) -> u64 {
         self.next() % VOCABULARY * (self.next() % VOCABULARY) / VOCABULARY
     }
@@ -38,7 +41,7 @@ impl Numbers {
         Value::Array((0..count).map(|_| self.next().into()).collect())
     }
 
-    /// The fields of vLLM's stored event, in order.
+    /// Returns the fields of vLLM's `BlockStored`, in order.
     fn stored(&mut self, blocks: u64) -> [(&'static str, Value); 12] {
         let tokens = (0..blocks * BLOCK_SIZE)
             .map(|_| self.token().into())
@@ -62,6 +65,7 @@ impl Numbers {
         ]
     }
 
+    /// Returns the fields of vLLM's `BlockRemoved` for one block, in order.
     fn removed(&mut self) -> [(&'static str, Value); 4] {
         [
             ("type", "BlockRemoved".into()),
@@ -81,13 +85,14 @@ fn as_array<const N: usize>(fields: [(&str, Value); N]) -> Value {
     Value::Array(fields.into_iter().map(|(_, value)| value).collect())
 }
 
-/// Measures the decoding of batches of such events.
+/// Measures the decoding of batches with the events that `events` generates. Each batch contains
+/// `block_ops` block operations.
 fn decode(
     bencher: Bencher<'_, '_>,
     block_ops: u64,
     mut events: impl FnMut(&mut Numbers) -> Vec<Value>,
 ) {
-    // With one batch over and over, the processor would learn its tokens by heart.
+    // With a single batch, branch prediction would adapt to its tokens.
     const BATCHES: usize = 64;
     let mut numbers = Numbers(1);
     let payloads: Vec<Vec<u8>> = (0..BATCHES)
@@ -110,18 +115,19 @@ fn decode(
         });
 }
 
-/// A prompt of 4,096 tokens is stored at once.
+/// One event stores a prompt of 4,096 tokens, encoded as a map.
 #[divan::bench]
 fn prompt_as_map(bencher: Bencher<'_, '_>) {
     decode(bencher, 256, |numbers| vec![as_map(numbers.stored(256))]);
 }
 
+/// One event stores a prompt of 4,096 tokens, encoded as an array.
 #[divan::bench]
 fn prompt_as_array(bencher: Bencher<'_, '_>) {
     decode(bencher, 256, |numbers| vec![as_array(numbers.stored(256))]);
 }
 
-/// Each of 64 running requests fills a block.
+/// Each of 64 running requests fills a block; events are encoded as maps.
 #[divan::bench]
 fn output_as_maps(bencher: Bencher<'_, '_>) {
     decode(bencher, 64, |numbers| {
@@ -129,6 +135,7 @@ fn output_as_maps(bencher: Bencher<'_, '_>) {
     });
 }
 
+/// Each of 64 running requests fills a block; events are encoded as arrays.
 #[divan::bench]
 fn output_as_arrays(bencher: Bencher<'_, '_>) {
     decode(bencher, 64, |numbers| {
@@ -136,7 +143,7 @@ fn output_as_arrays(bencher: Bencher<'_, '_>) {
     });
 }
 
-/// vLLM removes each block by an event of its own.
+/// 256 blocks are removed, each by an event of its own as in vLLM.
 #[divan::bench]
 fn removals_as_maps(bencher: Bencher<'_, '_>) {
     decode(bencher, 256, |numbers| {
@@ -144,8 +151,8 @@ fn removals_as_maps(bencher: Bencher<'_, '_>) {
     });
 }
 
-/// A full cache takes in four prompts of 1,024 tokens and the blocks of 64 outputs, and removes
-/// as many blocks.
+/// A full cache stores four prompts of 1,024 tokens and one block of each of 64 outputs, and
+/// removes as many blocks.
 #[divan::bench]
 fn full_cache_as_maps(bencher: Bencher<'_, '_>) {
     decode(bencher, 640, |numbers| {

@@ -1,11 +1,12 @@
-//! What tokenising costs: `cargo bench -p foresee-engine --bench tokens`.
+//! Benchmarks of tokenisation: `cargo bench -p foresee-engine --bench tokens`.
 //!
-//! Each folder in `$FORESEE_TEST_VOCABULARIES` that holds a `tokenizer.json` is measured; without
-//! it, the tests' own tiny vocabulary. Texts are source code, and none is the same twice. A chat
-//! of about 7,000 tokens is four turns between the vocabulary's own markers.
+//! The benchmarks run for each folder in `$FORESEE_TEST_VOCABULARIES` that contains a
+//! `tokenizer.json`; without that variable, for the tiny vocabulary of the tests. Texts are source
+//! code, and no text occurs twice. A chat has about 7,000 tokens in four turns between the
+//! vocabulary's own markers.
 //!
-//! `cold` is a tokenizer that was just loaded. The others are in service: they have seen most
-//! words before, and remember them, whether they know the text or not.
+//! `cold` benchmarks use a tokenizer that was just loaded. All others use a warm tokenizer, which
+//! has cached most words, whether or not it has seen the text.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -17,9 +18,9 @@ use std::sync::LazyLock;
 
 use divan::Bencher;
 use divan::counter::BytesCount;
-use foresee_engine::tokenizer::{Framing, Tokenizer};
+use foresee_engine::tokenizer::{SpecialTokens, Tokenizer};
 
-// As in the program.
+// The allocator of the released program.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -27,6 +28,7 @@ fn main() {
     divan::main();
 }
 
+/// The folders with a `tokenizer.json`, by name.
 static VOCABULARIES: LazyLock<BTreeMap<String, PathBuf>> = LazyLock::new(|| {
     let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tiny_model");
     let Some(root) = std::env::var_os("FORESEE_TEST_VOCABULARIES") else {
@@ -41,19 +43,21 @@ static VOCABULARIES: LazyLock<BTreeMap<String, PathBuf>> = LazyLock::new(|| {
         .collect()
 });
 
+/// Returns the names of the vocabularies.
 fn names() -> Vec<&'static str> {
     VOCABULARIES.keys().map(String::as_str).collect()
 }
 
-/// A vocabulary, and endless text that it has not seen.
+/// A tokenizer under test, with a generator of texts that it has not seen.
 struct Subject {
     tokenizer: Tokenizer,
-    /// What begins and ends a turn.
+    /// Special tokens at the start and the end of a turn.
     markers: (&'static str, &'static str),
+    /// Number of texts generated so far.
     turns: usize,
 }
 
-/// Our own sources: prose, code and numbers.
+/// The sources of this crate: prose, code and numbers.
 static SOURCE: LazyLock<String> = LazyLock::new(|| {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files: Vec<PathBuf> = fs::read_dir(folder)
@@ -69,10 +73,11 @@ static SOURCE: LazyLock<String> = LazyLock::new(|| {
 });
 
 thread_local! {
-    // Loading a real vocabulary takes a second.
+    // Tokenizers are kept because loading a real vocabulary takes a second.
     static SUBJECTS: RefCell<BTreeMap<&'static str, &'static RefCell<Subject>>> = RefCell::default();
 }
 
+/// Returns the subject of a vocabulary, which is loaded at first use.
 fn subject(name: &'static str) -> &'static RefCell<Subject> {
     SUBJECTS.with_borrow_mut(|subjects| {
         *subjects.entry(name).or_insert_with(|| {
@@ -84,8 +89,13 @@ fn subject(name: &'static str) -> &'static RefCell<Subject> {
                 ("<start_of_turn>", "<end_of_turn>"),
                 ("<|start|>", "<|end|>"),
             ];
-            let is_one_token =
-                |text: &str| tokenizer.encode(text, Framing::InText).unwrap().len() == 1;
+            let is_one_token = |text: &str| {
+                tokenizer
+                    .encode(text, SpecialTokens::AlreadyPresent)
+                    .unwrap()
+                    .len()
+                    == 1
+            };
             let markers = markers.into_iter().find(|(begin, _)| is_one_token(begin));
             let subject = Subject {
                 tokenizer,
@@ -97,16 +107,18 @@ fn subject(name: &'static str) -> &'static RefCell<Subject> {
     })
 }
 
-/// The first place from `at` on where no letter is cut.
-fn boundary_from(at: usize) -> usize {
-    (at..).find(|&at| SOURCE.is_char_boundary(at)).unwrap()
+/// Returns the first character boundary in the sources at or after `start`.
+fn boundary_from(start: usize) -> usize {
+    (start..)
+        .find(|&position| SOURCE.is_char_boundary(position))
+        .unwrap()
 }
 
 impl Subject {
-    /// A text of so many tokens, about, that is not a repetition of another.
+    /// Returns a new text of about `tokens` tokens.
     fn text(&mut self, tokens: usize) -> String {
         self.turns += 1;
-        // Four bytes a token; words of its own here and there, as in any text.
+        // A token has about four bytes. Some words occur only in this text, as in real text.
         let start = boundary_from(self.turns * 7919 % (SOURCE.len() / 2));
         let end = boundary_from((start + 4 * tokens).min(SOURCE.len()));
         let mut text = String::with_capacity(5 * tokens);
@@ -119,24 +131,27 @@ impl Subject {
         text
     }
 
+    /// Returns a new chat turn of about `tokens` tokens.
     fn turn(&mut self, tokens: usize) -> String {
         let (begin, end) = self.markers;
         format!("{begin}user\n{}{end}\n", self.text(tokens))
     }
 
     fn encode(&self, text: &str) -> Vec<u32> {
-        self.tokenizer.encode(text, Framing::InText).unwrap()
+        self.tokenizer
+            .encode(text, SpecialTokens::AlreadyPresent)
+            .unwrap()
     }
 }
 
-/// Measures texts, each made by `make` right before.
+/// Measures the encoding of texts, each generated by `make` immediately before.
 fn measure(
     bencher: Bencher<'_, '_>,
     name: &'static str,
     mut make: impl FnMut(&mut Subject) -> String,
 ) {
     let subject = subject(name);
-    // As in service: words have been seen, texts have not.
+    // Warm up: most words are known then, but no text is.
     for _ in 0..20 {
         let text = make(&mut subject.borrow_mut());
         subject.borrow().encode(&text);
@@ -147,24 +162,25 @@ fn measure(
         .bench_local_refs(|text| subject.borrow().encode(text));
 }
 
-/// Measures a tokenizer's first chat; before it, `known` of its four turns may have been seen.
-fn measure_cold(bencher: Bencher<'_, '_>, name: &'static str, known: usize) {
+/// Measures the encoding of a tokenizer's first chat, of which it has encoded the first
+/// `known_turns` of four turns before.
+fn measure_cold(bencher: Bencher<'_, '_>, name: &'static str, known_turns: usize) {
     let subject = subject(name);
     bencher
         .with_inputs(|| {
             let mut subject = subject.borrow_mut();
             let turns: Vec<String> = (0..4).map(|_| subject.turn(1750)).collect();
             let fresh = Tokenizer::load(&VOCABULARIES[name]).unwrap();
-            // What is set up at first use is not what is measured.
-            fresh.encode("x", Framing::InText).unwrap();
-            if known > 0 {
-                let known = turns[..known].concat();
-                fresh.encode(&known, Framing::InText).unwrap();
+            // Excludes the initialisation at first use from the measurement.
+            fresh.encode("x", SpecialTokens::AlreadyPresent).unwrap();
+            if known_turns > 0 {
+                let known = turns[..known_turns].concat();
+                fresh.encode(&known, SpecialTokens::AlreadyPresent).unwrap();
             }
             (fresh, turns.concat())
         })
         .input_counter(|(_, chat)| BytesCount::of_str(chat))
-        .bench_local_refs(|(fresh, chat)| fresh.encode(chat, Framing::InText));
+        .bench_local_refs(|(fresh, chat)| fresh.encode(chat, SpecialTokens::AlreadyPresent));
 }
 
 #[divan::bench(args = names(), sample_count = 10, sample_size = 1)]
@@ -177,7 +193,7 @@ fn cold_chat_of_7000_tokens_first_half_known(bencher: Bencher<'_, '_>, name: &'s
     measure_cold(bencher, name, 2);
 }
 
-/// A text completion: nothing to cut at.
+/// A text completion, which has no markers to cut at.
 #[divan::bench(args = names())]
 fn text_of_7000_tokens(bencher: Bencher<'_, '_>, name: &'static str) {
     measure(bencher, name, |subject| subject.text(7000));
@@ -211,7 +227,7 @@ fn chat_of_7000_tokens_all_known(bencher: Bencher<'_, '_>, name: &'static str) {
     measure(bencher, name, |_| known.clone());
 }
 
-/// One message that grows: its beginning is known, but there is no marker to cut at.
+/// One message that grows: its first half is known, but there is no marker to cut at.
 #[divan::bench(args = names())]
 fn chat_of_7000_tokens_one_growing_message(bencher: Bencher<'_, '_>, name: &'static str) {
     let known = subject(name).borrow_mut().text(3500);

@@ -1,8 +1,8 @@
-//! A chat request as an engine hands it to the model's chat template.
+//! A chat request in the form in which an engine passes it to the model's chat template.
 //!
-//! Engines do not pass messages on as they came: vLLM keeps the fields it knows, makes one text of
-//! a content's parts (or parts of a text, where the template reads parts), and reads tool
-//! arguments from their JSON. What is done here is what it does.
+//! Engines normalise messages first: vLLM keeps the fields that it knows, joins the parts of a
+//! content into one text (or turns a text into parts, if the template reads parts), and parses tool
+//! arguments from their JSON. This module does the same.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ use serde::de::IgnoredAny;
 
 use crate::chat_template::{ContentFormat, TemplateError};
 
-/// What of a chat completion's body reaches the prompt.
+/// The fields of a chat completion's body that affect the prompt.
 #[derive(Debug, Deserialize)]
 pub struct Chat {
     messages: Vec<Message>,
@@ -34,6 +34,7 @@ pub struct Chat {
     chat_template_kwargs: Option<BTreeMap<String, Value>>,
 }
 
+/// The fields of a message that affect the prompt.
 #[derive(Debug, Deserialize)]
 struct Message {
     role: String,
@@ -51,6 +52,7 @@ struct Message {
     tools: Option<Value>,
 }
 
+/// The content of a message.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 enum Content {
@@ -58,6 +60,7 @@ enum Content {
     Parts(Vec<Part>),
 }
 
+/// One part of a content: a bare string or an object with a type.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 enum Part {
@@ -72,47 +75,54 @@ enum Part {
     },
 }
 
-/// Added to the message that is to be continued, to find its end in the rendered text.
-const END_OF_FINAL_MESSAGE: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
+/// Text that is appended to the message to be continued, so that its end can be found in the
+/// rendered text.
+const FINAL_MESSAGE_SENTINEL: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
 
 impl Chat {
-    /// Reads the body of a chat completion.
+    /// Parses the body of a chat completion.
     ///
     /// # Errors
-    /// If it is no chat, or one that cannot be rendered as the engine would.
+    /// If the body is not a chat completion, or contains its own template.
     pub fn parse(body: &[u8]) -> Result<Self, TemplateError> {
         let chat: Self =
             serde_json::from_slice(body).map_err(|error| TemplateError::Chat(error.to_string()))?;
         if chat.chat_template.is_some() {
-            return Err(TemplateError::Chat("it brings its own template".to_owned()));
+            return Err(TemplateError::Chat(
+                "the request contains its own `chat_template`".to_owned(),
+            ));
         }
         Ok(chat)
     }
 
-    /// Whether the rendered text is to be framed with special tokens once more.
+    /// Returns whether the engine adds special tokens to the rendered text, in addition to those
+    /// that the template writes.
     #[must_use]
     pub fn adds_special_tokens(&self) -> bool {
         self.add_special_tokens.unwrap_or(false)
     }
 
-    /// Whether tools are offered, which may call for another template.
+    /// Returns whether the body offers tools, for which a model may have a template of its own.
     pub(crate) fn has_tools(&self) -> bool {
         self.tools.is_some()
     }
 
-    /// The variables of the template, the request's own among them.
+    /// Returns the variables of the template, including those of `chat_template_kwargs`.
+    ///
+    /// # Errors
+    /// If a message contains a part that is not text.
     pub(crate) fn variables(
         &self,
         format: ContentFormat,
     ) -> Result<BTreeMap<String, Value>, TemplateError> {
         let mut messages = Vec::with_capacity(self.messages.len());
         for (index, message) in self.messages.iter().enumerate() {
-            let continued = self.continues() && index + 1 == self.messages.len();
-            messages.push(message.as_engines_see_it(format, continued)?);
+            let continued = self.continues_final_message() && index + 1 == self.messages.len();
+            messages.push(message.normalize(format, continued)?);
         }
         let mut variables = self.chat_template_kwargs.clone().unwrap_or_default();
         let tools = self.tools.as_ref().map(|tools| {
-            let tools: Vec<Value> = tools.iter().map(tool_as_engines_see_it).collect();
+            let tools: Vec<Value> = tools.iter().map(normalize_tool).collect();
             Value::from(tools)
         });
         let mut set = |name: &str, value| variables.insert(name.to_owned(), value);
@@ -127,36 +137,45 @@ impl Chat {
         Ok(variables)
     }
 
-    /// Cuts the rendered text where the message that is to be continued ends.
-    pub(crate) fn cut(&self, mut rendered: String) -> Result<String, TemplateError> {
-        if !self.continues() {
+    /// Cuts the rendered text at the end of the message to be continued, if there is such a
+    /// message.
+    ///
+    /// # Errors
+    /// If the rendered text does not contain that message.
+    pub(crate) fn cut_at_final_message(
+        &self,
+        mut rendered: String,
+    ) -> Result<String, TemplateError> {
+        if !self.continues_final_message() {
             return Ok(rendered);
         }
-        let Some(end) = rendered.rfind(END_OF_FINAL_MESSAGE.trim_end()) else {
+        let Some(end) = rendered.rfind(FINAL_MESSAGE_SENTINEL.trim_end()) else {
             return Err(TemplateError::Chat(
-                "the message to continue is not in the rendered text".to_owned(),
+                "rendered text does not contain the message to continue".to_owned(),
             ));
         };
-        let trimmed = !rendered[end..].starts_with(END_OF_FINAL_MESSAGE);
+        let trimmed = !rendered[end..].starts_with(FINAL_MESSAGE_SENTINEL);
         rendered.truncate(end);
         if trimmed {
-            // The template strips the ends of messages, so this one's own end goes too.
+            // The template strips white space at the ends of messages, so it is stripped here too.
             rendered.truncate(rendered.trim_end().len());
         }
         Ok(rendered)
     }
 
-    fn continues(&self) -> bool {
+    /// Returns whether the output continues the last message instead of starting a new one.
+    fn continues_final_message(&self) -> bool {
         self.continue_final_message.unwrap_or(false)
     }
 }
 
 impl Message {
-    fn as_engines_see_it(
-        &self,
-        format: ContentFormat,
-        continued: bool,
-    ) -> Result<Value, TemplateError> {
+    /// Returns the message as vLLM passes it to a template that expects `format`. `continued`
+    /// appends the sentinel that marks the end of the message.
+    ///
+    /// # Errors
+    /// If the message contains a part that is not text.
+    fn normalize(&self, format: ContentFormat, continued: bool) -> Result<Value, TemplateError> {
         let mut texts = match &self.content {
             None => Vec::new(),
             Some(Content::Text(text)) => vec![text.clone()],
@@ -170,11 +189,11 @@ impl Message {
         }
         if continued {
             match texts.last_mut() {
-                Some(last) => last.push_str(END_OF_FINAL_MESSAGE),
-                None => texts.push(END_OF_FINAL_MESSAGE.to_owned()),
+                Some(last) => last.push_str(FINAL_MESSAGE_SENTINEL),
+                None => texts.push(FINAL_MESSAGE_SENTINEL.to_owned()),
             }
         }
-        // vLLM makes one text of a tool's answer in either case.
+        // vLLM joins the parts of a tool message in either case.
         let content = if format == ContentFormat::Text || self.role == "tool" {
             Value::from(texts.join("\n"))
         } else {
@@ -185,7 +204,7 @@ impl Message {
         match self.role.as_str() {
             "assistant" => {
                 if let Some(calls) = self.tool_calls.as_ref().filter(|calls| !calls.is_empty()) {
-                    let calls: Vec<Value> = calls.iter().map(call_as_engines_see_it).collect();
+                    let calls: Vec<Value> = calls.iter().map(normalize_tool_call).collect();
                     fields.push(("tool_calls", calls.into()));
                 }
                 if let Some(reasoning) = &self.reasoning {
@@ -209,6 +228,10 @@ impl Message {
 }
 
 impl Part {
+    /// Returns the text of the part.
+    ///
+    /// # Errors
+    /// If the part is not text.
     fn text(&self) -> Result<String, TemplateError> {
         match self {
             Self::Bare(text) => Ok(text.clone()),
@@ -219,37 +242,39 @@ impl Part {
             } => match kind.as_str() {
                 "text" | "input_text" | "output_text" => Ok(text.clone().unwrap_or_default()),
                 "refusal" => Ok(refusal.clone().unwrap_or_default()),
-                // How many tokens an image takes, only the engine knows.
+                // Only the engine knows how many tokens an image or a sound takes.
                 _ => Err(TemplateError::Media(kind.clone())),
             },
         }
     }
 }
 
-/// A tool with the fields of OpenAI's schema first and present, the others behind them.
-fn tool_as_engines_see_it(tool: &Value) -> Value {
+/// Returns a tool in which the fields of OpenAI's schema come first and are all present, followed
+/// by its other fields.
+fn normalize_tool(tool: &Value) -> Value {
     let function = tool.get_attr("function").unwrap_or_default();
     let fields = ["name", "description", "parameters"];
     let described = with_fields_first(&function, &fields.map(|field| (field, Value::from(()))));
     let defaults = [("type", Value::from("function")), ("function", described)];
     let tool = with_fields_first(tool, &defaults);
-    replace(&tool, "function", |_| defaults[1].1.clone())
+    replace_field(&tool, "function", |_| defaults[1].1.clone())
 }
 
-/// A call with its arguments as an object, whether they came as one or as JSON.
-fn call_as_engines_see_it(call: &Value) -> Value {
-    replace(call, "function", |function| {
+/// Returns a tool call whose arguments are an object. The request may contain them as an object or
+/// as JSON text.
+fn normalize_tool_call(call: &Value) -> Value {
+    replace_field(call, "function", |function| {
         let arguments = function.get_attr("arguments").unwrap_or_default();
-        let read = match arguments.as_str() {
+        let parsed = match arguments.as_str() {
             Some(json) => serde_json::from_str(json).unwrap_or_default(),
             None => arguments,
         };
-        let object = match read.kind() {
-            minijinja::value::ValueKind::Map => read,
+        let object = match parsed.kind() {
+            minijinja::value::ValueKind::Map => parsed,
             _ => Value::from_pairs(Vec::<(&str, Value)>::new()),
         };
         let function = with_fields_first(function, &[]);
-        let mut fields = pairs(&replace(&function, "arguments", |_| object.clone()));
+        let mut fields = map_entries(&replace_field(&function, "arguments", |_| object.clone()));
         if !fields
             .iter()
             .any(|(key, _)| key.as_str() == Some("arguments"))
@@ -260,7 +285,8 @@ fn call_as_engines_see_it(call: &Value) -> Value {
     })
 }
 
-fn pairs(map: &Value) -> Vec<(Value, Value)> {
+/// Returns the keys and values of a map, in order; none if the value is not a map.
+fn map_entries(map: &Value) -> Vec<(Value, Value)> {
     let Ok(keys) = map.try_iter() else {
         return Vec::new();
     };
@@ -271,9 +297,9 @@ fn pairs(map: &Value) -> Vec<(Value, Value)> {
     .collect()
 }
 
-/// The map with one value, if it is there, replaced.
-fn replace(map: &Value, name: &str, new: impl Fn(&Value) -> Value) -> Value {
-    let replaced = pairs(map).into_iter().map(|(key, value)| {
+/// Returns the map with the value of `name` replaced by `new(value)`, if the map has that key.
+fn replace_field(map: &Value, name: &str, new: impl Fn(&Value) -> Value) -> Value {
+    let replaced = map_entries(map).into_iter().map(|(key, value)| {
         let value = match key.as_str() {
             Some(key) if key == name => new(&value),
             _ => value,
@@ -283,9 +309,10 @@ fn replace(map: &Value, name: &str, new: impl Fn(&Value) -> Value) -> Value {
     Value::from_pairs(replaced)
 }
 
-/// The map with these fields first, in this order, and with these values where it has none.
+/// Returns the map with the fields of `defaults` first, in that order. A field that is missing in
+/// the map has its default value.
 fn with_fields_first(map: &Value, defaults: &[(&str, Value)]) -> Value {
-    let given = pairs(map);
+    let given = map_entries(map);
     let is_first = |key: &Value| defaults.iter().any(|(name, _)| key.as_str() == Some(*name));
     let mut fields: Vec<(Value, Value)> = Vec::with_capacity(given.len() + defaults.len());
     for (name, default) in defaults {

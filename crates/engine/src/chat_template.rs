@@ -1,4 +1,4 @@
-//! A model's chat template: a conversation in, the text its engine would tokenise out.
+//! A model's chat template: turns a conversation into the text that the engine tokenises.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,16 +14,18 @@ use crate::python_json::tojson;
 use crate::strftime::strftime_now;
 use crate::tokenizer::SpecialToken;
 
-/// A compiled chat template, and the special tokens it may print.
+/// A model's compiled chat templates, and the special tokens that they may print.
 #[derive(Debug)]
 pub struct ChatTemplate {
+    /// Compiled templates: `default` and, for some models, `tool_use`.
     environment: Environment<'static>,
+    /// Texts of special tokens, by the name of the template variable, such as `bos_token`.
     special_tokens: BTreeMap<String, Value>,
-    /// What each template, by name, expects of a message's content.
+    /// Form of a message's content that each template expects, by the template's name.
     formats: BTreeMap<String, ContentFormat>,
 }
 
-/// What a template expects of a message's content.
+/// The form of a message's content that a template expects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ContentFormat {
     /// A text.
@@ -35,37 +37,39 @@ pub(crate) enum ContentFormat {
 /// Why a chat cannot be rendered.
 #[derive(Debug, thiserror::Error)]
 pub enum TemplateError {
-    /// The model's folder has none.
-    #[error("the model has no chat template")]
+    /// The model's folder contains no template.
+    #[error("model has no chat template")]
     Missing,
-    /// A file is not what it should be.
-    #[error("{file} cannot be read: {reason}")]
+    /// A file of the model cannot be parsed.
+    #[error("cannot parse {file}: {reason}")]
     File {
         /// The file, in the model's folder.
         file: &'static str,
-        /// What is wrong with it.
+        /// The error of the JSON parser.
         reason: String,
     },
-    /// The template is no template, or it refuses the chat.
-    #[error("the chat template fails: {0}")]
+    /// The template cannot be compiled, or it rejects the chat.
+    #[error("chat template failed: {0}")]
     Template(#[from] Error),
-    /// The chat holds what only an engine can turn into tokens.
-    #[error("the chat holds a part of type `{0}`")]
+    /// The chat contains a part that only an engine can turn into tokens. Holds the part's type.
+    #[error("chat contains a part of type `{0}`, which has no text")]
     Media(String),
-    /// The request cannot be rendered, which may be its own fault.
-    #[error("the chat cannot be rendered: {0}")]
+    /// The request cannot be rendered, possibly because it is invalid. Holds the reason.
+    #[error("cannot render the chat: {0}")]
     Chat(String),
 }
 
-/// The part of `tokenizer_config.json` that rendering needs.
+/// The fields of `tokenizer_config.json` that rendering needs.
 #[derive(Default, Deserialize)]
 struct TokenizerConfig {
     #[serde(default)]
     chat_template: Option<Templates>,
+    /// All other fields, among them the special tokens.
     #[serde(flatten)]
-    others: BTreeMap<String, serde_json::Value>,
+    other_fields: BTreeMap<String, serde_json::Value>,
 }
 
+/// A model's templates: a single one, or several with names.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Templates {
@@ -73,14 +77,18 @@ enum Templates {
     Named(Vec<NamedTemplate>),
 }
 
+/// A template in a list of several.
 #[derive(Deserialize)]
 struct NamedTemplate {
     name: String,
     template: String,
 }
 
+/// Name of a model's only template, or of the one for chats without tools.
 const DEFAULT: &str = "default";
+/// Name of the template for chats with tools, if a model has one.
 const WITH_TOOLS: &str = "tool_use";
+/// Fields of `tokenizer_config.json` that templates may use as variables.
 const SPECIAL_TOKENS: [&str; 7] = [
     "bos_token",
     "eos_token",
@@ -92,16 +100,16 @@ const SPECIAL_TOKENS: [&str; 7] = [
 ];
 
 impl ChatTemplate {
-    /// Loads the template of a model's folder: `chat_template.jinja`, or else what
-    /// `tokenizer_config.json` holds, or else `chat_template.json`.
+    /// Loads the template from a model's folder: from `chat_template.jinja`, else from
+    /// `tokenizer_config.json`, else from `chat_template.json`.
     ///
     /// # Errors
-    /// If there is none, or it is no valid template.
+    /// If the folder contains no template, or the template is invalid.
     pub fn load(folder: &Path) -> Result<Self, TemplateError> {
         const CONFIG: &str = "tokenizer_config.json";
         let config: TokenizerConfig = read_json(folder, CONFIG)?.unwrap_or_default();
         let special_tokens = SPECIAL_TOKENS.iter().filter_map(|&name| {
-            let token = config.others.get(name)?.clone();
+            let token = config.other_fields.get(name)?.clone();
             let token: SpecialToken = serde_json::from_value(token).ok()?;
             Some((name.to_owned(), Value::from(token.text())))
         });
@@ -118,21 +126,23 @@ impl ChatTemplate {
             Templates::One(source) => vec![(DEFAULT.to_owned(), source)],
             Templates::Named(named) => {
                 let named = named.into_iter();
-                named.map(|one| (one.name, one.template)).collect()
+                named.map(|entry| (entry.name, entry.template)).collect()
             }
         };
         Self::compile(templates, special_tokens)
     }
 
-    /// Compiles a template that needs no special tokens.
+    /// Compiles a template that uses no special tokens.
     ///
     /// # Errors
-    /// If it is no valid template.
+    /// If the template is invalid.
     pub fn from_source(source: &str) -> Result<Self, TemplateError> {
-        let only = vec![(DEFAULT.to_owned(), source.to_owned())];
-        Self::compile(only, BTreeMap::new())
+        let templates = vec![(DEFAULT.to_owned(), source.to_owned())];
+        Self::compile(templates, BTreeMap::new())
     }
 
+    /// Compiles templates, given as name and source, in an environment that behaves like the Jinja
+    /// of `transformers`.
     fn compile(
         templates: Vec<(String, String)>,
         special_tokens: BTreeMap<String, Value>,
@@ -156,7 +166,7 @@ impl ChatTemplate {
         );
         let mut formats = BTreeMap::new();
         for (name, source) in templates {
-            let source = without_generation_marks(&source);
+            let source = remove_generation_tags(&source);
             formats.insert(name.clone(), ContentFormat::detect(&source));
             environment.add_template_owned(name, source)?;
         }
@@ -167,10 +177,10 @@ impl ChatTemplate {
         })
     }
 
-    /// The text of a chat, as the engine would tokenise it.
+    /// Returns the text of a chat that the engine tokenises.
     ///
     /// # Errors
-    /// If the template refuses it, or it holds what is not text.
+    /// If the template rejects the chat, or the chat contains a part that is not text.
     pub fn render(&self, chat: &Chat) -> Result<String, TemplateError> {
         let name = if chat.has_tools() && self.formats.contains_key(WITH_TOOLS) {
             WITH_TOOLS
@@ -182,12 +192,13 @@ impl ChatTemplate {
         variables.extend(chat.variables(format)?);
         let template = self.environment.get_template(name)?;
         let rendered = template.render(Value::from_pairs(variables))?;
-        chat.cut(rendered)
+        chat.cut_at_final_message(rendered)
     }
 }
 
 impl ContentFormat {
-    /// As vLLM decides it: a template that loops over a message's content expects parts.
+    /// Returns the content format of a template by vLLM's rule: a template that loops over a
+    /// message's content expects parts.
     fn detect(source: &str) -> Self {
         let statements: Vec<&str> = statements(source).collect();
         let mut lists = vec!["messages"];
@@ -220,7 +231,7 @@ impl ContentFormat {
     }
 }
 
-/// What stands inside `{% … %}`.
+/// Returns the statements of a template: the text inside each `{% … %}`.
 fn statements(source: &str) -> impl Iterator<Item = &str> {
     source.split("{%").skip(1).filter_map(|rest| {
         let (statement, _) = rest.split_once("%}")?;
@@ -228,18 +239,20 @@ fn statements(source: &str) -> impl Iterator<Item = &str> {
     })
 }
 
+/// Parses `set name = value`.
 fn assignment(statement: &str) -> Option<(&str, &str)> {
     let (name, value) = statement.strip_prefix("set ")?.split_once('=')?;
     Some((name.trim(), value.trim()))
 }
 
+/// Parses `for name in list`, with or without a condition.
 fn for_loop(statement: &str) -> Option<(&str, &str)> {
     let (name, list) = statement.strip_prefix("for ")?.split_once(" in ")?;
     let list = list.split_once(" if ").map_or(list, |(list, _)| list);
     Some((name.trim(), list.trim()))
 }
 
-/// The list itself, without filters and slices behind it.
+/// Returns the list in an expression, without the filters and the slice that follow it.
 fn list_name(expression: &str) -> &str {
     let list = expression.split('|').next().unwrap_or_default().trim();
     match list.rsplit_once('[') {
@@ -248,8 +261,9 @@ fn list_name(expression: &str) -> &str {
     }
 }
 
-/// Without the tags that mark an assistant's words for training, which print nothing.
-fn without_generation_marks(source: &str) -> String {
+/// Replaces the `generation` tags, which mark assistant output for training and print nothing, by a
+/// condition that is always true. The template engine does not know these tags.
+fn remove_generation_tags(source: &str) -> String {
     let mut cleaned = String::with_capacity(source.len());
     let mut rest = source;
     while let Some((before, tag)) = rest.split_once("{%") {
@@ -260,18 +274,22 @@ fn without_generation_marks(source: &str) -> String {
             break;
         };
         let (inside, after) = tag.split_at(end);
-        let always = match inside.trim_matches(['-', '+']).trim() {
+        let condition = match inside.trim_matches(['-', '+']).trim() {
             "generation" => inside.replace("generation", "if true"),
             "endgeneration" => inside.replace("endgeneration", "endif"),
             _ => continue,
         };
-        cleaned.push_str(&always);
+        cleaned.push_str(&condition);
         rest = after;
     }
     cleaned.push_str(rest);
     cleaned
 }
 
+/// Parses a JSON file of the model's folder; `None` if the file does not exist or cannot be opened.
+///
+/// # Errors
+/// If the file is not valid JSON of the expected form.
 fn read_json<T: serde::de::DeserializeOwned>(
     folder: &Path,
     file: &'static str,
@@ -280,7 +298,7 @@ fn read_json<T: serde::de::DeserializeOwned>(
         return Ok(None);
     };
     match serde_json::from_slice(&json) {
-        Ok(read) => Ok(Some(read)),
+        Ok(parsed) => Ok(Some(parsed)),
         Err(error) => Err(TemplateError::File {
             file,
             reason: error.to_string(),

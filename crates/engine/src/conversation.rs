@@ -1,9 +1,9 @@
-//! A chat as bytes of which an earlier turn is an exact prefix.
+//! Canonical bytes of a chat, of which the bytes of an earlier turn are an exact prefix.
 //!
-//! Tools come first, then each message's role, content and tool calls. What separates them is
-//! bytes that no UTF-8 text contains, so two conversations have equal bytes only if they say the
-//! same; and nothing in front of a text depends on its end (no lengths), so texts that begin
-//! alike have bytes that begin alike.
+//! Tools come first, then each message's role, content and tool calls. They are separated by bytes
+//! that no UTF-8 text contains, so two conversations have equal bytes only if their contents are
+//! equal. No byte before a text depends on the text's end (there are no lengths), so conversations
+//! with a common start have a common prefix of bytes.
 
 use std::fmt;
 
@@ -11,56 +11,66 @@ use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-use crate::lenient::{AppendText, Gist};
-use crate::request::Unmatched;
+use crate::loose_value::{AppendText, LooseValue};
+use crate::request::UnhashedInput;
 
-const MESSAGE: u8 = 0xFF;
-const CONTENT: u8 = 0xFE;
-const TOOL_CALLS: u8 = 0xFD;
-const TOOLS: u8 = 0xFC;
+/// Starts a message; followed by its role.
+const MESSAGE_MARK: u8 = 0xFF;
+/// Precedes the content of a message.
+const CONTENT_MARK: u8 = 0xFE;
+/// Precedes the tool calls of a message, as raw JSON.
+const TOOL_CALLS_MARK: u8 = 0xFD;
+/// Ends the tools, as raw JSON, with which the canonical bytes start.
+const TOOLS_MARK: u8 = 0xFC;
 
-/// What stands between a conversation's canonical bytes and its answer's text: followed by that
-/// text, the bytes are those of the conversation with the answer as its next message.
-pub const ANSWER_HEADING: &[u8] = b"\xffassistant\xfe";
+/// The bytes between the canonical bytes of a conversation and the text of its output. All three
+/// together are the canonical bytes of the conversation with the output as its next message.
+pub const ASSISTANT_HEADING: &[u8] = b"\xffassistant\xfe";
 
-/// The canonical bytes, written message by message.
+/// Writes the canonical bytes of a conversation, message by message.
 #[derive(Debug, Default)]
 pub(crate) struct Conversation {
+    /// The canonical bytes so far.
     bytes: Vec<u8>,
-    unmatched: Unmatched,
-    /// Set by the first thing that is not text: nothing after it can be matched.
+    /// Size of the input that is not part of `bytes`.
+    unhashed: UnhashedInput,
+    /// Whether a part that is not text was found: no input after it can be matched.
     matching_ended: bool,
-    /// The message being read; here so that its buffers are reused.
+    /// The message being parsed; a field, so that its buffers are reused.
     message: Message,
 }
 
-/// One message, its keys in any order.
+/// One message, whose keys may come in any order.
 #[derive(Debug, Default)]
 struct Message {
     role: Vec<u8>,
-    /// Text up to the first part that is not text.
+    /// Text before the first part that is not text.
     content: Vec<u8>,
-    /// Whether there was such a part, and what followed.
+    /// Whether there was a part that is not text.
     content_ended: bool,
-    unmatched: Unmatched,
+    /// Size of the parts that are not in `content`.
+    unhashed: UnhashedInput,
 }
 
 impl Conversation {
-    /// The canonical bytes with `tools` (raw JSON) in front, and what could not be matched.
-    pub(crate) fn finish(self, tools: Option<&RawValue>) -> (Vec<u8>, Unmatched) {
+    /// Returns the canonical bytes, which start with `tools` (raw JSON), and the size of the input
+    /// that cannot be matched.
+    pub(crate) fn finish(self, tools: Option<&RawValue>) -> (Vec<u8>, UnhashedInput) {
         let mut bytes = self.bytes;
         let tools = tools.map_or("", RawValue::get);
         if !matches!(tools, "" | "null" | "[]") {
-            bytes.splice(0..0, tools.bytes().chain([TOOLS]));
+            bytes.splice(0..0, tools.bytes().chain([TOOLS_MARK]));
         }
-        (bytes, self.unmatched)
+        (bytes, self.unhashed)
     }
 
+    /// Prepares the buffers for the next message.
     fn start_message(&mut self) {
         self.message.role.clear();
         self.message.clear_content();
     }
 
+    /// Appends the message that was parsed.
     fn end_message(&mut self, tool_calls: Option<&RawValue>) {
         let message = &self.message;
         let tool_calls = match tool_calls.map(RawValue::get) {
@@ -68,47 +78,49 @@ impl Conversation {
             Some(raw) => raw,
         };
         if self.matching_ended {
-            self.unmatched.bytes += message.role.len() + message.content.len() + tool_calls.len();
+            self.unhashed.bytes += message.role.len() + message.content.len() + tool_calls.len();
         } else {
-            self.bytes.push(MESSAGE);
+            self.bytes.push(MESSAGE_MARK);
             self.bytes.extend_from_slice(&message.role);
-            self.bytes.push(CONTENT);
+            self.bytes.push(CONTENT_MARK);
             self.bytes.extend_from_slice(&message.content);
             if message.content_ended {
                 self.matching_ended = true;
-                self.unmatched.bytes += tool_calls.len();
+                self.unhashed.bytes += tool_calls.len();
             } else if !tool_calls.is_empty() {
-                self.bytes.push(TOOL_CALLS);
+                self.bytes.push(TOOL_CALLS_MARK);
                 self.bytes.extend_from_slice(tool_calls.as_bytes());
             }
         }
-        self.unmatched.bytes += message.unmatched.bytes;
-        self.unmatched.tokens += message.unmatched.tokens;
+        self.unhashed.bytes += message.unhashed.bytes;
+        self.unhashed.tokens += message.unhashed.tokens;
     }
 }
 
 impl Message {
+    /// Discards a content that was parsed: a repeated key replaces it.
     fn clear_content(&mut self) {
         self.content.clear();
         self.content_ended = false;
-        self.unmatched = Unmatched::default();
+        self.unhashed = UnhashedInput::default();
     }
 
-    /// Takes back what a part appended as text at `start`, if the part cannot be matched.
+    /// Ends a part whose text was appended to `content` from `start` on. If the part cannot be
+    /// matched, its text is removed and only counted.
     fn end_part(&mut self, start: usize, is_text: bool) {
-        let text = self.content.len() - start;
+        let text_bytes = self.content.len() - start;
         if !is_text {
             self.content_ended = true;
-            self.unmatched.add_media();
+            self.unhashed.add_media();
         }
         if self.content_ended {
             self.content.truncate(start);
-            self.unmatched.bytes += text;
+            self.unhashed.bytes += text_bytes;
         }
     }
 }
 
-/// Reads `messages`. A message's fields that are not known to reach the prompt are ignored.
+/// Parses `messages`. Fields of a message that are not known to reach the prompt are ignored.
 pub(crate) struct Messages<'c>(pub(crate) &'c mut Conversation);
 
 impl<'de> DeserializeSeed<'de> for Messages<'_> {
@@ -132,6 +144,7 @@ impl<'de> Visitor<'de> for Messages<'_> {
     }
 }
 
+/// Parses one message object.
 struct OneMessage<'c>(&'c mut Conversation);
 
 #[derive(Deserialize)]
@@ -184,7 +197,8 @@ impl<'de> Visitor<'de> for OneMessage<'_> {
     }
 }
 
-/// A message's content: a string, or a list of parts. Anything else says nothing.
+/// Parses a message's content: a string, or a list of parts. A single object counts as a part that
+/// is not text; any other value counts as empty.
 struct Content<'m>(&'m mut Message);
 
 impl<'de> DeserializeSeed<'de> for Content<'_> {
@@ -239,7 +253,8 @@ impl<'de> Visitor<'de> for Content<'_> {
     }
 }
 
-/// One part of a content: `{"type": "text", "text": …}`, a bare string, or what is not text.
+/// Parses one part of a content: `{"type": "text", "text": …}`, a bare string, or a part that is
+/// not text.
 struct Part<'m>(&'m mut Message);
 
 #[derive(Deserialize)]
@@ -274,14 +289,14 @@ impl<'de> Visitor<'de> for Part<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut object: A) -> Result<(), A::Error> {
         let start = self.0.content.len();
-        // A part is text if it has text, whatever it calls its type.
+        // A part with a `text` string is text, whatever its `type`.
         let mut is_text = false;
         while let Some(key) = object.next_key()? {
             match key {
                 PartKey::Text => {
                     self.0.content.truncate(start);
                     let text = object.next_value_seed(AppendText(&mut self.0.content))?;
-                    is_text = matches!(text, Gist::Text(_));
+                    is_text = matches!(text, LooseValue::Text(_));
                 }
                 PartKey::Other => {
                     object.next_value::<IgnoredAny>()?;

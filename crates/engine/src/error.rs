@@ -1,4 +1,5 @@
-//! Errors as OpenAI clients expect them: a status, and `{"error": {message, type, param, code}}`.
+//! Error responses in the form that OpenAI clients expect: a status and the body
+//! `{"error": {message, type, param, code}}`.
 
 use std::time::Duration;
 
@@ -6,25 +7,25 @@ use serde_json::json;
 
 use crate::request::BodyError;
 
-/// An answer that is an error, made by the router rather than by a worker.
+/// An error response that the router produces itself, as opposed to one of a worker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ApiError {
     /// HTTP status.
     pub status: u16,
-    /// For the person who reads it: what is wrong, and what to do.
+    /// Description for a person: what is wrong and what to do.
     pub message: String,
     /// The `type` field: the class of error, such as `invalid_request_error`.
     pub kind: &'static str,
-    /// The request field at fault.
+    /// The request field that caused the error.
     pub param: Option<&'static str>,
-    /// A word for programs, such as `model_not_found`.
+    /// Identifier for programs, such as `model_not_found`.
     pub code: Option<&'static str>,
-    /// When to try again; belongs in the `Retry-After` header.
+    /// Time after which the client may retry, for the `Retry-After` header.
     pub retry_after: Option<Duration>,
 }
 
 impl ApiError {
-    /// 400: the body or one of its fields cannot be used.
+    /// Returns a 400: the body or one of its fields (`param`) cannot be used.
     #[must_use]
     pub fn bad_request(message: impl Into<String>, param: Option<&'static str>) -> Self {
         Self {
@@ -33,14 +34,14 @@ impl ApiError {
         }
     }
 
-    /// 401: no key, or a wrong one.
+    /// Returns a 401: the API key is missing or wrong.
     #[must_use]
     pub fn unauthorized(message: impl Into<String>) -> Self {
         let kind = "authentication_error";
         Self::new(401, kind, Some("invalid_api_key"), message)
     }
 
-    /// 404: no worker serves the model.
+    /// Returns a 404: no worker serves the model.
     #[must_use]
     pub fn model_not_found(model: &str) -> Self {
         let message = format!("The model `{model}` does not exist.");
@@ -50,14 +51,14 @@ impl ApiError {
         }
     }
 
-    /// 404: no such path.
+    /// Returns a 404: the path does not exist.
     #[must_use]
     pub fn path_not_found(method: &str, path: &str) -> Self {
-        let message = format!("There is no {method} {path} here.");
+        let message = format!("Not found: {method} {path}");
         Self::new(404, "not_found_error", Some("unknown_url"), message)
     }
 
-    /// 413: the body is longer than `limit` bytes.
+    /// Returns a 413: the body is longer than `limit` bytes.
     #[must_use]
     pub fn body_too_large(limit: usize) -> Self {
         let message = format!("The request body is larger than {limit} bytes.");
@@ -65,7 +66,8 @@ impl ApiError {
         Self::new(413, kind, Some("request_too_large"), message)
     }
 
-    /// 429: no room now; `retry_after` says when to try again.
+    /// Returns a 429: the router accepts no further request now. The client may retry after
+    /// `retry_after`.
     #[must_use]
     pub fn overloaded(message: impl Into<String>, retry_after: Duration) -> Self {
         let code = Some("rate_limit_exceeded");
@@ -75,19 +77,19 @@ impl ApiError {
         }
     }
 
-    /// 502: the worker failed, or answered what cannot be understood.
+    /// Returns a 502: the worker failed, or its response cannot be parsed.
     #[must_use]
     pub fn bad_gateway(message: impl Into<String>) -> Self {
         Self::new(502, "server_error", Some("worker_failed"), message)
     }
 
-    /// 503: there is no worker to ask.
+    /// Returns a 503: no worker is available.
     #[must_use]
     pub fn unavailable(message: impl Into<String>) -> Self {
         Self::new(503, "server_error", Some("no_worker_available"), message)
     }
 
-    /// 504: the worker did not answer in time.
+    /// Returns a 504: the worker did not respond in time.
     #[must_use]
     pub fn timed_out(message: impl Into<String>) -> Self {
         Self::new(504, "server_error", Some("worker_timed_out"), message)
@@ -109,7 +111,7 @@ impl ApiError {
         }
     }
 
-    /// The body to answer with.
+    /// Returns the body of the response.
     #[must_use]
     pub fn to_json(&self) -> Vec<u8> {
         let body = json!({
@@ -175,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_error_keeps_its_field() {
+    fn a_body_error_keeps_the_name_of_its_field() {
         let error = BodyError {
             message: "bad".into(),
             param: Some("messages"),

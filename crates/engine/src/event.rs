@@ -1,4 +1,4 @@
-//! One event of a streamed answer: what its choices carry, and what it reports.
+//! One event of a streamed response: the deltas of its choices, and the usage or error it reports.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -8,49 +8,57 @@ use serde::de::{Deserializer, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 use smallvec::SmallVec;
 
-use crate::lenient::Gist;
+use crate::loose_value::LooseValue;
 use crate::usage::Usage;
 
-/// What the data of one event says, or the body of an answer that is not streamed.
+/// The contents of one event's data, or of the body of a response that is not streamed.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Event<'d> {
-    /// If there are none, the usage is the whole request's, else one choice's.
-    pub(crate) choices: SmallVec<[Piece<'d>; 1]>,
+    /// Deltas of the choices. If there are none, `usage` is that of the whole request, otherwise
+    /// that of one choice.
+    pub(crate) choices: SmallVec<[ChoiceDelta<'d>; 1]>,
+    /// Token counts, if the event reports any.
     pub(crate) usage: Option<Usage>,
+    /// Whether the engine reports an error.
     pub(crate) is_error: bool,
 }
 
-/// What an event says of one choice.
+/// The part of one event that belongs to one choice.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Piece<'d> {
-    /// Which choice; the first where it is not said.
+pub(crate) struct ChoiceDelta<'d> {
+    /// Index of the choice; 0 if the event contains none.
     pub(crate) index: u32,
-    /// As many as it lists ids, else one if it says anything.
+    /// Output tokens: the number of token ids if the event lists them, otherwise 1 if the delta has
+    /// text, reasoning or tool calls, and 0 if it has none of these.
     pub(crate) tokens: u32,
-    /// Whether nothing more of it will come.
+    /// Whether the choice has a finish reason: no delta of it follows.
     pub(crate) finished: bool,
-    /// The model or a stop word ended it, rather than its length.
-    pub(crate) stopped: bool,
-    /// Its text, as JSON.
+    /// Whether the finish reason is `stop`: the model or a stop word ended the choice, not its
+    /// length limit.
+    pub(crate) finished_by_stop: bool,
+    /// Text that the event adds, as a raw JSON value; `None` if it adds none.
     pub(crate) text: Option<&'d RawValue>,
-    pub(crate) reasons: bool,
-    pub(crate) calls_tools: bool,
+    /// Whether the delta contains reasoning.
+    pub(crate) has_reasoning: bool,
+    /// Whether the delta contains tool calls.
+    pub(crate) has_tool_calls: bool,
 }
 
 impl<'d> Event<'d> {
-    /// Reads an event's data; `None` if it is not such an object.
+    /// Parses an event's data; `None` if it is not a JSON object of this form.
     pub(crate) fn parse(data: &'d [u8]) -> Option<Self> {
         let fields: Fields<'_> = serde_json::from_slice(data).ok()?;
         Some(Self {
             choices: fields.choices.unwrap_or_default().0,
             usage: fields.usage.and_then(Usage::read),
-            // Older vLLM puts the error's fields at the top.
+            // Older vLLM releases put the fields of an error at the top level.
             is_error: fields.error.is_present()
                 || fields.object.is_some_and(|raw| raw.get() == r#""error""#),
         })
     }
 }
 
+/// The fields of an event that are read.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Fields<'d> {
@@ -58,70 +66,75 @@ struct Fields<'d> {
     choices: Option<Choices<'d>>,
     #[serde(borrow)]
     usage: Option<&'d RawValue>,
-    error: Gist,
+    error: LooseValue,
     #[serde(borrow)]
     object: Option<&'d RawValue>,
 }
 
+/// The fields of a choice that are read.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Choice<'d> {
-    index: Gist,
+    index: LooseValue,
     #[serde(borrow)]
     finish_reason: Option<&'d RawValue>,
     #[serde(borrow)]
     delta: Option<Delta<'d>>,
-    /// In place of `delta` where the answer is not streamed.
+    /// Replaces `delta` in a response that is not streamed.
     #[serde(borrow)]
     message: Option<Delta<'d>>,
     #[serde(borrow)]
     text: Option<&'d RawValue>,
-    token_ids: Gist,
+    token_ids: LooseValue,
 }
 
+/// The fields of a chat completion's `delta` or `message` that are read.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Delta<'d> {
     #[serde(borrow)]
     content: Option<&'d RawValue>,
-    reasoning_content: Gist,
-    reasoning: Gist,
-    tool_calls: Gist,
+    reasoning_content: LooseValue,
+    reasoning: LooseValue,
+    tool_calls: LooseValue,
 }
 
 impl<'d> Choice<'d> {
-    fn reduce(&self) -> Piece<'d> {
+    /// Returns the part of the choice that is counted.
+    fn reduce(&self) -> ChoiceDelta<'d> {
         let delta = self.delta.as_ref().or(self.message.as_ref());
         let text = self.text.or(delta.and_then(|delta| delta.content));
         let text = text.filter(|raw| is_present(raw));
-        let reasons = delta.is_some_and(|delta| {
+        let has_reasoning = delta.is_some_and(|delta| {
             delta.reasoning_content.is_present() || delta.reasoning.is_present()
         });
-        let calls_tools = delta.is_some_and(|delta| delta.tool_calls.is_present());
+        let has_tool_calls = delta.is_some_and(|delta| delta.tool_calls.is_present());
         let finish_reason = self.finish_reason.filter(|raw| is_present(raw));
-        Piece {
+        ChoiceDelta {
             index: self.index.count().unwrap_or(0),
             tokens: match self.token_ids {
-                Gist::List(tokens) => u32::try_from(tokens).unwrap_or(u32::MAX),
-                _ => u32::from(text.is_some() || reasons || calls_tools),
+                LooseValue::List(tokens) => u32::try_from(tokens).unwrap_or(u32::MAX),
+                _ => u32::from(text.is_some() || has_reasoning || has_tool_calls),
             },
             finished: finish_reason.is_some(),
-            stopped: finish_reason.is_some_and(|raw| raw.get() == r#""stop""#),
+            finished_by_stop: finish_reason.is_some_and(|raw| raw.get() == r#""stop""#),
             text,
-            reasons,
-            calls_tools,
+            has_reasoning,
+            has_tool_calls,
         }
     }
 }
 
-/// As [`Gist::is_present`], of a value that was not read.
+/// Returns whether a raw JSON value is neither `null` nor an empty string, list or object.
+///
+/// Counterpart of [`LooseValue::is_present`] for a value that was not parsed.
 fn is_present(raw: &RawValue) -> bool {
     !matches!(raw.get(), "null" | "\"\"" | "[]" | "{}")
 }
 
-/// The choices, each reduced to what counts as it is read.
+/// The choices of an event, each reduced to a [`ChoiceDelta`] while the list is parsed.
 #[derive(Default)]
-struct Choices<'d>(SmallVec<[Piece<'d>; 1]>);
+struct Choices<'d>(SmallVec<[ChoiceDelta<'d>; 1]>);
 
 impl<'de: 'd, 'd> Deserialize<'de> for Choices<'d> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -129,6 +142,7 @@ impl<'de: 'd, 'd> Deserialize<'de> for Choices<'d> {
     }
 }
 
+/// Visits the list of choices and reduces each of them.
 struct ReduceChoices<'d>(PhantomData<&'d RawValue>);
 
 impl<'de: 'd, 'd> Visitor<'de> for ReduceChoices<'d> {

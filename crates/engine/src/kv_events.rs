@@ -1,12 +1,13 @@
-//! KV-cache events: what vLLM and SGLang say about the blocks they cache.
+//! KV events: messages of vLLM and SGLang about the blocks that they cache.
 //!
-//! [`decode_batch`] reads every layout these engines have sent: events as arrays (vLLM up to
-//! 0.23, older SGLang) and as maps, with fields added release by release. It looks fields up by
-//! name or by the place they have kept, takes defaults for what is missing, and ignores what it
-//! does not know. An event it cannot read is counted and left out; the others of its batch stay.
+//! [`decode_batch`] reads all layouts that these engines have sent: events as arrays (vLLM up to
+//! 0.23, older SGLang) and as maps, with fields added release by release. It finds a field by its
+//! name or by its fixed position, uses a default for a missing field, and ignores an unknown one.
+//! An event that cannot be decoded is counted and left out; the other events of its batch are kept.
 //!
-//! What is decoded is what was said. What it means for an index (stores and removes to be
-//! counted, unknown parents, groups that are windows) is for the index to know.
+//! Decoded events contain what the engine sent, without interpretation. An index must interpret
+//! them: count stores and removals, handle unknown parents, and handle groups with a window.
+
 mod decode;
 mod encode;
 mod extra_keys;
@@ -19,129 +20,134 @@ pub use framing::{
     replay_request,
 };
 
-/// The events of one engine step, in order. Order matters: what is cleared may be stored again
-/// in the same batch.
+/// The events of one engine step, in order. Order matters: a block may be stored again in the batch
+/// that clears the cache.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct EventBatch {
-    /// When the engine sent it, by its clock: seconds since 1970.
+    /// Time at which the engine sent the batch, by the engine's clock, in seconds since 1970.
     pub timestamp: Option<f64>,
-    /// What could be read.
+    /// The events that could be decoded.
     pub events: Vec<Event>,
-    /// Which data-parallel rank speaks. Engines without ranks say 0 or nothing.
+    /// The data-parallel rank that sent the batch. Engines without ranks send 0 or no value.
     pub data_parallel_rank: Option<u32>,
-    /// Events left out because they could not be read. What they said is lost: knowledge of this
-    /// worker is no longer exact.
+    /// Number of events left out because they could not be decoded. Their contents are lost: what
+    /// is known of this worker's cache is no longer exact.
     pub malformed: u32,
-    /// Events left out because they are of a type not known here.
+    /// Number of events left out because their type is unknown.
     pub unknown: u32,
-    /// Whether the payload broke off or could not be followed to its end, so that an unknown
-    /// number of events is missing.
+    /// Whether the payload ended early or became undecodable, so that an unknown number of events
+    /// is missing.
     pub truncated: bool,
 }
 
-/// Something that happened to an engine's cache.
+/// A change of an engine's cache.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    /// Blocks came to be cached.
+    /// Blocks were added to the cache.
     Stored(BlockStored),
-    /// Blocks are no longer cached.
+    /// Blocks were removed from the cache.
     Removed(BlockRemoved),
-    /// Nothing is cached any more.
+    /// All blocks were removed.
     Cleared {
-        /// Where; `None`, as vLLM and SGLang say it, means everywhere.
+        /// The medium that was cleared; `None`, which vLLM and SGLang send, means all media.
         medium: Option<Medium>,
     },
 }
 
-/// A run of blocks of one sequence that came to be cached.
+/// A run of consecutive blocks of one sequence that were added to the cache.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct BlockStored {
-    /// The engine's names of the blocks, in order. There may be fewer than `tokens` has blocks,
-    /// or none: groups that are windows do not name what lies before the window.
+    /// Engine hashes of the blocks, in order. There may be fewer hashes than blocks in `tokens`, or
+    /// none: groups with a window list no blocks before the window.
     pub hashes: Vec<BlockKey>,
-    /// The block before the first one; `None` if the first is the first of its sequence.
+    /// The block before the first one; `None` if the run starts its sequence.
     pub parent: Option<BlockKey>,
-    /// The token ids, all blocks one after the other. Empty where the engine does not know them,
-    /// as in news from an offloading tier.
+    /// Token ids of all blocks, concatenated. Empty if the engine does not know them, as in events
+    /// of an offloading tier.
     ///
-    /// SGLang with a draft model (EAGLE) sends each token paired with the one after it. Here are
-    /// the first of each pair, which are the tokens of the blocks, and the last pair's second is
-    /// `next_token`. Ids that do not fit are cut to 32 bits: they are placeholders, which no
-    /// vocabulary has.
+    /// SGLang with a draft model (EAGLE) sends each token paired with the one after it. This field
+    /// contains the first token of each pair, which is the token of the block; the second token of
+    /// the last pair is `next_token`. Larger ids are cut to 32 bits: they are placeholders, which
+    /// no vocabulary contains.
     pub tokens: Vec<u32>,
-    /// The token after the last one, if tokens came as pairs. The engine then takes a block from
-    /// its cache only for a prompt that goes on with the same token.
+    /// The token after the last one, if the engine sent pairs of tokens. Such an engine takes a
+    /// block from its cache only for a prompt that continues with this token.
     pub next_token: Option<u32>,
-    /// Tokens per block; 0 if not said.
+    /// Tokens per block; 0 if the event does not contain it.
     pub block_size: u32,
     /// The weights the blocks were computed with.
     pub adapter: Adapter,
-    /// The request's `cache_salt`. vLLM tells it only with the first block of a sequence; later
+    /// The request's `cache_salt`. vLLM sends it only with the first block of a sequence; later
     /// blocks inherit it through their parent.
     pub cache_salt: Option<Box<str>>,
-    /// Where they are.
+    /// The medium that stores the blocks.
     pub medium: Medium,
-    /// Which of the model's KV-cache groups they belong to. Equal hashes in different groups are
-    /// different blocks.
+    /// The KV-cache group of the model that the blocks belong to. Equal hashes in different groups
+    /// are different blocks.
     pub group: Option<u32>,
-    /// What that group attends to.
+    /// The kind of attention of that group.
     pub attention: Attention,
-    /// The group's window in tokens, if it has one.
+    /// The group's attention window in tokens, if it has one.
     pub sliding_window: Option<u32>,
-    /// What, besides tokens, adapter and salt, the content of blocks depends on. Most have
-    /// nothing; those that have are listed in order.
+    /// Further inputs of the blocks' content besides tokens, adapter and salt, in the order of the
+    /// blocks. Most blocks have none.
     pub extras: Vec<BlockExtra>,
 }
 
 impl BlockStored {
-    /// Each block with its tokens; `None` if it cannot be told which tokens are whose, because
-    /// hashes, tokens and block size do not fit together.
+    /// Returns each block with its tokens; `None` if the numbers of hashes and tokens and the block
+    /// size do not match, so that the tokens cannot be assigned to blocks.
     #[must_use]
     pub fn blocks(&self) -> Option<impl ExactSizeIterator<Item = (BlockKey, &[u32])>> {
         let size = usize::try_from(self.block_size).ok()?;
-        let fits = size > 0 && self.hashes.len().checked_mul(size)? == self.tokens.len();
-        fits.then(|| self.hashes.iter().copied().zip(self.tokens.chunks(size)))
+        let matches = size > 0 && self.hashes.len().checked_mul(size)? == self.tokens.len();
+        matches.then(|| self.hashes.iter().copied().zip(self.tokens.chunks(size)))
     }
 }
 
-/// Blocks that are no longer cached.
+/// Blocks that were removed from a cache.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BlockRemoved {
-    /// The engine's names of the blocks.
+    /// Engine hashes of the blocks.
     pub hashes: Vec<BlockKey>,
-    /// Where they were. They may still be in another place.
+    /// The medium from which the blocks were removed. Another medium may still store them.
     pub medium: Medium,
-    /// Which KV-cache group they belonged to.
+    /// The KV-cache group that the blocks belonged to.
     pub group: Option<u32>,
 }
 
-/// An engine's name for a block: to be compared, never computed.
+/// The engine hash of a block: opaque to the router, which compares such hashes and never computes
+/// them.
 ///
-/// Engines use numbers of 64 bits, signed or not, or digests of 16 or 32 bytes. All become 64
-/// bits: numbers as they are, digests cut to their last eight bytes, which is how vLLM itself
-/// makes its numbers, so a block has one key however its engine is configured. Whole digests
-/// would be five times the size, in an index that counts its bytes per block.
+/// Engines use numbers of 64 bits, signed or unsigned, or digests of 16 or 32 bytes. All become 64
+/// bits: numbers are kept, digests are cut to their last eight bytes. vLLM makes its own numbers in
+/// that way, so a block has one key for any configuration of its engine. Complete digests would
+/// have five times the size, in an index where the bytes per block matter.
 ///
-/// Two of *n* blocks share a key with a probability of about *n*²/2⁶⁵: for a worker with a
-/// million blocks, 3 in 100 million. The worst that happens then is one wrong prediction.
+/// The probability that two of *n* blocks share a key is about *n*²/2⁶⁵: 3 in 100 million for a
+/// worker with a million blocks. The worst consequence is one wrong prediction.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BlockKey(pub u64);
 
 impl BlockKey {
-    /// The key of a digest: its last eight bytes, big-endian; all of it if it is shorter.
+    /// Returns the key of a digest: its last eight bytes, big-endian, or all of a shorter digest.
     #[must_use]
     pub fn from_digest(digest: &[u8]) -> Self {
         match digest.last_chunk() {
             Some(&last) => Self(u64::from_be_bytes(last)),
-            None => Self(digest.iter().fold(0, |key, &b| key << 8 | u64::from(b))),
+            None => Self(
+                digest
+                    .iter()
+                    .fold(0, |key, &byte| key << 8 | u64::from(byte)),
+            ),
         }
     }
 }
 
-/// A place where blocks are kept.
+/// A storage tier of an engine's cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Medium {
-    /// The device's memory. Also what is meant where an engine does not say.
+    /// The device's memory. The default of engines that send no medium.
     #[default]
     Gpu,
     /// The host's memory.
@@ -150,13 +156,13 @@ pub enum Medium {
     Disk,
     /// A store shared with other engines.
     External,
-    /// A place not known here.
+    /// A medium that is not known here.
     Other,
 }
 
 impl Medium {
-    /// Understands the names engines use, in any case.
-    fn named(name: &str) -> Self {
+    /// Parses the name that an engine uses; case does not matter.
+    fn from_name(name: &str) -> Self {
         const NAMES: [(&str, Medium); 7] = [
             ("GPU", Medium::Gpu),
             ("CPU", Medium::Host),
@@ -176,31 +182,32 @@ impl Medium {
 /// The weights a block was computed with.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Adapter {
-    /// The model's own.
+    /// The weights of the model.
     #[default]
     Base,
-    /// Those of the LoRA adapter that requests ask for by this name.
+    /// The weights of the LoRA adapter that requests select by this name.
     Named(Box<str>),
-    /// Those of an adapter the engine only numbers (vLLM before 0.16): no request can be matched
-    /// with it.
+    /// The weights of an adapter for which the engine sends only a number (vLLM before 0.16), so
+    /// that no request can be matched with it.
     Unnamed,
 }
 
-/// What the layers of a KV-cache group attend to.
+/// The kind of attention in the layers of a KV-cache group.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Attention {
-    /// Not said: engines without groups, and vLLM before 0.22.
+    /// Not contained in the event: engines without groups, and vLLM before 0.22.
     #[default]
-    Unsaid,
-    /// Everything before: a block is of use only after all blocks before it.
+    Unspecified,
+    /// Attention to all earlier tokens: a block can be reused only if all blocks before it can be.
     Full,
-    /// A window, a state, or what is not known here: blocks leave and are of use by other rules.
+    /// A window, a recurrent state, or an unknown kind: other rules apply to the removal and reuse
+    /// of blocks.
     Other,
 }
 
 impl Attention {
-    /// Understands vLLM's `kv_cache_spec_kind`.
-    fn of_kind(kind: &[u8]) -> Self {
+    /// Parses vLLM's `kv_cache_spec_kind`.
+    fn from_kind(kind: &[u8]) -> Self {
         match kind {
             b"full_attention" | b"mla_attention" | b"sink_full_attention" => Self::Full,
             _ => Self::Other,
@@ -208,27 +215,28 @@ impl Attention {
     }
 }
 
-/// What the content of one block depends on besides tokens, adapter and salt.
+/// An input of one block's content besides tokens, adapter and salt.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct BlockExtra {
-    /// Which block: an index into the event's hashes.
+    /// The block, as an index into the event's hashes.
     pub block: u32,
-    /// One of the things it depends on. A block that has several is listed as often.
+    /// The input. A block with several inputs has one entry for each.
     pub key: ExtraKey,
 }
 
-/// Something a block depends on.
+/// The kind of an additional input of a block.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum ExtraKey {
-    /// Part of a picture or sound that has this identifier.
+    /// Part of an image or a sound.
     Media {
-        /// The engine's hash of it, or the `uuid` the request gave it.
+        /// The engine's hash of the medium, or the `uuid` that the request gave it.
         id: Box<str>,
-        /// Where it begins, in tokens from the start of the block; negative if before.
+        /// Start of the medium, in tokens from the start of the block; negative if the medium
+        /// starts before the block.
         offset: i64,
     },
-    /// A text whose meaning is not said. In older releases the identifiers of media look so.
+    /// A text of unspecified meaning. Older releases send the identifiers of media in this form.
     Text(Box<str>),
-    /// Anything else, such as a digest of prompt embeddings, as it was encoded.
+    /// Any other input, such as a digest of prompt embeddings, in its original encoding.
     Encoded(Box<[u8]>),
 }

@@ -1,21 +1,23 @@
-//! What LLM engines speak: OpenAI bodies, token streams, error bodies, metrics, KV events, tokens.
+//! Wire formats of LLM engines: OpenAI bodies, token streams, error bodies, metrics, KV events,
+//! tokens.
 //!
-//! Everything here is pure: bytes in, meaning out. Nothing does I/O but the loading of a model's
-//! tokenizer and chat template, and no input, however malformed, panics or grows a buffer without
-//! bound.
-pub mod answer;
+//! Functions turn bytes into values without I/O. There are two exceptions: a model's tokenizer and
+//! chat template are loaded from files, and the `strftime_now` of chat templates reads the clock. No
+//! input, however malformed, causes a panic or makes a buffer grow without bound.
+
 pub mod chat;
 pub mod chat_template;
 mod conversation;
 pub mod error;
 mod event;
 pub mod kv_events;
-mod lenient;
+mod loose_value;
 mod msgpack;
+pub mod output_text;
+mod prompt_sequences;
 mod prompts;
 mod python_json;
 pub mod request;
-mod sequences;
 pub mod server_info;
 pub mod stream;
 mod strftime;

@@ -1,50 +1,51 @@
-//! MessagePack: read from a borrowed slice, trusting no length in it, and written.
+//! A MessagePack reader for untrusted bytes, and a writer.
 //!
-//! Written out rather than taken from a crate: the format is one table of markers, and what is
-//! needed here no reader offers together. Values are borrowed, what is not needed is skipped
-//! without recursion, and a header can claim four billion elements and cost nothing, because no
-//! more is believed than there are bytes left.
+//! The format is one table of markers, and no crate has a reader with all the properties needed
+//! here: values are borrowed from the input, unneeded values are skipped without recursion, and a
+//! header that claims four billion elements costs nothing, because lengths are checked against the
+//! bytes that are left.
 
-/// The bytes are not MessagePack, end too early, or are not of the type that was asked for.
+/// The error for bytes that are not MessagePack, end too early, or do not have the requested type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Malformed;
 
-/// One value, or the header of one that contains others.
+/// One value, or the header of an array or map.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Value<'p> {
     Nil,
     Bool,
     Unsigned(u64),
-    /// Below zero.
+    /// A number below 0; others are `Unsigned`, however they were encoded.
     Negative(i64),
     Float(f64),
-    /// Should be UTF-8, but is not checked.
+    /// Text, whose UTF-8 is not checked.
     Text(&'p [u8]),
     Bytes(&'p [u8]),
     Extension,
-    /// As many values follow.
+    /// The header of an array, with the number of values that follow.
     Array(u32),
-    /// As many pairs of values follow.
+    /// The header of a map, with the number of pairs of values that follow.
     Map(u32),
 }
 
-/// What is left to read. A copy is a place to come back to.
+/// A reader at a position in a slice. A copy of it keeps that position for a later return.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Reader<'p> {
     rest: &'p [u8],
 }
 
 impl<'p> Reader<'p> {
+    /// Creates a reader at the start of `bytes`.
     pub(crate) fn new(bytes: &'p [u8]) -> Self {
         Self { rest: bytes }
     }
 
-    /// Bytes not read yet, and so a bound on the number of values in them.
+    /// Returns the number of unread bytes, which also bounds the number of values in them.
     pub(crate) fn remaining(&self) -> usize {
         self.rest.len()
     }
 
-    /// Reads one value; of an array or a map only its header.
+    /// Reads one value; of an array or map only the header.
     #[inline]
     pub(crate) fn next(&mut self) -> Result<Value<'p>, Malformed> {
         let [marker] = self.take()?;
@@ -54,13 +55,13 @@ impl<'p> Reader<'p> {
             0x90..=0x9f => Value::Array(u32::from(marker & 0x0f)),
             0xa0..=0xbf => Value::Text(self.slice(u32::from(marker & 0x1f))?),
             0xc0 => Value::Nil,
-            // Never used, says the specification.
+            // Never used, according to the specification.
             0xc1 => return Err(Malformed),
             0xc2 | 0xc3 => Value::Bool,
             0xc4 => Value::Bytes(self.sized8()?),
             0xc5 => Value::Bytes(self.sized16()?),
             0xc6 => Value::Bytes(self.sized32()?),
-            // An extension has a byte for its type between its length and its content.
+            // An extension has a type byte between its length and its content.
             0xc7 => self.extension(Self::u8)?,
             0xc8 => self.extension(Self::u16)?,
             0xc9 => self.extension(Self::u32)?,
@@ -86,35 +87,35 @@ impl<'p> Reader<'p> {
         })
     }
 
-    /// What [`Self::next`] would read.
+    /// Returns the value that [`Self::next`] would read, without reading it.
     pub(crate) fn peek(&self) -> Result<Value<'p>, Malformed> {
         let mut ahead = *self;
         ahead.next()
     }
 
-    /// Reads one value, and passes over what it contains.
+    /// Reads one value and skips the values inside it.
     #[inline]
-    pub(crate) fn whole(&mut self) -> Result<Value<'p>, Malformed> {
+    pub(crate) fn next_skipping_children(&mut self) -> Result<Value<'p>, Malformed> {
         let value = self.next()?;
         match value {
-            Value::Array(length) => self.pass(u64::from(length))?,
-            Value::Map(length) => self.pass(2 * u64::from(length))?,
+            Value::Array(length) => self.skip_values(u64::from(length))?,
+            Value::Map(length) => self.skip_values(2 * u64::from(length))?,
             _ => {}
         }
         Ok(value)
     }
 
-    /// Passes over one value and all it contains. The time is bounded by the bytes, however deep
-    /// the value and whatever its headers claim.
+    /// Skips one value and all values inside it. The time is bounded by the number of bytes, for
+    /// any nesting and any lengths in headers.
     #[inline]
     pub(crate) fn skip(&mut self) -> Result<(), Malformed> {
-        self.whole().map(|_| ())
+        self.next_skipping_children().map(|_| ())
     }
 
-    /// Passes over that many values, and over what they contain.
-    fn pass(&mut self, mut pending: u64) -> Result<(), Malformed> {
+    /// Skips `pending` values and all values inside them.
+    fn skip_values(&mut self, mut pending: u64) -> Result<(), Malformed> {
         while pending > 0 {
-            // Each value takes a byte at least.
+            // Each value has at least one byte.
             if pending > self.rest.len() as u64 {
                 return Err(Malformed);
             }
@@ -128,7 +129,7 @@ impl<'p> Reader<'p> {
         Ok(())
     }
 
-    /// Passes over one value and returns its bytes.
+    /// Skips one value and returns its bytes.
     pub(crate) fn raw(&mut self) -> Result<&'p [u8], Malformed> {
         let before = self.rest;
         self.skip()?;
@@ -138,8 +139,8 @@ impl<'p> Reader<'p> {
         Ok(value)
     }
 
-    /// Reads an array's header, or nil as `None`. As many values may be made room for: it is not
-    /// more than there are bytes.
+    /// Reads the header of an array, or nil as `None`. The returned length is at most the number of
+    /// unread bytes, so memory for that many values may be reserved.
     pub(crate) fn array_or_nil(&mut self) -> Result<Option<usize>, Malformed> {
         match self.next()? {
             Value::Nil => Ok(None),
@@ -161,7 +162,7 @@ impl<'p> Reader<'p> {
         }
     }
 
-    /// Reads a number that fits, or nil as `None`.
+    /// Reads a number that fits into 32 bits, or nil as `None`.
     pub(crate) fn u32_or_nil(&mut self) -> Result<Option<u32>, Malformed> {
         match self.next()? {
             Value::Nil => Ok(None),
@@ -170,14 +171,14 @@ impl<'p> Reader<'p> {
         }
     }
 
-    /// Reads numbers from 0 to 2³²−1 into `into` as long as there are such and fewer than `most`
-    /// were read. Returns how many. Token ids are nearly all there is to read, so their four
-    /// layouts are looked at before anything else.
+    /// Appends up to `max_count` numbers from 0 to 2³²−1 to `into`, and stops at the first other
+    /// value. Returns how many it read. Most values of an event are token ids, so only their four
+    /// encodings are checked here.
     #[inline]
-    pub(crate) fn u32_run(&mut self, most: usize, into: &mut Vec<u32>) -> usize {
+    pub(crate) fn u32_run(&mut self, max_count: usize, into: &mut Vec<u32>) -> usize {
         let mut rest = self.rest;
         let mut count = 0;
-        while count < most {
+        while count < max_count {
             let (number, after) = match rest {
                 [0xcd, a, b, after @ ..] => (u32::from(u16::from_be_bytes([*a, *b])), after),
                 [0xce, a, b, c, d, after @ ..] => (u32::from_be_bytes([*a, *b, *c, *d]), after),
@@ -220,21 +221,25 @@ impl<'p> Reader<'p> {
         Ok(u32::from_be_bytes(self.take()?))
     }
 
+    /// Reads a one-byte length and as many bytes.
     fn sized8(&mut self) -> Result<&'p [u8], Malformed> {
         let length = self.u8()?;
         self.slice(length)
     }
 
+    /// Reads a two-byte length and as many bytes.
     fn sized16(&mut self) -> Result<&'p [u8], Malformed> {
         let length = self.u16()?;
         self.slice(length)
     }
 
+    /// Reads a four-byte length and as many bytes.
     fn sized32(&mut self) -> Result<&'p [u8], Malformed> {
         let length = self.u32()?;
         self.slice(length)
     }
 
+    /// Skips an extension whose length `length` reads.
     fn extension(
         &mut self,
         length: impl FnOnce(&mut Self) -> Result<u32, Malformed>,
@@ -246,18 +251,19 @@ impl<'p> Reader<'p> {
     }
 }
 
-/// Numbers written as signed may well not be negative.
+/// Returns the value of a number in a signed encoding, which may be nonnegative.
 fn signed(number: i64) -> Value<'static> {
     u64::try_from(number).map_or(Value::Negative(number), Value::Unsigned)
 }
 
-/// MessagePack being written, each number in the fewest bytes.
+/// A MessagePack writer, which encodes each number in the fewest bytes.
 #[derive(Debug, Default)]
 pub(crate) struct Writer {
     bytes: Vec<u8>,
 }
 
 impl Writer {
+    /// Returns the bytes written.
     pub(crate) fn into_bytes(self) -> Vec<u8> {
         self.bytes
     }
@@ -282,7 +288,7 @@ impl Writer {
         }
     }
 
-    /// Writes text; of more than 4 GiB only the beginning.
+    /// Writes text, cut to 4 GiB.
     pub(crate) fn text(&mut self, text: &str) {
         let length = clamped(text.len());
         let bytes = length.to_be_bytes();
@@ -296,16 +302,17 @@ impl Writer {
         self.bytes.extend_from_slice(text);
     }
 
-    /// As many values must follow.
+    /// Writes the header of an array; `length` values must follow.
     pub(crate) fn array(&mut self, length: usize) {
         self.header(length, [0x90, 0xdc, 0xdd]);
     }
 
-    /// As many pairs of values must follow.
+    /// Writes the header of a map; `length` pairs of values must follow.
     pub(crate) fn map(&mut self, length: usize) {
         self.header(length, [0x80, 0xde, 0xdf]);
     }
 
+    /// Writes the header of an array or map, with the markers for its three encodings.
     fn header(&mut self, length: usize, [small, medium, large]: [u8; 3]) {
         let length = clamped(length);
         let bytes = length.to_be_bytes();
@@ -316,12 +323,14 @@ impl Writer {
         }
     }
 
+    /// Writes a marker and the bytes after it.
     fn marked(&mut self, marker: u8, number: &[u8]) {
         self.bytes.push(marker);
         self.bytes.extend_from_slice(number);
     }
 }
 
+/// Returns a length that fits into a header.
 fn clamped(length: usize) -> u32 {
     u32::try_from(length).unwrap_or(u32::MAX)
 }
@@ -350,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn each_marker_is_followed_by_what_the_specification_says() {
+    fn each_marker_has_the_length_that_the_specification_requires() {
         for marker in 0..=u8::MAX {
             for length in 0..20 {
                 let mut bytes = vec![0; length + 1];
@@ -362,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_of_another_type_is_an_error() {
+    fn a_value_of_another_type_is_an_error() {
         let text = encoded("text");
         assert_eq!(Reader::new(&text).text_or_nil(), Ok(Some("text")));
         assert_eq!(Reader::new(&text).u32_or_nil(), Err(Malformed));
@@ -379,7 +388,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn numbers_are_read_as_written(
+        fn reading_an_encoded_number_returns_it(
             unsigned in any::<u64>(), shift in 0..64, signed in any::<i64>(), float in any::<f64>(),
         ) {
             let (unsigned, signed) = (unsigned >> shift, signed >> shift);
@@ -393,7 +402,7 @@ mod tests {
         }
 
         #[test]
-        fn values_are_written_as_another_writer_does(
+        fn values_are_encoded_like_in_rmpv(
             number in any::<u64>(), shift in 0..64, float in any::<f64>(), length in 0..70_000_usize,
             letters in 0..300_usize,
         ) {
@@ -415,16 +424,16 @@ mod tests {
         }
 
         #[test]
-        fn a_run_is_as_long_as_there_are_numbers(
-            numbers in prop::collection::vec((any::<u32>(), 0..32), 0..40), most in 0_usize..40,
+        fn a_run_ends_at_the_first_value_that_is_not_a_number(
+            numbers in prop::collection::vec((any::<u32>(), 0..32), 0..40), max_count in 0_usize..40,
         ) {
             let numbers: Vec<u32> = numbers.iter().map(|(number, shift)| number >> shift).collect();
             let mut bytes: Vec<u8> = numbers.iter().flat_map(|&number| encoded(number)).collect();
             bytes.extend(encoded("end"));
             let mut reader = Reader::new(&bytes);
             let mut run = Vec::new();
-            let count = reader.u32_run(most, &mut run);
-            prop_assert_eq!(&run, &numbers[..most.min(numbers.len())]);
+            let count = reader.u32_run(max_count, &mut run);
+            prop_assert_eq!(&run, &numbers[..max_count.min(numbers.len())]);
             prop_assert_eq!(count, run.len());
             reader.u32_run(usize::MAX, &mut run);
             prop_assert_eq!(run, numbers);
@@ -432,14 +441,14 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_are_skipped_as_another_reader_does(
+        fn any_bytes_are_skipped_like_in_rmpv(
             bytes in prop::collection::vec(
-                // Small containers more often than chance has them, or nothing would nest.
+                // Small containers are more frequent than in random bytes, so that values nest.
                 prop_oneof![any::<u8>(), 0x80..=0xa3_u8, 0xc4..=0xdf_u8],
                 0..60,
             ),
         ) {
-            // The one marker that is no value, rmpv takes for nil.
+            // rmpv reads the one invalid marker as nil.
             if !bytes.contains(&0xc1) {
                 prop_assert_eq!(skipped(&bytes), skipped_by_rmpv(&bytes));
             }

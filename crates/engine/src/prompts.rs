@@ -1,56 +1,60 @@
-//! The forms in which `prompt` and `input` come: a text, token ids, or a list of either.
+//! Parsing of `prompt` and `input`: a text, token ids, or a list of either.
 
 use std::fmt;
 
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-use foresee_core::batch::MOST_IN_BATCH;
+use foresee_core::batch::MAX_BATCH_PROMPTS;
 
-use crate::request::{Prompt, Unmatched};
+use crate::request::{Prompt, UnhashedInput};
 
-/// The first prompts, and how much the others hold.
+/// The prompts of a body: the first ones in full, the others only by size.
 #[derive(Debug, Default)]
 pub(crate) struct Prompts {
+    /// The first prompt.
     pub(crate) first: Option<Prompt>,
-    /// Those that follow it, as many as are booked apart.
-    pub(crate) further: Vec<Prompt>,
+    /// The prompts after the first that are booked individually, fewer than [`MAX_BATCH_PROMPTS`].
+    pub(crate) rest: Vec<Prompt>,
+    /// How many prompts the body has, those in `unhashed` included.
     pub(crate) count: u32,
-    pub(crate) unmatched: Unmatched,
+    /// Size of the prompts that are not kept.
+    pub(crate) unhashed: UnhashedInput,
 }
 
 impl Prompts {
     fn add_text(&mut self, text: &str) {
         self.count = self.count.saturating_add(1);
-        if self.has_room() {
+        if self.is_below_limit() {
             self.add(Prompt::Text(text.as_bytes().to_vec()));
         } else {
-            self.unmatched.bytes += text.len();
+            self.unhashed.bytes += text.len();
         }
     }
 
     fn add_tokens(&mut self, tokens: Vec<u32>) {
         self.count = self.count.saturating_add(1);
-        if self.has_room() {
+        if self.is_below_limit() {
             self.add(Prompt::Tokens(tokens));
         } else {
-            self.unmatched.tokens += tokens.len();
+            self.unhashed.tokens += tokens.len();
         }
     }
 
-    fn has_room(&self) -> bool {
-        self.further.len() + 1 < MOST_IN_BATCH
+    /// Returns whether another prompt may be kept.
+    fn is_below_limit(&self) -> bool {
+        self.rest.len() + 1 < MAX_BATCH_PROMPTS
     }
 
     fn add(&mut self, prompt: Prompt) {
         if self.first.is_none() {
             self.first = Some(prompt);
         } else {
-            self.further.push(prompt);
+            self.rest.push(prompt);
         }
     }
 }
 
-/// Reads `prompt` or `input`.
+/// Parses the value of `prompt` or `input` into [`Prompts`].
 pub(crate) struct ReadPrompts<'p>(pub(crate) &'p mut Prompts);
 
 impl<'de> DeserializeSeed<'de> for ReadPrompts<'_> {
@@ -93,16 +97,18 @@ impl<'de> Visitor<'de> for ReadPrompts<'_> {
             return Ok(());
         }
         if tokens.len() != elements {
-            return Err(A::Error::custom("token ids and prompts are mixed"));
+            return Err(A::Error::custom("list mixes token ids and prompts"));
         }
         self.0.add_tokens(tokens);
         Ok(())
     }
 }
 
-/// One element of the list: a token of the only prompt, or a prompt of the batch.
+/// Parses one element of the list: a token id of the only prompt, or a prompt of a batch.
 struct Element<'p> {
+    /// Receives the element if it is a prompt.
     prompts: &'p mut Prompts,
+    /// Receives the element if it is a token id.
     tokens: &'p mut Vec<u32>,
 }
 
@@ -122,7 +128,8 @@ impl<'de> Visitor<'de> for Element<'_> {
     }
 
     fn visit_u64<E: Error>(self, token: u64) -> Result<(), E> {
-        let token = u32::try_from(token).map_err(|_| E::custom("a token id is too large"))?;
+        let token =
+            u32::try_from(token).map_err(|_| E::custom("token id does not fit into 32 bits"))?;
         self.tokens.push(token);
         Ok(())
     }
@@ -144,7 +151,7 @@ impl<'de> Visitor<'de> for Element<'_> {
     fn visit_map<A: MapAccess<'de>>(self, mut object: A) -> Result<(), A::Error> {
         while object.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
         self.prompts.count = self.prompts.count.saturating_add(1);
-        self.prompts.unmatched.add_media();
+        self.prompts.unhashed.add_media();
         Ok(())
     }
 }

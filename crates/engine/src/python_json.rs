@@ -1,4 +1,4 @@
-//! The `tojson` of chat templates: JSON as Python's `json.dumps` writes it.
+//! The `tojson` filter of chat templates, which writes JSON like Python's `json.dumps`.
 
 use std::io::{self, Write};
 
@@ -7,7 +7,11 @@ use minijinja::{Error, ErrorKind};
 use serde::Serialize;
 use serde_json::ser::{CharEscape, Formatter, Serializer};
 
+/// Returns a value as JSON: the filter
 /// `tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
+///
+/// # Errors
+/// If an option is unknown, or the value cannot be written as JSON.
 pub(crate) fn tojson(value: &Value, options: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get("indent")?;
     let separators: Option<(String, String)> = match options.get::<Option<Value>>("separators")? {
@@ -38,7 +42,7 @@ pub(crate) fn tojson(value: &Value, options: Kwargs) -> Result<Value, Error> {
     let mut json = Vec::new();
     let mut serializer = Serializer::with_formatter(&mut json, style);
     let written = if sort_keys.unwrap_or(false) {
-        // A `serde_json::Value` keeps its keys sorted.
+        // A `serde_json::Value` sorts its keys.
         serde_json::to_value(value).and_then(|value| value.serialize(&mut serializer))
     } else {
         value.serialize(&mut serializer)
@@ -49,23 +53,31 @@ pub(crate) fn tojson(value: &Value, options: Kwargs) -> Result<Value, Error> {
     Ok(Value::from(json))
 }
 
+/// A `serde_json` formatter that writes JSON like Python.
 struct PythonStyle {
+    /// Spaces per level; `None` writes everything on one line.
     indent: Option<usize>,
+    /// Nesting level of the current list or object.
     depth: usize,
+    /// Separator between two elements or entries.
     between_items: String,
+    /// Separator between a key and its value.
     after_key: String,
+    /// Whether characters outside ASCII are escaped.
     ensure_ascii: bool,
-    /// Nothing has been written into the innermost list or object.
+    /// Whether the innermost list or object has no element yet.
     is_empty: bool,
 }
 
 impl PythonStyle {
+    /// Opens a list or an object.
     fn open<W: Write + ?Sized>(&mut self, writer: &mut W, bracket: &[u8]) -> io::Result<()> {
         self.depth += 1;
         self.is_empty = true;
         writer.write_all(bracket)
     }
 
+    /// Closes a list or an object.
     fn close<W: Write + ?Sized>(&mut self, writer: &mut W, bracket: &[u8]) -> io::Result<()> {
         self.depth = self.depth.saturating_sub(1);
         if !std::mem::take(&mut self.is_empty) {
@@ -74,6 +86,7 @@ impl PythonStyle {
         writer.write_all(bracket)
     }
 
+    /// Writes the text before the next element or entry.
     fn next<W: Write + ?Sized>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
         self.is_empty = false;
         if !first {
@@ -82,6 +95,7 @@ impl PythonStyle {
         self.new_line(writer)
     }
 
+    /// Starts an indented line, if the output is indented.
     fn new_line<W: Write + ?Sized>(&self, writer: &mut W) -> io::Result<()> {
         match self.indent {
             None => Ok(()),
@@ -138,8 +152,8 @@ impl Formatter for PythonStyle {
     }
 
     fn write_f64<W: Write + ?Sized>(&mut self, writer: &mut W, value: f64) -> io::Result<()> {
-        // Both write the shortest digits that read back as the same number; they differ in when
-        // an exponent is used and how it is written.
+        // Rust and Python both write the shortest digits that parse to the same number. They differ
+        // in when they use an exponent and in how they write it.
         let magnitude = value.abs();
         if magnitude == 0.0 || (1e-4..1e16).contains(&magnitude) {
             return write!(writer, "{value:?}");

@@ -1,26 +1,26 @@
-//! An OpenAI API body as routing sees it: for which model, what prompt, how much output.
+//! The part of an OpenAI API body that routing needs: the model, the prompt, the expected output.
 //!
-//! The body is read once, in place, and never written again: what is forwarded is what came.
-//! Fields that routing does not need are skipped unseen, because judging them is the engine's
-//! business. A key given twice counts as last given, as in Python.
+//! The body is parsed once, in place, and never rewritten: the engine receives the client's bytes.
+//! Fields that routing does not need are skipped without a check, because their validation is the
+//! engine's task. Of a repeated key the last value counts, as in Python.
 
 use std::borrow::Cow;
 use std::fmt;
 use std::num::NonZeroU32;
 
-use foresee_core::sequence::{self, OpenEnd, Sequence};
+use foresee_core::sequence::{self, PartialBlock, Sequence};
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use crate::answer::Continuation;
-pub use crate::conversation::ANSWER_HEADING;
+pub use crate::conversation::ASSISTANT_HEADING;
 use crate::conversation::{Conversation, Messages};
-use crate::lenient::Gist;
+use crate::loose_value::LooseValue;
+use crate::output_text::Continuation;
+pub use crate::prompt_sequences::PromptSequences;
 use crate::prompts::{Prompts, ReadPrompts};
-pub use crate::sequences::Sequences;
 
-/// Which API a body was sent to.
+/// The API that a body was sent to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Endpoint {
     /// `/v1/chat/completions`
@@ -31,80 +31,82 @@ pub enum Endpoint {
     Embeddings,
 }
 
-/// What routing needs of a body.
+/// The fields of a body that routing needs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ApiRequest {
-    /// The model asked for, which may name a LoRA adapter; empty if none was named.
+    /// The requested model, which may be the name of a LoRA adapter; empty if the body names none.
     pub model: String,
-    /// Whether the answer is to come as a stream of events.
+    /// Whether the client requests a streamed response.
     pub stream: bool,
-    /// The most output tokens per choice, if the request says.
+    /// Maximum output tokens per choice, if the body limits them.
     pub max_tokens: Option<u32>,
-    /// Whether the answer has all of those (`ignore_eos`).
-    pub ignores_eos: bool,
-    /// Whether the answer may call tools.
+    /// Whether each output has exactly `max_tokens` tokens (`ignore_eos`).
+    pub ignore_eos: bool,
+    /// Whether the body offers tools, which the output may call.
     pub has_tools: bool,
-    /// How many answers are generated from each prompt (`n`), at least 1.
+    /// Outputs generated for each prompt (`n`), at least 1.
     pub choices: u32,
-    /// Keeps this prompt's cache apart from others'.
+    /// The `cache_salt`: only requests with an equal salt share cached blocks.
     pub cache_salt: Option<String>,
-    /// Whether a tokenizer is to frame the prompt with special tokens, if the request says.
+    /// Whether the engine adds special tokens to the prompt, if the body specifies it.
     pub add_special_tokens: Option<bool>,
-    /// Whether the engine is to list, among its KV events, the blocks it found cached for this
-    /// prompt (`vllm_xargs: {"kv_cache_report_mode": "full"}`).
-    pub lists_cached: bool,
-    /// How many prompts the request holds, at least 1. Each gets `choices` answers.
+    /// Whether the engine's KV events shall also list the blocks of this prompt that it found in
+    /// its cache (`vllm_xargs: {"kv_cache_report_mode": "full"}`).
+    pub full_report_mode: bool,
+    /// Number of prompts in the body, at least 1. The engine generates `choices` outputs for each.
     pub prompts: u32,
     /// The prompt, or the first of a batch.
     pub prompt: Prompt,
-    /// The prompts of a batch that follow it, less than
-    /// [`MOST_IN_BATCH`](foresee_core::batch::MOST_IN_BATCH) of them.
-    pub further: Vec<Prompt>,
-    /// What comes besides and is only counted: after the only prompt, or beside those of a batch.
-    pub unmatched: Unmatched,
-    /// Where the answer begins.
-    pub answered: Answered,
+    /// The further prompts of a batch, fewer than
+    /// [`MAX_BATCH_PROMPTS`](foresee_core::batch::MAX_BATCH_PROMPTS).
+    pub rest: Vec<Prompt>,
+    /// Input that is only counted: the rest of a single prompt, or further prompts of a batch.
+    pub unhashed: UnhashedInput,
+    /// Position at which the output starts.
+    pub completion_follows: CompletionFollows,
 }
 
-/// Where an answer begins.
+/// The position at which an output starts in the sequence of its prompt.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Answered {
-    /// After the prompt.
+pub enum CompletionFollows {
+    /// Directly after the prompt.
     #[default]
-    Directly,
-    /// After the heading of an assistant's message.
-    AsMessage,
-    /// The template decides, by options that are not read here.
-    AsTemplated,
-    /// Before the prompt, which it repeats (`echo`).
-    WithPrompt,
+    Prompt,
+    /// After the heading of an assistant message.
+    AssistantHeader,
+    /// At a position that the chat template determines, by options that are not parsed here.
+    Template,
+    /// At the text of the prompt, which the output repeats (`echo`).
+    EchoedPrompt,
 }
 
 /// The part of a prompt that can be compared with others.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Prompt {
-    /// Text, or the canonical bytes of a conversation: those of an earlier turn are a prefix of
-    /// those of a later one, however either was formatted as JSON. Not always UTF-8.
+    /// Text, or the canonical bytes of a conversation. The canonical bytes of an earlier turn are a
+    /// prefix of those of a later turn, whatever the formatting of the JSON. Not always UTF-8.
     Text(Vec<u8>),
     /// Token ids.
     Tokens(Vec<u32>),
 }
 
-/// The part of a request that counts as load but is compared with nothing: whatever follows an
-/// image or the like, and the prompts of a batch that are too many.
+/// The part of a request that counts as load but is not hashed: input from the first image, sound
+/// or similar part on, and the prompts of a batch after the first
+/// [`MAX_BATCH_PROMPTS`](foresee_core::batch::MAX_BATCH_PROMPTS).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Unmatched {
+pub struct UnhashedInput {
     /// Bytes of text.
     pub bytes: usize,
-    /// Tokens, those supposed for images among them.
+    /// Tokens, including those assumed for images and other media.
     pub tokens: usize,
 }
 
-impl Unmatched {
-    /// What one image, sound or the like is taken to cost: such inputs range from a hundred
-    /// tokens to a few thousand, and their length in bytes says nothing about it.
+impl UnhashedInput {
+    /// Tokens assumed for one image, sound or similar part. Such parts have from a hundred to a few
+    /// thousand tokens, and their length in bytes does not indicate how many.
     const TOKENS_PER_MEDIUM: usize = 1024;
 
+    /// Counts one image, sound or similar part.
     pub(crate) fn add_media(&mut self) {
         self.tokens += Self::TOKENS_PER_MEDIUM;
     }
@@ -114,18 +116,18 @@ impl Unmatched {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct BodyError {
-    /// What is wrong, and what would be right.
+    /// Description of the fault and of the valid form.
     pub message: String,
-    /// The field at fault; `None` if the body as a whole is.
+    /// The invalid field; `None` if the body as a whole is invalid.
     pub param: Option<&'static str>,
 }
 
 impl ApiRequest {
-    /// Reads a body.
+    /// Parses a body.
     ///
     /// # Errors
-    /// If the body is not a JSON object, or a field that routing needs has a form no engine
-    /// would take.
+    /// If the body is not a JSON object, or a field that routing needs has a form that no engine
+    /// accepts.
     pub fn parse(endpoint: Endpoint, body: &[u8]) -> Result<Self, BodyError> {
         let mut fields = Fields::new(endpoint);
         let mut json = serde_json::Deserializer::from_slice(body);
@@ -136,49 +138,56 @@ impl ApiRequest {
         }
     }
 
-    /// The prompt, or those of a batch that are more than counted.
+    /// Returns the prompt, or the prompts of a batch that are not only counted.
     pub fn all_prompts(&self) -> impl Iterator<Item = &Prompt> {
-        std::iter::once(&self.prompt).chain(&self.further)
+        std::iter::once(&self.prompt).chain(&self.rest)
     }
 
-    /// The prompts as the prefix cache sees them: in the order of [`all_prompts`](Self::all_prompts),
-    /// by their token `ids` as far as those are given, by what they hold otherwise.
-    /// `bytes_per_token` is what the engine's tokens are known to measure; it cuts text into
-    /// blocks.
+    /// Returns the sequences that the engine runs for this body.
+    ///
+    /// `ids` are the token ids of the prompts, in the order of [`all_prompts`](Self::all_prompts).
+    /// A prompt without ids is hashed from its own content. `bytes_per_token` is the measured
+    /// length of the engine's tokens in this text; it divides text into blocks.
     #[must_use]
     pub fn sequences(
         &self,
         ids: &[Option<Vec<u32>>],
         block_size: NonZeroU32,
         bytes_per_token: f64,
-    ) -> Sequences {
+    ) -> PromptSequences {
         let salt = self.salt();
-        let cut = |prompt: &Prompt, ids: Option<&Option<Vec<u32>>>| match (ids, prompt) {
+        let hash_prompt = |prompt: &Prompt, ids: Option<&Option<Vec<u32>>>| match (ids, prompt) {
             (Some(Some(ids)), _) | (_, Prompt::Tokens(ids)) => {
                 Sequence::from_tokens(ids, block_size, salt)
             }
             (_, Prompt::Text(text)) => Sequence::from_text(text, bytes_per_token, block_size, salt),
         };
-        let unmatched = self.unmatched.bytes as f64 / bytes_per_token.max(f64::MIN_POSITIVE)
-            + self.unmatched.tokens as f64;
-        let unmatched = unmatched.ceil() as u32;
-        let first = cut(&self.prompt, ids.first());
+        let unhashed_tokens = self.unhashed.bytes as f64 / bytes_per_token.max(f64::MIN_POSITIVE)
+            + self.unhashed.tokens as f64;
+        let unhashed_tokens = unhashed_tokens.ceil() as u32;
+        let first = hash_prompt(&self.prompt, ids.first());
         if self.prompts == 1 {
-            return Sequences::of_one(first.with_opaque_tail(unmatched), self.choices);
+            return PromptSequences::repeated(
+                first.with_unhashed_tail(unhashed_tokens),
+                self.choices,
+            );
         }
-        let further = self.further.iter().zip(1..);
-        let further = further.map(|(prompt, index)| cut(prompt, ids.get(index)));
-        Sequences::of_batch(
+        let rest = self.rest.iter().zip(1..);
+        let rest = rest.map(|(prompt, index)| hash_prompt(prompt, ids.get(index)));
+        PromptSequences::from_prompts(
             first,
-            further.collect(),
+            rest.collect(),
             self.prompts,
             self.choices,
-            unmatched,
+            unhashed_tokens,
         )
     }
 
-    /// How the only prompt's sequence goes on with its only answer; `None` if that cannot be known.
-    /// `ids` are the prompt's, where it is matched as tokens.
+    /// Returns how the output continues the sequence of the prompt. `ids` are the token ids of the
+    /// prompt, if it is hashed as tokens.
+    ///
+    /// Returns `None` if the body has several prompts or outputs, if the prompt is not fully
+    /// hashed, or if the position of the output is unknown.
     #[must_use]
     pub fn continuation(
         &self,
@@ -186,43 +195,48 @@ impl ApiRequest {
         block_size: NonZeroU32,
         bytes_per_token: f64,
     ) -> Option<Continuation> {
-        let is_single = self.prompts == 1 && self.choices == 1 && self.is_matched_whole();
-        if !is_single || self.answered == Answered::WithPrompt {
+        let is_single = self.prompts == 1 && self.choices == 1 && self.is_fully_hashed();
+        if !is_single || self.completion_follows == CompletionFollows::EchoedPrompt {
             return None;
         }
         let salt = self.salt();
-        let of_tokens = |ids| {
-            Some(Continuation::of_tokens(OpenEnd::of_tokens(
+        let from_tokens = |ids| {
+            Some(Continuation::from_tokens(PartialBlock::from_tokens(
                 ids, block_size, salt,
             )))
         };
-        match (&self.prompt, ids, self.answered) {
-            (_, Some(ids), _) => of_tokens(ids),
-            (Prompt::Tokens(ids), None, _) => of_tokens(ids),
-            (Prompt::Text(text), None, Answered::Directly | Answered::AsMessage) => {
-                let heading = match self.answered {
-                    Answered::AsMessage => ANSWER_HEADING,
+        match (&self.prompt, ids, self.completion_follows) {
+            (_, Some(ids), _) => from_tokens(ids),
+            (Prompt::Tokens(ids), None, _) => from_tokens(ids),
+            (
+                Prompt::Text(text),
+                None,
+                CompletionFollows::Prompt | CompletionFollows::AssistantHeader,
+            ) => {
+                let heading = match self.completion_follows {
+                    CompletionFollows::AssistantHeader => ASSISTANT_HEADING,
                     _ => &[],
                 };
-                let end = OpenEnd::of_text(text, bytes_per_token, block_size, salt);
-                Some(Continuation::of_text(end, heading, block_size))
+                let end = PartialBlock::from_text(text, bytes_per_token, block_size, salt);
+                Some(Continuation::from_text(end, heading, block_size))
             }
             _ => None,
         }
     }
 
+    /// Returns the salt that all hashes of this body start from.
     fn salt(&self) -> u64 {
-        sequence::salt(&self.model, None, self.cache_salt.as_deref())
+        sequence::prefix_salt(&self.model, None, self.cache_salt.as_deref())
     }
 
-    /// Whether the prompts are all that the engine will count.
+    /// Returns whether the hashed prompts contain all input that the engine counts.
     #[must_use]
-    pub fn is_matched_whole(&self) -> bool {
-        self.unmatched == Unmatched::default()
+    pub fn is_fully_hashed(&self) -> bool {
+        self.unhashed == UnhashedInput::default()
     }
 
-    /// Bytes of prompt text that the engine's count of prompt tokens stands for, to learn how
-    /// many bytes make a token; 0 if part of the prompt was no text.
+    /// Returns the bytes of text that the engine's count of prompt tokens stands for, from which
+    /// the bytes per token are learned; 0 if part of the input is not text.
     #[must_use]
     pub fn prompt_bytes(&self) -> usize {
         let bytes = self.all_prompts().map(|prompt| match prompt {
@@ -230,27 +244,27 @@ impl ApiRequest {
             Prompt::Tokens(_) => None,
         });
         match bytes.sum::<Option<usize>>() {
-            Some(bytes) if self.unmatched.tokens == 0 => bytes + self.unmatched.bytes,
+            Some(bytes) if self.unhashed.tokens == 0 => bytes + self.unhashed.bytes,
             _ => 0,
         }
     }
 }
 
-/// The fields of a body, as they are met.
+/// The fields of a body, collected while the body is parsed.
 struct Fields<'b> {
     endpoint: Endpoint,
-    /// The field being read, which an error is about.
+    /// The field being parsed, to which an error refers.
     current: Option<Key>,
     model: Option<String>,
-    stream: Gist,
-    max_tokens: Gist,
-    max_completion_tokens: Gist,
-    ignore_eos: Gist,
-    choices: Gist,
-    add_special_tokens: Gist,
-    add_generation_prompt: Gist,
-    continue_final_message: Gist,
-    echo: Gist,
+    stream: LooseValue,
+    max_tokens: LooseValue,
+    max_completion_tokens: LooseValue,
+    ignore_eos: LooseValue,
+    choices: LooseValue,
+    add_special_tokens: LooseValue,
+    add_generation_prompt: LooseValue,
+    continue_final_message: LooseValue,
+    echo: LooseValue,
     cache_salt: Option<&'b RawValue>,
     vllm_xargs: Option<&'b RawValue>,
     tools: Option<&'b RawValue>,
@@ -258,6 +272,7 @@ struct Fields<'b> {
     prompts: Prompts,
 }
 
+/// The keys of a body that are read.
 #[derive(Clone, Copy, Deserialize)]
 #[serde(field_identifier, rename_all = "snake_case")]
 enum Key {
@@ -287,15 +302,15 @@ impl<'b> Fields<'b> {
             endpoint,
             current: None,
             model: None,
-            stream: Gist::Null,
-            max_tokens: Gist::Null,
-            max_completion_tokens: Gist::Null,
-            ignore_eos: Gist::Null,
-            choices: Gist::Null,
-            add_special_tokens: Gist::Null,
-            add_generation_prompt: Gist::Null,
-            continue_final_message: Gist::Null,
-            echo: Gist::Null,
+            stream: LooseValue::Null,
+            max_tokens: LooseValue::Null,
+            max_completion_tokens: LooseValue::Null,
+            ignore_eos: LooseValue::Null,
+            choices: LooseValue::Null,
+            add_special_tokens: LooseValue::Null,
+            add_generation_prompt: LooseValue::Null,
+            continue_final_message: LooseValue::Null,
+            echo: LooseValue::Null,
             cache_salt: None,
             vllm_xargs: None,
             tools: None,
@@ -304,7 +319,7 @@ impl<'b> Fields<'b> {
         }
     }
 
-    /// Whether the endpoint takes its prompt from this field.
+    /// Returns whether the endpoint takes its prompt from this field.
     fn is_prompt(&self, key: Key) -> bool {
         match key {
             Key::Messages => self.endpoint != Endpoint::Completions,
@@ -314,64 +329,69 @@ impl<'b> Fields<'b> {
         }
     }
 
+    /// Builds the request once all fields were read.
     fn into_request(self) -> Result<ApiRequest, BodyError> {
-        let (prompt, unmatched) = match (self.prompts.first, self.conversation) {
-            (Some(prompt), _) => (prompt, self.prompts.unmatched),
+        let (prompt, unhashed) = match (self.prompts.first, self.conversation) {
+            (Some(prompt), _) => (prompt, self.prompts.unhashed),
             (None, Some(conversation)) => {
-                let (bytes, unmatched) = conversation.finish(self.tools);
-                (Prompt::Text(bytes), unmatched)
+                let (bytes, unhashed) = conversation.finish(self.tools);
+                (Prompt::Text(bytes), unhashed)
             }
             (None, None) if self.endpoint == Endpoint::ChatCompletions => {
                 return Err(BodyError {
-                    message: format!("`messages` is missing: it {MESSAGES_ARE}."),
+                    message: format!("`messages` is missing; it {MESSAGES_RULE}."),
                     param: Some("messages"),
                 });
             }
-            // A prompt may come in fields that only the engine knows, such as `prompt_embeds`.
-            (None, None) => (Prompt::Text(Vec::new()), self.prompts.unmatched),
+            // The prompt may be in a field that only the engine reads, such as `prompt_embeds`.
+            (None, None) => (Prompt::Text(Vec::new()), self.prompts.unhashed),
         };
         let max_completion_tokens = match self.endpoint {
             Endpoint::ChatCompletions => self.max_completion_tokens.count(),
             Endpoint::Completions | Endpoint::Embeddings => None,
         };
-        let answered = match self.endpoint {
+        let completion_follows = match self.endpoint {
             Endpoint::ChatCompletions
-                if self.add_generation_prompt == Gist::Bool(false)
-                    || self.continue_final_message == Gist::Bool(true) =>
+                if self.add_generation_prompt == LooseValue::Bool(false)
+                    || self.continue_final_message == LooseValue::Bool(true) =>
             {
-                Answered::AsTemplated
+                CompletionFollows::Template
             }
-            Endpoint::ChatCompletions => Answered::AsMessage,
-            _ if self.echo == Gist::Bool(true) => Answered::WithPrompt,
-            _ => Answered::Directly,
+            Endpoint::ChatCompletions => CompletionFollows::AssistantHeader,
+            _ if self.echo == LooseValue::Bool(true) => CompletionFollows::EchoedPrompt,
+            _ => CompletionFollows::Prompt,
         };
         Ok(ApiRequest {
-            answered,
+            completion_follows,
             model: self.model.unwrap_or_default(),
-            stream: matches!(self.stream, Gist::Bool(true) | Gist::Number(1.0)),
+            stream: matches!(
+                self.stream,
+                LooseValue::Bool(true) | LooseValue::Number(1.0)
+            ),
             max_tokens: max_completion_tokens.or(self.max_tokens.count()),
-            ignores_eos: self.ignore_eos == Gist::Bool(true),
-            has_tools: self.tools.is_some_and(has_any),
+            ignore_eos: self.ignore_eos == LooseValue::Bool(true),
+            has_tools: self.tools.is_some_and(is_nonempty_list),
             choices: match self.endpoint {
                 Endpoint::Embeddings => 1,
                 _ => self.choices.count().unwrap_or(1).max(1),
             },
-            // A salt that is no string is refused by the engine.
+            // The engine rejects a salt that is not a string.
             cache_salt: self
                 .cache_salt
                 .and_then(|raw| serde_json::from_str(raw.get()).ok()),
             add_special_tokens: match self.add_special_tokens {
-                Gist::Bool(add) => Some(add),
+                LooseValue::Bool(add) => Some(add),
                 _ => None,
             },
-            lists_cached: self.vllm_xargs.is_some_and(lists_cached),
+            full_report_mode: self.vllm_xargs.is_some_and(is_full_report_mode),
             prompts: self.prompts.count.max(1),
             prompt,
-            further: self.prompts.further,
-            unmatched,
+            rest: self.prompts.rest,
+            unhashed,
         })
     }
 
+    /// Describes a parse error in terms of the field that was being read.
     fn explain(&self, error: &serde_json::Error) -> BodyError {
         if !error.is_data() {
             return BodyError {
@@ -380,10 +400,10 @@ impl<'b> Fields<'b> {
             };
         }
         let (param, rule) = match self.current {
-            Some(Key::Messages) => ("messages", MESSAGES_ARE),
-            Some(Key::Prompt) => ("prompt", PROMPTS_ARE),
-            Some(Key::Input) => ("input", PROMPTS_ARE),
-            Some(Key::Model) => ("model", "must be a string, the name of a model"),
+            Some(Key::Messages) => ("messages", MESSAGES_RULE),
+            Some(Key::Prompt) => ("prompt", PROMPTS_RULE),
+            Some(Key::Input) => ("input", PROMPTS_RULE),
+            Some(Key::Model) => ("model", "must be a string with the name of a model"),
             _ => {
                 return BodyError {
                     message: "The body must be a JSON object.".to_owned(),
@@ -391,7 +411,7 @@ impl<'b> Fields<'b> {
                 };
             }
         };
-        // The error's own text may quote the whole prompt.
+        // The message of `error` itself may quote the whole prompt.
         let (line, column) = (error.line(), error.column());
         BodyError {
             message: format!("`{param}` {rule} (line {line}, column {column})."),
@@ -400,25 +420,28 @@ impl<'b> Fields<'b> {
     }
 }
 
-/// Whether it is a list, and not an empty one.
-fn has_any(list: &RawValue) -> bool {
-    let rest = list.get().strip_prefix('[');
-    rest.is_some_and(|it| it.trim_start() != "]")
+/// Returns whether a raw JSON value is a list that is not empty.
+fn is_nonempty_list(value: &RawValue) -> bool {
+    let elements = value.get().strip_prefix('[');
+    elements.is_some_and(|elements| elements.trim_start() != "]")
 }
 
-fn lists_cached(xargs: &RawValue) -> bool {
+/// Returns whether `vllm_xargs` requests full report mode.
+fn is_full_report_mode(xargs: &RawValue) -> bool {
     #[derive(Deserialize)]
     struct Xargs<'b> {
         #[serde(borrow)]
         kv_cache_report_mode: Cow<'b, str>,
     }
-    let read = serde_json::from_str::<Xargs<'_>>(xargs.get());
-    read.is_ok_and(|it| it.kv_cache_report_mode == "full")
+    let xargs = serde_json::from_str::<Xargs<'_>>(xargs.get());
+    xargs.is_ok_and(|xargs| xargs.kv_cache_report_mode == "full")
 }
 
-const MESSAGES_ARE: &str = "must be an array of objects, each with `role` and `content`, the \
+/// The valid form of `messages`, as an error message states it.
+const MESSAGES_RULE: &str = "must be an array of objects, each with `role` and `content`, the \
                             content being a string or an array of parts";
-const PROMPTS_ARE: &str = "must be a string, an array of token ids, an array of strings or an array of arrays of \
+/// The valid form of `prompt` and `input`, as an error message states it.
+const PROMPTS_RULE: &str = "must be a string, an array of token ids, an array of strings or an array of arrays of \
      token ids";
 
 impl<'b> DeserializeSeed<'b> for &mut Fields<'b> {

@@ -1,49 +1,51 @@
-//! What an engine says of itself, and where it publishes KV events: an SGLang at `/server_info`
-//! (`/get_server_info` in older releases), a vLLM from 0.32 on at `/kv_event_sources`.
+//! Descriptions that engines give of themselves, with the endpoint of their KV events: SGLang at
+//! `/server_info` (`/get_server_info` in older releases), vLLM since 0.32 at `/kv_event_sources`.
 
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
 use serde_json::Value;
 
-/// What one SGLang server says of itself. What it does not say is `None`.
+/// The description of one SGLang server. A value that the server does not report is `None`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServerInfo {
-    /// Tokens per page, which is what others call a block.
+    /// Tokens per page. SGLang calls a block a page.
     pub page_size: Option<u32>,
-    /// Pages of each rank that requests can use.
+    /// Number of pages of each rank that requests can use.
     pub pages: Option<u32>,
-    /// Data-parallel ranks behind the address.
+    /// Number of data-parallel ranks at this address, at least 1.
     pub ranks: u32,
-    /// Where its KV events are.
-    pub kv_events: Published,
+    /// The endpoint of the server's KV events.
+    pub kv_events: KvEventEndpoint,
 }
 
-/// Where a server's KV events are.
+/// The ZeroMQ endpoint at which a server publishes KV events.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Published {
-    /// It publishes none, or where nobody can reach them.
-    Nowhere,
-    /// It listens for subscribers.
-    Listens {
-        /// The host as it was configured, which may be `*` and the like.
+pub enum KvEventEndpoint {
+    /// The server publishes no KV events, or not at an endpoint that another process can reach.
+    None,
+    /// The server binds a socket, to which subscribers connect.
+    Bind {
+        /// The configured host, which may be a wildcard such as `*`.
         host: String,
-        /// Of rank 0, if it was said for all ranks: rank `r` is at this port + `r`.
+        /// The port. If the server reports one port for all ranks, it is the port of rank 0, and
+        /// rank `r` uses this port + `r`.
         port: u16,
-        /// The replay socket's, in the same way, if there is one.
+        /// The port of the socket for event replay, if there is one. Ranks use it like `port`.
         replay_port: Option<u16>,
-        /// What its messages begin with; empty if nothing.
+        /// Prefix of the server's messages; may be empty.
         topic: String,
     },
-    /// It connects to a subscriber that listens at this endpoint.
-    Dials(String),
+    /// The server connects to a subscriber that binds this endpoint.
+    Connect(String),
 }
 
 impl ServerInfo {
-    /// Reads the body of an answer; `None` if it is not an SGLang's.
+    /// Parses the body of a response; `None` if it is not the description of an SGLang server.
     #[must_use]
     pub fn parse(body: &[u8]) -> Option<Self> {
-        /// Fields are looked at one by one, so that one of another type hides no other.
+        /// The fields as untyped values, so that one field of an unexpected type does not hide the
+        /// others.
         #[derive(Deserialize)]
         struct Fields {
             page_size: Value,
@@ -70,22 +72,24 @@ impl ServerInfo {
     }
 }
 
-/// Reads where each rank of a vLLM publishes; `None` if that is not what the body says.
+/// Parses the endpoint at which each rank of a vLLM publishes KV events, by rank; `None` if the
+/// body does not contain such a list.
 ///
-/// A vLLM binds wildcards and dials the rest, but what it bound with a port of the system's choice
-/// it tells as an address of its own: `is_own` says whether a host is that.
+/// vLLM binds endpoints with a wildcard host and connects to all others. If it bound a port chosen
+/// by the system, it reports that endpoint with its own address. `is_own` returns whether a host is
+/// an address of that vLLM.
 #[must_use]
 pub fn parse_event_sources(
     body: &[u8],
     is_own: impl Fn(&str) -> bool,
-) -> Option<BTreeMap<u32, Published>> {
+) -> Option<BTreeMap<u32, KvEventEndpoint>> {
     let sources: BTreeMap<u32, Value> = serde_json::from_slice(body).ok()?;
-    let read = |source: &Value| {
+    let parse_endpoint = |source: &Value| {
         let endpoint = source["endpoint"].as_str().unwrap_or("");
         let binds = |host: &str| endpoint.contains('*') || endpoint.contains("::") || is_own(host);
         match host_and_port(endpoint) {
-            Some((host, _)) if !binds(host) => Published::Dials(endpoint.to_owned()),
-            Some((host, port)) => Published::Listens {
+            Some((host, _)) if !binds(host) => KvEventEndpoint::Connect(endpoint.to_owned()),
+            Some((host, port)) => KvEventEndpoint::Bind {
                 host: host.to_owned(),
                 port,
                 replay_port: source["replay_endpoint"]
@@ -94,37 +98,44 @@ pub fn parse_event_sources(
                     .map(|(_, port)| port),
                 topic: source["topic"].as_str().unwrap_or("").to_owned(),
             },
-            None => Published::Nowhere,
+            None => KvEventEndpoint::None,
         }
     };
-    Some(sources.iter().map(|(&rank, it)| (rank, read(it))).collect())
+    let endpoints = sources.iter();
+    Some(
+        endpoints
+            .map(|(&rank, source)| (rank, parse_endpoint(source)))
+            .collect(),
+    )
 }
 
-/// The configuration says how its socket is opened; the description of newer releases, where it
-/// ended up.
-fn read_kv_events(config: &Value, described: &Value) -> Published {
+/// Returns the endpoint of an SGLang's KV events.
+///
+/// `config` is the configuration, which determines how the socket is opened. `described` is the
+/// description that newer releases add, which contains the ports that are in use.
+fn read_kv_events(config: &Value, described: &Value) -> KvEventEndpoint {
     let config: Value = match config {
         Value::String(json) => serde_json::from_str(json).unwrap_or_default(),
-        other => other.clone(),
+        config => config.clone(),
     };
     let publishes = |value: &Value| value["publisher"].as_str() == Some("zmq");
     if !publishes(&config) && !publishes(described) {
-        return Published::Nowhere;
+        return KvEventEndpoint::None;
     }
-    // As SGLang has it where nothing is said.
+    // The default of SGLang.
     let endpoint = config["endpoint"].as_str().unwrap_or("tcp://*:5557");
     let Some((host, port)) = host_and_port(endpoint) else {
-        return Published::Nowhere;
+        return KvEventEndpoint::None;
     };
-    let binds_by_itself = ["*", "0.0.0.0", "::"]
+    let has_wildcard = ["*", "0.0.0.0", "::"]
         .iter()
-        .any(|it| endpoint.contains(it));
-    if !config["bind"].as_bool().unwrap_or(binds_by_itself) {
-        return Published::Dials(endpoint.to_owned());
+        .any(|wildcard| endpoint.contains(wildcard));
+    if !config["bind"].as_bool().unwrap_or(has_wildcard) {
+        return KvEventEndpoint::Connect(endpoint.to_owned());
     }
     let described_port = |key: &str| u16::try_from(described[key].as_u64()?).ok();
     let replay = config["replay_endpoint"].as_str().and_then(host_and_port);
-    Published::Listens {
+    KvEventEndpoint::Bind {
         host: host.to_owned(),
         port: described_port("endpoint_port_base").unwrap_or(port),
         replay_port: described_port("replay_endpoint_port_base").or(replay.map(|(_, port)| port)),
@@ -132,11 +143,13 @@ fn read_kv_events(config: &Value, described: &Value) -> Published {
     }
 }
 
+/// Splits a TCP endpoint; `None` for another transport or without a port above 0.
 fn host_and_port(endpoint: &str) -> Option<(&str, u16)> {
     let (host, port) = endpoint.strip_prefix("tcp://")?.rsplit_once(':')?;
     Some((host, port.parse().ok().filter(|&port| port > 0)?))
 }
 
+/// Returns a value that is a positive integer.
 fn positive(value: &Value) -> Option<u32> {
     let number = u32::try_from(value.as_u64()?).ok()?;
     (number > 0).then_some(number)
@@ -148,24 +161,24 @@ mod tests {
     use proptest::prelude::*;
     use serde_json::json;
 
-    fn kv_events(config: &Value) -> Published {
+    fn kv_events(config: &Value) -> KvEventEndpoint {
         let body = json!({"page_size": 64, "kv_events_config": config.to_string()});
         let info = ServerInfo::parse(body.to_string().as_bytes()).unwrap();
         info.kv_events
     }
 
     #[test]
-    fn releases_that_show_only_their_configuration() {
+    fn the_endpoint_is_taken_from_the_configuration_alone() {
         let config = json!({"publisher": "zmq", "endpoint": "tcp://*:6000", "topic": "kv",
             "replay_endpoint": "tcp://*:6100"});
-        let listens = Published::Listens {
+        let binds = KvEventEndpoint::Bind {
             host: "*".to_owned(),
             port: 6000,
             replay_port: Some(6100),
             topic: "kv".to_owned(),
         };
-        assert_eq!(kv_events(&config), listens);
-        let by_default = Published::Listens {
+        assert_eq!(kv_events(&config), binds);
+        let by_default = KvEventEndpoint::Bind {
             host: "*".to_owned(),
             port: 5557,
             replay_port: None,
@@ -175,19 +188,19 @@ mod tests {
     }
 
     #[test]
-    fn a_concrete_host_is_dialled_unless_it_is_bound() {
+    fn a_concrete_host_is_connected_to_unless_the_configuration_binds_it() {
         let mut config = json!({"publisher": "zmq", "endpoint": "tcp://router:6000"});
-        let dials = Published::Dials("tcp://router:6000".to_owned());
-        assert_eq!(kv_events(&config), dials);
+        let connects = KvEventEndpoint::Connect("tcp://router:6000".to_owned());
+        assert_eq!(kv_events(&config), connects);
         config["bind"] = json!(true);
-        assert!(matches!(kv_events(&config), Published::Listens { .. }));
+        assert!(matches!(kv_events(&config), KvEventEndpoint::Bind { .. }));
         config["endpoint"] = json!("tcp://*:6000");
         config["bind"] = json!(false);
-        assert!(matches!(kv_events(&config), Published::Dials(_)));
+        assert!(matches!(kv_events(&config), KvEventEndpoint::Connect(_)));
     }
 
     #[test]
-    fn what_nobody_can_reach_is_nowhere() {
+    fn an_unreachable_endpoint_is_none() {
         for config in [
             json!(null),
             json!({"publisher": "null"}),
@@ -195,12 +208,12 @@ mod tests {
             json!({"publisher": "zmq", "endpoint": "tcp://*:0"}),
             json!([]),
         ] {
-            assert_eq!(kv_events(&config), Published::Nowhere, "{config}");
+            assert_eq!(kv_events(&config), KvEventEndpoint::None, "{config}");
         }
     }
 
     #[test]
-    fn other_servers_are_none() {
+    fn responses_of_other_servers_are_none() {
         for body in ["", "{}", "[]", r#"{"vllm_config": {}}"#, "null"] {
             assert_eq!(ServerInfo::parse(body.as_bytes()), None, "{body}");
         }
@@ -211,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn vllm_binds_wildcards_and_its_own_addresses_and_dials_the_rest() {
+    fn vllm_binds_wildcards_and_its_own_addresses_and_connects_to_all_others() {
         let body = json!({
             "3": {"endpoint": "tcp://*:5560", "topic": ""},
             "4": {"endpoint": "tcp://router:5561"},
@@ -220,18 +233,18 @@ mod tests {
         });
         let is_own = |host: &str| host == "10.0.0.7";
         let sources = parse_event_sources(body.to_string().as_bytes(), is_own).unwrap();
-        let listens = |host: &str, port, replay_port| Published::Listens {
+        let bound_at = |host: &str, port, replay_port| KvEventEndpoint::Bind {
             host: host.to_owned(),
             port,
             replay_port,
             topic: String::new(),
         };
-        let dials = Published::Dials("tcp://router:5561".to_owned());
+        let connects = KvEventEndpoint::Connect("tcp://router:5561".to_owned());
         let expected = [
-            (3, listens("*", 5560, None)),
-            (4, dials),
-            (5, Published::Nowhere),
-            (6, listens("10.0.0.7", 41000, Some(41001))),
+            (3, bound_at("*", 5560, None)),
+            (4, connects),
+            (5, KvEventEndpoint::None),
+            (6, bound_at("10.0.0.7", 41000, Some(41001))),
         ];
         assert_eq!(sources, expected.into());
         assert_eq!(parse_event_sources(b"{}", is_own), Some(BTreeMap::new()));
@@ -239,7 +252,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_value_is_survived(page_size in ".{0,9}", config in ".{0,40}", described in ".{0,40}") {
+        fn no_value_causes_a_panic(page_size in ".{0,9}", config in ".{0,40}", described in ".{0,40}") {
             let _ = parse_event_sources(format!(r#"{{"0":{config}}}"#).as_bytes(), |_| false);
             for body in [
                 format!(r#"{{"page_size":{page_size},"kv_events_config":{config}}}"#),

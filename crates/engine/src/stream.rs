@@ -1,98 +1,111 @@
-//! Watches a streamed answer pass: counts tokens, reads usage, notices the end.
+//! Observes a streamed response: counts tokens, reads usage and detects the end.
 //!
-//! The bytes themselves are never touched. They may be cut anywhere: what is seen depends on the
-//! bytes, not on where they were cut.
+//! The observer never changes the bytes. They may arrive in chunks of any size: the result depends
+//! on the bytes, not on the chunk boundaries.
 
-use foresee_core::batch::MOST_IN_BATCH;
+use foresee_core::batch::MAX_BATCH_PROMPTS;
 use memchr::{memchr, memchr2};
 use smallvec::SmallVec;
 
-use crate::answer::Answer;
 use crate::error::ApiError;
 use crate::event::Event;
+use crate::output_text::OutputText;
 use crate::usage::Usage;
 
-/// The longest event that is read. A longer one passes unread and counts as one token.
+/// Maximum length of an event that is parsed, in bytes. A longer event is not parsed and counts as
+/// one token.
 pub const MAX_EVENT_BYTES: usize = 1 << 20;
 
-/// What some bytes brought, and how the stream stands after them.
+/// The effect of a chunk of bytes, and the state of the stream after it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Seen {
-    /// Output tokens that were not known of before.
+pub struct Observed {
+    /// Output tokens that the chunk added to the count.
     pub new_tokens: u32,
-    /// Whether the stream has said that it is complete.
+    /// Whether the stream has reported that it is complete (`[DONE]`).
     pub done: bool,
     /// Whether the stream has reported an error.
     pub error: bool,
 }
 
-/// How one choice of an answer stands.
+/// Progress of one choice of a response.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Progress {
-    /// Its output tokens known of so far.
+pub struct ChoiceProgress {
+    /// Output tokens counted so far.
     pub tokens: u32,
-    /// Whether nothing more of it will come.
+    /// Whether the engine has ended the choice: no output of it follows.
     pub finished: bool,
 }
 
-/// Reads the event stream of one response as it passes.
+/// Reads the event stream of one response while its bytes pass.
 ///
-/// A token is counted for each choice that an event adds text, reasoning or tool calls to. Where
-/// the engine reports counts itself, those are believed: several tokens may share an event.
+/// An event counts as one token for each choice to which it adds text, reasoning or tool calls.
+/// Token ids and counts that the engine reports take precedence, because several tokens may share
+/// an event.
 #[derive(Debug, Default)]
 pub struct StreamObserver {
-    /// The line that the bytes so far end in, if they end inside one; not all of it if too long.
+    /// The unfinished line at the end of the bytes so far, truncated if it is too long.
     line: Vec<u8>,
-    /// The data of the event so far, as far as it had to be kept from earlier bytes.
+    /// Data of the current event, as far as it had to be copied from earlier chunks or lines.
     data: Vec<u8>,
+    /// The event that is being received.
     event: OpenEvent,
-    /// The last byte was `\r`: a `\n` that follows belongs to the same line end.
+    /// Whether the last byte was `\r`: a `\n` that follows belongs to the same line end.
     after_cr: bool,
+    /// Output tokens counted so far, over all choices.
     tokens: u32,
-    choices: SmallVec<[Progress; 1]>,
+    /// Progress of each choice, by its index.
+    choices: SmallVec<[ChoiceProgress; 1]>,
+    /// The engine's latest usage report.
     usage: Option<Usage>,
+    /// Whether `[DONE]` was received.
     done: bool,
+    /// Whether an error was reported.
     error: bool,
+    /// Events that were too long or could not be parsed.
     unread_events: u32,
-    /// The text so far, if it is collected.
-    answer: Option<Box<Answer>>,
+    /// Text of the first choice, if it is collected.
+    output: Option<Box<OutputText>>,
 }
 
-/// What is known of an event whose end, a blank line, has not come yet.
+/// An event whose end, a blank line, has not been received yet.
 #[derive(Debug, Default)]
 struct OpenEvent {
-    begun: bool,
+    /// Whether a line of the event was received.
+    started: bool,
+    /// Whether the event has a `data` line.
     has_data: bool,
+    /// Whether the event's type is `error`.
     is_error: bool,
+    /// Whether the event exceeds [`MAX_EVENT_BYTES`].
     too_long: bool,
 }
 
 impl StreamObserver {
-    /// An observer of a stream that has not begun.
+    /// Creates an observer for a stream of which nothing was received.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The same, and it collects the text of the first choice.
+    /// Creates an observer that also collects the text of the first choice.
     #[must_use]
     pub fn collecting() -> Self {
         Self {
-            answer: Some(Box::default()),
+            output: Some(Box::default()),
             ..Self::default()
         }
     }
 
-    /// The text so far, if it was collected; it is collected no further.
+    /// Returns the text collected so far and stops collecting; `None` if no text is collected.
     #[must_use]
-    pub fn take_answer(&mut self) -> Option<Answer> {
-        self.answer.take().map(|answer| *answer)
+    pub fn take_output(&mut self) -> Option<OutputText> {
+        self.output.take().map(|output| *output)
     }
 
-    /// Takes the next bytes of the stream.
-    pub fn feed(&mut self, bytes: &[u8]) -> Seen {
+    /// Processes the next bytes of the stream.
+    pub fn feed(&mut self, bytes: &[u8]) -> Observed {
         let tokens_before = self.tokens;
-        // The data of an event that lies whole in `bytes` is read where it is.
+        // The data of an event that lies completely in `bytes` is parsed without a copy.
         let mut data_in_place = None;
         let mut rest = bytes;
         loop {
@@ -117,67 +130,70 @@ impl StreamObserver {
         if let Some(data) = data_in_place {
             self.keep_data(data);
         }
-        Seen {
+        Observed {
             new_tokens: self.tokens.saturating_sub(tokens_before),
             done: self.done,
             error: self.error,
         }
     }
 
-    /// Output tokens known of so far, over all choices.
+    /// Returns the output tokens counted so far, over all choices.
     #[must_use]
     pub fn tokens(&self) -> u32 {
         self.tokens
     }
 
-    /// How each choice stands, by its index; the last of [`MOST_IN_BATCH`] is all that follow.
+    /// Returns the progress of each choice, by its index. Choices after the first
+    /// [`MAX_BATCH_PROMPTS`] are added to the last of these.
     #[must_use]
-    pub fn choices(&self) -> &[Progress] {
+    pub fn choices(&self) -> &[ChoiceProgress] {
         &self.choices
     }
 
-    /// The engine's latest report. Its prompt and cached tokens are the request's; its completion
-    /// tokens are one choice's until the last report has come.
+    /// Returns the engine's latest usage report. Its prompt and cached tokens belong to the whole
+    /// request; its completion tokens belong to one choice until the last report was received.
     #[must_use]
     pub fn usage(&self) -> Option<Usage> {
         self.usage
     }
 
-    /// Whether the stream has said that it is complete.
+    /// Returns whether the stream has reported that it is complete (`[DONE]`).
     #[must_use]
     pub fn is_done(&self) -> bool {
         self.done
     }
 
-    /// Whether the stream has reported an error.
+    /// Returns whether the stream has reported an error.
     #[must_use]
     pub fn has_error(&self) -> bool {
         self.error
     }
 
-    /// Whether the bytes so far end inside an event, so that it must be ended with a blank line
-    /// before another can follow.
+    /// Returns whether the bytes so far end inside an event. That event must be ended with a blank
+    /// line before another event can follow.
     #[must_use]
-    pub fn mid_event(&self) -> bool {
-        self.event.begun || !self.line.is_empty()
+    pub fn is_mid_event(&self) -> bool {
+        self.event.started || !self.line.is_empty()
     }
 
-    /// Events that were too long or were not understood. Each was counted as one token.
+    /// Returns the number of events that were too long or could not be parsed. Each counts as one
+    /// token.
     #[must_use]
     pub fn unread_events(&self) -> u32 {
         self.unread_events
     }
 
+    /// Processes one line. Data that need not be copied is returned through `data_in_place`.
     fn take_line<'l>(&mut self, line: &'l [u8], data_in_place: &mut Option<&'l [u8]>) {
         if line.is_empty() {
             return self.end_event(data_in_place.take());
         }
-        self.event.begun = true;
+        self.event.started = true;
         if line.len() > MAX_EVENT_BYTES {
             self.event.too_long = true;
             return;
         }
-        // A line that begins with a colon is a comment: a field without a name.
+        // A line that starts with a colon is a comment: a field without a name.
         let (field, value) = match memchr(b':', line) {
             Some(colon) => (&line[..colon], &line[colon + 1..]),
             None => (line, [].as_slice()),
@@ -199,6 +215,7 @@ impl StreamObserver {
         }
     }
 
+    /// Processes the line in the buffer, which is complete now.
     fn take_kept_line(&mut self) {
         let line = std::mem::take(&mut self.line);
         let mut data = None;
@@ -210,14 +227,15 @@ impl StreamObserver {
         self.line.clear();
     }
 
-    /// Keeps a piece of a line until the rest has come: at most one byte more than may be read.
-    fn keep_line(&mut self, piece: &[u8]) {
-        let room = (MAX_EVENT_BYTES + 1).saturating_sub(self.line.len());
-        let kept = piece.get(..room).unwrap_or(piece);
+    /// Buffers a fragment of a line until the line is complete. The buffer holds at most one byte
+    /// more than the longest event that is parsed, so that a line that is too long shows.
+    fn keep_line(&mut self, fragment: &[u8]) {
+        let free_bytes = (MAX_EVENT_BYTES + 1).saturating_sub(self.line.len());
+        let kept = fragment.get(..free_bytes).unwrap_or(fragment);
         self.line.extend_from_slice(kept);
     }
 
-    /// Keeps a line of data until the event's end has come.
+    /// Buffers a line of data until the event is complete.
     fn keep_data(&mut self, line: &[u8]) {
         if self.data.len() + line.len() >= MAX_EVENT_BYTES {
             self.event.too_long = true;
@@ -229,6 +247,7 @@ impl StreamObserver {
         self.data.extend_from_slice(line);
     }
 
+    /// Processes a complete event. Its data is in `data_in_place`, or else in the buffer.
     fn end_event(&mut self, data_in_place: Option<&[u8]>) {
         let event = std::mem::take(&mut self.event);
         let kept = std::mem::take(&mut self.data);
@@ -242,6 +261,7 @@ impl StreamObserver {
         self.data.clear();
     }
 
+    /// Processes the data of an event whose type was `error` if `is_error`.
     fn take_data(&mut self, data: &[u8], is_error: bool) {
         if data.trim_ascii() == b"[DONE]" {
             self.done = true;
@@ -255,16 +275,17 @@ impl StreamObserver {
         }
     }
 
+    /// Adds a parsed event to the counts.
     fn take_event(&mut self, event: &Event<'_>) {
         self.error |= event.is_error;
-        if let Some(answer) = &mut self.answer {
-            answer.add(event);
+        if let Some(output) = &mut self.output {
+            output.add(event);
         }
-        for piece in &event.choices {
-            let choice = self.choice(piece.index);
-            choice.tokens = choice.tokens.saturating_add(piece.tokens);
-            choice.finished |= piece.finished;
-            self.tokens = self.tokens.saturating_add(piece.tokens);
+        for delta in &event.choices {
+            let choice = self.choice(delta.index);
+            choice.tokens = choice.tokens.saturating_add(delta.tokens);
+            choice.finished |= delta.finished;
+            self.tokens = self.tokens.saturating_add(delta.tokens);
         }
         let Some(usage) = event.usage else {
             return;
@@ -273,12 +294,12 @@ impl StreamObserver {
         let Some(reported) = usage.completion_tokens else {
             return;
         };
-        // A report beside choices is about one of them. It can show that the count is too low,
-        // but a higher count may well be right, for there may be other choices.
+        // Usage in an event with choices covers one choice only. It can prove that the total is too
+        // low, but not that it is too high, because other choices may account for the difference.
         match event.choices.as_slice() {
             [] => self.tokens = reported,
-            [piece] => {
-                let choice = self.choice(piece.index);
+            [delta] => {
+                let choice = self.choice(delta.index);
                 choice.tokens = choice.tokens.max(reported);
                 let tokens = self.choices.iter().map(|choice| choice.tokens);
                 self.tokens = self.tokens.max(tokens.fold(0, u32::saturating_add));
@@ -287,25 +308,27 @@ impl StreamObserver {
         }
     }
 
-    fn choice(&mut self, index: u32) -> &mut Progress {
-        let index = (index as usize).min(MOST_IN_BATCH - 1);
+    /// Returns the progress of a choice, which is created if it is new.
+    fn choice(&mut self, index: u32) -> &mut ChoiceProgress {
+        let index = (index as usize).min(MAX_BATCH_PROMPTS - 1);
         if self.choices.len() <= index {
-            self.choices.resize(index + 1, Progress::default());
+            self.choices.resize(index + 1, ChoiceProgress::default());
         }
         &mut self.choices[index]
     }
 
+    /// Counts an event that cannot be parsed as one token. Text after it is unknown.
     fn take_unreadable(&mut self) {
         self.tokens = self.tokens.saturating_add(1);
         self.unread_events = self.unread_events.saturating_add(1);
-        if let Some(answer) = &mut self.answer {
-            answer.close();
+        if let Some(output) = &mut self.output {
+            output.close();
         }
     }
 }
 
-/// The bytes that end a stream which broke: the error as an event, then the end mark. If the
-/// stream broke inside an event ([`StreamObserver::mid_event`]), send a blank line first.
+/// Returns the bytes that end a broken stream: the error as an event, then `[DONE]`. If the stream
+/// broke inside an event ([`StreamObserver::is_mid_event`]), send a blank line first.
 #[must_use]
 pub fn error_event(error: &ApiError) -> Vec<u8> {
     let mut event = b"data: ".to_vec();

@@ -1,6 +1,6 @@
-//! The `strftime_now` of chat templates: today's date, as a prompt states it.
+//! The `strftime_now` function of chat templates, which writes the current date into a prompt.
 //!
-//! In UTC, as engines in containers have it.
+//! Dates are in UTC, the usual time zone of engines in containers.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -30,11 +30,16 @@ const MONTHS: [&str; 12] = [
     "December",
 ];
 
+/// Formats the current time like Python's `strftime`.
+///
+/// # Errors
+/// If the format contains an unsupported code.
 pub(crate) fn strftime_now(format: &str) -> Result<String, Error> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     strftime(format, now.map_or(0, |now| now.as_secs()))
 }
 
+/// Formats a time, given in seconds since 1970.
 fn strftime(format: &str, unix_seconds: u64) -> Result<String, Error> {
     let days = unix_seconds / 86_400;
     let (hour, minute, second) = (
@@ -61,11 +66,11 @@ fn strftime(format: &str, unix_seconds: u64) -> Result<String, Error> {
         }
         let code = characters.next();
         // `%-d` is `%d` without the leading zero.
-        let (code, bare) = match code {
+        let (code, is_unpadded) = match code {
             Some('-') => (characters.next(), true),
             code => (code, false),
         };
-        let number = |number: u64| match bare {
+        let number = |number: u64| match is_unpadded {
             true => number.to_string(),
             false => format!("{number:02}"),
         };
@@ -84,9 +89,9 @@ fn strftime(format: &str, unix_seconds: u64) -> Result<String, Error> {
             Some('F') => format!("{year}-{month:02}-{day:02}"),
             Some('T') => format!("{hour:02}:{minute:02}:{second:02}"),
             Some('%') => "%".to_owned(),
-            other => {
-                let code = other.map(String::from).unwrap_or_default();
-                let reason = format!("strftime_now does not know %{code}");
+            code => {
+                let code = code.map(String::from).unwrap_or_default();
+                let reason = format!("strftime_now does not support %{code}");
                 return Err(Error::new(ErrorKind::InvalidOperation, reason));
             }
         });
@@ -94,9 +99,10 @@ fn strftime(format: &str, unix_seconds: u64) -> Result<String, Error> {
     Ok(text)
 }
 
-/// Year, month (from 1) and day (from 1) of a day counted from 1970-01-01.
+/// Returns year, month (from 1) and day (from 1) of a day counted from 1970-01-01.
 fn civil(days: u64) -> (u64, u64, u64) {
-    // Years begin in March here, so that a leap day is a year's last; eras are 400 years.
+    // Years start in March here, so that the leap day is the last day of a year; an era is 400
+    // years.
     let days = days + 719_468;
     let (era, day_of_era) = (days / 146_097, days % 146_097);
     let year_of_era =
@@ -117,18 +123,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dates_are_written_as_python_writes_them() {
-        let written = |seconds| strftime("%d %b %Y|%A %-d %B %y|%F %T|%%", seconds).unwrap();
+    fn dates_are_formatted_like_in_python() {
+        let format_time = |seconds| strftime("%d %b %Y|%A %-d %B %y|%F %T|%%", seconds).unwrap();
         assert_eq!(
-            written(0),
+            format_time(0),
             "01 Jan 1970|Thursday 1 January 70|1970-01-01 00:00:00|%"
         );
         assert_eq!(
-            written(1_709_211_599),
+            format_time(1_709_211_599),
             "29 Feb 2024|Thursday 29 February 24|2024-02-29 12:59:59|%"
         );
         assert_eq!(
-            written(4_102_444_800),
+            format_time(4_102_444_800),
             "01 Jan 2100|Friday 1 January 00|2100-01-01 00:00:00|%"
         );
     }

@@ -1,9 +1,9 @@
-//! A model's tokenizer: text in, the ids its engine would compute out.
+//! A model's tokenizer: turns text into the token ids that the engine computes.
 //!
-//! Text between two special tokens is tokenised apart from everything around it, so the ids of
-//! such a segment are kept and used again wherever the same segment comes back: a conversation's
-//! earlier turns cost a look-up. No cut is made anywhere else, because there the merges of either
-//! side could differ.
+//! Text between two special tokens is tokenised independently of its surroundings. The ids of such
+//! a segment are therefore cached and reused when the segment occurs again: the earlier turns of a
+//! conversation cost a look-up. Text is cut at no other position, because the merges on both sides
+//! of such a cut could differ.
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -11,54 +11,56 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-/// Memory for the ids of segments. A segment of more than a 64th of it is not kept.
+/// Memory for the cached ids of segments, in bytes. A segment that needs more than 1/64 of it is
+/// not cached.
 const CACHE_BYTES: usize = 128 << 20;
 
-/// What SentencePiece vocabularies write for a space.
+/// The character that stands for a space in SentencePiece vocabularies.
 const SPACE: char = '\u{2581}';
 
-/// A loaded tokenizer. Encoding from several threads at once is fine.
+/// A loaded tokenizer. Several threads may encode concurrently.
 pub struct Tokenizer {
     inner: fastokens::Tokenizer,
-    /// Its vocabulary writes every byte as one character.
+    /// Whether the vocabulary represents every byte by one character.
     is_byte_level: bool,
 }
 
-/// Whether the tokens that the model frames every text with are added: those that
-/// `tokenizer.json` names. What `tokenizer_config.json` says of it (`add_bos_token`) counts for
-/// nothing beside that file since transformers 5, which vLLM and SGLang use.
+/// Whether the special tokens that `tokenizer.json` puts around every text are added.
+///
+/// The settings of `tokenizer_config.json` (`add_bos_token`) are ignored: `tokenizer.json` takes
+/// precedence since transformers 5, which vLLM and SGLang use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Framing {
-    /// As engines tokenise the prompt of a text completion.
-    Added,
-    /// As engines tokenise a rendered chat: the template has put them there.
-    InText,
+pub enum SpecialTokens {
+    /// Adds them, as engines do for the prompt of a text completion.
+    Add,
+    /// Adds none, as engines do for a rendered chat, where the template has written them.
+    AlreadyPresent,
 }
 
 /// Why a tokenizer cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
-    /// There is no `tokenizer.json`.
-    #[error("{} has no tokenizer.json (SentencePiece and tiktoken files are not read)", .0.display())]
+    /// The path contains no `tokenizer.json`.
+    #[error("no tokenizer.json in {} (SentencePiece and tiktoken files are not supported)", .0.display())]
     Missing(PathBuf),
-    /// The file is there, and cannot be used.
-    #[error("{}: {reason}", path.display())]
+    /// The file exists but cannot be used.
+    #[error("cannot use {}: {reason}", path.display())]
     Unusable {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Why the file cannot be used.
         reason: String,
     },
-    /// Some text could not be tokenised.
-    #[error("the text cannot be tokenised: {0}")]
+    /// A text could not be tokenised. Contains the reason.
+    #[error("cannot tokenise the text: {0}")]
     Encode(String),
 }
 
 impl Tokenizer {
-    /// Loads from a model's folder, or from its `tokenizer.json`.
+    /// Loads a tokenizer from a model's folder, or from its `tokenizer.json`.
     ///
     /// # Errors
-    /// If there is no such file, or it asks for something that is not implemented.
+    /// If there is no such file, or the file requires a feature that is not implemented.
     pub fn load(path: &Path) -> Result<Self, TokenizerError> {
         let file = if path.is_dir() {
             path.join("tokenizer.json")
@@ -74,13 +76,16 @@ impl Tokenizer {
         };
         let mut inner =
             fastokens::Tokenizer::from_file(&file).map_err(|error| unusable(error.to_string()))?;
-        let whole_words = |token: &fastokens::AddedTokenConfig| token.single_word;
-        if let Some(token) = inner.added_token_configs().iter().find(|t| whole_words(t)) {
-            // The library would match it inside words too, and the ids would differ in silence.
+        let mut added_tokens = inner.added_token_configs().iter();
+        if let Some(token) = added_tokens.find(|token| token.single_word) {
+            // The library would match this token inside words too, and the ids would silently
+            // differ.
             let name = &token.content;
-            return Err(unusable(format!("token {name:?} matches whole words only")));
+            return Err(unusable(format!(
+                "token {name:?} matches whole words only, which is not supported"
+            )));
         }
-        // Engines cut or pad no prompt here, whatever the file says.
+        // Engines neither truncate nor pad prompts with these settings of the file.
         inner.set_truncation(None);
         inner.set_padding(None);
         inner.enable_segment_cache(CACHE_BYTES);
@@ -88,28 +93,33 @@ impl Tokenizer {
             inner,
             is_byte_level: false,
         };
-        tokenizer.is_byte_level = tokenizer.writes_bytes_as_characters()?;
+        tokenizer.is_byte_level = tokenizer.detect_byte_level()?;
         Ok(tokenizer)
     }
 
-    /// The ids of a text.
+    /// Returns the token ids of a text.
     ///
     /// # Errors
-    /// If the text cannot be tokenised: never for want of a cache, and never for most tokenizers.
-    pub fn encode(&self, text: &str, framing: Framing) -> Result<Vec<u32>, TokenizerError> {
-        let add = framing == Framing::Added;
-        // The library is not ours: should it panic, one prediction is lost and no request.
+    /// If the text cannot be tokenised. With most tokenizers that never happens, and it never
+    /// depends on the state of the cache.
+    pub fn encode(
+        &self,
+        text: &str,
+        special_tokens: SpecialTokens,
+    ) -> Result<Vec<u32>, TokenizerError> {
+        let add = special_tokens == SpecialTokens::Add;
+        // A panic of this third-party library must cost one prediction and not the request.
         let encoded = catch_unwind(AssertUnwindSafe(|| {
             self.inner.encode_with_special_tokens(text, add)
         }));
         match encoded {
             Ok(Ok(ids)) => Ok(ids),
             Ok(Err(error)) => Err(TokenizerError::Encode(error.to_string())),
-            Err(_) => Err(TokenizerError::Encode("the tokenizer panicked".to_owned())),
+            Err(_) => Err(TokenizerError::Encode("tokenizer panicked".to_owned())),
         }
     }
 
-    /// How many bytes of text each id stands for, up to the first that stands for none.
+    /// Returns the bytes of text that each id stands for, up to the first special or unknown token.
     #[must_use]
     pub fn text_lengths(&self, ids: &[u32]) -> Vec<usize> {
         let lengths = ids.iter().map_while(|&id| {
@@ -128,7 +138,8 @@ impl Tokenizer {
         lengths.collect()
     }
 
-    /// Bytes of text whose ids were used again, and bytes that were tokenised.
+    /// Returns the bytes of text whose ids were found in the cache, and the bytes that were
+    /// tokenised.
     #[must_use]
     pub fn reused_and_encoded_bytes(&self) -> (u64, u64) {
         self.inner
@@ -136,9 +147,10 @@ impl Tokenizer {
             .map_or((0, 0), |stats| (stats.hit_bytes, stats.miss_bytes))
     }
 
-    /// Byte-level vocabularies write a line feed as `Ċ`.
-    fn writes_bytes_as_characters(&self) -> Result<bool, TokenizerError> {
-        let line_feed = self.encode("\n", Framing::InText)?;
+    /// Returns whether the vocabulary is byte-level: such vocabularies represent a line feed by
+    /// `Ċ`.
+    fn detect_byte_level(&self) -> Result<bool, TokenizerError> {
+        let line_feed = self.encode("\n", SpecialTokens::AlreadyPresent)?;
         let tokens = line_feed.iter().map(|&id| self.inner.id_to_token(id));
         Ok(tokens.eq([Some("Ċ")]))
     }
@@ -153,7 +165,7 @@ impl fmt::Debug for Tokenizer {
     }
 }
 
-/// A special token in `tokenizer_config.json`: its text, or an object that holds it.
+/// A special token in `tokenizer_config.json`: its text, or an object with that text.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(untagged)]
 pub(crate) enum SpecialToken {
@@ -162,6 +174,7 @@ pub(crate) enum SpecialToken {
 }
 
 impl SpecialToken {
+    /// Returns the token's text.
     pub(crate) fn text(&self) -> &str {
         match self {
             Self::Text(text) | Self::Described { content: text } => text,

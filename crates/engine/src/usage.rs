@@ -1,22 +1,22 @@
-//! What an engine says a request cost.
+//! The token counts that an engine reports for a request.
 
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::lenient::Gist;
+use crate::loose_value::LooseValue;
 
-/// The `usage` of a response, in tokens. What the engine does not report is `None`.
+/// The `usage` of a response, in tokens. A count that the engine does not report is `None`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Usage {
     /// Tokens of the prompt, or of all prompts of a batch.
     pub prompt_tokens: Option<u32>,
-    /// Tokens generated, over all choices.
+    /// Output tokens, over all choices.
     pub completion_tokens: Option<u32>,
-    /// Tokens of the prompt that came from the prefix cache.
+    /// Prompt tokens that were found in the engine's prefix cache.
     pub cached_tokens: Option<u32>,
 }
 
-/// Reads the usage in the body of a response that is not a stream; `None` if there is none.
+/// Reads the usage in the body of a response that is not streamed; `None` if there is none.
 #[must_use]
 pub fn parse_usage(body: &[u8]) -> Option<Usage> {
     #[derive(Deserialize)]
@@ -29,18 +29,19 @@ pub fn parse_usage(body: &[u8]) -> Option<Usage> {
 }
 
 impl Usage {
+    /// Parses a `usage` value; `None` if it is not an object.
     pub(crate) fn read(raw: &RawValue) -> Option<Self> {
         #[derive(Default, Deserialize)]
         #[serde(default)]
         struct Fields {
-            prompt_tokens: Gist,
-            completion_tokens: Gist,
+            prompt_tokens: LooseValue,
+            completion_tokens: LooseValue,
             prompt_tokens_details: Option<Details>,
         }
         #[derive(Default, Deserialize)]
         #[serde(default)]
         struct Details {
-            cached_tokens: Gist,
+            cached_tokens: LooseValue,
         }
         let fields: Option<Fields> = serde_json::from_str(raw.get()).ok()?;
         fields.map(|fields| Self {

@@ -1,145 +1,148 @@
-//! What a worker's Prometheus text tells of each engine behind its address: how its cache is laid
-//! out, and how much of it running requests pin.
+//! An engine's Prometheus metrics: the layout of each rank's cache, and the load on it.
 //!
-//! A vLLM or SGLang with several data-parallel ranks shows them all in one text, told apart by a
-//! label. Every reading here is of one of them.
+//! A vLLM or SGLang with several data-parallel ranks reports all ranks in one text and
+//! distinguishes them by a label. Each value returned here belongs to one rank.
 
 use std::collections::BTreeMap;
 
-/// Ranks above this are not believed.
+/// Highest rank that is accepted; samples of higher ranks are ignored.
 const MAX_RANK: u32 = 4095;
 
-/// One engine's KV cache, as it describes it. What it does not say is `None`.
+/// The KV cache of one rank as the engine describes it. A value that it does not report is `None`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CacheConfig {
     /// Tokens per block.
     pub block_size: Option<u32>,
-    /// Blocks that requests can use.
+    /// Number of blocks that requests can use.
     pub blocks: Option<u32>,
-    /// Whether blocks are kept for later prompts.
+    /// Whether the engine keeps blocks for later prompts.
     pub prefix_caching: Option<bool>,
 }
 
 impl CacheConfig {
-    /// Reads the text of `/metrics`: the engines that describe their cache, with their ranks, in
-    /// order. Lines that are not understood are skipped.
+    /// Parses the text of `/metrics`. Returns the ranks whose cache is described, in order. Lines
+    /// of unknown form are skipped.
     #[must_use]
     pub fn parse(metrics: &str) -> Vec<(u32, Self)> {
-        let engines = read_engines(metrics).into_iter();
-        let described = engines.map(|(rank, engine)| (rank, engine.cache));
+        let ranks = read_ranks(metrics).into_iter();
+        let described = ranks.map(|(rank, entry)| (rank, entry.cache));
         described
             .filter(|(_, cache)| *cache != Self::default())
             .collect()
     }
 }
 
-/// What one engine carried when its metrics were written.
+/// The load of one rank at the time at which the engine updated its metrics.
 ///
-/// vLLM writes them after every step. SGLang does after every prefill and every 40th decode step
-/// (`--decode-log-interval`), and what its last requests pinned may stay written for half a minute
-/// after they ended.
+/// vLLM updates them after every step. SGLang updates them after every prefill and every 40th
+/// decode step (`--decode-log-interval`); the blocks of its last requests may remain in the metrics
+/// for half a minute after these ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct EngineLoad {
-    /// Blocks pinned by running requests, shared ones once; blocks that are only cached are not
-    /// among them.
+    /// Active blocks, pinned by running requests. A shared block counts once; a block that is only
+    /// cached does not count.
     pub active_blocks: f64,
-    /// Requests that hold blocks.
+    /// Number of requests that have blocks.
     pub running: u32,
-    /// Requests that hold none yet.
+    /// Number of requests that have no blocks yet.
     pub waiting: u32,
 }
 
 impl EngineLoad {
-    /// Reads the text of `/metrics`: the engines that tell how many blocks are pinned, with their
-    /// ranks, in order. SGLang does not before its first request.
+    /// Parses the text of `/metrics`. Returns the ranks whose pinned blocks are reported, in order.
+    /// SGLang reports none before its first request.
     #[must_use]
     pub fn parse(metrics: &str) -> Vec<(u32, Self)> {
-        let engines = read_engines(metrics).into_iter();
-        let loads = engines.filter_map(|(rank, engine)| Some((rank, engine.load()?)));
+        let ranks = read_ranks(metrics).into_iter();
+        let loads = ranks.filter_map(|(rank, entry)| Some((rank, entry.load()?)));
         loads.collect()
     }
 }
 
-/// What is said of one engine.
+/// The samples of one rank.
 #[derive(Clone, Copy, Debug, Default)]
-struct Engine {
+struct RankMetrics {
     cache: CacheConfig,
-    /// vLLM: what share of the usable blocks is pinned.
-    pinned_share: Option<f64>,
+    /// vLLM: fraction of the usable blocks that is pinned.
+    pinned_fraction: Option<f64>,
     /// SGLang: tokens of pages that are neither free nor evictable.
     pinned_tokens: Option<f64>,
+    /// Number of running requests.
     running: Option<f64>,
+    /// Number of requests in the engine's queue.
     waiting: Option<f64>,
 }
 
-impl Engine {
+impl RankMetrics {
+    /// Returns the load; `None` if the metrics do not determine the pinned blocks.
     fn load(&self) -> Option<EngineLoad> {
-        let of_share = || Some(self.pinned_share? * f64::from(self.cache.blocks?));
-        let of_tokens = || Some(self.pinned_tokens? / f64::from(self.cache.block_size?));
+        let from_fraction = || Some(self.pinned_fraction? * f64::from(self.cache.blocks?));
+        let from_tokens = || Some(self.pinned_tokens? / f64::from(self.cache.block_size?));
         Some(EngineLoad {
-            active_blocks: of_share().or_else(of_tokens)?,
+            active_blocks: from_fraction().or_else(from_tokens)?,
             running: self.running.unwrap_or(0.0) as u32,
             waiting: self.waiting.unwrap_or(0.0) as u32,
         })
     }
 }
 
-fn read_engines(metrics: &str) -> BTreeMap<u32, Engine> {
-    let mut engines = BTreeMap::<u32, Engine>::new();
+/// Collects the samples of all ranks, by rank.
+fn read_ranks(metrics: &str) -> BTreeMap<u32, RankMetrics> {
+    let mut ranks = BTreeMap::<u32, RankMetrics>::new();
     let mut vllm_blocks = BTreeMap::<u32, u32>::new();
     for sample in metrics.lines().filter_map(Sample::read) {
         let Some(rank) = sample.rank() else {
             continue;
         };
-        let engine = engines.entry(rank).or_default();
+        let entry = ranks.entry(rank).or_default();
         match sample.name {
             "vllm:cache_config_info" => {
-                if let Some(blocks) = sample.whole("num_gpu_blocks") {
+                if let Some(blocks) = sample.label_u32("num_gpu_blocks") {
                     vllm_blocks.insert(rank, blocks);
                 }
-                engine.cache.block_size = sample.whole("block_size");
-                engine.cache.prefix_caching = match sample.label("enable_prefix_caching") {
+                entry.cache.block_size = sample.label_u32("block_size");
+                entry.cache.prefix_caching = match sample.label("enable_prefix_caching") {
                     Some("True" | "true") => Some(true),
                     Some("False" | "false") => Some(false),
                     _ => None,
                 };
             }
             "sglang:cache_config_info" => {
-                engine.cache.block_size = sample.whole("page_size");
-                engine.cache.blocks = sample.whole("num_pages");
+                entry.cache.block_size = sample.label_u32("page_size");
+                entry.cache.blocks = sample.label_u32("num_pages");
             }
-            "sglang:page_size" => engine.cache.block_size = sample.positive(),
-            "sglang:num_pages" => engine.cache.blocks = sample.positive(),
-            "vllm:kv_cache_usage_perc" => engine.pinned_share = Some(sample.value),
+            "sglang:page_size" => entry.cache.block_size = sample.positive(),
+            "sglang:num_pages" => entry.cache.blocks = sample.positive(),
+            "vllm:kv_cache_usage_perc" => entry.pinned_fraction = Some(sample.value),
             "vllm:gpu_cache_usage_perc" => {
-                engine.pinned_share.get_or_insert(sample.value);
+                entry.pinned_fraction.get_or_insert(sample.value);
             }
-            "sglang:kv_used_tokens" => engine.pinned_tokens = Some(sample.value),
-            // The same in releases that do not have the former; the larger pool's, if there are
-            // two.
+            "sglang:kv_used_tokens" => entry.pinned_tokens = Some(sample.value),
+            // The pinned tokens in releases without `kv_used_tokens`. If there are two pools, the
+            // tokens of the larger one.
             "sglang:num_used_tokens" => {
-                engine.pinned_tokens.get_or_insert(sample.value);
+                entry.pinned_tokens.get_or_insert(sample.value);
             }
             "vllm:num_requests_running" | "sglang:num_running_reqs" => {
-                engine.running = Some(sample.value);
+                entry.running = Some(sample.value);
             }
             "vllm:num_requests_waiting" | "sglang:num_queue_reqs" => {
-                engine.waiting = Some(sample.value);
+                entry.waiting = Some(sample.value);
             }
             _ => {}
         }
     }
-    // Each of several vLLM ranks tells the sum of all, and each keeps one block to itself.
-    let ranks = u32::try_from(vllm_blocks.len()).unwrap_or(u32::MAX);
+    // Each vLLM rank reports the sum over all ranks, and reserves one of its own blocks.
+    let rank_count = u32::try_from(vllm_blocks.len()).unwrap_or(u32::MAX);
     for (rank, blocks) in vllm_blocks {
-        if let Some(engine) = engines.get_mut(&rank) {
-            engine.cache.blocks = (blocks / ranks).checked_sub(1);
+        if let Some(entry) = ranks.get_mut(&rank) {
+            entry.cache.blocks = (blocks / rank_count).checked_sub(1);
         }
     }
-    engines
+    ranks
 }
 
-/// One line: `name{label="value",…} number`.
+/// One line of metrics: `name{label="value",…} number`.
 #[derive(Clone, Copy, Debug)]
 struct Sample<'t> {
     name: &'t str,
@@ -148,16 +151,19 @@ struct Sample<'t> {
 }
 
 impl<'t> Sample<'t> {
-    /// Reads a line, if it may be one that matters.
+    /// Parses a line; `None` if it is not a finite, nonnegative sample of vLLM or SGLang.
     fn read(line: &'t str) -> Option<Self> {
         if !line.starts_with("vllm:") && !line.starts_with("sglang:") {
             return None;
         }
         let (name, rest) = line.split_once('{')?;
         let labels = Labels(rest);
-        let mut rest = labels;
-        while rest.next().is_some() {}
-        let value = rest.0.trim_start_matches([',', ' ']).strip_prefix('}')?;
+        let mut remaining = labels;
+        while remaining.next().is_some() {}
+        let value = remaining
+            .0
+            .trim_start_matches([',', ' '])
+            .strip_prefix('}')?;
         let value: f64 = value.split_whitespace().next()?.parse().ok()?;
         (value.is_finite() && value >= 0.0).then_some(Self {
             name: name.trim_end(),
@@ -166,25 +172,30 @@ impl<'t> Sample<'t> {
         })
     }
 
+    /// Returns the value of a label.
     fn label(&self, name: &str) -> Option<&'t str> {
         let mut labels = self.labels;
-        labels.find_map(|(known, value)| (known == name).then_some(value))
+        labels.find_map(|(label, value)| (label == name).then_some(value))
     }
 
-    /// A label's value, if it is a whole number above 0.
-    fn whole(&self, name: &str) -> Option<u32> {
+    /// Returns the value of a label, if it is a positive integer.
+    fn label_u32(&self, name: &str) -> Option<u32> {
         self.label(name)?.parse().ok().filter(|&number| number > 0)
     }
 
-    /// The sample's value, if it is a whole number above 0.
+    /// Returns the sample's value without its fraction, if it is at least 1.
     fn positive(&self) -> Option<u32> {
         (self.value >= 1.0).then_some(self.value as u32)
     }
 
-    /// Which engine it is of. `None` if it is of a part of what one carries: with priorities,
-    /// SGLang counts requests of each as well.
+    /// Returns the rank that the sample belongs to. `None` if the rank is invalid, or if the sample
+    /// covers only part of a rank's load: with priorities, SGLang also reports the requests of each
+    /// priority.
     fn rank(&self) -> Option<u32> {
-        if self.label("priority").is_some_and(|it| !it.is_empty()) {
+        if self
+            .label("priority")
+            .is_some_and(|priority| !priority.is_empty())
+        {
             return None;
         }
         let rank = self.label("engine").or_else(|| self.label("dp_rank"));
@@ -193,7 +204,8 @@ impl<'t> Sample<'t> {
     }
 }
 
-/// The labels after `{`: `name="value",…}`. Values are given as written, escapes and all.
+/// The labels of a sample, after the `{`: `name="value",…}`. Values are returned as written, with
+/// their escapes.
 #[derive(Clone, Copy, Debug)]
 struct Labels<'t>(&'t str);
 
@@ -220,7 +232,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn releases_that_describe_their_cache_in_labels() {
+    fn a_cache_described_in_labels_is_parsed() {
         let text = r#"vllm:cache_config_info{block_size="16",enable_prefix_caching="True",num_gpu_blocks="27411"} 1.0
 vllm:gpu_cache_usage_perc{model_name="q"} 0.5"#;
         let expected = CacheConfig {
@@ -242,7 +254,7 @@ sglang:num_used_tokens{model_name="q"} 640"#;
     }
 
     #[test]
-    fn requests_of_one_priority_are_not_all_requests() {
+    fn samples_of_a_single_priority_are_ignored() {
         let text = r#"sglang:page_size{dp_rank="3",priority=""} 1
 sglang:kv_used_tokens{dp_rank="3",priority=""} 7
 sglang:num_running_reqs{dp_rank="3",priority=""} 5
@@ -256,7 +268,7 @@ sglang:num_running_reqs{dp_rank="3",priority="1"} 2"#;
     }
 
     #[test]
-    fn what_is_not_said_is_not_known() {
+    fn invalid_and_missing_values_are_none() {
         let text = r#"vllm:cache_config_info{block_size="0", num_gpu_blocks="None"} 1
 vllm:kv_cache_usage_perc{engine="0"} 0.5
 vllm:kv_cache_usage_perc{engine="x"} 0.5
@@ -275,7 +287,7 @@ up 1"#;
 
     proptest! {
         #[test]
-        fn any_text_is_survived(tail in "[a-z_=\",\\\\{} 0-9\n]{0,80}", any_text in ".*") {
+        fn no_text_causes_a_panic(tail in "[a-z_=\",\\\\{} 0-9\n]{0,80}", any_text in ".*") {
             for text in [format!("vllm:cache_config_info{{{tail}"), any_text] {
                 let _ = CacheConfig::parse(&text);
                 let _ = EngineLoad::parse(&text);

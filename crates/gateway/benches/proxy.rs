@@ -1,9 +1,9 @@
-//! What the proxy costs: CPU time per request of the gateway's process alone, and its memory
-//! after many different prompts. `cargo bench -p foresee-gateway`.
+//! Benchmark of the proxy: CPU time of the gateway's process per request, and its memory after many
+//! different prompts. Run with `cargo bench -p foresee-gateway`.
 //!
-//! Two copies of this program play the worker and the clients, so that their CPU time is not
-//! counted: roles are told by the first argument. Both speak HTTP over keep-alive connections by
-//! hand, with as little of it as there can be. Linux only: it reads `/proc/self`.
+//! Two child processes of this program act as the worker and the clients, so that their CPU time is
+//! not counted. The first argument is the role. Both use a minimal HTTP implementation over keep-alive
+//! connections. Linux only, because it reads `/proc/self`.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
@@ -11,12 +11,14 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use foresee_core::fleet::WorkerState;
+use foresee_core::workers::WorkerState;
 use foresee_gateway::{Gateway, GatewayConfig};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
+/// Number of connections of the clients.
 const CONNECTIONS: usize = 32;
+/// Number of events of one stream.
 const EVENTS: usize = 16;
 
 #[global_allocator]
@@ -32,7 +34,7 @@ fn main() {
         Some("worker") => runtime.block_on(worker()),
         Some("clients") => {
             let address = arguments.next().unwrap();
-            let kind = Kind::of(&arguments.next().unwrap());
+            let kind = Kind::from_name(&arguments.next().unwrap());
             let requests = arguments.next().unwrap().parse().unwrap();
             runtime.block_on(clients(address, kind, requests));
         }
@@ -40,16 +42,17 @@ fn main() {
     }
 }
 
-/// What the clients send and the worker answers.
+/// Kind of requests and responses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    /// A chat of 2 KB, answered whole.
+    /// A chat of 2 KB; the response does not stream.
     Whole,
-    /// The same, answered in 16 events one after the other.
+    /// A chat of 2 KB; the response is a stream of 16 events.
     Stream,
-    /// The same, the events a millisecond apart: none ever shares a system call with another.
+    /// A chat of 2 KB; the response is a stream of 16 events, one per millisecond, so that no two
+    /// events share a system call.
     SlowStream,
-    /// 28 KB of text that no other request shares.
+    /// A chat of 28 KB that differs from all other prompts; the response does not stream.
     Distinct,
 }
 
@@ -61,15 +64,17 @@ impl Kind {
         (Kind::Distinct, "distinct"),
     ];
 
-    fn of(name: &str) -> Self {
-        Self::ALL.iter().find(|(_, it)| *it == name).unwrap().0
+    fn from_name(name: &str) -> Self {
+        let mut kinds = Self::ALL.iter();
+        kinds.find(|(_, known)| *known == name).unwrap().0
     }
 
     fn name(self) -> &'static str {
-        Self::ALL.iter().find(|(it, _)| *it == self).unwrap().1
+        let mut kinds = Self::ALL.iter();
+        kinds.find(|(kind, _)| *kind == self).unwrap().1
     }
 
-    /// The body of request `number`; all of one kind are equally long.
+    /// Returns the body of request `number`. All bodies of one kind have the same length.
     fn body(self, number: usize) -> String {
         let length = if self == Kind::Distinct {
             28_000
@@ -100,18 +105,14 @@ async fn measure() {
         "", "requests", "CPU µs each", "requests/s"
     );
     for (label, kind, requests) in [
-        ("2 KB chat, answered whole", Kind::Whole, 40_000),
-        ("2 KB chat, answered in 16 events", Kind::Stream, 20_000),
-        ("the same, events 1 ms apart", Kind::SlowStream, 20_000),
-        (
-            "28 KB chat, every prompt different",
-            Kind::Distinct,
-            100_000,
-        ),
+        ("2 KB chat, whole response", Kind::Whole, 40_000),
+        ("2 KB chat, stream of 16 events", Kind::Stream, 20_000),
+        ("2 KB chat, 16 events 1 ms apart", Kind::SlowStream, 20_000),
+        ("28 KB chat, distinct prompts", Kind::Distinct, 100_000),
     ] {
-        let (mut worker, mut said) = spawn(&["worker"]);
+        let (mut worker, mut output) = spawn(&["worker"]);
         let mut address = String::new();
-        said.read_line(&mut address).unwrap();
+        output.read_line(&mut address).unwrap();
         let gateway = Gateway::start(GatewayConfig {
             listen: "127.0.0.1:0".parse().unwrap(),
             admin_listen: "127.0.0.1:0".parse().unwrap(),
@@ -123,7 +124,7 @@ async fn measure() {
         while !healthy() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        // Connections, threads and caches as they are in service.
+        // Opens connections and fills caches before the measurement.
         run_clients(&gateway, kind, 2_000).await;
         let (cpu, memory, start) = (cpu_time(), resident_bytes(), Instant::now());
         run_clients(&gateway, kind, requests).await;
@@ -135,10 +136,10 @@ async fn measure() {
         );
         if kind == Kind::Distinct {
             println!(
-                "memory before and after them: {:.1} MB, {:.1} MB; {} edges tracked",
+                "memory before and after: {:.1} MB, {:.1} MB; {} prefix tree nodes",
                 memory as f64 / 1e6,
                 resident_bytes() as f64 / 1e6,
-                gateway.router().tracked_edges(),
+                gateway.router().prefix_tree_nodes(),
             );
         }
         gateway.shut_down().await;
@@ -149,25 +150,26 @@ async fn measure() {
 
 async fn run_clients(gateway: &Gateway, kind: Kind, requests: usize) {
     let address = gateway.address().to_string();
-    let (mut clients, _said) = spawn(&["clients", &address, kind.name(), &requests.to_string()]);
+    let (mut clients, _output) = spawn(&["clients", &address, kind.name(), &requests.to_string()]);
     let ended = tokio::task::spawn_blocking(move || clients.wait().unwrap());
     assert!(ended.await.unwrap().success(), "a request failed");
 }
 
+/// Starts a child process of this program, and returns it with its output.
 fn spawn(arguments: &[&str]) -> (Child, BufReader<ChildStdout>) {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(arguments)
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    let said = BufReader::new(child.stdout.take().unwrap());
-    (child, said)
+    let output = BufReader::new(child.stdout.take().unwrap());
+    (child, output)
 }
 
-/// User and system time of this process.
+/// Returns the user and system time of this process.
 fn cpu_time() -> Duration {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
-    // The name, in parentheses, may hold spaces; utime and stime are fields 14 and 15.
+    // The name, in parentheses, may contain spaces; utime and stime are fields 14 and 15.
     let fields: Vec<&str> = stat
         .rsplit_once(')')
         .unwrap()
@@ -178,6 +180,7 @@ fn cpu_time() -> Duration {
     Duration::from_millis(ticks * 10)
 }
 
+/// Returns the resident memory of this process.
 fn resident_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status
@@ -188,7 +191,7 @@ fn resident_bytes() -> u64 {
     kilobytes * 1024
 }
 
-/// Answers health probes and chats until it is killed.
+/// Runs the worker, which responds to health checks and chats until it is killed.
 async fn worker() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     println!("http://{}", listener.local_addr().unwrap());
@@ -196,12 +199,12 @@ async fn worker() {
     loop {
         let (mut stream, _) = listener.accept().await.unwrap();
         stream.set_nodelay(true).unwrap();
-        tokio::spawn(async move { while answer(&mut stream).await.is_some() {} });
+        tokio::spawn(async move { while respond(&mut stream).await.is_some() {} });
     }
 }
 
-/// Reads one request and answers it. `None` at the end of the connection.
-async fn answer(stream: &mut TcpStream) -> Option<()> {
+/// Reads one request and responds to it. Returns `None` at the end of the connection.
+async fn respond(stream: &mut TcpStream) -> Option<()> {
     let (head, body) = read_message(stream).await?;
     if head.starts_with("GET /health") {
         stream
@@ -214,7 +217,7 @@ async fn answer(stream: &mut TcpStream) -> Option<()> {
     } else if memchr::memmem::find(&body, br#""stream":true"#).is_some() {
         let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
         stream.write_all(head.as_bytes()).await.ok()?;
-        let slowly = memchr::memmem::find(&body, br#""gap_ms":1"#).is_some();
+        let is_slow = memchr::memmem::find(&body, br#""gap_ms":1"#).is_some();
         for event in 0..EVENTS {
             let data = if event + 1 == EVENTS {
                 "data: [DONE]\n\n".to_owned()
@@ -225,26 +228,27 @@ async fn answer(stream: &mut TcpStream) -> Option<()> {
             };
             let chunk = format!("{:x}\r\n{data}\r\n", data.len());
             stream.write_all(chunk.as_bytes()).await.ok()?;
-            if slowly {
+            if is_slow {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
         }
         stream.write_all(b"0\r\n\r\n").await.ok()?;
     } else {
         let text = "word ".repeat(16);
-        let answer = format!(
+        let body = format!(
             r#"{{"id":"chatcmpl-1","object":"chat.completion","created":1,"model":"m","choices":[{{"index":0,"message":{{"role":"assistant","content":"{text}"}},"finish_reason":"length"}}],"usage":{{"prompt_tokens":480,"completion_tokens":16,"total_tokens":496}}}}"#
         );
         let response = format!(
-            "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{answer}",
-            answer.len()
+            "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
         );
         stream.write_all(response.as_bytes()).await.ok()?;
     }
     Some(())
 }
 
-/// Sends so many requests over [`CONNECTIONS`] connections. Panics if one is not answered whole.
+/// Runs the clients: sends `requests` requests over [`CONNECTIONS`] connections. Panics if a response is
+/// incomplete or not a 200.
 async fn clients(address: String, kind: Kind, requests: usize) {
     let tasks: Vec<_> = (0..CONNECTIONS)
         .map(|connection| {
@@ -259,7 +263,7 @@ async fn clients(address: String, kind: Kind, requests: usize) {
                         body.len()
                     );
                     stream.write_all(request.as_bytes()).await.unwrap();
-                    let (head, _) = read_message(&mut stream).await.expect("an answer");
+                    let (head, _) = read_message(&mut stream).await.expect("a response");
                     assert!(head.starts_with("HTTP/1.1 200"), "{head}");
                 }
             })
@@ -270,7 +274,8 @@ async fn clients(address: String, kind: Kind, requests: usize) {
     }
 }
 
-/// Reads one whole HTTP message; with chunked coding, up to and with the last chunk.
+/// Reads one whole HTTP message: with chunked encoding, up to the last chunk. Returns its head and body,
+/// or `None` at the end of the connection.
 async fn read_message(stream: &mut TcpStream) -> Option<(String, Vec<u8>)> {
     let mut bytes = Vec::with_capacity(4096);
     let mut body_start = None;
@@ -287,7 +292,7 @@ async fn read_message(stream: &mut TcpStream) -> Option<(String, Vec<u8>)> {
             let length = head
                 .lines()
                 .find_map(|line| line.strip_prefix("content-length: "));
-            body_length = length.map(|it| it.parse::<usize>().unwrap());
+            body_length = length.map(|length| length.parse::<usize>().unwrap());
             if body_length.is_none() && !head.contains("chunked") {
                 body_length = Some(0);
             }

@@ -1,10 +1,12 @@
-//! The admin listener: what the fleet looks like, why a request would go where, and metrics.
+//! Admin listener: workers and their state, explanations of routing decisions, health and metrics.
+//!
+//! `docs/api.md` describes the paths and all JSON fields.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use foresee_core::fleet::{WorkerId, WorkerSnapshot};
-use foresee_core::router::Explanation;
+use foresee_core::router::{CacheSource, Explanation};
+use foresee_core::workers::{WorkerId, WorkerSnapshot};
 use foresee_engine::error::ApiError;
 use foresee_engine::request::Endpoint;
 use http::{Method, Request, Response, StatusCode};
@@ -13,27 +15,28 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::config::WorkerConfig;
+use crate::gateway_state::GatewayState;
 use crate::reply::{self, Body};
-use crate::shared::Shared;
 use crate::subscribe::KvEvents;
-use crate::workers::{Worker, start_watching};
+use crate::workers::{Worker, start_worker_tasks};
 
+/// Content type of the metrics.
 const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// How often a draining worker is looked at.
-const DRAIN_POLL: Duration = Duration::from_millis(50);
+/// Time between two checks of a draining worker.
+const DRAIN_POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-impl Shared {
-    /// Answers one request to the admin API.
-    pub(crate) async fn answer_admin(
+impl GatewayState {
+    /// Handles one request to the admin API.
+    pub(crate) async fn handle_admin(
         self: Arc<Self>,
         request: Request<Incoming>,
     ) -> Response<Body> {
-        let answered = self.try_answer_admin(request).await;
-        answered.unwrap_or_else(|error| reply::error(&error))
+        let result = self.try_handle_admin(request).await;
+        result.unwrap_or_else(|error| reply::error(&error))
     }
 
-    async fn try_answer_admin(
+    async fn try_handle_admin(
         self: Arc<Self>,
         request: Request<Incoming>,
     ) -> Result<Response<Body>, ApiError> {
@@ -60,7 +63,7 @@ impl Shared {
                 let explanation = self.explain(endpoint_of(&body), &body)?;
                 Ok(reply::json(
                     StatusCode::OK,
-                    show_explanation(&explanation).to_string(),
+                    explanation_json(&explanation).to_string(),
                 ))
             }
             (method, path) => match path.strip_prefix("/admin/workers/") {
@@ -70,67 +73,88 @@ impl Shared {
         }
     }
 
+    /// Returns the metrics in OpenMetrics text format.
     fn expose_metrics(&self) -> Result<Response<Body>, ApiError> {
         let workers = self.router.workers(self.clock.now());
-        let (bookings, edges) = (self.router.bookings(), self.router.tracked_edges());
-        let text = self
-            .metrics
-            .expose(&workers, self.router.length_forecast(), bookings, edges);
+        let text = self.metrics.expose(
+            &workers,
+            self.router.output_length_accuracy(),
+            self.router.booking_count(),
+            self.router.prefix_tree_nodes(),
+        );
         let text = text.map_err(|error| ApiError::unavailable(error.to_string()))?;
         Ok(reply::whole(StatusCode::OK, METRICS_TYPE, text))
     }
 
+    /// Returns all workers, and the accuracy of the output length model.
     fn list_workers(&self) -> Response<Body> {
         let snapshots = self.router.workers(self.clock.now());
-        let shown: Vec<Value> = snapshots.iter().map(|worker| self.show(worker)).collect();
-        let lengths = self.router.length_forecast();
-        let lengths = json!({
-            "answers": lengths.answers,
-            "expected_tokens": lengths.expected,
-            "bias": lengths.bias,
-            "mean_error": lengths.error,
+        let workers: Vec<Value> = snapshots
+            .iter()
+            .map(|worker| self.worker_json(worker))
+            .collect();
+        let lengths = self.router.output_length_accuracy();
+        let body = json!({
+            "workers": workers,
+            "output_lengths": {
+                "outputs": lengths.outputs,
+                "expected_tokens": lengths.expected_tokens,
+                "bias": lengths.bias,
+                "mean_error": lengths.mean_abs_relative_error,
+            },
         });
-        let shown = json!({ "workers": shown, "output_lengths": lengths });
-        reply::json(StatusCode::OK, shown.to_string())
+        reply::json(StatusCode::OK, body.to_string())
     }
 
-    fn show(&self, worker: &WorkerSnapshot) -> Value {
-        let known = self.workers.get(worker.id);
-        let follows_events = known.as_ref().is_some_and(|it| it.events.read().followed);
+    /// Returns one worker: the router's view, and what only the gateway knows of it. The latter is
+    /// `null` while the worker is being removed.
+    fn worker_json(&self, worker: &WorkerSnapshot) -> Value {
+        let entry = self.workers.get(worker.id);
+        let follows_events = entry
+            .as_ref()
+            .is_some_and(|entry| entry.events.read().followed);
+        let cache_source = if follows_events {
+            CacheSource::Events
+        } else {
+            CacheSource::Estimated
+        };
         json!({
             "name": worker.name,
-            "url": known.as_ref().map(|worker| worker.config.url()),
-            "rank": known.as_ref().and_then(|worker| worker.config.rank),
+            "url": entry.as_ref().map(|entry| entry.config.url()),
+            "rank": entry.as_ref().and_then(|entry| entry.config.rank),
             "state": worker.state.as_str(),
             "models": worker.models,
             "requests": worker.requests,
-            "held_requests": worker.held_requests,
+            "queued_requests": worker.queued_requests,
             "active_blocks": worker.active_blocks,
-            "held_blocks": worker.held_blocks,
-            "engine_active_blocks": known.as_ref().and_then(|it| *it.engine_active_blocks.lock()),
+            "queued_blocks": worker.queued_blocks,
+            "engine_active_blocks": entry
+                .as_ref()
+                .and_then(|entry| *entry.engine_active_blocks.lock()),
             "context_tokens": worker.context_tokens,
             "prefill_tokens": worker.prefill_tokens,
             "cached_blocks": worker.cached_blocks,
-            "cache_source": if follows_events { "events" } else { "shadow" },
-            "kv_events": known.and_then(|worker| show_events(&worker)),
+            "cache_source": cache_source.as_str(),
+            "kv_events": entry.and_then(|entry| kv_events_json(&entry)),
             "capacity_blocks": worker.capacity_blocks,
             "capacity_source": worker.capacity_source.as_str(),
             "eviction": worker.eviction.as_str(),
-            "prefill_tokens_per_second": worker.pace.prefill_speed(),
+            "prefill_tokens_per_second": worker.latency.prefill_speed(),
             "inter_token_latency_seconds": worker.inter_token_latency.as_secs_f64(),
-            "forecast": show_forecast(worker),
+            "forecast": forecast_json(worker),
         })
     }
 
-    /// `{"url": "URL[,name=…][,ranks=N][,blocks=N]…"}`, as on the command line.
+    /// Adds the workers of the body `{"url": "URL[,name=NAME][,ranks=N][,blocks=N]…"}`, a description as
+    /// for `--worker`.
     fn add_worker(self: &Arc<Self>, body: &[u8]) -> Result<Response<Body>, ApiError> {
         #[derive(Deserialize)]
-        struct New {
+        struct NewWorker {
             url: String,
         }
-        let new: New = serde_json::from_slice(body).map_err(|error| {
+        let new: NewWorker = serde_json::from_slice(body).map_err(|error| {
             let message =
-                format!("Send {{\"url\": \"http://HOST:PORT[,name=NAME][,blocks=N]\"}}: {error}.");
+                format!("The body must be {{\"url\": \"http://HOST:PORT[,name=NAME][,blocks=N]\"}}: {error}.");
             ApiError::bad_request(message, Some("url"))
         })?;
         let config: WorkerConfig = new
@@ -142,26 +166,24 @@ impl Shared {
             .add(&self.router, &config, self.config.prefix_caching)
             .map_err(|error| ApiError::bad_request(error.to_string(), Some("url")))?;
         for worker in added {
-            start_watching(self, worker);
+            start_worker_tasks(self, worker);
         }
         let body = json!({ "name": config.name });
         Ok(reply::json(StatusCode::ACCEPTED, body.to_string()))
     }
 
-    /// Of an engine with ranks, all of them or one.
+    /// Drains the worker `name` and removes it once it has no requests. The name of an engine with
+    /// ranks stands for all its ranks.
     fn drain_worker(self: &Arc<Self>, name: &str) -> Result<Response<Body>, ApiError> {
-        let is_named = |worker: &Arc<Worker>| {
-            worker.config.name == name || worker.config.engine_name() == name
-        };
-        let mut named = self.workers.all();
-        named.retain(is_named);
-        if named.is_empty() {
+        let mut workers = self.workers.all();
+        workers.retain(|worker| worker.config.name == name || worker.config.engine_name() == name);
+        if workers.is_empty() {
             return Err(ApiError {
                 status: 404,
-                ..ApiError::bad_request(format!("There is no worker named `{name}`."), None)
+                ..ApiError::bad_request(format!("No worker is named `{name}`."), None)
             });
         }
-        for worker in named {
+        for worker in workers {
             self.router.set_draining(worker.id, true);
             tokio::spawn(Arc::clone(self).remove_when_drained(worker.id));
         }
@@ -169,66 +191,70 @@ impl Shared {
         Ok(reply::json(StatusCode::ACCEPTED, body.to_string()))
     }
 
+    /// Waits until no request is booked on the worker, then removes it.
     async fn remove_when_drained(self: Arc<Self>, id: WorkerId) {
-        let running = || {
+        let has_requests = || {
             let workers = self.router.workers(self.clock.now());
             workers
                 .iter()
                 .any(|worker| worker.id == id && worker.requests > 0)
         };
-        while running() {
-            tokio::time::sleep(DRAIN_POLL).await;
+        while has_requests() {
+            tokio::time::sleep(DRAIN_POLL_INTERVAL).await;
         }
         self.workers.remove(&self.router, id);
     }
 }
 
-/// What was learned of a worker, and how well it foretells.
-fn show_forecast(worker: &WorkerSnapshot) -> Value {
-    let pace = &worker.pace;
-    let (first_tokens, error) = worker.first_token_error;
+/// Returns a worker's latency model, and the accuracy of its forecasts.
+fn forecast_json(worker: &WorkerSnapshot) -> Value {
+    let model = &worker.latency;
+    let ttft = worker.ttft_accuracy;
     json!({
-        "backlog_seconds": worker.backlog.as_secs_f64(),
+        "backlog_seconds": worker.prefill_backlog.as_secs_f64(),
         "prefill": {
-            "start_seconds": pace.start,
-            "token_seconds": pace.token,
-            "attention_seconds": pace.attention,
-            "samples": pace.samples[0],
-            "mean_error": pace.errors[0],
+            "base_seconds": model.prefill_base,
+            "seconds_per_token": model.prefill_per_token,
+            "seconds_per_attention_pair": model.prefill_per_attention_pair,
+            "samples": model.prefill_accuracy.samples,
+            "mean_error": model.prefill_accuracy.mean_abs_relative_error,
         },
-        "step": {
-            "step_seconds": pace.step,
-            "sequence_seconds": pace.sequence,
-            "context_token_seconds": pace.context,
-            "samples": pace.samples[1],
-            "mean_error": pace.errors[1],
+        "decode_step": {
+            "base_seconds": model.decode_base,
+            "seconds_per_request": model.decode_per_request,
+            "seconds_per_context_token": model.decode_per_context_token,
+            "samples": model.decode_accuracy.samples,
+            "mean_error": model.decode_accuracy.mean_abs_relative_error,
         },
-        "time_to_first_token": { "samples": first_tokens, "mean_error": error },
+        "time_to_first_token": {
+            "samples": ttft.samples,
+            "mean_error": ttft.mean_abs_relative_error,
+        },
     })
 }
 
-/// How a worker's KV events stand; `None` if it has none.
-fn show_events(worker: &Worker) -> Option<Value> {
+/// Returns the state of a worker's event stream; `None` without an event source.
+fn kv_events_json(worker: &Worker) -> Option<Value> {
     let source = worker.event_source.borrow().clone()?;
-    let standing = worker.events.read();
+    let snapshot = worker.events.read();
     Some(json!({
         "source": source.to_string(),
         "replay": source.replay,
         "discovered": worker.config.kv_events == KvEvents::Discovered,
-        "state": standing.state.as_str(),
-        "exact": standing.exact,
-        "last_sequence": standing.last_sequence,
-        "lag_seconds": standing.lag_seconds,
-        "batches": standing.batches,
-        "gaps": standing.gaps,
-        "lost": standing.lost,
-        "mistrusted": standing.mistrusted,
-        "lists_cached": standing.has_lists,
+        "state": snapshot.state.as_str(),
+        "exact": snapshot.is_complete,
+        "last_sequence": snapshot.last_sequence,
+        "lag_seconds": snapshot.lag_seconds,
+        "batches": snapshot.batches,
+        "gaps": snapshot.gaps,
+        "lost": snapshot.lost,
+        "untrusted": snapshot.untrusted,
+        "full_report_mode": snapshot.full_report_mode,
     }))
 }
 
-/// A part of a path as it was meant: names are often `HOST:PORT`, and many clients write that
-/// colon as `%3A`. What is no escape stands for itself.
+/// Decodes the percent escapes in a part of a path. Names of workers are often `HOST:PORT`, and many
+/// clients write the colon as `%3A`. A `%` without two hexadecimal digits stays as it is.
 fn percent_decoded(text: &str) -> String {
     let mut decoded = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
@@ -246,52 +272,55 @@ fn percent_decoded(text: &str) -> String {
     String::from_utf8_lossy(&decoded).into_owned()
 }
 
-/// Which API a body is for, by the field that only that one has.
+/// Returns the endpoint that a body is for: embeddings if it has `input`, completions if it has no
+/// `messages`, and otherwise chat completions.
 fn endpoint_of(body: &[u8]) -> Endpoint {
     #[derive(Deserialize)]
-    struct Marks {
+    struct Fields {
         messages: Option<serde::de::IgnoredAny>,
         input: Option<serde::de::IgnoredAny>,
     }
     match serde_json::from_slice(body) {
-        Ok(Marks { input: Some(_), .. }) => Endpoint::Embeddings,
-        Ok(Marks { messages: None, .. }) => Endpoint::Completions,
+        Ok(Fields { input: Some(_), .. }) => Endpoint::Embeddings,
+        Ok(Fields { messages: None, .. }) => Endpoint::Completions,
         _ => Endpoint::ChatCompletions,
     }
 }
 
-fn show_explanation(explanation: &Explanation) -> Value {
+/// Returns a routing decision with the costs of all candidates.
+fn explanation_json(explanation: &Explanation) -> Value {
     let candidates = explanation.candidates.iter().map(|candidate| {
         json!({
             "worker": candidate.name,
             "requests": candidate.requests,
             "active_blocks": candidate.active_blocks,
             "overlap_blocks": candidate.cost.overlap_blocks,
-            "overlap_cached_blocks": candidate.depth.cached,
-            "overlap_active_blocks": candidate.depth.active,
+            "overlap_cached_blocks": candidate.prefix_match.cached_blocks,
+            "overlap_active_blocks": candidate.prefix_match.active_blocks,
             "prefill_blocks": candidate.cost.prefill_blocks,
             "active_blocks_if_placed": candidate.cost.active_blocks,
             "cost": candidate.cost.total,
             "delay_seconds": {
-                "wait": candidate.delay.wait,
+                "queue_wait": candidate.delay.queue_wait,
                 "prefill": candidate.delay.prefill,
                 "decode": candidate.delay.decode,
-                "slowed": candidate.delay.slowed,
-                "stalls": candidate.delay.stalls,
-                "slows": candidate.delay.slows,
-                "future": candidate.delay.future,
+                "decode_slowdown": candidate.delay.decode_slowdown,
+                "prefill_stall_caused": candidate.delay.prefill_stall_caused,
+                "decode_slowdown_caused": candidate.delay.decode_slowdown_caused,
+                "future_arrivals": candidate.delay.future_arrivals,
             },
             "probability": candidate.probability,
         })
     });
-    let choice = explanation.choice().map(|it| &it.name);
+    let choice = explanation.expected_choice();
+    let choice = choice.map(|candidate| &candidate.name);
     json!({
         "policy": explanation.policy.to_string(),
         "overlap_weight": explanation.overlap_weight,
         "ttft_weight": explanation.ttft_weight,
         "temperature": explanation.temperature,
         "choice": choice,
-        "copies_to": choice.filter(|_| explanation.copies_to.is_some()),
+        "replicates_prefix_to": choice.filter(|_| explanation.replicates_prefix_to.is_some()),
         "candidates": candidates.collect::<Vec<_>>(),
     })
 }

@@ -1,20 +1,23 @@
-//! The one clock of a gateway. `foresee-core` reads none, so every time it gets starts here.
+//! Monotonic clock of one gateway. `foresee-core` reads no clock; every time that it receives is
+//! counted from this clock's start.
 
 use std::time::{Duration, Instant};
 
-/// Tells the time since the gateway started.
+/// Monotonic clock that starts with the gateway.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Clock {
     epoch: Instant,
 }
 
 impl Clock {
+    /// Starts a clock at zero.
     pub(crate) fn start() -> Self {
         Self {
             epoch: Instant::now(),
         }
     }
 
+    /// Returns the time since the start.
     pub(crate) fn now(self) -> Duration {
         self.epoch.elapsed()
     }

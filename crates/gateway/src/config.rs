@@ -1,4 +1,4 @@
-//! What a gateway is told at its start.
+//! Configuration of a gateway and descriptions of workers.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::num::{NonZeroU32, NonZeroUsize};
@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use foresee_core::Eviction;
+use foresee_core::EvictionRule;
 use foresee_core::router::RouterConfig;
 use foresee_engine::tokenizer::TokenizerError;
 use http::header::{AUTHORIZATION, HeaderName};
@@ -14,58 +14,62 @@ use http::uri::{Authority, Scheme};
 use http::{HeaderValue, Uri};
 
 use crate::subscribe::{KvEvents, check_endpoint};
-use crate::tokens::Tokens;
+use crate::tokenization::PromptTokenizer;
 
-/// How a gateway listens, routes and fails. The defaults are those of the command line.
+/// Settings of a gateway: where it listens, how it routes, and its timeouts. The defaults are those
+/// of the command line.
 #[derive(Clone, Debug)]
 pub struct GatewayConfig {
-    /// Where the OpenAI-compatible API listens.
+    /// Address of the OpenAI-compatible API.
     pub listen: SocketAddr,
-    /// Where metrics, health and admin listen.
+    /// Address of metrics, health checks and the admin API.
     pub admin_listen: SocketAddr,
-    /// Workers known from the start.
+    /// Workers that the gateway starts with.
     pub workers: Vec<WorkerConfig>,
-    /// How requests are placed.
+    /// How requests are routed and queued.
     pub router: RouterConfig,
-    /// Most requests that wait at the router, if the router lets any wait and there is a limit.
-    /// Others are refused.
+    /// Maximum number of requests queued in the router; further requests are refused. `None` for no
+    /// limit. Has no effect without a queue.
     pub queue_limit: Option<usize>,
-    /// The header by whose value the queue tells tenants apart, where it treats them alike.
+    /// Header whose value identifies the tenant of a request, for the queue order `fair`.
     pub tenant_header: HeaderName,
-    /// Whether workers share blocks between requests, unless one says otherwise.
+    /// Whether workers share cached blocks between requests, unless a worker's description says
+    /// otherwise.
     pub prefix_caching: bool,
-    /// A model folder or `tokenizer.json`. Without it, prompts are matched as text.
+    /// Model folder or `tokenizer.json`. Without it, prompts are matched as text.
     pub tokenizer: Option<PathBuf>,
-    /// Longest request body accepted, in bytes.
+    /// Maximum size of a request body, in bytes.
     pub max_body_bytes: usize,
-    /// Time between two health probes of a worker.
+    /// Time between two health checks of a worker.
     pub probe_interval: Duration,
-    /// How long a worker's KV events may be unusable until its cache is guessed instead.
+    /// Time for which a worker's KV events may be unusable before its cache is estimated instead.
     pub events_grace: Duration,
-    /// How often each worker is asked what it carries, to be shown beside what is predicted;
-    /// `None` for never. Nothing is routed by it.
-    pub sample_engines: Option<Duration>,
-    /// A file to which a line is added for each answered request, to be replayed; its prompt as
-    /// hashes only.
+    /// Time between two reads of each engine's own metrics, whose active blocks are exported next to
+    /// the predicted ones. Not used for routing. `None` for never.
+    pub engine_metrics_interval: Option<Duration>,
+    /// File to which one line is appended for each completed request, so that the traffic can be
+    /// replayed. It contains hashes of the prompts' blocks, and no text.
     pub record: Option<PathBuf>,
-    /// How long a worker may take to accept a connection, or to answer a probe.
+    /// Maximum time in which a worker accepts a connection, or responds to a health check.
     pub connect_timeout: Duration,
-    /// How long a worker may take until the first byte of its answer.
+    /// Maximum time from sending a request to a worker until the first byte of its response; also the
+    /// maximum time in the router's queue.
     pub first_byte_timeout: Duration,
-    /// How long running streams may take to end at shutdown.
+    /// Maximum time for running responses to end at shutdown.
     pub shutdown_timeout: Duration,
-    /// Threads that serve the API.
+    /// Number of threads that serve the API.
     pub io_threads: NonZeroUsize,
 }
 
 impl GatewayConfig {
-    /// Reads the tokenizer and the template beside it, if one is given, and lets go of them.
+    /// Checks that the tokenizer and the chat template next to it can be loaded, if a tokenizer is
+    /// configured.
     ///
     /// # Errors
-    /// If the tokenizer cannot be used, so that a gateway would not start.
+    /// Fails if the tokenizer cannot be used; then a gateway would not start either.
     pub fn check_tokenizer(&self) -> Result<(), TokenizerError> {
         if let Some(path) = &self.tokenizer {
-            Tokens::load(path)?;
+            PromptTokenizer::load(path)?;
         }
         Ok(())
     }
@@ -85,7 +89,7 @@ impl Default for GatewayConfig {
             max_body_bytes: 32 << 20,
             probe_interval: Duration::from_secs(1),
             events_grace: Duration::from_secs(5),
-            sample_engines: None,
+            engine_metrics_interval: None,
             record: None,
             connect_timeout: Duration::from_secs(2),
             first_byte_timeout: Duration::from_secs(600),
@@ -95,91 +99,98 @@ impl Default for GatewayConfig {
     }
 }
 
-/// Half of the processors: one carries some ten thousand streams, and events that share a thread
-/// share its wake-ups. The others are for reading long prompts.
+/// Returns half of the number of processors, and at least 1.
+///
+/// One I/O thread carries about ten thousand streams, and events of streams that share a thread also
+/// share its wake-ups. The other processors parse and tokenise long prompts.
 #[must_use]
 pub fn default_io_threads() -> NonZeroUsize {
     let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     NonZeroUsize::new(processors / 2).unwrap_or(NonZeroUsize::MIN)
 }
 
-/// Most data-parallel ranks of one engine.
+/// Maximum number of data-parallel ranks of one engine.
 const MAX_RANKS: u32 = 1024;
 
-/// One engine, written `URL[,name=…][,ranks=N][,blocks=N][,prefix-caching=on|off]
-/// [,eviction=queue|radix][,kv-events=ENDPOINT[,replay=ENDPOINT][,topic=…]]`, which is one worker or, with ranks, one
-/// for each.
+/// Description of one engine. It becomes one worker or, with `ranks`, one worker for each rank.
+///
+/// The text form is `URL[,name=NAME][,ranks=N][,blocks=N][,prefix-caching=on|off]
+/// [,eviction=queue|radix][,kv-events=ENDPOINT|off[,replay=ENDPOINT][,topic=TOPIC]]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkerConfig {
-    /// Unique name; host and port of the URL by default.
+    /// Unique name; by default the host and port of the URL.
     pub name: String,
-    /// Data-parallel ranks behind the URL, if each is to be a worker of its own.
+    /// Number of data-parallel ranks at the URL, if each is to be a worker of its own.
     pub ranks: Option<NonZeroU32>,
-    /// Which of them this is, if it is one.
+    /// Rank of this worker, if it is one rank of an engine.
     pub rank: Option<u32>,
-    /// Where it listens.
+    /// Host and port of the engine.
     pub(crate) authority: Authority,
-    /// What comes before `/v1` in its paths; empty or without a slash at its end.
+    /// Path of the engine's API before `/v1`; empty, or without a slash at its end.
     pub(crate) base_path: String,
-    /// Its KV blocks (each rank's), if they are not to be read from its metrics.
+    /// Number of KV blocks, of each rank; `None` to use the number that the engine reports.
     pub blocks: Option<u32>,
-    /// Whether it shares blocks between requests, if not as the gateway's default.
+    /// Whether the engine shares cached blocks between requests; `None` for the gateway's default.
     pub prefix_caching: Option<bool>,
-    /// How it chooses what to evict, if it does not say which engine it is.
-    pub eviction: Option<Eviction>,
-    /// How the router learns what it caches; of several ranks, rank 0.
+    /// Eviction rule of the engine; `None` to derive it from the engine's name.
+    pub eviction: Option<EvictionRule>,
+    /// Source of the KV events; for an engine with ranks, that of rank 0.
     pub kv_events: KvEvents,
 }
 
-/// What is wrong with a worker's description.
+/// Invalid description of a worker.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("worker `{given}`: {problem}")]
 pub struct WorkerConfigError {
+    /// The whole description.
     given: String,
+    /// Problem, and the text to write instead.
     problem: String,
 }
 
 impl WorkerConfig {
-    /// The URL, as it was given but for a slash at its end.
+    /// Returns the URL, without a slash at its end.
     #[must_use]
     pub fn url(&self) -> String {
         format!("http://{}{}", self.authority, self.base_path)
     }
 
-    /// The name of all ranks together.
+    /// Returns the name of the engine: without the rank, if this worker is one rank.
     pub(crate) fn engine_name(&self) -> &str {
-        let of_ranks = self.rank.and_then(|rank| {
+        let without_rank = self.rank.and_then(|rank| {
             let suffix = format!("/{rank}");
             self.name.strip_suffix(&suffix)
         });
-        of_ranks.unwrap_or(&self.name)
+        without_rank.unwrap_or(&self.name)
     }
 
-    /// The workers this comes to: itself, or one for each rank.
+    /// Returns the workers that this engine becomes: itself, or one for each rank, named
+    /// `NAME/RANK`.
     #[must_use]
     pub fn workers(&self) -> Vec<Self> {
         let Some(ranks) = self.ranks else {
             return vec![self.clone()];
         };
-        let of_rank = |rank| Self {
+        let rank_worker = |rank| Self {
             name: format!("{}/{rank}", self.name),
             rank: Some(rank),
             kv_events: match &self.kv_events {
-                // Whether there are so many ports was looked at when it was read.
-                KvEvents::At(source) => source.of_rank(rank).map_or(KvEvents::Off, KvEvents::At),
-                other => other.clone(),
+                // `complete_events` has checked that every rank has a port.
+                KvEvents::At(source) => source.for_rank(rank).map_or(KvEvents::Off, KvEvents::At),
+                KvEvents::Discovered | KvEvents::Off => self.kv_events.clone(),
             },
             ..self.clone()
         };
-        (0..ranks.get()).map(of_rank).collect()
+        (0..ranks.get()).map(rank_worker).collect()
     }
 
-    /// The name as a header's value. Only names that can be one are accepted.
+    /// Returns the name as a header value. Names that are not valid header values are refused when a
+    /// description is parsed.
     pub(crate) fn header(&self) -> HeaderValue {
         HeaderValue::from_str(&self.name).unwrap_or(HeaderValue::from_static(""))
     }
 
-    /// Puts what goes with `kv-events` to it, and sees that every rank has its port.
+    /// Adds `replay` and `topic` to the event source, and checks that every rank has its port.
     fn complete_events(
         &mut self,
         replay: Option<String>,
@@ -188,22 +199,23 @@ impl WorkerConfig {
         let KvEvents::At(source) = &mut self.kv_events else {
             return match (replay, topic) {
                 (None, None) => Ok(()),
-                (Some(_), _) => Err("`replay` goes with `kv-events=ENDPOINT`".to_owned()),
-                (None, Some(_)) => Err("`topic` goes with `kv-events=ENDPOINT`".to_owned()),
+                (Some(_), _) => Err("`replay` requires `kv-events=ENDPOINT`".to_owned()),
+                (None, Some(_)) => Err("`topic` requires `kv-events=ENDPOINT`".to_owned()),
             };
         };
         source.replay = replay;
         source.topic = topic.unwrap_or_default();
         let last_rank = self.ranks.map_or(0, |ranks| ranks.get() - 1);
-        if source.of_rank(last_rank).is_none() {
+        if source.for_rank(last_rank).is_none() {
             return Err(format!(
-                "`kv-events` and `replay`: rank r of an engine is at tcp://HOST:(PORT + r), and \
-                 these have no PORT + {last_rank}"
+                "`kv-events` and `replay`: the events of rank r are at tcp://HOST:(PORT + r), but \
+                 there is no PORT + {last_rank}; use tcp:// endpoints with lower ports"
             ));
         }
         Ok(())
     }
 
+    /// Parses the URL of a description, without options.
     fn from_url(url: &str) -> Result<Self, String> {
         let with_scheme = if url.contains("://") {
             url.to_owned()
@@ -221,7 +233,7 @@ impl WorkerConfig {
             .filter(|authority| !authority.host().is_empty())
             .ok_or("no host; write http://HOST:PORT")?;
         if uri.query().is_some() {
-            return Err("a worker's URL has no query".to_owned());
+            return Err("the URL must have no query".to_owned());
         }
         Ok(Self {
             name: authority.to_string(),
@@ -254,33 +266,33 @@ impl FromStr for WorkerConfig {
                 .ok_or_else(|| fail(format!("`{option}` is not KEY=VALUE")))?;
             match (key.trim(), value.trim()) {
                 ("name", name)
-                    if name.is_empty() || !name.bytes().all(|it| it.is_ascii_graphic()) =>
+                    if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_graphic()) =>
                 {
                     return Err(fail(
-                        "`name` is not made of visible ASCII characters".to_owned(),
+                        "`name` must consist of visible ASCII characters".to_owned(),
                     ));
                 }
                 ("name", name) => worker.name = name.to_owned(),
                 ("ranks", ranks) => {
                     let ranks = ranks.parse().ok();
                     let ranks = ranks.filter(|ranks: &NonZeroU32| ranks.get() <= MAX_RANKS);
-                    let problem = format!("`ranks` is not a whole number from 1 to {MAX_RANKS}");
+                    let problem = format!("`ranks` must be an integer from 1 to {MAX_RANKS}");
                     worker.ranks = Some(ranks.ok_or_else(|| fail(problem))?);
                 }
                 ("blocks", blocks) => {
                     let blocks = blocks.parse().ok().filter(|&blocks| blocks > 0);
-                    let problem = "`blocks` is not a whole number above 0";
+                    let problem = "`blocks` must be an integer above 0";
                     worker.blocks = Some(blocks.ok_or_else(|| fail(problem.to_owned()))?);
                 }
                 ("prefix-caching", "on") => worker.prefix_caching = Some(true),
                 ("prefix-caching", "off") => worker.prefix_caching = Some(false),
                 ("prefix-caching", _) => {
-                    return Err(fail("`prefix-caching` is neither on nor off".to_owned()));
+                    return Err(fail("`prefix-caching` must be on or off".to_owned()));
                 }
-                ("eviction", "queue") => worker.eviction = Some(Eviction::Queue),
-                ("eviction", "radix") => worker.eviction = Some(Eviction::Radix),
+                ("eviction", "queue") => worker.eviction = Some(EvictionRule::VllmLru),
+                ("eviction", "radix") => worker.eviction = Some(EvictionRule::SglangRadix),
                 ("eviction", _) => {
-                    return Err(fail("`eviction` is neither queue nor radix".to_owned()));
+                    return Err(fail("`eviction` must be queue or radix".to_owned()));
                 }
                 ("kv-events", "off") => worker.kv_events = KvEvents::Off,
                 ("kv-events", source) => {
@@ -293,7 +305,7 @@ impl FromStr for WorkerConfig {
                     checked.map_err(|error| fail(format!("`replay`: {error}")))?;
                     replay = Some(endpoint.to_owned());
                 }
-                ("topic", "") => return Err(fail("`topic` is empty".to_owned())),
+                ("topic", "") => return Err(fail("`topic` must not be empty".to_owned())),
                 ("topic", name) => topic = Some(name.to_owned()),
                 (key, _) => {
                     let known =
@@ -313,7 +325,7 @@ mod tests {
     use crate::subscribe::EventSource;
 
     #[test]
-    fn a_worker_is_a_url_and_options() {
+    fn a_worker_is_parsed_from_a_url_and_options() {
         let plain: WorkerConfig = "http://10.0.0.7:8000/".parse().unwrap();
         assert_eq!(plain.url(), "http://10.0.0.7:8000");
         assert_eq!(plain.name, "10.0.0.7:8000");
@@ -323,7 +335,7 @@ mod tests {
         assert_eq!(full.url(), "http://gpu1:8000/engine");
         assert_eq!((full.name.as_str(), full.blocks), ("a", Some(27312)));
         assert_eq!(full.prefix_caching, Some(false));
-        assert_eq!(full.eviction, Some(Eviction::Radix));
+        assert_eq!(full.eviction, Some(EvictionRule::SglangRadix));
         assert_eq!(full.kv_events, KvEvents::Discovered);
 
         let source = source_of("a:1,replay=tcp://a:5558,topic=kv,kv-events=tcp://a:5557");
@@ -348,16 +360,16 @@ mod tests {
         let config: WorkerConfig = worker.parse().unwrap();
         match config.kv_events {
             KvEvents::At(source) => source,
-            other => panic!("{worker}: {other:?}"),
+            unexpected => panic!("{worker}: {unexpected:?}"),
         }
     }
 
     #[test]
-    fn an_engine_of_several_ranks_is_as_many_workers() {
-        let written =
+    fn an_engine_with_several_ranks_becomes_one_worker_per_rank() {
+        let description =
             "a:1,blocks=7,ranks=2,kv-events=bind:tcp://*:5557,replay=tcp://a:5658,topic=t";
-        let engine: WorkerConfig = written.parse().unwrap();
-        let shown: Vec<_> = engine
+        let engine: WorkerConfig = description.parse().unwrap();
+        let workers: Vec<_> = engine
             .workers()
             .into_iter()
             .map(|worker| {
@@ -377,15 +389,15 @@ mod tests {
         let owned = |(name, rank, events, replay): (&str, _, &str, &str)| {
             (name.to_owned(), rank, events.to_owned(), replay.to_owned())
         };
-        assert_eq!(shown, expected.map(owned));
+        assert_eq!(workers, expected.map(owned));
 
-        let one: WorkerConfig = "a:1,name=b".parse().unwrap();
-        assert_eq!(one.workers(), std::slice::from_ref(&one));
+        let single: WorkerConfig = "a:1,name=b".parse().unwrap();
+        assert_eq!(single.workers(), std::slice::from_ref(&single));
     }
 
     #[test]
-    fn errors_name_the_part_at_fault() {
-        for (given, says) in [
+    fn errors_name_the_invalid_part() {
+        for (given, expected) in [
             ("https://a:1", "only http://"),
             ("http://", "URL"),
             ("http://a:1,blocks=none", "`blocks`"),
@@ -394,8 +406,8 @@ mod tests {
             ("http://a:1,name=", "`name`"),
             ("http://a:1,name=two words", "`name`"),
             ("http://a:1?x=1", "query"),
-            ("http://a:1,replay=tcp://a:1", "`replay` goes with"),
-            ("http://a:1,kv-events=off,topic=t", "`topic` goes with"),
+            ("http://a:1,replay=tcp://a:1", "`replay` requires"),
+            ("http://a:1,kv-events=off,topic=t", "`topic` requires"),
             ("http://a:1,kv-events=tcp://a:1,topic=", "`topic`"),
             ("http://a:1,ranks=0", "`ranks`"),
             ("http://a:1,ranks=1025", "`ranks`"),
@@ -411,7 +423,7 @@ mod tests {
             ("http://a:1,kv-events=tcp://a:1,replay=nowhere", "`replay`"),
         ] {
             let error = given.parse::<WorkerConfig>().unwrap_err().to_string();
-            assert!(error.contains(says), "{given}: {error}");
+            assert!(error.contains(expected), "{given}: {error}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Sockets that take a burst: a long accept queue, and a file descriptor for everyone.
+//! Listening sockets and file descriptors for bursts of connections.
 
 use std::io;
 use std::net::SocketAddr;
@@ -6,20 +6,20 @@ use std::net::SocketAddr;
 use rlimit::{Resource, getrlimit, increase_nofile_limit, setrlimit};
 use tokio::net::{TcpListener, TcpSocket};
 
-/// Connections that may wait to be accepted. The kernel's `net.core.somaxconn` caps it.
+/// Length of the accept queue. The kernel limits it to `net.core.somaxconn`.
 const BACKLOG: u32 = 8192;
 
-/// Open files below which a burst of thousands would be refused: each request may hold a
-/// connection on both sides.
+/// Limit of open files below which a warning is logged: a burst of thousands of requests would fail,
+/// because each request may need a connection on both sides.
 const ENOUGH_OPEN_FILES: u64 = 16_384;
 
-/// Open files asked for where the hard limit is lower and may be raised.
+/// Limit of open files to set where the hard limit is lower and may be raised.
 const MANY_OPEN_FILES: u64 = 65_536;
 
 /// Listens on `address`.
 ///
 /// # Errors
-/// If the address cannot be bound.
+/// Fails if the address cannot be bound.
 pub(crate) fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = if address.is_ipv4() {
         TcpSocket::new_v4()?
@@ -31,13 +31,13 @@ pub(crate) fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-/// Raises the limit of open files as far as the system allows, and warns if that is too little
-/// for a burst. Returns the limit.
+/// Raises the process's limit of open files as far as the system allows, logs a warning if that is too
+/// low for a burst of requests, and returns the limit.
 ///
 /// # Errors
-/// If the limit can be neither raised nor read.
+/// Fails if the limit can be neither raised nor read.
 pub fn raise_open_file_limit() -> io::Result<u64> {
-    // Beyond the hard limit with the right to (root, CAP_SYS_RESOURCE); else up to it.
+    // Only a privileged process (root, CAP_SYS_RESOURCE) can raise the hard limit.
     let raised = match getrlimit(Resource::NOFILE) {
         Ok((_, hard)) if hard < MANY_OPEN_FILES => {
             setrlimit(Resource::NOFILE, MANY_OPEN_FILES, MANY_OPEN_FILES).is_ok()
@@ -52,7 +52,8 @@ pub fn raise_open_file_limit() -> io::Result<u64> {
     if limit < ENOUGH_OPEN_FILES {
         tracing::warn!(
             limit,
-            "few open files allowed: each running request needs two; raise `ulimit -n`"
+            recommended = ENOUGH_OPEN_FILES,
+            "limit of open files is low: each running request needs two; raise `ulimit -n`"
         );
     }
     Ok(limit)

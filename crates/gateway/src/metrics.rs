@@ -1,45 +1,52 @@
-//! What the gateway counts, under the prefix `foresee_`, in base units.
+//! Prometheus metrics of the gateway, under the prefix `foresee_`, in base units.
+//!
+//! All metrics are declared in one table. From it come the fields of [`Metrics`], their registration
+//! and the reference page `docs/metrics.md`, so none of them can lack a metric.
+
+mod declaration;
+mod page;
 
 use std::cmp::Ordering;
 use std::fmt;
-use std::sync::atomic::AtomicU64;
 
-use foresee_core::LengthForecast;
-use foresee_core::fleet::{WorkerSnapshot, WorkerState};
+use foresee_core::OutputLengthAccuracy;
+use foresee_core::workers::{WorkerSnapshot, WorkerState};
 use parking_lot::Mutex;
 use prometheus_client::encoding::text;
+use prometheus_client::metrics::TypedMetric;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::gauge::{Atomic, Gauge};
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
-type Label = [(&'static str, &'static str); 1];
-type WorkerLabel = [(&'static str, String); 1];
-type WorkerGauge = Family<WorkerLabel, Gauge>;
-/// A worker, and which of several numbers of it.
-type PartLabel = [(&'static str, String); 2];
-type PartGauge = Family<PartLabel, Gauge<f64, AtomicU64>>;
+use declaration::{
+    CounterByLabel, CounterByWorker, FloatGauge, FloatGaugeByWorker, GaugeByWorker, Series,
+    WorkerLabel, declare_metrics, register, type_name,
+};
+pub use declaration::{LabelInfo, MetricInfo};
+pub use page::metrics_page;
 
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// The worker's answer went through whole.
+    /// The whole response of the worker was passed on.
     Ok,
-    /// The request was refused as it is: by the gateway, or by the worker with a 4xx.
+    /// The request was refused: by the gateway, or by the worker with a 4xx.
     Refused,
-    /// The worker answered with a 5xx, or with an error in its stream.
+    /// The worker responded with a 5xx, or with an error event in its stream.
     WorkerError,
-    /// The worker failed and nobody could take over.
+    /// The worker failed, and no other worker could take over.
     WorkerFailed,
-    /// There was no worker to ask.
+    /// No worker was available.
     Unavailable,
-    /// The client left before the end.
+    /// The client disconnected before the end of the response.
     ClientLeft,
 }
 
 impl Outcome {
-    pub(crate) fn as_str(self) -> &'static str {
+    /// Returns the value of the label `outcome`.
+    pub(crate) const fn as_str(self) -> &'static str {
         match self {
             Self::Ok => "ok",
             Self::Refused => "refused",
@@ -51,209 +58,190 @@ impl Outcome {
     }
 }
 
-/// All metrics of one gateway.
-#[derive(Debug)]
-pub(crate) struct Metrics {
-    registry: Registry,
-    exposing: Mutex<()>,
-    requests: Family<Label, Counter>,
-    pub(crate) retries: Counter,
-    overlap_blocks: Family<Label, Counter>,
-    overlap_predictions: Family<Label, Counter>,
-    tokenized_prompts: Family<Label, Counter>,
-    token_parity: Family<Label, Counter>,
-    recorded_requests: Family<Label, Counter>,
-    pub(crate) prompt_tokens: Counter,
-    pub(crate) output_tokens: Counter,
-    pub(crate) decision_duration: Histogram,
-    pub(crate) queue_duration: Histogram,
-    pub(crate) time_to_first_token: Histogram,
-    pub(crate) inter_token_latency: Histogram,
-    pub(crate) probe_failures: Family<WorkerLabel, Counter>,
-    pub(crate) kv_event_batches: Family<WorkerLabel, Counter>,
-    pub(crate) kv_event_gaps: Family<WorkerLabel, Counter>,
-    pub(crate) kv_events_mistrusted: Family<WorkerLabel, Counter>,
-    worker_events_live: WorkerGauge,
-    bookings: Gauge,
-    tracked_edges: Gauge,
-    worker_up: WorkerGauge,
-    worker_requests: WorkerGauge,
-    worker_held_requests: WorkerGauge,
-    worker_active_blocks: WorkerGauge,
-    worker_held_blocks: WorkerGauge,
-    worker_engine_active_blocks: WorkerGauge,
-    worker_cached_blocks: WorkerGauge,
-    worker_capacity_blocks: WorkerGauge,
-    worker_prefill_tokens: WorkerGauge,
-    worker_context_tokens: WorkerGauge,
-    worker_prefill_speed: Family<WorkerLabel, Gauge<f64, AtomicU64>>,
-    worker_inter_token_latency: Family<WorkerLabel, Gauge<f64, AtomicU64>>,
-    worker_pace: PartGauge,
-    worker_forecast_samples: PartGauge,
-    worker_forecast_error: PartGauge,
-    output_forecast: Family<Label, Gauge<f64, AtomicU64>>,
+const PREFIX: &str = "foresee";
+
+const NO_LABEL: &[LabelInfo] = &[];
+const WORKER: &[LabelInfo] = &[LabelInfo {
+    name: "worker",
+    values: &[],
+}];
+const OUTCOME: &[LabelInfo] = &[LabelInfo {
+    name: "outcome",
+    values: &[
+        Outcome::Ok.as_str(),
+        Outcome::Refused.as_str(),
+        Outcome::WorkerError.as_str(),
+        Outcome::WorkerFailed.as_str(),
+        Outcome::Unavailable.as_str(),
+        Outcome::ClientLeft.as_str(),
+    ],
+}];
+const OVERLAP_KIND: &[LabelInfo] = &[LabelInfo {
+    name: "kind",
+    values: &["predicted", "best", "actual"],
+}];
+const PREDICTION_RESULT: &[LabelInfo] = &[LabelInfo {
+    name: "result",
+    values: &["exact", "over", "under"],
+}];
+const TOKENIZATION_RESULT: &[LabelInfo] = &[LabelInfo {
+    name: "result",
+    values: &[
+        "tokens",
+        "suspended",
+        "no_template",
+        "media",
+        "not_rendered",
+        "not_text",
+        "not_encoded",
+    ],
+}];
+const PARITY_RESULT: &[LabelInfo] = &[LabelInfo {
+    name: "result",
+    values: &["equal", "different"],
+}];
+const RECORDING_RESULT: &[LabelInfo] = &[LabelInfo {
+    name: "result",
+    values: &["written", "dropped"],
+}];
+
+declare_metrics! {
+    requests: CounterByLabel, "requests", OUTCOME,
+        "Requests that ended, by outcome";
+    pub(crate) retries: Counter, "requests", NO_LABEL,
+        "Requests sent again to another worker before the first byte of a response";
+    pub(crate) decision_duration_seconds: Histogram = histogram(1e-6, 17), "seconds", NO_LABEL,
+        "Time of one routing decision";
+    pub(crate) queue_duration_seconds: Histogram = histogram(1e-3, 20), "seconds", NO_LABEL,
+        "Time requests spent queued in the router";
+    pub(crate) time_to_first_token_seconds: Histogram = histogram(1e-3, 20), "seconds", NO_LABEL,
+        "Time from the arrival of a request to its first output token";
+    pub(crate) inter_token_latency_seconds: Histogram = histogram(1e-4, 20), "seconds", NO_LABEL,
+        "Time between two output tokens of one request";
+    pub(crate) prompt_tokens: Counter, "tokens", NO_LABEL,
+        "Prompt tokens routed, counted or estimated by the router";
+    pub(crate) output_tokens: Counter, "tokens", NO_LABEL,
+        "Output tokens observed in responses";
+    bookings: Gauge, "bookings", NO_LABEL,
+        "Bookings: prompts and outputs of the requests that are queued or running";
+    prefix_tree_nodes: Gauge, "nodes", NO_LABEL,
+        "Nodes of the prefix trees; the router's memory is proportional to them";
+
+    overlap_blocks: CounterByLabel, "blocks", OVERLAP_KIND,
+        "Prompt blocks predicted to be cached on the chosen worker, on the best worker, and reported as cached by the engine";
+    overlap_predictions: CounterByLabel, "requests", PREDICTION_RESULT,
+        "Requests whose overlap in blocks was predicted exactly, too large or too small, where the engine reports it";
+    tokenized_prompts: CounterByLabel, "prompts", TOKENIZATION_RESULT,
+        "Text prompts that were matched as tokens, or the reason why they were matched as text";
+    token_parity: CounterByLabel, "responses", PARITY_RESULT,
+        "Responses whose prompt token count by the engine equals the tokenizer's, or differs";
+    output_expected_tokens: FloatGauge, "tokens", NO_LABEL,
+        "Tokens expected of the next output, if nothing is known about its request";
+    output_length_bias_ratio: FloatGauge, "ratio", NO_LABEL,
+        "Observed output tokens divided by forecast output tokens; 1 is unbiased";
+    output_length_error_ratio: FloatGauge, "ratio", NO_LABEL,
+        "Mean absolute error of forecast output lengths, relative to the mean length";
+    recorded_requests: CounterByLabel, "requests", RECORDING_RESULT,
+        "Requests written to the recording, or dropped because the file was too slow or failed";
+
+    worker_up: GaugeByWorker, "0 or 1", WORKER,
+        "Whether the worker can be chosen";
+    pub(crate) probe_failures: CounterByWorker, "health checks", WORKER,
+        "Failed health checks";
+    worker_requests: GaugeByWorker, "requests", WORKER,
+        "Requests booked on the worker, queued ones included";
+    worker_queued_requests: GaugeByWorker, "requests", WORKER,
+        "Requests queued in the router for the worker";
+    worker_active_blocks: GaugeByWorker, "blocks", WORKER,
+        "KV blocks that running requests pin, predicted";
+    worker_queued_blocks: GaugeByWorker, "blocks", WORKER,
+        "KV blocks that queued requests will pin in addition, predicted";
+    worker_engine_active_blocks: GaugeByWorker, "engine blocks", WORKER,
+        "KV blocks that running requests pin, reported by the engine in its own block size; only with --engine-metrics-interval";
+    worker_cached_blocks: GaugeByWorker, "blocks", WORKER,
+        "KV blocks in the worker's prefix cache, active ones included";
+    worker_capacity_blocks: GaugeByWorker, "blocks", WORKER,
+        "KV blocks of the worker: configured, reported, learned or assumed";
+    worker_prefill_tokens: GaugeByWorker, "tokens", WORKER,
+        "Booked prompt tokens that are not computed yet, predicted";
+    worker_context_tokens: GaugeByWorker, "tokens", WORKER,
+        "Prompt and output tokens of the requests on the worker, shared ones counted each time";
+
+    worker_events_live: GaugeByWorker, "0 or 1", WORKER,
+        "Whether KV events are the worker's cache source; if not, the cache is estimated. Absent without an event source";
+    pub(crate) kv_event_batches: CounterByWorker, "batches", WORKER,
+        "Batches of KV events applied, replayed ones included";
+    pub(crate) kv_event_gaps: CounterByWorker, "gaps", WORKER,
+        "Times that batches of KV events were missing, replayed or not";
+    pub(crate) kv_events_untrusted: CounterByWorker, "times", WORKER,
+        "Times that KV events became untrusted because responses contradicted them";
+
+    worker_inter_token_latency_seconds: FloatGaugeByWorker, "seconds", WORKER,
+        "Forecast time between two tokens of one request at the present load";
+    worker_prefill_tokens_per_second: FloatGaugeByWorker, "tokens per second", WORKER,
+        "Learned prefill speed for a prompt of 1,000 tokens";
+    worker_prefill_base_seconds: FloatGaugeByWorker, "seconds", WORKER,
+        "Learned base time of one prefill batch";
+    worker_prefill_token_seconds: FloatGaugeByWorker, "seconds", WORKER,
+        "Learned prefill time of one prompt token to compute";
+    worker_prefill_attention_pair_seconds: FloatGaugeByWorker, "seconds", WORKER,
+        "Learned prefill time of one attention pair: a token to compute and a token before it";
+    worker_prefill_samples: GaugeByWorker, "samples", WORKER,
+        "Prefills that the latency model was learned from, on all similar workers";
+    worker_prefill_error_ratio: FloatGaugeByWorker, "ratio", WORKER,
+        "Mean absolute relative error of the prefill forecasts";
+    worker_decode_step_base_seconds: FloatGaugeByWorker, "seconds", WORKER,
+        "Learned base time of one decode step";
+    worker_decode_step_request_seconds: FloatGaugeByWorker, "seconds", WORKER,
+        "Learned decode step time of one request in the batch";
+    worker_decode_step_context_token_seconds: FloatGaugeByWorker, "seconds", WORKER,
+        "Learned decode step time of one context token";
+    worker_decode_step_samples: GaugeByWorker, "samples", WORKER,
+        "Decode steps that the latency model was learned from, on all similar workers";
+    worker_decode_step_error_ratio: FloatGaugeByWorker, "ratio", WORKER,
+        "Mean absolute relative error of the decode step forecasts";
+    worker_time_to_first_token_samples: GaugeByWorker, "samples", WORKER,
+        "Requests whose forecast time to first token was compared with the measured one";
+    worker_time_to_first_token_error_ratio: FloatGaugeByWorker, "ratio", WORKER,
+        "Mean absolute relative error of the forecast times to first token";
+}
+
+/// Creates a histogram of `bucket_count` buckets, the first up to `first` seconds, each twice as
+/// large as the one before.
+fn histogram(first: f64, bucket_count: u16) -> Histogram {
+    Histogram::new(exponential_buckets(first, 2.0, bucket_count))
 }
 
 impl Metrics {
-    pub(crate) fn new() -> Self {
-        // 1 µs to 65 ms; twice 1 ms to 524 s; 0.1 ms to 52 s.
-        let decision_duration = Histogram::new(exponential_buckets(1e-6, 2.0, 17));
-        let queue_duration = Histogram::new(exponential_buckets(1e-3, 2.0, 20));
-        let time_to_first_token = Histogram::new(exponential_buckets(1e-3, 2.0, 20));
-        let inter_token_latency = Histogram::new(exponential_buckets(1e-4, 2.0, 20));
-        let mut metrics = Self {
-            registry: Registry::with_prefix("foresee"),
-            exposing: Mutex::new(()),
-            requests: Family::default(),
-            retries: Counter::default(),
-            overlap_blocks: Family::default(),
-            overlap_predictions: Family::default(),
-            tokenized_prompts: Family::default(),
-            token_parity: Family::default(),
-            recorded_requests: Family::default(),
-            prompt_tokens: Counter::default(),
-            output_tokens: Counter::default(),
-            decision_duration,
-            queue_duration,
-            time_to_first_token,
-            inter_token_latency,
-            probe_failures: Family::default(),
-            kv_event_batches: Family::default(),
-            kv_event_gaps: Family::default(),
-            kv_events_mistrusted: Family::default(),
-            worker_events_live: Family::default(),
-            bookings: Gauge::default(),
-            tracked_edges: Gauge::default(),
-            worker_up: Family::default(),
-            worker_requests: Family::default(),
-            worker_held_requests: Family::default(),
-            worker_active_blocks: Family::default(),
-            worker_held_blocks: Family::default(),
-            worker_engine_active_blocks: Family::default(),
-            worker_cached_blocks: Family::default(),
-            worker_capacity_blocks: Family::default(),
-            worker_prefill_tokens: Family::default(),
-            worker_context_tokens: Family::default(),
-            worker_prefill_speed: Family::default(),
-            worker_inter_token_latency: Family::default(),
-            worker_pace: Family::default(),
-            worker_forecast_samples: Family::default(),
-            worker_forecast_error: Family::default(),
-            output_forecast: Family::default(),
-        };
-        metrics.register();
-        metrics
-    }
-
-    fn register(&mut self) {
-        macro_rules! register {
-            ($($field:ident: $help:literal,)*) => {
-                $(self.registry.register(stringify!($field), $help, self.$field.clone());)*
-            };
-        }
-        register! {
-            requests: "Requests that ended, by how",
-            retries: "Requests sent again to another worker before their first byte",
-            overlap_blocks: "Prompt blocks: predicted cached on the chosen worker, the best any worker offered, actually cached by the engine's own report",
-            overlap_predictions: "Requests whose overlap was predicted exactly, too large or too small, in blocks, where the engine reports it",
-            tokenized_prompts: "Text prompts that were matched as tokens, or the reason why as text",
-            token_parity: "Prompt token counts reported by engines: equal to ours, or different",
-            recorded_requests: "Requests of the recording: written, or dropped because the file could not keep up or failed",
-            prompt_tokens: "Prompt tokens routed, as counted or estimated",
-            output_tokens: "Output tokens seen",
-            bookings: "Requests booked now",
-            tracked_edges: "Runs of blocks tracked; memory is proportional to it",
-            probe_failures: "Health probes that failed",
-            kv_event_batches: "Batches of KV events applied, replayed ones included",
-            kv_event_gaps: "Times that batches of KV events were missing, replayed or not",
-            kv_events_mistrusted: "Times that KV events were no longer believed, because answers reported another cache",
-            worker_events_live: "Whether the worker's KV events tell what it caches, rather than the shadow",
-            worker_up: "Whether the worker can be chosen",
-            worker_requests: "Requests booked on the worker",
-            worker_held_requests: "Those of them that wait at the router",
-            worker_active_blocks: "Predicted active KV blocks of the worker",
-            worker_held_blocks: "KV blocks beside those that requests waiting at the router will take",
-            worker_engine_active_blocks: "Active KV blocks by the engine's own account, in its blocks, if it is sampled",
-            worker_cached_blocks: "Predicted cached KV blocks of the worker, active ones included",
-            worker_capacity_blocks: "KV blocks of the worker, as configured, reported, learned or assumed",
-            worker_prefill_tokens: "Booked prompt tokens not yet computed, by forecast",
-            worker_context_tokens: "Prompt and output tokens of the requests booked on the worker",
-            worker_forecast_samples: "What the forecasts of prefill, decode steps and times to first token were learned from or held against",
-            worker_forecast_error: "Mean absolute error of those forecasts, as a share",
-            output_forecast: "Lengths of answers: tokens expected of the next, seen over forecast, mean absolute error as a share",
-        }
-        let seconds = prometheus_client::registry::Unit::Seconds;
-        let histograms = [
-            (
-                "decision_duration",
-                "Time of one routing decision",
-                &self.decision_duration,
-            ),
-            (
-                "queue_duration",
-                "That a request waited at the router for its worker to have room",
-                &self.queue_duration,
-            ),
-            (
-                "time_to_first_token",
-                "From the request's arrival to its first output token",
-                &self.time_to_first_token,
-            ),
-            (
-                "inter_token_latency",
-                "Between two output tokens of one request",
-                &self.inter_token_latency,
-            ),
-        ];
-        for (name, help, histogram) in histograms {
-            self.registry
-                .register_with_unit(name, help, seconds.clone(), histogram.clone());
-        }
-        self.registry.register_with_unit(
-            "worker_inter_token_latency",
-            "Learned time between two tokens of one request",
-            seconds.clone(),
-            self.worker_inter_token_latency.clone(),
-        );
-        self.registry.register_with_unit(
-            "worker_pace",
-            "What the worker takes, as learned: for prompts computed together, a prompt token, a pair of tokens that look at each other, a decode step, a request in it, a token of context in it",
-            seconds,
-            self.worker_pace.clone(),
-        );
-        self.registry.register(
-            "worker_prefill_tokens_per_second",
-            "Learned prefill speed",
-            self.worker_prefill_speed.clone(),
-        );
-    }
-
-    pub(crate) fn ended(&self, outcome: Outcome) {
+    /// Counts a request that ended.
+    pub(crate) fn record_outcome(&self, outcome: Outcome) {
         self.requests
             .get_or_create(&[("outcome", outcome.as_str())])
             .inc();
     }
 
-    /// Whether a worker's events are what the router follows.
-    pub(crate) fn events_live(&self, worker: &str, live: bool) {
-        let label = [("worker", worker.to_owned())];
-        let gauge = self.worker_events_live.get_or_create(&label);
-        gauge.set(live.into());
+    /// Sets whether KV events are a worker's cache source.
+    pub(crate) fn set_events_live(&self, worker: &str, live: bool) {
+        self.worker_events_live
+            .get_or_create(&[("worker", worker.to_owned())])
+            .set(live.into());
     }
 
-    /// A worker is gone.
-    pub(crate) fn forget_events(&self, worker: &str) {
-        let label = [("worker", worker.to_owned())];
-        self.worker_events_live.remove(&label);
+    /// Removes the series of [`set_events_live`](Self::set_events_live): the worker has no event
+    /// source or was removed.
+    pub(crate) fn remove_events_live(&self, worker: &str) {
+        self.worker_events_live
+            .remove(&[("worker", worker.to_owned())]);
     }
 
-    /// What a worker says it carries, or that it does not say.
-    pub(crate) fn engine_active(&self, worker: &str, blocks: Option<u64>) {
+    /// Sets the number of active blocks that a worker's engine reports, in its own block size. `None`
+    /// removes the series: the engine does not report it.
+    pub(crate) fn set_engine_active_blocks(&self, worker: &str, blocks: Option<u64>) {
         let label = [("worker", worker.to_owned())];
-        match blocks.map(i64::try_from) {
+        match blocks {
             Some(blocks) => {
                 let gauge = self.worker_engine_active_blocks.get_or_create(&label);
-                gauge.set(blocks.unwrap_or(i64::MAX));
+                gauge.set(gauge_value(blocks));
             }
             None => {
                 self.worker_engine_active_blocks.remove(&label);
@@ -261,32 +249,36 @@ impl Metrics {
         }
     }
 
-    /// A prompt was matched as tokens, or as text for some reason.
-    pub(crate) fn tokenized(&self, as_what: &'static str) {
+    /// Counts a text prompt. `result` is `tokens` if it was matched as tokens, and otherwise the
+    /// reason why it was matched as text.
+    pub(crate) fn record_tokenization(&self, result: &'static str) {
         self.tokenized_prompts
-            .get_or_create(&[("as", as_what)])
+            .get_or_create(&[("result", result)])
             .inc();
     }
 
-    pub(crate) fn token_parity(&self, equal: bool) {
+    /// Counts a response whose reported prompt tokens were compared with the tokenizer's.
+    pub(crate) fn record_token_parity(&self, equal: bool) {
         let result = if equal { "equal" } else { "different" };
         self.token_parity.get_or_create(&[("result", result)]).inc();
     }
 
-    /// The count of requests of the recording with this `result`.
-    pub(crate) fn recorded(&self, result: &'static str) -> Counter {
-        let label = [("result", result)];
-        self.recorded_requests.get_or_create(&label).clone()
+    /// Returns the counter of recorded requests with this `result`: `written` or `dropped`.
+    pub(crate) fn recorded_counter(&self, result: &'static str) -> Counter {
+        self.recorded_requests
+            .get_or_create(&[("result", result)])
+            .clone()
     }
 
-    pub(crate) fn overlap(&self, kind: &'static str, blocks: u32) {
+    /// Adds prompt blocks of one request to the overlap of a `kind`: `predicted`, `best` or `actual`.
+    pub(crate) fn add_overlap_blocks(&self, kind: &'static str, blocks: u32) {
         self.overlap_blocks
             .get_or_create(&[("kind", kind)])
             .inc_by(u64::from(blocks));
     }
 
-    /// What a request was predicted to find cached, in blocks, and found.
-    pub(crate) fn prediction(&self, predicted: u32, actual: u32) {
+    /// Counts a request by how its predicted overlap compares with the reported one, both in blocks.
+    pub(crate) fn record_overlap_prediction(&self, predicted: u32, actual: u32) {
         let result = match predicted.cmp(&actual) {
             Ordering::Equal => "exact",
             Ordering::Greater => "over",
@@ -297,117 +289,121 @@ impl Metrics {
             .inc();
     }
 
-    /// The exposition text, with the workers as they stand.
+    /// Returns the exposition in OpenMetrics text format. The arguments are the router's present
+    /// state, to which the gauges are set first.
     pub(crate) fn expose(
         &self,
         workers: &[WorkerSnapshot],
-        lengths: LengthForecast,
+        output_lengths: OutputLengthAccuracy,
         bookings: usize,
-        edges: usize,
+        prefix_tree_nodes: usize,
     ) -> Result<String, fmt::Error> {
-        // Gauges are cleared and set again: another scrape must not see them in between.
-        let _one_at_a_time = self.exposing.lock();
-        self.bookings.set(bookings as i64);
-        self.tracked_edges.set(edges as i64);
-        self.show(&self.worker_up, workers, |worker| {
-            u64::from(worker.state == WorkerState::Healthy)
-        });
-        self.show(&self.worker_requests, workers, |worker| {
-            worker.requests.into()
-        });
-        self.show(&self.worker_held_requests, workers, |worker| {
-            worker.held_requests.into()
-        });
-        self.show(&self.worker_active_blocks, workers, |worker| {
-            worker.active_blocks
-        });
-        self.show(&self.worker_held_blocks, workers, |worker| {
-            worker.held_blocks
-        });
-        self.show(&self.worker_cached_blocks, workers, |worker| {
-            worker.cached_blocks
-        });
-        self.show(&self.worker_capacity_blocks, workers, |worker| {
-            worker.capacity_blocks.into()
-        });
-        self.show(&self.worker_prefill_tokens, workers, |worker| {
-            worker.prefill_tokens
-        });
-        self.show(&self.worker_context_tokens, workers, |worker| {
-            worker.context_tokens
-        });
-        self.worker_prefill_speed.clear();
-        self.worker_inter_token_latency.clear();
-        for worker in workers {
-            let label = [("worker", worker.name.clone())];
-            self.worker_prefill_speed
-                .get_or_create(&label)
-                .set(worker.pace.prefill_speed());
-            self.worker_inter_token_latency
-                .get_or_create(&label)
-                .set(worker.inter_token_latency.as_secs_f64());
-        }
-        self.show_forecasts(workers);
-        for (of, value) in [
-            ("expected_tokens", lengths.expected),
-            ("bias", lengths.bias),
-            ("error", lengths.error),
-        ] {
-            self.output_forecast.get_or_create(&[("of", of)]).set(value);
-        }
+        let _exposition = self.exposition.lock();
+        self.bookings.set(gauge_value(bookings as u64));
+        self.prefix_tree_nodes
+            .set(gauge_value(prefix_tree_nodes as u64));
+        self.output_expected_tokens
+            .set(output_lengths.expected_tokens);
+        self.output_length_bias_ratio.set(output_lengths.bias);
+        self.output_length_error_ratio
+            .set(output_lengths.mean_abs_relative_error);
+        self.set_loads(workers);
+        self.set_forecasts(workers);
         let mut exposition = String::new();
         text::encode(&mut exposition, &self.registry)?;
         Ok(exposition)
     }
 
-    fn show_forecasts(&self, workers: &[WorkerSnapshot]) {
-        let gauges = [
-            &self.worker_pace,
-            &self.worker_forecast_samples,
-            &self.worker_forecast_error,
-        ];
-        gauges.iter().for_each(|gauge| gauge.clear());
-        for worker in workers {
-            let set = |gauge: &PartGauge, of: &str, value: f64| {
-                let label = [("worker", worker.name.clone()), ("of", of.to_owned())];
-                gauge.get_or_create(&label).set(value);
-            };
-            let pace = &worker.pace;
-            for (of, value) in [
-                ("prefill_start", pace.start),
-                ("prefill_token", pace.token),
-                ("prefill_attention", pace.attention),
-                ("step", pace.step),
-                ("step_sequence", pace.sequence),
-                ("step_context_token", pace.context),
-            ] {
-                set(&self.worker_pace, of, value);
-            }
-            let (first_tokens, first_token_error) = worker.first_token_error;
-            let learned = [
-                ("prefill", pace.samples[0], pace.errors[0]),
-                ("step", pace.samples[1], pace.errors[1]),
-                ("time_to_first_token", first_tokens, first_token_error),
-            ];
-            for (of, samples, error) in learned {
-                set(&self.worker_forecast_samples, of, samples as f64);
-                set(&self.worker_forecast_error, of, error);
-            }
-        }
+    /// Sets the gauges of the state, requests and blocks of every worker.
+    fn set_loads(&self, workers: &[WorkerSnapshot]) {
+        let set = |gauge: &GaugeByWorker, value: fn(&WorkerSnapshot) -> u64| {
+            set_per_worker(gauge, workers, |worker| gauge_value(value(worker)));
+        };
+        set(&self.worker_up, |worker| {
+            u64::from(worker.state == WorkerState::Healthy)
+        });
+        set(&self.worker_requests, |worker| worker.requests.into());
+        set(&self.worker_queued_requests, |worker| {
+            worker.queued_requests.into()
+        });
+        set(&self.worker_active_blocks, |worker| worker.active_blocks);
+        set(&self.worker_queued_blocks, |worker| worker.queued_blocks);
+        set(&self.worker_cached_blocks, |worker| worker.cached_blocks);
+        set(&self.worker_capacity_blocks, |worker| {
+            worker.capacity_blocks.into()
+        });
+        set(&self.worker_prefill_tokens, |worker| worker.prefill_tokens);
+        set(&self.worker_context_tokens, |worker| worker.context_tokens);
     }
 
-    /// Sets one gauge of every worker, and forgets workers that are gone.
-    fn show(
-        &self,
-        gauge: &WorkerGauge,
-        workers: &[WorkerSnapshot],
-        value: impl Fn(&WorkerSnapshot) -> u64,
-    ) {
-        gauge.clear();
-        for worker in workers {
-            gauge
-                .get_or_create(&[("worker", worker.name.clone())])
-                .set(i64::try_from(value(worker)).unwrap_or(i64::MAX));
-        }
+    /// Sets the gauges of every worker's latency model and of its accuracy.
+    fn set_forecasts(&self, workers: &[WorkerSnapshot]) {
+        let set = |gauge: &FloatGaugeByWorker, value: fn(&WorkerSnapshot) -> f64| {
+            set_per_worker(gauge, workers, value);
+        };
+        set(&self.worker_inter_token_latency_seconds, |worker| {
+            worker.inter_token_latency.as_secs_f64()
+        });
+        set(&self.worker_prefill_tokens_per_second, |worker| {
+            worker.latency.prefill_speed()
+        });
+        set(&self.worker_prefill_base_seconds, |worker| {
+            worker.latency.prefill_base
+        });
+        set(&self.worker_prefill_token_seconds, |worker| {
+            worker.latency.prefill_per_token
+        });
+        set(&self.worker_prefill_attention_pair_seconds, |worker| {
+            worker.latency.prefill_per_attention_pair
+        });
+        set(&self.worker_prefill_error_ratio, |worker| {
+            worker.latency.prefill_accuracy.mean_abs_relative_error
+        });
+        set(&self.worker_decode_step_base_seconds, |worker| {
+            worker.latency.decode_base
+        });
+        set(&self.worker_decode_step_request_seconds, |worker| {
+            worker.latency.decode_per_request
+        });
+        set(&self.worker_decode_step_context_token_seconds, |worker| {
+            worker.latency.decode_per_context_token
+        });
+        set(&self.worker_decode_step_error_ratio, |worker| {
+            worker.latency.decode_accuracy.mean_abs_relative_error
+        });
+        set(&self.worker_time_to_first_token_error_ratio, |worker| {
+            worker.ttft_accuracy.mean_abs_relative_error
+        });
+        let set = |gauge: &GaugeByWorker, samples: fn(&WorkerSnapshot) -> u64| {
+            set_per_worker(gauge, workers, |worker| gauge_value(samples(worker)));
+        };
+        set(&self.worker_prefill_samples, |worker| {
+            worker.latency.prefill_accuracy.samples
+        });
+        set(&self.worker_decode_step_samples, |worker| {
+            worker.latency.decode_accuracy.samples
+        });
+        set(&self.worker_time_to_first_token_samples, |worker| {
+            worker.ttft_accuracy.samples
+        });
     }
+}
+
+/// Sets a gauge of every worker and removes the series of all others.
+fn set_per_worker<N, A: Atomic<N> + Default>(
+    gauge: &Family<WorkerLabel, Gauge<N, A>>,
+    workers: &[WorkerSnapshot],
+    value: impl Fn(&WorkerSnapshot) -> N,
+) {
+    gauge.clear();
+    for worker in workers {
+        gauge
+            .get_or_create(&[("worker", worker.name.clone())])
+            .set(value(worker));
+    }
+}
+
+/// Converts a count to a gauge's type; the largest value stands for all that are larger.
+fn gauge_value(count: u64) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
 }

@@ -1,4 +1,4 @@
-//! The API: read a request, route it, have it answered, and pass the answer on.
+//! Public listener: parses each request, routes it, sends it to a worker and passes the response on.
 
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::str::FromStr;
@@ -7,119 +7,136 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use foresee_core::batch::Batch;
-use foresee_core::fleet::WorkerId;
-use foresee_core::queue::Order;
+use foresee_core::queue::QueueOrder;
 use foresee_core::router::Request as RouteRequest;
 use foresee_core::sequence::Sequence;
-use foresee_engine::answer::Continuation;
+use foresee_core::workers::WorkerId;
 use foresee_engine::error::ApiError;
-use foresee_engine::request::{ApiRequest, BodyError, Endpoint, Sequences};
+use foresee_engine::output_text::Continuation;
+use foresee_engine::request::{ApiRequest, BodyError, Endpoint, PromptSequences};
 use http::header::{CONTENT_ENCODING, EXPECT};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Either, LengthLimitError, Limited};
 use hyper::body::{Body as _, Incoming};
 
-use crate::attempts::{Answer, Attempts, no_worker};
-use crate::forward::{Forwarder, Message, strip_hop_by_hop};
+use crate::failover::{Failover, UpstreamResponse, no_worker};
+use crate::gateway_state::GatewayState;
 use crate::metrics::{Metrics, Outcome};
 use crate::reply::{self, Body};
-use crate::shared::Shared;
-use crate::watch::{Watch, Watched};
+use crate::tokenization::TokenizedPrompts;
+use crate::tracked_body::{RequestContext, TrackedBody};
+use crate::upstream::{UpstreamClient, UpstreamRequest, strip_hop_by_hop};
 
-/// Bodies longer than this are parsed and hashed away from the I/O threads: at about 1 GB/s,
-/// shorter ones delay nobody by more than 0.3 ms.
-const PARSED_IN_PLACE: usize = 256 << 10;
+/// Maximum size of a body that is parsed and hashed on the I/O thread. At about 1 GB/s, such a body
+/// delays other streams of the thread by at most 0.3 ms.
+const MAX_INLINE_PARSE_BYTES: usize = 256 << 10;
 
-/// The same for bodies that are tokenised, at about 10 MB/s.
-pub(crate) const TOKENIZED_IN_PLACE: usize = 4 << 10;
+/// Maximum size of a text that is tokenised on the I/O thread, at about 10 MB/s.
+pub(crate) const MAX_INLINE_TOKENIZE_BYTES: usize = 4 << 10;
 
-/// How long a client may take to send the rest of a body that was refused.
+/// Maximum time in which a client may send the rest of a body that was refused.
 const DISCARD_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What routing needs to know of a request.
+/// Request header with the priority in the queue: lower values are dispatched first; the default is 0.
+const PRIORITY_HEADER: &str = "x-foresee-priority";
+
+/// Request header with the expected number of output tokens.
+const EXPECTED_TOKENS_HEADER: &str = "x-foresee-expected-tokens";
+
+/// Properties of a request that routing and the response's observation need.
 #[derive(Debug)]
-struct Job {
-    /// By the name it was asked for or, if by none, the one it is known to go by.
+struct ParsedRequest {
+    /// Name of the model as the request gave it. If it gave none, the model that all workers list
+    /// first; empty if there is no such model.
     model: String,
-    /// Whether the request named it.
-    is_named: bool,
-    sequences: Sequences,
+    /// Whether the request named the model.
+    names_model: bool,
+    /// Hashed prompts of the request, one for each output.
+    sequences: PromptSequences,
+    /// Limit of output tokens.
     max_tokens: Option<u32>,
-    ignores_eos: bool,
+    /// Whether the output continues to `max_tokens`.
+    ignore_eos: bool,
+    /// Whether the request offers tools to the model.
     has_tools: bool,
-    streams: bool,
+    is_streaming: bool,
+    /// Bytes of prompt text, from which bytes per token are learned; 0 if there is nothing to learn.
     prompt_bytes: usize,
-    /// It is one prompt and asks for one answer.
+    /// Whether the request has one prompt, all of it hashed, and asks for one output.
     is_single: bool,
-    /// Where the answer goes in the prompt's sequence, if that can be known.
+    /// Where the output continues the prompt's sequence, if that is known.
     continuation: Option<Continuation>,
-    /// It asks the worker to list what it finds cached among its KV events.
-    lists_cached: bool,
-    /// How many tokens our tokenizer counted, if the engine ought to count the same.
-    counted_tokens: Option<u32>,
-    wishes: Wishes,
+    /// Whether the request asks the engine to list the cached blocks that it finds (full report mode).
+    full_report_mode: bool,
+    /// Prompt tokens counted by the tokenizer; `None` if the engine's count can differ from it.
+    tokenizer_count: Option<u32>,
+    /// Hints from the request's headers.
+    hints: RequestHints,
 }
 
-/// What the headers of a request say of it.
+/// Routing hints from the headers of a request.
 #[derive(Debug, Default)]
-struct Wishes {
-    /// How long the answer will be.
-    expected_tokens: Option<u32>,
-    /// In line, lower comes first.
+struct RequestHints {
+    /// Number of output tokens that the client expects.
+    expected_output_tokens: Option<u32>,
+    /// Priority in the queue; lower values are dispatched first.
     priority: i32,
-    /// On whose behalf it comes, where that matters; those who do not say are one.
+    /// Hash of the tenant, for the queue order `fair`. All requests without the tenant header are one
+    /// tenant.
     tenant: u64,
-    /// Workers that the client does not want.
-    ruled_out: Vec<WorkerId>,
+    /// Workers that the client excluded by naming another data-parallel rank.
+    excluded_workers: Vec<WorkerId>,
 }
 
-impl Job {
+impl ParsedRequest {
+    /// Returns the router's view of the request.
     fn request(&self) -> RouteRequest<'_> {
         RouteRequest {
-            model: if self.is_named { &self.model } else { "" },
-            sequence: &self.sequences.first,
+            model: if self.names_model { &self.model } else { "" },
+            prompt: &self.sequences.first,
             max_tokens: self.max_tokens,
-            ignores_eos: self.ignores_eos,
-            expected_tokens: self.wishes.expected_tokens,
+            ignore_eos: self.ignore_eos,
+            expected_output_tokens: self.hints.expected_output_tokens,
             has_tools: self.has_tools,
-            streams: self.streams,
-            priority: self.wishes.priority,
-            tenant: self.wishes.tenant,
-            excluded: &self.wishes.ruled_out,
+            is_streaming: self.is_streaming,
+            priority: self.hints.priority,
+            tenant: self.hints.tenant,
+            excluded_workers: &self.hints.excluded_workers,
         }
     }
 }
 
-/// A request without an answer yet. Dropped as such, it counts as one whose client left.
+/// Guard of a request without a response. Dropping it while it has metrics counts the request as one
+/// whose client left.
 #[derive(Debug)]
-struct Unanswered<'m>(Option<&'m Metrics>);
+struct OutcomeGuard<'m>(Option<&'m Metrics>);
 
-impl Drop for Unanswered<'_> {
+impl Drop for OutcomeGuard<'_> {
     fn drop(&mut self) {
         if let Some(metrics) = self.0 {
-            metrics.ended(Outcome::ClientLeft);
+            metrics.record_outcome(Outcome::ClientLeft);
         }
     }
 }
 
-impl Shared {
-    /// Answers one request to the public API.
-    pub(crate) async fn answer(
+impl GatewayState {
+    /// Handles one request to the public API. `client` is that of the I/O thread.
+    pub(crate) async fn handle_api(
         self: Arc<Self>,
-        forwarder: Arc<Forwarder>,
+        client: Arc<UpstreamClient>,
         request: Request<Incoming>,
     ) -> Response<Body> {
         let request_id = self.request_ids.next();
-        let given_id = request.headers().get("x-request-id").cloned();
-        let mut unanswered = Unanswered(Some(&self.metrics));
-        let answered = self
-            .try_answer(&forwarder, request, request_id.clone())
+        let client_request_id = request.headers().get("x-request-id").cloned();
+        let mut guard = OutcomeGuard(Some(&self.metrics));
+        let result = self
+            .try_handle_api(&client, request, request_id.clone())
             .await;
-        unanswered.0 = None;
-        let mut response = match answered {
+        guard.0 = None;
+        let mut response = match result {
             Ok(response) => response,
             Err(error) => {
-                self.metrics.ended(match error.status {
+                self.metrics.record_outcome(match error.status {
                     503 => Outcome::Unavailable,
                     500.. => Outcome::WorkerFailed,
                     _ => Outcome::Refused,
@@ -130,17 +147,17 @@ impl Shared {
         response
             .headers_mut()
             .entry("x-request-id")
-            .or_insert(given_id.unwrap_or(request_id));
+            .or_insert(client_request_id.unwrap_or(request_id));
         response
     }
 
-    async fn try_answer(
+    async fn try_handle_api(
         self: &Arc<Self>,
-        forwarder: &Forwarder,
+        client: &UpstreamClient,
         request: Request<Incoming>,
         request_id: HeaderValue,
     ) -> Result<Response<Body>, ApiError> {
-        let arrived = self.clock.now();
+        let arrived_at = self.clock.now();
         let (head, body) = request.into_parts();
         let endpoint = match (&head.method, head.uri.path()) {
             (&Method::POST, "/v1/chat/completions") => Some(Endpoint::ChatCompletions),
@@ -148,56 +165,65 @@ impl Shared {
             (&Method::POST, "/v1/embeddings") => Some(Endpoint::Embeddings),
             (&Method::GET, "/v1/models") => return Ok(self.models()),
             (&Method::GET, "/health") => return Ok(self.health()),
-            // A tunnel, which neither we nor an engine can be.
+            // CONNECT asks for a tunnel. Neither the gateway nor an engine offers one.
             (&Method::CONNECT, _) => return Err(ApiError::path_not_found("CONNECT", "tunnel")),
             _ => None,
         };
         let body = self.read_body(&head.headers, body).await?;
-        let compressed = head.headers.contains_key(CONTENT_ENCODING);
-        let mut job = match endpoint {
-            Some(endpoint) if !compressed => self.read_job(endpoint, body.clone()).await?,
-            // Not for us to read: placed by load alone.
-            _ => Job {
+        let is_compressed = head.headers.contains_key(CONTENT_ENCODING);
+        let mut parsed = match endpoint {
+            Some(endpoint) if !is_compressed => {
+                self.parse_off_thread(endpoint, body.clone()).await?
+            }
+            // The gateway cannot parse this body, so it is routed by load alone.
+            _ => ParsedRequest {
                 model: String::new(),
-                is_named: false,
-                sequences: Sequences::of_one(Sequence::opaque(0, self.config.router.block_size), 1),
+                names_model: false,
+                sequences: PromptSequences::repeated(
+                    Sequence::unhashed(0, self.config.router.block_size),
+                    1,
+                ),
                 max_tokens: None,
-                ignores_eos: false,
+                ignore_eos: false,
                 has_tools: false,
-                streams: true,
+                is_streaming: true,
                 prompt_bytes: 0,
                 is_single: false,
                 continuation: None,
-                lists_cached: false,
-                counted_tokens: None,
-                wishes: Wishes::default(),
+                full_report_mode: false,
+                tokenizer_count: None,
+                hints: RequestHints::default(),
             },
         };
-        job.wishes = self.wishes(&head.headers)?;
-        let mut batch = self.route(&job)?;
-        let mut message = Message::new(head, body, request_id, endpoint.is_some());
-        message.lists_cached = job.lists_cached;
-        let mut attempts = Attempts::new(self, forwarder, &message, &job.wishes.ruled_out);
-        let answer = attempts.until_answered(&mut batch).await?;
-        Ok(self.pass_through(answer, batch, job, arrived, message.request_id()))
+        parsed.hints = self.request_hints(&head.headers)?;
+        let mut batch = self.route(&parsed)?;
+        let mut upstream_request = UpstreamRequest::new(head, body, request_id, endpoint.is_some());
+        upstream_request.full_report_mode = parsed.full_report_mode;
+        let excluded = &parsed.hints.excluded_workers;
+        let mut failover = Failover::new(self, client, &upstream_request, excluded);
+        let response = failover.send(&mut batch).await?;
+        let request_id = upstream_request.request_id();
+        Ok(self.pass_through(response, batch, parsed, arrived_at, request_id))
     }
 
-    fn wishes(&self, headers: &HeaderMap) -> Result<Wishes, ApiError> {
-        let order = "be a whole number: lower is sent first, and 0 is what others have";
-        let tokens = "be the number of tokens that the answer is expected to have";
-        let tenant = match self.config.router.queue {
-            Some(Order::Fair) => headers.get(&self.config.tenant_header),
+    /// Returns the routing hints in `headers`.
+    fn request_hints(&self, headers: &HeaderMap) -> Result<RequestHints, ApiError> {
+        let priority = "an integer; lower values are served first (default 0)";
+        let tokens = "an integer: the expected number of output tokens";
+        let tenant = match self.config.router.queue_order {
+            Some(QueueOrder::FairByTenant) => headers.get(&self.config.tenant_header),
             _ => None,
         };
         let hasher = BuildHasherDefault::<DefaultHasher>::default();
-        Ok(Wishes {
-            expected_tokens: number(headers, EXPECTED_HEADER, tokens)?,
-            priority: number(headers, PRIORITY_HEADER, order)?.unwrap_or_default(),
-            tenant: tenant.map_or(0, |it| hasher.hash_one(it)),
-            ruled_out: self.workers.ruled_out(headers),
+        Ok(RequestHints {
+            expected_output_tokens: integer_header(headers, EXPECTED_TOKENS_HEADER, tokens)?,
+            priority: integer_header(headers, PRIORITY_HEADER, priority)?.unwrap_or_default(),
+            tenant: tenant.map_or(0, |tenant| hasher.hash_one(tenant)),
+            excluded_workers: self.workers.workers_excluded_by_rank(headers),
         })
     }
 
+    /// Reads a whole request body, up to the size limit.
     pub(crate) async fn read_body(
         &self,
         headers: &HeaderMap,
@@ -205,7 +231,7 @@ impl Shared {
     ) -> Result<Bytes, ApiError> {
         let limit = self.config.max_body_bytes;
         if body.size_hint().lower() > limit as u64 {
-            // A client that asks first is still waiting to be told to send.
+            // A client that sent `Expect: 100-continue` has not sent the body yet.
             if !headers.contains_key(EXPECT) {
                 tokio::spawn(discard(body));
             }
@@ -218,53 +244,60 @@ impl Shared {
                 Err(ApiError::body_too_large(limit))
             }
             Err(error) => {
-                let message = format!("The request body did not arrive whole: {error}.");
+                let message = format!("The request body is incomplete: {error}.");
                 Err(ApiError::bad_request(message, None))
             }
         }
     }
 
-    async fn read_job(self: &Arc<Self>, endpoint: Endpoint, body: Bytes) -> Result<Job, ApiError> {
-        let in_place = match self.tokens {
-            Some(_) => TOKENIZED_IN_PLACE,
-            None => PARSED_IN_PLACE,
+    /// Parses a body: a short one on this thread, a long one on a thread for blocking work.
+    async fn parse_off_thread(
+        self: &Arc<Self>,
+        endpoint: Endpoint,
+        body: Bytes,
+    ) -> Result<ParsedRequest, ApiError> {
+        let max_inline_bytes = match self.tokenizer {
+            Some(_) => MAX_INLINE_TOKENIZE_BYTES,
+            None => MAX_INLINE_PARSE_BYTES,
         };
-        if body.len() <= in_place {
-            return Ok(self.parse_job(endpoint, &body)?);
+        if body.len() <= max_inline_bytes {
+            return Ok(self.parse_request(endpoint, &body)?);
         }
-        let permit = match &self.tokens {
-            Some(tokens) => tokens.permit().await,
+        let permit = match &self.tokenizer {
+            Some(tokenizer) => tokenizer.permit().await,
             None => None,
         };
         let shared = Arc::clone(self);
-        let parsed = tokio::task::spawn_blocking(move || {
-            // Goes on even if the client leaves, so the permit goes with it.
+        let parsing = tokio::task::spawn_blocking(move || {
+            // The work continues even if the client disconnects, so it owns the permit.
             let _permit = permit;
-            shared.parse_job(endpoint, &body)
+            shared.parse_request(endpoint, &body)
         });
-        let parsed = parsed.await;
-        match parsed {
-            Ok(job) => Ok(job?),
+        match parsing.await {
+            Ok(parsed) => Ok(parsed?),
             Err(error) => {
-                tracing::error!(%error, "reading a body failed");
-                Err(ApiError::bad_request("The body cannot be read.", None))
+                tracing::error!(%error, "parsing a request body failed");
+                Err(ApiError::bad_request("The body cannot be parsed.", None))
             }
         }
     }
 
-    fn parse_job(&self, endpoint: Endpoint, body: &[u8]) -> Result<Job, BodyError> {
+    /// Parses and hashes a body. The hints of the result are empty.
+    fn parse_request(&self, endpoint: Endpoint, body: &[u8]) -> Result<ParsedRequest, BodyError> {
         let mut request = ApiRequest::parse(endpoint, body)?;
-        let is_named = !request.model.is_empty();
-        if !is_named {
-            // Engines take it for their own, so it is hashed as what they say they have cached.
+        let names_model = !request.model.is_empty();
+        if !names_model {
+            // Engines use their own model then, so the prompt is hashed like the blocks that they
+            // report.
             request.model = self.workers.only_model().unwrap_or_default();
         }
-        let bytes_per_token = self.text.get(&request.model);
+        let bytes_per_token = self.text_ratios.get(&request.model);
         let block_size = self.config.router.block_size;
-        let ids = self.tokens.as_ref().map_or_else(Vec::new, |tokens| {
-            tokens.encode(endpoint, &request, body, &self.metrics)
-        });
-        // What is sent on, counted and logged keeps the name it came under.
+        let TokenizedPrompts { ids, token_count } = match &self.tokenizer {
+            Some(tokenizer) => tokenizer.encode(endpoint, &request, body, &self.metrics),
+            None => TokenizedPrompts::default(),
+        };
+        // The request is sent, counted and logged under the name that the client used.
         let model = request.model.clone();
         if let Some(alias) = self.workers.alias_of(&model) {
             request.model = alias;
@@ -278,95 +311,100 @@ impl Shared {
                 bytes_per_token,
             ),
         };
-        let all_encoded = !ids.is_empty() && ids.iter().all(Option::is_some);
-        let comparable = all_encoded && request.is_matched_whole();
-        Ok(Job {
-            counted_tokens: comparable.then_some(sequences.prompt_tokens),
-            is_single: sequences.further.is_empty() && request.is_matched_whole(),
-            continuation: continuation.filter(|it| !it.is_of_tokens() || self.tokens.is_some()),
-            is_named,
-            lists_cached: request.lists_cached,
+        Ok(ParsedRequest {
+            tokenizer_count: token_count.filter(|_| request.is_fully_hashed()),
+            is_single: sequences.rest.is_empty() && request.is_fully_hashed(),
+            continuation: continuation
+                .filter(|place| !place.is_token_based() || self.tokenizer.is_some()),
+            names_model,
+            full_report_mode: request.full_report_mode,
             sequences,
             max_tokens: request.max_tokens,
-            ignores_eos: request.ignores_eos,
+            ignore_eos: request.ignore_eos,
             has_tools: request.has_tools,
-            streams: request.stream,
+            is_streaming: request.stream,
             prompt_bytes: request.prompt_bytes(),
             model,
-            wishes: Wishes::default(),
+            hints: RequestHints::default(),
         })
     }
 
-    fn route(&self, job: &Job) -> Result<Batch, ApiError> {
-        let before = self.clock.now();
+    /// Chooses a worker and books the request there, all prompts and outputs as one batch.
+    fn route(&self, parsed: &ParsedRequest) -> Result<Batch, ApiError> {
+        let started = self.clock.now();
         let batch = self
             .router
-            .route_batch(&job.request(), &job.sequences.further, before)
+            .route_batch(&parsed.request(), &parsed.sequences.rest, started)
             .map_err(no_worker)?;
-        let after = self.clock.now();
+        let duration = self.clock.now().saturating_sub(started);
         let metrics = &self.metrics;
         metrics
-            .decision_duration
-            .observe(after.saturating_sub(before).as_secs_f64());
-        let prompt_tokens = job.sequences.prompt_tokens;
-        metrics.prompt_tokens.inc_by(prompt_tokens.into());
+            .decision_duration_seconds
+            .observe(duration.as_secs_f64());
+        metrics
+            .prompt_tokens
+            .inc_by(parsed.sequences.prompt_tokens.into());
         Ok(batch)
     }
 
+    /// Returns the client's response: the worker's, with the gateway's headers and a body that reports
+    /// its tokens to the bookings.
     fn pass_through(
         self: &Arc<Self>,
-        answer: Answer,
+        upstream: UpstreamResponse,
         batch: Batch,
-        job: Job,
-        arrived: Duration,
+        parsed: ParsedRequest,
+        arrived_at: Duration,
         request_id: HeaderValue,
     ) -> Response<Body> {
-        let (mut head, body) = answer.response.into_parts();
+        let (mut head, body) = upstream.response.into_parts();
         strip_hop_by_hop(&mut head.headers);
         let decision = batch.decision();
         let overlap_blocks = decision.cost.overlap_blocks;
-        self.metrics.overlap("predicted", overlap_blocks);
-        self.metrics.overlap("best", decision.best_overlap_blocks);
+        self.metrics.add_overlap_blocks("predicted", overlap_blocks);
+        self.metrics
+            .add_overlap_blocks("best", decision.best_overlap_blocks);
         let block_size = self.config.router.block_size.get();
         let overlap_tokens = overlap_blocks.saturating_mul(block_size);
         let headers = &mut head.headers;
-        headers.insert("x-foresee-worker", answer.worker.header.clone());
+        headers.insert("x-foresee-worker", upstream.worker.header.clone());
         headers.insert("x-foresee-overlap-tokens", overlap_tokens.into());
-        let watch = Watch {
+        let context = RequestContext {
             shared: Arc::clone(self),
-            worker: answer.worker,
+            worker: upstream.worker,
             batch,
-            arrived,
+            arrived_at,
             request_id,
-            model: job.model,
-            is_single: job.is_single,
-            prompt_tokens: job.sequences.prompt_tokens,
-            continuation: job.continuation,
-            foretold: answer.foretold,
-            prompt_bytes: job.prompt_bytes,
-            counted_tokens: job.counted_tokens,
-            recorded: self.recorder.is_some().then_some(job.sequences),
+            model: parsed.model,
+            is_single: parsed.is_single,
+            prompt_tokens: parsed.sequences.prompt_tokens,
+            continuation: parsed.continuation,
+            predicted_tokens: upstream.predicted_tokens,
+            prompt_bytes: parsed.prompt_bytes,
+            tokenizer_count: parsed.tokenizer_count,
+            recorded: self.recorder.is_some().then_some(parsed.sequences),
         };
-        let watched = Watched::new(&head, body, answer.first, watch);
-        Response::from_parts(head, Either::Right(watched))
+        let body = TrackedBody::new(&head, body, upstream.first_frame, context);
+        Response::from_parts(head, Either::Right(body))
     }
 
-    /// Every model some worker serves, as the first worker to serve it describes it.
+    /// Lists the models of all workers. Each entry is as the first worker that serves the model wrote
+    /// it.
     fn models(&self) -> Response<Body> {
         let mut listed: Vec<(String, String)> = Vec::new();
         for worker in self.workers.all() {
-            for (id, model) in worker.models.read().iter() {
+            for (id, entry) in worker.models.read().iter() {
                 if !listed.iter().any(|(known, _)| known == id) {
-                    listed.push((id.clone(), model.get().to_owned()));
+                    listed.push((id.clone(), entry.get().to_owned()));
                 }
             }
         }
-        let models: Vec<&str> = listed.iter().map(|(_, model)| model.as_str()).collect();
-        let list = format!(r#"{{"object":"list","data":[{}]}}"#, models.join(","));
+        let entries: Vec<&str> = listed.iter().map(|(_, entry)| entry.as_str()).collect();
+        let list = format!(r#"{{"object":"list","data":[{}]}}"#, entries.join(","));
         reply::json(StatusCode::OK, list)
     }
 
-    /// As engines answer it: 200 and nothing, if a request could be served now.
+    /// Returns an empty 200 if a worker can serve a request now, and otherwise a 503, as engines do.
     fn health(&self) -> Response<Body> {
         let status = if self.router.is_ready() {
             StatusCode::OK
@@ -376,45 +414,45 @@ impl Shared {
         reply::whole(status, "text/plain", "")
     }
 
-    /// Reads the body of an API request and says how it would be routed now.
+    /// Returns how a request with this body would be routed now. Books nothing.
     pub(crate) fn explain(
         &self,
         endpoint: Endpoint,
         body: &[u8],
     ) -> Result<foresee_core::router::Explanation, ApiError> {
-        let job = self.parse_job(endpoint, body)?;
+        let parsed = self.parse_request(endpoint, body)?;
         let now = self.clock.now();
-        let explained = self
-            .router
-            .explain_batch(&job.request(), &job.sequences.further, now);
-        explained.map_err(no_worker)
+        self.router
+            .explain_batch(&parsed.request(), &parsed.sequences.rest, now)
+            .map_err(no_worker)
     }
 }
 
-/// A request's place among those that wait: lower is sent first, 0 if it does not say.
-const PRIORITY_HEADER: &str = "x-foresee-priority";
-
-/// How many tokens its answer is expected to have.
-const EXPECTED_HEADER: &str = "x-foresee-expected-tokens";
-
-/// The number in a header, if there is that header.
-fn number<N: FromStr>(
+/// Returns the number in the header `name`, or `None` without that header. `requirement` completes the
+/// error message "Header `name` must be …".
+fn integer_header<N: FromStr>(
     headers: &HeaderMap,
     name: &'static str,
-    must: &str,
+    requirement: &str,
 ) -> Result<Option<N>, ApiError> {
-    let Some(given) = headers.get(name) else {
+    let Some(value) = headers.get(name) else {
         return Ok(None);
     };
-    let number = given.to_str().ok().and_then(|it| it.trim().parse().ok());
-    let wrong = || ApiError::bad_request(format!("The header `{name}` must {must}."), Some(name));
-    number.map(Some).ok_or_else(wrong)
+    let number = value
+        .to_str()
+        .ok()
+        .and_then(|text| text.trim().parse().ok());
+    let invalid = || {
+        let message = format!("Header `{name}` must be {requirement}.");
+        ApiError::bad_request(message, Some(name))
+    };
+    number.map(Some).ok_or_else(invalid)
 }
 
-/// Reads the rest of a body that was refused: most clients read no answer before they have sent
-/// everything, and breaking the connection would lose it.
+/// Reads and discards the rest of a refused body. Most clients read no response before they have sent
+/// the whole body, and closing the connection earlier would lose the response.
 async fn discard(mut body: Incoming) {
     let rest = async { while let Some(Ok(_)) = body.frame().await {} };
-    // One that takes longer finds the connection closed.
+    // After the timeout the body is dropped, which closes the connection.
     let _ = tokio::time::timeout(DISCARD_TIMEOUT, rest).await;
 }

@@ -1,8 +1,9 @@
-//! Writes down the traffic: a line for each answered request, in the format `foresee replay` reads.
+//! Records traffic as a trace: one line per prompt of a completed request, in the format that
+//! `foresee replay` reads.
 //!
-//! A line has when the request came, how long prompt and answer were, and of the prompt's content
-//! only the hashes of its blocks. A thread of its own writes; whoever answers requests hands over
-//! what is needed and never waits. If the file cannot keep up, lines are dropped and counted.
+//! A line contains the arrival time, the lengths of prompt and output, and of the prompt's content
+//! only the hashes of its blocks. A thread of its own writes the file, so that requests never wait
+//! for it. If the thread cannot keep up, requests are dropped from the recording and counted.
 
 use std::fs::{File, OpenOptions};
 use std::hash::{BuildHasher, RandomState};
@@ -13,51 +14,55 @@ use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use foresee_core::sequence::Sequence;
-use foresee_engine::request::Sequences;
+use foresee_engine::request::PromptSequences;
 use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
 use serde::Serialize;
 
-use crate::answered::Ending;
+use crate::completion_log::Completion;
 use crate::metrics::{Metrics, Outcome};
 
-/// Requests that may wait to be written.
-const MOST_WAITING: usize = 4096;
+/// Maximum number of requests that wait to be written.
+const MAX_PENDING_ENTRIES: usize = 4096;
 
-/// An answered request.
+/// A completed request that is to be recorded.
 #[derive(Debug)]
 pub(crate) struct Entry {
-    /// When it came, by the gateway's clock.
+    /// Arrival time by the gateway's clock.
     pub(crate) arrived: Duration,
+    /// Name of the model.
     pub(crate) model: String,
-    pub(crate) sequences: Sequences,
-    /// Output tokens of each prompt, or of all together if they were not told apart.
+    /// Prompts as block hashes.
+    pub(crate) sequences: PromptSequences,
+    /// Output tokens of each prompt or, if only the sum is known, one sum of all prompts.
     output_tokens: Vec<u32>,
 }
 
-/// Hands entries to the thread that writes.
+/// Sends entries to the thread that writes them.
 #[derive(Debug)]
 pub(crate) struct Recorder {
-    /// `None` ends it.
+    /// Queue of the thread; `None` ends it.
     entries: SyncSender<Option<Entry>>,
+    /// Handle of the thread; `None` after [`finish`](Self::finish).
     writer: Mutex<Option<JoinHandle<()>>>,
+    /// Counts requests that were dropped from the recording.
     dropped: Counter,
 }
 
 impl Recorder {
-    /// Appends to the file at `path`.
+    /// Opens the file at `path` for appending, creates it if needed, and starts the thread.
     pub(crate) fn start(path: &Path, metrics: &Metrics) -> io::Result<Self> {
         let file = OpenOptions::new().create(true).append(true).open(path)?;
-        let (entries, receiver) = sync_channel(MOST_WAITING);
-        let dropped = metrics.recorded("dropped");
+        let (entries, receiver) = sync_channel(MAX_PENDING_ENTRIES);
+        let dropped = metrics.recorded_counter("dropped");
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
         let writer = Writer {
             file: BufWriter::new(file),
             started: since_1970.unwrap_or_default(),
             next_id: RandomState::new().hash_one(std::process::id()),
-            written: metrics.recorded("written"),
+            written: metrics.recorded_counter("written"),
             dropped: dropped.clone(),
-            has_failed: false,
+            write_failed: false,
         };
         let thread = std::thread::Builder::new().name("recorder".to_owned());
         let writer = thread.spawn(move || writer.run(&receiver))?;
@@ -68,26 +73,26 @@ impl Recorder {
         })
     }
 
-    /// Writes down a request that ended so, if there is something to replay: its worker answered,
-    /// and it is known with how many tokens.
+    /// Queues a request for recording, if it can be replayed: a worker generated output, and the
+    /// lengths of prompt and output are known. Never blocks; a full queue drops the request.
     pub(crate) fn record(
         &self,
         arrived: Duration,
         model: &str,
-        sequences: Sequences,
-        ending: &Ending,
+        sequences: PromptSequences,
+        completion: &Completion,
     ) {
-        let answered = matches!(ending.outcome, Outcome::Ok | Outcome::ClientLeft);
-        if !answered || ending.output_tokens == 0 || sequences.prompt_tokens == 0 {
+        let has_output = matches!(completion.outcome, Outcome::Ok | Outcome::ClientLeft);
+        if !has_output || completion.output_tokens == 0 || sequences.prompt_tokens == 0 {
             return;
         }
         let entry = Entry {
             arrived,
             model: model.to_owned(),
             sequences,
-            output_tokens: match ending.apart.as_slice() {
-                [] => vec![ending.output_tokens],
-                apart => apart.to_vec(),
+            output_tokens: match completion.output_tokens_by_choice.as_slice() {
+                [] => vec![completion.output_tokens],
+                by_choice => by_choice.to_vec(),
             },
         };
         if self.entries.try_send(Some(entry)).is_err() {
@@ -95,40 +100,53 @@ impl Recorder {
         }
     }
 
-    /// Writes what is waiting, and no more. Blocks until it is done.
+    /// Writes all queued requests and ends the thread. Blocks until that is done. Later requests are
+    /// dropped.
     pub(crate) fn finish(&self) {
         if let Some(writer) = self.writer.lock().take() {
-            // Both fail only if the thread is gone.
+            // Both fail only if the thread has panicked.
             let _ = self.entries.send(None);
             let _ = writer.join();
         }
     }
 }
 
+/// The thread that writes the file.
 struct Writer {
     file: BufWriter<File>,
-    /// When the gateway's clock was zero, since 1970.
+    /// Time since 1970 at which the gateway's clock was zero.
     started: Duration,
-    /// Names blocks that nobody shares.
+    /// Next hash id for a block of unknown content. Starts at a random number, so that it is not
+    /// equal to an id of another block.
     next_id: u64,
+    /// Counts recorded prompts.
     written: Counter,
+    /// Counts dropped requests, and prompts that could not be written.
     dropped: Counter,
-    has_failed: bool,
+    /// Whether a write has failed and the error was logged.
+    write_failed: bool,
 }
 
-/// As the reader in `foresee-sim` has it.
+/// One line of a recording, as `foresee-sim` reads it.
 #[derive(Serialize)]
 struct Line<'a> {
-    /// Milliseconds since 1970: several runs may follow each other in one file.
+    /// Arrival time in milliseconds since 1970, so that one file can contain several runs.
     timestamp: f64,
+    /// Prompt tokens.
     input_length: u32,
+    /// Output tokens.
     output_length: u32,
+    /// One id for each block of the prompt; equal ids mean equal prefixes.
     hash_ids: Vec<u64>,
+    /// Tokens per block.
     tokens_per_hash_id: u32,
+    /// Name of the model.
     model: &'a str,
 }
 
 impl Writer {
+    /// Writes entries until the queue contains `None` or is closed. Flushes the file whenever the
+    /// queue is empty, so that it can be read meanwhile.
     fn run(mut self, entries: &Receiver<Option<Entry>>) {
         let mut next = entries.recv().ok().flatten();
         while let Some(entry) = next.take() {
@@ -137,42 +155,43 @@ impl Writer {
                 Ok(entry) => entry,
                 Err(TryRecvError::Disconnected) => None,
                 Err(TryRecvError::Empty) => {
-                    // Nothing to do: what was written can be read meanwhile.
                     let flushed = self.file.flush();
-                    self.note(&flushed);
+                    self.log_write_result(&flushed);
                     entries.recv().ok().flatten()
                 }
             };
         }
         let flushed = self.file.flush();
-        self.note(&flushed);
+        self.log_write_result(&flushed);
     }
 
+    /// Writes a line for each prompt of a request, and counts it. A sum of output tokens is divided
+    /// equally among the prompts.
     fn write(&mut self, entry: &Entry) {
-        let Sequences { first, further, .. } = &entry.sequences;
-        let prompts = 1 + further.len();
-        for (index, sequence) in std::iter::once(first).chain(further).enumerate() {
+        let PromptSequences { first, rest, .. } = &entry.sequences;
+        let prompt_count = 1 + rest.len();
+        for (index, sequence) in std::iter::once(first).chain(rest).enumerate() {
             let output_length = match entry.output_tokens.as_slice() {
-                [all] => all / prompts as u32,
-                apart => apart.get(index).copied().unwrap_or(0),
+                [sum] => sum / prompt_count as u32,
+                by_choice => by_choice.get(index).copied().unwrap_or(0),
             };
             if output_length == 0 || sequence.tokens() == 0 {
                 continue;
             }
             let timestamp = (self.started + entry.arrived).as_secs_f64() * 1e3;
             let line = Line {
-                // To the microsecond: the rest is noise.
+                // Rounded to microseconds; smaller differences are noise.
                 timestamp: (timestamp * 1e3).round() / 1e3,
                 input_length: sequence.tokens(),
                 output_length,
-                hash_ids: self.ids(sequence),
+                hash_ids: self.hash_ids(sequence),
                 tokens_per_hash_id: sequence.block_size().get(),
                 model: &entry.model,
             };
             let written = serde_json::to_string(&line)
                 .map_err(io::Error::from)
                 .and_then(|line| writeln!(self.file, "{line}"));
-            if self.note(&written) {
+            if self.log_write_result(&written) {
                 self.written.inc();
             } else {
                 self.dropped.inc();
@@ -180,9 +199,9 @@ impl Writer {
         }
     }
 
-    /// An id for each block of a prompt, the same wherever it is the same with all before. Those
-    /// of no known content have one of their own.
-    fn ids(&mut self, sequence: &Sequence) -> Vec<u64> {
+    /// Returns an id for each block of a prompt: its sequence hash, or a new number for a block of
+    /// unknown content.
+    fn hash_ids(&mut self, sequence: &Sequence) -> Vec<u64> {
         let mut ids = sequence.hashes().to_vec();
         let blocks = sequence.tokens().div_ceil(sequence.block_size().get());
         while ids.len() < blocks as usize {
@@ -192,13 +211,13 @@ impl Writer {
         ids
     }
 
-    /// Says once that writing fails. Returns whether it went well.
-    fn note(&mut self, result: &io::Result<()>) -> bool {
+    /// Logs the first error of the recording. Returns whether `result` is a success.
+    fn log_write_result(&mut self, result: &io::Result<()>) -> bool {
         match result {
             Ok(()) => true,
             Err(error) => {
-                if !std::mem::replace(&mut self.has_failed, true) {
-                    tracing::error!(%error, "cannot write the recording; requests go on");
+                if !std::mem::replace(&mut self.write_failed, true) {
+                    tracing::error!(%error, "cannot write the recording; requests are still served, check the disk");
                 }
                 false
             }
@@ -214,74 +233,85 @@ mod tests {
 
     const FULL: &str = "/dev/full";
 
-    fn ended(outcome: Outcome, output_tokens: u32) -> Ending {
-        Ending {
+    fn completion(outcome: Outcome, output_tokens: u32) -> Completion {
+        Completion {
             outcome,
             usage: Usage::default(),
             output_tokens,
-            apart: Vec::new(),
+            output_tokens_by_choice: Vec::new(),
             first_token: None,
         }
     }
 
-    fn prompt(tokens: u32) -> Sequences {
+    fn prompt(tokens: u32) -> PromptSequences {
         let block_size = 16.try_into().unwrap();
         let tokens: Vec<u32> = (0..tokens).collect();
-        Sequences::of_one(Sequence::from_tokens(&tokens, block_size, 0), 1)
+        PromptSequences::repeated(Sequence::from_tokens(&tokens, block_size, 0), 1)
     }
 
     #[test]
-    fn only_what_can_be_replayed_is_written() {
-        let folder = tempfile_path("kept");
+    fn only_requests_with_known_lengths_are_recorded() {
+        let path = tempfile_path("recording");
         let metrics = Metrics::new();
-        let recorder = Recorder::start(&folder, &metrics).unwrap();
+        let recorder = Recorder::start(&path, &metrics).unwrap();
         let second = Duration::from_secs(1);
-        recorder.record(second, "m", prompt(40), &ended(Outcome::Ok, 5));
-        recorder.record(second, "m", prompt(40), &ended(Outcome::ClientLeft, 2));
-        recorder.record(second, "m", prompt(40), &ended(Outcome::WorkerFailed, 5));
-        recorder.record(second, "m", prompt(40), &ended(Outcome::Ok, 0));
-        recorder.record(second, "m", prompt(0), &ended(Outcome::Ok, 5));
-        let apart = Ending {
-            apart: vec![3, 0],
-            ..ended(Outcome::Ok, 3)
+        recorder.record(second, "m", prompt(40), &completion(Outcome::Ok, 5));
+        recorder.record(second, "m", prompt(40), &completion(Outcome::ClientLeft, 2));
+        recorder.record(
+            second,
+            "m",
+            prompt(40),
+            &completion(Outcome::WorkerFailed, 5),
+        );
+        recorder.record(second, "m", prompt(40), &completion(Outcome::Ok, 0));
+        recorder.record(second, "m", prompt(0), &completion(Outcome::Ok, 5));
+        let by_choice = Completion {
+            output_tokens_by_choice: vec![3, 0],
+            ..completion(Outcome::Ok, 3)
         };
-        recorder.record(second, "m", prompt(16), &apart);
+        recorder.record(second, "m", prompt(16), &by_choice);
         recorder.finish();
-        recorder.record(second, "m", prompt(40), &ended(Outcome::Ok, 5));
-        let written = std::fs::read_to_string(&folder).unwrap();
-        std::fs::remove_file(&folder).unwrap();
+        recorder.record(second, "m", prompt(40), &completion(Outcome::Ok, 5));
+        let written = std::fs::read_to_string(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
         let lines: Vec<serde_json::Value> = written
             .lines()
             .map(|line| serde_json::from_str(line).unwrap())
             .collect();
         let lengths = |name: &str| -> Vec<u64> {
-            lines.iter().map(|it| it[name].as_u64().unwrap()).collect()
+            lines
+                .iter()
+                .map(|line| line[name].as_u64().unwrap())
+                .collect()
         };
         assert_eq!(lengths("input_length"), [40, 40, 16]);
         assert_eq!(lengths("output_length"), [5, 2, 3]);
-        let ids = |line: usize| lines[line]["hash_ids"].as_array().unwrap();
-        assert_eq!((ids(0).len(), ids(2).len()), (3, 1));
-        assert_eq!((&ids(0)[..2], &ids(0)[0]), (&ids(1)[..2], &ids(2)[0]));
-        // What is behind the last full block is nobody else's.
-        assert_ne!(ids(0)[2], ids(1)[2]);
-        assert_eq!(metrics.recorded("written").get(), 3);
-        assert_eq!(metrics.recorded("dropped").get(), 1);
+        let hash_ids = |line: usize| lines[line]["hash_ids"].as_array().unwrap();
+        assert_eq!((hash_ids(0).len(), hash_ids(2).len()), (3, 1));
+        assert_eq!(
+            (&hash_ids(0)[..2], &hash_ids(0)[0]),
+            (&hash_ids(1)[..2], &hash_ids(2)[0])
+        );
+        // The partial block at the end has an id of its own.
+        assert_ne!(hash_ids(0)[2], hash_ids(1)[2]);
+        assert_eq!(metrics.recorded_counter("written").get(), 3);
+        assert_eq!(metrics.recorded_counter("dropped").get(), 1);
     }
 
     #[test]
-    fn a_full_disk_is_counted_and_harms_nobody() {
+    fn requests_that_a_full_disk_drops_are_counted() {
         if !Path::new(FULL).exists() {
             return;
         }
         let metrics = Metrics::new();
         let recorder = Recorder::start(Path::new(FULL), &metrics).unwrap();
         for _ in 0..200 {
-            // Long enough that the buffer overflows.
-            let ending = ended(Outcome::Ok, 5);
-            recorder.record(Duration::ZERO, "m", prompt(2000), &ending);
+            // The prompts are long enough to overflow the buffer.
+            let completion = completion(Outcome::Ok, 5);
+            recorder.record(Duration::ZERO, "m", prompt(2000), &completion);
         }
         recorder.finish();
-        assert!(metrics.recorded("dropped").get() > 0);
+        assert!(metrics.recorded_counter("dropped").get() > 0);
     }
 
     fn tempfile_path(name: &str) -> std::path::PathBuf {

@@ -1,4 +1,4 @@
-//! Answers the gateway makes itself.
+//! Responses that the gateway produces itself.
 
 use bytes::Bytes;
 use foresee_engine::error::ApiError;
@@ -6,12 +6,12 @@ use http::header::{CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderValue, Response, StatusCode};
 use http_body_util::{Either, Full};
 
-use crate::watch::Watched;
+use crate::tracked_body::TrackedBody;
 
-/// A body of the gateway's own, or one that passes through.
-pub(crate) type Body = Either<Full<Bytes>, Watched>;
+/// Body of a response: the gateway's own, or a worker's that is passed on.
+pub(crate) type Body = Either<Full<Bytes>, TrackedBody>;
 
-/// A whole body of the gateway's own.
+/// Returns a response with a body of known length.
 pub(crate) fn whole(
     status: StatusCode,
     content_type: &'static str,
@@ -25,10 +25,13 @@ pub(crate) fn whole(
     response
 }
 
+/// Returns a response with a JSON body.
 pub(crate) fn json(status: StatusCode, body: impl Into<Bytes>) -> Response<Body> {
     whole(status, "application/json", body)
 }
 
+/// Returns an error in the form that OpenAI clients expect, with `Retry-After` in whole seconds if the
+/// error has it.
 pub(crate) fn error(error: &ApiError) -> Response<Body> {
     let status = StatusCode::from_u16(error.status).unwrap_or(StatusCode::BAD_GATEWAY);
     let mut response = json(status, error.to_json());

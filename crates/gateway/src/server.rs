@@ -1,9 +1,10 @@
-//! Starting and stopping: two listeners, a probe per worker, and a shutdown that lets streams end.
+//! Start and stop of a gateway: two listeners, the tasks of each worker, and a shutdown that lets
+//! running responses end.
 //!
-//! The API is served by threads that share nothing but the router and the counters: each accepts
-//! from the same queue and runs its own event loop with its own connections to the workers. A
-//! request stays on the thread that accepted it, so its events wake no other; for a stream of
-//! small events, that is most of what they cost.
+//! The API is served by I/O threads that share only the router and the counters. Each accepts
+//! connections from the same listener and has an event loop and connections to the workers of its
+//! own. A request stays on the thread that accepted it, so its events wake no other thread. For a
+//! stream of small events, wake-ups would be most of the cost.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -13,8 +14,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use foresee_core::fleet::WorkerError;
 use foresee_core::router::{ConfigError, Router};
+use foresee_core::workers::WorkerError;
 use foresee_engine::tokenizer::TokenizerError;
 use http::{Request, Response};
 use hyper::body::Incoming;
@@ -28,36 +29,41 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::MissedTickBehavior;
 
+use crate::bytes_per_token::TextRatios;
 use crate::clock::Clock;
 use crate::config::GatewayConfig;
-use crate::forward::{Forwarder, KEEPALIVE};
+use crate::gateway_state::{GatewayState, RequestIds};
 use crate::listen::listen;
+use crate::log_limit::warn_limited;
 use crate::metrics::Metrics;
 use crate::recorder::Recorder;
 use crate::reply::Body;
-use crate::shared::{RequestIds, Shared};
-use crate::text::TextRatios;
-use crate::tokens::Tokens;
-use crate::workers::{Workers, start_watching};
+use crate::tokenization::PromptTokenizer;
+use crate::upstream::{KEEPALIVE, UpstreamClient};
+use crate::workers::{Workers, start_worker_tasks};
 
-/// How long a client may take to send the head of a request.
+/// Maximum time in which a client may send the head of a request.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// After a failed `accept` (no file descriptor left, mostly): time for some to be closed.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(10);
+/// Time to wait after a failed `accept`. The usual cause is that no file descriptor is left; some may
+/// be closed in that time.
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(10);
+
+/// Time between two calls of the router's [`tick`](Router::tick), which dispatches queued requests.
+const TICK_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Why a gateway did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// The address is taken or not ours.
+    /// The address is in use, or does not belong to this machine.
     #[error("cannot listen on {address}: {error}")]
     Listen {
         /// The address.
         address: SocketAddr,
-        /// What the system said.
+        /// Error of the operating system.
         error: io::Error,
     },
-    /// The system gives no thread or event loop.
+    /// The operating system provides no thread or event loop.
     #[error("cannot start an I/O thread: {0}")]
     Thread(io::Error),
     /// The recording cannot be written.
@@ -65,7 +71,7 @@ pub enum StartError {
     Record {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         error: io::Error,
     },
     /// A setting is out of range.
@@ -74,7 +80,7 @@ pub enum StartError {
     /// The tokenizer cannot be used.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
-    /// A worker cannot join.
+    /// A worker cannot be added.
     #[error(transparent)]
     Worker(#[from] WorkerError),
 }
@@ -82,24 +88,32 @@ pub enum StartError {
 /// A running gateway.
 #[derive(Debug)]
 pub struct Gateway {
-    shared: Arc<Shared>,
+    shared: Arc<GatewayState>,
+    /// Address of the API's listener.
     address: SocketAddr,
+    /// Address of the admin listener.
     admin_address: SocketAddr,
+    /// Set to `true` to stop all listeners.
     stop: watch::Sender<bool>,
-    /// Ends when its thread does.
+    /// Receivers that are closed when their I/O threads end.
     io_threads: Vec<oneshot::Receiver<()>>,
+    /// Task that serves the admin listener.
     admin: JoinHandle<()>,
 }
 
 impl Gateway {
-    /// Starts listening and probing. Must run inside a tokio runtime.
+    /// Starts the listeners and the tasks of the workers. Must run inside a tokio runtime.
     ///
     /// # Errors
-    /// If an address cannot be bound, the tokenizer cannot be read, or the configuration
-    /// contradicts itself.
+    /// Fails if an address cannot be bound, the tokenizer cannot be loaded, the recording cannot be
+    /// written, a setting is out of range, or two workers have the same name.
     pub fn start(config: GatewayConfig) -> Result<Self, StartError> {
-        // Takes seconds, in which nobody is to wait for an answer.
-        let tokens = config.tokenizer.as_deref().map(Tokens::load).transpose()?;
+        // Loading takes seconds, so it happens before the first connection is accepted.
+        let tokenizer = config
+            .tokenizer
+            .as_deref()
+            .map(PromptTokenizer::load)
+            .transpose()?;
         let bind = |address| listen(address).map_err(|error| StartError::Listen { address, error });
         let (api, admin) = (bind(config.listen)?, bind(config.admin_listen)?);
         let address = api.local_addr().unwrap_or(config.listen);
@@ -112,14 +126,14 @@ impl Gateway {
                 error,
             })
         });
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(GatewayState {
             router: Router::new(config.router.clone())?,
             workers: Workers::default(),
-            probes: Forwarder::new(config.connect_timeout),
+            probe_client: UpstreamClient::new(config.connect_timeout),
             metrics,
             clock: Clock::start(),
-            text: TextRatios::default(),
-            tokens,
+            text_ratios: TextRatios::default(),
+            tokenizer,
             request_ids: RequestIds::new(),
             recorder: recorder.transpose()?,
             config,
@@ -139,15 +153,15 @@ impl Gateway {
             .collect::<Result<Vec<_>, _>>()
             .map_err(StartError::Thread)?;
         for worker in workers {
-            start_watching(&shared, worker);
+            start_worker_tasks(&shared, worker);
         }
-        if shared.config.router.queue.is_some() {
-            tokio::spawn(tick(Arc::downgrade(&shared)));
+        if shared.config.router.queue_order.is_some() {
+            tokio::spawn(tick_queue(Arc::downgrade(&shared)));
         }
-        let for_admin = Arc::clone(&shared);
+        let admin_state = Arc::clone(&shared);
         let timeout = shared.config.shutdown_timeout;
         let admin = tokio::spawn(serve(admin, stopped, timeout, move |request| {
-            Arc::clone(&for_admin).answer_admin(request)
+            Arc::clone(&admin_state).handle_admin(request)
         }));
         Ok(Self {
             shared,
@@ -159,34 +173,34 @@ impl Gateway {
         })
     }
 
-    /// Where the API listens.
+    /// Returns the address that the API listens on.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Where the admin API listens.
+    /// Returns the address that the admin API listens on.
     #[must_use]
     pub fn admin_address(&self) -> SocketAddr {
         self.admin_address
     }
 
-    /// The router, to look at.
+    /// Returns the router, for inspection.
     #[must_use]
     pub fn router(&self) -> &Router {
         &self.shared.router
     }
 
-    /// Stops accepting, lets running requests end until the configured deadline, breaks off those
-    /// that did not, and returns.
+    /// Stops accepting connections, waits for running responses to end, and aborts the responses that
+    /// still run after `shutdown_timeout`.
     pub async fn shut_down(self) {
         self.stop.send_replace(true);
         for thread in self.io_threads {
-            // The error says that the thread has ended, which is what is waited for.
+            // Nothing is ever sent. The error says that the thread has ended.
             let _ = thread.await;
         }
         if let Err(error) = self.admin.await {
-            tracing::error!(%error, "the admin listener failed");
+            tracing::error!(%error, "the admin listener panicked");
         }
         for worker in self.shared.workers.all() {
             worker.remove();
@@ -198,17 +212,14 @@ impl Gateway {
             }
         });
         if let Err(error) = written.await {
-            tracing::error!(%error, "the recording was not finished");
+            tracing::error!(%error, "finishing the recording failed; its last entries may be missing");
         }
     }
 }
 
-/// How often the queue is told that time has passed.
-const TICK: Duration = Duration::from_millis(10);
-
-/// Tells the queue that time has passed, as long as there is a gateway.
-async fn tick(shared: Weak<Shared>) {
-    let mut ticks = tokio::time::interval(TICK);
+/// Calls the router's `tick` in intervals for as long as the gateway exists.
+async fn tick_queue(shared: Weak<GatewayState>) {
+    let mut ticks = tokio::time::interval(TICK_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
@@ -219,11 +230,12 @@ async fn tick(shared: Weak<Shared>) {
     }
 }
 
-/// Serves the API on a thread of its own until told to stop.
+/// Starts a thread that serves the API until `stopped` is true. The returned receiver is closed when
+/// the thread ends.
 fn start_io_thread(
     number: usize,
     listener: std::net::TcpListener,
-    shared: Arc<Shared>,
+    shared: Arc<GatewayState>,
     stopped: watch::Receiver<bool>,
 ) -> io::Result<oneshot::Receiver<()>> {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -233,33 +245,34 @@ fn start_io_thread(
     let serve_api = async move {
         let listener = TcpListener::from_std(listener)?;
         let timeout = shared.config.shutdown_timeout;
-        let forwarder = Arc::new(Forwarder::new(shared.config.connect_timeout));
-        let answer = move |request| Arc::clone(&shared).answer(Arc::clone(&forwarder), request);
-        serve(listener, stopped, timeout, answer).await;
+        let client = Arc::new(UpstreamClient::new(shared.config.connect_timeout));
+        let handle = move |request| Arc::clone(&shared).handle_api(Arc::clone(&client), request);
+        serve(listener, stopped, timeout, handle).await;
         Ok::<(), io::Error>(())
     };
     std::thread::Builder::new()
         .name(format!("io-{number}"))
         .spawn(move || {
             if let Err(error) = runtime.block_on(serve_api) {
-                tracing::error!(%error, "an I/O thread failed");
+                tracing::error!(%error, "cannot serve on an I/O thread");
             }
-            // With it go the connections to workers.
+            // Closes the connections to the workers.
             drop(runtime);
             drop(running);
         })?;
     Ok(ended)
 }
 
-/// Accepts connections until told to stop, then waits for them to end. Those that are still open
-/// at the deadline are closed, and what they hold on workers is freed.
-async fn serve<A, F>(
+/// Accepts connections and serves their requests with `handle` until `stopped` is true, then waits
+/// at most `timeout` for the connections to end. The remaining connections are closed, which releases
+/// their bookings.
+async fn serve<H, F>(
     listener: TcpListener,
     mut stopped: watch::Receiver<bool>,
     timeout: Duration,
-    answer: A,
+    handle: H,
 ) where
-    A: Fn(Request<Incoming>) -> F + Clone + Send + 'static,
+    H: Fn(Request<Incoming>) -> F + Clone + Send + 'static,
     F: Future<Output = Response<Body>> + Send + 'static,
 {
     let graceful = GracefulShutdown::new();
@@ -272,19 +285,19 @@ async fn serve<A, F>(
             _ = stopped.wait_for(|stopped| *stopped) => break,
             accepted = accept(&listener) => accepted,
         };
-        let answer = answer.clone();
+        let handle = handle.clone();
         let service = service_fn(move |request| {
-            let response = answer(request);
+            let response = handle(request);
             async move { Ok::<_, Infallible>(response.await) }
         });
         let connection = http.serve_connection(TokioIo::new(stream), service);
         let connection = graceful.watch(connection);
         connections.spawn(async move {
             if let Err(error) = connection.await {
-                tracing::debug!(%error, "connection ended early");
+                tracing::debug!(%error, "connection to a client ended early");
             }
         });
-        // Forgets those that have ended.
+        // Removes the tasks of connections that have ended.
         while connections.try_join_next().is_some() {}
     }
     drop(listener);
@@ -292,28 +305,36 @@ async fn serve<A, F>(
         .await
         .is_err()
     {
-        tracing::warn!("streams were still running at the shutdown deadline");
+        tracing::warn!(
+            ?timeout,
+            "closing connections that still run after the shutdown timeout"
+        );
     }
     connections.shutdown().await;
 }
 
+/// Accepts one connection. Retries until that succeeds.
 async fn accept(listener: &TcpListener) -> TcpStream {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                // Without the first, small events wait for each other. Without the second, a client
-                // that vanished holds its booking until something is written to it.
+                // Without TCP_NODELAY, small events would wait for the acknowledgement of earlier
+                // ones. Without keepalive, a client that vanished would keep its booking until the
+                // gateway writes to it.
                 let keepalive = TcpKeepalive::new().with_time(KEEPALIVE);
                 let socket = SockRef::from(&stream);
                 let set = stream.set_nodelay(true);
                 if let Err(error) = set.and_then(|()| socket.set_tcp_keepalive(&keepalive)) {
-                    tracing::debug!(%error, "an option of a connection was refused");
+                    tracing::debug!(%error, "cannot set a TCP option");
                 }
                 return stream;
             }
             Err(error) => {
-                tracing::warn!(%error, "cannot accept a connection");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
+                warn_limited!(
+                    key: "", %error,
+                    "cannot accept a connection; if files are the limit, raise `ulimit -n`"
+                );
+                tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
             }
         }
     }

@@ -1,79 +1,85 @@
 //! Follows the KV events of each worker that publishes them, so that the router knows its cache.
 //!
-//! Nothing that goes wrong here leaves a worker dark. A gap is replayed, and if it cannot be, the
-//! stream carries on, marked as inexact. A connection is opened again for ever. An engine that
-//! begins anew begins with an empty cache. And if there are no usable events for a while, the
-//! router goes back to guessing from what it sends there (the shadow), until there are.
+//! Every fault has a fallback. A gap is closed by a replay; if that fails, the stream continues and
+//! is no longer exact. A lost connection is opened again, without limit. A new engine process starts
+//! with an empty cache. Without usable events for a while, the router uses an estimated cache until
+//! events are usable again.
 
-mod evidence;
-mod follow;
-mod repeats;
-mod rest;
+mod event_trust;
+mod fallback;
+mod follower;
+mod repeated_stores;
+mod replay_backoff;
 mod sockets;
 mod source;
-mod standing;
-mod verdict;
+mod status;
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use foresee_core::cache::Changes;
+use foresee_core::event_index::CacheDelta;
+use foresee_core::router::{CacheSource, Observed};
 use foresee_engine::kv_events::Message;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use crate::shared::Shared;
-pub(crate) use crate::subscribe::evidence::Finding;
-use crate::subscribe::follow::{Follower, Received};
-use crate::subscribe::rest::ReplayRest;
-use crate::subscribe::sockets::{Feed, Heard, SocketError, read_message, replay};
+use crate::gateway_state::GatewayState;
+use crate::log_limit::warn_limited;
+pub(crate) use crate::subscribe::event_trust::HitCheck;
+use crate::subscribe::fallback::ReportedState;
+use crate::subscribe::follower::{Follower, Received};
+use crate::subscribe::replay_backoff::ReplayBackoff;
+use crate::subscribe::sockets::{Feed, FeedEvent, SocketError, read_message, replay};
 pub(crate) use crate::subscribe::source::check_endpoint;
 pub use crate::subscribe::source::{EventSource, KvEvents};
-pub(crate) use crate::subscribe::standing::{Board, EventsState, Standing};
-use crate::subscribe::verdict::Told;
+pub(crate) use crate::subscribe::status::{EventSnapshot, EventStatus, EventsState};
 use crate::workers::Worker;
 
-/// Pauses between attempts to connect: they double from the first to the last.
-const FIRST_PAUSE: Duration = Duration::from_millis(50);
-const LAST_PAUSE: Duration = Duration::from_secs(2);
+/// Delay before the first reconnection attempt. Each further attempt doubles it, up to
+/// [`MAX_RECONNECT_DELAY`].
+const INITIAL_RECONNECT_DELAY: Duration = Duration::from_millis(50);
+const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(2);
 
-/// How long after a connection the engine is asked whether all it published has come: what it
-/// sent before our subscription reached it has not.
-const FIRST_CHECK: Duration = Duration::from_millis(500);
+/// Delay between a connection and the first check for missed batches. The engine may have published
+/// some before the subscription reached it.
+const FIRST_CHECK_DELAY: Duration = Duration::from_millis(500);
 
-/// How often a silent engine is asked. There is no heartbeat, and the last batch before a silence
-/// can be lost as any other.
+/// Interval of checks for missed batches while no events arrive. Engines send no heartbeat, and the
+/// last batch before a pause can be lost like any other.
 const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 
-/// How often an inexact view is made anew from all the engine still has, and how long to wait if
-/// that no longer reaches back to its start.
+/// Interval of attempts to rebuild an inexact view from a complete replay.
 const REBUILD_INTERVAL: Duration = Duration::from_secs(5);
-const HOPELESS_REBUILD_INTERVAL: Duration = Duration::from_secs(300);
+/// Delay after an attempt in which the engine no longer had its first batches, or the rebuilt view
+/// was inexact too.
+const FAILED_REBUILD_INTERVAL: Duration = Duration::from_secs(300);
 
-/// How often a connection is made anew on which nothing comes although something should: whatever
-/// keeps connections on the way may have dropped it without a word.
+/// Age of the last event from which on a connection is replaced if events should have arrived. A
+/// firewall or NAT may have dropped the connection silently.
 const REOPEN_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Checks in a row by which everything new came, until the connection counts as such.
-const MOST_CHECKS_WITH_NEWS: u32 = 2;
+/// Number of successive checks that find missed batches, after which the connection counts as broken:
+/// the engine publishes, but nothing arrives.
+const MAX_CHECKS_WITH_NEWS: u32 = 2;
 
-/// Follows a worker's events until it is removed, wherever they are at the time.
-pub(crate) async fn follow_events(shared: Arc<Shared>, worker: Arc<Worker>) {
+/// Follows a worker's events until the worker is removed, and starts anew whenever its event source
+/// changes.
+pub(crate) async fn follow_events(shared: Arc<GatewayState>, worker: Arc<Worker>) {
     let mut sources = worker.event_source.subscribe();
     let following = async {
         loop {
             let source = sources.borrow_and_update().clone();
             stop_following(&shared, &worker);
-            let followed = async {
+            let subscription = async {
                 match &source {
                     Some(source) => follow(&shared, &worker, source).await,
                     None => std::future::pending().await,
                 }
             };
             tokio::select! {
-                // The sender is as old as this worker, so waiting does not fail.
+                // The worker owns the sender, so waiting does not fail.
                 _ = sources.changed() => {}
-                () = followed => {}
+                () = subscription => {}
             }
         }
     };
@@ -81,38 +87,46 @@ pub(crate) async fn follow_events(shared: Arc<Shared>, worker: Arc<Worker>) {
         () = worker.until_removed() => {}
         () = following => {}
     }
-    shared.metrics.forget_events(&worker.config.name);
+    shared.metrics.remove_events_live(&worker.config.name);
 }
 
-/// Nothing is known of a worker's events.
-fn stop_following(shared: &Shared, worker: &Worker) {
-    shared.router.follow_events(worker.id, false);
-    shared.metrics.forget_events(&worker.config.name);
-    worker.events.change(|it| *it = Standing::default());
+/// Switches the router to the estimated cache and resets the status of the worker's events.
+fn stop_following(shared: &GatewayState, worker: &Worker) {
+    shared
+        .router
+        .set_cache_source(worker.id, CacheSource::Estimated);
+    shared.metrics.remove_events_live(&worker.config.name);
+    worker
+        .events
+        .change(|snapshot| *snapshot = EventSnapshot::default());
 }
 
-/// The model that blocks are hashed with. Says so if that does not come from a worker that answers.
-async fn wait_for_model(shared: &Shared, worker: &Worker) -> String {
-    let has_come_late = async {
+/// Waits for the worker's base model, whose name is part of its block hashes. Logs a warning if the
+/// worker was asked for its models and has not listed any within `events_grace`.
+async fn wait_for_model(shared: &GatewayState, worker: &Worker) -> String {
+    let overdue = async {
         worker.until_asked_for_models().await;
         sleep(shared.config.events_grace).await;
     };
     tokio::select! {
         model = worker.first_model() => return model,
-        () = has_come_late => {}
+        () = overdue => {}
     }
-    tracing::warn!(
-        worker = %worker.config.name,
-        "its KV events are not followed, as it does not say which models it serves: have it list \
-         them at {}/v1/models to whoever asks, without a key",
+    warn_limited!(
+        key: &worker.config.name, worker = %worker.config.name,
+        "ignoring KV events: GET {}/v1/models returned no models. The model name is needed to match \
+         blocks; let the engine list its models there without an API key",
         worker.config.url()
     );
     worker.first_model().await
 }
 
-async fn follow(shared: &Shared, worker: &Worker, source: &EventSource) {
-    worker.events.change(|it| it.state = EventsState::Waiting);
-    shared.metrics.events_live(&worker.config.name, false);
+/// Follows the events at `source` until the future is dropped.
+async fn follow(shared: &GatewayState, worker: &Worker, source: &EventSource) {
+    worker
+        .events
+        .change(|snapshot| snapshot.state = EventsState::Waiting);
+    shared.metrics.set_events_live(&worker.config.name, false);
     let model = wait_for_model(shared, worker).await;
     let block_size = shared.config.router.block_size;
     let subscription = Subscription {
@@ -122,76 +136,88 @@ async fn follow(shared: &Shared, worker: &Worker, source: &EventSource) {
         follower: Follower::new(block_size, model, worker.config.rank),
         unusable_since: Some(Instant::now()),
         is_silent: false,
-        replay_rest: ReplayRest::default(),
+        replay_backoff: ReplayBackoff::default(),
         rebuild_at: Instant::now(),
-        told: None,
+        reported_state: None,
     };
     subscription.run().await;
 }
 
+/// A subscription to one worker's events at one source.
 struct Subscription<'s> {
-    shared: &'s Shared,
+    shared: &'s GatewayState,
     worker: &'s Worker,
     source: &'s EventSource,
+    /// State of the event stream.
     follower: Follower,
-    /// Since when there are no usable events.
+    /// Since when events do not arrive or cannot be applied; `None` while they do.
     unusable_since: Option<Instant>,
-    /// None came although answers must have filled blocks, and none has since.
+    /// Whether no event has arrived since requests must have filled blocks without causing any.
     is_silent: bool,
-    replay_rest: ReplayRest,
+    /// Back-off of the replay socket.
+    replay_backoff: ReplayBackoff,
+    /// When an inexact view may be rebuilt next.
     rebuild_at: Instant,
-    told: Option<Told>,
+    /// State that was last logged.
+    reported_state: Option<ReportedState>,
 }
 
 impl Subscription<'_> {
+    /// Connects, follows the events until the connection is lost, and starts again.
     async fn run(mut self) {
-        let mut pause = FIRST_PAUSE;
+        let mut delay = INITIAL_RECONNECT_DELAY;
         loop {
             self.set_state(EventsState::Connecting);
             match Feed::open(self.source).await {
                 Ok(feed) => {
-                    pause = FIRST_PAUSE;
+                    delay = INITIAL_RECONNECT_DELAY;
                     self.listen(feed).await;
+                    self.fall_back_if_stale("connection to the event socket was lost");
                 }
-                Err(error) => tracing::debug!(
-                    worker = %self.worker.config.name, source = %self.source, %error,
-                    "cannot subscribe to KV events"
-                ),
+                Err(error) => {
+                    tracing::debug!(
+                        worker = %self.worker.config.name, source = %self.source, %error,
+                        "cannot connect to the KV event socket"
+                    );
+                    self.fall_back_if_stale(&format!(
+                        "cannot connect to the event socket: {error}"
+                    ));
+                }
             }
-            self.is_unusable("there is no connection");
-            sleep(pause).await;
-            pause = (pause * 2).min(LAST_PAUSE);
+            sleep(delay).await;
+            delay = (delay * 2).min(MAX_RECONNECT_DELAY);
         }
     }
 
-    /// Follows a socket until its connection is lost, or seems to be.
+    /// Applies what arrives on `feed`. Returns when its connection is lost, seems to be, or has to be
+    /// replaced.
     async fn listen(&mut self, mut feed: Feed) {
         let grace = self.shared.config.events_grace;
         let mut connected = false;
-        let (mut heard_at, mut checks_with_news) = (Instant::now(), 0);
+        let (mut last_event_at, mut checks_with_news) = (Instant::now(), 0);
         let mut check_at = Instant::now() + grace;
         loop {
-            let heard = tokio::select! {
-                heard = feed.next() => Some(heard),
+            let event = tokio::select! {
+                event = feed.next() => Some(event),
                 () = self.worker.resubscribe.notified() => return,
-                () = self.worker.events.weighed.notified() => {
-                    if self.heed_answers() {
+                () = self.worker.events.hit_checked.notified() => {
+                    if self.apply_hit_checks() {
                         return;
                     }
                     continue;
                 }
                 () = sleep_until(check_at) => None,
             };
-            match heard {
-                Some(Heard::Connected) => {
+            match event {
+                Some(FeedEvent::Connected) => {
                     connected = true;
-                    self.replay_rest.end();
-                    self.look_at_worker();
+                    self.replay_backoff.reset();
+                    self.refresh_worker_info();
                     self.catch_up().await;
-                    self.judge();
-                    check_at = Instant::now() + FIRST_CHECK;
+                    self.update_trust();
+                    check_at = Instant::now() + FIRST_CHECK_DELAY;
                 }
-                Some(Heard::Disconnected) => {
+                Some(FeedEvent::Disconnected) => {
                     connected = false;
                     self.set_state(EventsState::Connecting);
                     self.unusable_since.get_or_insert_with(Instant::now);
@@ -200,11 +226,11 @@ impl Subscription<'_> {
                     }
                     check_at = Instant::now() + grace;
                 }
-                Some(Heard::Frames(frames)) => {
-                    (heard_at, checks_with_news) = (Instant::now(), 0);
-                    self.take(&frames).await;
+                Some(FeedEvent::Frames(frames)) => {
+                    (last_event_at, checks_with_news) = (Instant::now(), 0);
+                    self.apply_live(&frames).await;
                     self.rebuild().await;
-                    self.judge();
+                    self.update_trust();
                     check_at = Instant::now() + CHECK_INTERVAL;
                 }
                 None if connected => {
@@ -213,29 +239,31 @@ impl Subscription<'_> {
                     let has_news = self.follower.last() != before;
                     checks_with_news = if has_news { checks_with_news + 1 } else { 0 };
                     self.rebuild().await;
-                    self.judge();
-                    let waits_in_vain = self.is_doubted() && heard_at.elapsed() >= REOPEN_INTERVAL;
-                    if waits_in_vain || checks_with_news >= MOST_CHECKS_WITH_NEWS {
+                    self.update_trust();
+                    let seems_dead =
+                        self.is_untrusted() && last_event_at.elapsed() >= REOPEN_INTERVAL;
+                    if seems_dead || checks_with_news >= MAX_CHECKS_WITH_NEWS {
                         return;
                     }
                     check_at = Instant::now() + CHECK_INTERVAL;
                 }
                 None => {
-                    self.is_unusable("nobody has connected");
-                    check_at = Instant::now() + grace.max(FIRST_CHECK);
+                    self.fall_back_if_stale("no engine has connected to the event socket");
+                    check_at = Instant::now() + grace.max(FIRST_CHECK_DELAY);
                 }
             }
         }
     }
 
-    /// The worker may have come back without its cache, or with another model.
-    fn look_at_worker(&mut self) {
-        self.follower.is_connected();
-        if self.worker.lost_its_cache() {
-            let was_heard = self.follower.last().is_some();
+    /// Prepares the view for a new connection: clears it if the worker lost its cache or serves
+    /// another model.
+    fn refresh_worker_info(&mut self) {
+        self.follower.on_connected();
+        if self.worker.take_cache_lost() {
+            let had_events = self.follower.last().is_some();
             let removed = self.follower.clear();
-            if was_heard {
-                self.has_restarted(&removed);
+            if had_events {
+                self.handle_restart(&removed);
             }
         }
         let models = self.worker.models.read();
@@ -244,20 +272,21 @@ impl Subscription<'_> {
         };
         if model != self.follower.model() {
             let removed = self.follower.clear();
-            self.follower = self.follower.anew(model.clone());
-            self.tell_router(&removed, None);
+            self.follower = self.follower.for_new_process(model.clone());
+            self.send_delta(&removed, Observed::Replayed);
         }
     }
 
-    /// Applies a live message, after whatever is missing before it.
-    async fn take(&mut self, frames: &[Bytes]) {
-        // Before the batches that those requests cause.
+    /// Applies a live message. If batches are missing before it, they are replayed first, or skipped
+    /// if that fails.
+    async fn apply_live(&mut self, frames: &[Bytes]) {
+        // Announced before the batches that these requests cause are applied.
         for prompt in self.worker.events.take_sent() {
             self.follower.expect(prompt);
         }
-        let asked = self.worker.events.were_lists_asked_for();
-        if asked && !self.follower.has_lists() {
-            self.take_back_repeats("requests ask for lists of what is cached");
+        let listing_requested = self.worker.events.take_listing_requested();
+        if listing_requested && !self.follower.is_full_report() {
+            self.undo_repeated_stores("requests ask for a list of cached blocks");
         }
         let Some(message) = read_message(frames) else {
             return;
@@ -266,15 +295,15 @@ impl Subscription<'_> {
         loop {
             match self.follower.receive(&message) {
                 Received::Applied(changes) => {
-                    self.applied(&changes, Some(self.shared.clock.now()));
+                    self.publish_delta(&changes, Observed::Live(self.shared.clock.now()));
                     self.note_lag();
                     return;
                 }
-                Received::Known => return,
-                Received::Restarted(removed) => self.has_restarted(&removed),
+                Received::AlreadyApplied => return,
+                Received::Restarted(removed) => self.handle_restart(&removed),
                 Received::Gap(from) if may_replay => {
                     may_replay = false;
-                    // Having come late is no loss on the way.
+                    // Joining a stream late is not a gap.
                     if self.follower.last().is_some() {
                         self.count_gap();
                     }
@@ -285,123 +314,131 @@ impl Subscription<'_> {
         }
     }
 
-    /// Asks for what the engine published since the last batch applied, or all it still has.
+    /// Replays what the engine published since the last batch that was applied, or all that it still
+    /// has.
     ///
-    /// The last batch itself is asked for again: if the answer begins with it, the engine is the
-    /// one it was, and if not, its cache is another.
+    /// The last batch is requested again: if the replay begins with it, the engine process is still
+    /// the same; if not, another process with another cache has taken its place.
     async fn catch_up(&mut self) {
-        let last = self.follower.last();
-        let from = last.map_or(0, |last| last.sequence);
         let before = self.follower.last();
+        let from = before.map_or(0, |last| last.sequence);
         let Some(count) = self.replay_from(from).await else {
             return;
         };
         let restarted = before.is_some() && self.follower.last().is_none();
         if before.is_some() && count == 0 {
             let removed = self.follower.clear();
-            self.has_restarted(&removed);
+            self.handle_restart(&removed);
             self.replay_from(0).await;
         } else if restarted {
             self.replay_from(0).await;
         }
     }
 
-    /// Makes an inexact view anew, if the engine still has all it published.
+    /// Replaces an inexact view by one from a complete replay, if the engine still has all batches.
     async fn rebuild(&mut self) {
         let Some(endpoint) = self.source.replay.as_deref() else {
             return;
         };
         let now = Instant::now();
-        if self.follower.is_exact() || now < self.rebuild_at || !self.replay_rest.is_over(now) {
+        if self.follower.is_complete()
+            || now < self.rebuild_at
+            || !self.replay_backoff.is_elapsed(now)
+        {
             return;
         }
-        let mut anew = self.follower.anew(self.follower.model().to_owned());
-        let mut is_whole = true;
+        let model = self.follower.model().to_owned();
+        let mut rebuilt = self.follower.for_new_process(model);
+        let mut is_contiguous = true;
         let replayed = replay(endpoint, 0, |message| {
-            is_whole = matches!(
-                anew.receive(message),
-                Received::Applied(_) | Received::Known
+            is_contiguous = matches!(
+                rebuilt.receive(message),
+                Received::Applied(_) | Received::AlreadyApplied
             );
-            is_whole
+            is_contiguous
         });
         let replayed = replayed.await;
         self.rebuild_at = Instant::now() + REBUILD_INTERVAL;
-        if self.count_of(replayed).is_none() {
+        if self.replayed_count(replayed).is_none() {
             return;
         }
-        if !is_whole || !anew.is_exact() {
-            self.rebuild_at = Instant::now() + HOPELESS_REBUILD_INTERVAL;
+        if !is_contiguous || !rebuilt.is_complete() {
+            self.rebuild_at = Instant::now() + FAILED_REBUILD_INTERVAL;
             return;
         }
-        // A cleared cache on the way ends what is known of lists, not that they are asked for.
-        if self.follower.has_lists() && !anew.has_lists() {
-            anew.take_back_repeats();
+        // A cleared cache within the replay ends full report mode, but requests still ask for
+        // listings.
+        if self.follower.is_full_report() && !rebuilt.is_full_report() {
+            rebuilt.undo_repeated_stores();
         }
-        let before = std::mem::replace(&mut self.follower, anew);
-        let Changes { added, stride, .. } = before.contents();
-        self.tell_router(
-            &Changes {
-                removed: added,
-                stride,
-                ..Changes::default()
-            },
-            None,
-        );
-        self.tell_router(&self.follower.contents(), None);
+        let previous = std::mem::replace(&mut self.follower, rebuilt).snapshot();
+        let removed = CacheDelta {
+            removed: previous.stored,
+            engine_block_ratio: previous.engine_block_ratio,
+            ..CacheDelta::default()
+        };
+        self.send_delta(&removed, Observed::Replayed);
+        self.send_delta(&self.follower.snapshot(), Observed::Replayed);
         let last = self.follower.last();
-        self.worker.events.change(|it| {
-            it.exact = true;
-            it.last_sequence = last.map(|last| last.sequence);
+        self.worker.events.change(|snapshot| {
+            snapshot.is_complete = true;
+            snapshot.last_sequence = last.map(|last| last.sequence);
         });
         tracing::info!(
             worker = %self.worker.config.name,
-            "all KV events were replayed: what is known of this cache is exact again"
+            "replayed all KV events; the contents of this worker's cache are exact again"
         );
     }
 
-    /// Replays from a number on. Returns how many batches came; `None` if the worker has no
-    /// replay, or it fails. If it turns out that the engine has restarted, nothing is applied.
+    /// Replays the batches from sequence number `from` on. Returns how many were received, or `None`
+    /// if the worker has no replay socket, its back-off has not elapsed, or the replay failed. If it
+    /// turns out that the engine has restarted, no batch is applied.
     async fn replay_from(&mut self, from: u64) -> Option<usize> {
         let endpoint = self.source.replay.as_deref()?;
-        if !self.replay_rest.is_over(Instant::now()) {
+        if !self.replay_backoff.is_elapsed(Instant::now()) {
             return None;
         }
-        let replayed = replay(endpoint, from, |message| self.take_replayed(message)).await;
-        self.count_of(replayed)
+        let replayed = replay(endpoint, from, |message| self.apply_replayed(message)).await;
+        self.replayed_count(replayed)
     }
 
-    /// How many batches a replay brought, if it worked. One that failed rests from now on.
-    fn count_of(&mut self, replayed: Result<usize, SocketError>) -> Option<usize> {
+    /// Returns the number of batches of a replay that succeeded, and starts a back-off after one that
+    /// failed.
+    fn replayed_count(&mut self, replayed: Result<usize, SocketError>) -> Option<usize> {
         let (worker, replay) = (&self.worker.config.name, &self.source.replay);
         match replayed {
             Ok(count) => {
-                if self.replay_rest.worked() {
-                    tracing::info!(%worker, ?replay, "KV events can be replayed again");
+                if self.replay_backoff.on_success() {
+                    tracing::info!(%worker, ?replay, "replay of KV events works again");
                 }
                 Some(count)
             }
             Err(error) => {
-                if self.replay_rest.failed(Instant::now()) {
-                    tracing::warn!(%worker, ?replay, %error, "KV events cannot be replayed");
+                if self.replay_backoff.on_failure(Instant::now()) {
+                    warn_limited!(
+                        key: worker, %worker, ?replay, %error,
+                        "replay of KV events failed; retrying later, and gaps cannot be closed \
+                         until then"
+                    );
                 } else {
-                    tracing::debug!(%worker, ?replay, %error, "KV events still cannot be replayed");
+                    tracing::debug!(%worker, ?replay, %error, "replay of KV events failed again");
                 }
                 None
             }
         }
     }
 
-    /// Returns whether further batches are wanted.
-    fn take_replayed(&mut self, message: &Message<'_>) -> bool {
+    /// Applies one batch of a replay. Returns whether further batches are useful.
+    fn apply_replayed(&mut self, message: &Message<'_>) -> bool {
         loop {
             match self.follower.receive(message) {
-                Received::Applied(changes) => self.applied(&changes, None),
-                Received::Known => {}
+                Received::Applied(changes) => self.publish_delta(&changes, Observed::Replayed),
+                Received::AlreadyApplied => {}
                 Received::Restarted(removed) => {
-                    self.has_restarted(&removed);
+                    self.handle_restart(&removed);
                     return false;
                 }
-                // The engine keeps only so many.
+                // The engine no longer has the batches in between.
                 Received::Gap(from) => {
                     self.skip(from, message.sequence);
                     continue;
@@ -411,108 +448,116 @@ impl Subscription<'_> {
         }
     }
 
-    fn applied(&mut self, changes: &[Changes], just_now: Option<Duration>) {
+    /// Sends the changes of one batch to the router and updates status, trust and metrics.
+    fn publish_delta(&mut self, changes: &[CacheDelta], observed: Observed) {
         self.is_silent = false;
-        for changes in changes {
-            self.tell_router(changes, just_now);
+        for delta in changes {
+            self.send_delta(delta, observed);
         }
         let (block_size, now) = (self.follower.engine_block_size(), self.shared.clock.now());
         let events = &self.worker.events;
         events.set_engine_block_size(block_size);
-        events.with_evidence(|it| it.heard(block_size, now));
+        events.with_trust(|trust| trust.on_event(block_size, now));
         let label = [("worker", self.worker.config.name.clone())];
         let metrics = &self.shared.metrics;
         metrics.kv_event_batches.get_or_create(&label).inc();
-        let (last, exact) = (self.follower.last(), self.follower.is_exact());
-        let has_lists = self.follower.has_lists();
-        self.worker.events.change(|it| {
-            it.batches += 1;
-            it.last_sequence = last.map(|last| last.sequence);
-            it.exact = exact;
-            it.has_lists = has_lists;
+        let (last, is_complete) = (self.follower.last(), self.follower.is_complete());
+        let full_report_mode = self.follower.is_full_report();
+        self.worker.events.change(|snapshot| {
+            snapshot.batches += 1;
+            snapshot.last_sequence = last.map(|last| last.sequence);
+            snapshot.is_complete = is_complete;
+            snapshot.full_report_mode = full_report_mode;
         });
-        if !has_lists
+        if !full_report_mode
             && let Some(capacity) = self.worker.capacity_blocks()
             && self.follower.is_overfull(capacity)
         {
-            self.take_back_repeats("more was stored than the engine has blocks");
+            self.undo_repeated_stores("more blocks were stored than the engine has");
         }
     }
 
-    /// Stores that say again what is known were lists, and are not counted any longer.
-    fn take_back_repeats(&mut self, why: &str) {
-        for changes in self.follower.take_back_repeats() {
-            self.tell_router(&changes, None);
+    /// Enters full report mode: takes back stores that were listings of cached blocks, and ignores
+    /// later ones. `reason` goes to the log.
+    fn undo_repeated_stores(&mut self, reason: &str) {
+        for delta in self.follower.undo_repeated_stores() {
+            self.send_delta(&delta, Observed::Replayed);
         }
-        self.worker.events.change(|it| it.has_lists = true);
+        self.worker
+            .events
+            .change(|snapshot| snapshot.full_report_mode = true);
         tracing::info!(
-            worker = %self.worker.config.name, why,
-            "the engine lists cached blocks among its KV events: those count once"
+            worker = %self.worker.config.name, reason,
+            "engine lists cached blocks among its KV events; counting such blocks once"
         );
     }
 
+    /// Records the age of the last batch, by the engine's and this machine's clock.
     fn note_lag(&self) {
-        let sent = self.follower.last().and_then(|last| last.timestamp);
+        let published = self.follower.last().and_then(|last| last.timestamp);
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        if let (Some(sent), Ok(now)) = (sent, now) {
-            let lag = (now.as_secs_f64() - sent).max(0.0);
-            self.worker.events.change(|it| it.lag_seconds = Some(lag));
+        if let (Some(published), Ok(now)) = (published, now) {
+            let lag = (now.as_secs_f64() - published).max(0.0);
+            self.worker
+                .events
+                .change(|snapshot| snapshot.lag_seconds = Some(lag));
         }
     }
 
-    /// Tells what has changed `just_now`, or else at some time before.
-    fn tell_router(&self, changes: &Changes, just_now: Option<Duration>) {
-        self.worker.events.update_claims(changes);
+    /// Applies changes to the router's index and, while events are untrusted, to the index that
+    /// checks them.
+    fn send_delta(&self, delta: &CacheDelta, observed: Observed) {
+        self.worker.events.update_untrusted_index(delta);
         let router = &self.shared.router;
-        router.update_cache(self.worker.id, changes, just_now);
+        router.apply_cache_delta(self.worker.id, delta, observed);
     }
 
+    /// Counts that batches were missing.
     fn count_gap(&self) {
         let label = [("worker", self.worker.config.name.clone())];
         let metrics = &self.shared.metrics;
         metrics.kv_event_gaps.get_or_create(&label).inc();
-        self.worker.events.change(|it| it.gaps += 1);
+        self.worker.events.change(|snapshot| snapshot.gaps += 1);
     }
 
+    /// Continues at batch `to` without the batches from `from` on, which cannot be replayed.
     fn skip(&mut self, from: u64, to: u64) {
-        let joins = self.follower.last().is_none();
-        if let Some(forgotten) = self.follower.skip_to(to) {
-            self.tell_router(&forgotten, None);
+        let joins_late = self.follower.last().is_none();
+        if let Some(removed) = self.follower.skip_to(to) {
+            self.send_delta(&removed, Observed::Replayed);
         }
         let worker = &self.worker.config.name;
-        if joins {
+        if joins_late {
             tracing::info!(
-                %worker, first = to,
-                "KV events before this one are not to be had: blocks cached before count as absent"
+                %worker, sequence = to,
+                "joined the event stream late; earlier events are unavailable, so blocks cached \
+                 before are unknown"
             );
             return;
         }
-        let already = self.worker.events.read().lost > 0;
-        self.worker.events.change(|it| it.lost += 1);
-        if already {
-            tracing::debug!(%worker, from, to, "KV events are lost");
-        } else {
-            tracing::warn!(
-                %worker, from, to,
-                "KV events are lost and cannot be replayed: what is known of this cache is no \
-                 longer exact"
-            );
-        }
-    }
-
-    fn has_restarted(&self, removed: &Changes) {
-        self.tell_router(removed, None);
-        self.worker.events.change(|it| {
-            it.last_sequence = None;
-            it.exact = true;
-        });
-        tracing::info!(
-            worker = %self.worker.config.name,
-            "the engine has been restarted: its cache counts as empty"
+        self.worker.events.change(|snapshot| snapshot.lost += 1);
+        warn_limited!(
+            key: worker, %worker, first_missing = from, next = to,
+            "KV events were lost and cannot be replayed; the contents of this worker's cache are no \
+             longer exact"
         );
     }
 
+    /// Applies the removal of all blocks after the engine was replaced by another process.
+    fn handle_restart(&self, removed: &CacheDelta) {
+        self.send_delta(removed, Observed::Replayed);
+        self.worker.events.change(|snapshot| {
+            snapshot.last_sequence = None;
+            snapshot.is_complete = true;
+        });
+        tracing::info!(
+            worker = %self.worker.config.name,
+            "engine restarted; clearing its cache state"
+        );
+    }
+
+    /// Sets the state that the admin API shows.
     fn set_state(&self, state: EventsState) {
-        self.worker.events.change(|it| it.state = state);
+        self.worker.events.change(|snapshot| snapshot.state = state);
     }
 }

@@ -1,4 +1,5 @@
-//! Where the workers are: what the router knows by id, with an address.
+//! The gateway's record of each worker: its address, its models and its state, by the worker's id in
+//! the router.
 
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
@@ -6,8 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-use foresee_core::fleet::{WorkerError, WorkerId, WorkerSpec};
 use foresee_core::router::Router;
+use foresee_core::workers::{WorkerError, WorkerId, WorkerSpec};
 use http::uri::{PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderValue, Uri};
 use parking_lot::{Mutex, RwLock};
@@ -17,165 +18,175 @@ use serde_json::value::RawValue;
 use tokio::sync::{Notify, watch};
 
 use crate::config::WorkerConfig;
+use crate::engine_metrics::watch_engine_metrics;
+use crate::gateway_state::GatewayState;
 use crate::health::watch_worker;
-use crate::sampler::sample_engine;
-use crate::shared::Shared;
-use crate::subscribe::{Board, EventSource, KvEvents, follow_events};
+use crate::subscribe::{EventSource, EventStatus, KvEvents, follow_events};
 
-/// Pins a request to one of an engine's data-parallel ranks, for vLLM and SGLang alike.
+/// Header that pins a request to one data-parallel rank of an engine, for vLLM and SGLang alike.
 pub(crate) const RANK_HEADER: &str = "x-data-parallel-rank";
 
-/// One worker, as requests reach it.
+/// One worker: how requests reach it and what it reported about itself.
 #[derive(Debug)]
 pub(crate) struct Worker {
+    /// Id in the router.
     pub(crate) id: WorkerId,
+    /// Configuration, with defaults filled in.
     pub(crate) config: WorkerConfig,
-    /// Its name, ready for the response header.
+    /// Value of the response header that names this worker.
     pub(crate) header: HeaderValue,
-    /// Its rank, ready for the header that pins a request to it; `None` if it is all there is at
-    /// its address.
+    /// Value of [`RANK_HEADER`] for requests to this worker; `None` if its address has no ranks.
     pub(crate) rank_header: Option<HeaderValue>,
-    /// The entries of its `/v1/models`, as it wrote them.
+    /// Models that the worker serves: name and entry of `/v1/models`, as the worker wrote it.
     pub(crate) models: RwLock<Vec<(String, Box<RawValue>)>>,
-    /// The same by name, each with the name that its blocks are hashed with.
-    hashed_as: RwLock<Vec<(String, String)>>,
-    /// Asks for a probe now rather than at the next interval.
-    pub(crate) suspect: Notify,
-    /// How its KV events stand.
-    pub(crate) events: Board,
-    /// Where they are, by its configuration or by its own word.
+    /// Name of each model, with the name that is part of its blocks' hashes.
+    hash_names: RwLock<Vec<(String, String)>>,
+    /// Requests a health check before the next interval.
+    pub(crate) probe_now: Notify,
+    /// Status of the worker's KV events.
+    pub(crate) events: EventStatus,
+    /// Where the worker publishes KV events, as configured or discovered.
     pub(crate) event_source: watch::Sender<Option<EventSource>>,
-    /// It was said in the log that its ranks are others than configured.
-    pub(crate) told_of_ranks: AtomicBool,
-    /// Blocks that running requests pin by its own account, if it is asked and says so.
+    /// Whether a warning was logged that the engine has another number of ranks than configured.
+    pub(crate) rank_warning_logged: AtomicBool,
+    /// Whether a warning was logged that the engine's block size is not a multiple of the router's.
+    pub(crate) block_size_warning_logged: AtomicBool,
+    /// Blocks that running requests pin, as the engine reports; `None` if it is not asked or does
+    /// not report it.
     pub(crate) engine_active_blocks: Mutex<Option<u64>>,
-    /// Asks for its KV events to be subscribed to anew: it was away.
+    /// Requests a new connection to the worker's KV events, because the worker was unreachable.
     pub(crate) resubscribe: Notify,
-    /// Whether it has said which models it serves; `None` until it was asked.
-    knows_models: watch::Sender<Option<bool>>,
-    /// Tells what watches it to end.
+    /// Whether the worker has listed its models; `None` until it was asked.
+    models_known: watch::Sender<Option<bool>>,
+    /// Whether the worker was removed, which ends its tasks.
     removed: watch::Sender<bool>,
-    /// How many blocks of its engine's size its cache has, if it said so; 0 if not.
+    /// Capacity that the engine reported, in engine blocks; 0 if it reported none.
     capacity_blocks: AtomicU32,
-    /// When something last came from it, in milliseconds of the gateway's clock.
-    heard_at: AtomicU64,
-    /// Nobody listened at its address: when somebody does again, its cache is gone.
-    absent: AtomicBool,
-    /// It came back after being absent, and whoever follows its events does not know yet.
-    lost_its_cache: AtomicBool,
+    /// When data last arrived from the worker, in milliseconds of the gateway's clock.
+    last_activity: AtomicU64,
+    /// Whether the worker refused a connection and has not responded since. When it responds again,
+    /// its cache is empty.
+    gone: AtomicBool,
+    /// Whether the worker has returned after refusing connections, and its event subscription has
+    /// not taken that yet.
+    cache_lost: AtomicBool,
 }
 
 impl Worker {
-    /// Something came from it.
-    pub(crate) fn heard(&self, now: Duration) {
-        self.heard_at
+    /// Records that data arrived from the worker at `now`.
+    pub(crate) fn note_activity(&self, now: Duration) {
+        self.last_activity
             .store(now.as_millis() as u64, Ordering::Relaxed);
     }
 
-    /// When something last came from it.
-    pub(crate) fn heard_at(&self) -> Duration {
-        Duration::from_millis(self.heard_at.load(Ordering::Relaxed))
+    /// Returns when data last arrived from the worker, by the gateway's clock.
+    pub(crate) fn last_activity(&self) -> Duration {
+        Duration::from_millis(self.last_activity.load(Ordering::Relaxed))
     }
 
-    /// It said how many blocks its cache has.
+    /// Sets the capacity that the engine reported, in engine blocks.
     pub(crate) fn set_capacity_blocks(&self, blocks: u32) {
         self.capacity_blocks.store(blocks, Ordering::Relaxed);
     }
 
-    /// How many blocks its cache has, if that is known.
+    /// Returns the configured capacity or else the reported one, in engine blocks; `None` if neither
+    /// is known.
     pub(crate) fn capacity_blocks(&self) -> Option<u32> {
-        let said = self.capacity_blocks.load(Ordering::Relaxed);
-        self.config.blocks.or((said > 0).then_some(said))
+        let reported = self.capacity_blocks.load(Ordering::Relaxed);
+        self.config.blocks.or((reported > 0).then_some(reported))
     }
 
-    /// Nobody listens at its address.
-    pub(crate) fn is_absent(&self) {
-        self.absent.store(true, Ordering::Relaxed);
+    /// Records that the worker refused a connection: no process listens at its address.
+    pub(crate) fn mark_gone(&self) {
+        self.gone.store(true, Ordering::Relaxed);
     }
 
-    /// It answers. Returns whether it was absent since this was last asked.
-    pub(crate) fn is_back(&self) -> bool {
-        let was_absent = self.absent.swap(false, Ordering::Relaxed);
-        self.lost_its_cache.fetch_or(was_absent, Ordering::Relaxed);
-        was_absent
+    /// Records that the worker responded. Returns whether it had refused a connection since the last
+    /// call.
+    pub(crate) fn note_reachable(&self) -> bool {
+        let was_gone = self.gone.swap(false, Ordering::Relaxed);
+        self.cache_lost.fetch_or(was_gone, Ordering::Relaxed);
+        was_gone
     }
 
-    /// Whether it came back after being absent since this was last asked.
-    pub(crate) fn lost_its_cache(&self) -> bool {
-        self.lost_its_cache.swap(false, Ordering::Relaxed)
+    /// Returns whether the worker has returned after refusing connections since the last call.
+    pub(crate) fn take_cache_lost(&self) -> bool {
+        self.cache_lost.swap(false, Ordering::Relaxed)
     }
 
-    /// Returns whether they are others than before.
+    /// Sets the worker's models. Returns whether their names or hash names changed.
     fn set_models(&self, models: Vec<(String, Box<RawValue>)>) -> bool {
         let known = !models.is_empty();
-        let hashed_as = names_to_hash_with(&models);
-        let before = std::mem::replace(&mut *self.hashed_as.write(), hashed_as);
-        let has_changed = before != *self.hashed_as.read();
+        let hash_names = hash_names(&models);
+        let before = std::mem::replace(&mut *self.hash_names.write(), hash_names);
+        let has_changed = before != *self.hash_names.read();
         *self.models.write() = models;
-        self.knows_models.send_replace(Some(known));
+        self.models_known.send_replace(Some(known));
         has_changed
     }
 
-    /// It was asked which models it serves, and does not say.
-    pub(crate) fn says_no_models(&self) {
-        self.knows_models.send_if_modified(|known| {
-            let is_news = known.is_none();
+    /// Records that the worker was asked for its models and did not list them.
+    pub(crate) fn set_models_unknown(&self) {
+        self.models_known.send_if_modified(|known| {
+            let is_first = known.is_none();
             known.get_or_insert(false);
-            is_news
+            is_first
         });
     }
 
-    /// Waits until it was asked which models it serves.
+    /// Waits until the worker was asked for its models.
     pub(crate) async fn until_asked_for_models(&self) {
-        let mut known = self.knows_models.subscribe();
-        // The sender is as old as this worker, so waiting does not fail.
+        let mut known = self.models_known.subscribe();
+        // The worker owns the sender, so waiting does not fail.
         let _ = known.wait_for(Option::is_some).await;
     }
 
-    /// Whether it says that it is a `vllm`, or an `sglang`.
-    pub(crate) fn says_it_is(&self, engine: &str) -> bool {
+    /// Returns whether a model of the worker names `engine` as its owner: `vllm` or `sglang`.
+    pub(crate) fn is_owned_by(&self, engine: &str) -> bool {
         #[derive(Deserialize)]
         struct Model<'m> {
             #[serde(borrow)]
             owned_by: Cow<'m, str>,
         }
         let models = self.models.read();
-        let owner = |(_, model): &(String, Box<RawValue>)| {
-            serde_json::from_str(model.get()).is_ok_and(|it: Model<'_>| it.owned_by == engine)
+        let is_owner = |(_, entry): &(String, Box<RawValue>)| {
+            serde_json::from_str(entry.get()).is_ok_and(|model: Model<'_>| model.owned_by == engine)
         };
-        models.iter().any(owner)
+        models.iter().any(is_owner)
     }
 
-    /// The first model it serves, once it has said so.
+    /// Waits until the worker has listed at least one model, and returns the name of the first.
+    /// Sends no request itself: health checks read the list. There is no time limit.
     pub(crate) async fn first_model(&self) -> String {
-        let mut known = self.knows_models.subscribe();
+        let mut known = self.models_known.subscribe();
         loop {
-            // The sender is as old as this worker, so waiting does not fail.
+            // The worker owns the sender, so waiting does not fail.
             let _ = known.wait_for(|known| *known == Some(true)).await;
-            if let Some(model) = self.tells_first_model() {
+            if let Some(model) = self.known_first_model() {
                 return model;
             }
             let _ = known.changed().await;
         }
     }
 
-    pub(crate) fn tells_first_model(&self) -> Option<String> {
+    /// Returns the name of the first model, if the worker has listed any.
+    pub(crate) fn known_first_model(&self) -> Option<String> {
         self.models.read().first().map(|(model, _)| model.clone())
     }
 
-    /// Tells what watches it to end.
+    /// Marks the worker as removed, which ends its tasks.
     pub(crate) fn remove(&self) {
         self.removed.send_replace(true);
     }
 
-    /// Waits until it is removed.
+    /// Waits until the worker is removed.
     pub(crate) async fn until_removed(&self) {
         let mut removed = self.removed.subscribe();
-        // The sender is as old as this worker, so waiting does not fail.
+        // The worker owns the sender, so waiting does not fail.
         let _ = removed.wait_for(|removed| *removed).await;
     }
 
-    /// The worker's URL for a path and query of the gateway's.
+    /// Returns the worker's URL for a path and query of a request to the gateway.
     pub(crate) fn uri(&self, path: &PathAndQuery) -> Result<Uri, http::Error> {
         let path = if self.config.base_path.is_empty() {
             path.clone()
@@ -190,48 +201,55 @@ impl Worker {
     }
 }
 
-/// Each model with the name that its blocks are hashed with: its own, but for other names of the
-/// first model, whose blocks bear no name. Those have its `root` and no `parent`, as adapters have.
-fn names_to_hash_with(models: &[(String, Box<RawValue>)]) -> Vec<(String, String)> {
+/// Returns the name of each model with its hash name: the name that is part of its blocks' hashes.
+///
+/// A model's hash name is its own name, except for further names of the first model: events do not
+/// contain the name of the base model, so all its names share the first one. Such a name has the
+/// same `root` as the first model and no `parent`; adapters have a `parent`.
+fn hash_names(models: &[(String, Box<RawValue>)]) -> Vec<(String, String)> {
     #[derive(Deserialize)]
-    struct Card {
+    struct ModelCard {
         root: String,
         parent: Option<IgnoredAny>,
     }
-    let root = |model: &RawValue| {
-        let card: Card = serde_json::from_str(model.get()).ok()?;
+    let root_of = |entry: &RawValue| {
+        let card: ModelCard = serde_json::from_str(entry.get()).ok()?;
         card.parent.is_none().then_some(card.root)
     };
     let first = models.first();
-    let first = first.and_then(|(name, model)| Some((name, root(model)?)));
-    let hashed_as = |(name, model): &(String, Box<RawValue>)| match &first {
-        Some((first, theirs)) if root(model).as_ref() == Some(theirs) => (*first).clone(),
+    let first = first.and_then(|(name, entry)| Some((name, root_of(entry)?)));
+    let hash_name = |name: &String, entry: &RawValue| match &first {
+        Some((first_name, root)) if root_of(entry).as_ref() == Some(root) => (*first_name).clone(),
         _ => name.clone(),
     };
-    let pair = |it: &(String, Box<RawValue>)| (it.0.clone(), hashed_as(it));
-    models.iter().map(pair).collect()
+    models
+        .iter()
+        .map(|(name, entry)| (name.clone(), hash_name(name, entry)))
+        .collect()
 }
 
-/// All workers. The router decides who may serve; this says where they are.
+/// All workers of a gateway, by id. The router decides which of them can be chosen.
 #[derive(Debug, Default)]
 pub(crate) struct Workers {
     by_id: RwLock<HashMap<WorkerId, Arc<Worker>>>,
+    /// First model of all workers, if they agree; see [`only_model`](Self::only_model).
     only_model: RwLock<Option<String>>,
-    /// The names that other names of models are hashed as.
+    /// Hash name of each model whose hash name differs from its name.
     aliases: RwLock<HashMap<String, String>>,
 }
 
 impl Workers {
-    /// Adds an engine to the router and to this list, rank by rank: all or none. They serve once
-    /// a probe has found them.
+    /// Adds an engine to the router and to this list: one worker for each rank, all or none. A worker
+    /// can be chosen after its first successful health check.
     pub(crate) fn add(
         &self,
         router: &Router,
         engine: &WorkerConfig,
         prefix_caching: bool,
     ) -> Result<Vec<Arc<Worker>>, WorkerError> {
-        let same_name = |worker: &Arc<Worker>| worker.config.engine_name() == engine.engine_name();
-        if self.by_id.read().values().any(same_name) {
+        let has_same_name =
+            |worker: &Arc<Worker>| worker.config.engine_name() == engine.engine_name();
+        if self.by_id.read().values().any(has_same_name) {
             return Err(WorkerError::NameTaken(engine.engine_name().to_owned()));
         }
         let mut added = Vec::new();
@@ -248,6 +266,7 @@ impl Workers {
         Ok(added)
     }
 
+    /// Adds one worker to the router and to this list.
     fn add_one(
         &self,
         router: &Router,
@@ -270,24 +289,26 @@ impl Workers {
                 KvEvents::Discovered | KvEvents::Off => None,
             }),
             config,
-            told_of_ranks: AtomicBool::new(false),
+            rank_warning_logged: AtomicBool::new(false),
+            block_size_warning_logged: AtomicBool::new(false),
             models: RwLock::default(),
-            hashed_as: RwLock::default(),
-            suspect: Notify::new(),
-            events: Board::default(),
+            hash_names: RwLock::default(),
+            probe_now: Notify::new(),
+            events: EventStatus::default(),
             engine_active_blocks: Mutex::default(),
             resubscribe: Notify::new(),
-            knows_models: watch::Sender::new(None),
+            models_known: watch::Sender::new(None),
             removed: watch::Sender::new(false),
             capacity_blocks: AtomicU32::new(0),
-            heard_at: AtomicU64::new(0),
-            absent: AtomicBool::new(false),
-            lost_its_cache: AtomicBool::new(false),
+            last_activity: AtomicU64::new(0),
+            gone: AtomicBool::new(false),
+            cache_lost: AtomicBool::new(false),
         });
         self.by_id.write().insert(id, Arc::clone(&worker));
         Ok(worker)
     }
 
+    /// Removes a worker from the router and from this list, and ends its tasks.
     pub(crate) fn remove(&self, router: &Router, id: WorkerId) {
         let removed = self.by_id.write().remove(&id);
         if let Some(worker) = removed {
@@ -297,60 +318,69 @@ impl Workers {
         }
     }
 
-    /// A worker said which models it serves.
+    /// Sets the models that a worker has listed.
     pub(crate) fn set_models(&self, worker: &Worker, models: Vec<(String, Box<RawValue>)>) {
         if worker.set_models(models) {
             self.compare_models();
         }
     }
 
-    /// The model that a request without a name is for: the first of every worker that has told
-    /// which it serves. Where they differ it depends on the worker, which is not chosen yet, so
-    /// there is no answer, and such a request matches only others like it.
+    /// Returns the model of requests that name none: the first model of every worker that has listed
+    /// its models. `None` if the workers' first models differ: then the model depends on the worker,
+    /// which is not chosen yet, and such a request matches only others without a name.
     pub(crate) fn only_model(&self) -> Option<String> {
         self.only_model.read().clone()
     }
 
-    /// The name that blocks of a model are hashed with, if that is another: a worker's events do
-    /// not say by which of its names it was asked for. Where workers differ, it is its own.
+    /// Returns the hash name of `model` if it differs from the name: a worker's events do not contain
+    /// the name under which the base model was requested. `None` if the name is its own hash name, or
+    /// workers disagree.
     pub(crate) fn alias_of(&self, model: &str) -> Option<String> {
         self.aliases.read().get(model).cloned()
     }
 
-    /// Kept, because it changes a million times less often than it is asked.
+    /// Computes `only_model` and `aliases` again. They are stored because models change rarely and
+    /// every request reads them.
     fn compare_models(&self) {
-        // Held throughout: of two that look at once, the later one sees more.
+        // Locked throughout: of two concurrent calls, the later one sees all changes.
         let mut only_model = self.only_model.write();
         let workers = self.by_id.read();
         *self.aliases.write() = find_aliases(workers.values());
         let mut models = workers
             .values()
-            .filter_map(|worker| worker.tells_first_model());
+            .filter_map(|worker| worker.known_first_model());
         let first = models.next();
         *only_model = first.filter(|first| models.all(|model| model == *first));
     }
 
+    /// Returns a worker by id.
     pub(crate) fn get(&self, id: WorkerId) -> Option<Arc<Worker>> {
         self.by_id.read().get(&id).cloned()
     }
 
-    /// The workers that a client's headers rule out, by naming a rank that they are not. None, if
-    /// that would be all: then the engine says what is wrong with it.
-    pub(crate) fn ruled_out(&self, headers: &HeaderMap) -> Vec<WorkerId> {
+    /// Returns the workers of other ranks than the one that a client's [`RANK_HEADER`] names. Returns
+    /// none if that would be all workers: then the request is routed as usual, and the engine reports
+    /// the error.
+    pub(crate) fn workers_excluded_by_rank(&self, headers: &HeaderMap) -> Vec<WorkerId> {
         let named = headers.get(RANK_HEADER).and_then(|rank| rank.to_str().ok());
         let Some(named) = named.and_then(|rank| rank.trim().parse::<u32>().ok()) else {
             return Vec::new();
         };
         let by_id = self.by_id.read();
-        let is_other = |worker: &&Arc<Worker>| worker.config.rank.is_some_and(|it| it != named);
-        let others: Vec<_> = by_id.values().filter(is_other).map(|it| it.id).collect();
-        if others.len() == by_id.len() {
+        let has_other_rank =
+            |worker: &&Arc<Worker>| worker.config.rank.is_some_and(|rank| rank != named);
+        let excluded: Vec<_> = by_id
+            .values()
+            .filter(has_other_rank)
+            .map(|worker| worker.id)
+            .collect();
+        if excluded.len() == by_id.len() {
             return Vec::new();
         }
-        others
+        excluded
     }
 
-    /// Every worker, in the order they joined.
+    /// Returns all workers in the order in which they were added.
     pub(crate) fn all(&self) -> Vec<Arc<Worker>> {
         let mut all: Vec<_> = self.by_id.read().values().cloned().collect();
         all.sort_by_key(|worker| worker.id);
@@ -358,25 +388,52 @@ impl Workers {
     }
 }
 
-/// The names that other names of models are hashed as, by all workers that serve them.
+/// Returns the hash name of each model whose hash name differs from its name, if all workers that
+/// serve the model agree.
 fn find_aliases<'w>(workers: impl Iterator<Item = &'w Arc<Worker>>) -> HashMap<String, String> {
     let mut aliases = HashMap::<String, String>::new();
-    let mut own = HashSet::new();
+    let mut disputed = HashSet::new();
     for worker in workers {
-        for (name, hashed_as) in worker.hashed_as.read().iter() {
+        for (name, hash_name) in worker.hash_names.read().iter() {
             let known = aliases.entry(name.clone());
-            if known.or_insert_with(|| hashed_as.clone()) != hashed_as {
-                own.insert(name.clone());
+            if known.or_insert_with(|| hash_name.clone()) != hash_name {
+                disputed.insert(name.clone());
             }
         }
     }
-    aliases.retain(|name, hashed_as| name != hashed_as && !own.contains(name));
+    aliases.retain(|name, hash_name| name != hash_name && !disputed.contains(name));
     aliases
 }
 
-/// Starts what watches a worker until it is removed.
-pub(crate) fn start_watching(shared: &Arc<Shared>, worker: Arc<Worker>) {
-    tokio::spawn(watch_worker(Arc::clone(shared), Arc::clone(&worker)));
-    tokio::spawn(follow_events(Arc::clone(shared), Arc::clone(&worker)));
-    tokio::spawn(sample_engine(Arc::clone(shared), worker));
+/// Starts the tasks of a worker, which run until the worker is removed: health checks, KV events and
+/// the engine's own metrics.
+///
+/// Removes the worker's metrics after the last of them has ended, unless another worker has the name
+/// by then.
+pub(crate) fn start_worker_tasks(shared: &Arc<GatewayState>, worker: Arc<Worker>) {
+    shared.metrics.add_worker(&worker.config.name);
+    let tasks = [
+        tokio::spawn(watch_worker(Arc::clone(shared), Arc::clone(&worker))),
+        tokio::spawn(follow_events(Arc::clone(shared), Arc::clone(&worker))),
+        tokio::spawn(watch_engine_metrics(
+            Arc::clone(shared),
+            Arc::clone(&worker),
+        )),
+    ];
+    let shared = Arc::clone(shared);
+    tokio::spawn(async move {
+        for task in tasks {
+            // A task that panicked has ended too.
+            let _ = task.await;
+        }
+        let name = &worker.config.name;
+        if !shared
+            .workers
+            .all()
+            .iter()
+            .any(|other| other.config.name == *name)
+        {
+            shared.metrics.remove_worker(name);
+        }
+    });
 }

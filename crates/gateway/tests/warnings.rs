@@ -1,8 +1,8 @@
-//! What goes wrong without anybody seeing it is said in the log, with what to do about it.
+//! Faults that clients cannot observe are logged, with the action to take.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 #[path = "it/fake_worker.rs"]
-#[allow(dead_code, reason = "the test needs a part of it")]
+#[allow(dead_code, reason = "this test uses only a part of it")]
 mod fake_worker;
 
 use std::fmt;
@@ -16,7 +16,7 @@ use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
 
-/// Keeps the warnings of this process.
+/// Subscriber that stores the warnings of this process.
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<String>>>);
 
@@ -26,9 +26,9 @@ impl Subscriber for Log {
     }
 
     fn event(&self, event: &Event<'_>) {
-        let mut said = Said(String::new());
-        event.record(&mut said);
-        self.0.lock().push(said.0);
+        let mut fields = Fields(String::new());
+        event.record(&mut fields);
+        self.0.lock().push(fields.0);
     }
 
     fn new_span(&self, _: &Attributes<'_>) -> Id {
@@ -41,44 +41,45 @@ impl Subscriber for Log {
     fn exit(&self, _: &Id) {}
 }
 
-struct Said(String);
+/// Fields of an event as text.
+struct Fields(String);
 
-impl Visit for Said {
+impl Visit for Fields {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
         self.0 += &format!("{field}={value:?} ");
     }
 }
 
 #[tokio::test]
-async fn models_that_cannot_be_read_are_why_events_are_not_followed() {
+async fn ignoring_events_because_of_unreadable_models_is_logged_once() {
     let log = Log::default();
     tracing::subscriber::set_global_default(log.clone()).unwrap();
     let worker = FakeWorker::start().await;
     worker.set_model_list("no list");
     let mut config = config(&[]);
     config.events_grace = Duration::from_millis(20);
-    let written = format!("{},kv-events=tcp://127.0.0.1:1", worker.spec("locked"));
-    config.workers = vec![written.parse::<WorkerConfig>().unwrap()];
+    let description = format!("{},kv-events=tcp://127.0.0.1:1", worker.spec("locked"));
+    config.workers = vec![description.parse::<WorkerConfig>().unwrap()];
     let gateway = gateway_with(config).await;
 
-    let told = || {
-        let said = log.0.lock();
-        let of_models = said.iter().filter(|it| it.contains("/v1/models"));
-        of_models.cloned().collect::<Vec<_>>()
+    let model_warnings = || {
+        let warnings = log.0.lock();
+        let about_models = warnings.iter().filter(|text| text.contains("/v1/models"));
+        about_models.cloned().collect::<Vec<_>>()
     };
-    until("a warning", || !told().is_empty()).await;
+    until("a warning", || !model_warnings().is_empty()).await;
     a_few_probe_intervals().await;
-    let told = told();
-    assert_eq!(told.len(), 1, "{told:?}");
-    assert!(told[0].contains("worker=locked"), "{told:?}");
-    assert!(told[0].contains(&format!("http://{}/v1/models", worker.address)));
+    let warnings = model_warnings();
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    assert!(warnings[0].contains("worker=locked"), "{warnings:?}");
+    assert!(warnings[0].contains(&format!("http://{}/v1/models", worker.address)));
 
-    // It goes on as soon as they can be.
+    // The subscription continues as soon as the models can be read.
     worker.set_model_list(r#"{"data": [{"id": "m"}]}"#);
-    let waits = async {
-        while shown(&gateway, "locked").await.unwrap()["kv_events"]["state"] == "waiting" {
+    let waiting_ends = async {
+        while worker_json(&gateway, "locked").await.unwrap()["kv_events"]["state"] == "waiting" {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     };
-    within("its events to be looked for", waits).await;
+    within("the subscription to continue", waiting_ends).await;
 }

@@ -1,6 +1,7 @@
-//! Plays a workload's arrival rules: which request is due at a time, given which have ended.
+//! Arrival rules of a workload: which request is due at a time, given the requests that have ended.
 //!
-//! It has no clock either, so replay and a live client send the same requests by the same rules.
+//! The caller supplies the time, so replay and the live client send the same requests by the same
+//! rules.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, VecDeque};
@@ -9,31 +10,35 @@ use std::time::Duration;
 use crate::workload::{Arrival, Workload};
 
 /// The requests of a workload that have not been sent yet.
+///
+/// A request is named by its index in the workload.
 #[derive(Debug)]
 pub struct Arrivals {
-    /// Due at a time, then in the order of the workload.
+    /// Requests with a known due time. Requests due at the same time keep the workload's order.
     timed: BinaryHeap<Reverse<(Duration, usize)>>,
-    /// Waiting for a place in the closed loop.
-    when_free: VecDeque<usize>,
-    /// Those in flight that hold a place in the closed loop.
-    places: Vec<bool>,
+    /// Requests that wait for a free slot of the closed loop, in the workload's order.
+    closed_loop: VecDeque<usize>,
+    /// By request: whether the request is due or in flight and occupies a slot of the closed loop.
+    is_slot_holder: Vec<bool>,
+    /// By request: the requests that arrive after its end, each with its think time.
     followers: HashMap<usize, Vec<(usize, Duration)>>,
 }
 
 impl Arrivals {
-    /// All requests of `workload`; those of its closed loop that find a place are due at once.
+    /// Creates the arrivals of all requests of `workload`. Requests that get a slot of the closed
+    /// loop are due at time zero.
     #[must_use]
     pub fn new(workload: &Workload) -> Self {
         let mut arrivals = Self {
             timed: BinaryHeap::new(),
-            when_free: VecDeque::new(),
-            places: vec![false; workload.requests.len()],
+            closed_loop: VecDeque::new(),
+            is_slot_holder: vec![false; workload.requests.len()],
             followers: HashMap::new(),
         };
         for (index, request) in workload.requests.iter().enumerate() {
             match request.arrival {
                 Arrival::At(time) => arrivals.timed.push(Reverse((time, index))),
-                Arrival::WhenFree => arrivals.when_free.push_back(index),
+                Arrival::ClosedLoop => arrivals.closed_loop.push_back(index),
                 Arrival::After { request, think } => {
                     let followers = arrivals.followers.entry(request).or_default();
                     followers.push((index, think));
@@ -41,19 +46,19 @@ impl Arrivals {
             }
         }
         for _ in 0..workload.concurrency {
-            arrivals.fill_place(Duration::ZERO);
+            arrivals.fill_slot(Duration::ZERO);
         }
         arrivals
     }
 
-    /// When the next request is due; `None` when that depends on requests in flight, or all have
-    /// been sent.
+    /// Returns the time at which the next request is due. `None` if that depends on requests in
+    /// flight, or if all requests have been sent.
     #[must_use]
     pub fn next_due(&self) -> Option<Duration> {
         self.timed.peek().map(|Reverse((time, _))| *time)
     }
 
-    /// Takes a request that is due by `now`: its index in the workload.
+    /// Removes a request that is due by `now`, and returns its index in the workload.
     pub fn take_due(&mut self, now: Duration) -> Option<usize> {
         if self.next_due()? > now {
             return None;
@@ -61,19 +66,22 @@ impl Arrivals {
         self.timed.pop().map(|Reverse((_, index))| index)
     }
 
-    /// Tells that a request has ended, well or badly, which may make others due.
-    pub fn ended(&mut self, index: usize, now: Duration) {
-        if std::mem::take(&mut self.places[index]) {
-            self.fill_place(now);
+    /// Records the end of a request, successful or not. Its slot of the closed loop passes to
+    /// another request, and the requests that follow it become due after their think times.
+    pub fn on_request_end(&mut self, index: usize, now: Duration) {
+        if std::mem::take(&mut self.is_slot_holder[index]) {
+            self.fill_slot(now);
         }
         for (follower, think) in self.followers.remove(&index).unwrap_or_default() {
             self.timed.push(Reverse((now + think, follower)));
         }
     }
 
-    fn fill_place(&mut self, now: Duration) {
-        if let Some(index) = self.when_free.pop_front() {
-            self.places[index] = true;
+    /// Gives a free slot of the closed loop to the first request that waits for one. The request is
+    /// due at `now`.
+    fn fill_slot(&mut self, now: Duration) {
+        if let Some(index) = self.closed_loop.pop_front() {
+            self.is_slot_holder[index] = true;
             self.timed.push(Reverse((now, index)));
         }
     }
@@ -88,7 +96,7 @@ mod tests {
     fn workload(concurrency: usize, rules: &[Arrival]) -> Workload {
         let requests = rules.iter().map(|&arrival| WorkloadRequest {
             prompt: Prompt::new().then(0, 1),
-            answer_stream: None,
+            output_stream: None,
             output_tokens: 1,
             arrival,
         });
@@ -104,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn timed_requests_come_in_order() {
+    fn timed_requests_are_due_in_order_of_time() {
         let rules = [
             Arrival::At(second(1)),
             Arrival::At(second(1)),
@@ -119,25 +127,25 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_loop_keeps_its_places_filled() {
-        let mut arrivals = Arrivals::new(&workload(2, &[Arrival::WhenFree; 3]));
+    fn a_closed_loop_sends_a_request_for_each_that_ends() {
+        let mut arrivals = Arrivals::new(&workload(2, &[Arrival::ClosedLoop; 3]));
         assert_eq!(arrivals.take_due(Duration::ZERO), Some(0));
         assert_eq!(arrivals.take_due(Duration::ZERO), Some(1));
         assert_eq!(arrivals.next_due(), None);
-        arrivals.ended(1, second(5));
+        arrivals.on_request_end(1, second(5));
         assert_eq!(arrivals.take_due(second(5)), Some(2));
-        arrivals.ended(0, second(6));
+        arrivals.on_request_end(0, second(6));
         assert_eq!(arrivals.next_due(), None);
     }
 
     #[test]
-    fn a_follower_waits_for_the_end_and_the_think_time() {
+    fn a_follow_up_waits_for_the_end_and_the_think_time() {
         let think = second(3);
         let rules = [Arrival::At(second(0)), Arrival::After { request: 0, think }];
         let mut arrivals = Arrivals::new(&workload(0, &rules));
         assert_eq!(arrivals.take_due(second(0)), Some(0));
         assert_eq!(arrivals.next_due(), None);
-        arrivals.ended(0, second(4));
+        arrivals.on_request_end(0, second(4));
         assert_eq!(arrivals.next_due(), Some(second(7)));
     }
 }

@@ -1,5 +1,8 @@
-//! How much a policy can carry: the highest rate, or the fewest workers, at which enough requests
-//! are served within the SLO.
+//! Capacity of a policy: the highest arrival rate, or the smallest number of workers, at which a
+//! required fraction of the requests meets the SLO.
+//!
+//! The search doubles (or halves) its value until the target is missed (or met), then bisects. Each
+//! step replays all of the traffic, and stops as soon as too many requests have missed the SLO.
 
 use std::fmt;
 use std::ops::ControlFlow;
@@ -7,148 +10,153 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
+use crate::baselines::PolicySpec;
 use crate::compare::on_threads;
-use crate::lab::Contender;
+use crate::hashed_workload::HashedWorkload;
 use crate::replay::{ReplayConfig, ReplayError, run_while};
 use crate::slo::Slo;
 use crate::table::write_cells;
-use crate::traffic::Traffic;
-use crate::workload::InvalidRate;
+use crate::workload::{InvalidRate, Workload};
 
-/// What is looked for.
+/// Quantity that a search maximises or minimises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sought {
-    /// The highest rate, as a multiple of the traffic's own, within one part in 64.
+pub enum Target {
+    /// Highest arrival rate, as a multiple of the traffic's own rate, to within one part in 64.
     Rate,
-    /// The fewest workers, all like the first.
+    /// Smallest number of workers, all of them like the first one of the configuration.
     Workers,
 }
 
-/// What each policy can carry.
+/// Capacity of each policy under one workload.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Capacity {
-    /// The workload's name.
+    /// Name of the workload.
     pub workload: String,
-    /// Workers in the fleet, if they were not what was looked for.
+    /// Number of workers; `None` if it was the target of the search.
     pub workers: Option<usize>,
-    /// What counts as served well.
+    /// Limits that a request must meet.
     pub slo: Slo,
-    /// Share of requests, over all seeds, that are to be served well.
+    /// Fraction of the requests, over all seeds, that must meet the SLO.
     pub target: f64,
-    /// One for each policy, in the order asked for.
-    pub found: Vec<Found>,
+    /// Results in the order of the given policies.
+    pub results: Vec<CapacityResult>,
 }
 
-/// What one policy can carry.
+/// Capacity of one policy.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Found {
-    /// The policy's name.
+pub struct CapacityResult {
+    /// Name of the policy.
     pub policy: String,
-    /// The highest rate, over the traffic's own; 0 if none is low enough.
+    /// Highest rate, as a multiple of the traffic's own rate; 0 if the target is missed at every
+    /// rate. `None` if the search was for workers.
     pub rate: Option<f64>,
-    /// The same in requests a second.
+    /// Highest rate, in requests per second. `None` if the search was for workers.
     pub requests_per_second: Option<f64>,
-    /// The fewest workers; `None` if there are never enough.
+    /// Smallest number of workers. `None` if no number suffices, or if the search was for a rate.
     pub workers: Option<u32>,
 }
 
-/// Why there is nothing to be found.
+/// Reason why a search cannot be run.
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub enum CapacityError {
-    /// All requests come at once, or as others end.
-    #[error(
-        "{workload} has no rate of arrival to raise: give it one with --rps, or replay a trace"
-    )]
+    /// The workload has no arrival rate: all requests arrive at once, or when others end.
+    #[error("workload {workload} has no arrival rate: set --rps, or replay a trace")]
     NoRate {
-        /// Its name.
+        /// Name of the workload.
         workload: String,
     },
-    /// That share can be reached by all or by none.
-    #[error("target is {target}: it must be a share above 0 and at most 1")]
+    /// The required fraction of requests is not above 0 and at most 1.
+    #[error("the fraction of requests within the SLO must be above 0 and at most 1, got {target}")]
     Target {
-        /// The share asked for.
+        /// Given fraction.
         target: f64,
     },
-    /// A fleet that is grown and shrunk has no workers to change.
-    #[error("fleet changes name workers: they do not go with looking for the fewest")]
+    /// Fleet changes were given, which refer to workers by index, in a search that changes the
+    /// number of workers.
+    #[error("fleet changes cannot be used when searching for the smallest number of workers")]
     Changes,
-    /// A rate of the search.
+    /// A rate of the search is not valid.
     #[error(transparent)]
     Rate(#[from] InvalidRate),
-    /// A replay.
+    /// A replay of the search failed.
     #[error(transparent)]
     Replay(#[from] ReplayError),
 }
 
-/// Rates this many times the traffic's own, and as small a part of it, are looked at, and no more
-/// workers than that times those there are.
-const WIDEST: u32 = 1024;
+/// Bound of a search: rates from 1/1024 to 1,024 times the traffic's own, and up to 1,024 times the
+/// configured number of workers.
+const MAX_SEARCH_FACTOR: u32 = 1024;
 
-/// Finds what each of `policies` can carry of `traffic`, several policies at a time. Each step of
-/// the search is a replay of all of `traffic`, broken off as soon as too many requests missed.
-/// `step` is told of each: the policy's index, what was tried, and whether it was carried.
+/// Finds the capacity of each of `policies` under `traffic`, which has one entry for each seed.
+///
+/// `fraction` of the requests must meet the SLO. Up to `threads` policies are searched at a time.
+/// `on_step` is called after each replay of a search, with the index of the policy, the rate or the
+/// number of workers, and whether the fraction was reached.
 ///
 /// # Errors
-/// When there is nothing to be found, or a replay fails.
+/// If the search cannot be run, or a replay fails.
 pub fn find(
     config: &ReplayConfig,
-    policies: &[Contender],
-    traffic: &[Arc<Traffic>],
-    sought: Sought,
-    target: f64,
+    policies: &[PolicySpec],
+    traffic: &[Arc<HashedWorkload>],
+    target: Target,
+    fraction: f64,
     threads: usize,
-    step: &(dyn Fn(usize, f64, bool) + Sync),
+    on_step: &(dyn Fn(usize, f64, bool) + Sync),
 ) -> Result<Capacity, CapacityError> {
-    if !(target > 0.0 && target <= 1.0) {
-        return Err(CapacityError::Target { target });
+    if !(fraction > 0.0 && fraction <= 1.0) {
+        return Err(CapacityError::Target { target: fraction });
     }
-    let name = traffic.first().map(|it| it.workload().name.clone());
-    let workload = name.unwrap_or_default();
-    if sought == Sought::Rate && !traffic.iter().any(|it| it.workload().has_rate()) {
-        return Err(CapacityError::NoRate { workload });
+    let workloads = || traffic.iter().map(|traffic| traffic.workload());
+    let name = workloads().next().map(|workload| workload.name.clone());
+    let name = name.unwrap_or_default();
+    if target == Target::Rate && !workloads().any(Workload::has_rate) {
+        return Err(CapacityError::NoRate { workload: name });
     }
-    if sought == Sought::Workers && !config.changes.is_empty() {
+    if target == Target::Workers && !config.changes.is_empty() {
         return Err(CapacityError::Changes);
     }
     let own_rate = mean_rate(traffic);
-    let found = on_threads(threads, policies.len(), &|index| {
+    let results = on_threads(threads, policies.len(), &|index| {
         let mut config = config.clone();
-        config.contender = Some(policies[index].clone());
+        config.policy = Some(policies[index].clone());
         let search = Search {
             config: &config,
             traffic,
-            target,
+            fraction,
         };
-        let mut found = Found {
+        let mut result = CapacityResult {
             policy: policies[index].to_string(),
             rate: None,
             requests_per_second: None,
             workers: None,
         };
-        match sought {
-            Sought::Rate => {
-                let rate = search.highest_rate(&|rate, carried| step(index, rate, carried))?;
-                found.rate = Some(rate);
-                found.requests_per_second = Some(rate * own_rate);
+        match target {
+            Target::Rate => {
+                let on_step = |rate, is_met| on_step(index, rate, is_met);
+                let rate = search.highest_rate(&on_step)?;
+                result.rate = Some(rate);
+                result.requests_per_second = Some(rate * own_rate);
             }
-            Sought::Workers => {
-                let told = |workers: u32, carried| step(index, f64::from(workers), carried);
-                found.workers = search.fewest_workers(&told)?;
+            Target::Workers => {
+                let on_step = |workers: u32, is_met| on_step(index, f64::from(workers), is_met);
+                result.workers = search.fewest_workers(&on_step)?;
             }
         }
-        Ok(found)
+        Ok(result)
     });
     Ok(Capacity {
-        workload,
-        workers: (sought == Sought::Rate).then_some(config.engines.len()),
+        workload: name,
+        workers: (target == Target::Rate).then_some(config.engines.len()),
         slo: config.slo,
-        target,
-        found: found.into_iter().collect::<Result<_, CapacityError>>()?,
+        target: fraction,
+        results: results.into_iter().collect::<Result<_, CapacityError>>()?,
     })
 }
 
-/// Requests a second from the first arrival at a time to the last, followers included.
-fn mean_rate(traffic: &[Arc<Traffic>]) -> f64 {
+/// Returns the mean rate of the traffic in requests per second: all requests, over the time from
+/// the first to the last arrival at a fixed time.
+fn mean_rate(traffic: &[Arc<HashedWorkload>]) -> f64 {
     let (mut requests, mut seconds) = (0, 0.0);
     for traffic in traffic {
         requests += traffic.workload().requests.len();
@@ -157,39 +165,44 @@ fn mean_rate(traffic: &[Arc<Traffic>]) -> f64 {
     requests as f64 / f64::max(seconds, 1e-9)
 }
 
+/// Search for the capacity of one policy.
 struct Search<'a> {
     config: &'a ReplayConfig,
-    traffic: &'a [Arc<Traffic>],
-    target: f64,
+    /// Workload of each seed.
+    traffic: &'a [Arc<HashedWorkload>],
+    /// Fraction of the requests that must meet the SLO.
+    fraction: f64,
 }
 
 impl Search<'_> {
-    fn highest_rate(&self, step: &dyn Fn(f64, bool)) -> Result<f64, CapacityError> {
-        let carries = |rate: f64| {
-            let traffic = self.traffic.iter().map(|it| it.at_rate(rate));
-            let traffic: Vec<Traffic> = traffic.collect::<Result<_, _>>()?;
-            let carried = self.carries(self.config, traffic.iter())?;
-            step(rate, carried);
-            Ok::<bool, CapacityError>(carried)
+    /// Returns the highest rate at which the target is met, as a multiple of the traffic's own
+    /// rate; 0 if there is none.
+    fn highest_rate(&self, on_step: &dyn Fn(f64, bool)) -> Result<f64, CapacityError> {
+        let is_met_at = |rate: f64| {
+            let traffic = self.traffic.iter().map(|traffic| traffic.at_rate(rate));
+            let traffic: Vec<HashedWorkload> = traffic.collect::<Result<_, _>>()?;
+            let is_met = self.meets_target(self.config, traffic.iter())?;
+            on_step(rate, is_met);
+            Ok::<bool, CapacityError>(is_met)
         };
-        let widest = f64::from(WIDEST);
-        let (mut low, mut high) = if carries(1.0)? {
+        let max_rate = f64::from(MAX_SEARCH_FACTOR);
+        let (mut low, mut high) = if is_met_at(1.0)? {
             (1.0, 2.0)
         } else {
             (0.5, 1.0)
         };
-        while low >= 1.0 && high <= widest && carries(high)? {
+        while low >= 1.0 && high <= max_rate && is_met_at(high)? {
             (low, high) = (high, high * 2.0);
         }
-        while low < 1.0 && !carries(low)? {
+        while low < 1.0 && !is_met_at(low)? {
             (low, high) = (low / 2.0, low);
-            if low < 1.0 / widest {
+            if low < 1.0 / max_rate {
                 return Ok(0.0);
             }
         }
         while high - low > low / 64.0 {
             let middle = f64::midpoint(low, high);
-            if carries(middle)? {
+            if is_met_at(middle)? {
                 low = middle;
             } else {
                 high = middle;
@@ -198,26 +211,28 @@ impl Search<'_> {
         Ok(low)
     }
 
-    fn fewest_workers(&self, step: &dyn Fn(u32, bool)) -> Result<Option<u32>, CapacityError> {
-        let carries = |workers: u32| {
+    /// Returns the smallest number of workers with which the target is met; `None` if there is
+    /// none.
+    fn fewest_workers(&self, on_step: &dyn Fn(u32, bool)) -> Result<Option<u32>, CapacityError> {
+        let is_met_with = |workers: u32| {
             let config = self.config.with_workers(workers);
-            let carried = self.carries(&config, self.traffic.iter().map(Arc::as_ref))?;
-            step(workers, carried);
-            Ok::<bool, CapacityError>(carried)
+            let is_met = self.meets_target(&config, self.traffic.iter().map(Arc::as_ref))?;
+            on_step(workers, is_met);
+            Ok::<bool, CapacityError>(is_met)
         };
         let mut enough = self.config.engines.len().max(1) as u32;
-        let most = enough.saturating_mul(WIDEST);
+        let max_workers = enough.saturating_mul(MAX_SEARCH_FACTOR);
         let mut too_few = 0;
-        while !carries(enough)? {
+        while !is_met_with(enough)? {
             too_few = enough;
             enough = enough.saturating_mul(2);
-            if enough > most {
+            if enough > max_workers {
                 return Ok(None);
             }
         }
         while enough - too_few > 1 {
             let middle = too_few.midpoint(enough);
-            if carries(middle)? {
+            if is_met_with(middle)? {
                 enough = middle;
             } else {
                 too_few = middle;
@@ -226,47 +241,56 @@ impl Search<'_> {
         Ok(Some(enough))
     }
 
-    /// Whether enough of all requests are served well.
-    fn carries<'t>(
+    /// Replays all of the traffic, and returns whether the required fraction of its requests met
+    /// the SLO. Stops early once the fraction cannot be reached any more.
+    fn meets_target<'t>(
         &self,
         config: &ReplayConfig,
-        traffic: impl Iterator<Item = &'t Traffic> + Clone,
+        traffic: impl Iterator<Item = &'t HashedWorkload> + Clone,
     ) -> Result<bool, ReplayError> {
-        let requests: usize = traffic.clone().map(|it| it.workload().requests.len()).sum();
-        // Rounded against float noise, so that 90 % of ten is nine.
-        let needed = (self.target * requests as f64 - 1e-9).ceil() as usize;
-        let mut left = requests - needed.min(requests);
+        let lengths = traffic
+            .clone()
+            .map(|traffic| traffic.workload().requests.len());
+        let requests: usize = lengths.sum();
+        // The subtraction absorbs rounding errors, so that 90 % of ten requests is nine.
+        let needed = (self.fraction * requests as f64 - 1e-9).ceil() as usize;
+        let mut allowed_misses = requests - needed.min(requests);
         for (seed, traffic) in traffic.enumerate() {
             let mut missed = 0;
-            run_while(&config.with_seed(seed as u64), traffic, &mut |it| {
-                missed = it.missed;
-                if missed > left {
+            run_while(&config.with_seed(seed as u64), traffic, &mut |progress| {
+                missed = progress.missed;
+                if missed > allowed_misses {
                     ControlFlow::Break(())
                 } else {
                     ControlFlow::Continue(())
                 }
             })?;
-            if missed > left {
+            if missed > allowed_misses {
                 return Ok(false);
             }
-            left -= missed;
+            allowed_misses -= missed;
         }
         Ok(true)
     }
 }
 
-/// The policies side by side.
+/// Writes a table with a column for each policy.
 impl fmt::Display for Capacity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let policies: Vec<&str> = self.found.iter().map(|it| it.policy.as_str()).collect();
-        let row = |show: fn(&Found) -> String| self.found.iter().map(show).collect();
+        let policies = self.results.iter().map(|result| result.policy.as_str());
+        let policies: Vec<&str> = policies.collect();
+        let row = |show: fn(&CapacityResult) -> String| self.results.iter().map(show).collect();
         let mut rows: Vec<(&str, Vec<String>)> = Vec::new();
         let title = if let Some(workers) = self.workers {
-            rows.push(("highest rate, times", row(|it| number(it.rate))));
-            rows.push(("  requests/s", row(|it| number(it.requests_per_second))));
+            rows.push(("highest rate, times", row(|result| number(result.rate))));
+            let per_second = row(|result| number(result.requests_per_second));
+            rows.push(("  requests/s", per_second));
             format!("{}, {workers} workers", self.workload)
         } else {
-            let workers = |it: &Found| it.workers.map_or("-".to_owned(), |it| it.to_string());
+            let workers = |result: &CapacityResult| match result.workers {
+                Some(workers) => workers.to_string(),
+                None => "-".to_owned(),
+            };
             rows.push(("fewest workers", row(workers)));
             self.workload.clone()
         };
@@ -276,6 +300,7 @@ impl fmt::Display for Capacity {
     }
 }
 
+/// Formats a number of the table; `-` for `None`.
 fn number(value: Option<f64>) -> String {
-    value.map_or("-".to_owned(), |it| format!("{it:.2}"))
+    value.map_or("-".to_owned(), |value| format!("{value:.2}"))
 }

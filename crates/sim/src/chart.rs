@@ -1,4 +1,5 @@
-//! Line charts as SVG, to be put into a page: no script, colours by the page's classes.
+//! Line charts as SVG elements without scripts. The style sheet of the page sets their colours by
+//! class.
 
 use std::fmt::Write;
 
@@ -9,64 +10,71 @@ const RIGHT: f64 = 12.0;
 const TOP: f64 = 10.0;
 const BOTTOM: f64 = 40.0;
 
-/// One line.
+/// A line of a chart.
 #[derive(Clone, Debug)]
 pub(crate) struct Line {
-    /// The class that says how it looks.
+    /// Class of the style sheet.
     pub(crate) class: &'static str,
-    /// From left to right.
+    /// Points (x, y), in increasing x.
     pub(crate) points: Vec<(f64, f64)>,
-    /// Whether a value holds until the next one, rather than growing towards it.
+    /// `true`: the value is constant until the next point. `false`: points are connected.
     pub(crate) steps: bool,
-    /// What is written at each point, or nothing at all.
+    /// Labels of the points, in their order; empty for no labels.
     pub(crate) marks: Vec<String>,
 }
 
-/// A stretch of the horizontal axis with a name.
+/// A highlighted, named interval of the horizontal axis.
 #[derive(Clone, Debug)]
 pub(crate) struct Band {
+    /// Start of the interval.
     pub(crate) from: f64,
+    /// End of the interval.
     pub(crate) to: f64,
+    /// Label at the top of the band.
     pub(crate) name: String,
 }
 
-/// Lines over one pair of axes.
+/// A chart: lines over one pair of axes.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Chart<'c> {
+    /// Label of the horizontal axis.
     pub(crate) x_label: &'c str,
+    /// Label of the vertical axis.
     pub(crate) y_label: &'c str,
+    /// Highlighted intervals, behind the lines.
     pub(crate) bands: &'c [Band],
+    /// Lines, the later ones on top.
     pub(crate) lines: &'c [Line],
-    /// Where the axes begin.
+    /// Smallest x and y of the axes.
     pub(crate) origin: (f64, f64),
-    /// Lines end where they rise above this.
+    /// Value at which a line ends when it rises above it; `None` for no limit.
     pub(crate) ceiling: Option<f64>,
 }
 
 impl Chart<'_> {
-    /// The chart as an `<svg>` element.
+    /// Returns the chart as an `<svg>` element.
     pub(crate) fn svg(&self) -> String {
         let ceiling = self.ceiling.unwrap_or(f64::INFINITY);
         let lines: Vec<_> = self
             .lines
             .iter()
-            .map(|it| below(&it.points, ceiling))
+            .map(|line| cut_at_ceiling(&line.points, ceiling))
             .collect();
         let points = || lines.iter().flatten();
         let bands = self.bands.iter().map(|band| band.to);
         let (x_start, y_start) = self.origin;
-        let all = self.lines.iter().flat_map(|it| &it.points);
-        let x_end = all.map(|point| point.0).fold(x_start, f64::max);
+        let uncut_points = self.lines.iter().flat_map(|line| &line.points);
+        let x_end = uncut_points.map(|point| point.0).fold(x_start, f64::max);
         let y_end = points().map(|point| point.1).fold(y_start, f64::max);
         let x_ticks = ticks(x_start, bands.fold(x_end, f64::max), 8.0);
         let y_ticks = ticks(y_start, y_end, 5.0);
-        let has_marks = self.lines.iter().any(|it| !it.marks.is_empty());
-        let room = if has_marks {
+        let has_marks = self.lines.iter().any(|line| !line.marks.is_empty());
+        let mark_width = if has_marks {
             0.05 * (x_end - x_start)
         } else {
             0.0
         };
-        let x_end = (x_end + room).max(x_ticks[1]);
+        let x_end = (x_end + mark_width).max(x_ticks[1]);
         let (y_start, y_end) = (y_ticks[0], *y_ticks.last().unwrap_or(&1.0));
         let x_of = |x: f64| LEFT + (x - x_start) / (x_end - x_start) * (WIDTH - LEFT - RIGHT);
         let y_of =
@@ -74,9 +82,9 @@ impl Chart<'_> {
         let (bottom, right) = (y_of(y_start), x_of(x_end));
 
         let mut svg = format!(r#"<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">"#);
-        // Writing to a string does not fail.
-        let mut put = |piece: std::fmt::Arguments<'_>| {
-            let _ = svg.write_fmt(piece);
+        // Writing to a string cannot fail.
+        let mut put = |text: std::fmt::Arguments<'_>| {
+            let _ = svg.write_fmt(text);
         };
         for (number, band) in self.bands.iter().enumerate() {
             let (from, width) = (x_of(band.from), x_of(band.to) - x_of(band.from));
@@ -147,24 +155,25 @@ impl Chart<'_> {
     }
 }
 
-/// As much of a line as comes before it first rises above the ceiling.
-fn below(points: &[(f64, f64)], ceiling: f64) -> Vec<(f64, f64)> {
+/// Returns the part of a line before it first rises above `ceiling`, with the point at which it
+/// crosses the ceiling.
+fn cut_at_ceiling(points: &[(f64, f64)], ceiling: f64) -> Vec<(f64, f64)> {
     let Some(above) = points.iter().position(|point| point.1 > ceiling) else {
         return points.to_vec();
     };
     let mut kept = points[..above].to_vec();
     if let Some(&(x, y)) = kept.last() {
         let (next_x, next_y) = points[above];
-        let share = (ceiling - y) / (next_y - y);
-        kept.push((x + share * (next_x - x), ceiling));
+        let fraction = (ceiling - y) / (next_y - y);
+        kept.push((x + fraction * (next_x - x), ceiling));
     }
     kept
 }
 
-/// Round numbers from `least` or just before it to `largest` or just beyond, at most about `count`
-/// of them.
-pub(crate) fn ticks(least: f64, largest: f64, count: f64) -> Vec<f64> {
-    let span = largest - least;
+/// Returns about `count` or fewer equidistant round numbers. They cover the range from `smallest`
+/// to `largest`.
+pub(crate) fn ticks(smallest: f64, largest: f64, count: f64) -> Vec<f64> {
+    let span = largest - smallest;
     let span = if span.is_finite() {
         span.max(1e-6)
     } else {
@@ -177,16 +186,17 @@ pub(crate) fn ticks(least: f64, largest: f64, count: f64) -> Vec<f64> {
         .into_iter()
         .find(|&step| step >= rough)
         .unwrap_or(rough);
-    let first = (least / step + 1e-9).floor();
-    let steps = ((least + span) / step - first - 1e-9).ceil() as u32;
-    // Multiplied, not added up, and rounded to the step's own digits.
+    let first = (smallest / step + 1e-9).floor();
+    let steps = ((smallest + span) / step - first - 1e-9).ceil() as u32;
+    // Each tick is a multiple of the step, rounded to the step's digits: repeated addition would
+    // accumulate rounding errors.
     let digits = 10_f64.powf(-power.log10());
     (0..=steps.max(1))
         .map(|number| ((first + f64::from(number)) * step * digits).round() / digits)
         .collect()
 }
 
-/// Text that may stand in HTML.
+/// Escapes text for HTML content and attributes.
 pub(crate) fn escaped(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for letter in text.chars() {
@@ -206,7 +216,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ticks_are_round_and_reach_the_largest() {
+    fn ticks_are_round_and_cover_the_range() {
         assert_eq!(ticks(0.0, 70.0, 5.0), [0.0, 20.0, 40.0, 60.0, 80.0]);
         assert_eq!(ticks(0.0, 0.3, 5.0), [0.0, 0.1, 0.2, 0.3]);
         assert_eq!(ticks(0.0, 0.0, 5.0).len(), 6);
@@ -224,7 +234,7 @@ mod tests {
     fn a_chart_draws_every_line_and_names_its_bands() {
         let lines = [
             Line {
-                class: "held",
+                class: "reported",
                 points: vec![(0.0, 1.0), (5.0, 9.0)],
                 steps: false,
                 marks: vec!["here".to_owned()],
@@ -249,16 +259,17 @@ mod tests {
             ..Chart::default()
         }
         .svg();
-        assert_eq!(svg.matches(r#"<path class="held""#).count(), 1);
+        assert_eq!(svg.matches(r#"<path class="reported""#).count(), 1);
         assert!(svg.contains("1 &lt; 2") && !svg.contains("NaN"));
         assert!(svg.contains(">here</text>"));
     }
 
     #[test]
-    fn a_line_ends_at_the_ceiling() {
+    fn a_line_ends_where_it_crosses_the_ceiling() {
         let line = [(1.0, 2.0), (2.0, 4.0), (3.0, 8.0), (4.0, 1.0)];
-        assert_eq!(below(&line, 5.0), [(1.0, 2.0), (2.0, 4.0), (2.25, 5.0)]);
-        assert_eq!(below(&line, 9.0), line);
-        assert_eq!(below(&line, 1.0), []);
+        let cut = cut_at_ceiling(&line, 5.0);
+        assert_eq!(cut, [(1.0, 2.0), (2.0, 4.0), (2.25, 5.0)]);
+        assert_eq!(cut_at_ceiling(&line, 9.0), line);
+        assert_eq!(cut_at_ceiling(&line, 1.0), []);
     }
 }

@@ -1,48 +1,49 @@
-//! Replays of the same traffic under several policies, several times with other seeds.
+//! Comparison of policies: replays of the same traffic under each policy, once for each seed.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use crate::lab::Contender;
+use crate::baselines::PolicySpec;
+use crate::hashed_workload::HashedWorkload;
 use crate::replay::{Progress, ReplayConfig, ReplayError, run_while};
 use crate::report::{Outcome, Report, summarise};
-use crate::traffic::Traffic;
 
-/// Which of the runs of a comparison is told of.
+/// Identity of one run of a comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Which {
+pub struct RunId {
     /// Index of the case.
     pub case: usize,
     /// Index of the policy.
     pub policy: usize,
-    /// Index of the traffic.
+    /// Index of the workload in [`Case::traffic`], which is also the seed.
     pub seed: usize,
 }
 
-/// What policies are compared on.
+/// A fleet and its traffic, on which policies are compared.
 #[derive(Clone, Debug)]
 pub struct Case {
-    /// The fleet. Its policy is that of whoever is compared.
+    /// Fleet and router. The policy is replaced by each compared one.
     pub config: ReplayConfig,
-    /// Replayed once each. The traffic at index `n` is replayed with seeds that are those of the
-    /// configuration and `n`; everything else is the same for all.
-    pub traffic: Vec<Arc<Traffic>>,
+    /// Workloads, each of which is replayed once under each policy. The index of a workload is
+    /// mixed into the seeds of the configuration; nothing else differs between the runs.
+    pub traffic: Vec<Arc<HashedWorkload>>,
 }
 
-/// Replays each of `traffic` once under each of `policies`, on up to `threads` threads.
+/// Replays each workload of `traffic` once under each of `policies`, on up to `threads` threads.
+/// Calls `progress` when a request of a run has ended or has missed the SLO.
 ///
 /// # Errors
-/// As [`run`](crate::replay::run), for any of them.
+/// The error of [`run`](crate::replay::run), if any replay fails.
 pub fn compare(
     config: &ReplayConfig,
-    policies: &[Contender],
-    traffic: &[Arc<Traffic>],
+    policies: &[PolicySpec],
+    traffic: &[Arc<HashedWorkload>],
     threads: usize,
-    progress: &(dyn Fn(Which, Progress) + Sync),
+    progress: &(dyn Fn(RunId, Progress) + Sync),
 ) -> Result<Report, ReplayError> {
-    let began = Instant::now();
+    let started = Instant::now();
     let case = Case {
         config: config.clone(),
         traffic: traffic.to_vec(),
@@ -50,29 +51,32 @@ pub fn compare(
     let mut reports = compare_all(&[case], policies, threads, progress)?;
     let report = reports.pop().unwrap_or_default();
     Ok(Report {
-        real_seconds: began.elapsed().as_secs_f64(),
+        real_seconds: started.elapsed().as_secs_f64(),
         ..report
     })
 }
 
-/// The same for several cases: a report for each, in their order, in which the time it took is
-/// that of its runs, shared among the threads.
+/// Compares `policies` on each of `cases`, on up to `threads` threads, and returns one report for
+/// each case in their order. Calls `progress` when a request of a run has ended or has missed the
+/// SLO.
+///
+/// [`Report::real_seconds`] is the total time of the case's runs, divided by the number of threads.
 ///
 /// # Errors
-/// As [`compare`].
+/// The error of [`run`](crate::replay::run), if any replay fails.
 pub fn compare_all(
     cases: &[Case],
-    policies: &[Contender],
+    policies: &[PolicySpec],
     threads: usize,
-    progress: &(dyn Fn(Which, Progress) + Sync),
+    progress: &(dyn Fn(RunId, Progress) + Sync),
 ) -> Result<Vec<Report>, ReplayError> {
-    let runs: Vec<Which> = cases
+    let runs: Vec<RunId> = cases
         .iter()
         .enumerate()
-        .flat_map(|(case, it)| {
-            let seeds = it.traffic.len();
-            (0..policies.len() * seeds).map(move |run| Which {
-                case,
+        .flat_map(|(index, case)| {
+            let seeds = case.traffic.len();
+            (0..policies.len() * seeds).map(move |run| RunId {
+                case: index,
                 policy: run / seeds,
                 seed: run % seeds,
             })
@@ -80,32 +84,33 @@ pub fn compare_all(
         .collect();
     let threads = threads.clamp(1, runs.len().max(1));
     let outcomes = on_threads(threads, runs.len(), &|run| {
-        let began = Instant::now();
-        let which = runs[run];
-        let (case, policy) = (&cases[which.case], &policies[which.policy]);
-        let mut config = case.config.with_seed(which.seed as u64);
-        config.contender = Some(policy.clone());
-        let outcome = run_while(&config, &case.traffic[which.seed], &mut |it| {
-            progress(which, it);
+        let started = Instant::now();
+        let run = runs[run];
+        let (case, policy) = (&cases[run.case], &policies[run.policy]);
+        let mut config = case.config.with_seed(run.seed as u64);
+        config.policy = Some(policy.clone());
+        let outcome = run_while(&config, &case.traffic[run.seed], &mut |run_progress| {
+            progress(run, run_progress);
             ControlFlow::Continue(())
         })?;
-        Ok((outcome, began.elapsed().as_secs_f64()))
+        Ok((outcome, started.elapsed().as_secs_f64()))
     });
     let mut outcomes = outcomes.into_iter();
     let report = |case: &Case| {
         let seeds = case.traffic.len();
-        let its = outcomes.by_ref().take(policies.len() * seeds);
-        let its: Vec<(Outcome, f64)> = its.collect::<Result<_, ReplayError>>()?;
-        let seconds: f64 = its.iter().map(|(_, seconds)| seconds).sum();
-        let outcomes: Vec<Outcome> = its.into_iter().map(|(outcome, _)| outcome).collect();
-        let name = case.traffic.first().map(|it| it.workload().name.clone());
+        let of_case = outcomes.by_ref().take(policies.len() * seeds);
+        let of_case: Vec<(Outcome, f64)> = of_case.collect::<Result<_, ReplayError>>()?;
+        let seconds: f64 = of_case.iter().map(|(_, seconds)| seconds).sum();
+        let outcomes: Vec<Outcome> = of_case.into_iter().map(|(outcome, _)| outcome).collect();
+        let first = case.traffic.first();
+        let name = first.map(|traffic| traffic.workload().name.clone());
         Ok(Report {
             workload: name.unwrap_or_default(),
             workers: case.config.engines.len(),
             slo: case.config.slo,
             seeds,
             summary: summarise(&outcomes, seeds),
-            virtual_seconds: outcomes.iter().map(|it| it.makespan).sum(),
+            virtual_seconds: outcomes.iter().map(|outcome| outcome.makespan).sum(),
             outcomes,
             real_seconds: seconds / threads as f64,
         })
@@ -113,36 +118,36 @@ pub fn compare_all(
     cases.iter().map(report).collect()
 }
 
-/// Does the jobs of indices below `jobs`, several at a time, and returns what they returned, in
-/// the order of their indices.
+/// Calls `job` for all indices below `jobs` on up to `threads` threads, and returns the results in
+/// the order of the indices. A panic of a job is passed on to the caller.
 pub(crate) fn on_threads<T: Send>(
     threads: usize,
     jobs: usize,
     job: &(dyn Fn(usize) -> T + Sync),
 ) -> Vec<T> {
-    let next = AtomicUsize::new(0);
-    let work = || {
-        let mut done = Vec::new();
+    let next_index = AtomicUsize::new(0);
+    let run_jobs = || {
+        let mut results = Vec::new();
         loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
+            let index = next_index.fetch_add(1, Ordering::Relaxed);
             if index >= jobs {
-                return done;
+                return results;
             }
-            done.push((index, job(index)));
+            results.push((index, job(index)));
         }
     };
     let threads = threads.clamp(1, jobs.max(1));
-    let mut done = std::thread::scope(|scope| {
-        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
-        let mut done = work();
-        for other in others {
-            match other.join() {
-                Ok(more) => done.extend(more),
+    let mut results = std::thread::scope(|scope| {
+        let handles: Vec<_> = (1..threads).map(|_| scope.spawn(run_jobs)).collect();
+        let mut results = run_jobs();
+        for handle in handles {
+            match handle.join() {
+                Ok(others) => results.extend(others),
                 Err(panic) => std::panic::resume_unwind(panic),
             }
         }
-        done
+        results
     });
-    done.sort_unstable_by_key(|(index, _)| *index);
-    done.into_iter().map(|(_, it)| it).collect()
+    results.sort_unstable_by_key(|(index, _)| *index);
+    results.into_iter().map(|(_, result)| result).collect()
 }

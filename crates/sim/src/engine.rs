@@ -1,15 +1,15 @@
-//! One engine replica: what it schedules in each step, as vLLM's V1 scheduler would.
+//! One engine replica, which schedules its steps as vLLM's V1 scheduler does.
 //!
-//! A step serves running requests first, in the order they were admitted, then admits waiting
-//! ones first come, first served, with chunked prefill, until the token budget is spent. When
-//! blocks run out, the request admitted last is preempted: it loses its blocks, goes to the
-//! front of the waiting queue, and later computes its prompt and the tokens generated so far
+//! A step serves running requests first, in the order of their admission. It then admits waiting
+//! requests first come, first served, with chunked prefill, until the token budget is spent. When
+//! blocks run out, the request that was admitted last is preempted: it loses its blocks, returns to
+//! the front of the waiting queue, and later computes its prompt and the tokens generated so far
 //! again.
 //!
-//! The engine has no clock. Its driver calls [`Engine::begin_step`], lets the step's duration
-//! pass, and calls [`Engine::end_step`]. Blocks are taken at the beginning; tokens come, and
-//! finished requests free their blocks, at the end. Requests may be submitted and aborted at any
-//! time in between.
+//! The engine has no clock. Its driver calls [`Engine::begin_step`], lets the duration of the step
+//! pass, and calls [`Engine::end_step`]. Blocks are allocated at the beginning of a step. At its
+//! end tokens are generated, and finished requests free their blocks. Requests may be submitted and
+//! aborted at any time, also during a step.
 
 mod work;
 
@@ -23,34 +23,35 @@ use foresee_core::sequence::SequenceHash;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
 
-use crate::blocks::{Allocated, BlockId, BlockPool};
-use crate::law::{Preset, StepLaw, StepLoad};
+use crate::block_pool::{Allocated, BlockId, BlockPool};
 use crate::prompt::mix;
-pub use work::Work;
+use crate::step_time::{BatchLoad, Preset, StepTimeModel};
+pub use work::RequestState;
 
-/// What an engine is, fixed for its life.
+/// Configuration of an engine.
 #[derive(Clone, Debug)]
 pub struct EngineConfig {
     /// Tokens per block.
     pub block_size: NonZeroU32,
     /// Blocks of KV cache.
     pub blocks: u32,
-    /// Most tokens computed in one step; at least 1.
+    /// Maximum number of tokens computed in one step; at least 1.
     pub max_num_batched_tokens: u32,
-    /// Most requests running at once; at least 1.
+    /// Maximum number of running requests; at least 1.
     pub max_num_seqs: u32,
-    /// Whether requests share the blocks of equal prefixes.
+    /// Whether requests reuse the cached blocks of equal prefixes.
     pub prefix_caching: bool,
-    /// Whether to keep what enters and leaves the cache for [`Engine::take_cache_events`].
+    /// Whether changes of the prefix cache are recorded for [`Engine::take_cache_events`].
     pub cache_events: bool,
-    /// How long steps take.
-    pub law: StepLaw,
-    /// Seed of the noise of step times.
+    /// Durations of steps.
+    pub step_time: StepTimeModel,
+    /// Seed of the noise in the durations of steps.
     pub seed: u64,
 }
 
 impl EngineConfig {
-    /// An engine with a preset's step times and memory, and vLLM's defaults for the rest.
+    /// Returns the configuration of an engine with the step times, memory and token budget of
+    /// `preset`, and vLLM's defaults otherwise.
     #[must_use]
     pub fn from_preset(preset: &Preset, block_size: NonZeroU32) -> Self {
         Self {
@@ -60,163 +61,172 @@ impl EngineConfig {
             max_num_seqs: 256,
             prefix_caching: true,
             cache_events: false,
-            law: preset.law,
+            step_time: preset.step_time,
             seed: 0,
         }
     }
 }
 
-/// A request as an engine sees it: lengths, and the hashes that prefixes are found by.
+/// A request to an engine: its lengths, and the hashes by which its prefixes are found.
 #[derive(Clone, Debug)]
 pub struct EngineRequest {
-    /// Names the request in events and for [`Engine::abort`]. Unique among requests in flight.
+    /// Identifies the request in events and in [`Engine::abort`]. Unique among the requests in the
+    /// engine.
     pub id: u64,
-    /// One for each full block of prompt and output, as far as their content is known. Blocks
-    /// behind are never shared.
+    /// Sequence hashes of the full blocks of prompt and output, as far as their content is known.
+    /// Blocks after these are never shared.
     pub hashes: Arc<[SequenceHash]>,
-    /// Prompt length.
+    /// Tokens of the prompt.
     pub prompt_tokens: u32,
-    /// Tokens it generates.
+    /// Tokens to generate.
     pub output_tokens: u32,
 }
 
-/// Why an engine does not take a request.
+/// Reason why an engine rejects a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SubmitError {
-    /// There is nothing to compute.
+    /// The prompt or the output is empty.
     #[error("prompt and output must each have at least one token")]
     Empty,
-    /// It would never fit, even alone.
-    #[error("prompt and output need {needed} blocks, the KV cache has {capacity}")]
+    /// The request needs more blocks than the engine has.
+    #[error("prompt and output need {needed} KV blocks, but the engine has {capacity}")]
     NeverFits {
         /// Blocks for prompt and output.
         needed: u32,
-        /// Blocks the engine has.
+        /// Blocks of the engine.
         capacity: u32,
     },
 }
 
-/// A step under way. Hand it back to [`Engine::end_step`] when its time has passed.
+/// A step in progress. It is passed to [`Engine::end_step`] when its duration has passed.
 #[derive(Debug, PartialEq)]
 #[must_use = "a step that is not ended stops the engine"]
 pub struct Step {
-    /// How long it takes.
+    /// Duration of the step.
     pub duration: Duration,
-    /// What it computes.
-    pub load: StepLoad,
+    /// Tokens and sequences that the step computes.
+    pub load: BatchLoad,
 }
 
-/// A token generated for a request.
+/// An output token generated for a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TokenEvent {
-    /// The request's id.
+    /// Id of the request.
     pub id: u64,
-    /// Whether this is its first.
+    /// Whether this is the first token of the request.
     pub first: bool,
-    /// Whether this is its last. The request is gone from the engine.
+    /// Whether this is the last token of the request, which has left the engine.
     pub finished: bool,
-    /// Prompt tokens that were found in the cache when it was first admitted.
+    /// Prompt tokens that were found in the cache when the request was first admitted.
     pub cached_tokens: u32,
 }
 
-/// A change of the prefix cache, as engines publish it. Physical blocks are not merged, so a
-/// hash can be stored and removed several times; it is gone when each has been removed.
+/// A change of the prefix cache, as engines publish it.
+///
+/// Blocks with equal content are not merged, so a hash can be stored several times. It is no longer
+/// cached when it has been removed as many times.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CacheEvent {
-    /// Blocks of a request entered the cache.
+    /// Blocks of a request were added to the cache.
     Stored {
-        /// The request's id.
+        /// Id of the request.
         request: u64,
-        /// Which of its hashes: indices into [`EngineRequest::hashes`].
+        /// Indices of the blocks in [`EngineRequest::hashes`].
         blocks: Range<usize>,
     },
-    /// A block was taken out.
+    /// A block was removed from the cache.
     Removed {
-        /// What it held.
+        /// Hash of the block.
         hash: SequenceHash,
     },
 }
 
-/// Sums since the engine began.
+/// Counters since the engine was created.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// Requests admitted, each counted once.
+    /// Admitted requests. A request that is admitted again after a preemption is not counted again.
     pub admitted: u64,
-    /// Their prompt tokens.
+    /// Prompt tokens of the admitted requests.
     pub prompt_tokens: u64,
-    /// Those of them found in the cache.
+    /// Prompt tokens that were found in the cache at the first admission.
     pub cached_tokens: u64,
-    /// Tokens generated.
+    /// Generated tokens.
     pub output_tokens: u64,
-    /// Times a request lost its blocks to another.
+    /// Preemptions of requests.
     pub preemptions: u64,
-    /// Steps ended.
+    /// Steps that ended.
     pub steps: u64,
 }
 
-/// A request in an engine, for observers.
+/// Blocks of a request in an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct InFlight {
-    /// The request's id.
+    /// Id of the request.
     pub id: u64,
-    /// Whether it runs, rather than waits.
+    /// `true` if the request is running, `false` if it waits for admission.
     pub running: bool,
-    /// Blocks it holds; 0 while it waits.
+    /// Blocks allocated for the request; 0 while it waits.
     pub blocks: u32,
 }
 
-/// An engine replica; see the module's documentation.
+/// An engine replica. See the [module](self).
 #[derive(Debug)]
 pub struct Engine {
     config: EngineConfig,
     pool: BlockPool,
-    /// In the order of admission.
-    running: Vec<Progress>,
-    waiting: VecDeque<Progress>,
+    /// Running requests in the order of admission.
+    running: Vec<RequestProgress>,
+    /// Waiting requests in the order of service.
+    waiting: VecDeque<RequestProgress>,
+    /// Whether a step is in progress.
     stepping: bool,
     totals: Totals,
+    /// Changes of the cache that [`take_cache_events`](Engine::take_cache_events) has not returned.
     cache_events: Vec<CacheEvent>,
+    /// Generator of the noise in the durations of steps.
     noise: SmallRng,
 }
 
-/// A request and how far it has come.
+/// A request in an engine, and its progress.
 #[derive(Debug)]
-struct Progress {
+struct RequestProgress {
     request: EngineRequest,
-    /// Output tokens generated. They stay known through preemption.
+    /// Output tokens generated so far. A preemption does not change it.
     generated: u32,
     /// Tokens of prompt and output whose KV is in `blocks`.
     computed: u32,
-    /// Tokens the step under way adds to `computed`.
+    /// Tokens that the current step adds to `computed`.
     scheduled: u32,
+    /// Blocks allocated for the request, in the order of its tokens.
     blocks: Vec<BlockId>,
-    /// Leading blocks that are in the cache under the request's hashes.
+    /// Number of leading blocks that are in the cache under the request's hashes.
     stored: usize,
-    /// Prompt tokens found in the cache at first admission.
+    /// Prompt tokens found in the cache at the first admission; `None` before.
     cached_tokens: Option<u32>,
 }
 
-impl Progress {
-    /// Tokens of prompt and output known so far.
+impl RequestProgress {
+    /// Returns the tokens of the prompt and the output tokens generated so far.
     fn known(&self) -> u32 {
         self.request.prompt_tokens + self.generated
     }
 
+    /// Returns the number of known tokens whose KV is not computed.
     fn remaining(&self) -> u32 {
         self.known() - self.computed
     }
 }
 
-/// How a waiting request can be admitted.
+/// Admission of a waiting request.
 struct Admission {
-    /// Leading blocks to take from the cache.
+    /// Number of leading blocks to reuse from the cache.
     hits: usize,
     /// Tokens to compute in the first step.
     chunk: u32,
 }
 
 impl Engine {
-    /// An idle engine with an empty cache.
+    /// Creates an engine without requests and with an empty cache.
     #[must_use]
     pub fn new(config: EngineConfig) -> Self {
         Self {
@@ -234,7 +244,7 @@ impl Engine {
     /// Adds a request to the end of the waiting queue.
     ///
     /// # Errors
-    /// When the request is empty, or larger than the whole KV cache.
+    /// If the request is empty, or larger than the whole KV cache.
     pub fn submit(&mut self, request: EngineRequest) -> Result<(), SubmitError> {
         if request.prompt_tokens == 0 || request.output_tokens == 0 {
             return Err(SubmitError::Empty);
@@ -245,7 +255,7 @@ impl Engine {
         if needed > capacity {
             return Err(SubmitError::NeverFits { needed, capacity });
         }
-        self.waiting.push_back(Progress {
+        self.waiting.push_back(RequestProgress {
             request,
             generated: 0,
             computed: 0,
@@ -257,52 +267,53 @@ impl Engine {
         Ok(())
     }
 
-    /// Forgets a request, waiting or running, and frees its blocks at once. Returns whether
-    /// there was one.
+    /// Removes a running or waiting request, and frees its blocks at once. Returns whether there
+    /// was a request with this id.
     pub fn abort(&mut self, id: u64) -> bool {
-        if let Some(index) = self.running.iter().position(|it| it.request.id == id) {
+        let has_id = |progress: &RequestProgress| progress.request.id == id;
+        if let Some(index) = self.running.iter().position(has_id) {
             let aborted = self.running.remove(index);
             self.pool.release(&aborted.blocks);
             return true;
         }
-        let waiting = self.waiting.iter().position(|it| it.request.id == id);
+        let waiting = self.waiting.iter().position(has_id);
         waiting.is_some_and(|index| self.waiting.remove(index).is_some())
     }
 
-    /// Whether a step would do something.
+    /// Returns whether the engine has requests, running or waiting.
     #[must_use]
     pub fn has_work(&self) -> bool {
         !self.running.is_empty() || !self.waiting.is_empty()
     }
 
-    /// Schedules a step and takes the blocks it needs. `None` when there is nothing to do, or
-    /// a step is under way.
+    /// Schedules a step and allocates its blocks. `None` if the engine has no requests, or if a
+    /// step is in progress.
     pub fn begin_step(&mut self) -> Option<Step> {
-        debug_assert!(!self.stepping, "the previous step has not ended");
+        debug_assert!(!self.stepping, "the previous step has ended");
         if self.stepping || !self.has_work() {
             return None;
         }
-        let mut load = StepLoad::default();
+        let mut load = BatchLoad::default();
         let mut budget = self.config.max_num_batched_tokens;
         let preemptions_before = self.totals.preemptions;
         self.schedule_running(&mut budget, &mut load);
-        // What a preemption freed is for those who run already.
+        // Blocks that a preemption freed are for the running requests.
         if self.totals.preemptions == preemptions_before {
             self.schedule_waiting(&mut budget, &mut load);
         }
         debug_assert!(
             load.sequences > 0,
-            "the first in line can always be scheduled"
+            "the first request can always be scheduled"
         );
         self.stepping = true;
         Some(Step {
-            duration: self.config.law.sample(&load, &mut self.noise),
+            duration: self.config.step_time.sample(&load, &mut self.noise),
             load,
         })
     }
 
-    /// Completes a step: one token for every request whose known tokens are all computed.
-    /// Events are in the order of admission.
+    /// Ends a step: each scheduled request whose known tokens are all computed generates one token.
+    /// Returns the tokens in the order of the requests' admission.
     pub fn end_step(&mut self, _step: Step) -> Vec<TokenEvent> {
         self.stepping = false;
         self.totals.steps += 1;
@@ -334,57 +345,57 @@ impl Engine {
         events
     }
 
-    /// What entered and left the cache since the last call, in order. Empty unless
-    /// [`EngineConfig::cache_events`] is on.
+    /// Returns the changes of the prefix cache since the last call, in order. Empty unless
+    /// [`EngineConfig::cache_events`] is set.
     pub fn take_cache_events(&mut self) -> Vec<CacheEvent> {
         std::mem::take(&mut self.cache_events)
     }
 
-    /// Blocks that running requests refer to, a shared one counted once: the truth that a
-    /// router's active blocks are compared with.
+    /// Returns the number of blocks that running requests pin, shared blocks counted once. It is
+    /// the true value with which a router's active blocks are compared.
     #[must_use]
     pub fn pinned_blocks(&self) -> u32 {
         self.pool.pinned()
     }
 
-    /// Blocks of KV cache.
+    /// Returns the number of blocks of the KV cache.
     #[must_use]
     pub fn capacity(&self) -> u32 {
         self.pool.capacity()
     }
 
-    /// Distinct sequence hashes in the prefix cache.
+    /// Returns the number of distinct sequence hashes in the prefix cache.
     #[must_use]
     pub fn cached_hashes(&self) -> usize {
         self.pool.cached_hashes()
     }
 
-    /// Requests admitted and not finished.
+    /// Returns the number of running requests: admitted, and not finished.
     #[must_use]
     pub fn running(&self) -> usize {
         self.running.len()
     }
 
-    /// Requests that hold no blocks yet, or lost them.
+    /// Returns the number of waiting requests: not admitted yet, or preempted.
     #[must_use]
     pub fn waiting(&self) -> usize {
         self.waiting.len()
     }
 
-    /// Sums since the engine began.
+    /// Returns the counters since the engine was created.
     #[must_use]
     pub fn totals(&self) -> Totals {
         self.totals
     }
 
-    /// What the engine was made with.
+    /// Returns the configuration of the engine.
     #[must_use]
     pub fn config(&self) -> &EngineConfig {
         &self.config
     }
 
-    /// Every request in the engine: the running in order of admission, then the waiting in
-    /// order of service.
+    /// Iterates over all requests in the engine: running requests in the order of admission, then
+    /// waiting requests in the order of service.
     pub fn in_flight(&self) -> impl Iterator<Item = InFlight> {
         let running = self.running.iter().map(|progress| (progress, true));
         let waiting = self.waiting.iter().map(|progress| (progress, false));
@@ -395,11 +406,13 @@ impl Engine {
         })
     }
 
-    fn schedule_running(&mut self, budget: &mut u32, load: &mut StepLoad) {
+    /// Schedules running requests until `budget` tokens are spent. Preempts requests if blocks run
+    /// out.
+    fn schedule_running(&mut self, budget: &mut u32, load: &mut BatchLoad) {
         let mut index = 0;
         while index < self.running.len() && *budget > 0 {
             let chunk = self.running[index].remaining().min(*budget);
-            if !self.make_room(index, chunk) {
+            if !self.preempt_until_fits(index, chunk) {
                 break;
             }
             self.schedule(index, chunk, load);
@@ -408,9 +421,9 @@ impl Engine {
         }
     }
 
-    /// Preempts from the end of `running` until `chunk` tokens of the request at `index` fit.
-    /// Returns whether it is still running itself.
-    fn make_room(&mut self, index: usize, chunk: u32) -> bool {
+    /// Preempts the running requests that were admitted last until `chunk` tokens of the running
+    /// request at `index` fit. Returns whether that request is still running itself.
+    fn preempt_until_fits(&mut self, index: usize, chunk: u32) -> bool {
         loop {
             let progress = &self.running[index];
             let blocks = self.blocks_for(progress.computed + chunk);
@@ -424,11 +437,13 @@ impl Engine {
         }
     }
 
+    /// Frees the blocks of the running request that was admitted last, and returns it to the front
+    /// of the waiting queue.
     fn preempt_last(&mut self) {
         let Some(mut preempted) = self.running.pop() else {
             return;
         };
-        // Requests are scheduled front to back, so the last one never is before another's turn.
+        // Requests are scheduled in the order of admission, so this one is not scheduled yet.
         debug_assert_eq!(preempted.scheduled, 0);
         self.pool.release(&preempted.blocks);
         preempted.blocks.clear();
@@ -438,7 +453,9 @@ impl Engine {
         self.totals.preemptions += 1;
     }
 
-    fn schedule_waiting(&mut self, budget: &mut u32, load: &mut StepLoad) {
+    /// Admits and schedules waiting requests while they fit into `budget`, the maximum number of
+    /// running requests and free memory.
+    fn schedule_waiting(&mut self, budget: &mut u32, load: &mut BatchLoad) {
         while *budget > 0 && self.running.len() < self.config.max_num_seqs as usize {
             let Some(first) = self.waiting.front() else {
                 return;
@@ -456,7 +473,7 @@ impl Engine {
                 self.pool.pin(block);
                 admitted.blocks.push(block);
             }
-            debug_assert_eq!(admitted.blocks.len(), hits, "a cached prefix has no holes");
+            debug_assert_eq!(admitted.blocks.len(), hits, "a cached prefix has no gaps");
             admitted.stored = hits;
             admitted.computed = hits as u32 * self.config.block_size.get();
             if admitted.cached_tokens.is_none() {
@@ -471,16 +488,17 @@ impl Engine {
         }
     }
 
-    /// Whether the blocks for a waiting request's hits and first chunk are there.
-    fn admission(&self, candidate: &Progress, budget: u32) -> Option<Admission> {
+    /// Returns the cache hits and the first chunk of a waiting request; `None` if there are not
+    /// enough free blocks for both.
+    fn admission(&self, candidate: &RequestProgress, budget: u32) -> Option<Admission> {
         let known = candidate.known();
-        let hits = self.cached_depth(&candidate.request.hashes, known);
+        let hits = self.cached_blocks(&candidate.request.hashes, known);
         let hit_tokens = hits as u32 * self.config.block_size.get();
         let chunk = (known - hit_tokens).min(budget);
         let blocks = self.blocks_for(hit_tokens + chunk);
         let free = self.pool.free();
-        // A hit costs a free block unless somebody pins it already. Most candidates are decided
-        // without counting those.
+        // A hit takes a free block unless a running request pins it already. The pinned hits are
+        // counted only if the decision depends on them.
         if blocks > free {
             if blocks - hits as u32 > free {
                 return None;
@@ -497,21 +515,21 @@ impl Engine {
         Some(Admission { hits, chunk })
     }
 
-    /// Leading blocks of `tokens` tokens with these hashes that are in the cache, at most so many
-    /// that one token is left to compute.
-    fn cached_depth(&self, hashes: &[SequenceHash], tokens: u32) -> usize {
+    /// Returns the number of leading blocks of a sequence of `tokens` tokens with these hashes that
+    /// are cached. At least one token is left to compute.
+    fn cached_blocks(&self, hashes: &[SequenceHash], tokens: u32) -> usize {
         if !self.config.prefix_caching {
             return 0;
         }
         let reusable = tokens.saturating_sub(1) / self.config.block_size;
         let hashes = &hashes[..hashes.len().min(reusable as usize)];
-        // Tails are evicted first, so whoever is cached has its whole prefix cached.
+        // The end of a sequence is evicted first, so all blocks before a cached one are cached.
         hashes.partition_point(|&hash| self.pool.find(hash).is_some())
     }
 
-    /// Gives the running request at `index` the blocks for `chunk` more tokens, which are free,
-    /// and lets others find those that will be full.
-    fn schedule(&mut self, index: usize, chunk: u32, load: &mut StepLoad) {
+    /// Schedules `chunk` tokens of the running request at `index`: allocates the missing blocks,
+    /// which must be free, and adds the blocks that the step fills to the cache.
+    fn schedule(&mut self, index: usize, chunk: u32, load: &mut BatchLoad) {
         let recording = self.config.cache_events;
         let progress = &mut self.running[index];
         progress.scheduled = chunk;
@@ -525,7 +543,7 @@ impl Engine {
         let needed = tokens.div_ceil(self.config.block_size.get()) as usize;
         while progress.blocks.len() < needed {
             let Some(Allocated { block, evicted }) = self.pool.allocate() else {
-                debug_assert!(false, "room was made before");
+                debug_assert!(false, "enough blocks are free");
                 return;
             };
             progress.blocks.push(block);
@@ -540,10 +558,10 @@ impl Engine {
         for block in progress.stored..full {
             let hashes = &progress.request.hashes;
             let hash = hashes.get(block).copied();
-            let hash = hash.unwrap_or_else(|| unasked_hash(progress.request.id, block));
+            let hash = hash.unwrap_or_else(|| unhashed_block_key(progress.request.id, block));
             self.pool.store(progress.blocks[block], hash);
         }
-        // Nobody can be told of blocks whose content is not known.
+        // Blocks of unknown content are not published.
         let known = full.min(progress.request.hashes.len());
         let entering = progress.stored.min(known)..known;
         progress.stored = progress.stored.max(full);
@@ -555,12 +573,14 @@ impl Engine {
         }
     }
 
+    /// Returns the number of blocks for `tokens` tokens.
     fn blocks_for(&self, tokens: u32) -> u32 {
         tokens.div_ceil(self.config.block_size.get())
     }
 }
-/// The hash of a full block whose content is not known: an engine stores it like any other, and no
-/// request can ask for it.
-fn unasked_hash(request: u64, block: usize) -> SequenceHash {
+
+/// Returns the hash under which the engine caches a full block of unknown content. It is unique to
+/// the request, so no other request finds the block.
+fn unhashed_block_key(request: u64, block: usize) -> SequenceHash {
     mix(mix(request) ^ block as u64)
 }

@@ -1,4 +1,5 @@
-//! Several cases under the same policies: a table for each measure, with a row for each case.
+//! Grid of results: one table for each measure, with a row for each case and a column for each
+//! policy.
 
 mod page;
 
@@ -9,64 +10,65 @@ use serde::Serialize;
 use crate::report::{Report, Summary};
 use crate::table::write_cells;
 
-/// Reports on the same policies.
+/// Reports of several cases under the same policies.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Grid {
-    /// The policies, in the order asked for.
+    /// Policies in the given order.
     pub policies: Vec<String>,
-    /// Which of them the others are compared with over all rows.
+    /// Policy with which the others are compared over all rows.
     pub reference: String,
-    /// One for each case.
+    /// Rows, one for each case.
     pub rows: Vec<Row>,
-    /// What was not replayed, and why.
-    pub left_out: Vec<String>,
+    /// Cases that were not replayed, each with the reason.
+    pub skipped: Vec<String>,
     /// Time that passed on the virtual clocks of all runs, in seconds.
     pub virtual_seconds: f64,
-    /// Time it took, in seconds.
+    /// Real time that all runs took, in seconds.
     pub real_seconds: f64,
 }
 
-/// One case.
+/// Results of one case.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Row {
-    /// Its name.
+    /// Name of the case.
     pub name: String,
-    /// A line about it.
-    pub what: String,
-    /// How many times faster requests arrive than the workload has it, if that is what tells rows
-    /// apart.
+    /// Description of one line.
+    pub description: String,
+    /// Arrival rate relative to the workload's own rate, if the rows differ by it.
     pub rate: Option<f64>,
-    /// What came out.
+    /// Results of all policies.
     pub report: Report,
 }
 
-/// A measure that is shown, and how two of its values are compared over all rows.
+/// A measure that the grid shows, and how two policies are compared by it over all rows.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Shown {
-    /// As [`Report`] names it.
-    pub(crate) measure: &'static str,
+pub(crate) struct GridMeasure {
+    /// Name of the measure in [`Report`].
+    pub(crate) name: &'static str,
+    /// Comparison over all rows.
     pub(crate) over_rows: OverRows,
 }
 
+/// How the values of two policies are compared over all rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum OverRows {
-    /// The geometric mean of their ratio, for times.
+    /// Geometric mean of the ratios: for times.
     Ratio,
-    /// The mean of their difference in points, for shares, which may be zero.
+    /// Mean of the differences in percentage points: for fractions, which may be zero.
     Points,
 }
 
-pub(crate) const END_TO_END: Shown = times("end to end mean, s");
-pub(crate) const END_TO_END_P99: Shown = times("end to end p99, s");
-pub(crate) const TTFT: Shown = times("TTFT mean, s");
-pub(crate) const TTFT_P99: Shown = times("TTFT p99, s");
-pub(crate) const ITL: Shown = times("ITL mean, ms");
-pub(crate) const ITL_P99: Shown = times("ITL p99, ms");
-pub(crate) const GOODPUT: Shown = share("within SLO, %");
-pub(crate) const HITS: Shown = share("prefix hits, % of tokens");
+pub(crate) const END_TO_END: GridMeasure = times("end to end mean, s");
+pub(crate) const END_TO_END_P99: GridMeasure = times("end to end p99, s");
+pub(crate) const TTFT: GridMeasure = times("TTFT mean, s");
+pub(crate) const TTFT_P99: GridMeasure = times("TTFT p99, s");
+pub(crate) const ITL: GridMeasure = times("ITL mean, ms");
+pub(crate) const ITL_P99: GridMeasure = times("ITL p99, ms");
+pub(crate) const GOODPUT: GridMeasure = fraction("within SLO, %");
+pub(crate) const HITS: GridMeasure = fraction("prefix hits, % of tokens");
 
-/// All that is shown, in this order.
-pub(crate) const SHOWN: [Shown; 8] = [
+/// All measures that the grid shows, in order.
+pub(crate) const MEASURES: [GridMeasure; 8] = [
     END_TO_END,
     TTFT,
     TTFT_P99,
@@ -77,123 +79,129 @@ pub(crate) const SHOWN: [Shown; 8] = [
     HITS,
 ];
 
-/// What the router learned, by the first policy.
-pub(crate) const LEARNED: [(&str, &str); 6] = [
-    ("prefill learned, % off", "prefill"),
-    ("decode step learned, % off", "decode step"),
-    ("  known to a tenth after a change, s", "new speed after, s"),
-    ("TTFT forecast, % off", "TTFT"),
-    ("answer length forecast, % off", "length"),
-    ("  had over forecast, all together", "had/forecast"),
+/// Accuracy of the router's forecasts: name of the measure in [`Report`], and heading of its
+/// column.
+pub(crate) const FORECAST_ERRORS: [(&str, &str); 6] = [
+    ("prefill model, error %", "prefill, %"),
+    ("decode step model, error %", "decode step, %"),
+    ("  within 10 % after a change, s", "new speed, s"),
+    ("TTFT forecast, error %", "TTFT, %"),
+    ("output length forecast, error %", "output length, %"),
+    ("  actual over forecast, sum", "actual/forecast"),
 ];
 
-const fn times(measure: &'static str) -> Shown {
-    Shown {
-        measure,
+/// Returns a measure of times.
+const fn times(name: &'static str) -> GridMeasure {
+    GridMeasure {
+        name,
         over_rows: OverRows::Ratio,
     }
 }
 
-const fn share(measure: &'static str) -> Shown {
-    Shown {
-        measure,
+/// Returns a measure of fractions.
+const fn fraction(name: &'static str) -> GridMeasure {
+    GridMeasure {
+        name,
         over_rows: OverRows::Points,
     }
 }
 
 impl Grid {
-    /// Puts rows under each other. They are compared with `delay` if it is among the policies,
-    /// else with the first.
+    /// Creates a grid of `rows`, which have results of all `policies`. The reference is
+    /// `marginal-delay` if it is one of the policies, and otherwise the first policy.
     #[must_use]
     pub fn new(
         policies: Vec<String>,
         rows: Vec<Row>,
-        left_out: Vec<String>,
+        skipped: Vec<String>,
         real_seconds: f64,
     ) -> Self {
-        let reference = policies.iter().find(|it| *it == "delay");
+        let reference = policies.iter().find(|policy| *policy == "marginal-delay");
         let reference = reference.or(policies.first()).cloned().unwrap_or_default();
         Self {
             virtual_seconds: rows.iter().map(|row| row.report.virtual_seconds).sum(),
             policies,
             reference,
             rows,
-            left_out,
+            skipped,
             real_seconds,
         }
     }
 
-    /// How `policy` compares with `other` over all rows, as `shown` says; `None` if either is not
-    /// there.
-    pub(crate) fn over_rows(&self, shown: Shown, policy: &str, other: &str) -> Option<f64> {
+    /// Compares `policy` with `other` over all rows: a ratio, or a difference as a fraction. `None`
+    /// if a row has no result of either.
+    pub(crate) fn over_rows(&self, measure: GridMeasure, policy: &str, other: &str) -> Option<f64> {
         let pairs = self.rows.iter().map(|row| {
-            let of = |policy| row.report.summary_of(shown.measure, policy);
-            Some((of(policy)?.mean, of(other)?.mean))
+            let mean_of = |policy| Some(row.report.summary_of(measure.name, policy)?.mean);
+            Some((mean_of(policy)?, mean_of(other)?))
         });
         let pairs: Vec<(f64, f64)> = pairs.collect::<Option<_>>()?;
         let count = pairs.len().max(1) as f64;
-        let compare = |&(it, other): &(f64, f64)| match shown.over_rows {
-            OverRows::Ratio => (it.max(1e-9) / other.max(1e-9)).ln(),
-            OverRows::Points => it - other,
+        let compare = |&(value, other): &(f64, f64)| match measure.over_rows {
+            OverRows::Ratio => (value.max(1e-9) / other.max(1e-9)).ln(),
+            OverRows::Points => value - other,
         };
         let mean = pairs.iter().map(compare).sum::<f64>() / count;
-        Some(match shown.over_rows {
+        Some(match measure.over_rows {
             OverRows::Ratio => mean.exp(),
             OverRows::Points => mean,
         })
     }
 
-    /// In how many rows no policy is better, but for luck.
-    pub(crate) fn firsts(&self, shown: Shown, policy: &str) -> usize {
-        let summaries = self.rows.iter().map(|row| &row.report);
-        let summaries = summaries.filter_map(|it| it.summary_of(shown.measure, policy));
-        summaries.filter(|it| it.is_first()).count()
+    /// Returns the number of rows in which no policy is significantly better.
+    pub(crate) fn firsts(&self, measure: GridMeasure, policy: &str) -> usize {
+        let reports = self.rows.iter().map(|row| &row.report);
+        let summaries = reports.filter_map(|report| report.summary_of(measure.name, policy));
+        summaries.filter(|summary| summary.is_first()).count()
     }
 
-    /// How far what the first policy's router learned was from the truth.
-    pub(crate) fn learned(&self) -> (Vec<&str>, Vec<(&str, Vec<String>)>) {
+    /// Returns the accuracy of the first policy's forecasts: names of the columns, then rows.
+    pub(crate) fn forecast_errors(&self) -> (Vec<&str>, Vec<(&str, Vec<String>)>) {
         let policy = self.policies.first().map_or("", String::as_str);
         let rows = self.rows.iter().map(|row| {
-            let cells = LEARNED.iter().map(|(measure, _)| {
+            let cells = FORECAST_ERRORS.iter().map(|(measure, _)| {
                 let summary = row.report.summary_of(measure, policy);
                 summary.map_or(String::new(), Summary::shown)
             });
             (row.name.as_str(), cells.collect())
         });
-        (LEARNED.map(|(_, name)| name).to_vec(), rows.collect())
+        let columns = FORECAST_ERRORS.map(|(_, heading)| heading);
+        (columns.to_vec(), rows.collect())
     }
 
-    fn table(&self, shown: Shown) -> (Vec<&str>, Vec<(&str, Vec<String>)>) {
+    /// Returns the table of a measure: names of the columns, then rows, among them the comparison
+    /// over all rows.
+    fn table(&self, measure: GridMeasure) -> (Vec<&str>, Vec<(&str, Vec<String>)>) {
         let columns: Vec<&str> = self.policies.iter().map(String::as_str).collect();
         let mut rows: Vec<(&str, Vec<String>)> = Vec::new();
         for row in &self.rows {
             let cells = columns.iter().map(|policy| {
-                let summary = row.report.summary_of(shown.measure, policy);
+                let summary = row.report.summary_of(measure.name, policy);
                 summary.map_or(String::new(), marked)
             });
             rows.push((&row.name, cells.collect()));
         }
         let reference = self.reference.as_str();
         let over_rows = columns.iter().map(|policy| {
-            let compared = self.over_rows(shown, policy, reference);
-            compared.map_or(String::new(), |it| match shown.over_rows {
-                OverRows::Ratio => format!("{it:.3} "),
-                OverRows::Points => format!("{:+.1} ", it * 100.0),
+            let compared = self.over_rows(measure, policy, reference);
+            compared.map_or(String::new(), |value| match measure.over_rows {
+                OverRows::Ratio => format!("{value:.3} "),
+                OverRows::Points => format!("{:+.1} ", value * 100.0),
             })
         });
-        let label = match shown.over_rows {
+        let label = match measure.over_rows {
             OverRows::Ratio => "geometric mean of ratios",
             OverRows::Points => "mean difference",
         };
         rows.push((label, over_rows.collect()));
         let firsts = columns.iter();
-        let firsts = firsts.map(|policy| format!("{} ", self.firsts(shown, policy)));
-        rows.push(("rows first or tied", firsts.collect()));
+        let firsts = firsts.map(|policy| format!("{} ", self.firsts(measure, policy)));
+        rows.push(("rows best or tied", firsts.collect()));
         (columns, rows)
     }
 }
 
-/// A value with its mark: the best, no worse but for luck, or neither.
+/// Formats a value with its mark: `*` for the best, `≈` for one that is not significantly worse.
 pub(crate) fn marked(summary: &Summary) -> String {
     let mark = match summary.against_best {
         _ if summary.is_best => '*',
@@ -203,26 +211,27 @@ pub(crate) fn marked(summary: &Summary) -> String {
     format!("{}{mark}", summary.shown())
 }
 
-/// The tables, one under the other.
+/// Writes all tables, one below the other, and a legend.
 impl fmt::Display for Grid {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for shown in SHOWN {
-            let (columns, rows) = self.table(shown);
-            write_cells(f, shown.measure, &columns, &rows)?;
+        for measure in MEASURES {
+            let (columns, rows) = self.table(measure);
+            write_cells(f, measure.name, &columns, &rows)?;
             writeln!(f)?;
         }
-        let (columns, rows) = self.learned();
-        write_cells(f, "what was learned, % off", &columns, &rows)?;
+        let (columns, rows) = self.forecast_errors();
+        write_cells(f, "forecast errors", &columns, &rows)?;
         writeln!(f)?;
         let seeds = self.rows.iter().map(|row| row.report.seeds).max();
         writeln!(
             f,
-            "Means over {} seeds. *: the best. ≈: it may be as good (95 %, paired by seed). Over \
-             all rows, policies are compared with {}.",
+            "Means over {} seeds. *: best. ≈: not significantly worse than the best (95 %, paired \
+             by seed). Comparisons over all rows are with {}. Forecast errors are those of the \
+             first policy.",
             seeds.unwrap_or(0),
             self.reference
         )?;
-        for note in &self.left_out {
+        for note in &self.skipped {
             writeln!(f, "Left out: {note}")?;
         }
         if let Some(row) = self.rows.first() {
@@ -230,7 +239,7 @@ impl fmt::Display for Grid {
         }
         writeln!(
             f,
-            "{:.0} s of traffic in {:.1} s, {:.0} times real time",
+            "{:.0} s of traffic simulated in {:.1} s, {:.0} times real time",
             self.virtual_seconds,
             self.real_seconds,
             self.virtual_seconds / self.real_seconds.max(1e-9)
@@ -243,15 +252,16 @@ mod tests {
     use super::*;
     use crate::report::{Latency, Outcome, summarise};
 
-    /// Of one policy, with an outcome for each seed: its mean time to the end, and its hit share.
+    /// Returns an outcome of `policy` for each seed, given its mean end-to-end latency and its hit
+    /// fraction.
     fn outcomes(policy: &str, seeds: [(f64, f64); 3]) -> Vec<Outcome> {
-        let outcome = |(mean, hit_share)| Outcome {
+        let outcome = |(mean, hit_fraction)| Outcome {
             policy: policy.to_owned(),
             end_to_end: Latency {
                 mean,
                 ..Latency::default()
             },
-            hit_share,
+            hit_fraction,
             ..Outcome::default()
         };
         seeds.map(outcome).to_vec()
@@ -264,7 +274,7 @@ mod tests {
             .collect();
         Row {
             name: name.to_owned(),
-            what: String::new(),
+            description: String::new(),
             rate: None,
             report: Report {
                 seeds: 3,
@@ -277,44 +287,50 @@ mod tests {
     }
 
     fn grid() -> Grid {
-        let sure = [(1.0, 0.5), (1.0, 0.5), (1.0, 0.5)];
-        let twice = sure.map(|(it, share)| (2.0 * it, share + 0.1));
-        let unsure = [(0.9, 0.5), (1.3, 0.5), (1.0, 0.5)];
+        let equal = [(1.0, 0.5), (1.0, 0.5), (1.0, 0.5)];
+        let twice = equal.map(|(mean, hits)| (2.0 * mean, hits + 0.1));
+        let noisy = [(0.9, 0.5), (1.3, 0.5), (1.0, 0.5)];
         let rows = vec![
-            row("easy", [("kv", twice), ("delay", sure), ("oracle", unsure)]),
+            row(
+                "easy",
+                [("kv", twice), ("marginal-delay", equal), ("oracle", noisy)],
+            ),
             row(
                 "hard",
                 [
-                    ("kv", twice.map(|(it, share)| (4.0 * it, share))),
-                    ("delay", sure),
-                    ("oracle", sure),
+                    ("kv", twice.map(|(mean, hits)| (4.0 * mean, hits))),
+                    ("marginal-delay", equal),
+                    ("oracle", equal),
                 ],
             ),
         ];
-        let policies = ["kv", "delay", "oracle"].map(str::to_owned).to_vec();
+        let policies = ["kv", "marginal-delay", "oracle"]
+            .map(str::to_owned)
+            .to_vec();
         Grid::new(
             policies,
             rows,
-            vec!["azure, which is not there".to_owned()],
+            vec!["azure (no trace given)".to_owned()],
             2.0,
         )
     }
 
     #[test]
-    fn over_all_rows_times_have_a_ratio_and_shares_a_difference() {
+    fn over_all_rows_times_are_compared_by_ratio_and_fractions_by_difference() {
         let grid = grid();
-        assert_eq!(grid.reference, "delay");
-        let kv = grid.over_rows(END_TO_END, "kv", "delay").unwrap();
-        assert!((kv - 4.0).abs() < 1e-9, "of 2 and 8: {kv}");
-        let hits = grid.over_rows(HITS, "kv", "delay").unwrap();
+        assert_eq!(grid.reference, "marginal-delay");
+        let kv = grid.over_rows(END_TO_END, "kv", "marginal-delay").unwrap();
+        assert!((kv - 4.0).abs() < 1e-9, "geometric mean of 2 and 8: {kv}");
+        let hits = grid.over_rows(HITS, "kv", "marginal-delay").unwrap();
         assert!((hits - 0.1).abs() < 1e-9);
         assert_eq!(grid.over_rows(HITS, "kv", "random"), None);
     }
 
     #[test]
-    fn who_may_only_have_been_unlucky_is_first_too() {
+    fn a_policy_that_is_not_significantly_worse_counts_as_best() {
         let grid = grid();
-        let firsts = ["kv", "delay", "oracle"].map(|policy| grid.firsts(END_TO_END, policy));
+        let firsts =
+            ["kv", "marginal-delay", "oracle"].map(|policy| grid.firsts(END_TO_END, policy));
         assert_eq!(firsts, [0, 2, 2]);
         let table = grid.to_string();
         for part in [
@@ -331,41 +347,45 @@ mod tests {
     }
 
     #[test]
-    fn a_page_shows_every_row_and_only_what_there_is() {
+    fn a_page_has_every_row_and_only_sections_with_data() {
         let page = grid().html();
         for part in [
             "<h1>2 scenarios, 3 policies",
             "<b>hard</b>",
-            "What was learned",
+            "Forecast errors",
             "8.00",
             "Left out: azure",
         ] {
             assert!(page.contains(part), "{part}");
         }
-        for part in ["NaN", "inf<", "ttft-weight", "each term", "Against rate"] {
+        for part in ["NaN", "inf<", "ttft-weight", "Ablations", "By arrival rate"] {
             assert!(!page.contains(part), "{part}");
         }
-        let sure = [(1.0, 0.5); 3];
+        let equal = [(1.0, 0.5); 3];
         let rows = [0.5, 2.0].map(|rate| Row {
             rate: Some(rate),
             ..row(
                 "r",
                 [
-                    ("delay", sure),
-                    ("delay:ttft=6", sure),
-                    ("delay:no-wait", sure),
+                    ("marginal-delay", equal),
+                    ("marginal-delay:ttft=6", equal),
+                    ("marginal-delay:no-queue-wait", equal),
                 ],
             )
         });
-        let policies = ["delay", "delay:ttft=6", "delay:no-wait"]
-            .map(str::to_owned)
-            .to_vec();
+        let policies = [
+            "marginal-delay",
+            "marginal-delay:ttft=6",
+            "marginal-delay:no-queue-wait",
+        ]
+        .map(str::to_owned)
+        .to_vec();
         let page = Grid::new(policies, rows.to_vec(), Vec::new(), 1.0).html();
         for part in [
             "ttft-weight",
-            "each term",
-            "Against rate",
-            "<td>wait<td>1.000",
+            "Ablations",
+            "By arrival rate",
+            "<td>queue-wait<td>1.000",
         ] {
             assert!(page.contains(part), "{part}");
         }

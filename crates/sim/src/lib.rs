@@ -1,49 +1,59 @@
-//! An LLM engine without a GPU: an iteration-level model on a virtual clock, the workloads to
-//! drive it with, and replay with the router in the loop.
+//! Simulator of LLM engines, without a GPU: an iteration-level engine model on a virtual clock,
+//! workloads that drive it, and replay with the router in the loop.
 //!
-//! Read in this order: [`law`] (how long a step takes), [`blocks`] (the KV cache), [`engine`]
-//! (what a step does), [`prompt`], [`trace`] and [`workload`] (what clients send), [`arrivals`]
-//! (when), [`traffic`], [`knowledge`] and [`schedule`] (what the router sees of them, of caches,
-//! and of a changing fleet), [`replay`] (all of it with the router), [`lab`] (other policies in
-//! its place), [`prediction`], [`slo`] and [`report`] (what came out), [`compare`] (several
-//! policies, several times), [`suite`] (on what), [`grid`] (side by side), [`capacity`] (how much
-//! they carry).
-//! [`load`] sends the same workloads to a live address, and [`verify`] holds a router's predictions
-//! against engines that run.
+//! Modules, in reading order:
 //!
-//! [`engine::Engine`] is a state machine without a clock: its driver decides whether the time a
-//! step takes passes on a virtual clock or on the wall. [`server`] lets it pass on the wall, and
-//! puts vLLM's HTTP API in front.
+//! | modules | content |
+//! |---|---|
+//! | [`step_time`] | duration of an engine step |
+//! | [`block_pool`] | KV cache of an engine |
+//! | [`engine`] | scheduling of an engine |
+//! | [`prompt`], [`trace`], [`workload`] | the requests that clients send |
+//! | [`arrivals`] | the times at which the requests are sent |
+//! | [`hashed_workload`], [`cache_signal`], [`fleet_changes`] | what the router sees of requests, of caches, and of a changing fleet |
+//! | [`replay`] | a workload, the engines and the router on one virtual clock |
+//! | [`baselines`] | policies of other routers, in place of the router's own |
+//! | [`prediction`], [`forecast_error`] | how accurate the router's predictions were |
+//! | [`slo`], [`report`], [`significance`] | measures of a replay, and whether differences are significant |
+//! | [`compare`], [`suite`], [`grid`] | several policies with several seeds, on several workloads, side by side |
+//! | [`capacity`] | how much traffic a policy can carry within an SLO |
+//! | [`load`] | client that sends the same workloads to a live address |
+//! | [`verify`] | comparison of a router's predictions with running engines |
+//! | [`mock_engine`], [`mock_output`] | the simulated engine behind HTTP, and the text that it produces |
+//!
+//! [`engine::Engine`] is a state machine without a clock. Its driver decides whether the duration
+//! of a step passes on a virtual clock ([`replay`]) or in real time ([`mock_engine`], behind vLLM's
+//! HTTP API).
 
 pub mod arrivals;
-pub mod blocks;
-mod boxes;
+pub mod baselines;
+pub mod block_pool;
+mod box_plot;
+pub mod cache_signal;
 pub mod capacity;
 mod chart;
 pub mod compare;
+pub mod duration;
 pub mod engine;
+pub mod fleet_changes;
+pub mod forecast_error;
 pub mod grid;
+pub mod hashed_workload;
 mod http;
-pub mod knowledge;
-pub mod lab;
-pub mod law;
-pub mod learning;
 pub mod load;
+pub mod mock_engine;
+pub mod mock_output;
 mod page;
 pub mod prediction;
 pub mod prompt;
+mod ready_wakers;
 pub mod replay;
 pub mod report;
-pub mod schedule;
-pub mod server;
+pub mod significance;
 pub mod slo;
-pub mod span;
-pub mod spread;
+pub mod step_time;
 pub mod suite;
 mod table;
-pub mod text;
 pub mod trace;
-pub mod traffic;
 pub mod verify;
-mod woken;
 pub mod workload;

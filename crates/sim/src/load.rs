@@ -1,19 +1,21 @@
-//! Sends a workload to a live OpenAI-compatible address, by the rules replay goes by, and
-//! measures what users would see.
+//! Sends a workload to an OpenAI-compatible address, with the arrival rules of replay, and
+//! measures latencies and throughput as clients see them.
 //!
-//! Everything is told in the engine's own time: an engine that runs ten times as fast as its law
-//! says is sent requests ten times as often, and a second of the clock on the wall counts as ten.
-//! So what is measured here compares with what replay predicts.
+//! All times are in the engine's time. To a mock engine at ten times real speed, requests are sent
+//! ten times as often, and a second of real time counts as ten. Results are therefore comparable
+//! with those of replay.
 //!
-//! One task drives the arrivals; each request is a task of its own. Nothing limits how many are
-//! in flight but the workload itself.
+//! One task drives the arrivals, and each request is a task of its own. Only the workload limits
+//! the number of requests in flight.
 
 mod body;
+mod cancellation;
+mod client_request;
 mod clock;
-mod flight;
-mod hang_up;
+mod model;
 mod outcome;
 mod report;
+mod summary;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,132 +30,164 @@ use tokio::task::{JoinError, JoinSet};
 use crate::arrivals::Arrivals;
 use crate::workload::Workload;
 
+use cancellation::Cancellation;
+use client_request::{ClientRequest, Record, Target};
 use clock::Clock;
-use flight::{Flight, Record, Target};
-use hang_up::HangUp;
 use outcome::Tally;
 
-pub use outcome::{FailureKind, Failures, LiveOutcome, WorkerShare};
+pub use crate::http::{ApiKey, FailureKind, InvalidApiKey};
+pub use model::find_model;
+pub use outcome::{Failures, LiveOutcome, WorkerTotals};
 pub use report::{LiveReport, NamedOutcome};
+pub use summary::LoadSummary;
 
-/// Where to send a workload, and how.
+/// The address to which a workload is sent, and how.
 #[derive(Clone, Debug)]
 pub struct LoadConfig {
-    /// Base URL without `/v1`: `http://127.0.0.1:8080`. A missing scheme is `http`, and there is
-    /// no other.
+    /// Base URL, with or without `/v1`: `http://127.0.0.1:8080`. A missing scheme means `http`,
+    /// the only scheme that is supported.
     pub address: String,
-    /// The model to ask for.
+    /// The model named in each request.
     pub model: String,
-    /// Ask `/v1/chat/completions`, with the prompt as one message, not `/v1/completions`.
+    /// Whether requests go to `/v1/chat/completions`, with the prompt as one message, instead of
+    /// `/v1/completions`.
     pub chat: bool,
-    /// Workers behind the address, so that one that is never chosen counts as idle.
+    /// Whether requests ask with `ignore_eos` for exactly the workload's number of output tokens.
+    /// vLLM and SGLang know this field; other servers may refuse it.
+    pub ignore_eos: bool,
+    /// The key sent with each request.
+    pub api_key: Option<ApiKey>,
+    /// Workers behind the address, so that a worker without requests counts as idle.
     pub workers: usize,
-    /// How many seconds of the engine's time pass in one of real time.
-    pub time_scale: f64,
-    /// Share of streams, 0 to 1, that the client breaks off: a quarter of them before the first
-    /// byte, the others after some of their tokens.
-    pub abort_share: f64,
-    /// Decides which streams are broken off, and when.
+    /// Seconds of the engine's time in one second of real time.
+    pub speedup: f64,
+    /// Fraction of streams, 0 to 1, that the client closes early: a quarter of them before the
+    /// first byte, the others after some of their tokens.
+    pub abort_fraction: f64,
+    /// No request is sent later than this after the first, in the engine's time.
+    pub duration: Option<Duration>,
+    /// Decides which streams the client closes early, and when.
     pub seed: u64,
-    /// The longest a request may take, in real time.
+    /// Limit for the time of one request, in real time.
     pub timeout: Duration,
 }
 
 impl LoadConfig {
-    /// One worker in real time, nothing broken off, ten minutes for each request.
+    /// Returns a configuration for one worker in real time, without a key or a limit of duration,
+    /// with no stream closed early and ten minutes for each request.
     #[must_use]
     pub fn new(address: impl Into<String>, model: impl Into<String>) -> Self {
         Self {
             address: address.into(),
             model: model.into(),
             chat: false,
+            ignore_eos: true,
+            api_key: None,
             workers: 1,
-            time_scale: 1.0,
-            abort_share: 0.0,
+            speedup: 1.0,
+            abort_fraction: 0.0,
+            duration: None,
             seed: 0,
             timeout: Duration::from_secs(600),
         }
     }
 }
 
-/// How far a load has come.
+/// State of a running load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
     /// Requests sent.
     pub sent: usize,
-    /// Those of them that have ended, one way or another.
+    /// Sent requests that have ended: finished, failed or closed early.
     pub ended: usize,
-    /// Those of them that failed.
+    /// Sent requests that have failed.
     pub failed: usize,
     /// Requests of the workload.
     pub total: usize,
-    /// Time since the beginning, as the engine counts it.
+    /// Time since the beginning, in the engine's time.
     pub now: Duration,
 }
 
-/// Why a load cannot be sent. Requests that fail are no error: they are counted.
+/// The reason why a load cannot be sent. Failed requests are counted and are no such error.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
-    /// The address is no URL.
+    /// The address is not a URL.
     #[error("cannot send requests to {address:?}: {reason}")]
     InvalidAddress {
-        /// The address given.
+        /// The given address.
         address: String,
-        /// What is wrong with it.
+        /// The parser's error.
         reason: InvalidUri,
     },
-    /// The address asks for another protocol.
+    /// The address has a scheme other than `http`.
     #[error("cannot send requests to {address:?}: only http:// addresses are supported")]
     NotHttp {
-        /// The address given.
+        /// The given address.
         address: String,
     },
-    /// Times could not be converted.
-    #[error("cannot run at a time scale of {0}: it must be from 0.001 to 1,000,000")]
-    TimeScale(f64),
-    /// No share at all.
-    #[error("cannot break off a share of {0}: it must be from 0 to 1")]
-    AbortShare(f64),
+    /// The factor does not allow times to be converted.
+    #[error("the speedup is {0}: it must be from 0.001 to 1,000,000")]
+    Speedup(f64),
+    /// The fraction of streams to close early is out of range.
+    #[error("the abort fraction is {0}: it must be from 0 to 1")]
+    AbortFraction(f64),
+    /// The server did not accept a connection, or closed it.
+    #[error("cannot reach {address}: {reason}")]
+    Unreachable {
+        /// The given address.
+        address: String,
+        /// The connection's error.
+        reason: String,
+    },
+    /// The list of models does not determine the model.
+    #[error("cannot choose a model from {address}/v1/models: {reason}; name one with --model")]
+    UnknownModel {
+        /// The given address.
+        address: String,
+        /// The problem with the list.
+        reason: String,
+    },
 }
 
-/// Sends `workload` to the end and waits for every answer. Tells the progress whenever requests
-/// have been sent or have ended. Dropping the future drops every request that is in flight.
+/// Sends `workload` and waits for the end of every response. Reports the progress whenever
+/// requests have been sent or have ended. Dropping the future cancels all requests in flight.
 ///
-/// Must be called within a Tokio runtime that has I/O and time enabled.
+/// Must be called within a Tokio runtime with I/O and time enabled.
 ///
 /// # Errors
-/// When the configuration makes no sense. A request that fails is counted, by kind.
+/// If the configuration is invalid. Failed requests are counted by kind.
 pub async fn run(
     config: &LoadConfig,
     workload: &Workload,
     progress: impl Fn(Progress),
 ) -> Result<LiveOutcome, LoadError> {
     let mut load = Load::new(config, workload)?;
-    // What is due first may be all there is: its bodies are made before the clock starts, so
-    // that a burst is one.
+    // The first instant may have all of the requests. Their bodies are made before the clock
+    // starts, so that a burst is sent as one.
     let begin = load.arrivals.next_due().unwrap_or_default();
     let mut first = Vec::new();
     while let Some(index) = load.arrivals.take_due(begin) {
         first.push((index, load.body(index)));
     }
-    let clock = Clock::start(begin, config.time_scale);
+    let clock = Clock::start(begin, config.speedup);
     for (index, body) in first {
         load.send(index, begin, body, clock);
     }
+    let end = begin.saturating_add(config.duration.unwrap_or(Duration::MAX));
     loop {
         progress(load.progress(clock));
-        let due = load.arrivals.next_due();
+        let due = load.arrivals.next_due().filter(|&due| due < end);
         tokio::select! {
-            Some(ended) = load.flights.join_next() => {
+            Some(ended) = load.requests.join_next() => {
                 load.ended(ended);
-                while let Some(ended) = load.flights.try_join_next() {
+                while let Some(ended) = load.requests.try_join_next() {
                     load.ended(ended);
                 }
             }
             () = clock.sleep_until(due.unwrap_or_default()), if due.is_some() => {}
             else => break,
         }
-        while let Some(due) = load.arrivals.next_due()
+        while let Some(due) = load.arrivals.next_due().filter(|&due| due < end)
             && let Some(index) = load.arrivals.take_due(clock.now())
         {
             let body = load.body(index);
@@ -163,69 +197,80 @@ pub async fn run(
     Ok(load.tally.outcome(begin, config.workers))
 }
 
+/// A load while it is sent.
 struct Load<'a> {
     config: &'a LoadConfig,
     workload: &'a Workload,
     target: Arc<Target>,
-    hang_ups: Vec<Option<HangUp>>,
+    /// One for each request of the workload.
+    cancellations: Vec<Option<Cancellation>>,
     arrivals: Arrivals,
-    flights: JoinSet<Record>,
+    /// The requests in flight.
+    requests: JoinSet<Record>,
     sent: usize,
     tally: Tally,
 }
 
 impl<'a> Load<'a> {
     fn new(config: &'a LoadConfig, workload: &'a Workload) -> Result<Self, LoadError> {
-        // Written so that NaN is refused too.
-        if !(0.001..=1e6).contains(&config.time_scale) {
-            return Err(LoadError::TimeScale(config.time_scale));
+        // Ranges are tested for what they contain, so that NaN is refused too.
+        if !(0.001..=1e6).contains(&config.speedup) {
+            return Err(LoadError::Speedup(config.speedup));
         }
-        if !(0.0..=1.0).contains(&config.abort_share) {
-            return Err(LoadError::AbortShare(config.abort_share));
+        if !(0.0..=1.0).contains(&config.abort_fraction) {
+            return Err(LoadError::AbortFraction(config.abort_fraction));
         }
         let mut rng = SmallRng::seed_from_u64(config.seed);
         let requests = workload.requests.iter();
-        let hang_ups =
-            requests.map(|it| HangUp::draw(config.abort_share, it.output_tokens, &mut rng));
+        let cancellations = requests.map(|request| {
+            Cancellation::draw(config.abort_fraction, request.output_tokens, &mut rng)
+        });
+        let path = if config.chat {
+            "/v1/chat/completions"
+        } else {
+            "/v1/completions"
+        };
+        let uri = uri(&config.address, path)?;
+        let target = Target::new(uri, config.api_key.clone(), config.timeout);
         Ok(Self {
             config,
             workload,
-            target: Arc::new(Target::new(uri(config)?, config.timeout)),
-            hang_ups: hang_ups.collect(),
+            target: Arc::new(target),
+            cancellations: cancellations.collect(),
             arrivals: Arrivals::new(workload),
-            flights: JoinSet::new(),
+            requests: JoinSet::new(),
             sent: 0,
             tally: Tally::default(),
         })
     }
 
     fn body(&self, index: usize) -> Bytes {
-        let request = &self.workload.requests[index];
-        body::body(request, &self.config.model, self.config.chat)
+        body::body(&self.workload.requests[index], self.config)
     }
 
     fn send(&mut self, index: usize, due: Duration, body: Bytes, clock: Clock) {
         let request = &self.workload.requests[index];
-        let flight = Flight {
+        let request = ClientRequest {
             index,
             due,
             prompt_tokens: request.prompt.len(),
             output_tokens: request.output_tokens,
-            hang_up: self.hang_ups[index],
+            cancellation: self.cancellations[index],
         };
         let target = self.target.clone();
-        self.flights
-            .spawn(async move { flight.fly(&target, body, clock).await });
+        self.requests
+            .spawn(async move { request.run(&target, body, clock).await });
         self.sent += 1;
     }
 
-    fn ended(&mut self, flight: Result<Record, JoinError>) {
-        match flight {
+    fn ended(&mut self, request: Result<Record, JoinError>) {
+        match request {
             Ok(record) => {
-                self.arrivals.ended(record.flight.index, record.ended);
-                self.tally.take(record);
+                self.arrivals
+                    .on_request_end(record.request.index, record.ended);
+                self.tally.add(record);
             }
-            // None is ever cancelled while this lives, so it panicked.
+            // No task is cancelled while `self` exists, so this one panicked.
             Err(error) => std::panic::resume_unwind(error.into_panic()),
         }
     }
@@ -233,7 +278,7 @@ impl<'a> Load<'a> {
     fn progress(&self, clock: Clock) -> Progress {
         Progress {
             sent: self.sent,
-            ended: self.sent - self.flights.len(),
+            ended: self.sent - self.requests.len(),
             failed: self.tally.failed(),
             total: self.workload.requests.len(),
             now: clock.now().saturating_sub(clock.begin()),
@@ -241,22 +286,19 @@ impl<'a> Load<'a> {
     }
 }
 
-fn uri(config: &LoadConfig) -> Result<Uri, LoadError> {
-    let address = config.address.trim_end_matches('/');
+/// Returns the URL of a path below a base URL, which may end with `/v1`.
+fn uri(base: &str, path: &str) -> Result<Uri, LoadError> {
+    let address = base.trim_end_matches('/');
     let (scheme, rest) = address.split_once("://").unwrap_or(("http", address));
     if !scheme.eq_ignore_ascii_case("http") {
         return Err(LoadError::NotHttp {
-            address: config.address.clone(),
+            address: base.to_owned(),
         });
     }
-    let path = if config.chat {
-        "chat/completions"
-    } else {
-        "completions"
-    };
-    let uri = format!("http://{rest}/v1/{path}");
+    let rest = rest.strip_suffix("/v1").unwrap_or(rest);
+    let uri = format!("http://{rest}{path}");
     uri.parse().map_err(|reason| LoadError::InvalidAddress {
-        address: config.address.clone(),
+        address: base.to_owned(),
         reason,
     })
 }

@@ -1,10 +1,11 @@
-//! What all pages have in common: one file that needs nothing else.
+//! The frame of all HTML pages. A page is one file without external resources.
 
 use crate::chart::escaped;
 
 const STYLE: &str = include_str!("page.css");
 
-/// A whole page. `class` is the body's.
+/// Returns a complete page with a title and an HTML body. `class` is the class of the `body`
+/// element.
 pub(crate) fn framed(title: &str, class: &str, body: &str) -> String {
     let title = escaped(title);
     format!(

@@ -1,10 +1,11 @@
-//! How far a router's active blocks are from what engines hold, and why.
+//! The error of a router's active blocks compared with the blocks that engines have allocated, and
+//! its causes.
 //!
-//! A router counts a request's blocks from the instant it is chosen; an engine takes them when
-//! it admits the request, chunk by chunk. So the raw error is split: first requests that wait in
-//! the engine are left out of the prediction, then blocks of running prefills that are not
-//! allocated yet. What remains is what prediction gets wrong: equal blocks that an engine holds
-//! twice, and prefixes it had to compute again.
+//! A router counts the blocks of a request from the decision on. An engine allocates them after it
+//! has admitted the request, chunk by chunk. The raw error is therefore split: the prediction is
+//! first taken without the requests that wait in the engine, then also without blocks of running
+//! prefills that are not allocated yet. The remaining error is that of the prediction itself: equal
+//! blocks that an engine stores twice, and prefixes that it computed again.
 
 use std::cmp::Ordering;
 use std::time::Duration;
@@ -14,41 +15,49 @@ use serde::Serialize;
 
 /// A booked request on one worker, for [`unallocated`].
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Booked<'a> {
-    /// Those of its blocks that others can share.
+pub(crate) struct BookedRequest<'a> {
+    /// Hashes of the blocks that other requests can share.
     pub(crate) hashes: &'a [SequenceHash],
     /// Blocks of its prompt and the output so far, shareable or not.
     pub(crate) blocks: u32,
-    /// Blocks it holds in the engine; `None` while it waits there.
-    pub(crate) held: Option<u32>,
+    /// Blocks that the engine has allocated to the request; `None` while the request waits there.
+    pub(crate) engine_blocks: Option<u32>,
 }
 
-/// Blocks that a router counts and an engine has not allocated.
+/// Blocks that the router counts as active although the engine has not allocated them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Unallocated {
-    /// Because the request waits.
-    pub(crate) waiting: u64,
-    /// Because its prefill has not come that far.
-    pub(crate) unreached: u64,
+    /// Blocks of requests that wait in the engine.
+    pub(crate) waiting_blocks: u64,
+    /// Blocks that the prefills of running requests have not reached.
+    pub(crate) unreached_blocks: u64,
 }
 
-/// Splits what is booked on one worker by what its engine has reached.
-pub(crate) fn unallocated(booked: &[Booked<'_>]) -> Unallocated {
-    let everyone = blocks_of(booked.iter().map(|it| (it.hashes, it.blocks)));
-    let running = || booked.iter().filter_map(|it| Some((it, it.held?)));
-    let admitted = blocks_of(running().map(|(it, _)| (it.hashes, it.blocks)));
-    let reached = blocks_of(running().map(|(it, held)| {
-        let shareable = it.hashes.len().min(held as usize);
-        (&it.hashes[..shareable], it.blocks.min(held))
+/// Counts the blocks of the requests booked on one worker that its engine has not allocated.
+pub(crate) fn unallocated(booked: &[BookedRequest<'_>]) -> Unallocated {
+    let all = blocks_of(
+        booked
+            .iter()
+            .map(|request| (request.hashes, request.blocks)),
+    );
+    let running = || {
+        booked
+            .iter()
+            .filter_map(|request| Some((request, request.engine_blocks?)))
+    };
+    let admitted = blocks_of(running().map(|(request, _)| (request.hashes, request.blocks)));
+    let reached = blocks_of(running().map(|(request, allocated)| {
+        let shareable = request.hashes.len().min(allocated as usize);
+        (&request.hashes[..shareable], request.blocks.min(allocated))
     }));
     Unallocated {
-        waiting: everyone - admitted,
-        unreached: admitted - reached,
+        waiting_blocks: all - admitted,
+        unreached_blocks: admitted - reached,
     }
 }
 
-/// Blocks of several requests, each given by its shareable blocks and its number of blocks, with
-/// shared ones counted once.
+/// Returns the number of blocks of several requests, with shared blocks counted once. Each request
+/// is given by its shareable blocks and its number of all blocks.
 fn blocks_of<'a>(requests: impl Iterator<Item = (&'a [SequenceHash], u32)>) -> u64 {
     let mut unshared = 0;
     let mut chains: Vec<&[SequenceHash]> = Vec::new();
@@ -56,8 +65,9 @@ fn blocks_of<'a>(requests: impl Iterator<Item = (&'a [SequenceHash], u32)>) -> u
         unshared += u64::from(blocks) - hashes.len() as u64;
         chains.push(hashes);
     }
-    // In sorted order, what a chain shares with any before it, it shares with the one before it.
-    chains.sort_unstable_by(|one, other| order(one, other));
+    // In sorted order, the longest common prefix of a chain with any earlier chain is the one with
+    // its predecessor.
+    chains.sort_unstable_by(|a, b| order(a, b));
     let mut previous: &[SequenceHash] = &[];
     let mut distinct = 0;
     for chain in chains {
@@ -67,17 +77,20 @@ fn blocks_of<'a>(requests: impl Iterator<Item = (&'a [SequenceHash], u32)>) -> u
     unshared + distinct
 }
 
-fn order(one: &[SequenceHash], other: &[SequenceHash]) -> Ordering {
-    let common = common_prefix(one, other);
-    one.get(common).cmp(&other.get(common))
+/// Orders chains by the first hash in which they differ, so that chains with a common prefix are
+/// neighbours.
+fn order(a: &[SequenceHash], b: &[SequenceHash]) -> Ordering {
+    let common = common_prefix(a, b);
+    a.get(common).cmp(&b.get(common))
 }
 
-/// Leading blocks that two chains share, by bisection: equal hashes have equal prefixes.
-fn common_prefix(one: &[SequenceHash], other: &[SequenceHash]) -> usize {
-    let (mut equal, mut end) = (0, one.len().min(other.len()));
+/// Returns the number of leading blocks that two chains share. Bisection works because equal hashes
+/// have equal prefixes.
+fn common_prefix(a: &[SequenceHash], b: &[SequenceHash]) -> usize {
+    let (mut equal, mut end) = (0, a.len().min(b.len()));
     while equal < end {
         let middle = equal.midpoint(end);
-        if one[middle] == other[middle] {
+        if a[middle] == b[middle] {
             equal = middle + 1;
         } else {
             end = middle;
@@ -86,32 +99,34 @@ fn common_prefix(one: &[SequenceHash], other: &[SequenceHash]) -> usize {
     equal
 }
 
-/// Mean absolute difference between a router's active blocks and the blocks engines hold, over
-/// workers and instants, as a share of the most any engine held.
+/// Mean absolute difference between a router's active blocks and the blocks that engines have
+/// allocated, over workers and instants, as a fraction of `peak_blocks`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct PredictionError {
-    /// As it is.
+    /// Error over all requests.
     pub raw: f64,
-    /// Without the blocks of requests that wait in their engine, where they hold none.
+    /// Error without the blocks of requests that wait in their engine, which has allocated none to
+    /// them.
     pub admitted: f64,
-    /// Also without the blocks that running prefills have not reached.
+    /// Error without these blocks and without the blocks that running prefills have not reached.
     pub allocated: f64,
-    /// The most blocks any engine held at a sampled instant.
+    /// Maximum number of allocated blocks of an engine at a sampled instant.
     pub peak_blocks: u32,
-    /// Instants sampled.
+    /// Number of sampled instants.
     pub samples: usize,
 }
 
 /// Active blocks of each worker at one instant.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Instant {
-    /// On the virtual clock, in seconds.
+    /// Time on the virtual clock, in seconds.
     pub seconds: f64,
-    /// As the router has them, and as the engine does.
+    /// For each worker, the router's count and the engine's count.
     pub workers: Vec<(u64, u32)>,
 }
 
-/// Sums over the workers at one instant, in blocks.
+/// Absolute differences at one instant, summed over the workers, in blocks. See
+/// [`PredictionError`].
 #[derive(Clone, Copy, Debug, Default)]
 struct Sample {
     raw: u64,
@@ -119,14 +134,15 @@ struct Sample {
     allocated: u64,
 }
 
-/// Instants at which to compare: evenly spaced, and so far apart that a run of any length has a
-/// bounded number of them.
+/// Compares predictions with engines at evenly spaced instants. The interval grows with the length
+/// of the run, so that the number of samples is bounded.
 #[derive(Debug)]
 pub(crate) struct Sampler {
     interval: Duration,
+    /// The next instant to sample.
     next: Duration,
     samples: Vec<Sample>,
-    /// Goes along with the samples, if instants are kept.
+    /// One for each sample, if instants are kept.
     instants: Option<Vec<Instant>>,
     peak_blocks: u32,
     workers: usize,
@@ -134,55 +150,55 @@ pub(crate) struct Sampler {
 
 impl Sampler {
     const FIRST_INTERVAL: Duration = Duration::from_millis(10);
-    const MOST_SAMPLES: usize = 1024;
+    const MAX_SAMPLES: usize = 1024;
 
-    pub(crate) fn new(workers: usize, keeps_instants: bool) -> Self {
+    pub(crate) fn new(workers: usize, keep_instants: bool) -> Self {
         Self {
             interval: Self::FIRST_INTERVAL,
             next: Duration::ZERO,
             samples: Vec::new(),
-            instants: keeps_instants.then(Vec::new),
+            instants: keep_instants.then(Vec::new),
             peak_blocks: 0,
             workers,
         }
     }
 
-    /// The next instant to sample, if it is before `end`.
+    /// Returns the next instant to sample if it is before `end`.
     pub(crate) fn due_before(&self, end: Duration) -> Option<Duration> {
         (self.next < end).then_some(self.next)
     }
 
-    /// Takes a sample at the instant that is due: for each worker the router's active blocks,
-    /// the engine's, and what explains their difference.
+    /// Takes a sample at the instant that is due. `workers` has for each worker the router's active
+    /// blocks, the engine's allocated blocks, and the causes of their difference.
     pub(crate) fn take(&mut self, workers: impl Iterator<Item = (u64, u32, Unallocated)>) {
         let mut sample = Sample::default();
         let mut instant = Instant {
             seconds: self.next.as_secs_f64(),
             workers: Vec::new(),
         };
-        for (predicted, held, missing) in workers {
-            let truth = u64::from(held);
-            let admitted = predicted.saturating_sub(missing.waiting);
-            let allocated = admitted.saturating_sub(missing.unreached);
-            sample.raw += predicted.abs_diff(truth);
-            sample.admitted += admitted.abs_diff(truth);
-            sample.allocated += allocated.abs_diff(truth);
-            self.peak_blocks = self.peak_blocks.max(held);
+        for (predicted, actual, unallocated) in workers {
+            let actual_blocks = u64::from(actual);
+            let admitted = predicted.saturating_sub(unallocated.waiting_blocks);
+            let allocated = admitted.saturating_sub(unallocated.unreached_blocks);
+            sample.raw += predicted.abs_diff(actual_blocks);
+            sample.admitted += admitted.abs_diff(actual_blocks);
+            sample.allocated += allocated.abs_diff(actual_blocks);
+            self.peak_blocks = self.peak_blocks.max(actual);
             if self.instants.is_some() {
-                instant.workers.push((predicted, held));
+                instant.workers.push((predicted, actual));
             }
         }
         self.samples.push(sample);
         self.instants
             .iter_mut()
-            .for_each(|it| it.push(instant.clone()));
+            .for_each(|instants| instants.push(instant.clone()));
         self.next += self.interval;
-        if self.samples.len() == Self::MOST_SAMPLES {
+        if self.samples.len() == Self::MAX_SAMPLES {
             self.halve();
         }
     }
 
-    /// Keeps every second sample and takes them at twice the distance from here on.
+    /// Drops every second sample and doubles the interval.
     fn halve(&mut self) {
         keep_every_second(&mut self.samples);
         self.instants.iter_mut().for_each(keep_every_second);
@@ -190,30 +206,32 @@ impl Sampler {
         self.next = self.interval * self.samples.len() as u32;
     }
 
-    /// The instants that were kept.
+    /// Returns the kept instants and removes them.
     pub(crate) fn take_instants(&mut self) -> Vec<Instant> {
         self.instants.take().unwrap_or_default()
     }
 
+    /// Returns the mean errors over all samples.
     pub(crate) fn finish(&self) -> PredictionError {
         let observations = (self.samples.len() * self.workers).max(1) as f64;
         let peak = f64::from(self.peak_blocks.max(1));
-        let share = |blocks: fn(&Sample) -> u64| {
+        let mean_fraction = |blocks: fn(&Sample) -> u64| {
             self.samples.iter().map(blocks).sum::<u64>() as f64 / observations / peak
         };
         PredictionError {
-            raw: share(|sample| sample.raw),
-            admitted: share(|sample| sample.admitted),
-            allocated: share(|sample| sample.allocated),
+            raw: mean_fraction(|sample| sample.raw),
+            admitted: mean_fraction(|sample| sample.admitted),
+            allocated: mean_fraction(|sample| sample.allocated),
             peak_blocks: self.peak_blocks,
             samples: self.samples.len(),
         }
     }
 }
 
-fn keep_every_second<T>(all: &mut Vec<T>) {
+/// Removes all elements with an odd index.
+fn keep_every_second<T>(elements: &mut Vec<T>) {
     let mut index = 0;
-    all.retain(|_| {
+    elements.retain(|_| {
         index += 1;
         index % 2 == 1
     });
@@ -227,7 +245,8 @@ mod tests {
 
     use super::*;
 
-    /// A chain through a small tree: equal choices so far, equal hash.
+    /// Returns a chain through a small tree: blocks with equal choices up to them have equal
+    /// hashes.
     fn chain(choices: &[u8]) -> Vec<SequenceHash> {
         let mut hash = 1;
         choices
@@ -257,25 +276,25 @@ mod tests {
     }
 
     #[test]
-    fn waiting_and_unreached_blocks_are_told_apart() {
-        let (one, other) = (chain(&[0, 0, 0, 0]), chain(&[0, 0, 1, 1]));
+    fn waiting_and_unreached_blocks_are_distinguished() {
+        let (running, waiting) = (chain(&[0, 0, 0, 0]), chain(&[0, 0, 1, 1]));
         let booked = [
-            // Runs, prefilled up to two of its five blocks.
-            Booked {
-                hashes: &one,
+            // A running request whose prefill has reached two of five blocks.
+            BookedRequest {
+                hashes: &running,
                 blocks: 5,
-                held: Some(2),
+                engine_blocks: Some(2),
             },
-            // Waits; shares two blocks with the first.
-            Booked {
-                hashes: &other,
+            // A waiting request that shares two blocks with the first.
+            BookedRequest {
+                hashes: &waiting,
                 blocks: 5,
-                held: None,
+                engine_blocks: None,
             },
         ];
         let expected = Unallocated {
-            waiting: 3,
-            unreached: 3,
+            waiting_blocks: 3,
+            unreached_blocks: 3,
         };
         assert_eq!(unallocated(&booked), expected);
     }
@@ -292,13 +311,13 @@ mod tests {
                 110,
                 100,
                 Unallocated {
-                    waiting: 10,
-                    unreached: 0,
+                    waiting_blocks: 10,
+                    unreached_blocks: 0,
                 },
             )));
         }
         let error = sampler.finish();
-        assert!((Sampler::MOST_SAMPLES / 2..Sampler::MOST_SAMPLES).contains(&error.samples));
+        assert!((Sampler::MAX_SAMPLES / 2..Sampler::MAX_SAMPLES).contains(&error.samples));
         assert!((error.raw - 0.1).abs() < 1e-9);
         assert_eq!((error.admitted, error.peak_blocks), (0.0, 100));
         let instants = sampler.take_instants();

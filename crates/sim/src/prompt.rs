@@ -1,78 +1,78 @@
-//! Prompts as recipes: what their tokens are made from, so that a workload fits in memory and
-//! equal parts of different prompts are equal tokens.
+//! Prompts as descriptions from which tokens can be generated. A workload fits into memory, and
+//! equal parts of different prompts become equal tokens.
 
 use std::num::NonZeroU32;
 use std::ops::Range;
 
 use foresee_core::sequence::Sequence;
 
-/// How many different tokens prompts are made of, as many as a large model has.
+/// Number of different tokens in prompts: the vocabulary of a large model.
 pub(crate) const VOCABULARY: NonZeroU32 = NonZeroU32::new(1 << 17).expect("not zero");
 
-/// A run of tokens from the beginning of a stream. Equal streams have equal tokens.
+/// The first tokens of a stream. Equal streams have equal tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Piece {
-    /// Names an endless sequence of random tokens.
+pub struct TokenRun {
+    /// Number of an endless sequence of random tokens.
     pub stream: u64,
-    /// How many of them.
+    /// Length of the run.
     pub tokens: u32,
 }
 
-/// A prompt, or a prompt and its answer: pieces one after another.
+/// A prompt, or a prompt followed by its output: a list of token runs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Prompt {
-    pieces: Vec<Piece>,
+    runs: Vec<TokenRun>,
 }
 
 impl Prompt {
-    /// An empty prompt.
+    /// Returns an empty prompt.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The same prompt with a piece added to its end.
+    /// Appends the first `tokens` tokens of a stream.
     #[must_use]
     pub fn then(mut self, stream: u64, tokens: u32) -> Self {
-        self.pieces.push(Piece { stream, tokens });
+        self.runs.push(TokenRun { stream, tokens });
         self
     }
 
-    /// Its pieces, in order.
+    /// Returns the token runs in order.
     #[must_use]
-    pub fn pieces(&self) -> &[Piece] {
-        &self.pieces
+    pub fn runs(&self) -> &[TokenRun] {
+        &self.runs
     }
 
-    /// Length in tokens.
+    /// Returns the length in tokens.
     #[must_use]
     pub fn len(&self) -> u32 {
-        self.pieces.iter().map(|piece| piece.tokens).sum()
+        self.runs.iter().map(|run| run.tokens).sum()
     }
 
-    /// Whether it has no tokens.
+    /// Returns whether the prompt has no tokens.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Its token ids, uniform in `0..vocabulary`.
+    /// Returns the token ids, uniform in `0..vocabulary`.
     pub fn tokens(&self, vocabulary: NonZeroU32) -> impl Iterator<Item = u32> {
         self.tokens_in(0..u32::MAX, vocabulary)
     }
 
-    /// Those of its token ids that are at some positions.
+    /// Returns the token ids at a range of positions, as far as the prompt has tokens there.
     pub(crate) fn tokens_in(
         &self,
         positions: Range<u32>,
         vocabulary: NonZeroU32,
     ) -> impl Iterator<Item = u32> {
-        let mut behind = 0_u32;
-        self.pieces.iter().flat_map(move |piece| {
-            let start = behind;
-            behind += piece.tokens;
-            let within = |position: u32| u64::from(position.clamp(start, behind) - start);
-            let stream = mix(piece.stream);
+        let mut end = 0_u32;
+        self.runs.iter().flat_map(move |run| {
+            let start = end;
+            end += run.tokens;
+            let within = |position: u32| u64::from(position.clamp(start, end) - start);
+            let stream = mix(run.stream);
             (within(positions.start)..within(positions.end)).map(move |position| {
                 let random = mix(stream.wrapping_add(position)) >> 32;
                 // Scales 32 random bits to the vocabulary without a division.
@@ -81,7 +81,7 @@ impl Prompt {
         })
     }
 
-    /// Its tokens, cut and hashed as a router and an engine see them.
+    /// Returns the blocks of the prompt with their hashes, as a router and an engine compute them.
     #[must_use]
     pub fn sequence(&self, block_size: NonZeroU32) -> Sequence {
         let tokens: Vec<u32> = self.tokens(VOCABULARY).collect();
@@ -89,7 +89,8 @@ impl Prompt {
     }
 }
 
-/// The finaliser of splitmix64: neighbouring numbers become unrelated ones.
+/// Mixes the bits of a number, so that neighbouring numbers become unrelated: the finaliser of
+/// splitmix64 (Steele et al., 2014).
 pub(crate) fn mix(number: u64) -> u64 {
     let number = number.wrapping_add(0x9E37_79B9_7F4A_7C15);
     let number = (number ^ (number >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -104,17 +105,20 @@ mod tests {
     const BLOCK: NonZeroU32 = NonZeroU32::new(16).unwrap();
 
     #[test]
-    fn equal_pieces_share_exactly_their_blocks() {
-        let one = Prompt::new().then(1, 512).then(2, 512);
-        let other = Prompt::new().then(1, 512).then(3, 512);
-        let (one, other) = (one.sequence(BLOCK), other.sequence(BLOCK));
-        let equal = one.hashes().iter().zip(other.hashes());
-        assert_eq!(equal.filter(|(a, b)| a == b).count(), 512 / 16);
-        assert_eq!(one.tokens(), 1024);
+    fn equal_runs_share_exactly_their_blocks() {
+        let a = Prompt::new().then(1, 512).then(2, 512);
+        let b = Prompt::new().then(1, 512).then(3, 512);
+        let (a, b) = (a.sequence(BLOCK), b.sequence(BLOCK));
+        let equal = a.hashes().iter().zip(b.hashes());
+        assert_eq!(
+            equal.filter(|(hash, other)| hash == other).count(),
+            512 / 16
+        );
+        assert_eq!(a.tokens(), 1024);
     }
 
     #[test]
-    fn a_shorter_piece_is_the_beginning_of_a_longer_one() {
+    fn a_shorter_run_is_the_beginning_of_a_longer_one() {
         let vocabulary = NonZeroU32::new(4096).unwrap();
         let long: Vec<u32> = Prompt::new().then(9, 100).tokens(vocabulary).collect();
         let short: Vec<u32> = Prompt::new().then(9, 40).tokens(vocabulary).collect();
@@ -123,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_at_some_positions_are_those_of_the_whole() {
+    fn tokens_at_some_positions_are_a_part_of_all_tokens() {
         let vocabulary = NonZeroU32::new(4096).unwrap();
         let prompt = Prompt::new().then(1, 10).then(2, 0).then(3, 20).then(1, 5);
         let all: Vec<u32> = prompt.tokens(vocabulary).collect();

@@ -1,8 +1,9 @@
-//! Plays a workload through the router and N model engines on a virtual clock.
+//! Replays a workload through the router and N simulated engines on a virtual clock.
 //!
-//! One thread, one queue of events, no sleeping: an hour of traffic takes seconds, and equal
-//! seeds give equal outcomes. The router is the one that serves; it sees what it would see
-//! there: requests when they come, tokens when engines deliver them.
+//! The replay has one thread, one queue of events and no sleeps: an hour of traffic takes seconds,
+//! and equal seeds give equal results. The router is the code that `foresee serve` runs, and it
+//! receives the same information as there: requests when they arrive, tokens when engines generate
+//! them.
 
 mod config;
 
@@ -14,81 +15,83 @@ use std::task::Context;
 use std::time::Duration;
 
 use foresee_core::booking::Booking;
-use foresee_core::fleet::{WorkerId, WorkerSnapshot, WorkerSpec};
-use foresee_core::router::{Request, RouteError, Router};
+use foresee_core::router::{CacheSource, Request, RouteError, Router};
 use foresee_core::sequence::SequenceHash;
+use foresee_core::workers::{WorkerId, WorkerSnapshot, WorkerSpec};
 
 use crate::arrivals::Arrivals;
+use crate::baselines::driver::{ArrivingRequest, EngineState, PolicyDriver};
+use crate::cache_signal::{CacheSignal, DelayedEvents};
 use crate::engine::{Engine, EngineConfig, EngineRequest, Step, TokenEvent};
-use crate::knowledge::{Follower, Knowledge};
-use crate::lab::seat::{Arriving, Seat, Standing};
-use crate::law::StepLoad;
-use crate::learning::Watch;
-use crate::prediction::{Booked, Sampler, unallocated};
+use crate::fleet_changes::{Change, FleetSchedule};
+use crate::forecast_error::ForecastMonitor;
+use crate::hashed_workload::HashedWorkload;
+use crate::prediction::{BookedRequest, Sampler, unallocated};
+use crate::ready_wakers::ReadyWakers;
 use crate::report::{Goodput, Latency, Outcome, imbalance};
-use crate::schedule::{Change, Schedule};
-use crate::traffic::Traffic;
-use crate::woken::Woken;
+use crate::step_time::BatchLoad;
 use crate::workload::Workload;
 pub use config::{ReplayConfig, ReplayError};
 
-/// How far a replay has come.
+/// State of a running replay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
     /// Requests that have ended.
     pub ended: usize,
     /// Requests of the workload.
     pub total: usize,
-    /// Requests that have missed the [`Slo`].
+    /// Requests that have missed the SLO ([`crate::slo::Slo`]).
     pub missed: usize,
-    /// The virtual time.
+    /// Time on the virtual clock.
     pub now: Duration,
 }
 
-/// Replays `workload` to its end under the configured policy.
+/// Replays `workload` to its end under the configured policy, and reports the progress whenever
+/// requests have ended or missed the SLO.
 ///
 /// # Errors
-/// When the configuration makes no sense. Requests that no engine can hold are no error: they
-/// are counted as rejected.
+/// If the configuration is invalid. Requests that do not fit into an engine are counted as
+/// rejected.
 pub fn run(
     config: &ReplayConfig,
     workload: &Workload,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Outcome, ReplayError> {
-    let traffic = Traffic::new(workload.clone(), config.router.block_size);
-    run_while(config, &traffic, &mut |it| {
-        progress(it);
+    let hashed = HashedWorkload::new(workload.clone(), config.router.block_size);
+    run_while(config, &hashed, &mut |state| {
+        progress(state);
         ControlFlow::Continue(())
     })
 }
 
-/// As [`run`], with prompts that are hashed already, to its end or until `progress` breaks it off.
+/// Replays a workload with hashed prompts, to its end or until `progress` returns `Break`. Several
+/// replays can share one hashed workload.
 ///
 /// # Errors
-/// As [`run`].
+/// If the configuration is invalid.
 pub fn run_while(
     config: &ReplayConfig,
-    traffic: &Traffic,
+    workload: &HashedWorkload,
     progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Outcome, ReplayError> {
-    let mut replay = Replay::new(config, traffic)?;
+    let mut replay = Replay::new(config, workload)?;
     while let Some(now) = replay.next_event() {
         replay.sample_before(now);
         let before = (replay.ended, replay.missed);
         replay.change_fleet(now)?;
-        replay.hear_events(now);
+        replay.deliver_cache_events(now);
         replay.end_steps(now);
         replay.admit_arrivals(now)?;
-        replay.send_woken(now);
-        replay.begin_steps(now);
+        replay.dispatch_woken(now);
+        replay.start_steps(now);
         if (replay.ended, replay.missed) != before {
-            let told = progress(Progress {
+            let control = progress(Progress {
                 ended: replay.ended,
-                total: traffic.workload().requests.len(),
+                total: workload.workload().requests.len(),
                 missed: replay.missed,
                 now,
             });
-            if told.is_break() {
+            if control.is_break() {
                 break;
             }
         }
@@ -96,56 +99,62 @@ pub fn run_while(
     Ok(replay.outcome())
 }
 
-/// A worker: an engine, and the step it computes.
+/// A worker of the replay: an engine and its current step.
 struct Worker {
-    /// `None` before it joins.
+    /// Id in the router; `None` before the worker joins the fleet.
     id: Option<WorkerId>,
     engine: Engine,
+    /// The step that the engine computes; `None` while the engine is idle.
     step: Option<Step>,
-    /// How many times as fast as its law.
+    /// Speed relative to the engine's step-time model.
     speed: f64,
-    /// The router's blocks in one of the engine's.
-    stride: NonZeroU32,
+    /// Engine block size ÷ router block size.
+    engine_block_ratio: NonZeroU32,
+    /// Number of requests sent to the engine.
     requests: u64,
 }
 
 /// A request between its arrival and its last token.
-struct Flight {
+struct RequestInFlight {
     booking: Booking,
     arrival: Duration,
     first_token: Option<Duration>,
     last_token: Duration,
+    /// Output tokens so far.
     generated: u32,
 }
 
+/// State of a replay.
 struct Replay<'a> {
     config: &'a ReplayConfig,
-    traffic: &'a Traffic,
+    workload: &'a HashedWorkload,
     router: Router,
-    /// Where a rule of the lab sits, if one chooses.
-    seat: Option<Seat>,
+    /// The baseline that chooses workers; `None` if the router's own policy does.
+    driver: Option<PolicyDriver>,
     workers: Vec<Worker>,
+    /// Index in `workers`.
     by_id: HashMap<WorkerId, usize>,
     arrivals: Arrivals,
-    schedule: Schedule,
-    /// What carries engines' events to the router, if anything does.
-    follower: Option<Follower>,
-    /// Ends of the steps under way, and whose.
+    schedule: FleetSchedule,
+    /// KV events on their way to the router; `None` without events.
+    delayed_events: Option<DelayedEvents>,
+    /// End of each step in progress, with the index of its worker.
     step_ends: BinaryHeap<Reverse<(Duration, usize)>>,
-    /// Workers whose engines may have become ready for a step.
+    /// Indices of workers whose engines may be able to start a step.
     ready: Vec<usize>,
-    /// By index of the request.
-    flights: Vec<Option<Flight>>,
-    /// Requests that the router kept waiting, and has called.
-    woken: Woken,
+    /// By the request's index in the workload.
+    in_flight: Vec<Option<RequestInFlight>>,
+    /// Queued requests that the router has woken.
+    ready_wakers: ReadyWakers,
+    /// Requests that have ended, rejected ones included.
     ended: usize,
     rejected: usize,
-    /// Requests that have not been served as the SLO says.
+    /// Requests that have missed the SLO.
     missed: usize,
     first_arrival: Option<Duration>,
     last_end: Duration,
     sampler: Sampler,
-    learning: Watch,
+    forecast_monitor: ForecastMonitor,
     times_to_first_token: Vec<f32>,
     inter_token_latencies: Vec<f32>,
     times_per_output_token: Vec<f32>,
@@ -153,53 +162,60 @@ struct Replay<'a> {
 }
 
 impl<'a> Replay<'a> {
-    fn new(config: &'a ReplayConfig, traffic: &'a Traffic) -> Result<Self, ReplayError> {
-        if let Knowledge::Events { loss, .. } = config.knowledge
+    fn new(config: &'a ReplayConfig, workload: &'a HashedWorkload) -> Result<Self, ReplayError> {
+        if let CacheSignal::Events {
+            loss_fraction: loss,
+            ..
+        } = config.cache_signal
             && !(0.0..=1.0).contains(&loss)
         {
             return Err(ReplayError::Loss { loss });
         }
         let workers = config.engines.len();
-        if let Some(change) = config.changes.iter().find(|it| it.worker >= workers) {
+        if let Some(change) = config
+            .changes
+            .iter()
+            .find(|change| change.worker >= workers)
+        {
             return Err(ReplayError::NoSuchWorker {
                 worker: change.worker,
                 workers,
             });
         }
         let engines = config.engines.iter();
-        let tells = config.knowledge != Knowledge::Shadow;
-        let workers = engines.map(|engine| new_worker(engine, tells, traffic.block_size()));
+        let has_events = config.cache_signal != CacheSignal::Estimated;
+        let workers = engines.map(|engine| new_worker(engine, has_events, workload.block_size()));
         let workers: Vec<Worker> = workers.collect::<Result<_, _>>()?;
-        let contender = config.contender.as_ref();
-        let settings = match contender {
-            Some(contender) => contender.settings(&config.router),
+        let policy = config.policy.as_ref();
+        let settings = match policy {
+            Some(policy) => policy.settings(&config.router),
             None => config.router.clone(),
         };
         let mut replay = Self {
             config,
-            traffic,
+            workload,
             router: Router::new(settings)?,
-            seat: contender.and_then(|it| it.seat(config.router.seed)),
+            driver: policy.and_then(|spec| spec.driver(config.router.seed)),
             by_id: HashMap::new(),
-            arrivals: Arrivals::new(traffic.workload()),
-            schedule: Schedule::new(&config.changes),
-            follower: Follower::new(
-                config.knowledge,
-                traffic,
-                workers.iter().map(|worker| worker.stride.get()),
+            arrivals: Arrivals::new(workload.workload()),
+            schedule: FleetSchedule::new(&config.changes),
+            delayed_events: DelayedEvents::new(
+                config.cache_signal,
+                workload,
+                workers.iter().map(|worker| worker.engine_block_ratio.get()),
                 config.router.seed,
             ),
             step_ends: BinaryHeap::new(),
             ready: Vec::new(),
-            flights: traffic.workload().requests.iter().map(|_| None).collect(),
-            woken: Woken::default(),
+            in_flight: workload.workload().requests.iter().map(|_| None).collect(),
+            ready_wakers: ReadyWakers::default(),
             ended: 0,
             rejected: 0,
             missed: 0,
             first_arrival: None,
             last_end: Duration::ZERO,
             sampler: Sampler::new(workers.len(), config.keep_active_blocks),
-            learning: Watch::default(),
+            forecast_monitor: ForecastMonitor::default(),
             times_to_first_token: Vec::new(),
             inter_token_latencies: Vec::new(),
             times_per_output_token: Vec::new(),
@@ -207,15 +223,15 @@ impl<'a> Replay<'a> {
             workers,
         };
         for index in 0..replay.workers.len() {
-            if !replay.schedule.is_to_join(index) {
-                replay.join(index)?;
+            if !replay.schedule.joins_later(index) {
+                replay.add_worker(index)?;
             }
         }
         Ok(replay)
     }
 
-    /// Adds a worker to the fleet.
-    fn join(&mut self, index: usize) -> Result<(), ReplayError> {
+    /// Adds a worker to the router, unless it was added before.
+    fn add_worker(&mut self, index: usize) -> Result<(), ReplayError> {
         let worker = &mut self.workers[index];
         if worker.id.is_some() {
             return Ok(());
@@ -224,50 +240,67 @@ impl<'a> Replay<'a> {
         let id = self.router.add_worker(WorkerSpec {
             name: format!("worker-{index}"),
             models: Vec::new(),
-            capacity_blocks: self
-                .config
-                .capacity_known
-                .then(|| engine.blocks.saturating_mul(worker.stride.get())),
+            capacity_blocks: self.config.reports_capacity.then(|| {
+                engine
+                    .blocks
+                    .saturating_mul(worker.engine_block_ratio.get())
+            }),
             prefix_caching: engine.prefix_caching,
             ..WorkerSpec::default()
         })?;
-        self.router.set_stride(id, worker.stride);
-        self.router.follow_events(id, self.follower.is_some());
+        self.router
+            .set_engine_block_ratio(id, worker.engine_block_ratio);
+        let source = match self.delayed_events {
+            Some(_) => CacheSource::Events,
+            None => CacheSource::Estimated,
+        };
+        self.router.set_cache_source(id, source);
         self.router.set_healthy(id, true);
         worker.id = Some(id);
         self.by_id.insert(id, index);
         Ok(())
     }
 
+    /// Applies the fleet changes that are due.
     fn change_fleet(&mut self, now: Duration) -> Result<(), ReplayError> {
         while let Some(change) = self.schedule.take_due(now) {
-            match change.what {
+            match change.change {
                 Change::Speed(speed) => {
                     self.workers[change.worker].speed = speed;
-                    self.learning.changes(change.worker, now);
+                    self.forecast_monitor.note_speed_change(change.worker, now);
                 }
-                Change::Join => self.join(change.worker)?,
+                Change::Join => self.add_worker(change.worker)?,
             }
         }
         Ok(())
     }
 
-    fn hear_events(&mut self, now: Duration) {
-        if let Some(follower) = &mut self.follower {
+    /// Applies the KV events that have reached the router.
+    fn deliver_cache_events(&mut self, now: Duration) {
+        if let Some(events) = &mut self.delayed_events {
             let workers = &self.workers;
-            follower.deliver(now, self.traffic, &self.router, |index| workers[index].id);
+            events.deliver(now, self.workload, &self.router, |index| workers[index].id);
         }
     }
 
+    /// Returns the time of the next event; `None` after the last.
     fn next_event(&self) -> Option<Duration> {
         let step_end = self.step_ends.peek().map(|Reverse((end, _))| *end);
         let arrival = self.arrivals.next_due();
-        let heard = self.follower.as_ref().and_then(Follower::next_due);
-        let next = step_end.into_iter().chain(arrival).chain(heard).min()?;
-        // What happens to a fleet that nobody uses any more does not matter.
+        let cache_event = self
+            .delayed_events
+            .as_ref()
+            .and_then(DelayedEvents::next_due);
+        let next = step_end
+            .into_iter()
+            .chain(arrival)
+            .chain(cache_event)
+            .min()?;
+        // Fleet changes after the last other event have no effect.
         Some(self.schedule.next_due().map_or(next, |due| next.min(due)))
     }
 
+    /// Ends the steps that are due and delivers their tokens.
     fn end_steps(&mut self, now: Duration) {
         while let Some(&Reverse((end, index))) = self.step_ends.peek()
             && end <= now
@@ -277,12 +310,13 @@ impl<'a> Replay<'a> {
             let Some(step) = worker.step.take() else {
                 continue;
             };
-            // Before anybody is answered, so that who knows of an answer may know of its blocks.
-            if let Some(follower) = &mut self.follower {
-                follower.send(index, worker.engine.take_cache_events(), now);
+            // Events are sent before the tokens are delivered, so that without lag the router knows
+            // the blocks of a request when it knows its tokens.
+            if let Some(events) = &mut self.delayed_events {
+                events.send(index, worker.engine.take_cache_events(), now);
             }
             let tokens = worker.engine.end_step(step);
-            self.hear_events(now);
+            self.deliver_cache_events(now);
             for event in tokens {
                 self.deliver(event, now);
             }
@@ -290,18 +324,19 @@ impl<'a> Replay<'a> {
         }
     }
 
+    /// Reports an output token to the router and records its times.
     fn deliver(&mut self, event: TokenEvent, now: Duration) {
         let request = event.id as usize;
-        let Some(flight) = &mut self.flights[request] else {
+        let Some(flight) = &mut self.in_flight[request] else {
             debug_assert!(false, "a token for a request that is not in flight");
             return;
         };
-        flight.booking.tokens(1, now);
+        flight.booking.on_tokens(1, now);
         flight.generated += 1;
         if event.first {
             flight.first_token = Some(now);
-            if let Some(seat) = &mut self.seat {
-                seat.prefilled(request, self.by_id[&flight.booking.worker()], now);
+            if let Some(driver) = &mut self.driver {
+                driver.prefilled(request, self.by_id[&flight.booking.worker()], now);
             }
             let waited = (now - flight.arrival).as_secs_f32();
             self.times_to_first_token.push(waited);
@@ -314,28 +349,35 @@ impl<'a> Replay<'a> {
         }
         flight.last_token = now;
         if event.finished
-            && let Some(flight) = self.flights[request].take()
+            && let Some(flight) = self.in_flight[request].take()
         {
-            self.finished(request, flight, event.cached_tokens, now);
+            self.on_finished(request, flight, event.cached_tokens, now);
         }
     }
 
-    fn finished(&mut self, request: usize, flight: Flight, cached_tokens: u32, now: Duration) {
-        let Flight {
+    /// Completes a request and records its times.
+    fn on_finished(
+        &mut self,
+        request: usize,
+        flight: RequestInFlight,
+        cached_tokens: u32,
+        now: Duration,
+    ) {
+        let RequestInFlight {
             mut booking,
             arrival,
             first_token,
             generated,
             ..
         } = flight;
-        if self.follower.is_none() {
-            // What answers tell a gateway, at their ends.
-            booking.observed_cached(cached_tokens);
-            if let Some(answered) = self.traffic.answered(request) {
-                booking.answered(answered.clone());
+        if self.delayed_events.is_none() {
+            // Without events, a gateway learns the cached tokens and the output from the response.
+            booking.on_cached_tokens(cached_tokens);
+            if let Some(sequence) = self.workload.prompt_and_output(request) {
+                booking.set_output_sequence(sequence.clone());
             }
         }
-        booking.finish(now);
+        booking.complete(now);
         self.end_to_end.push((now - arrival).as_secs_f32());
         let first_token = first_token.unwrap_or(now);
         let slo = &self.config.slo;
@@ -347,19 +389,21 @@ impl<'a> Replay<'a> {
                 self.missed += 1;
             }
         }
-        self.ended(request, now);
+        self.on_request_end(request, now);
     }
 
-    fn ended(&mut self, request: usize, now: Duration) {
-        self.arrivals.ended(request, now);
+    /// Counts the end of a request, which may let others arrive.
+    fn on_request_end(&mut self, request: usize, now: Duration) {
+        self.arrivals.on_request_end(request, now);
         self.ended += 1;
         self.last_end = now;
     }
 
+    /// Routes and sends the requests whose arrival is due.
     fn admit_arrivals(&mut self, now: Duration) -> Result<(), ReplayError> {
         while let Some(index) = self.arrivals.take_due(now) {
             self.first_arrival.get_or_insert(now);
-            self.flights[index] = Some(Flight {
+            self.in_flight[index] = Some(RequestInFlight {
                 booking: self.route(index, now)?,
                 arrival: now,
                 first_token: None,
@@ -371,35 +415,35 @@ impl<'a> Replay<'a> {
         Ok(())
     }
 
-    /// Sends to their workers those whom the router kept waiting and has room for.
-    fn send_woken(&mut self, now: Duration) {
-        while let Some(index) = self.woken.take() {
+    /// Sends the queued requests that the router has woken.
+    fn dispatch_woken(&mut self, now: Duration) {
+        while let Some(index) = self.ready_wakers.take() {
             self.send(index, now);
         }
     }
 
-    /// Sends a request to its worker, or waits until the router says so.
+    /// Sends a request to its worker, or leaves it queued until the router wakes it.
     fn send(&mut self, index: usize, now: Duration) {
-        let Some(flight) = &mut self.flights[index] else {
+        let Some(flight) = &mut self.in_flight[index] else {
             return;
         };
-        let waker = self.woken.waker(index);
+        let waker = self.ready_wakers.waker(index);
         let mut context = Context::from_waker(&waker);
         if flight
             .booking
-            .poll_sent(&mut context, &[], now)
+            .poll_dispatch(&mut context, &[], now)
             .is_pending()
         {
             return;
         }
         let chosen = self.by_id[&flight.booking.worker()];
         let worker = &mut self.workers[chosen];
-        let hashes = self.traffic.known(index).hashes();
+        let hashes = self.workload.longest_known(index).hashes();
         let submitted = worker.engine.submit(EngineRequest {
             id: index as u64,
-            hashes: coarser(hashes, worker.stride.get()).collect(),
-            prompt_tokens: flight.booking.sequence().tokens(),
-            output_tokens: self.traffic.request(index).output_tokens,
+            hashes: coarser_hashes(hashes, worker.engine_block_ratio.get()).collect(),
+            prompt_tokens: flight.booking.prompt().tokens(),
+            output_tokens: self.workload.request(index).output_tokens,
         });
         if submitted.is_ok() {
             worker.requests += 1;
@@ -408,39 +452,43 @@ impl<'a> Replay<'a> {
         }
         self.rejected += 1;
         self.missed += 1;
-        self.flights[index] = None;
-        if let Some(seat) = &mut self.seat {
-            seat.prefilled(index, chosen, now);
+        self.in_flight[index] = None;
+        if let Some(driver) = &mut self.driver {
+            driver.prefilled(index, chosen, now);
         }
-        self.ended(index, now);
+        self.on_request_end(index, now);
     }
 
+    /// Chooses a worker for a request, by the baseline or by the router's policy.
     fn route(&mut self, request: usize, now: Duration) -> Result<Booking, RouteError> {
-        let sequence = self.traffic.prompt(request);
-        let Some(seat) = &mut self.seat else {
-            return self.router.route(&Request::new(sequence), now);
+        let prompt = self.workload.prompt(request);
+        let Some(driver) = &mut self.driver else {
+            return self.router.route(&Request::new(prompt), now);
         };
         let (workers, by_id, step_ends) = (&self.workers, &self.by_id, &self.step_ends);
-        let arriving = Arriving {
+        let arriving = ArrivingRequest {
             request,
-            sequence,
-            output_tokens: self.traffic.request(request).output_tokens,
+            prompt,
+            output_tokens: self.workload.request(request).output_tokens,
         };
-        seat.route(&arriving, &self.router, now, |id| {
+        driver.route(&arriving, &self.router, now, |id| {
             let index = by_id[&id];
             let worker = &workers[index];
-            let step_end = step_ends.iter().find(|Reverse((_, it))| *it == index);
-            Standing {
+            let step_end = step_ends
+                .iter()
+                .find(|Reverse((_, worker))| *worker == index);
+            EngineState {
                 worker: index,
                 engine: &worker.engine,
-                stride: worker.stride.get(),
+                engine_block_ratio: worker.engine_block_ratio.get(),
                 speed: worker.speed,
                 step_left: step_end.map_or(Duration::ZERO, |Reverse((end, _))| *end - now),
             }
         })
     }
 
-    fn begin_steps(&mut self, now: Duration) {
+    /// Starts a step on each idle engine that has requests.
+    fn start_steps(&mut self, now: Duration) {
         for index in self.ready.drain(..) {
             let worker = &mut self.workers[index];
             if worker.step.is_some() {
@@ -454,38 +502,39 @@ impl<'a> Replay<'a> {
         }
     }
 
-    /// Looks at router and engines at the instants before `now`, since which nothing happened.
+    /// Samples router and engines at the instants before `now`. Their state has not changed since
+    /// the last event.
     fn sample_before(&mut self, now: Duration) {
-        if let Some(seat) = &mut self.seat {
+        if let Some(driver) = &mut self.driver {
             let workers = self.workers.iter();
-            let engines = workers.map(|worker| (&worker.engine, worker.stride.get()));
-            seat.scrape_before(now, engines);
+            let engines = workers.map(|worker| (&worker.engine, worker.engine_block_ratio.get()));
+            driver.scrape_before(now, engines);
         }
         while let Some(instant) = self.sampler.due_before(now) {
             let snapshots = self.router.workers(instant);
-            self.compare_learned(instant, &snapshots);
-            let flights = &self.flights;
+            self.compare_forecasts(instant, &snapshots);
+            let flights = &self.in_flight;
             let workers = &self.workers;
-            let block_size = self.traffic.block_size().get();
+            let block_size = self.workload.block_size().get();
             let samples = snapshots.iter().filter_map(|snapshot| {
                 let worker = &workers[*self.by_id.get(&snapshot.id)?];
-                let (engine, stride) = (&worker.engine, worker.stride.get());
-                let booked: Vec<Booked<'_>> = engine
+                let (engine, ratio) = (&worker.engine, worker.engine_block_ratio.get());
+                let booked: Vec<BookedRequest<'_>> = engine
                     .in_flight()
-                    .filter_map(|it| {
-                        let flight = flights[it.id as usize].as_ref()?;
-                        let sequence = flight.booking.sequence();
+                    .filter_map(|request| {
+                        let flight = flights[request.id as usize].as_ref()?;
+                        let sequence = flight.booking.prompt();
                         let shareable = engine.config().prefix_caching;
-                        Some(Booked {
+                        Some(BookedRequest {
                             hashes: if shareable { sequence.hashes() } else { &[] },
                             blocks: (sequence.tokens() + flight.generated).div_ceil(block_size),
-                            held: it.running.then_some(it.blocks * stride),
+                            engine_blocks: request.running.then_some(request.blocks * ratio),
                         })
                     })
                     .collect();
                 Some((
                     snapshot.active_blocks,
-                    engine.pinned_blocks() * stride,
+                    engine.pinned_blocks() * ratio,
                     unallocated(&booked),
                 ))
             });
@@ -493,45 +542,49 @@ impl<'a> Replay<'a> {
         }
     }
 
-    fn compare_learned(&mut self, now: Duration, snapshots: &[WorkerSnapshot]) {
-        self.learning.take_lengths(self.router.length_forecast());
+    /// Compares the router's latency models and output lengths with the engines' actual values.
+    fn compare_forecasts(&mut self, now: Duration, snapshots: &[WorkerSnapshot]) {
+        self.forecast_monitor
+            .take_lengths(self.router.output_length_accuracy());
         for snapshot in snapshots {
             let Some(&index) = self.by_id.get(&snapshot.id) else {
                 continue;
             };
             let worker = &self.workers[index];
-            let mut decodes = StepLoad::default();
-            for it in worker.engine.in_flight() {
-                if let Some(flight) = &self.flights[it.id as usize]
+            let mut decodes = BatchLoad::default();
+            for request in worker.engine.in_flight() {
+                if let Some(flight) = &self.in_flight[request.id as usize]
                     && flight.generated > 0
                 {
-                    decodes.add_decode(flight.booking.sequence().tokens() + flight.generated);
+                    decodes.add_decode(flight.booking.prompt().tokens() + flight.generated);
                 }
             }
-            let truth = (&worker.engine.config().law, worker.speed);
-            self.learning.take(now, index, snapshot, truth, &decodes);
+            let actual = (&worker.engine.config().step_time, worker.speed);
+            self.forecast_monitor
+                .take(now, index, snapshot, actual, &decodes);
         }
     }
 
+    /// Returns the results of the run.
     fn outcome(mut self) -> Outcome {
         let totals = || self.workers.iter().map(|worker| worker.engine.totals());
-        let prompt_tokens: u64 = totals().map(|it| it.prompt_tokens).sum();
-        let cached_tokens: u64 = totals().map(|it| it.cached_tokens).sum();
-        let output_tokens: u64 = totals().map(|it| it.output_tokens).sum();
+        let prompt_tokens: u64 = totals().map(|totals| totals.prompt_tokens).sum();
+        let cached_tokens: u64 = totals().map(|totals| totals.cached_tokens).sum();
+        let output_tokens: u64 = totals().map(|totals| totals.output_tokens).sum();
         let predicted = self.router.workers(self.last_end);
-        let predicted: u64 = predicted.iter().map(|it| it.active_blocks).sum();
-        let held = self
+        let predicted: u64 = predicted.iter().map(|worker| worker.active_blocks).sum();
+        let pinned = self
             .workers
             .iter()
-            .map(|it| u64::from(it.engine.pinned_blocks()));
+            .map(|worker| u64::from(worker.engine.pinned_blocks()));
         let first_arrival = self.first_arrival.unwrap_or_default();
         let makespan = self.last_end.saturating_sub(first_arrival);
-        let requests = self.traffic.workload().requests.len();
+        let requests = self.workload.workload().requests.len();
         let unfinished = requests - self.ended;
-        let served_well = self.ended.saturating_sub(self.missed);
+        let within_slo = self.ended.saturating_sub(self.missed);
         Outcome {
-            policy: match &self.config.contender {
-                Some(contender) => contender.to_string(),
+            policy: match &self.config.policy {
+                Some(policy) => policy.to_string(),
                 None => self.config.router.policy.to_string(),
             },
             seed: self.config.router.seed,
@@ -539,20 +592,22 @@ impl<'a> Replay<'a> {
             rejected: self.rejected,
             unfinished,
             goodput: Goodput {
-                share: served_well as f64 / requests.max(1) as f64,
-                per_second: served_well as f64 / makespan.as_secs_f64().max(1e-9),
+                fraction: within_slo as f64 / requests.max(1) as f64,
+                per_second: within_slo as f64 / makespan.as_secs_f64().max(1e-9),
             },
             makespan: makespan.as_secs_f64(),
             output_tokens_per_second: output_tokens as f64 / makespan.as_secs_f64().max(1e-9),
             prompt_tokens,
             cached_tokens,
-            hit_share: cached_tokens as f64 / prompt_tokens.max(1) as f64,
-            preemptions: totals().map(|it| it.preemptions).sum(),
-            computed_imbalance: imbalance(totals().map(|it| it.prompt_tokens - it.cached_tokens)),
-            request_imbalance: imbalance(self.workers.iter().map(|it| it.requests)),
-            leaked_blocks: predicted + held.sum::<u64>(),
+            hit_fraction: cached_tokens as f64 / prompt_tokens.max(1) as f64,
+            preemptions: totals().map(|totals| totals.preemptions).sum(),
+            computed_imbalance: imbalance(
+                totals().map(|totals| totals.prompt_tokens - totals.cached_tokens),
+            ),
+            request_imbalance: imbalance(self.workers.iter().map(|worker| worker.requests)),
+            leaked_blocks: predicted + pinned.sum::<u64>(),
             prediction: self.sampler.finish(),
-            learning: self.learning.finish(self.last_end),
+            forecast_errors: self.forecast_monitor.finish(self.last_end),
             active_blocks: self.sampler.take_instants(),
             time_to_first_token: Latency::of(&mut self.times_to_first_token),
             inter_token_latency: Latency::of(&mut self.inter_token_latencies),
@@ -562,31 +617,36 @@ impl<'a> Replay<'a> {
     }
 }
 
-/// The hashes of blocks that are so many of ours: each has the prefix of the last of ours in it.
-pub(crate) fn coarser(
+/// Returns the hashes of engine blocks of `ratio` router blocks each. The hash of an engine block
+/// is that of its last router block, because a sequence hash covers the whole prefix.
+pub(crate) fn coarser_hashes(
     hashes: &[SequenceHash],
-    stride: u32,
+    ratio: u32,
 ) -> impl Iterator<Item = SequenceHash> + '_ {
-    let stride = stride.max(1) as usize;
-    hashes.iter().skip(stride - 1).step_by(stride).copied()
+    let ratio = ratio.max(1) as usize;
+    hashes.iter().skip(ratio - 1).step_by(ratio).copied()
 }
 
-/// `tells`: whether its engine keeps events.
+/// Returns a worker that has not joined the fleet. `has_events` selects whether its engine records
+/// cache events.
+///
+/// # Errors
+/// If the engine's block size is no multiple of the router's.
 fn new_worker(
     engine: &EngineConfig,
-    tells: bool,
+    has_events: bool,
     block_size: NonZeroU32,
 ) -> Result<Worker, ReplayError> {
-    let stride = NonZeroU32::new(engine.block_size.get() / block_size);
-    let stride = stride.filter(|_| engine.block_size.get() % block_size == 0);
+    let ratio = NonZeroU32::new(engine.block_size.get() / block_size);
+    let ratio = ratio.filter(|_| engine.block_size.get() % block_size == 0);
     Ok(Worker {
         id: None,
-        stride: stride.ok_or(ReplayError::BlockSize {
+        engine_block_ratio: ratio.ok_or(ReplayError::BlockSize {
             engine: engine.block_size,
             router: block_size,
         })?,
         engine: Engine::new(EngineConfig {
-            cache_events: tells,
+            cache_events: has_events,
             ..engine.clone()
         }),
         step: None,

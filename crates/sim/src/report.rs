@@ -1,99 +1,103 @@
-//! What a replay measured, for programs (serde) and for people (a table).
+//! Results of a replay: as JSON (serde) and as a table.
 
 use std::fmt;
 
 use serde::Serialize;
 
-use crate::learning::Learning;
+use crate::forecast_error::ForecastErrors;
 use crate::prediction::{Instant, PredictionError};
+use crate::significance::{Difference, difference};
 use crate::slo::Slo;
-use crate::spread::{Difference, difference};
 use crate::table::{COUNT, MILLISECONDS, PERCENT, RATIO, SECONDS, write_cells};
 
-/// Outcomes of one workload under several policies.
+/// Results of one workload under several policies.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Report {
     /// The workload's name.
     pub workload: String,
     /// Workers in the fleet.
     pub workers: usize,
-    /// What counts as served well.
+    /// Limits that decide which requests count as goodput.
     pub slo: Slo,
-    /// Runs of each policy, each with a seed of its own.
+    /// Runs of each policy. Each has its own seed.
     pub seeds: usize,
-    /// Those of the first policy asked for, in the order of their seeds, then of the next.
+    /// Outcomes of all runs: those of the first policy in the order of their seeds, then those of
+    /// the next policy.
     pub outcomes: Vec<Outcome>,
-    /// Every measure of every policy: the mean over seeds, and how sure it is.
+    /// Every measure of every policy: the mean over seeds, and its difference from the best policy.
     pub summary: Vec<Summary>,
-    /// Time that passed on the virtual clocks of all runs, in seconds.
+    /// Virtual time of all runs together, in seconds.
     pub virtual_seconds: f64,
-    /// Time it took, in seconds.
+    /// Real time of all runs together, in seconds.
     pub real_seconds: f64,
 }
 
 /// One measure of one policy.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Summary {
-    /// What is measured, as the table names it.
+    /// Name of the measure, as in the table.
     pub measure: &'static str,
     /// The policy.
     pub policy: String,
-    /// Its mean over seeds.
+    /// Mean over seeds.
     pub mean: f64,
-    /// How it compares with the policy whose mean is best; `None` for that one, for measures
-    /// that are neither better high nor low, and where there is but one seed.
+    /// Difference from the policy with the best mean. `None` for that policy itself, for measures
+    /// without a better direction, and with a single seed.
     pub against_best: Option<Difference>,
-    /// No policy's mean is better.
+    /// Whether no policy has a better mean.
     pub is_best: bool,
 }
 
-/// What one policy made of a workload.
+/// Results of one run of a workload under one policy.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Outcome {
     /// The policy's name.
     pub policy: String,
-    /// The router's seed. Runs of equal seeds had the same requests, and engines of equal noise.
+    /// The router's seed. Runs with equal seeds have the same requests and the same noise in the
+    /// engines.
     pub seed: u64,
-    /// Requests answered in full.
+    /// Requests whose output is complete.
     pub finished: usize,
-    /// Requests larger than their engine's KV cache.
+    /// Requests that do not fit into the KV cache of their engine.
     pub rejected: usize,
-    /// Requests that never ended: 0, or something is wrong.
+    /// Requests that did not end. Any number other than 0 is a fault of the router or the
+    /// simulator, unless the replay was stopped early.
     pub unfinished: usize,
-    /// From the first arrival to the last token, in seconds.
+    /// Time from the first arrival to the last token, in seconds.
     pub makespan: f64,
-    /// From arrival to first token, in seconds, over requests.
+    /// Time from arrival to the first token, over requests.
     pub time_to_first_token: Latency,
-    /// From one token to the next, in seconds, over tokens.
+    /// Time from one token to the next, over all tokens but the first of each request.
     pub inter_token_latency: Latency,
-    /// Mean time from one token to the next within a request (TPOT), in seconds, over requests of
-    /// more than one.
+    /// Mean time from one token to the next within a request (TPOT), over requests with more than
+    /// one output token.
     pub time_per_output_token: Latency,
-    /// From arrival to last token, in seconds, over requests.
+    /// Time from arrival to the last token, over finished requests.
     pub end_to_end: Latency,
-    /// Requests served as the report's [`Slo`] says.
+    /// Requests within the report's [`Slo`].
     pub goodput: Goodput,
-    /// Output tokens of all workers over the makespan.
+    /// Output tokens of all workers divided by the makespan.
     pub output_tokens_per_second: f64,
-    /// Prompt tokens admitted.
+    /// Prompt tokens of admitted requests.
     pub prompt_tokens: u64,
-    /// Those of them that engines found in their caches.
+    /// Prompt tokens that engines found in their caches.
     pub cached_tokens: u64,
-    /// `cached_tokens` over `prompt_tokens`.
-    pub hit_share: f64,
-    /// Times a request lost its blocks to another and had to be computed again.
+    /// `cached_tokens` divided by `prompt_tokens`.
+    pub hit_fraction: f64,
+    /// Number of preemptions: a request lost its blocks to another one and was computed again.
     pub preemptions: u64,
-    /// Prompt tokens to compute: the worst worker's over the mean.
+    /// Computed prompt tokens: the maximum over workers, divided by the mean.
     pub computed_imbalance: f64,
-    /// Requests: the worst worker's over the mean.
+    /// Requests: the maximum over workers, divided by the mean.
     pub request_imbalance: f64,
-    /// Blocks that router or engines still count when all is over: 0, or something leaks.
+    /// Active blocks of router and engines after the end. Any number other than 0 is a leak, unless
+    /// the replay was stopped early.
     pub leaked_blocks: u64,
-    /// How well the router knew what engines hold.
+    /// Error of the router's active blocks.
     pub prediction: PredictionError,
-    /// How well it knew what they take.
-    pub learning: Learning,
-    /// Active blocks over time, if they were kept.
+    /// Errors of the router's forecasts of time and output length.
+    pub forecast_errors: ForecastErrors,
+    /// Active blocks over time; empty if they were not kept.
     #[serde(skip)]
     pub active_blocks: Vec<Instant>,
 }
@@ -101,9 +105,9 @@ pub struct Outcome {
 /// Requests within an [`Slo`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Goodput {
-    /// Of all requests; one that was rejected or did not end is not within it.
-    pub share: f64,
-    /// Over the makespan.
+    /// Fraction of all requests. Requests that were rejected or did not end are not within the SLO.
+    pub fraction: f64,
+    /// Requests within the SLO per second of the makespan.
     pub per_second: f64,
 }
 
@@ -112,21 +116,23 @@ pub struct Goodput {
 pub struct Latency {
     /// Mean.
     pub mean: f64,
-    /// A quarter is at most this.
+    /// 25th percentile.
     pub p25: f64,
     /// Median.
     pub p50: f64,
-    /// Three quarters are at most this.
+    /// 75th percentile.
     pub p75: f64,
-    /// 95 of 100 are at most this.
+    /// 90th percentile.
+    pub p90: f64,
+    /// 95th percentile.
     pub p95: f64,
-    /// 99 of 100 are at most this.
+    /// 99th percentile.
     pub p99: f64,
 }
 
 impl Latency {
-    /// Summarises `samples`, in seconds, and leaves them in another order. Percentiles are
-    /// nearest-rank; zeros when there are no samples.
+    /// Returns the distribution of `samples`, in seconds; zeros without samples. Percentiles are
+    /// nearest-rank. The order of `samples` changes.
     pub(crate) fn of(samples: &mut [f32]) -> Self {
         if samples.is_empty() {
             return Self::default();
@@ -137,28 +143,29 @@ impl Latency {
             p25: percentile(samples, 0.25),
             p50: percentile(samples, 0.50),
             p75: percentile(samples, 0.75),
+            p90: percentile(samples, 0.90),
             p95: percentile(samples, 0.95),
             p99: percentile(samples, 0.99),
         }
     }
 }
 
-fn percentile(samples: &mut [f32], share: f64) -> f64 {
-    let rank = (share * samples.len() as f64).ceil() as usize;
+fn percentile(samples: &mut [f32], fraction: f64) -> f64 {
+    let rank = (fraction * samples.len() as f64).ceil() as usize;
     let index = rank.saturating_sub(1).min(samples.len() - 1);
     let (_, sample, _) = samples.select_nth_unstable_by(index, f32::total_cmp);
     f64::from(*sample)
 }
 
-/// The worst worker's share over the mean; 1 is even.
-pub(crate) fn imbalance(shares: impl ExactSizeIterator<Item = u64> + Clone) -> f64 {
-    let workers = shares.len().max(1) as f64;
-    let worst = shares.clone().max().unwrap_or(0) as f64;
-    let mean = shares.sum::<u64>() as f64 / workers;
-    if mean > 0.0 { worst / mean } else { 1.0 }
+/// Returns the maximum over workers, divided by the mean; 1 is even.
+pub(crate) fn imbalance(by_worker: impl ExactSizeIterator<Item = u64> + Clone) -> f64 {
+    let workers = by_worker.len().max(1) as f64;
+    let max = by_worker.clone().max().unwrap_or(0) as f64;
+    let mean = by_worker.sum::<u64>() as f64 / workers;
+    if mean > 0.0 { max / mean } else { 1.0 }
 }
 
-/// Which of two values is the better one.
+/// Direction in which a measure improves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Better {
     Lower,
@@ -199,38 +206,39 @@ const MEASURES: [Measure; 35] = {
         measure("ITL mean, ms", Lower, MILLISECONDS, |it| it.inter_token_latency.mean),
         measure("ITL p95, ms", Lower, MILLISECONDS, |it| it.inter_token_latency.p95),
         measure("ITL p99, ms", Lower, MILLISECONDS, |it| it.inter_token_latency.p99),
-        measure("request's mean ITL: mean, ms", Lower, MILLISECONDS, |it| it.time_per_output_token.mean),
+        measure("mean ITL per request: mean, ms", Lower, MILLISECONDS, |it| it.time_per_output_token.mean),
         measure("  p95, ms", Lower, MILLISECONDS, |it| it.time_per_output_token.p95),
         measure("  p99, ms", Lower, MILLISECONDS, |it| it.time_per_output_token.p99),
         measure("end to end mean, s", Lower, SECONDS, |it| it.end_to_end.mean),
         measure("end to end p50, s", Lower, SECONDS, |it| it.end_to_end.p50),
         measure("end to end p95, s", Lower, SECONDS, |it| it.end_to_end.p95),
         measure("end to end p99, s", Lower, SECONDS, |it| it.end_to_end.p99),
-        measure("within SLO, %", Higher, PERCENT, |it| it.goodput.share),
+        measure("within SLO, %", Higher, PERCENT, |it| it.goodput.fraction),
         measure("within SLO, requests/s", Higher, RATIO, |it| it.goodput.per_second),
         measure("output tokens/s", Higher, COUNT, |it| it.output_tokens_per_second),
         measure("makespan, s", Lower, RATIO, |it| it.makespan),
-        measure("prefix hits, % of tokens", Higher, PERCENT, |it| it.hit_share),
+        measure("prefix hits, % of tokens", Higher, PERCENT, |it| it.hit_fraction),
         measure("preemptions", Lower, COUNT, |it| it.preemptions as f64),
         measure("rejected", Neither, COUNT, |it| it.rejected as f64),
         measure("unfinished", Neither, COUNT, |it| it.unfinished as f64),
         measure("worst/mean computed tokens", Neither, RATIO, |it| it.computed_imbalance),
         measure("worst/mean requests", Neither, RATIO, |it| it.request_imbalance),
-        measure("active blocks off, % of peak", Neither, PERCENT, |it| it.prediction.raw),
+        measure("active blocks error, % of peak", Neither, PERCENT, |it| it.prediction.raw),
         measure("  of admitted requests", Neither, PERCENT, |it| it.prediction.admitted),
         measure("  and allocated blocks", Neither, PERCENT, |it| it.prediction.allocated),
         measure("peak blocks of an engine", Neither, COUNT, |it| f64::from(it.prediction.peak_blocks)),
-        measure("prefill learned, % off", Neither, PERCENT, |it| it.learning.prefill),
-        measure("decode step learned, % off", Neither, PERCENT, |it| it.learning.step),
-        measure("  known to a tenth after a change, s", Neither, RATIO, |it| it.learning.recovery),
-        measure("TTFT forecast, % off", Neither, PERCENT, |it| it.learning.time_to_first_token),
-        measure("answer length forecast, % off", Neither, PERCENT, |it| it.learning.length),
-        measure("  had over forecast, all together", Neither, RATIO, |it| it.learning.length_bias),
-        measure("blocks leaked", Neither, COUNT, |it| it.leaked_blocks as f64),
+        measure("prefill model, error %", Neither, PERCENT, |it| it.forecast_errors.prefill),
+        measure("decode step model, error %", Neither, PERCENT, |it| it.forecast_errors.decode_step),
+        measure("  within 10 % after a change, s", Neither, RATIO, |it| it.forecast_errors.recovery),
+        measure("TTFT forecast, error %", Neither, PERCENT, |it| it.forecast_errors.time_to_first_token),
+        measure("output length forecast, error %", Neither, PERCENT, |it| it.forecast_errors.output_length),
+        measure("  actual over forecast, sum", Neither, RATIO, |it| it.forecast_errors.output_length_bias),
+        measure("leaked blocks", Neither, COUNT, |it| it.leaked_blocks as f64),
     ]
 };
 
-/// Every measure of every policy, given the outcomes of each, paired by seed.
+/// Returns every measure of every policy. `outcomes` has `seeds` outcomes of each policy, in the
+/// same order of seeds, so that runs can be compared in pairs.
 pub(crate) fn summarise(outcomes: &[Outcome], seeds: usize) -> Vec<Summary> {
     let mut summary = Vec::new();
     for measure in &MEASURES {
@@ -263,34 +271,37 @@ pub(crate) fn summarise(outcomes: &[Outcome], seeds: usize) -> Vec<Summary> {
 }
 
 impl Summary {
-    /// No policy's mean is better, but for luck.
+    /// Returns whether no policy is better, or the difference from the best is within chance.
     pub(crate) fn is_first(&self) -> bool {
-        self.is_best || self.against_best.is_some_and(|it| it.is_tie)
+        self.is_best
+            || self
+                .against_best
+                .is_some_and(|difference| difference.is_tie)
     }
 
-    /// Its mean, as the table shows it.
+    /// Returns the mean in the format of the table.
     pub(crate) fn shown(&self) -> String {
-        let measure = MEASURES.iter().find(|it| it.name == self.measure);
-        measure.map_or(String::new(), |it| (it.show)(self.mean))
+        let measure = MEASURES.iter().find(|measure| measure.name == self.measure);
+        measure.map_or(String::new(), |measure| (measure.show)(self.mean))
     }
 }
 
 impl Report {
-    /// One measure of one policy.
+    /// Returns one measure of one policy; `None` if there is no such measure or policy.
     pub(crate) fn summary_of(&self, measure: &str, policy: &str) -> Option<&Summary> {
         let mut summary = self.summary.iter();
-        summary.find(|it| it.measure == measure && it.policy == policy)
+        summary.find(|row| row.measure == measure && row.policy == policy)
     }
 }
 
-/// The outcomes side by side, a column for each policy.
+/// Writes the table of measures with a column for each policy.
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let policies = self.outcomes.iter().step_by(self.seeds.max(1));
-        let policies: Vec<&str> = policies.map(|it| it.policy.as_str()).collect();
+        let policies: Vec<&str> = policies.map(|outcome| outcome.policy.as_str()).collect();
         let rows = self.summary.chunks(policies.len().max(1));
         let rows = MEASURES.iter().zip(rows).map(|(measure, row)| {
-            let cells = row.iter().map(|it| self.cell(measure, it));
+            let cells = row.iter().map(|summary| self.cell(measure, summary));
             (measure.name, cells.collect())
         });
         let rows: Vec<(&str, Vec<String>)> = rows.collect();
@@ -299,8 +310,8 @@ impl fmt::Display for Report {
         if self.seeds > 1 {
             writeln!(
                 f,
-                "Means over {} seeds. *: the best. ±: how far its distance from the best may be \
-                 off (95 %, paired by seed). ≈: it may be none.",
+                "Means over {} seeds. *: best. ±: 95 % confidence interval of the difference from \
+                 the best (paired by seed). ≈: the interval contains zero.",
                 self.seeds
             )?;
         }
@@ -316,6 +327,7 @@ impl fmt::Display for Report {
 }
 
 impl Report {
+    /// Returns a cell of the table: the mean, and its comparison with the best policy.
     fn cell(&self, measure: &Measure, summary: &Summary) -> String {
         let mean = (measure.show)(summary.mean);
         match summary.against_best {
@@ -336,7 +348,7 @@ mod tests {
 
     #[test]
     fn percentiles_are_nearest_rank() {
-        let mut samples: Vec<f32> = (1..=200).rev().map(|it| it as f32).collect();
+        let mut samples: Vec<f32> = (1..=200).rev().map(|sample| sample as f32).collect();
         let latency = Latency::of(&mut samples);
         assert_eq!(
             (latency.mean, latency.p50, latency.p99),

@@ -1,20 +1,20 @@
-//! What counts as served well: limits for one request's times.
+//! Service-level objective: limits for the times of one request.
 
 use serde::Serialize;
 
-use crate::span::{self, InvalidSpan};
+use crate::duration::{self, InvalidDuration};
 
-/// Limits, in seconds; a request that keeps within all there are was served well.
+/// Limits in seconds. A request meets the objective if it is within every limit that is set.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Slo {
-    /// From arrival to first token.
+    /// Limit for the time from arrival to the first token.
     pub ttft: Option<f64>,
-    /// From one token to the next, in the mean over the request.
+    /// Limit for the mean time between two output tokens of the request.
     pub itl: Option<f64>,
 }
 
 impl Default for Slo {
-    /// 2 s and 60 ms.
+    /// Returns limits of 2 s to the first token and 60 ms between tokens.
     fn default() -> Self {
         Self {
             ttft: Some(2.0),
@@ -24,19 +24,21 @@ impl Default for Slo {
 }
 
 impl Slo {
+    /// Returns whether a time to first token is within the limit.
     pub(crate) fn allows_first_token(&self, seconds: f64) -> bool {
-        self.ttft.is_none_or(|most| seconds <= most)
+        self.ttft.is_none_or(|limit| seconds <= limit)
     }
 
+    /// Returns whether a mean time between tokens is within the limit.
     pub(crate) fn allows_mean_gap(&self, seconds: f64) -> bool {
-        self.itl.is_none_or(|most| seconds <= most)
+        self.itl.is_none_or(|limit| seconds <= limit)
     }
 }
 
-/// Why limits cannot be read.
+/// Error for a text that does not state limits.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidSlo {
-    /// A part is not `ttft=TIME` or `itl=TIME`, or is there twice.
+    /// A part is not `ttft=TIME` or `itl=TIME`, or occurs twice.
     #[error(
         "cannot read {part:?} of the SLO: write ttft=TIME, itl=TIME or both, as in ttft=2s,itl=60ms"
     )]
@@ -44,9 +46,9 @@ pub enum InvalidSlo {
         /// The part.
         part: String,
     },
-    /// The time.
+    /// The time of a limit is not a duration.
     #[error("in the SLO: {0}")]
-    Time(#[from] InvalidSpan),
+    Time(#[from] InvalidDuration),
 }
 
 impl std::str::FromStr for Slo {
@@ -70,7 +72,7 @@ impl std::str::FromStr for Slo {
             if limit.is_some() {
                 return Err(invalid());
             }
-            *limit = Some(span::parse(time.trim())?.as_secs_f64());
+            *limit = Some(duration::parse(time.trim())?.as_secs_f64());
         }
         Ok(slo)
     }
@@ -78,7 +80,12 @@ impl std::str::FromStr for Slo {
 
 impl std::fmt::Display for Slo {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let part = |name: &str, limit: Option<f64>| Some(format!("{name}={}ms", limit? * 1e3));
+        let part = |name: &str, limit: Option<f64>| {
+            limit.map(|seconds| match seconds {
+                1.0.. => format!("{name}={seconds}s"),
+                _ => format!("{name}={}ms", seconds * 1e3),
+            })
+        };
         let parts = [part("ttft", self.ttft), part("itl", self.itl)];
         f.write_str(&parts.into_iter().flatten().collect::<Vec<_>>().join(","))
     }
@@ -89,10 +96,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn limits_are_read_and_written_alike() {
+    fn limits_round_trip_through_text() {
         let slo: Slo = "ttft=2s,itl=60ms".parse().unwrap();
         assert_eq!(slo, Slo::default());
-        assert_eq!(slo.to_string(), "ttft=2000ms,itl=60ms");
+        assert_eq!(slo.to_string(), "ttft=2s,itl=60ms");
         assert_eq!(slo.to_string().parse(), Ok(slo));
         let one: Slo = "itl=0.1s".parse().unwrap();
         assert_eq!((one.ttft, one.itl), (None, Some(0.1)));
@@ -110,7 +117,7 @@ mod tests {
                 .parse::<Slo>()
                 .unwrap_err()
                 .to_string()
-                .contains("as in 60ms")
+                .contains("write 2ms, 2s")
         );
     }
 }

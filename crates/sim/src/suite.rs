@@ -1,8 +1,8 @@
-//! The fixed list of scenarios that policies are judged by.
+//! The suite: a fixed list of scenarios in which policies are compared.
 //!
-//! Named workloads as they are, and as arrivals at a rate; two public traces, for who has them; and
-//! fleets and knowledge that are not as they should be. Eight workers each. Rates are such that the
-//! best policies keep up, near to what they can carry in the higher ones.
+//! The scenarios are named workloads with their own arrivals, workloads at a fixed rate, two public
+//! traces, which must be downloaded, and impaired fleets and cache signals. All have eight workers.
+//! At each rate the best policies keep up; the highest rates are near their capacity.
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -10,184 +10,199 @@ use std::time::Duration;
 
 use foresee_core::router::RouterConfig;
 
+use crate::cache_signal::CacheSignal;
 use crate::compare::Case;
 use crate::engine::EngineConfig;
-use crate::knowledge::Knowledge;
-use crate::law::{H100_70B_TP4, L40S_8B, Preset};
+use crate::fleet_changes::{Change, FleetChange};
+use crate::hashed_workload::HashedWorkload;
 use crate::replay::ReplayConfig;
-use crate::schedule::{Change, FleetChange};
 use crate::slo::Slo;
-use crate::trace::{TraceRequest, stretch};
-use crate::traffic::Traffic;
+use crate::step_time::{H100_70B_TP4, L40S_8B, Preset};
+use crate::trace::{TraceRequest, section};
 use crate::workload::{
     InvalidRate, InvalidRequestRate, Recipe, Spacing, UnknownWorkload, Workload,
 };
 
-/// One of [`SCENARIOS`].
+/// A scenario of the suite.
 #[derive(Clone, Copy, Debug)]
 pub struct Scenario {
-    /// Its name.
+    /// Name.
     pub name: &'static str,
-    /// A line about it.
-    pub what: &'static str,
-    /// What is sent: the first of these that there is.
-    sources: &'static [Source],
-    condition: Condition,
+    /// Description in one line.
+    pub description: &'static str,
+    /// Sources of the requests; the first available one is used.
+    sources: &'static [WorkloadSource],
+    condition: FleetCondition,
 }
 
-/// Where requests come from.
+/// The source of requests.
 #[derive(Clone, Copy, Debug)]
-enum Source {
-    /// A named workload as it is.
+enum WorkloadSource {
+    /// A named workload with its own arrivals.
     Named(&'static str),
-    /// A named workload, at so many requests a second (Poisson), with so many requests,
+    /// A named workload with Poisson arrivals: requests per second, and the number of requests,
     /// conversations or tasks.
     Open(&'static str, f64, u32),
-    /// Mooncake's conversations, so many times as fast as they came.
+    /// Mooncake's conversation trace with its arrival rate multiplied by this factor.
     Conversation(f64),
-    /// Azure's conversations, likewise.
+    /// Azure's conversation trace with its arrival rate multiplied by this factor.
     Azure(f64),
 }
 
-/// What is not as it should be.
+/// An impairment of the fleet or of the cache signal.
 #[derive(Clone, Copy, Debug)]
-enum Condition {
-    Fair,
-    /// One worker is half as fast.
+enum FleetCondition {
+    /// No impairment.
+    Normal,
+    /// One worker has half the speed.
     Uneven,
-    /// One worker becomes half as fast half-way through.
+    /// One worker loses half its speed after half the time.
     Slowing,
-    /// Engines have a quarter of their memory.
+    /// Engines have a quarter of their KV blocks.
     Small,
-    /// KV events come half a second late.
+    /// KV events arrive half a second late.
     Late,
-    /// There are no KV events.
-    Shadow,
+    /// The workers send no KV events.
+    NoEvents,
 }
 
-const fn fair(name: &'static str, what: &'static str, sources: &'static [Source]) -> Scenario {
+const fn normal(
+    name: &'static str,
+    description: &'static str,
+    sources: &'static [WorkloadSource],
+) -> Scenario {
     Scenario {
         name,
-        what,
+        description,
         sources,
-        condition: Condition::Fair,
+        condition: FleetCondition::Normal,
     }
 }
 
-const fn under(condition: Condition, name: &'static str, what: &'static str) -> Scenario {
+const fn under(
+    condition: FleetCondition,
+    name: &'static str,
+    description: &'static str,
+) -> Scenario {
     Scenario {
         name,
-        what,
+        description,
         sources: &[CONVERSATION_70, AGENT_70],
         condition,
     }
 }
 
-/// Of what eight workers can carry of this trace, 1.8 times its rate, 70 %.
-const CONVERSATION_70: Source = Source::Conversation(1.26);
-/// Likewise, of 55 calls a second.
-const AGENT_70: Source = Source::Open("agent", 38.0, 900);
+/// 70 % of the capacity of eight workers, which is 1.8 times the trace's rate.
+const CONVERSATION_70: WorkloadSource = WorkloadSource::Conversation(1.26);
+/// 70 % of the capacity of eight workers, which is 55 calls per second.
+const AGENT_70: WorkloadSource = WorkloadSource::Open("agent", 38.0, 900);
 
-/// Every scenario, in the order to list them.
+/// Every scenario, in the order of reports.
 #[rustfmt::skip]
 pub static SCENARIOS: [Scenario; 25] = {
-    use Source::{Azure, Conversation, Named, Open};
+    use WorkloadSource::{Azure, Conversation, Named, Open};
     [
-        fair("seed", "20 at a time, ISL 7000, OSL 100, 10 prefixes", &[Named("seed")]),
-        fair("seed-10", "10 at a time", &[Named("seed-10")]),
-        fair("seed-isl", "ISL varied by 90 %", &[Named("seed-isl")]),
-        fair("seed-osl", "OSL varied by 90 %", &[Named("seed-osl")]),
-        fair("burst", "1,000 of these at one instant", &[Named("burst")]),
-        fair("burst-isl", "with ISL varied by 90 %", &[Named("burst-isl")]),
-        fair("burst-one-prefix", "with one prefix for all", &[Named("burst-one-prefix")]),
-        fair("burst-heavy", "one prompt in ten 15 times as long", &[Named("burst-heavy")]),
-        fair("n-samples", "1,000 identical prompts at one instant", &[Named("n-samples")]),
-        fair("conversation-50", "Mooncake's trace, half of what can be carried", &[Conversation(0.9)]),
-        fair("conversation-70", "70 % of it", &[CONVERSATION_70]),
-        fair("conversation-85", "85 % of it", &[Conversation(1.53)]),
-        fair("conversation-95", "95 % of it", &[Conversation(1.71)]),
-        fair("agent-low", "tasks of some 12 calls, 15 % of what can be carried", &[Open("agent", 8.0, 300)]),
-        fair("agent", "70 % of it", &[AGENT_70]),
-        fair("agent-high", "90 % of it", &[Open("agent", 50.0, 900)]),
-        fair("rag", "questions about shared documents, 70 %", &[Open("rag", 9.5, 3000)]),
-        fair("chat", "conversations of up to 8 turns, 70 %", &[Open("chat", 25.0, 1200)]),
-        fair("azure", "Azure's trace, which shares no prefixes, 60 %", &[Azure(5.0)]),
-        fair("azure-high", "90 % of it", &[Azure(7.0)]),
-        under(Condition::Uneven, "uneven", "one worker half as fast"),
-        under(Condition::Slowing, "slowing", "one worker half as fast from half-way on"),
-        under(Condition::Small, "small-kv", "a quarter of the KV cache"),
-        under(Condition::Late, "late-events", "KV events come 500 ms late"),
-        under(Condition::Shadow, "no-events", "no KV events"),
+        normal("shared-prefix", "1,000 prompts, ISL 7000, OSL 100, 10 prefixes, 20 in flight", &[Named("shared-prefix")]),
+        normal("shared-prefix-c10", "1,000 prompts, ISL 7000, OSL 100, 10 prefixes, 10 in flight", &[Named("shared-prefix-c10")]),
+        normal("shared-prefix-isl", "1,000 prompts, ISL 7000 ±90 %, OSL 100, 10 prefixes, 20 in flight", &[Named("shared-prefix-isl")]),
+        normal("shared-prefix-osl", "1,000 prompts, ISL 7000, OSL 100 ±90 %, 10 prefixes, 20 in flight", &[Named("shared-prefix-osl")]),
+        normal("burst", "1,000 prompts at one instant, ISL 7000, OSL 100, 10 prefixes", &[Named("burst")]),
+        normal("burst-isl", "1,000 prompts at one instant, ISL 7000 ±90 %, OSL 100, 10 prefixes", &[Named("burst-isl")]),
+        normal("burst-one-prefix", "1,000 prompts at one instant, ISL 7000, OSL 100, one prefix", &[Named("burst-one-prefix")]),
+        normal("burst-heavy", "800 prompts at one instant, ISL 1500, one in ten 15 times as long", &[Named("burst-heavy")]),
+        normal("n-samples", "1,000 identical prompts at one instant", &[Named("n-samples")]),
+        normal("conversation-50", "Mooncake's conversation trace at 50 % of the fleet's capacity", &[Conversation(0.9)]),
+        normal("conversation-70", "Mooncake's conversation trace at 70 % of the fleet's capacity", &[CONVERSATION_70]),
+        normal("conversation-85", "Mooncake's conversation trace at 85 % of the fleet's capacity", &[Conversation(1.53)]),
+        normal("conversation-95", "Mooncake's conversation trace at 95 % of the fleet's capacity", &[Conversation(1.71)]),
+        normal("agent-low", "tasks of about 12 calls at 15 % of the fleet's capacity", &[Open("agent", 8.0, 300)]),
+        normal("agent", "tasks of about 12 calls at 70 % of the fleet's capacity", &[AGENT_70]),
+        normal("agent-high", "tasks of about 12 calls at 90 % of the fleet's capacity", &[Open("agent", 50.0, 900)]),
+        normal("rag", "questions about shared documents at 70 % of the fleet's capacity", &[Open("rag", 9.5, 3000)]),
+        normal("chat", "conversations of up to 8 turns at 70 % of the fleet's capacity", &[Open("chat", 25.0, 1200)]),
+        normal("azure", "Azure's trace, without shared prefixes, at 60 % of the fleet's capacity", &[Azure(5.0)]),
+        normal("azure-high", "Azure's trace, without shared prefixes, at 90 % of the fleet's capacity", &[Azure(7.0)]),
+        under(FleetCondition::Uneven, "uneven", "one worker with half the speed"),
+        under(FleetCondition::Slowing, "slowing", "one worker with half the speed in the second half"),
+        under(FleetCondition::Small, "small-kv", "engines with a quarter of the KV blocks"),
+        under(FleetCondition::Late, "late-events", "KV events that arrive 500 ms late"),
+        under(FleetCondition::NoEvents, "no-events", "no KV events"),
     ]
 };
 
-/// Traces that the list needs, for who has them.
+/// The public traces that some scenarios need; `None` if a trace is not available.
 #[derive(Clone, Debug, Default)]
 pub struct Traces {
-    /// Mooncake's conversations.
+    /// Mooncake's conversation trace.
     pub conversation: Option<Vec<TraceRequest>>,
-    /// Azure's of 2023.
+    /// Azure's conversation trace of 2023.
     pub azure: Option<Vec<TraceRequest>>,
 }
 
-/// What is the same in all scenarios, but where one is about it.
+/// Settings of all scenarios, except where a scenario changes one of them.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// The router's.
+    /// The router's settings.
     pub router: RouterConfig,
-    /// What tells the router what engines cache.
-    pub knowledge: Knowledge,
-    /// What counts as served well.
+    /// The router's source of knowledge about the engines' caches.
+    pub cache_signal: CacheSignal,
+    /// Limits that decide which requests count as goodput.
     pub slo: Slo,
-    /// Runs of each policy.
+    /// Number of runs of each policy, each with its own seed.
     pub seeds: NonZeroU32,
 }
 
-/// Why a scenario cannot be made.
+/// The reason why a scenario cannot be prepared.
 #[derive(Debug, thiserror::Error)]
 pub enum SuiteError {
-    /// There is none of this name.
-    #[error("unknown scenario {name:?}; known: {}", SCENARIOS.each_ref().map(|it| it.name).join(", "))]
+    /// No scenario has this name.
+    #[error(
+        "unknown scenario {name:?}; known: {}",
+        SCENARIOS.each_ref().map(|scenario| scenario.name).join(", ")
+    )]
     Unknown {
-        /// The name asked for.
+        /// The unknown name.
         name: String,
     },
-    /// Its workload.
+    /// The scenario names an unknown workload.
     #[error(transparent)]
     Workload(#[from] UnknownWorkload),
-    /// Its rate.
+    /// The factor on a trace's rate is invalid.
     #[error(transparent)]
     Rate(#[from] InvalidRate),
-    /// Its rate.
+    /// The arrival rate of a workload is invalid.
     #[error(transparent)]
     RequestRate(#[from] InvalidRequestRate),
 }
 
-/// The scenarios of these names, or all if there are none.
+/// Returns the scenarios with these names, or all scenarios if `names` is empty.
 ///
 /// # Errors
-/// If one is not known.
+/// If no scenario has one of the names.
 pub fn named(names: &[String]) -> Result<Vec<&'static Scenario>, SuiteError> {
     if names.is_empty() {
         return Ok(SCENARIOS.iter().collect());
     }
     let named = |name: &String| {
-        let found = SCENARIOS.iter().find(|it| it.name == name);
+        let found = SCENARIOS.iter().find(|scenario| scenario.name == name);
         found.ok_or_else(|| SuiteError::Unknown { name: name.clone() })
     };
     names.iter().map(named).collect()
 }
 
+/// Number of workers in all scenarios.
 const WORKERS: u32 = 8;
 
-/// How much of a trace is replayed; each seed has a stretch of its own, as far as it reaches.
-const STRETCH: Duration = Duration::from_secs(20 * 60);
+/// Length of the section of a trace that a run replays. Each seed has another section, until the
+/// sections of the trace repeat.
+const SECTION: Duration = Duration::from_secs(20 * 60);
 
 impl Scenario {
-    /// What it replays; `None` if it needs a trace that there is not.
+    /// Returns the fleet and the requests to replay; `None` if the scenario needs a trace that is
+    /// not available.
     ///
     /// # Errors
-    /// If the list is wrong.
+    /// If the entry in [`SCENARIOS`] is invalid.
     pub fn case(&self, traces: &Traces, settings: &Settings) -> Result<Option<Case>, SuiteError> {
         let Some(source) = self.source(traces) else {
             return Ok(None);
@@ -196,7 +211,7 @@ impl Scenario {
         let seeds = 0..u64::from(settings.seeds.get());
         let traffic = seeds.map(|seed| {
             let workload = source.workload(traces, router.seed.wrapping_add(seed), seed)?;
-            Ok(Arc::new(Traffic::new(workload, router.block_size)))
+            Ok(Arc::new(HashedWorkload::new(workload, router.block_size)))
         });
         let traffic: Vec<_> = traffic.collect::<Result<_, SuiteError>>()?;
         let engine = EngineConfig {
@@ -205,19 +220,26 @@ impl Scenario {
         };
         let mut config = ReplayConfig::uniform(router.clone(), &engine, WORKERS);
         config.slo = settings.slo;
-        config.knowledge = settings.knowledge;
-        let span = traffic.first().map(|it| it.workload().arrivals_span());
-        self.condition.impose(&mut config, span.unwrap_or_default());
+        config.cache_signal = settings.cache_signal;
+        let duration = traffic
+            .first()
+            .map(|first| first.workload().arrivals_span());
+        self.condition
+            .apply(&mut config, duration.unwrap_or_default());
         Ok(Some(Case { config, traffic }))
     }
 
-    fn source(&self, traces: &Traces) -> Option<Source> {
-        self.sources.iter().copied().find(|it| it.is_there(traces))
+    /// Returns the first available source.
+    fn source(&self, traces: &Traces) -> Option<WorkloadSource> {
+        self.sources
+            .iter()
+            .copied()
+            .find(|source| source.is_available(traces))
     }
 }
 
-impl Source {
-    fn is_there(self, traces: &Traces) -> bool {
+impl WorkloadSource {
+    fn is_available(self, traces: &Traces) -> bool {
         match self {
             Self::Named(_) | Self::Open(..) => true,
             Self::Conversation(_) => traces.conversation.is_some(),
@@ -225,7 +247,8 @@ impl Source {
         }
     }
 
-    /// What its workers are: Mooncake's prompts are so long that small ones could hold few.
+    /// Returns the engine of the workers. Mooncake's prompts are so long that only few would fit
+    /// into the KV cache of a small engine.
     fn engine(self) -> &'static Preset {
         match self {
             Self::Conversation(_) => &H100_70B_TP4,
@@ -233,10 +256,11 @@ impl Source {
         }
     }
 
-    /// `run` counts the seeds.
+    /// Returns the workload of one run. `run` is the number of the run, which selects the section
+    /// of a trace.
     fn workload(self, traces: &Traces, seed: u64, run: u64) -> Result<Workload, SuiteError> {
-        let of_trace = |trace: &Option<Vec<TraceRequest>>, rate, name: &str| {
-            let requests = stretch(trace.as_deref().unwrap_or_default(), STRETCH, run);
+        let from_trace = |trace: &Option<Vec<TraceRequest>>, rate, name: &str| {
+            let requests = section(trace.as_deref().unwrap_or_default(), SECTION, run);
             let mut workload = Workload::from_trace(&requests, rate)?;
             workload.name = name.to_owned();
             Ok(workload)
@@ -250,36 +274,36 @@ impl Source {
                 workload.name = name.to_owned();
                 Ok(workload)
             }
-            Self::Conversation(rate) => of_trace(&traces.conversation, rate, "conversation"),
-            Self::Azure(rate) => of_trace(&traces.azure, rate, "azure"),
+            Self::Conversation(rate) => from_trace(&traces.conversation, rate, "conversation"),
+            Self::Azure(rate) => from_trace(&traces.azure, rate, "azure"),
         }
     }
 }
 
-impl Condition {
-    /// `span` is the time in which requests arrive.
-    fn impose(self, config: &mut ReplayConfig, span: Duration) {
+impl FleetCondition {
+    /// Changes the configuration. `duration` is the time from the first arrival to the last.
+    fn apply(self, config: &mut ReplayConfig, duration: Duration) {
         let half_speed = |at| FleetChange {
             at,
             worker: 0,
-            what: Change::Speed(0.5),
+            change: Change::Speed(0.5),
         };
         match self {
-            Self::Fair => {}
+            Self::Normal => {}
             Self::Uneven => config.changes.push(half_speed(Duration::ZERO)),
-            Self::Slowing => config.changes.push(half_speed(span / 2)),
+            Self::Slowing => config.changes.push(half_speed(duration / 2)),
             Self::Small => {
                 for engine in &mut config.engines {
                     engine.blocks /= 4;
                 }
             }
             Self::Late => {
-                config.knowledge = Knowledge::Events {
+                config.cache_signal = CacheSignal::Events {
                     lag: Duration::from_millis(500),
-                    loss: 0.0,
+                    loss_fraction: 0.0,
                 };
             }
-            Self::Shadow => config.knowledge = Knowledge::Shadow,
+            Self::NoEvents => config.cache_signal = CacheSignal::Estimated,
         }
     }
 }
@@ -301,7 +325,7 @@ mod tests {
     fn case(name: &str, traces: &Traces) -> Option<Case> {
         let settings = Settings {
             router: RouterConfig::default(),
-            knowledge: Knowledge::default(),
+            cache_signal: CacheSignal::default(),
             slo: Slo::default(),
             seeds: NonZeroU32::new(2).unwrap(),
         };
@@ -310,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn without_traces_all_is_there_but_what_needs_them() {
+    fn without_traces_all_other_scenarios_are_available() {
         let mut names = Vec::new();
         for scenario in &SCENARIOS {
             assert!(!names.contains(&scenario.name));
@@ -318,7 +342,7 @@ mod tests {
             let source = scenario.source(&Traces::default());
             let needs = ["conversation-", "azure"]
                 .iter()
-                .any(|it| scenario.name.starts_with(it));
+                .any(|prefix| scenario.name.starts_with(prefix));
             assert_eq!(source.is_none(), needs, "{}", scenario.name);
             let Some(source) = source else { continue };
             let [first, second] = [0, 1].map(|seed| {
@@ -326,15 +350,15 @@ mod tests {
                 workload.unwrap().requests
             });
             assert!(first.len() >= 800, "{}", scenario.name);
-            // With one prefix and one length there is nothing to decide.
+            // A workload with one prefix and one length has no random choice.
             let is_same = scenario.name == "burst-one-prefix";
             assert_eq!(first == second, is_same, "{}", scenario.name);
         }
-        assert!(named(&["seed".to_owned(), "sead".to_owned()]).is_err());
+        assert!(named(&["shared-prefix".to_owned(), "shared-prefx".to_owned()]).is_err());
     }
 
     #[test]
-    fn each_seed_has_a_stretch_of_a_trace() {
+    fn each_seed_has_its_own_section_of_a_trace() {
         let traces = Traces {
             conversation: Some([0, 600, 1200, 1500, 2400].map(request).to_vec()),
             azure: None,
@@ -348,33 +372,36 @@ mod tests {
     }
 
     #[test]
-    fn conditions_are_what_their_names_say() {
+    fn each_condition_changes_the_configuration() {
         let traces = Traces {
             conversation: Some([0, 630].map(request).to_vec()),
             azure: None,
         };
-        let of = |name: &str| {
-            let with = case(name, &traces).unwrap();
-            assert_eq!(with.traffic[0].workload().name, "conversation");
-            assert_eq!((with.config.engines.len(), with.traffic.len()), (8, 2));
+        let config = |name: &str| {
+            let case = case(name, &traces).unwrap();
+            assert_eq!(case.traffic[0].workload().name, "conversation");
+            assert_eq!((case.config.engines.len(), case.traffic.len()), (8, 2));
             let stand_in = named(&[name.to_owned()]).unwrap()[0].source(&Traces::default());
-            assert!(matches!(stand_in, Some(Source::Open("agent", ..))));
-            with.config
+            assert!(matches!(stand_in, Some(WorkloadSource::Open("agent", ..))));
+            case.config
         };
         let slow = FleetChange {
             at: Duration::ZERO,
             worker: 0,
-            what: Change::Speed(0.5),
+            change: Change::Speed(0.5),
         };
-        assert_eq!(of("uneven").changes, [slow]);
+        assert_eq!(config("uneven").changes, [slow]);
         let at = Duration::from_secs(250);
-        assert_eq!(of("slowing").changes, [FleetChange { at, ..slow }]);
-        assert_eq!(of("small-kv").engines[0].blocks, 437_000 / 16 / 4);
+        assert_eq!(config("slowing").changes, [FleetChange { at, ..slow }]);
+        assert_eq!(config("small-kv").engines[0].blocks, 437_000 / 16 / 4);
         let lag = Duration::from_millis(500);
         assert_eq!(
-            of("late-events").knowledge,
-            Knowledge::Events { lag, loss: 0.0 }
+            config("late-events").cache_signal,
+            CacheSignal::Events {
+                lag,
+                loss_fraction: 0.0
+            }
         );
-        assert_eq!(of("no-events").knowledge, Knowledge::Shadow);
+        assert_eq!(config("no-events").cache_signal, CacheSignal::Estimated);
     }
 }

@@ -1,10 +1,13 @@
-//! Reads request traces: when requests came, how long they were, what they shared; no contents.
+//! Reads request traces: arrival times, lengths and shared prefixes of requests, without any text.
 //!
-//! Either one JSON object a line, as <https://github.com/kvcache-ai/Mooncake> has it (FAST'25
-//! release): arrival time, lengths, and for each 512 tokens of the prompt an id that stands for
-//! them and all before; a line's field `tokens_per_hash_id` says how many they are if not 512.
-//! Or the tables of <https://github.com/Azure/AzurePublicDataset> (see `azure`), which do not say
-//! what prompts share. The first line tells which.
+//! Two formats are recognised by their first line:
+//!
+//! - One JSON object per line, as in <https://github.com/kvcache-ai/Mooncake> (FAST'25 release):
+//!   the arrival time, the lengths, and for each 512 tokens of the prompt an id that stands for these
+//!   tokens and all tokens before them. The field `tokens_per_hash_id` gives the number of tokens
+//!   if it is not 512.
+//! - The tables of <https://github.com/Azure/AzurePublicDataset> (see `azure`), which contain no
+//!   information about shared prefixes.
 
 use std::io::BufRead;
 use std::num::NonZeroU32;
@@ -14,7 +17,7 @@ use serde::Deserialize;
 
 mod azure;
 
-/// Mooncake's.
+/// Tokens per id in Mooncake's traces.
 const TOKENS_PER_HASH_ID: NonZeroU32 = NonZeroU32::new(512).expect("not zero");
 
 /// One request of a trace.
@@ -22,61 +25,63 @@ const TOKENS_PER_HASH_ID: NonZeroU32 = NonZeroU32::new(512).expect("not zero");
 pub struct TraceRequest {
     /// Time since the first request.
     pub arrival: Duration,
-    /// Prompt length; at least 1.
+    /// Length of the prompt; at least 1.
     pub prompt_tokens: u32,
-    /// Answer length; at least 1.
+    /// Length of the output; at least 1.
     pub output_tokens: u32,
-    /// Content of the prompt: each stands for some tokens and all before.
+    /// Content of the prompt: each id stands for `tokens_per_hash_id` tokens and all tokens before
+    /// them.
     pub hash_ids: Vec<u64>,
-    /// How many tokens; the last id may stand for fewer.
+    /// Tokens of each id; the last id may stand for fewer.
     pub tokens_per_hash_id: NonZeroU32,
 }
 
-/// Why a trace cannot be used, and where.
+/// The reason why a trace cannot be used, with the line. Lines are counted from 1.
 #[derive(Debug, thiserror::Error)]
 pub enum TraceError {
-    /// The file or stream failed.
+    /// The reader failed.
     #[error("line {line}: cannot read: {source}")]
     Read {
-        /// Counted from 1.
+        /// Number of the line.
         line: usize,
-        /// What the reader said.
+        /// The reader's error.
         source: std::io::Error,
     },
-    /// Not JSON, or a field is missing or of the wrong type.
+    /// The line is not JSON, or a field is missing or has the wrong type.
     #[error("line {line}: {source}")]
     Json {
-        /// Counted from 1.
+        /// Number of the line.
         line: usize,
-        /// Names the field.
+        /// The parser's error, which names the field.
         source: serde_json::Error,
     },
-    /// A field's value makes no sense.
+    /// A field has an invalid value.
     #[error("line {line}: field `{field}`: {problem}")]
     Value {
-        /// Counted from 1.
+        /// Number of the line.
         line: usize,
-        /// Which one.
+        /// Name of the field.
         field: &'static str,
-        /// What is wrong with it.
+        /// The problem with the value.
         problem: String,
     },
-    /// The first line is of no format that is known.
+    /// The first line has no known format.
     #[error(
         "line {line}: neither a JSON object, as in Mooncake's traces, nor a table's header with {}",
         azure::NAMES.join(", ")
     )]
     Format {
-        /// Counted from 1.
+        /// Number of the line.
         line: usize,
     },
-    /// There was no request in it.
+    /// The trace has no request.
     #[error("the trace is empty")]
     Empty,
 }
 
+/// A line of a trace in Mooncake's format.
 #[derive(Deserialize)]
-struct Line {
+struct TraceLine {
     /// Milliseconds; some releases write fractions.
     timestamp: f64,
     input_length: u32,
@@ -85,18 +90,18 @@ struct Line {
     tokens_per_hash_id: Option<NonZeroU32>,
 }
 
-/// How a line is read.
+/// Format of a trace.
 #[derive(Clone, Copy)]
 enum Format {
     Json,
     Azure(azure::Columns),
 }
 
-/// Reads a whole trace. Empty lines are skipped. Lines may be in any order; requests come in that
-/// of their arrivals.
+/// Reads a whole trace. Returns the requests in the order of arrival, whatever the order of the
+/// lines. The first arrival is time zero. Empty lines are skipped.
 ///
 /// # Errors
-/// Says on which line, and which field, is wrong.
+/// If a line is invalid; the error names the line and the field.
 pub fn read(reader: impl BufRead) -> Result<Vec<TraceRequest>, TraceError> {
     let mut requests: Vec<TraceRequest> = Vec::new();
     let mut format = None;
@@ -115,7 +120,7 @@ pub fn read(reader: impl BufRead) -> Result<Vec<TraceRequest>, TraceError> {
         let read = match format {
             Some(Format::Azure(columns)) => columns.read(text, requests.len()),
             None if !text.starts_with('{') => {
-                let columns = azure::Columns::of(text).ok_or(TraceError::Format { line })?;
+                let columns = azure::Columns::find(text).ok_or(TraceError::Format { line })?;
                 format = Some(Format::Azure(columns));
                 continue;
             }
@@ -131,45 +136,61 @@ pub fn read(reader: impl BufRead) -> Result<Vec<TraceRequest>, TraceError> {
     if requests.is_empty() {
         return Err(TraceError::Empty);
     }
-    // Who records requests as they end writes them in that order.
-    requests.sort_by_key(|it| it.arrival);
+    // A recorder that writes requests as they end writes them in that order.
+    requests.sort_by_key(|request| request.arrival);
     let first = requests[0].arrival;
-    requests.iter_mut().for_each(|it| it.arrival -= first);
+    requests
+        .iter_mut()
+        .for_each(|request| request.arrival -= first);
     Ok(requests)
 }
 
-/// Keeps the first `most` requests, and of them those of the first `duration`.
-pub fn shorten(requests: &mut Vec<TraceRequest>, most: Option<usize>, duration: Option<Duration>) {
-    requests.truncate(most.unwrap_or(usize::MAX));
-    if let (Some(duration), Some(first)) = (duration, requests.first().map(|it| it.arrival)) {
-        requests.retain(|it| it.arrival - first < duration);
+/// Keeps the first `max_requests` requests, and of these only the ones that arrive within
+/// `duration` after the first.
+pub fn truncate(
+    requests: &mut Vec<TraceRequest>,
+    max_requests: Option<usize>,
+    duration: Option<Duration>,
+) {
+    requests.truncate(max_requests.unwrap_or(usize::MAX));
+    if let (Some(duration), Some(first)) =
+        (duration, requests.first().map(|request| request.arrival))
+    {
+        requests.retain(|request| request.arrival - first < duration);
     }
 }
 
-/// The requests of one of the stretches of that length that a trace can be cut into, counted from 0
-/// and after the last from 0 again, as if it began there. What is left behind the last whole one
-/// belongs to none, if there is one.
+/// Returns the requests of one section of a trace, with arrivals relative to its start. The trace
+/// is divided into sections of `length`; a rest that is shorter than 0.9 sections is dropped,
+/// unless it is the only section. Numbers count from 0 and continue with the first section after
+/// the last.
 #[must_use]
-pub fn stretch(requests: &[TraceRequest], length: Duration, number: u64) -> Vec<TraceRequest> {
-    let last = requests.last().map_or(Duration::ZERO, |it| it.arrival);
-    // Of a trace a little too short for the last one, that one is whole enough.
-    let whole = (last.as_secs_f64() / length.as_secs_f64() + 0.1).max(1.0) as u64;
-    let start = length.saturating_mul((number % whole) as u32);
+pub fn section(requests: &[TraceRequest], length: Duration, number: u64) -> Vec<TraceRequest> {
+    let last = requests
+        .last()
+        .map_or(Duration::ZERO, |request| request.arrival);
+    // A tenth is added, so that a last section that is only slightly too short counts too.
+    let sections = (last.as_secs_f64() / length.as_secs_f64() + 0.1).max(1.0) as u64;
+    let start = length.saturating_mul((number % sections) as u32);
     let inside = requests
         .iter()
-        .filter(|it| it.arrival >= start && it.arrival - start < length);
-    let shifted = inside.map(|it| TraceRequest {
-        arrival: it.arrival - start,
-        ..it.clone()
+        .filter(|request| request.arrival >= start && request.arrival - start < length);
+    let shifted = inside.map(|request| TraceRequest {
+        arrival: request.arrival - start,
+        ..request.clone()
     });
     shifted.collect()
 }
 
-fn check(line: Line) -> Result<TraceRequest, (&'static str, String)> {
+/// Converts a line to a request. An error is the field and the problem with it.
+fn check(line: TraceLine) -> Result<TraceRequest, (&'static str, String)> {
     let arrival = Duration::try_from_secs_f64(line.timestamp / 1000.0)
         .map_err(|error| ("timestamp", format!("{} ms: {error}", line.timestamp)))?;
     if line.input_length == 0 {
-        return Err(("input_length", "a prompt has at least one token".to_owned()));
+        return Err((
+            "input_length",
+            "a prompt must have at least one token".to_owned(),
+        ));
     }
     let tokens_per_hash_id = line.tokens_per_hash_id.unwrap_or(TOKENS_PER_HASH_ID);
     let expected = line.input_length.div_ceil(tokens_per_hash_id.get()) as usize;
@@ -184,7 +205,7 @@ fn check(line: Line) -> Result<TraceRequest, (&'static str, String)> {
     Ok(TraceRequest {
         arrival,
         prompt_tokens: line.input_length,
-        // Some requests of the release generated nothing; an engine always computes one.
+        // Some requests of the release have no output; an engine always generates a token.
         output_tokens: line.output_length.max(1),
         hash_ids: line.hash_ids,
         tokens_per_hash_id,
@@ -227,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_name_line_and_field() {
+    fn errors_name_the_line_and_the_field() {
         let good = r#"{"timestamp": 9, "input_length": 1, "output_length": 1, "hash_ids": [0]}"#;
         let missing = format!("{good}\n{{\"timestamp\": 9, \"input_length\": 1}}");
         assert!(error_of(&missing).starts_with("line 2: missing field `output_length`"));
@@ -242,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_come_in_the_order_of_arrival_whatever_that_of_the_lines() {
+    fn requests_are_sorted_by_arrival() {
         let line = |timestamp: u64, id: u64| {
             format!(
                 r#"{{"timestamp": {timestamp}, "input_length": 1, "output_length": 1, "hash_ids": [{id}]}}"#
@@ -250,14 +271,14 @@ mod tests {
         };
         let text = [line(1_763_000_000_900, 2), line(1_763_000_000_400, 1)].join("\n");
         let trace = read(text.as_bytes()).unwrap();
-        let told = trace
+        let requests = trace
             .iter()
-            .map(|it| (it.hash_ids[0], it.arrival.as_millis()));
-        assert_eq!(told.collect::<Vec<_>>(), [(1, 0), (2, 500)]);
+            .map(|request| (request.hash_ids[0], request.arrival.as_millis()));
+        assert_eq!(requests.collect::<Vec<_>>(), [(1, 0), (2, 500)]);
     }
 
     #[test]
-    fn a_line_may_say_how_many_tokens_an_id_stands_for() {
+    fn a_line_can_set_the_number_of_tokens_per_id() {
         let text = r#"{"timestamp": 0, "input_length": 40, "output_length": 1,
             "hash_ids": [7, 8, 9], "tokens_per_hash_id": 16, "model": "m"}"#;
         let trace = read(text.replace('\n', "").as_bytes()).unwrap();
@@ -267,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn a_trace_is_shortened_by_number_and_by_time() {
+    fn a_trace_is_truncated_by_number_and_by_time() {
         let request = |arrival| TraceRequest {
             arrival: Duration::from_secs(arrival),
             prompt_tokens: 1,
@@ -276,19 +297,23 @@ mod tests {
             tokens_per_hash_id: TOKENS_PER_HASH_ID,
         };
         let all: Vec<TraceRequest> = (100..110).map(request).collect();
-        let left = |most, seconds: Option<u64>| {
+        let remaining = |max_requests, seconds: Option<u64>| {
             let mut requests = all.clone();
-            shorten(&mut requests, most, seconds.map(Duration::from_secs));
+            truncate(
+                &mut requests,
+                max_requests,
+                seconds.map(Duration::from_secs),
+            );
             requests.len()
         };
-        assert_eq!(left(None, None), 10);
-        assert_eq!(left(Some(4), None), 4);
-        assert_eq!(left(None, Some(3)), 3);
-        assert_eq!(left(Some(2), Some(3)), 2);
+        assert_eq!(remaining(None, None), 10);
+        assert_eq!(remaining(Some(4), None), 4);
+        assert_eq!(remaining(None, Some(3)), 3);
+        assert_eq!(remaining(Some(2), Some(3)), 2);
     }
 
     #[test]
-    fn what_is_no_trace_is_told_what_would_be() {
+    fn the_error_for_an_unknown_format_names_the_known_formats() {
         let error = error_of("time,in,out\n1,2,3\n");
         assert!(
             error.starts_with("line 1: neither a JSON object"),
@@ -298,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn a_trace_is_cut_into_stretches_that_each_begin_at_zero() {
+    fn a_trace_is_divided_into_sections_that_start_at_zero() {
         let minute = Duration::from_secs(60);
         let request = |seconds| TraceRequest {
             arrival: Duration::from_secs(seconds),
@@ -308,18 +333,23 @@ mod tests {
             tokens_per_hash_id: TOKENS_PER_HASH_ID,
         };
         let cut = |requests: &[TraceRequest], number| {
-            let its = stretch(requests, minute, number).into_iter();
-            its.map(|it| (it.arrival.as_secs(), it.prompt_tokens))
+            let section = section(requests, minute, number).into_iter();
+            section
+                .map(|request| (request.arrival.as_secs(), request.prompt_tokens))
                 .collect::<Vec<_>>()
         };
         let trace = [0, 59, 60, 119, 130].map(request);
         assert_eq!(cut(&trace, 0), [(0, 0), (59, 59)]);
         assert_eq!(cut(&trace, 1), [(0, 60), (59, 119)]);
-        assert_eq!(cut(&trace, 2), cut(&trace, 0), "the third is not whole");
+        assert_eq!(
+            cut(&trace, 2),
+            cut(&trace, 0),
+            "the rest is too short for a third section"
+        );
         assert_eq!(
             cut(&trace[..4], 1),
             [(0, 60), (59, 119)],
-            "this one nearly is"
+            "a section of 0.98 of the length counts"
         );
         assert_eq!(cut(&trace[..2], 5), [(0, 0), (59, 59)]);
         assert_eq!(cut(&[], 1), []);

@@ -1,17 +1,21 @@
-//! Holds a router's predictions against engines that run: sends requests through the router, and
-//! compares what it said before with what the engines say after.
+//! Compares a router's predictions with running engines: sends requests through the router, and
+//! compares each prediction with the engine's report afterwards.
 //!
-//! Two things are predicted. How much of a prompt is cached on the worker that was chosen:
-//! `x-foresee-overlap-tokens`, against `cached_tokens` in the answer's usage. And how many blocks
-//! running requests pin there: `active_blocks` in the router's admin API, against the KV cache
-//! usage in the engine's metrics.
+//! The router makes two predictions. The overlap of a prompt with the cache of the chosen worker,
+//! `x-foresee-overlap-tokens`, is compared with `cached_tokens` in the response's usage. The blocks
+//! that running requests pin on a worker, `active_blocks` in the router's admin API, are compared
+//! with the KV cache usage in the engine's metrics.
+//!
+//! Goals for proportions are judged with 95 % confidence intervals. A verdict is therefore one of
+//! "holds", "fails", and "not shown": too few responses to decide.
 
+mod checks;
+mod engine_observer;
 mod exchange;
-mod judge;
+mod interval;
 mod page;
+mod prompt_mix;
 mod report;
-mod script;
-mod truth;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,57 +24,59 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use crate::http::client;
+use engine_observer::{Poller, Reader};
 use exchange::{Ending, exchange};
-use script::Script;
-use truth::{Reader, Watch};
+use prompt_mix::PromptMix;
 
-pub use judge::Check;
+pub use checks::{Check, Evidence};
+pub use interval::{Proportion, Verdict};
+pub use prompt_mix::{Kind, Lengths};
 pub use report::{ActiveBlocks, Difference, Hits, Parity, Phase, Verification, WorkerResult};
-pub use script::{Kind, Lengths};
 
-/// Time for the router's workers to be found.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Limit for the time in which the router's workers become healthy.
+const HEALTHY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long a client lets pass after a failure: a router that restarts must not be met by all that
-/// is left.
-const AFTER_FAILURE: Duration = Duration::from_millis(500);
+/// Pause of a client after a failure, so that a restart of the router does not fail all remaining
+/// requests.
+const PAUSE_AFTER_FAILURE: Duration = Duration::from_millis(500);
 
-/// How long the router and its engines may take to be at rest after the last request.
-const REST: Duration = Duration::from_secs(10);
+/// Limit for the time from the last response until the router and the engines are idle.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What to verify, and with how much.
+/// The router to verify, and the requests to send.
 #[derive(Clone, Debug)]
 pub struct VerifyConfig {
     /// The router's public API, without `/v1`: `http://127.0.0.1:8080`.
     pub api: String,
     /// The router's admin API.
     pub admin: String,
-    /// The model to ask for; by default the first that the workers serve.
+    /// The model to ask for. `None` means the first that the workers serve.
     pub model: Option<String>,
     /// The router's tokens per block.
     pub block_size: u32,
-    /// Whether the router knows the engines' tokenizer, so that text is predicted in full too.
+    /// Whether the router has the engines' tokenizer, so that text is predicted exactly too.
     pub has_tokenizer: bool,
     /// Requests of each phase.
     pub requests: usize,
-    /// How many requests are in flight at a time: a phase for each number.
+    /// Requests in flight at a time, a number for each phase.
     pub concurrency: Vec<usize>,
-    /// How long prompts and answers may be.
+    /// Limits for prompts and outputs.
     pub lengths: Lengths,
-    /// Share of answers, 0 to 1, that are streamed. Of the others nobody can see how far they are.
-    pub stream_share: f64,
-    /// Share of streams, 0 to 1, that the client leaves before their end, where several run.
-    pub abort_share: f64,
-    /// Time between two looks at the engines' metrics.
+    /// Fraction of responses, 0 to 1, that are streamed. The progress of others is invisible to the
+    /// router.
+    pub stream_fraction: f64,
+    /// Fraction of streams, 0 to 1, that the client closes early in phases of several at a time.
+    pub abort_fraction: f64,
+    /// Interval between readings of the engines' metrics.
     pub sample_interval: Duration,
-    /// Decides every prompt. Engines that have cached the prompts of an earlier run with the same
-    /// seed would know more than the router can.
+    /// The seed of all prompts. A repeated seed repeats prompts that the engines may still have
+    /// cached without the router's knowledge.
     pub seed: u64,
-    /// The longest a request may take.
+    /// Limit for the time of one request.
     pub timeout: Duration,
 }
 
-/// How far a verification has come.
+/// State of a running verification.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
     /// Requests in flight at a time in this phase.
@@ -81,30 +87,30 @@ pub struct Progress {
     pub total: usize,
 }
 
-/// Why nothing can be verified.
+/// The reason why a verification cannot be carried out.
 #[derive(Debug, thiserror::Error)]
 pub enum VerifyError {
-    /// The router does not answer as one.
-    #[error("the router's admin API cannot be read: {0}")]
+    /// The router's admin API cannot be read.
+    #[error("cannot read the router's admin API: {0}")]
     Router(String),
-    /// It has no workers, or not all of them answer.
+    /// The router has no workers, or not all of them are healthy.
     #[error("{0}")]
     Workers(String),
 }
 
-/// Runs all phases, and tells the progress after each request. Requests that fail are counted.
+/// Runs all phases, and reports the progress after each request. Failed requests are counted.
 ///
 /// Must be called within a Tokio runtime that has I/O and time enabled.
 ///
 /// # Errors
-/// When the router cannot be asked, or its workers do not all come to serve.
+/// If the router's admin API cannot be read, or if not all of its workers become healthy.
 pub async fn run(
     config: &VerifyConfig,
     progress: impl Fn(Progress),
 ) -> Result<Verification, VerifyError> {
     let reader = Arc::new(Reader::new(config.admin.clone(), config.block_size));
     let model = find_model(&reader, config.model.as_deref()).await?;
-    let watch = Watch::start(Arc::clone(&reader), config.sample_interval);
+    let poller = Poller::start(Arc::clone(&reader), config.sample_interval);
     let mut phases = Vec::new();
     for (number, &concurrency) in config.concurrency.iter().enumerate() {
         let began = reader.seconds();
@@ -113,37 +119,48 @@ pub async fn run(
         phase.seconds = (began, reader.seconds());
         phases.push(phase);
     }
-    drop(watch);
-    rest(&reader).await.map_err(VerifyError::Router)?;
+    drop(poller);
+    wait_until_idle(&reader)
+        .await
+        .map_err(VerifyError::Router)?;
     let parity = Parity::read(&reader).await.map_err(VerifyError::Router)?;
-    Ok(Verification::of(config, phases, parity, &reader.watched()))
+    Ok(Verification::new(
+        config,
+        phases,
+        parity,
+        &reader.readings(),
+    ))
 }
 
-/// Waits until all workers that are to serve the model do, or, without one, all that are to serve.
-/// Returns the model, or the first that they serve.
+/// Waits until all workers that may serve the model are healthy. Returns the model, or the first
+/// model of the workers if none is asked for.
 async fn find_model(reader: &Reader, asked: Option<&str>) -> Result<String, VerifyError> {
     let began = Instant::now();
     loop {
         let mut workers = reader.workers().await.map_err(VerifyError::Router)?;
-        workers.retain(|it| it.may_serve(asked));
+        workers.retain(|worker| worker.may_serve(asked));
         if workers.is_empty() {
-            let none = "the router has no worker that could serve".to_owned();
+            let none = "the router has no worker for this model".to_owned();
             return Err(VerifyError::Workers(none));
         }
-        let missing = workers.iter().filter(|it| !it.serves());
-        let missing: Vec<&str> = missing.map(|it| it.name.as_str()).collect();
-        let first = workers.iter().find_map(|it| it.models.first());
+        let missing = workers.iter().filter(|worker| !worker.serves());
+        let missing: Vec<&str> = missing.map(|worker| worker.name.as_str()).collect();
+        let first = workers.iter().find_map(|worker| worker.models.first());
         if let (Some(first), true) = (first, missing.is_empty()) {
             return Ok(asked.unwrap_or(first).to_owned());
         }
-        if began.elapsed() > PATIENCE {
+        if began.elapsed() > HEALTHY_TIMEOUT {
             let missing = missing.join(", ");
-            return Err(VerifyError::Workers(format!("no answer from {missing}")));
+            return Err(VerifyError::Workers(format!(
+                "workers are not healthy: {missing}"
+            )));
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
+/// Sends the requests of one phase, `concurrency` at a time, and returns the results. `number` is
+/// the position of the phase; each phase has prompts of its own.
 async fn run_phase(
     config: &VerifyConfig,
     model: &str,
@@ -151,34 +168,34 @@ async fn run_phase(
     concurrency: usize,
     progress: &impl Fn(Progress),
 ) -> Phase {
-    // One at a time, what a stream that was left has still made cached is not known exactly.
-    let abort_share = if concurrency > 1 {
-        config.abort_share
+    // With one request at a time, an aborted stream would leave the cache's contents uncertain.
+    let abort_fraction = if concurrency > 1 {
+        config.abort_fraction
     } else {
         0.0
     };
-    let script = Mutex::new(Script::new(
+    let mix = Mutex::new(PromptMix::new(
         config.seed.wrapping_add(number),
         model.to_owned(),
         config.block_size,
         config.lengths,
-        config.stream_share,
-        abort_share,
+        config.stream_fraction,
+        abort_fraction,
     ));
     let phase = Mutex::new(Phase::new(concurrency));
-    let (begun, ended) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let (started, ended) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let client = client();
     let user = async || {
-        while begun.fetch_add(1, Ordering::Relaxed) < config.requests {
-            let ask = script.lock().next();
+        while started.fetch_add(1, Ordering::Relaxed) < config.requests {
+            let ask = mix.lock().next();
             let done = exchange(&client, &config.api, &ask, config.timeout).await;
             if matches!(done.ending, Ending::Failed(_)) {
-                tokio::time::sleep(AFTER_FAILURE).await;
+                tokio::time::sleep(PAUSE_AFTER_FAILURE).await;
             }
-            let is_whole = done.ending == Ending::Answered;
+            let is_complete = done.ending == Ending::Completed;
             let prompt_tokens = done.usage.prompt_tokens.unwrap_or(0);
-            let answer = is_whole.then(|| (done.text.clone(), prompt_tokens));
-            script.lock().answered(&ask, answer);
+            let output = is_complete.then(|| (done.text.clone(), prompt_tokens));
+            mix.lock().record_output(&ask, output);
             phase.lock().take(ask.kind, config.block_size, done);
             progress(Progress {
                 concurrency,
@@ -191,20 +208,24 @@ async fn run_phase(
     phase.into_inner()
 }
 
-/// Waits until nothing runs any more, by both accounts, and leaves a last reading of that.
-async fn rest(reader: &Reader) -> Result<(), String> {
+/// Waits until router and engines report no active blocks, and records a last reading.
+async fn wait_until_idle(reader: &Reader) -> Result<(), String> {
     let waiting = async {
         loop {
             reader.read().await?;
-            let watched = reader.watched();
-            let last = watched.iter().filter_map(|it| it.readings.last());
-            let frees = watched.iter().all(|it| it.worker.active_blocks == 0);
-            if frees && last.clone().all(|it| it.held == 0.0) {
+            let workers = reader.readings();
+            let last = workers.iter().filter_map(|worker| worker.readings.last());
+            let is_free = workers
+                .iter()
+                .all(|readings| readings.worker.active_blocks == 0);
+            if is_free && last.clone().all(|reading| reading.active_blocks == 0.0) {
                 return Ok(());
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     };
-    // If it is never so, the last reading tells.
-    tokio::time::timeout(REST, waiting).await.unwrap_or(Ok(()))
+    // After the time limit, the last reading shows the remaining blocks.
+    tokio::time::timeout(IDLE_TIMEOUT, waiting)
+        .await
+        .unwrap_or(Ok(()))
 }

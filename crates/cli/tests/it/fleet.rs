@@ -1,4 +1,4 @@
-//! The whole of it: model engines, the gateway and clients over TCP, and the program itself.
+//! End-to-end tests over TCP: mock engines, the gateway and clients, and `foresee serve`.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -7,32 +7,37 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use crate::ports::ANY_PORT;
-use foresee_core::fleet::WorkerState;
 use foresee_core::router::RouterConfig;
+use foresee_core::workers::WorkerState;
 use foresee_gateway::{Gateway, GatewayConfig, WorkerConfig, raise_open_file_limit};
 use foresee_sim::engine::EngineConfig;
-use foresee_sim::law::L40S_8B;
 use foresee_sim::load::{LiveOutcome, LoadConfig, run};
-use foresee_sim::server::{ServerConfig, bind, serve};
+use foresee_sim::mock_engine::{MockEngineConfig, bind, serve};
+use foresee_sim::step_time::L40S_8B;
 use foresee_sim::workload::{Shape, Workload};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 const WORKERS: usize = 8;
-/// Slow enough that a burst has come long before most of its answers: a pause of the machine, many
-/// times as long to engines that run fast, would look like a slow engine.
-const TIME_SCALE: f64 = 2.0;
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Speed of the mock engines in multiples of real time. At this speed, a burst has arrived long
+/// before most of its responses end. A pause of the machine lasts `SPEEDUP` times as long in the
+/// engines' time, so that faster engines would look slow after it.
+const SPEEDUP: f64 = 2.0;
+/// Time limit for expected conditions and log lines.
+const STATE_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Eight model engines behind a gateway. The engines die with the set.
+/// A gateway with [`WORKERS`] mock engines.
 struct Fleet {
     gateway: Gateway,
+    /// Addresses of the engines.
     engines: Vec<SocketAddr>,
+    /// Servers of the engines, which end when the set is dropped.
     _serving: JoinSet<std::io::Result<()>>,
 }
 
 impl Fleet {
+    /// Starts the engines and the gateway, and waits until all workers are healthy.
     async fn start() -> Self {
         raise_open_file_limit().unwrap();
         let mut serving = JoinSet::new();
@@ -40,26 +45,34 @@ impl Fleet {
         for _ in 0..WORKERS {
             let block_size = RouterConfig::default().block_size;
             let engine = EngineConfig::from_preset(&L40S_8B, block_size);
-            let config = ServerConfig {
-                time_scale: TIME_SCALE,
-                ..ServerConfig::new("model", engine)
+            let config = MockEngineConfig {
+                speedup: SPEEDUP,
+                ..MockEngineConfig::new("model", engine)
             };
             let listener = bind(ANY_PORT.parse().unwrap()).unwrap();
             engines.push(listener.local_addr().unwrap());
             serving.spawn(serve(config, listener, std::future::pending()));
         }
-        let workers = engines.iter().map(|it| it.to_string().parse().unwrap());
+        let workers = engines
+            .iter()
+            .map(|engine| engine.to_string().parse().unwrap());
         let gateway = Gateway::start(GatewayConfig {
             listen: ANY_PORT.parse().unwrap(),
             admin_listen: ANY_PORT.parse().unwrap(),
             workers: workers.collect::<Vec<WorkerConfig>>(),
+            router: RouterConfig {
+                queue_order: None,
+                ..RouterConfig::default()
+            },
             ..GatewayConfig::default()
         })
         .unwrap();
         let router = gateway.router().clone();
         eventually(|| {
             let workers = router.workers(Duration::ZERO);
-            workers.iter().all(|it| it.state == WorkerState::Healthy)
+            workers
+                .iter()
+                .all(|worker| worker.state == WorkerState::Healthy)
         })
         .await;
         Self {
@@ -69,40 +82,41 @@ impl Fleet {
         }
     }
 
-    async fn send(&self, workload: &Workload, abort_share: f64) -> LiveOutcome {
+    /// Sends a workload through the gateway.
+    async fn send(&self, workload: &Workload, abort_fraction: f64) -> LiveOutcome {
         let config = LoadConfig {
             workers: WORKERS,
-            time_scale: TIME_SCALE,
-            abort_share,
+            speedup: SPEEDUP,
+            abort_fraction,
             ..LoadConfig::new(format!("http://{}", self.gateway.address()), "model")
         };
         run(&config, workload, |_| {}).await.unwrap()
     }
 
-    /// What the router books and what the engines hold must both come to nothing.
+    /// Waits until the router has no booking and no engine has a running request or a used block.
     async fn assert_empty(&self) {
         let router = self.gateway.router();
         eventually(|| {
             let workers = router.workers(Duration::ZERO);
-            router.bookings() == 0
-                && workers.iter().all(|it| {
+            router.booking_count() == 0
+                && workers.iter().all(|worker| {
                     (
-                        it.requests,
-                        it.active_blocks,
-                        it.context_tokens,
-                        it.prefill_tokens,
+                        worker.requests,
+                        worker.active_blocks,
+                        worker.context_tokens,
+                        worker.prefill_tokens,
                     ) == (0, 0, 0, 0)
                 })
         })
         .await;
         for &engine in &self.engines {
             let wait = async { while !is_idle(&get(engine, "/metrics").await) {} };
-            tokio::time::timeout(PATIENCE, wait).await.unwrap();
+            tokio::time::timeout(STATE_TIMEOUT, wait).await.unwrap();
         }
     }
 }
 
-/// Whether an engine's metrics say that it runs nothing and holds no block.
+/// Returns whether an engine's metrics report no running request and no used block.
 fn is_idle(metrics: &str) -> bool {
     ["vllm:num_requests_running", "vllm:kv_cache_usage_perc"]
         .iter()
@@ -113,29 +127,29 @@ fn is_idle(metrics: &str) -> bool {
         })
 }
 
+/// Waits until a condition is true.
 async fn eventually(condition: impl Fn() -> bool) {
     let wait = async {
         while !condition() {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(20), wait)
-        .await
-        .unwrap();
+    tokio::time::timeout(STATE_TIMEOUT, wait).await.unwrap();
 }
 
+/// Returns the response to a GET request, with its head.
 async fn get(address: SocketAddr, path: &str) -> String {
     let mut stream = TcpStream::connect(address).await.unwrap();
     let request = format!("GET {path} HTTP/1.1\r\nhost: engine\r\nconnection: close\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).await.unwrap();
-    answer
+    let mut response = String::new();
+    stream.read_to_string(&mut response).await.unwrap();
+    response
 }
 
-/// A tenth of the size of the burst that `foresee demo --workload burst` sends, per request.
+/// Sends the workload `burst` of `foresee demo` with about a tenth of the tokens per request.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_burst_is_spread_and_none_of_it_lost() {
+async fn a_burst_is_spread_evenly_and_loses_no_request() {
     let fleet = Fleet::start().await;
     let shape = Shape {
         isl: 704,
@@ -154,12 +168,12 @@ async fn a_burst_is_spread_and_none_of_it_lost() {
         "{}",
         outcome.computed_imbalance
     );
-    assert!(outcome.hit_share > 0.4, "{}", outcome.hit_share);
+    assert!(outcome.hit_fraction > 0.4, "{}", outcome.hit_fraction);
     fleet.assert_empty().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn streams_that_clients_break_off_leave_nothing_behind() {
+async fn aborted_streams_leave_no_booking_and_no_used_block() {
     let fleet = Fleet::start().await;
     let shape = Shape {
         isl: 400,
@@ -174,6 +188,7 @@ async fn streams_that_clients_break_off_leave_nothing_behind() {
     fleet.assert_empty().await;
 }
 
+/// Returns a command that runs the program with piped output.
 fn foresee(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_foresee"));
     command
@@ -184,25 +199,25 @@ fn foresee(arguments: &[&str]) -> Command {
 }
 
 #[tokio::test]
-async fn serve_ends_well_on_sigterm() {
+async fn serve_exits_with_success_on_sigterm() {
     let mut child = foresee(&["serve", "--listen", ANY_PORT, "--admin-listen", ANY_PORT])
         .spawn()
         .unwrap();
-    // It listens, and so has its signal handlers, once it says so.
+    // The signal handlers are installed before the line is logged.
     let stderr = child.stderr.take().unwrap();
-    let said = tokio::task::spawn_blocking(move || {
+    let listening = tokio::task::spawn_blocking(move || {
         use std::io::BufRead;
         let mut lines = std::io::BufReader::new(stderr).lines();
         assert!(lines.any(|line| line.unwrap().contains("listening")));
         lines
     });
-    // Read on, or what it says later breaks its pipe.
-    let _rest = said.await.unwrap();
-    let killed = Command::new("kill")
+    // Without a reader of its pipe, the program fails at a later log line.
+    let _pipe = listening.await.unwrap();
+    let kill = Command::new("kill")
         .arg(child.id().to_string())
         .status()
         .unwrap();
-    assert!(killed.success());
+    assert!(kill.success());
     let status = tokio::task::spawn_blocking(move || child.wait())
         .await
         .unwrap()
@@ -210,40 +225,40 @@ async fn serve_ends_well_on_sigterm() {
     assert!(status.success(), "{status}");
 }
 
-/// One line for each answer: what was predicted, and what came true.
+/// Each line contains the predicted and the actual overlap.
 #[tokio::test(flavor = "multi_thread")]
-async fn answers_are_in_the_log_if_asked_for() {
+async fn each_completion_is_logged_at_level_debug() {
     let block_size = RouterConfig::default().block_size;
     let engine = EngineConfig::from_preset(&L40S_8B, block_size);
-    let config = ServerConfig {
-        time_scale: TIME_SCALE,
-        ..ServerConfig::new("model", engine)
+    let config = MockEngineConfig {
+        speedup: SPEEDUP,
+        ..MockEngineConfig::new("model", engine)
     };
     let listener = bind(ANY_PORT.parse().unwrap()).unwrap();
     let worker = format!("{},name=w", listener.local_addr().unwrap());
     tokio::spawn(serve(config, listener, std::future::pending()));
     let mut child = foresee(&["serve", "--listen", ANY_PORT, "--admin-listen", ANY_PORT])
         .args(["--worker", &worker])
-        .env("FORESEE_LOG", "info,foresee::answer=debug")
+        .env("FORESEE_LOG", "info,foresee::completion=debug")
         .spawn()
         .unwrap();
-    let (told, mut lines) = tokio::sync::mpsc::unbounded_channel();
+    let (sender, mut lines) = tokio::sync::mpsc::unbounded_channel();
     let stderr = child.stderr.take().unwrap();
     std::thread::spawn(move || {
         use std::io::BufRead;
         let lines = std::io::BufReader::new(stderr).lines();
-        lines.for_each(|line| drop(told.send(line.unwrap())));
+        lines.for_each(|line| drop(sender.send(line.unwrap())));
     });
-    let mut line_with = async |what: &str| {
+    let mut line_with = async |part: &str| {
         let find = async {
             loop {
                 let line = lines.recv().await.unwrap();
-                if line.contains(what) {
+                if line.contains(part) {
                     return line;
                 }
             }
         };
-        tokio::time::timeout(PATIENCE, find).await.unwrap()
+        tokio::time::timeout(STATE_TIMEOUT, find).await.unwrap()
     };
     let listening = line_with("listening").await;
     let api = listening.split("api=").nth(1).unwrap();
@@ -254,69 +269,26 @@ async fn answers_are_in_the_log_if_asked_for() {
         r#"{{"model": "model", "prompt": [{}], "max_tokens": 5, "ignore_eos": true}}"#,
         prompt.join(",")
     );
-    for found in [0, 6] {
+    for overlap in [0, 6] {
         let mut stream = TcpStream::connect(api).await.unwrap();
         let request = format!(
             "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
-             x-request-id: r{found}\r\ncontent-length: {}\r\n\r\n{body}",
+             x-request-id: r{overlap}\r\ncontent-length: {}\r\n\r\n{body}",
             body.len()
         );
         stream.write_all(request.as_bytes()).await.unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.unwrap();
-        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-        let line = line_with("foresee::answer").await;
+        let mut response = String::new();
+        stream.read_to_string(&mut response).await.unwrap();
+        assert!(response.starts_with("HTTP/1.1 200"), "{response}");
+        let line = line_with("foresee::completion").await;
         for part in [
-            format!(r#"request="r{found}" worker=w model=model outcome="ok""#),
+            format!(r#"request="r{overlap}" worker=w model=model outcome="ok""#),
             "prompt_tokens=100 output_tokens=5".to_owned(),
-            format!("predicted_blocks={found} best_blocks={found} actual_blocks={found}"),
+            format!("predicted_blocks={overlap} best_blocks={overlap} actual_blocks={overlap}"),
         ] {
             assert!(line.contains(&part), "{part} in {line}");
         }
     }
     child.kill().unwrap();
     child.wait().unwrap();
-}
-
-#[test]
-fn a_configuration_is_read_and_judged() {
-    let file = std::env::temp_dir().join(format!("foresee-{}.toml", std::process::id()));
-    let path = file.to_str().unwrap();
-    std::fs::write(
-        &file,
-        "policy = \"random\"\nworker = [\"http://a:1,name=x\", \"b:2\"]\n",
-    )
-    .unwrap();
-    let good = foresee(&["check-config", "--config", path, "--overlap-weight", "2"])
-        .output()
-        .unwrap();
-    let said = String::from_utf8(good.stdout).unwrap();
-    assert!(good.status.success(), "{said}");
-    for part in [
-        "random",
-        "x at http://a:1",
-        "b:2 at http://b:2",
-        "overlap-weight   2",
-    ] {
-        assert!(said.contains(part), "{part}: {said}");
-    }
-
-    std::fs::write(&file, "polcy = \"random\"\n").unwrap();
-    let bad = foresee(&["check-config", "--config", path])
-        .output()
-        .unwrap();
-    let said = String::from_utf8(bad.stderr).unwrap();
-    assert!(!bad.status.success() && said.contains("`polcy`"), "{said}");
-    std::fs::remove_file(&file).unwrap();
-
-    let same_name = [
-        "check-config",
-        "--worker",
-        "a:1,name=x",
-        "--worker",
-        "b:1,name=x",
-    ];
-    let bad = foresee(&same_name).output().unwrap();
-    let said = String::from_utf8(bad.stderr).unwrap();
-    assert!(!bad.status.success() && said.contains("`x`"), "{said}");
 }

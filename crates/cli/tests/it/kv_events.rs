@@ -1,5 +1,5 @@
-//! KV events from end to end: model engines that publish them over real sockets, the gateway that
-//! follows them, and what it then predicts against what the engines found in their caches.
+//! End-to-end tests of KV events: mock engines publish events over real sockets, the gateway
+//! follows them, and its predictions are compared with the cache hits of the engines.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -13,13 +13,14 @@ use std::time::Duration;
 
 use crate::ports::{ANY_PORT, free_endpoint, free_port};
 use bytes::Bytes;
+use foresee_core::router::RouterConfig;
 use foresee_engine::kv_events::{
     BlockKey, BlockStored, Event, EventBatch, encode_batch, parse_replay_request, replay_end,
 };
 use foresee_gateway::{Gateway, GatewayConfig, WorkerConfig};
 use foresee_sim::engine::EngineConfig;
-use foresee_sim::law::L40S_8B;
-use foresee_sim::server::{KvEventsConfig, Layout, ServerConfig, bind, serve};
+use foresee_sim::mock_engine::{KvEventsConfig, Layout, MockEngineConfig, bind, serve};
+use foresee_sim::step_time::L40S_8B;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -27,34 +28,40 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use zeromq::{PubSocket, RouterSocket, Socket, SocketRecv, SocketSend, ZmqMessage};
 
+/// Tokens per block.
 const BLOCK: u32 = 16;
-const PATIENCE: Duration = Duration::from_secs(30);
-/// Status requests after which an event counts as lost.
-const LOOKS: u32 = 100;
+/// Time limit for expected conditions.
+const STATE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Number of status requests after which an event counts as lost.
+const MAX_STATUS_REQUESTS: u32 = 100;
 
-/// An engine that can be stopped and started again where it was.
+/// A mock engine that can be stopped and started again at its address.
 struct Engine {
     address: SocketAddr,
-    config: ServerConfig,
+    /// Applies at the next start.
+    config: MockEngineConfig,
+    /// Stops the engine when it is dropped.
     stop: Option<oneshot::Sender<()>>,
     serving: Option<JoinHandle<std::io::Result<()>>>,
 }
 
-/// A small engine, so that blocks are evicted.
-fn engine_of(blocks: u32, kv_events: Option<KvEventsConfig>) -> ServerConfig {
+/// Returns the configuration of an engine with `blocks` blocks.
+fn engine_of(blocks: u32, kv_events: Option<KvEventsConfig>) -> MockEngineConfig {
     let mut engine = EngineConfig::from_preset(&L40S_8B, NonZeroU32::new(BLOCK).unwrap());
     engine.blocks = blocks;
-    ServerConfig {
-        time_scale: 1000.0,
+    MockEngineConfig {
+        speedup: 1000.0,
         kv_events,
-        ..ServerConfig::new("model", engine)
+        ..MockEngineConfig::new("model", engine)
     }
 }
 
+/// Returns the settings of an engine that publishes events and cannot replay them.
 fn publishing() -> KvEventsConfig {
     KvEventsConfig::new(free_endpoint())
 }
 
+/// Returns the settings of an engine that publishes events and can replay them.
 fn with_replay() -> KvEventsConfig {
     KvEventsConfig {
         replay: Some(free_endpoint()),
@@ -63,7 +70,7 @@ fn with_replay() -> KvEventsConfig {
 }
 
 impl Engine {
-    fn start(config: ServerConfig) -> Self {
+    fn start(config: MockEngineConfig) -> Self {
         let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
         let mut engine = Self {
             address,
@@ -75,6 +82,7 @@ impl Engine {
         engine
     }
 
+    /// Starts a new process of the engine, with an empty cache and the current configuration.
     fn start_again(&mut self) {
         let listener = bind(self.address).unwrap();
         let (stop, stopped) = oneshot::channel::<()>();
@@ -90,6 +98,7 @@ impl Engine {
         self.serving.take().unwrap().await.unwrap().unwrap();
     }
 
+    /// Returns a value of the engine's `/metrics`.
     async fn metric(&self, name: &str) -> u64 {
         let metrics = http(self.address, "GET", "/metrics", "").await.1;
         let line = metrics.lines().find(|line| line.starts_with(name)).unwrap();
@@ -97,19 +106,22 @@ impl Engine {
     }
 }
 
-/// What a request was predicted to find, and found, in tokens.
+/// Cached tokens of one request.
 #[derive(Debug, PartialEq)]
 struct Hit {
+    /// According to the router, from the header of the response.
     predicted: u64,
+    /// According to the engine, from the usage in the response.
     actual: u64,
 }
 
+/// A gateway with one worker.
 struct Fleet {
     gateway: Gateway,
 }
 
 impl Fleet {
-    /// A gateway with one worker.
+    /// Starts a gateway with a worker, which is written as for `--worker`.
     fn start(worker: &str) -> Self {
         let gateway = Gateway::start(GatewayConfig {
             listen: ANY_PORT.parse().unwrap(),
@@ -117,7 +129,11 @@ impl Fleet {
             workers: vec![worker.parse::<WorkerConfig>().unwrap()],
             probe_interval: Duration::from_millis(20),
             events_grace: Duration::from_millis(100),
-            sample_engines: Some(Duration::from_millis(20)),
+            engine_metrics_interval: Some(Duration::from_millis(20)),
+            router: RouterConfig {
+                queue_order: None,
+                ..RouterConfig::default()
+            },
             ..GatewayConfig::default()
         });
         Self {
@@ -125,7 +141,7 @@ impl Fleet {
         }
     }
 
-    /// A gateway that follows an engine's events.
+    /// Starts a gateway that follows an engine's events, and waits until it does.
     async fn following(engine: &Engine) -> Self {
         let events = engine.config.kv_events.as_ref().unwrap();
         let mut worker = format!("{},name=w,kv-events={}", engine.address, events.endpoint);
@@ -133,16 +149,18 @@ impl Fleet {
             worker += &format!(",replay={replay}");
         }
         let fleet = Self::start(&worker);
-        fleet.becomes(follows).await;
+        fleet.becomes(follows_events).await;
         fleet
     }
 
+    /// Returns the worker in `/admin/workers`.
     async fn worker(&self) -> Value {
         let (_, body) = http(self.gateway.admin_address(), "GET", "/admin/workers", "").await;
         let body: Value = serde_json::from_str(&body).unwrap();
         body["workers"][0].clone()
     }
 
+    /// Waits until the worker in `/admin/workers` satisfies a condition.
     async fn becomes(&self, expected: impl Fn(&Value) -> bool) {
         let mut worker = Value::Null;
         let wait = async {
@@ -151,24 +169,25 @@ impl Fleet {
                 worker = self.worker().await;
             }
         };
-        let waited = tokio::time::timeout(PATIENCE, wait).await;
+        let waited = tokio::time::timeout(STATE_TIMEOUT, wait).await;
         assert!(waited.is_ok(), "{worker:#}");
     }
 
-    /// Waits until everything the engine published has been applied.
+    /// Waits until the gateway has applied all events that the engine published.
     async fn catches_up(&self, engine: &Engine) {
-        let published = engine.metric("model_engine:kv_event_batches_total").await;
+        let published = engine.metric("mock_engine:kv_event_batches_total").await;
         self.becomes(|worker| worker["kv_events"]["last_sequence"] == published - 1)
             .await;
     }
 
-    /// Has the engine publish something until it is heard.
-    async fn hears_again(&self, engine: &Engine) {
-        let heard = async {
+    /// Sends requests until the gateway receives an event that the engine publishes for one of
+    /// them.
+    async fn receives_events(&self, engine: &Engine) {
+        let received = async {
             for token in 1.. {
                 self.send(&[token; 100], 20).await;
-                let published = engine.metric("model_engine:kv_event_batches_total").await;
-                for _ in 0..LOOKS {
+                let published = engine.metric("mock_engine:kv_event_batches_total").await;
+                for _ in 0..MAX_STATUS_REQUESTS {
                     if self.worker().await["kv_events"]["last_sequence"] == published - 1 {
                         return;
                     }
@@ -176,10 +195,11 @@ impl Fleet {
                 }
             }
         };
-        let waited = tokio::time::timeout(PATIENCE, heard).await;
-        assert!(waited.is_ok(), "nothing is heard from the engine");
+        let waited = tokio::time::timeout(STATE_TIMEOUT, received).await;
+        assert!(waited.is_ok(), "no event of the engine was received");
     }
 
+    /// Sends a request and returns its cached tokens.
     async fn send(&self, prompt: &[u32], max_tokens: u32) -> Hit {
         let body = json!({
             "model": "model", "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": true,
@@ -196,6 +216,7 @@ impl Fleet {
         }
     }
 
+    /// Returns a value of the gateway's `/metrics`, or 0 if it is missing.
     async fn metric(&self, name: &str) -> f64 {
         let (_, metrics) = http(self.gateway.admin_address(), "GET", "/metrics", "").await;
         let line = metrics.lines().find(|line| line.starts_with(name));
@@ -205,10 +226,12 @@ impl Fleet {
     }
 }
 
-fn follows(worker: &Value) -> bool {
+/// Returns whether the cache source of a healthy worker is its events.
+fn follows_events(worker: &Value) -> bool {
     worker["cache_source"] == "events" && worker["state"] == "healthy"
 }
 
+/// Sends a request and returns the head and the body of the response, whose status must be 200.
 async fn http(address: SocketAddr, method: &str, path: &str, body: &str) -> (String, String) {
     let mut stream = TcpStream::connect(address).await.unwrap();
     let length = body.len();
@@ -217,14 +240,15 @@ async fn http(address: SocketAddr, method: &str, path: &str, body: &str) -> (Str
          content-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
     );
     stream.write_all(request.as_bytes()).await.unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).await.unwrap();
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
-    assert!(head.starts_with("HTTP/1.1 200"), "{answer}");
+    let mut response = String::new();
+    stream.read_to_string(&mut response).await.unwrap();
+    let (head, body) = response.split_once("\r\n\r\n").unwrap();
+    assert!(head.starts_with("HTTP/1.1 200"), "{response}");
     (head.to_owned(), body.to_owned())
 }
 
-/// Prompts that share beginnings, repeat, end on and between blocks, and overflow a small cache.
+/// Returns prompts that share prefixes and repeat, that end within blocks and at their ends, and
+/// that exceed a small cache together.
 fn prompts(count: u32) -> Vec<Vec<u32>> {
     (0..count)
         .map(|number| {
@@ -237,6 +261,7 @@ fn prompts(count: u32) -> Vec<Vec<u32>> {
         .collect()
 }
 
+/// Asserts that all hits are predicted exactly, with an engine that evicts blocks.
 async fn every_hit_is_predicted(events: KvEventsConfig) {
     let engine = Engine::start(engine_of(48, Some(events)));
     let fleet = Fleet::following(&engine).await;
@@ -246,8 +271,8 @@ async fn every_hit_is_predicted(events: KvEventsConfig) {
         assert_eq!(hit.predicted, hit.actual, "request {number}");
         hits += hit.actual;
         fleet.catches_up(&engine).await;
-        let cached = fleet.gateway.router().cached_prefixes() as u64;
-        assert_eq!(cached, engine.metric("model_engine:cached_blocks").await);
+        let cached = fleet.gateway.router().indexed_blocks() as u64;
+        assert_eq!(cached, engine.metric("mock_engine:cached_blocks").await);
     }
     assert!(hits > 1000, "{hits} tokens");
     let worker = fleet.worker().await;
@@ -258,12 +283,12 @@ async fn every_hit_is_predicted(events: KvEventsConfig) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn hits_are_predicted_from_maps() {
+async fn hits_are_predicted_from_events_as_maps() {
     every_hit_is_predicted(with_replay()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn hits_are_predicted_from_arrays_under_a_topic_without_replay() {
+async fn hits_are_predicted_from_events_as_arrays_with_a_topic_and_without_replay() {
     let events = KvEventsConfig {
         layout: Layout::Array,
         topic: "kv@engine".to_owned(),
@@ -273,7 +298,7 @@ async fn hits_are_predicted_from_arrays_under_a_topic_without_replay() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_lost_is_replayed() {
+async fn lost_events_are_replayed() {
     let events = KvEventsConfig {
         drop_every: NonZeroU64::new(3),
         ..with_replay()
@@ -284,8 +309,8 @@ async fn what_is_lost_is_replayed() {
         fleet.send(&prompt, 20).await;
     }
     fleet.catches_up(&engine).await;
-    let cached = fleet.gateway.router().cached_prefixes() as u64;
-    assert_eq!(cached, engine.metric("model_engine:cached_blocks").await);
+    let cached = fleet.gateway.router().indexed_blocks() as u64;
+    assert_eq!(cached, engine.metric("mock_engine:cached_blocks").await);
     let worker = fleet.worker().await;
     let events = &worker["kv_events"];
     assert_eq!(
@@ -299,7 +324,7 @@ async fn what_is_lost_is_replayed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_lost_for_good_is_marked_and_the_rest_carries_on() {
+async fn lost_events_without_replay_make_the_index_inexact() {
     let events = KvEventsConfig {
         drop_every: NonZeroU64::new(4),
         ..publishing()
@@ -314,14 +339,15 @@ async fn what_is_lost_for_good_is_marked_and_the_rest_carries_on() {
         .await;
     let worker = fleet.worker().await;
     assert_eq!(worker["kv_events"]["exact"], false, "{worker:#}");
-    assert!(follows(&worker), "{worker:#}");
-    // Nothing was evicted, so what is known is right, if not all.
+    assert!(follows_events(&worker), "{worker:#}");
+    // No block was evicted, so all indexed blocks are cached, but some cached blocks are not
+    // indexed.
     let hit = fleet.send(&prompts(40)[39], 1).await;
     assert!(0 < hit.predicted && hit.predicted <= hit.actual, "{hit:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn blocks_cached_before_anybody_listened_are_replayed() {
+async fn events_from_before_the_subscription_are_replayed() {
     let engine = Engine::start(engine_of(4096, Some(with_replay())));
     let first = Fleet::following(&engine).await;
     let prompt = &prompts(11)[10];
@@ -335,6 +361,7 @@ async fn blocks_cached_before_anybody_listened_are_replayed() {
     assert!(hit.actual > 0);
 }
 
+/// Asserts that the gateway clears the worker's cache when the engine restarts.
 async fn a_restart_empties_the_cache(events: KvEventsConfig) {
     let mut engine = Engine::start(engine_of(4096, Some(events)));
     let fleet = Fleet::following(&engine).await;
@@ -343,35 +370,36 @@ async fn a_restart_empties_the_cache(events: KvEventsConfig) {
         fleet.send(prompt, 20).await;
     }
     fleet.catches_up(&engine).await;
-    assert!(fleet.gateway.router().cached_prefixes() > 0);
+    assert!(fleet.gateway.router().indexed_blocks() > 0);
 
     engine.stop().await;
     fleet.becomes(|worker| worker["state"] != "healthy").await;
-    let can_ask = engine.config.kv_events.as_ref().unwrap().replay.is_some();
+    let has_replay = engine.config.kv_events.as_ref().unwrap().replay.is_some();
     engine.start_again();
     fleet
         .becomes(|worker| {
-            follows(worker)
+            follows_events(worker)
                 && worker["kv_events"]["state"] == "live"
-                && (!can_ask || worker["kv_events"]["last_sequence"].is_null())
+                && (!has_replay || worker["kv_events"]["last_sequence"].is_null())
         })
         .await;
-    if can_ask {
-        assert_eq!(fleet.gateway.router().cached_prefixes(), 0);
+    if has_replay {
+        assert_eq!(fleet.gateway.router().indexed_blocks(), 0);
     } else {
-        // Without replay, a batch tells, and the first may be out before anybody listens again.
-        fleet.hears_again(&engine).await;
+        // Without replay, the restart shows in the next batch that the gateway receives. The engine
+        // may publish its first batch before the gateway is subscribed again.
+        fleet.receives_events(&engine).await;
     }
-    for expected in [false, true] {
+    for has_hit in [false, true] {
         let hit = fleet.send(prompt, 20).await;
         assert_eq!(
             (hit.predicted, hit.actual > 0),
-            (hit.actual, expected),
+            (hit.actual, has_hit),
             "{hit:?}"
         );
         fleet.catches_up(&engine).await;
     }
-    if can_ask {
+    if has_replay {
         assert_eq!(fleet.worker().await["kv_events"]["exact"], true);
     }
 }
@@ -386,9 +414,10 @@ async fn a_restart_empties_the_cache_without_replay() {
     a_restart_empties_the_cache(publishing()).await;
 }
 
-/// The new process may well have counted further than the old one before anybody looks.
+/// Restarts the engine and sends requests directly to it, so that its sequence numbers may pass
+/// those of the old process before the gateway reads any.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_restart_is_noticed_however_far_the_new_engine_has_come() {
+async fn a_restart_is_noticed_even_if_the_new_process_is_ahead() {
     let mut engine = Engine::start(engine_of(4096, Some(with_replay())));
     let fleet = Fleet::following(&engine).await;
     fleet.send(&prompts(11)[10], 20).await;
@@ -401,13 +430,13 @@ async fn a_restart_is_noticed_however_far_the_new_engine_has_come() {
         http(engine.address, "POST", "/v1/completions", &body.to_string()).await;
     }
     fleet.catches_up(&engine).await;
-    let cached = fleet.gateway.router().cached_prefixes() as u64;
-    assert_eq!(cached, engine.metric("model_engine:cached_blocks").await);
+    let cached = fleet.gateway.router().indexed_blocks() as u64;
+    assert_eq!(cached, engine.metric("mock_engine:cached_blocks").await);
     assert_eq!(fleet.worker().await["kv_events"]["exact"], true);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_events_the_shadow_serves_until_there_are_some() {
+async fn the_cache_is_estimated_while_the_engine_publishes_no_events() {
     let events = with_replay();
     let mut engine = Engine::start(engine_of(4096, None));
     let replay = events.replay.as_ref().unwrap();
@@ -426,27 +455,27 @@ async fn without_events_the_shadow_serves_until_there_are_some() {
     let hit = fleet.send(prompt, 20).await;
     assert_eq!(hit.predicted, hit.actual);
     assert!(hit.predicted > 0);
-    assert_eq!(fleet.worker().await["cache_source"], "shadow");
+    assert_eq!(fleet.worker().await["cache_source"], "estimated");
     assert_eq!(fleet.metric("foresee_worker_events_live").await, 0.0);
 
     engine.stop().await;
     engine.config.kv_events = Some(events);
     engine.start_again();
-    fleet.becomes(follows).await;
+    fleet.becomes(follows_events).await;
     fleet.send(prompt, 20).await;
     fleet.catches_up(&engine).await;
 
-    // And back.
+    // The engine stops publishing.
     engine.stop().await;
     engine.config.kv_events = None;
     engine.start_again();
     fleet
-        .becomes(|worker| worker["cache_source"] == "shadow" && worker["state"] == "healthy")
+        .becomes(|worker| worker["cache_source"] == "estimated" && worker["state"] == "healthy")
         .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn blocks_that_do_not_fit_are_left_to_the_shadow() {
+async fn the_cache_is_estimated_if_the_engine_has_an_unsuitable_block_size() {
     let mut config = engine_of(4096, Some(with_replay()));
     config.engine.block_size = NonZeroU32::new(24).unwrap();
     let engine = Engine::start(config);
@@ -454,12 +483,12 @@ async fn blocks_that_do_not_fit_are_left_to_the_shadow() {
     fleet.send(&prompts(11)[10], 20).await;
     fleet
         .becomes(|worker| {
-            worker["kv_events"]["state"] == "faulty" && worker["cache_source"] == "shadow"
+            worker["kv_events"]["state"] == "faulty" && worker["cache_source"] == "estimated"
         })
         .await;
 }
 
-/// The frames of a batch that stores one block.
+/// Returns the frames of a batch that stores one block.
 fn batch(sequence: u64, timestamp: f64, block: u32) -> [Bytes; 3] {
     let batch = EventBatch {
         timestamp: Some(timestamp),
@@ -482,8 +511,14 @@ fn message(frames: &[Bytes]) -> ZmqMessage {
     ZmqMessage::try_from(frames.to_vec()).unwrap()
 }
 
-/// Sends a batch again and again until the subscription has reached the publisher.
-async fn hears(fleet: &Fleet, publisher: &mut PubSocket, sequence: u64, frames: &[Bytes]) {
+/// Sends a batch repeatedly until the gateway receives it: the first ones are lost if the
+/// subscription has not reached the publisher.
+async fn publish_until_received(
+    fleet: &Fleet,
+    publisher: &mut PubSocket,
+    sequence: u64,
+    frames: &[Bytes],
+) {
     let send = async {
         loop {
             publisher.send(message(frames)).await.unwrap();
@@ -496,42 +531,42 @@ async fn hears(fleet: &Fleet, publisher: &mut PubSocket, sequence: u64, frames: 
     }
 }
 
-/// Answers requests for a replay. Of those asked for, what `leaves` the socket, and whether the end
-/// does.
-async fn replays(
+/// Serves requests for a replay. For the first requested sequence number, `select` returns the
+/// batches to send, and whether the end marker is sent.
+async fn serve_replay(
     router: &mut RouterSocket,
     batches: &[[Bytes; 3]],
-    leaves: impl Fn(usize) -> (Vec<usize>, bool),
+    select: impl Fn(usize) -> (Vec<usize>, bool),
 ) {
     loop {
         let request = router.recv().await.unwrap().into_vec();
         let from = parse_replay_request(&request[1..]).unwrap() as usize;
-        let (sent, has_end) = leaves(from);
+        let (sent, has_end) = select(from);
         let sent = sent
             .iter()
-            .map(|it| [&[Bytes::new()][..], &batches[*it]].concat());
+            .map(|index| [&[Bytes::new()][..], &batches[*index]].concat());
         let end = replay_end().map(Bytes::from).to_vec();
         for frames in sent.chain(has_end.then_some(end)) {
             let frames = [&request[..1], &frames].concat();
-            // A client that has given up has closed its socket, and asks again.
+            // A client that gave up has closed its socket and will send another request.
             let _ = router.send(message(&frames)).await;
         }
     }
 }
 
-/// Replay fails when it is needed, and works later.
+/// Starts the replay socket only after a batch was lost.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_lost_is_found_again_when_replay_works() {
+async fn lost_events_are_replayed_as_soon_as_replay_works() {
     let (endpoint, replay) = (free_endpoint(), free_endpoint());
     let engine = Engine::start(engine_of(4096, None));
     let worker = format!("{},kv-events={endpoint},replay={replay}", engine.address);
     let mut publisher = PubSocket::new();
     publisher.bind(&endpoint).await.unwrap();
     let fleet = Fleet::start(&worker);
-    fleet.becomes(follows).await;
+    fleet.becomes(follows_events).await;
     let batches: Vec<_> = (0..3).map(|n| batch(n, n as f64, n as u32)).collect();
     for sequence in [0, 2] {
-        hears(
+        publish_until_received(
             &fleet,
             &mut publisher,
             sequence,
@@ -540,20 +575,20 @@ async fn what_was_lost_is_found_again_when_replay_works() {
         .await;
     }
     assert_eq!(fleet.worker().await["kv_events"]["exact"], false);
-    assert_eq!(fleet.gateway.router().cached_prefixes(), 2);
+    assert_eq!(fleet.gateway.router().indexed_blocks(), 2);
 
     let mut router = RouterSocket::new();
     router.bind(&replay).await.unwrap();
     tokio::select! {
-        () = replays(&mut router, &batches, |from| ((from..3).collect(), true)) => {}
+        () = serve_replay(&mut router, &batches, |from| ((from..3).collect(), true)) => {}
         () = fleet.becomes(|worker| worker["kv_events"]["exact"] == true) => {}
     }
-    assert_eq!(fleet.gateway.router().cached_prefixes(), 3);
+    assert_eq!(fleet.gateway.router().indexed_blocks(), 3);
 }
 
-/// A ROUTER socket drops answers that do not leave it fast enough.
+/// Sends incomplete replays: a ROUTER socket drops messages that it cannot send fast enough.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replay_that_breaks_off_is_asked_for_again() {
+async fn an_incomplete_replay_is_requested_again() {
     let (endpoint, replay) = (free_endpoint(), free_endpoint());
     let engine = Engine::start(engine_of(4096, None));
     let worker = format!("{},kv-events={endpoint},replay={replay}", engine.address);
@@ -563,22 +598,22 @@ async fn a_replay_that_breaks_off_is_asked_for_again() {
     router.bind(&replay).await.unwrap();
     let fleet = Fleet::start(&worker);
     let batches: Vec<_> = (0..9).map(|n| batch(n, n as f64, n as u32)).collect();
-    let leaves = |from| match from {
+    let select = |from| match from {
         0 => (vec![0, 1], false),
         2 => (vec![2, 4, 5, 6, 7, 8], true),
         _ => ((from..9).collect(), true),
     };
     tokio::select! {
-        () = replays(&mut router, &batches, leaves) => {}
+        () = serve_replay(&mut router, &batches, select) => {}
         () = fleet.becomes(|worker| worker["kv_events"]["last_sequence"] == 8) => {}
     }
     assert_eq!(fleet.worker().await["kv_events"]["exact"], true);
-    assert_eq!(fleet.gateway.router().cached_prefixes(), 9);
+    assert_eq!(fleet.gateway.router().indexed_blocks(), 9);
 }
 
-/// Who missed more batches than it knows blocks knows nothing of what is cached now.
+/// Loses more batches than blocks are indexed. The batches may have removed all of these blocks.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_known_before_a_long_gap_is_forgotten() {
+async fn a_long_gap_clears_the_index() {
     let endpoint = free_endpoint();
     let engine = Engine::start(engine_of(4096, None));
     let worker = format!("{},kv-events={endpoint}", engine.address);
@@ -587,9 +622,9 @@ async fn what_was_known_before_a_long_gap_is_forgotten() {
     let fleet = Fleet::start(&worker);
     for (sequence, cached) in [(0_u64, 1), (1, 2), (3, 3), (4, 4), (10, 1), (11, 2)] {
         let frames = batch(sequence, sequence as f64, sequence as u32);
-        hears(&fleet, &mut publisher, sequence, &frames).await;
+        publish_until_received(&fleet, &mut publisher, sequence, &frames).await;
         assert_eq!(
-            fleet.gateway.router().cached_prefixes(),
+            fleet.gateway.router().indexed_blocks(),
             cached,
             "{sequence}"
         );
@@ -598,7 +633,7 @@ async fn what_was_known_before_a_long_gap_is_forgotten() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_engine_that_dials_is_heard() {
+async fn events_of_an_engine_that_connects_are_received() {
     let endpoint = free_endpoint();
     let engine = Engine::start(engine_of(4096, None));
     let worker = format!("{},kv-events=bind:{endpoint}", engine.address);
@@ -608,15 +643,15 @@ async fn an_engine_that_dials_is_heard() {
             worker["state"] == "healthy" && worker["kv_events"]["state"] == "connecting"
         })
         .await;
-    let mut heard = HashSet::new();
-    // A second process is heard as well as the first, and as another.
+    let mut block_counts = HashSet::new();
+    // The second process is recognized as a restart of the engine.
     for process in 0..2 {
         let mut publisher = PubSocket::new();
         publisher.connect(&endpoint).await.unwrap();
         fleet
-            .becomes(|worker| follows(worker) && worker["kv_events"]["state"] == "live")
+            .becomes(|worker| follows_events(worker) && worker["kv_events"]["state"] == "live")
             .await;
-        // Until the subscription has reached the publisher, it sends to nobody.
+        // Batches are lost until the subscription has reached the publisher.
         let mut sequence = 0_u64;
         let send = async {
             loop {
@@ -628,22 +663,22 @@ async fn an_engine_that_dials_is_heard() {
             }
         };
         let batches = fleet.worker().await["kv_events"]["batches"].clone();
-        let heard_it = fleet.becomes(|worker| {
-            worker["kv_events"]["batches"].as_u64() > batches.as_u64().map(|it| it + 3)
+        let received = fleet.becomes(|worker| {
+            worker["kv_events"]["batches"].as_u64() > batches.as_u64().map(|count| count + 3)
         });
         tokio::select! {
             () = send => {}
-            () = heard_it => {}
+            () = received => {}
         }
-        heard.insert(fleet.gateway.router().cached_prefixes());
+        block_counts.insert(fleet.gateway.router().indexed_blocks());
         drop(publisher);
         fleet
             .becomes(|worker| worker["kv_events"]["state"] == "connecting")
             .await;
     }
     assert_eq!(
-        heard,
+        block_counts,
         HashSet::from([1]),
-        "one block of one process at a time"
+        "only the block of the current process is indexed"
     );
 }

@@ -1,8 +1,12 @@
-//! Integration tests of the program, with simulated engines behind it.
+//! Integration tests of the program, with mock engines.
 
+mod command_line;
+mod configuration;
 mod fleet;
 mod kv_events;
+mod load;
 mod ports;
 mod record;
 mod replay;
+mod settings;
 mod verify;

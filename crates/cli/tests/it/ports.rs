@@ -4,16 +4,16 @@
 
 use std::net::TcpListener;
 
-/// An address that leaves the choice of the port to the system.
+/// An address with a port that the system chooses.
 pub(crate) const ANY_PORT: &str = "127.0.0.1:0";
 
-/// Returns a port that was free a moment ago.
+/// Returns a port that was free when the function checked it.
 pub(crate) fn free_port() -> u16 {
     let listener = TcpListener::bind(ANY_PORT).unwrap();
     listener.local_addr().unwrap().port()
 }
 
-/// Returns an address for a ZeroMQ socket, on a port that was free a moment ago.
+/// Returns an endpoint for a ZeroMQ socket, on a port that was free when the function checked it.
 pub(crate) fn free_endpoint() -> String {
     format!("tcp://127.0.0.1:{}", free_port())
 }

@@ -1,4 +1,4 @@
-//! What `serve --record` wrote of real traffic, `replay --trace` plays again.
+//! Recordings of `serve --record`, replayed with `replay run --trace`.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -11,20 +11,21 @@ use std::process::{Command, Stdio};
 use crate::ports::ANY_PORT;
 use foresee_core::router::RouterConfig;
 use foresee_sim::engine::EngineConfig;
-use foresee_sim::law::L40S_8B;
 use foresee_sim::load::{LiveOutcome, LoadConfig, run};
-use foresee_sim::server::{ServerConfig, bind, serve};
+use foresee_sim::mock_engine::{MockEngineConfig, bind, serve};
+use foresee_sim::step_time::L40S_8B;
 use foresee_sim::trace;
 use foresee_sim::workload::{Shape, Workload};
 
-const TIME_SCALE: f64 = 50.0;
+/// Speed of the mock engine in multiples of real time.
+const SPEEDUP: f64 = 50.0;
 
-/// Sends a workload through a router that records, and stops it as its owner would.
+/// Sends a workload through a router that records it to `path`, and stops the router with SIGTERM.
 async fn record(workload: &Workload, path: &Path) -> LiveOutcome {
     let engine = EngineConfig::from_preset(&L40S_8B, RouterConfig::default().block_size);
-    let config = ServerConfig {
-        time_scale: TIME_SCALE,
-        ..ServerConfig::new("model", engine)
+    let config = MockEngineConfig {
+        speedup: SPEEDUP,
+        ..MockEngineConfig::new("model", engine)
     };
     let listener = bind(ANY_PORT.parse().unwrap()).unwrap();
     let worker = listener.local_addr().unwrap().to_string();
@@ -53,19 +54,19 @@ async fn record(workload: &Workload, path: &Path) -> LiveOutcome {
     })
     .await
     .unwrap();
-    // Read on, or what it says later breaks its pipe.
+    // Without a reader of its pipe, the program fails at a later log line.
     let reading = std::thread::spawn(move || rest.for_each(drop));
 
     let config = LoadConfig {
         workers: 1,
-        time_scale: TIME_SCALE,
+        speedup: SPEEDUP,
         ..LoadConfig::new(format!("http://{address}"), "model")
     };
     let outcome = run(&config, workload, |_| {}).await.unwrap();
-    let killed = Command::new("kill").arg(child.id().to_string()).status();
-    assert!(killed.unwrap().success());
-    let ended = tokio::task::spawn_blocking(move || child.wait());
-    assert!(ended.await.unwrap().unwrap().success());
+    let kill = Command::new("kill").arg(child.id().to_string()).status();
+    assert!(kill.unwrap().success());
+    let exit = tokio::task::spawn_blocking(move || child.wait());
+    assert!(exit.await.unwrap().unwrap().success());
     reading.join().unwrap();
     outcome
 }
@@ -82,7 +83,7 @@ async fn recorded_traffic_can_be_replayed() {
         ..Shape::default()
     };
     let workload = Workload::closed_loop(&shape, 80, 8, 1);
-    // The second run adds to the file of the first.
+    // The second run appends to the file of the first.
     for _ in 0..2 {
         let live = record(&workload, &path).await;
         assert_eq!((live.finished, live.failures()), (80, 0));
@@ -92,33 +93,39 @@ async fn recorded_traffic_can_be_replayed() {
     assert!(text.lines().all(|line| line.contains(r#""model":"model""#)));
     let requests = trace::read(text.as_bytes()).unwrap();
     assert_eq!(requests.len(), 160);
-    assert!(requests.iter().all(|it| it.prompt_tokens == 704));
-    assert!(requests.iter().all(|it| it.hash_ids.len() == 44));
-    let output = requests.iter().map(|it| it.output_tokens).sum::<u32>();
-    let sent = workload.requests.iter().map(|it| it.output_tokens);
-    assert_eq!(output, 2 * sent.sum::<u32>());
-    // Half of each prompt is one of four prefixes, and the other half its own in either run.
-    let different = |block: usize| {
-        let ids = requests.iter().map(|it| it.hash_ids[block]);
+    assert!(requests.iter().all(|request| request.prompt_tokens == 704));
+    assert!(requests.iter().all(|request| request.hash_ids.len() == 44));
+    let recorded_output: u32 = requests.iter().map(|request| request.output_tokens).sum();
+    let sent = workload.requests.iter();
+    let sent_output: u32 = sent.map(|request| request.output_tokens).sum();
+    assert_eq!(recorded_output, 2 * sent_output);
+    // The first half of each prompt is one of four prefixes. The second half is its own, and equal
+    // in both runs.
+    let distinct_ids = |block: usize| {
+        let ids = requests.iter().map(|request| request.hash_ids[block]);
         ids.collect::<HashSet<u64>>().len()
     };
-    assert_eq!((different(0), different(21), different(43)), (4, 4, 80));
+    assert_eq!(
+        (distinct_ids(0), distinct_ids(21), distinct_ids(43)),
+        (4, 4, 80)
+    );
 
     let json = path.with_extension("json");
     let replayed = Command::new(env!("CARGO_BIN_EXE_foresee"))
-        .args(["replay", "--workers", "2", "--policy", "kv"])
+        .args(["replay", "run", "--workers", "2", "--policy", "kv"])
         .args(["--trace", path.to_str().unwrap()])
         .args(["--requests", "80", "--json", json.to_str().unwrap()])
         .output()
         .unwrap();
-    let said = String::from_utf8_lossy(&replayed.stderr).into_owned();
-    assert!(replayed.status.success(), "{said}");
+    let error = String::from_utf8_lossy(&replayed.stderr).into_owned();
+    assert!(replayed.status.success(), "{error}");
     let report = std::fs::read(&json).unwrap();
     let report: serde_json::Value = serde_json::from_slice(&report).unwrap();
     let outcome = &report["outcomes"][0];
     assert_eq!(outcome["finished"], 80);
     assert_eq!(outcome["prompt_tokens"], 80 * 704);
-    // As each prefix is computed on one worker or both.
+    // All prefixes are hits except the first request with a prefix on each worker. Each of the four
+    // prefixes is computed on one worker or on both.
     let hits = outcome["cached_tokens"].as_u64().unwrap();
     assert!((72 * 352..=76 * 352).contains(&hits), "{hits}");
     std::fs::remove_file(&path).unwrap();

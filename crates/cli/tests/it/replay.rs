@@ -1,27 +1,38 @@
-//! `foresee replay` by its flags: what it prints, and what it says of flags that make no sense.
+//! `foresee replay`: its reports, and its errors for invalid flags.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::process::{Command, Output};
 
-fn replay(flags: &[&str]) -> Output {
+/// Runs a subcommand of `replay`.
+fn replay(subcommand: &str, flags: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_foresee"));
-    command.arg("replay").args(flags).output().unwrap()
+    command
+        .args(["replay", subcommand])
+        .args(flags)
+        .output()
+        .unwrap()
 }
 
-fn told(flags: &[&str]) -> String {
-    let output = replay(flags);
+/// Returns the report of a subcommand that succeeds.
+fn report(subcommand: &str, flags: &[&str]) -> String {
+    let output = replay(subcommand, flags);
     let error = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success(), "{flags:?}: {error}");
     String::from_utf8(output.stdout).unwrap()
 }
 
-fn refused(flags: &[&str]) -> String {
-    let output = replay(flags);
+/// Returns the error of a subcommand that fails.
+fn refused(subcommand: &str, flags: &[&str]) -> String {
+    let output = replay(subcommand, flags);
     assert!(!output.status.success(), "{flags:?}");
     String::from_utf8(output.stderr).unwrap()
 }
 
+/// A workload without an arrival rate.
+const CLOSED_LOOP: &str = "n-samples";
+
+/// Flags of a short replay.
 const SMALL: [&str; 8] = [
     "--requests",
     "40",
@@ -34,10 +45,8 @@ const SMALL: [&str; 8] = [
 ];
 
 #[test]
-fn every_condition_can_be_asked_for() {
+fn a_run_combines_all_conditions_and_repeats_exactly() {
     let conditions = [
-        "--workload",
-        "seed",
         "--isl",
         "600",
         "--rps",
@@ -50,7 +59,7 @@ fn every_condition_can_be_asked_for() {
         "ttft=1s",
         "--event-lag",
         "50ms",
-        "--event-loss",
+        "--event-loss-fraction",
         "0.1",
         "--fleet-change",
         "0:speed=0.5",
@@ -59,67 +68,76 @@ fn every_condition_can_be_asked_for() {
         "--engine-block-size",
         "64",
     ];
-    let table = told(&[&SMALL[..], &conditions].concat());
+    let table = report("run", &[&SMALL[..], &conditions].concat());
     for part in [
         "TTFT p95, s",
         "within SLO, %",
         "Means over 3 seeds",
-        "SLO ttft=1000ms;",
+        "SLO ttft=1s;",
     ] {
         assert!(table.contains(part), "{part}: {table}");
     }
-    let again = told(&[&SMALL[..], &conditions].concat());
-    // All but how long it took.
-    let numbers = |table: &str| table.lines().filter(|it| !it.starts_with("SLO")).count();
-    assert!(numbers(&table) > 20);
-    for (one, other) in table.lines().zip(again.lines()) {
-        assert!(one == other || one.starts_with("SLO"), "{one}\n{other}");
+    let again = report("run", &[&SMALL[..], &conditions].concat());
+    // The line that begins with SLO contains the real time of the run.
+    let is_repeatable = |line: &str| !line.starts_with("SLO");
+    assert!(table.lines().filter(|line| is_repeatable(line)).count() > 20);
+    for (first, second) in table.lines().zip(again.lines()) {
+        assert!(
+            first == second || !is_repeatable(first),
+            "{first}\n{second}"
+        );
     }
 }
 
 #[test]
 fn capacity_is_found_for_each_policy() {
-    let flags = ["--workload", "rag", "--find-capacity", "--slo-share", "0.8"];
-    let found = told(&[&SMALL[..], &flags].concat());
+    let flags = ["--workload", "rag", "--slo-fraction", "0.8"];
+    let found = report("capacity", &[&SMALL[..], &flags].concat());
     assert!(found.contains("highest rate, times") && found.contains("for 80 % of requests"));
-    let flags = [
-        "--workload",
-        "rag",
-        "--isl",
-        "600",
-        "--find-capacity=workers",
-    ];
-    let found = told(&[&SMALL[..], &flags].concat());
+    let flags = ["--workload", "rag", "--isl", "600", "--find", "workers"];
+    let found = report("capacity", &[&SMALL[..], &flags].concat());
     assert!(found.contains("fewest workers"), "{found}");
 }
 
 #[test]
-fn what_makes_no_sense_is_refused_with_its_remedy() {
+fn errors_for_invalid_flags_name_the_remedy() {
     for (flags, remedy) in [
-        (&["--workload", "seed", "--rate", "2"][..], "--rps"),
-        (&["--workload", "seed", "--find-capacity"], "--rps"),
-        (&["--trace", "x.jsonl", "--rps", "2"], "--rate"),
+        (&["--workload", CLOSED_LOOP, "--rate", "2"][..], "--rps"),
+        (&["--trace", "x.jsonl", "--rps", "2"], "scale its rate"),
         (&["--duration", "10m"], "--trace"),
-        (&["--workload", "seed", "--rates", "1,2"], "--rps"),
-        (&["--suite", "--trace", "x.jsonl"], "cannot be used with"),
-        (&["--suite", "--only", "sead"], "seed-isl"),
-        (&["--conversation", "x.jsonl"], "--suite"),
+        (&["--duration", "10", "--trace", "x"], "no unit"),
+        (&["--gap", "500"], "write 500ms"),
+        (&["--workload", "n-sample"], "'n-samples'"),
         (&["--rps", "0"], "positive"),
         (&["--arrivals", "weibull"], "gamma:CV"),
         (&["--slo", "tpot=1s"], "itl=60ms"),
         (&["--fleet-change", "9:speed=2"], "there are 8"),
         (&["--fleet-change", "0:speed=fast"], "WORKER:speed=FACTOR"),
         (&["--engine-block-size", "24"], "--block-size"),
-        (&["--event-loss", "2"], "event-loss"),
+        (&["--event-loss-fraction", "2"], "between 0 and 1"),
         (&["--trace", "/nowhere/x.jsonl"], "/nowhere/x.jsonl"),
     ] {
-        let error = refused(flags);
+        let error = refused("run", flags);
         assert!(error.contains(remedy), "{flags:?}: {error}");
+    }
+    for (subcommand, flags, remedy) in [
+        ("capacity", &["--workload", CLOSED_LOOP][..], "--rps"),
+        (
+            "sweep",
+            &["--workload", CLOSED_LOOP, "--rates", "1,2"],
+            "--rps",
+        ),
+        ("suite", &["--trace", "x.jsonl"], "unexpected argument"),
+        ("suite", &["--only", "n-sample"], "'n-samples'"),
+        ("run", &["--conversation", "x.jsonl"], "unexpected argument"),
+    ] {
+        let error = refused(subcommand, flags);
+        assert!(error.contains(remedy), "{subcommand} {flags:?}: {error}");
     }
 }
 
 #[test]
-fn a_suite_is_a_table_of_its_scenarios_and_says_what_it_left_out() {
+fn a_suite_prints_a_row_for_each_scenario_and_lists_scenarios_left_out() {
     let folder = std::env::temp_dir().join(format!("foresee-suite-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     let (trace, json) = (folder.join("trace.jsonl"), folder.join("suite.json"));
@@ -132,13 +150,12 @@ fn a_suite_is_a_table_of_its_scenarios_and_says_what_it_left_out() {
     };
     std::fs::write(&trace, (0..40).map(|n| line(n) + "\n").collect::<String>()).unwrap();
     let flags = [
-        "--suite",
         "--only",
         "conversation-50,no-events,azure",
         "--conversation",
         trace.to_str().unwrap(),
         "--policy",
-        "kv,delay,delay:no-stalls",
+        "kv,marginal-delay,marginal-delay:no-prefill-stall-caused",
         "--seeds",
         "2",
         "--json",
@@ -146,7 +163,7 @@ fn a_suite_is_a_table_of_its_scenarios_and_says_what_it_left_out() {
         "--html",
         html.to_str().unwrap(),
     ];
-    let table = told(&flags);
+    let table = report("suite", &flags);
     assert!(std::fs::read_to_string(&html).unwrap().contains("<svg"));
     for part in [
         "conversation-50",
@@ -158,19 +175,19 @@ fn a_suite_is_a_table_of_its_scenarios_and_says_what_it_left_out() {
         assert!(table.contains(part), "{part}: {table}");
     }
     let grid: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
-    assert_eq!(grid["reference"], "delay");
+    assert_eq!(grid["reference"], "marginal-delay");
     assert_eq!(grid["rows"][1]["name"], "no-events");
     let outcomes = grid["rows"][1]["report"]["outcomes"].as_array().unwrap();
     assert_eq!(outcomes.len(), 6);
-    assert!(outcomes.iter().all(|it| it["finished"] == 40));
+    assert!(outcomes.iter().all(|outcome| outcome["finished"] == 40));
     std::fs::remove_dir_all(&folder).unwrap();
 }
 
 #[test]
-fn a_page_is_drawn_and_rates_are_rows() {
+fn a_run_writes_a_page_and_a_sweep_prints_a_row_for_each_rate() {
     let page = std::env::temp_dir().join(format!("foresee-replay-{}.html", std::process::id()));
     let flags = ["--workload", "rag", "--html", page.to_str().unwrap()];
-    told(&[&SMALL[..], &flags].concat());
+    report("run", &[&SMALL[..], &flags].concat());
     assert!(
         std::fs::read_to_string(&page)
             .unwrap()
@@ -178,7 +195,7 @@ fn a_page_is_drawn_and_rates_are_rows() {
     );
     std::fs::remove_file(&page).unwrap();
     let flags = ["--workload", "rag", "--rates", "0.5,1"];
-    let table = told(&[&SMALL[..], &flags].concat());
+    let table = report("sweep", &[&SMALL[..], &flags].concat());
     assert!(
         table.contains("\nrate 0.5 ") && table.contains("\nrate 1 "),
         "{table}"

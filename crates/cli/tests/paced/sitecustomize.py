@@ -1,11 +1,11 @@
-"""Gives each step of a real vLLM or SGLang a length, as a GPU would.
+"""Gives each step of a real vLLM or SGLang engine a minimum duration, as on a GPU.
 
-A tiny model on the CPU has no step to speak of: its engine takes all of a core, several of
-them slow one another and the router, and what a test then measures is the machine. With
+A step of a tiny model on the CPU takes almost no time. Its engine then keeps a core busy, and
+several engines slow down each other and the router, so that a test measures the machine. With
 
     PYTHONPATH=crates/cli/tests/paced STEP_MS=20 vllm serve ...
 
-a step lasts at least STEP_MS milliseconds, and sleeps through what is left of them.
+a step takes at least STEP_MS milliseconds; the engine sleeps for the rest of them.
 """
 
 import importlib.abc
@@ -14,7 +14,9 @@ import os
 import sys
 import time
 
+# Minimum duration of a step, in seconds. 0 changes nothing.
 STEP = float(os.environ.get("STEP_MS", "0")) / 1000
+# Class and method that run one step, by module.
 STEPS = {
     "vllm.v1.worker.gpu_worker": ("Worker", "execute_model"),
     "sglang.srt.managers.tp_worker": ("TpModelWorker", "forward_batch_generation"),
@@ -22,19 +24,21 @@ STEPS = {
 
 
 def paced(step):
+    """Returns a step that sleeps until its minimum duration is over."""
+
     def wrapped(self, batch, *args, **kwargs):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         result = step(self, batch, *args, **kwargs)
-        # vLLM also calls it with nothing to compute.
+        # vLLM also calls the method for batches without tokens, which are not delayed.
         if getattr(batch, "total_num_scheduled_tokens", 1) > 0:
-            time.sleep(max(0.0, begun + STEP - time.perf_counter()))
+            time.sleep(max(0.0, start + STEP - time.perf_counter()))
         return result
 
     return wrapped
 
 
 class Pacer(importlib.abc.MetaPathFinder):
-    """Wraps a step when its module is imported: an interpreter that needs none pays nothing."""
+    """Wraps the step of an engine when its module is imported. Other interpreters are unaffected."""
 
     def find_spec(self, name, path, target=None):
         if name not in STEPS:
@@ -44,9 +48,9 @@ class Pacer(importlib.abc.MetaPathFinder):
 
         def load_and_wrap(module):
             load(module)
-            owner, step = STEPS[name]
-            owner = getattr(module, owner)
-            setattr(owner, step, paced(getattr(owner, step)))
+            class_name, method_name = STEPS[name]
+            owner = getattr(module, class_name)
+            setattr(owner, method_name, paced(getattr(owner, method_name)))
             print(f"{name}: a step takes {STEP * 1000:.0f} ms", file=sys.stderr)
 
         spec.loader.exec_module = load_and_wrap

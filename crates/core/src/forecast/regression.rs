@@ -1,63 +1,75 @@
-//! Least squares on a stream of samples, which forgets: how a time depends on what it is spent on.
+//! Least squares on a stream of samples, with forgetting: how a duration depends on a few features.
 
-/// Share of the past that remains after one more sample.
+/// Factor by which one more sample reduces the weight of all earlier samples.
 const FORGETTING: f64 = 0.998;
-/// How far, in deviations, a sample is believed to be off. Beyond it is a stall, a retry or a clock
-/// that jumped, and counts as if it were no further off (Huber, 1964).
-const BELIEVED_DEVIATIONS: f64 = 3.0;
-/// Share of the deviation's estimate that one more sample makes up.
+/// Largest error of a sample that is taken at face value, in mean absolute errors. A larger error
+/// comes from a stall, a retry or a clock that jumped. It counts as if it were this large (Huber,
+/// 1964).
+const HUBER_DEVIATIONS: f64 = 3.0;
+/// Weight of one more sample in the mean absolute error.
 const DEVIATION_GAIN: f64 = 0.05;
-/// What deviations begin as, in shares of the forecast: nothing is known, so anything is believed.
-const FIRST_DEVIATION: f64 = 3.0;
-const LEAST_DEVIATION: f64 = 0.02;
+/// Initial mean absolute relative error. Nothing is known yet, so any sample is taken at face
+/// value.
+const INITIAL_DEVIATION: f64 = 3.0;
+/// Smallest mean absolute relative error that limits a sample's error. Without it, a long run of
+/// exact samples would hide a change.
+const MIN_DEVIATION: f64 = 0.02;
 
-/// Times are forecast as a sum of so much for each of `N` features. Learned by recursive least
-/// squares with exponential forgetting (Ljung and Söderström, 1983) on *relative* errors, for a
-/// forecast is off by a share of a time, not by so many seconds.
+/// Linear model of a duration: a sum of `N` features with one coefficient each.
+///
+/// It is learned by recursive least squares with exponential forgetting (Ljung and Söderström,
+/// 1983). It minimises *relative* errors, because a forecast is off by a fraction of a duration and
+/// not by a fixed number of seconds.
 #[derive(Clone, Debug)]
 pub(crate) struct Regression<const N: usize> {
+    /// Seconds for one unit of each feature. None is negative.
     coefficients: [f64; N],
+    /// Covariance of the coefficients, for a noise variance of 1.
     covariance: [[f64; N]; N],
-    /// Forgetting must not make it less sure than it began, where features do not vary.
-    first_variances: [f64; N],
-    /// Mean absolute relative error of forecasts, each made before its sample was seen.
-    deviation: f64,
+    /// Variances of the initial coefficients. Forgetting stops where it would exceed them, which it
+    /// would if features did not vary.
+    initial_variances: [f64; N],
+    /// Mean absolute relative error of forecasts, each made before its sample was observed.
+    mean_abs_relative_error: f64,
+    /// Number of samples.
     samples: u64,
 }
 
 impl<const N: usize> Regression<N> {
-    /// Begins with a guess, which is gone after some thirty samples. Every coefficient must be
-    /// positive.
+    /// Returns a model that starts with a guess, which no longer matters after some thirty samples.
+    /// Every coefficient must be positive.
     pub(crate) fn new(guess: [f64; N]) -> Self {
-        // Twice the guess either way, where a sample is off by a tenth.
-        let first_variances = guess.map(|it| (2.0 * it / 0.1).powi(2));
+        // A standard deviation of twice the guess, where a sample is off by a tenth.
+        let initial_variances = guess.map(|coefficient| (2.0 * coefficient / 0.1).powi(2));
         let mut covariance = [[0.0; N]; N];
         for (index, row) in covariance.iter_mut().enumerate() {
-            row[index] = first_variances[index];
+            row[index] = initial_variances[index];
         }
         Self {
             coefficients: guess,
             covariance,
-            first_variances,
-            deviation: FIRST_DEVIATION,
+            initial_variances,
+            mean_abs_relative_error: INITIAL_DEVIATION,
             samples: 0,
         }
     }
 
-    /// Seconds for each feature. None is negative.
+    /// Returns the seconds for one unit of each feature. None is negative.
     pub(crate) fn coefficients(&self) -> [f64; N] {
         self.coefficients
     }
 
+    /// Returns the number of samples.
     pub(crate) fn samples(&self) -> u64 {
         self.samples
     }
 
-    /// Mean absolute error of its forecasts, as a share of them.
-    pub(crate) fn deviation(&self) -> f64 {
-        self.deviation
+    /// Returns the mean absolute error of forecasts, as a fraction of them.
+    pub(crate) fn mean_abs_relative_error(&self) -> f64 {
+        self.mean_abs_relative_error
     }
 
+    /// Returns the duration of work with these features, in seconds.
     pub(crate) fn forecast(&self, features: &[f64; N]) -> f64 {
         let products = self.coefficients.iter().zip(features);
         products
@@ -65,7 +77,8 @@ impl<const N: usize> Regression<N> {
             .sum()
     }
 
-    /// What has these features took so many seconds.
+    /// Learns from work with these features that took `seconds`. A sample that is not finite, or
+    /// whose forecast is zero, is ignored.
     pub(crate) fn observe(&mut self, features: &[f64; N], seconds: f64) {
         let forecast = self.forecast(features);
         if !(forecast > 0.0 && seconds.is_finite()) {
@@ -74,52 +87,57 @@ impl<const N: usize> Regression<N> {
         self.samples += 1;
         let scaled = features.map(|feature| feature / forecast);
         let error = seconds / forecast - 1.0;
-        let believed = BELIEVED_DEVIATIONS * self.deviation.max(LEAST_DEVIATION);
-        let error = error.clamp(-believed, believed);
-        self.deviation += DEVIATION_GAIN * (error.abs() - self.deviation);
+        let max_error = HUBER_DEVIATIONS * self.mean_abs_relative_error.max(MIN_DEVIATION);
+        let error = error.clamp(-max_error, max_error);
+        self.mean_abs_relative_error +=
+            DEVIATION_GAIN * (error.abs() - self.mean_abs_relative_error);
 
         let gains = self.covariance.map(|row| dot(&row, &scaled));
         let variance = dot(&gains, &scaled);
-        let is_sure = (0..N).all(|it| self.covariance[it][it] < self.first_variances[it]);
-        let forgetting = if is_sure { FORGETTING } else { 1.0 };
-        let total = forgetting + variance;
-        let before = self.coefficients;
+        let is_informed =
+            (0..N).all(|index| self.covariance[index][index] < self.initial_variances[index]);
+        let forgetting = if is_informed { FORGETTING } else { 1.0 };
+        let total_variance = forgetting + variance;
+        let previous = self.coefficients;
         for row in 0..N {
-            self.coefficients[row] += gains[row] * error / total;
+            self.coefficients[row] += gains[row] * error / total_variance;
             for column in 0..N {
-                let known = gains[row] * gains[column] / total;
-                self.covariance[row][column] = (self.covariance[row][column] - known) / forgetting;
+                let reduction = gains[row] * gains[column] / total_variance;
+                self.covariance[row][column] =
+                    (self.covariance[row][column] - reduction) / forgetting;
             }
         }
-        self.make_positive();
+        self.make_non_negative();
         if self.forecast(features) <= 0.0 {
-            self.coefficients = before.map(|it| it * (1.0 + error).max(0.1));
+            self.coefficients = previous.map(|coefficient| coefficient * (1.0 + error).max(0.1));
         }
     }
 
-    /// Nothing takes less than no time. What is less becomes nothing, and the others what they most
-    /// likely are if it is: they had made up for it (Simon and Chia, 2002).
-    fn make_positive(&mut self) {
+    /// Sets negative coefficients to zero, because no feature can make work faster. The other
+    /// coefficients had compensated for the negative one; they move to their most likely values
+    /// given that it is zero (Simon and Chia, 2002).
+    fn make_non_negative(&mut self) {
         for _ in 0..N {
-            let below = (0..N).find(|&it| self.coefficients[it] < 0.0);
-            let Some(below) = below else {
+            let negative = (0..N).find(|&index| self.coefficients[index] < 0.0);
+            let Some(negative) = negative else {
                 return;
             };
-            let variance = self.covariance[below][below];
+            let variance = self.covariance[negative][negative];
             if variance > 0.0 {
-                let share = -self.coefficients[below] / variance;
+                let ratio = -self.coefficients[negative] / variance;
                 for row in 0..N {
-                    self.coefficients[row] += share * self.covariance[row][below];
+                    self.coefficients[row] += ratio * self.covariance[row][negative];
                 }
             }
-            self.coefficients[below] = 0.0;
+            self.coefficients[negative] = 0.0;
         }
-        self.coefficients = self.coefficients.map(|it| it.max(0.0));
+        self.coefficients = self.coefficients.map(|coefficient| coefficient.max(0.0));
     }
 }
 
-fn dot<const N: usize>(one: &[f64; N], other: &[f64; N]) -> f64 {
-    one.iter().zip(other).map(|(a, b)| a * b).sum()
+/// Returns the dot product of two vectors.
+fn dot<const N: usize>(left: &[f64; N], right: &[f64; N]) -> f64 {
+    left.iter().zip(right).map(|(a, b)| a * b).sum()
 }
 
 #[cfg(test)]
@@ -147,7 +165,7 @@ mod tests {
         }
     }
 
-    /// The mean relative error of forecasts.
+    /// Returns the mean relative error of forecasts.
     fn error(regression: &Regression<3>, truth: [f64; 3], rng: &mut SmallRng) -> f64 {
         let errors = (0..200).map(|_| {
             let features = features(rng);
@@ -170,11 +188,11 @@ mod tests {
     }
 
     #[test]
-    fn who_is_nothing_like_the_guess_is_learned_too() {
+    fn times_far_from_the_guess_are_learned_too() {
         let mut rng = SmallRng::seed_from_u64(9);
         for times in [0.01, 0.05, 0.3, 3.0] {
             for truth in [GUESS, [0.1, 0.0, 0.0], [0.0, 1e-4, 0.0]] {
-                let truth = truth.map(|it| it * times);
+                let truth = truth.map(|coefficient| coefficient * times);
                 let mut regression = Regression::new(GUESS);
                 observe(&mut regression, truth, 60, &mut rng);
                 let error = error(&regression, truth, &mut rng);
@@ -184,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn stalls_are_not_believed() {
+    fn outliers_barely_change_the_coefficients() {
         let mut rng = SmallRng::seed_from_u64(2);
         let truth = [0.03, 7e-5, 2e-9];
         let mut regression = Regression::new(GUESS);
@@ -198,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn what_never_varies_does_no_harm() {
+    fn constant_features_do_no_harm() {
         let mut rng = SmallRng::seed_from_u64(3);
         let truth = [0.03, 7e-5, 2e-9];
         let mut regression = Regression::new(GUESS);
@@ -213,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_makes_it_anything_but_a_number() {
+    fn extreme_samples_keep_the_forecast_finite() {
         let mut regression = Regression::new(GUESS);
         for seconds in [0.0, f64::MAX, f64::INFINITY, f64::NAN, 1e300, 0.0] {
             for _ in 0..1000 {

@@ -1,15 +1,15 @@
-//! Integration tests of the routing decision.
+//! Integration tests of the router core, one module per subject.
 
 mod batches;
 mod bookings;
-mod cache;
-mod copies;
-mod foreseen;
+mod event_index;
+mod hit_audit;
 mod lifetimes;
 mod naive;
+mod pending_evictions;
+mod progress_estimator;
 mod queue;
-mod radix;
-mod reports;
+mod replication;
 mod routing;
 mod sequence;
-mod unwatched;
+mod sglang_eviction;

@@ -1,5 +1,5 @@
-//! The slow, obviously right model of one worker: a `HashMap<SequenceHash, HashSet<RequestId>>`,
-//! a list for the free queue, and no cleverness.
+//! Slow and obviously correct model of one worker: a `HashMap<SequenceHash, HashSet<RequestId>>`,
+//! and a list for the free queue.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::num::NonZeroU32;
@@ -8,25 +8,31 @@ use foresee_core::sequence::{Sequence, SequenceHash};
 
 pub(crate) const BLOCK_SIZE: NonZeroU32 = NonZeroU32::new(2).unwrap();
 
-/// One block in a worker's free queue; `None` is one whose content nobody can ask for.
+/// Block in a worker's free queue; `None` for a block that no request can hit.
 type FreeBlock = Option<SequenceHash>;
 
+/// Model of one worker.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct NaiveWorker {
     prefix_caching: bool,
+    /// Number of blocks.
     capacity: usize,
+    /// Requests that pin each block.
     pinned: HashMap<SequenceHash, HashSet<u64>>,
+    /// Blocks that were computed and not evicted since.
     computed: HashSet<SequenceHash>,
-    /// In the order in which the blocks will be taken.
+    /// Blocks without a reference, in the order in which they are evicted.
     free: VecDeque<FreeBlock>,
+    /// Number of unshared blocks of each request.
     unshared: HashMap<u64, usize>,
     /// Full blocks of output of each request.
     output: HashMap<u64, usize>,
-    /// Requests that have computed nothing yet.
-    waiting: HashSet<u64>,
-    /// Blocks evicted while any of those waited, and not all told of since.
+    /// Requests in prefill.
+    in_prefill: HashSet<u64>,
+    /// Blocks that were evicted while any request was in prefill, and that events have not reported
+    /// since.
     evicted: HashSet<SequenceHash>,
-    /// Blocks freed since events last told of any.
+    /// Blocks that were released since the latest event.
     freed: HashSet<SequenceHash>,
 }
 
@@ -39,34 +45,37 @@ impl NaiveWorker {
         }
     }
 
+    /// Returns the number of active blocks.
     pub(crate) fn active(&self) -> usize {
         self.pinned.len() + self.unshared.values().sum::<usize>()
     }
 
-    /// Blocks without a reference that a request could still hit.
+    /// Returns the number of blocks without a reference that a request could still hit.
     pub(crate) fn reusable(&self) -> usize {
         self.free.iter().flatten().count()
     }
 
-    /// Blocks that somebody may still ask for, pinned or not.
+    /// Returns the number of blocks that a request could hit, pinned or not.
     pub(crate) fn cached(&self) -> usize {
         self.pinned.len() + self.reusable()
     }
 
+    /// Sets the number of blocks, and evicts what does not fit.
     pub(crate) fn set_capacity(&mut self, capacity: usize) {
         self.capacity = capacity;
-        self.make_room();
+        self.evict_to_fit();
     }
 
-    pub(crate) fn forget_cache(&mut self) {
+    /// Empties the cache; pins stay.
+    pub(crate) fn clear_cache(&mut self) {
         self.computed.clear();
         self.free.clear();
         self.evicted.clear();
         self.freed.clear();
     }
 
-    /// Events told of these blocks.
-    pub(crate) fn told(&mut self, hashes: impl Iterator<Item = SequenceHash>) {
+    /// Records that events reported these blocks as stored or removed.
+    pub(crate) fn on_events(&mut self, hashes: impl Iterator<Item = SequenceHash>) {
         let mut hashes = hashes.peekable();
         let has_any = hashes.peek().is_some();
         if has_any {
@@ -75,28 +84,28 @@ impl NaiveWorker {
         for hash in hashes {
             self.evicted.remove(&hash);
         }
-        if has_any && self.waiting.is_empty() {
+        if has_any && self.in_prefill.is_empty() {
             self.evicted.clear();
         }
     }
 
-    fn waits_no_longer(&mut self, request: u64) {
-        self.waiting.remove(&request);
-    }
-
-    /// Whether the block was evicted for requests some of which wait.
-    pub(crate) fn may_foresee(&self, hash: SequenceHash) -> bool {
+    /// Returns whether the eviction of the block may be pending: it was evicted for requests some of
+    /// which are still in prefill.
+    pub(crate) fn may_be_pending_eviction(&self, hash: SequenceHash) -> bool {
         self.evicted.contains(&hash)
     }
 
+    /// Books a request with this prompt.
     pub(crate) fn book(&mut self, request: u64, sequence: &Sequence) {
-        self.waiting.insert(request);
+        self.in_prefill.insert(request);
         if self.prefix_caching {
-            // Of a prompt that is cached whole the last block is computed again.
-            if let Some(last) = sequence.hashes().get(sequence.reusable_blocks() as usize)
+            // If the whole prompt is cached, its last block is computed again.
+            if let Some(last) = sequence
+                .hashes()
+                .get(sequence.max_reusable_blocks() as usize)
                 && self.computed.contains(last)
             {
-                self.leave_a_copy(*last);
+                self.make_duplicate(*last);
             }
             for &hash in sequence.hashes() {
                 self.pinned.entry(hash).or_default().insert(request);
@@ -106,29 +115,32 @@ impl NaiveWorker {
         self.grow(request, sequence, 0);
     }
 
-    pub(crate) fn grow(&mut self, request: u64, sequence: &Sequence, generated: u32) {
-        let blocks = (sequence.tokens() + generated).div_ceil(BLOCK_SIZE.get()) as usize;
+    /// Sets the number of output tokens of a request.
+    pub(crate) fn grow(&mut self, request: u64, sequence: &Sequence, output_tokens: u32) {
+        let blocks = (sequence.tokens() + output_tokens).div_ceil(BLOCK_SIZE.get()) as usize;
         let shared = if self.prefix_caching {
             sequence.hashes().len()
         } else {
             0
         };
         self.unshared.insert(request, blocks - shared);
-        let stored = sequence.tokens() + generated.saturating_sub(1);
+        let stored = sequence.tokens() + output_tokens.saturating_sub(1);
         let full = (stored / BLOCK_SIZE.get()) as usize;
         self.output.insert(request, full.saturating_sub(shared));
-        self.make_room();
+        self.evict_to_fit();
     }
 
-    pub(crate) fn computed(&mut self, request: u64, sequence: &Sequence) {
-        self.waits_no_longer(request);
+    /// Records that the prompt of a request is computed.
+    pub(crate) fn mark_computed(&mut self, request: u64, sequence: &Sequence) {
+        self.in_prefill.remove(&request);
         if self.prefix_caching {
             self.computed.extend(sequence.hashes());
         }
     }
 
-    /// A block that is computed again although it is cached: nobody can ask for the old one.
-    fn leave_a_copy(&mut self, hash: SequenceHash) {
+    /// Makes the old physical block a duplicate that no request can hit, because a cached block is
+    /// computed again.
+    fn make_duplicate(&mut self, hash: SequenceHash) {
         for free in &mut self.free {
             if *free == Some(hash) {
                 *free = None;
@@ -136,27 +148,28 @@ impl NaiveWorker {
         }
     }
 
-    /// `computed`: the request had its first token, so the full blocks of its output are in the
-    /// way of others' until they are taken. Those that `answered` tells can be asked for.
-    pub(crate) fn free(
+    /// Releases a request. `is_computed` means that it had its first token, so the full blocks of its
+    /// output stay in the free queue until they are evicted. Requests can hit the blocks of
+    /// `output_sequence`, the prompt followed by output.
+    pub(crate) fn release(
         &mut self,
         request: u64,
         sequence: &Sequence,
-        computed: bool,
-        answered: Option<&Sequence>,
+        is_computed: bool,
+        output_sequence: Option<&Sequence>,
     ) {
-        self.waits_no_longer(request);
+        self.in_prefill.remove(&request);
         self.unshared.remove(&request);
         let output = self.output.remove(&request).unwrap_or(0);
         if !self.prefix_caching {
             return;
         }
-        if computed {
-            let prompt = sequence.hashes().len();
-            let lost = |hash| !self.computed.contains(hash);
-            let known = match answered {
-                Some(answered) if !sequence.hashes().iter().any(lost) => {
-                    &answered.hashes()[prompt..]
+        if is_computed {
+            let prompt_blocks = sequence.hashes().len();
+            let is_lost = |hash| !self.computed.contains(hash);
+            let known = match output_sequence {
+                Some(output_sequence) if !sequence.hashes().iter().any(is_lost) => {
+                    &output_sequence.hashes()[prompt_blocks..]
                 }
                 _ => &[],
             };
@@ -164,19 +177,19 @@ impl NaiveWorker {
             let mut known: Vec<SequenceHash> = known.to_vec();
             known.retain(|hash| !self.pinned.contains_key(hash));
             for &hash in &known {
-                self.leave_a_copy(hash);
+                self.make_duplicate(hash);
             }
-            let anonymous = output.saturating_sub(known.len());
-            self.free.extend(std::iter::repeat_n(None, anonymous));
+            let unknown = output.saturating_sub(known.len());
+            self.free.extend(std::iter::repeat_n(None, unknown));
             self.free.extend(known.iter().rev().map(|&hash| Some(hash)));
             self.freed.extend(known);
         }
         for hash in sequence.hashes().iter().rev() {
-            let Some(by) = self.pinned.get_mut(hash) else {
+            let Some(requests) = self.pinned.get_mut(hash) else {
                 continue;
             };
-            by.remove(&request);
-            if by.is_empty() {
+            requests.remove(&request);
+            if requests.is_empty() {
                 self.pinned.remove(hash);
                 if self.computed.contains(hash) {
                     self.free.push_back(Some(*hash));
@@ -184,40 +197,44 @@ impl NaiveWorker {
                 }
             }
         }
-        self.make_room();
+        self.evict_to_fit();
     }
 
-    fn make_room(&mut self) {
+    fn evict_to_fit(&mut self) {
         if !self.prefix_caching {
             return;
         }
         while self.free.len() > self.capacity.saturating_sub(self.active()) {
             if let Some(Some(hash)) = self.free.pop_front() {
                 self.computed.remove(&hash);
-                if !self.waiting.is_empty() {
+                if !self.in_prefill.is_empty() {
                     self.evicted.insert(hash);
                 }
             }
         }
     }
 
-    /// Leading blocks that are cached and that events may not have told of yet: pinned ones, and
-    /// those freed since they last did.
-    pub(crate) fn freed_since_told(&self, sequence: &Sequence) -> usize {
-        let is_such = |hash: &&SequenceHash| {
+    /// Returns the number of leading blocks that are cached and that events may not have reported
+    /// yet: pinned blocks, and blocks released since the latest event.
+    pub(crate) fn unreported_prefix(&self, sequence: &Sequence) -> usize {
+        let may_be_unreported = |hash: &&SequenceHash| {
             let is_pinned = self.pinned.contains_key(*hash);
             self.computed.contains(*hash) && (is_pinned || self.freed.contains(*hash))
         };
-        sequence.hashes().iter().take_while(is_such).count()
+        sequence
+            .hashes()
+            .iter()
+            .take_while(may_be_unreported)
+            .count()
     }
 
-    /// Leading blocks that are (cached, active).
-    pub(crate) fn depth(&self, sequence: &Sequence) -> (usize, usize) {
-        let leading = |holds: &dyn Fn(&SequenceHash) -> bool| {
+    /// Returns the number of leading cached blocks, and the number of leading active blocks.
+    pub(crate) fn prefix_match(&self, sequence: &Sequence) -> (usize, usize) {
+        let leading = |has_block: &dyn Fn(&SequenceHash) -> bool| {
             sequence
                 .hashes()
                 .iter()
-                .take_while(|hash| holds(hash))
+                .take_while(|hash| has_block(hash))
                 .count()
         };
         (

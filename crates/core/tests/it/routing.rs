@@ -1,15 +1,16 @@
-//! How requests are spread: each policy, each error, each part of a decision.
+//! Routing: policies, errors and explanations.
 
 #![allow(clippy::unwrap_used)]
 
+use std::collections::HashMap;
 use std::sync::Barrier;
 use std::time::Duration;
 
 use foresee_core::booking::Booking;
-use foresee_core::choose::Policy;
-use foresee_core::fleet::{WorkerId, WorkerSpec, WorkerState};
+use foresee_core::policy::Policy;
 use foresee_core::router::{ConfigError, Request, RouteError, Router, RouterConfig};
 use foresee_core::sequence::Sequence;
+use foresee_core::workers::{WorkerId, WorkerSpec, WorkerState};
 
 fn fleet(count: usize, config: RouterConfig) -> Router {
     let router = Router::new(config).unwrap();
@@ -41,14 +42,17 @@ fn ids(router: &Router) -> Vec<WorkerId> {
     workers.into_iter().map(|worker| worker.id).collect()
 }
 
-fn with(change: impl FnOnce(&mut RouterConfig)) -> RouterConfig {
-    let mut config = RouterConfig::default();
+fn config_with(change: impl FnOnce(&mut RouterConfig)) -> RouterConfig {
+    let mut config = RouterConfig {
+        queue_order: None,
+        ..RouterConfig::default()
+    };
     change(&mut config);
     config
 }
 
-/// 1,000 requests at once, from 16 threads, of one length and nothing in common: each decision
-/// sees all others, so they spread exactly.
+/// 1,000 requests of one length without a common prefix, from 16 threads at once. Each decision sees
+/// all earlier ones, so the requests spread exactly.
 #[test]
 fn simultaneous_requests_spread_evenly() {
     for seed in 0..20 {
@@ -56,6 +60,7 @@ fn simultaneous_requests_spread_evenly() {
             8,
             RouterConfig {
                 seed,
+                queue_order: None,
                 ..RouterConfig::default()
             },
         );
@@ -66,8 +71,8 @@ fn simultaneous_requests_spread_evenly() {
                     let (router, start) = (&router, &start);
                     scope.spawn(move || {
                         start.wait();
-                        let share = 1000 / 16 + u32::from(thread < 1000 % 16);
-                        (0..share)
+                        let requests = 1000 / 16 + u32::from(thread < 1000 % 16);
+                        (0..requests)
                             .map(|i| {
                                 let first = thread * 1_000_000 + i * 1_000;
                                 route(router, &prompt(first..first + 700))
@@ -78,7 +83,7 @@ fn simultaneous_requests_spread_evenly() {
                 .collect();
             threads
                 .into_iter()
-                .flat_map(|t| t.join().unwrap())
+                .flat_map(|thread| thread.join().unwrap())
                 .collect()
         });
         assert_eq!(bookings.len(), 1000);
@@ -96,15 +101,16 @@ fn simultaneous_requests_spread_evenly() {
     }
 }
 
-/// Whatever the policy, load is booked, and the same seed makes the same choices.
+/// Every policy books its load, and makes the same choices with the same seed.
 #[test]
-fn every_policy_books_and_repeats_itself() {
+fn every_policy_books_and_is_deterministic_for_a_seed() {
     let run = |policy| {
         let router = fleet(
             5,
             RouterConfig {
                 policy,
                 seed: 9,
+                queue_order: None,
                 ..RouterConfig::default()
             },
         );
@@ -133,42 +139,54 @@ fn every_policy_books_and_repeats_itself() {
 }
 
 #[test]
-fn weight_zero_looks_at_load_alone() {
-    let router = fleet(2, with(|config| config.overlap_weight = 0.0));
+fn an_overlap_weight_of_zero_balances_load_only() {
+    let router = fleet(2, config_with(|config| config.overlap_weight = 0.0));
     let sequence = prompt(0..1600);
-    // A shared block costs nothing where it is, yet the second copy goes elsewhere.
+    // The first worker has all blocks, yet the second request is sent to the other one.
     let first = route(&router, &sequence);
     let second = route(&router, &sequence);
     assert_ne!(first.worker(), second.worker());
 }
 
 #[test]
-fn overlap_draws_until_load_outweighs_it() {
-    let router = fleet(2, RouterConfig::default());
+fn overlap_attracts_requests_until_load_outweighs_it() {
+    let router = fleet(
+        2,
+        RouterConfig {
+            queue_order: None,
+            ..RouterConfig::default()
+        },
+    );
     let sequence = prompt(0..1600);
-    let mut warm = route(&router, &sequence);
-    let holder = warm.worker();
-    warm.tokens(1, Duration::ZERO);
-    warm.finish(Duration::ZERO);
-    // Cached, not active: a sibling goes there.
-    let sibling = route(&router, &sequence);
-    assert_eq!(sibling.worker(), holder);
+    let mut first = route(&router, &sequence);
+    let cached_on = first.worker();
+    first.on_tokens(1, Duration::ZERO);
+    first.complete(Duration::ZERO);
+    // Cached, not active: a request with the same prompt is sent there.
+    let repeated = route(&router, &sequence);
+    assert_eq!(repeated.worker(), cached_on);
     assert_eq!(
-        sibling.decision().cost.overlap_blocks,
+        repeated.decision().cost.overlap_blocks,
         99,
         "one token must be computed"
     );
-    // Its blocks there now weigh as much as computing the prompt elsewhere, and more once others
-    // join: strangers go to the empty worker.
+    // The blocks of that request weigh as much as computing a prompt elsewhere, and more with further
+    // requests. So a request with another prompt is sent to the empty worker.
     let elsewhere = route(&router, &prompt(10_000..11_600));
-    assert_ne!(elsewhere.worker(), holder);
+    assert_ne!(elsewhere.worker(), cached_on);
 }
 
-/// A request sees its own blocks while it chooses, but must not take them for a cache that
-/// spares it work where it starts anew.
+/// A request that is booked again matches its own active blocks. They must not count as overlap,
+/// because it starts from the prompt.
 #[test]
-fn a_request_that_starts_anew_has_its_prompt_to_compute() {
-    let router = fleet(1, RouterConfig::default());
+fn a_rerouted_request_has_no_overlap_with_itself() {
+    let router = fleet(
+        1,
+        RouterConfig {
+            queue_order: None,
+            ..RouterConfig::default()
+        },
+    );
     let mut booking = route(&router, &prompt(0..1600));
     booking.reroute(&[], Duration::ZERO).unwrap();
     assert_eq!(booking.decision().cost.overlap_blocks, 0);
@@ -178,20 +196,20 @@ fn a_request_that_starts_anew_has_its_prompt_to_compute() {
     assert_eq!(router.workers(Duration::ZERO)[0].prefill_tokens, 1600);
 }
 
-/// Four workers with 0 to 3 strangers of 50 blocks each, and what `kv` makes of them.
+/// Returns a fleet under the policy `kv` of four workers, with 0 to 3 requests of 50 blocks each.
 fn uneven_fleet(temperature: f64) -> (Router, Vec<Booking>) {
-    let config = with(|config| {
+    let config = config_with(|config| {
         config.policy = Policy::Kv;
         (config.temperature, config.seed) = (temperature, 5);
     });
     let router = fleet(4, config);
     let ids = ids(&router);
-    let strangers = [1, 2, 2, 3, 3, 3].into_iter().zip(0_u32..);
-    let bookings = strangers
-        .map(|(place, i)| {
+    let workers = [1, 2, 2, 3, 3, 3].into_iter().zip(0_u32..);
+    let bookings = workers
+        .map(|(worker, i)| {
             let first = 1_000_000 * (i + 1);
             let mut booking = route(&router, &prompt(first..first + 800));
-            booking.move_to(ids[place], Duration::ZERO).unwrap();
+            booking.move_to(ids[worker], Duration::ZERO).unwrap();
             booking
         })
         .collect();
@@ -199,13 +217,13 @@ fn uneven_fleet(temperature: f64) -> (Router, Vec<Booking>) {
 }
 
 #[test]
-fn softmax_chooses_as_often_as_it_says() {
-    let (router, _strangers) = uneven_fleet(0.5);
+fn softmax_chooses_with_the_explained_probabilities() {
+    let (router, _bookings) = uneven_fleet(0.5);
     let sequence = prompt(0..400);
     let explained = router
         .explain(&Request::new(&sequence), Duration::ZERO)
         .unwrap();
-    // Costs above the least are 0, 1/3, 2/3 and 1 of their range.
+    // The costs lie at 0, 1/3, 2/3 and 1 of their range.
     let weights = [0.0, -1.0, -2.0, -3.0].map(|thirds: f64| (thirds / 3.0 / 0.5).exp());
     let total: f64 = weights.iter().sum();
     const DRAWS: usize = 20_000;
@@ -217,15 +235,18 @@ fn softmax_chooses_as_often_as_it_says() {
     }
     for ((candidate, weight), count) in explained.candidates.iter().zip(weights).zip(chosen) {
         assert!((candidate.probability - weight / total).abs() < 1e-9);
-        let share = f64::from(count) / DRAWS as f64;
-        assert!((share - candidate.probability).abs() < 0.015, "{share}");
+        let frequency = f64::from(count) / DRAWS as f64;
+        assert!(
+            (frequency - candidate.probability).abs() < 0.015,
+            "{frequency}"
+        );
     }
 }
 
 #[test]
-fn tiny_temperatures_take_the_least_cost() {
+fn tiny_temperatures_choose_the_least_cost() {
     for temperature in [0.0, f64::MIN_POSITIVE, 1e-300, 1e-6] {
-        let (router, _strangers) = uneven_fleet(temperature);
+        let (router, _bookings) = uneven_fleet(temperature);
         let sequence = prompt(0..400);
         for _ in 0..100 {
             assert_eq!(route(&router, &sequence).worker(), ids(&router)[0]);
@@ -234,9 +255,9 @@ fn tiny_temperatures_take_the_least_cost() {
 }
 
 #[test]
-fn temperature_zero_repeats_itself_given_the_seed() {
+fn ties_at_temperature_zero_are_broken_by_the_seed() {
     let run = |seed| {
-        let router = fleet(8, with(|config| config.seed = seed));
+        let router = fleet(8, config_with(|config| config.seed = seed));
         let bookings = (0..200_u32).map(|i| route(&router, &prompt(i * 100_000..i * 100_000 + 50)));
         let bookings: Vec<Booking> = bookings.collect();
         bookings.iter().map(Booking::worker).collect::<Vec<_>>()
@@ -246,23 +267,26 @@ fn temperature_zero_repeats_itself_given_the_seed() {
 }
 
 #[test]
-fn power_of_two_never_picks_the_busiest() {
-    let router = fleet(3, with(|config| config.policy = Policy::PowerOfTwo));
+fn power_of_two_never_chooses_the_busiest_worker() {
+    let router = fleet(3, config_with(|config| config.policy = Policy::PowerOfTwo));
     let ids = ids(&router);
     let mut busy = route(&router, &prompt(0..10));
     busy.move_to(ids[1], Duration::ZERO).unwrap();
-    let mut picked = [0; 3];
+    let mut chosen = [0; 3];
     for _ in 0..300 {
         let worker = route(&router, &prompt(0..10)).worker();
-        picked[ids.iter().position(|&id| id == worker).unwrap()] += 1;
+        chosen[ids.iter().position(|&id| id == worker).unwrap()] += 1;
     }
-    assert_eq!(picked[1], 0);
-    assert!(picked[0] > 100 && picked[2] > 100, "{picked:?}");
+    assert_eq!(chosen[1], 0);
+    assert!(chosen[0] > 100 && chosen[2] > 100, "{chosen:?}");
 }
 
 #[test]
-fn consistent_hash_sticks_until_its_bound() {
-    let router = fleet(5, with(|config| config.policy = Policy::ConsistentHash));
+fn consistent_hash_keeps_the_worker_of_a_prefix_up_to_its_load_bound() {
+    let router = fleet(
+        5,
+        config_with(|config| config.policy = Policy::ConsistentHash),
+    );
     let family = |i: u32, turn: u32| prompt((i..i + 1024).chain(turn * 7..turn * 7 + 200));
     let mut homes = Vec::new();
     for i in 0..50 {
@@ -277,42 +301,42 @@ fn consistent_hash_sticks_until_its_bound() {
         .all(|id| (3..20).contains(&homes.iter().filter(|&&home| home == id).count()));
     assert!(spread, "{homes:?}");
 
-    // All of one family at once: no worker gets more than a quarter above the mean.
+    // All requests of one family at once: no worker gets more than 1.25 times the mean.
     let same: Vec<Booking> = (0..200)
         .map(|turn| route(&router, &family(0, turn)))
         .collect();
-    let most = router
+    let max_requests = router
         .workers(Duration::ZERO)
         .iter()
-        .map(|it| it.requests)
+        .map(|worker| worker.requests)
         .max();
-    assert!(most <= Some(50), "{most:?}");
+    assert!(max_requests <= Some(50), "{max_requests:?}");
     drop(same);
 
-    // A worker that leaves moves only those that were at home there.
-    let gone = homes[0];
-    router.remove_worker(gone);
+    // Removing a worker moves only the families that were on it.
+    let removed = homes[0];
+    router.remove_worker(removed);
     for (i, &home) in (0..).zip(&homes) {
         let now = route(&router, &family(10_000 * i, 0)).worker();
-        assert!(now == home || home == gone);
+        assert!(now == home || home == removed);
     }
 }
 
 #[test]
-fn one_worker_is_enough_for_every_policy_and_none_is_too_few() {
+fn every_policy_chooses_the_only_worker_and_fails_without_one() {
     let sequence = prompt(0..100);
     for (policy, name) in Policy::ALL {
         for temperature in [0.0, 1.0] {
             let router = fleet(
                 1,
-                with(|config| (config.policy, config.temperature) = (policy, temperature)),
+                config_with(|config| (config.policy, config.temperature) = (policy, temperature)),
             );
             let only = ids(&router);
             for _ in 0..10 {
                 assert_eq!(route(&router, &sequence).worker(), only[0], "{name}");
             }
             let request = Request {
-                excluded: &only,
+                excluded_workers: &only,
                 ..Request::new(&sequence)
             };
             let none = router.route(&request, Duration::ZERO).map(drop);
@@ -322,18 +346,28 @@ fn one_worker_is_enough_for_every_policy_and_none_is_too_few() {
 }
 
 #[test]
-fn errors_tell_a_missing_model_from_a_missing_worker() {
-    let router = Router::new(RouterConfig::default()).unwrap();
+fn errors_distinguish_an_unknown_model_from_an_unavailable_worker() {
+    let router = Router::new(RouterConfig {
+        queue_order: None,
+        ..RouterConfig::default()
+    })
+    .unwrap();
     let sequence = prompt(0..100);
     let route = |model: &str| {
         let request = Request {
             model,
             ..Request::new(&sequence)
         };
-        router.route(&request, Duration::ZERO).map(|it| it.worker())
+        router
+            .route(&request, Duration::ZERO)
+            .map(|booking| booking.worker())
     };
     let no_worker = |model: &str| Err(RouteError::NoWorker(model.to_owned()));
-    assert_eq!(route("a"), no_worker("a"), "nothing is known of any model");
+    assert_eq!(
+        route("a"),
+        no_worker("a"),
+        "without workers no model is unknown"
+    );
 
     let add = |name: &str, models: &[&str]| {
         let models = models.iter().map(|&model| model.to_owned()).collect();
@@ -345,28 +379,38 @@ fn errors_tell_a_missing_model_from_a_missing_worker() {
         };
         router.add_worker(spec).unwrap()
     };
-    let one = add("one", &["a", "b", "a"]);
+    let first = add("first", &["a", "b", "a"]);
     assert_eq!(route("a"), no_worker("a"), "not yet healthy");
     assert_eq!(route("c"), Err(RouteError::UnknownModel("c".to_owned())));
-    router.set_healthy(one, true);
-    assert_eq!(route("a"), Ok(one));
-    assert_eq!(route(""), Ok(one));
+    router.set_healthy(first, true);
+    assert_eq!(route("a"), Ok(first));
+    assert_eq!(route(""), Ok(first));
     assert_eq!(route("c"), Err(RouteError::UnknownModel("c".to_owned())));
 
-    let other = add("other", &[]);
-    assert_eq!(route("c"), no_worker("c"), "the other might serve it");
-    router.set_healthy(other, true);
-    assert_eq!(route("c"), Ok(other));
-    router.set_models(other, vec!["d".to_owned()]);
+    let second = add("second", &[]);
+    assert_eq!(
+        route("c"),
+        no_worker("c"),
+        "the second worker might serve it"
+    );
+    router.set_healthy(second, true);
+    assert_eq!(route("c"), Ok(second));
+    router.set_models(second, vec!["d".to_owned()]);
     assert_eq!(route("c"), Err(RouteError::UnknownModel("c".to_owned())));
-    assert_eq!(route("d"), Ok(other));
-    router.remove_worker(other);
+    assert_eq!(route("d"), Ok(second));
+    router.remove_worker(second);
     assert_eq!(route("d"), Err(RouteError::UnknownModel("d".to_owned())));
 }
 
 #[test]
-fn a_draining_worker_keeps_what_it_has_and_gets_nothing_new() {
-    let router = fleet(2, RouterConfig::default());
+fn a_draining_worker_keeps_its_requests_and_gets_no_new_ones() {
+    let router = fleet(
+        2,
+        RouterConfig {
+            queue_order: None,
+            ..RouterConfig::default()
+        },
+    );
     let sequence = prompt(0..1600);
     let mut booking = route(&router, &sequence);
     let drained = booking.worker();
@@ -374,20 +418,23 @@ fn a_draining_worker_keeps_what_it_has_and_gets_nothing_new() {
     for _ in 0..20 {
         assert_ne!(route(&router, &sequence).worker(), drained);
     }
-    booking.tokens(17, Duration::ZERO);
-    let seen = router.workers(Duration::ZERO);
-    let seen = seen.iter().find(|worker| worker.id == drained).unwrap();
-    assert_eq!(seen.state, WorkerState::Draining);
-    assert_eq!((seen.requests, seen.active_blocks), (1, 102));
+    booking.on_tokens(17, Duration::ZERO);
+    let snapshots = router.workers(Duration::ZERO);
+    let snapshot = snapshots
+        .iter()
+        .find(|worker| worker.id == drained)
+        .unwrap();
+    assert_eq!(snapshot.state, WorkerState::Draining);
+    assert_eq!((snapshot.requests, snapshot.active_blocks), (1, 102));
     router.set_draining(drained, false);
     assert_eq!(route(&router, &sequence).worker(), drained);
 }
 
 #[test]
-fn explaining_tells_what_routing_does_and_changes_nothing() {
+fn explain_reports_consistent_costs_and_changes_no_choice() {
     for (policy, name) in Policy::ALL {
-        let run = |explains: usize| {
-            let config = with(|config| {
+        let run = |explain_calls: usize| {
+            let config = config_with(|config| {
                 (config.policy, config.temperature, config.overlap_weight) = (policy, 0.7, 1.5);
             });
             let router = fleet(6, config);
@@ -395,10 +442,14 @@ fn explaining_tells_what_routing_does_and_changes_nothing() {
             for i in 0..100_u32 {
                 let sequence = prompt((0..40 * i).map(|token| token / 300 * (i % 5)));
                 let request = Request::new(&sequence);
-                for _ in 0..explains {
+                for _ in 0..explain_calls {
                     let explained = router.explain(&request, Duration::ZERO).unwrap();
                     assert_eq!(explained.policy, policy);
-                    let total: f64 = explained.candidates.iter().map(|it| it.probability).sum();
+                    let probabilities = explained
+                        .candidates
+                        .iter()
+                        .map(|candidate| candidate.probability);
+                    let total: f64 = probabilities.sum();
                     assert!((total - 1.0).abs() < 1e-9);
                     for candidate in explained.candidates {
                         let cost = candidate.cost;
@@ -410,7 +461,7 @@ fn explaining_tells_what_routing_does_and_changes_nothing() {
                 }
                 bookings.push(route(&router, &sequence));
             }
-            assert_eq!(router.bookings(), 100);
+            assert_eq!(router.booking_count(), 100);
             bookings.iter().map(Booking::worker).collect::<Vec<_>>()
         };
         assert_eq!(run(0), run(2), "{name}");
@@ -418,13 +469,92 @@ fn explaining_tells_what_routing_does_and_changes_nothing() {
 }
 
 #[test]
-fn absurd_settings_are_refused() {
+fn settings_outside_their_range_are_rejected() {
     for bad in [-1.0, f64::NAN, f64::INFINITY, 1e300] {
-        let config = with(|config| config.overlap_weight = bad);
-        let refused = Router::new(config).err().unwrap();
-        assert_eq!(refused.field, "overlap-weight");
-        let config = with(|config| config.temperature = bad);
+        let config = config_with(|config| config.overlap_weight = bad);
+        let error = Router::new(config).err().unwrap();
+        assert_eq!(error.field, "overlap-weight");
+        let config = config_with(|config| config.temperature = bad);
         let ConfigError { field, value } = Router::new(config).err().unwrap();
         assert_eq!((field, value.to_bits()), ("temperature", bad.to_bits()));
+    }
+}
+
+/// Returns a fleet of workers with 0, 1, 1, 3 and 5 requests, without common prefixes.
+fn unevenly_loaded(config: RouterConfig) -> (Router, Vec<Booking>) {
+    let router = fleet(5, config);
+    let ids: Vec<_> = router
+        .workers(Duration::ZERO)
+        .iter()
+        .map(|worker| worker.id)
+        .collect();
+    let mut bookings = Vec::new();
+    for (index, requests) in [0, 1, 1, 3, 5].into_iter().enumerate() {
+        for _ in 0..requests {
+            let sequence = Sequence::unhashed(500, RouterConfig::default().block_size);
+            let mut booking = route(&router, &sequence);
+            booking.move_to(ids[index], Duration::ZERO).unwrap();
+            bookings.push(booking);
+        }
+    }
+    (router, bookings)
+}
+
+#[test]
+fn explained_probabilities_are_the_frequencies_of_choices() {
+    const DRAWS: u32 = 4000;
+    for (policy, name) in Policy::ALL {
+        for temperature in [0.0, 0.5] {
+            let (router, _bookings) = unevenly_loaded(config_with(|config| {
+                (config.policy, config.temperature) = (policy, temperature);
+            }));
+            let sequence = Sequence::unhashed(100, RouterConfig::default().block_size);
+            let request = Request::new(&sequence);
+            let mut expected = HashMap::new();
+            let mut chosen = HashMap::new();
+            for _ in 0..DRAWS {
+                // Marginal delays change a little with every arrival, so each draw is explained.
+                let explained = router.explain(&request, Duration::ZERO).unwrap();
+                let worker = route(&router, &sequence).worker();
+                let most_probable = explained.expected_choice().unwrap();
+                let chosen_candidate = explained
+                    .candidates
+                    .iter()
+                    .find(|candidate| candidate.id == worker)
+                    .unwrap();
+                assert!(
+                    chosen_candidate.probability > 0.0,
+                    "{name}: chose a worker of probability 0"
+                );
+                assert!(chosen_candidate.probability <= most_probable.probability);
+                for candidate in explained.candidates {
+                    *expected.entry(candidate.id).or_insert(0.0) += candidate.probability;
+                }
+                *chosen.entry(worker).or_insert(0_u32) += 1;
+            }
+            for (id, expected) in expected {
+                let actual = f64::from(chosen.get(&id).copied().unwrap_or(0));
+                let difference = (actual - expected).abs() / f64::from(DRAWS);
+                assert!(
+                    difference < 0.04,
+                    "{name} at {temperature}: {actual} of {expected}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn explain_names_the_worker_that_deterministic_policies_choose() {
+    for policy in [Policy::RoundRobin, Policy::ConsistentHash] {
+        let (router, _bookings) = unevenly_loaded(config_with(|config| config.policy = policy));
+        for i in 0..50 {
+            let sequence = prompt(i * 100..(i + 1) * 100);
+            let request = Request::new(&sequence);
+            let explained = router.explain(&request, Duration::ZERO).unwrap();
+            let expected = explained.expected_choice().unwrap();
+            assert_eq!(expected.probability, 1.0);
+            assert_eq!(route(&router, &sequence).worker(), expected.id, "{policy}");
+        }
     }
 }

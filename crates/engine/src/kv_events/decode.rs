@@ -1,4 +1,4 @@
-//! A batch's bytes, read once from front to back.
+//! Decoding of event batches. The bytes are read once, from front to back.
 
 use thiserror::Error;
 
@@ -6,30 +6,31 @@ use super::extra_keys::{self, Context};
 use super::{Adapter, Attention, BlockKey, BlockRemoved, BlockStored, Event, EventBatch, Medium};
 use crate::msgpack::{Malformed, Reader, Value};
 
-/// Why a payload has no batch in it.
+/// Why a payload is not an event batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum DecodeError {
-    /// It is no MessagePack array or map.
-    #[error("the payload is no batch: it is neither an array nor a map")]
+    /// The payload is neither a MessagePack array nor a map.
+    #[error("payload is not an event batch: neither an array nor a map")]
     NotABatch,
-    /// It has no list of events, or breaks off before it.
-    #[error("the payload is no batch: it has no list of events")]
+    /// The payload contains no list of events, or ends before it.
+    #[error("payload is not an event batch: no list of events")]
     NoEvents,
 }
 
-/// The shortest event worth keeping: an array of a tag and one hash.
+/// Length of the shortest useful event, an array of a tag and one hash. Bounds how many events a
+/// payload can contain.
 const MIN_EVENT_BYTES: usize = 15;
 
-/// Reads the payload of one message.
+/// Decodes the payload of one message.
 ///
-/// Time and memory are bounded by the payload's length, whatever is in it.
+/// Time and memory are bounded by the payload's length, for any contents.
 ///
 /// # Errors
-/// If there is no list of events in it. From the list's start on it is read as far as it goes,
-/// and what is wrong with it is said in the batch.
+/// If the payload contains no list of events. Faults after the start of that list are not errors:
+/// all events before the fault are decoded, and the batch states what is missing.
 pub fn decode_batch(payload: &[u8]) -> Result<EventBatch, DecodeError> {
     let mut reader = Reader::new(payload);
-    let (length, named) = match reader.next() {
+    let (length, is_map) = match reader.next() {
         Ok(Value::Array(length)) => (length, false),
         Ok(Value::Map(length)) => (length, true),
         _ => return Err(DecodeError::NotABatch),
@@ -37,10 +38,10 @@ pub fn decode_batch(payload: &[u8]) -> Result<EventBatch, DecodeError> {
     let mut batch = EventBatch::default();
     let mut has_events = false;
     for position in 0..length {
-        let part = if named {
-            Part::named(&mut reader)
+        let part = if is_map {
+            Part::from_name(&mut reader)
         } else {
-            Ok(Part::at(position))
+            Ok(Part::from_position(position))
         };
         has_events |= matches!(
             (part, reader.peek()),
@@ -57,7 +58,7 @@ pub fn decode_batch(payload: &[u8]) -> Result<EventBatch, DecodeError> {
     has_events.then_some(batch).ok_or(DecodeError::NoEvents)
 }
 
-/// What a place or a name in a batch stands for.
+/// A field of a batch, given by its position in an array or its name in a map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Part {
     Timestamp,
@@ -67,7 +68,7 @@ enum Part {
 }
 
 impl Part {
-    fn at(position: u32) -> Self {
+    fn from_position(position: u32) -> Self {
         match position {
             0 => Self::Timestamp,
             1 => Self::Events,
@@ -76,22 +77,22 @@ impl Part {
         }
     }
 
-    fn named(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
-        Ok(match reader.whole()? {
+    fn from_name(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
+        Ok(match reader.next_skipping_children()? {
             Value::Text(b"ts") => Self::Timestamp,
             Value::Text(b"events") => Self::Events,
-            // vLLM's name for it, and SGLang's.
+            // The name in vLLM, and in SGLang.
             Value::Text(b"data_parallel_rank" | b"attn_dp_rank") => Self::Rank,
             _ => Self::Unknown,
         })
     }
 
-    /// An error means that the reader is lost.
+    /// Reads the value of the field. After an error the position of the reader is undefined.
     fn read(self, reader: &mut Reader<'_>, batch: &mut EventBatch) -> Result<(), Malformed> {
         if self == Self::Events && matches!(reader.peek()?, Value::Array(_)) {
             return read_events(reader, batch);
         }
-        match (self, reader.whole()?) {
+        match (self, reader.next_skipping_children()?) {
             (Self::Timestamp, Value::Float(seconds)) => batch.timestamp = Some(seconds),
             (Self::Timestamp, Value::Unsigned(seconds)) => batch.timestamp = Some(seconds as f64),
             (Self::Rank, Value::Unsigned(rank)) => {
@@ -103,6 +104,7 @@ impl Part {
     }
 }
 
+/// Reads the list of events. Events that cannot be decoded are counted and skipped.
 fn read_events(reader: &mut Reader<'_>, batch: &mut EventBatch) -> Result<(), Malformed> {
     let Value::Array(length) = reader.next()? else {
         return Err(Malformed);
@@ -114,13 +116,13 @@ fn read_events(reader: &mut Reader<'_>, batch: &mut EventBatch) -> Result<(), Ma
         let start = *reader;
         match read_event(reader) {
             Ok(event) => batch.events.push(event),
-            Err(fault) => {
-                let count = match fault {
-                    Fault::Unknown => &mut batch.unknown,
-                    Fault::Malformed => &mut batch.malformed,
+            Err(error) => {
+                let count = match error {
+                    EventError::Unknown => &mut batch.unknown,
+                    EventError::Malformed => &mut batch.malformed,
                 };
                 *count = count.saturating_add(1);
-                // Its header and its values tell where it ends, even if they make no sense.
+                // The headers of the event's values show where it ends, whatever their meaning.
                 *reader = start;
                 reader.skip()?;
             }
@@ -129,26 +131,26 @@ fn read_events(reader: &mut Reader<'_>, batch: &mut EventBatch) -> Result<(), Ma
     Ok(())
 }
 
-/// Why an event is left out.
+/// Why an event is left out of its batch.
 #[derive(Clone, Copy, Debug)]
-enum Fault {
+enum EventError {
     Unknown,
     Malformed,
 }
 
-impl From<Malformed> for Fault {
+impl From<Malformed> for EventError {
     fn from(_: Malformed) -> Self {
         Self::Malformed
     }
 }
 
-/// Reads one event. After an error the reader is anywhere in it.
-fn read_event(reader: &mut Reader<'_>) -> Result<Event, Fault> {
+/// Reads one event. After an error the reader may be at any position inside it.
+fn read_event(reader: &mut Reader<'_>) -> Result<Event, EventError> {
     let mut fields = Fields::default();
     match reader.next()? {
         Value::Array(length) => {
             let Some(last) = length.checked_sub(1) else {
-                return Err(Fault::Malformed);
+                return Err(EventError::Malformed);
             };
             let tag = Tag::read(reader)?;
             fields.tag = Some(tag);
@@ -158,19 +160,19 @@ fn read_event(reader: &mut Reader<'_>) -> Result<Event, Fault> {
         }
         Value::Map(length) => {
             for _ in 0..length {
-                let field = match reader.whole()? {
-                    Value::Text(name) => Field::named(name),
+                let field = match reader.next_skipping_children()? {
+                    Value::Text(name) => Field::from_name(name),
                     _ => Field::Unknown,
                 };
                 fields.read(field, reader)?;
             }
         }
-        _ => return Err(Fault::Malformed),
+        _ => return Err(EventError::Malformed),
     }
     fields.into_event()
 }
 
-/// The types of events.
+/// The type of an event.
 #[derive(Clone, Copy, Debug)]
 enum Tag {
     Stored,
@@ -179,17 +181,18 @@ enum Tag {
 }
 
 impl Tag {
-    fn read(reader: &mut Reader<'_>) -> Result<Self, Fault> {
+    fn read(reader: &mut Reader<'_>) -> Result<Self, EventError> {
         match reader.next()? {
             Value::Text(b"BlockStored") => Ok(Self::Stored),
             Value::Text(b"BlockRemoved") => Ok(Self::Removed),
             Value::Text(b"AllBlocksCleared") => Ok(Self::Cleared),
-            Value::Text(_) => Err(Fault::Unknown),
-            _ => Err(Fault::Malformed),
+            Value::Text(_) => Err(EventError::Unknown),
+            _ => Err(EventError::Malformed),
         }
     }
 
-    /// What stands at a place after the tag. New fields were only ever added at the end.
+    /// Returns the field at a position after the tag in an array. Releases have only added fields
+    /// at the end.
     fn field_at(self, position: u32) -> Field {
         const STORED: [Field; 11] = [
             Field::Hashes,
@@ -219,7 +222,7 @@ impl Tag {
     }
 }
 
-/// What a place or a name in an event stands for.
+/// A field of an event, given by its position in an array or its name in a map.
 #[derive(Clone, Copy, Debug)]
 enum Field {
     Tag,
@@ -239,7 +242,7 @@ enum Field {
 }
 
 impl Field {
-    fn named(name: &[u8]) -> Self {
+    fn from_name(name: &[u8]) -> Self {
         match name {
             b"type" => Self::Tag,
             b"block_hashes" => Self::Hashes,
@@ -259,7 +262,7 @@ impl Field {
     }
 }
 
-/// The fields of all types of events together.
+/// The values read so far of one event; the union of the fields of all event types.
 #[derive(Default)]
 struct Fields<'p> {
     tag: Option<Tag>,
@@ -272,7 +275,7 @@ struct Fields<'p> {
     lora_name: Option<&'p str>,
     cache_salt: Option<&'p str>,
     medium: Option<Medium>,
-    /// Where they begin. Understood last, because that takes other fields.
+    /// A reader at the start of the value. It is decoded last, because that requires other fields.
     extra_keys: Option<Reader<'p>>,
     group: Option<u32>,
     attention: Attention,
@@ -280,9 +283,10 @@ struct Fields<'p> {
 }
 
 impl<'p> Fields<'p> {
-    /// Reads the value of a field. What tells blocks apart must be as expected, or the event
-    /// would say something else; what only describes them may be anything.
-    fn read(&mut self, field: Field, reader: &mut Reader<'p>) -> Result<(), Fault> {
+    /// Reads the value of a field. A field that identifies blocks must have the expected type,
+    /// because otherwise the event would mean other blocks. A field that only describes them may
+    /// have any type.
+    fn read(&mut self, field: Field, reader: &mut Reader<'p>) -> Result<(), EventError> {
         match field {
             Field::Tag => self.tag = Some(Tag::read(reader)?),
             Field::Hashes => self.hashes = Some(read_hashes(reader)?),
@@ -294,27 +298,30 @@ impl<'p> Fields<'p> {
             }
             Field::Tokens => self.read_tokens(reader)?,
             Field::BlockSize => self.block_size = reader.u32_or_nil()?,
-            // SGLang's are texts, made anew by each process.
+            // SGLang sends texts, which differ from process to process.
             Field::LoraId => {
-                self.has_lora_id = !matches!(reader.whole()?, Value::Nil | Value::Unsigned(0));
+                self.has_lora_id = !matches!(
+                    reader.next_skipping_children()?,
+                    Value::Nil | Value::Unsigned(0)
+                );
             }
             Field::LoraName => self.lora_name = reader.text_or_nil()?,
             Field::CacheSalt => self.cache_salt = reader.text_or_nil()?,
-            Field::Medium => self.medium = reader.text_or_nil()?.map(Medium::named),
+            Field::Medium => self.medium = reader.text_or_nil()?.map(Medium::from_name),
             Field::ExtraKeys => {
                 self.extra_keys = Some(*reader);
                 reader.skip()?;
             }
             Field::Group => self.group = reader.u32_or_nil()?,
             Field::Kind => {
-                self.attention = match reader.whole()? {
-                    Value::Nil => Attention::Unsaid,
-                    Value::Text(kind) => Attention::of_kind(kind),
+                self.attention = match reader.next_skipping_children()? {
+                    Value::Nil => Attention::Unspecified,
+                    Value::Text(kind) => Attention::from_kind(kind),
                     _ => Attention::Other,
                 }
             }
             Field::Window => {
-                self.sliding_window = match reader.whole()? {
+                self.sliding_window = match reader.next_skipping_children()? {
                     Value::Unsigned(tokens) => u32::try_from(tokens).ok(),
                     _ => None,
                 }
@@ -324,6 +331,7 @@ impl<'p> Fields<'p> {
         Ok(())
     }
 
+    /// Reads the token ids, which may be a list of ids or of pairs.
     fn read_tokens(&mut self, reader: &mut Reader<'_>) -> Result<(), Malformed> {
         let count = reader.array_or_nil()?.unwrap_or(0);
         let mut tokens = Vec::with_capacity(count);
@@ -331,7 +339,7 @@ impl<'p> Fields<'p> {
         reader.u32_run(count, &mut tokens);
         while tokens.len() < count {
             match reader.next()? {
-                // A pair, and all before it were pairs.
+                // A pair; all earlier elements were pairs too.
                 Value::Array(2) if tokens.is_empty() || next_token.is_some() => {
                     tokens.push(token(reader.next()?)?);
                     next_token = Some(token(reader.next()?)?);
@@ -348,13 +356,14 @@ impl<'p> Fields<'p> {
         Ok(())
     }
 
-    fn into_event(mut self) -> Result<Event, Fault> {
-        let tag = self.tag.ok_or(Fault::Malformed)?;
+    /// Builds the event once all fields were read.
+    fn into_event(mut self) -> Result<Event, EventError> {
+        let tag = self.tag.ok_or(EventError::Malformed)?;
         if let Tag::Cleared = tag {
             let medium = self.medium;
             return Ok(Event::Cleared { medium });
         }
-        let hashes = self.hashes.take().ok_or(Fault::Malformed)?;
+        let hashes = self.hashes.take().ok_or(EventError::Malformed)?;
         if let Tag::Removed = tag {
             return Ok(Event::Removed(BlockRemoved {
                 hashes,
@@ -404,13 +413,14 @@ fn read_hashes(reader: &mut Reader<'_>) -> Result<Vec<BlockKey>, Malformed> {
 fn block_key(hash: Value<'_>) -> Result<BlockKey, Malformed> {
     match hash {
         Value::Unsigned(number) => Ok(BlockKey(number)),
-        // The same 64 bits, read as the other type.
+        // A signed number with the same 64 bits is the same hash.
         Value::Negative(number) => Ok(BlockKey(number.cast_unsigned())),
         Value::Bytes(digest) if !digest.is_empty() => Ok(BlockKey::from_digest(digest)),
         _ => Err(Malformed),
     }
 }
 
+/// Returns a token id; only the low 32 bits of a larger number are kept.
 fn token(id: Value<'_>) -> Result<u32, Malformed> {
     match id {
         Value::Unsigned(id) => Ok(id as u32),

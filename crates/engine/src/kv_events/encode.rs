@@ -1,22 +1,22 @@
-//! A batch's bytes as vLLM writes them, for engines that only stand in for one.
+//! Encoding of event batches in vLLM's layouts, for the mock engine.
 
 use super::{Adapter, BlockKey, BlockStored, Event, EventBatch, Medium};
 use crate::msgpack::Writer;
 
-/// How events are laid out.
+/// The layout of the events in a batch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Layout {
-    /// Maps, as vLLM writes them since 0.24.
+    /// Maps, the layout of vLLM since 0.24.
     #[default]
     Map,
-    /// Arrays, as vLLM 0.18 writes them.
+    /// Arrays, the layout of vLLM 0.18.
     Array,
 }
 
-/// Writes a payload that [`decode_batch`](super::decode_batch) reads.
+/// Encodes a batch as a payload that [`decode_batch`](super::decode_batch) reads.
 ///
-/// Of a [`BlockStored`] it writes what a plain model has: hashes, parent, tokens, block size,
-/// adapter, salt and medium. Groups, windows, media and token pairs are left out.
+/// Of a [`BlockStored`] only the fields of a plain model are written: hashes, parent, tokens, block
+/// size, adapter, salt and medium. Groups, windows, media and token pairs are left out.
 #[must_use]
 pub fn encode_batch(batch: &EventBatch, layout: Layout) -> Vec<u8> {
     let mut writer = Writer::default();
@@ -38,7 +38,7 @@ fn write_event(writer: &mut Writer, event: &Event, layout: Layout) {
         Event::Removed(removed) => {
             let mut fields = Fields::begin(writer, "BlockRemoved", 2, layout);
             write_hashes(fields.field("block_hashes"), &removed.hashes);
-            fields.field("medium").text(name_of(removed.medium));
+            fields.field("medium").text(medium_name(removed.medium));
         }
         Event::Cleared { .. } => {
             Fields::begin(writer, "AllBlocksCleared", 0, layout);
@@ -63,7 +63,7 @@ fn write_stored(writer: &mut Writer, stored: &BlockStored, layout: Layout) {
         .field("block_size")
         .unsigned(stored.block_size.into());
     fields.field("lora_id").nil();
-    fields.field("medium").text(name_of(stored.medium));
+    fields.field("medium").text(medium_name(stored.medium));
     let lora_name = fields.field("lora_name");
     match &stored.adapter {
         Adapter::Named(name) => lora_name.text(name),
@@ -72,8 +72,8 @@ fn write_stored(writer: &mut Writer, stored: &BlockStored, layout: Layout) {
     write_extra_keys(fields.field("extra_keys"), stored);
 }
 
-/// Per block, what went into its hash besides tokens: the adapter, and before the first block of
-/// a sequence the salt.
+/// Writes, for each block, the inputs of its hash besides tokens: the adapter and, for the first
+/// block of a sequence, the salt.
 fn write_extra_keys(writer: &mut Writer, stored: &BlockStored) {
     let adapter = match &stored.adapter {
         Adapter::Named(name) => Some(&**name),
@@ -105,7 +105,8 @@ fn write_hashes(writer: &mut Writer, hashes: &[BlockKey]) {
     }
 }
 
-fn name_of(medium: Medium) -> &'static str {
+/// Returns the name that vLLM uses for a medium.
+fn medium_name(medium: Medium) -> &'static str {
     match medium {
         Medium::Gpu => "GPU",
         Medium::Host => "CPU",
@@ -115,13 +116,14 @@ fn name_of(medium: Medium) -> &'static str {
     }
 }
 
-/// An event's fields, with their names where the layout has names.
+/// Writes the fields of one event, with their names if the layout contains names.
 struct Fields<'w> {
     writer: &'w mut Writer,
     layout: Layout,
 }
 
 impl<'w> Fields<'w> {
+    /// Starts an event of type `tag` with `count` fields.
     fn begin(writer: &'w mut Writer, tag: &str, count: usize, layout: Layout) -> Self {
         match layout {
             Layout::Map => {
@@ -134,7 +136,7 @@ impl<'w> Fields<'w> {
         Self { writer, layout }
     }
 
-    /// Where the value of the next field goes.
+    /// Starts the next field and returns the writer for its value.
     fn field(&mut self, name: &str) -> &mut Writer {
         if self.layout == Layout::Map {
             self.writer.text(name);
@@ -182,7 +184,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read(
+        fn decoding_an_encoded_batch_returns_it(
             events in prop::collection::vec(event(), 0..20),
             rank in prop::option::of(any::<u32>()),
             seconds in 0.0..2e9,

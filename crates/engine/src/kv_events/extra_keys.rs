@@ -1,29 +1,31 @@
-//! vLLM's `extra_keys`: per block, what went into its hash besides tokens.
+//! vLLM's `extra_keys`: for each block, the inputs of its hash besides tokens.
 //!
-//! The names of adapter, media and salt come one after the other with nothing to say which is
-//! which, so their places and shapes must: the adapter's name is first, media are pairs of
-//! identifier and offset (plain texts in older releases), the salt is the last text, and only in
-//! the first block of a sequence.
+//! The list contains adapter, media and salt without labels. They are distinguished by position and
+//! form: the adapter's name is first, media are pairs of identifier and offset (plain texts in
+//! older releases), and the salt is the last text, present only in the first block of a sequence.
 
 use super::{BlockExtra, ExtraKey};
 use crate::msgpack::{Malformed, Reader, Value};
 
-/// What is known of the event before its extra keys are understood.
+/// The fields of the event that are needed to decode its extra keys.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Context<'p> {
+    /// Name of the adapter, which extra keys repeat.
     pub(super) lora_name: Option<&'p str>,
-    /// Whether the first block is the first of its sequence.
+    /// Whether the event's first block is the first of its sequence.
     pub(super) starts_sequence: bool,
 }
 
-/// What extra keys say.
+/// The decoded extra keys of one event.
 #[derive(Debug, Default)]
 pub(super) struct ExtraKeys {
+    /// Inputs other than adapter and salt.
     pub(super) extras: Vec<BlockExtra>,
+    /// The salt, if the event's first block has one.
     pub(super) cache_salt: Option<Box<str>>,
 }
 
-/// Reads the whole field.
+/// Decodes the value of the field.
 pub(super) fn read(reader: &mut Reader<'_>, context: Context<'_>) -> Result<ExtraKeys, Malformed> {
     let mut found = ExtraKeys::default();
     let blocks = reader.array_or_nil()?.unwrap_or(0);
@@ -46,8 +48,8 @@ pub(super) fn read(reader: &mut Reader<'_>, context: Context<'_>) -> Result<Extr
     Ok(found)
 }
 
-/// Reads the keys of one block. What is not understood is kept as it was encoded: the block
-/// depends on it, so it must not pass for one that does not.
+/// Decodes the keys of one block. A key of unknown form is kept in its encoding: the block depends
+/// on it, so the block must differ from one without that key.
 fn read_block(
     reader: &mut Reader<'_>,
     block: u32,
@@ -76,20 +78,22 @@ fn read_block(
     Ok(())
 }
 
+/// Decodes one key.
 fn read_key(reader: &mut Reader<'_>) -> Result<ExtraKey, Malformed> {
     let mut ahead = *reader;
     let encoded = reader.raw()?;
-    let understood = match ahead.next()? {
+    let decoded = match ahead.next()? {
         Value::Text(text) => str::from_utf8(text)
             .ok()
             .map(|text| ExtraKey::Text(text.into())),
         Value::Array(2) => media(&mut ahead),
         _ => None,
     };
-    Ok(understood.unwrap_or_else(|| ExtraKey::Encoded(encoded.into())))
+    Ok(decoded.unwrap_or_else(|| ExtraKey::Encoded(encoded.into())))
 }
 
-/// Reads the rest of a pair of identifier and offset.
+/// Decodes the two elements of a pair of identifier and offset; `None` if their types differ from
+/// that.
 fn media(pair: &mut Reader<'_>) -> Option<ExtraKey> {
     let id = pair.text_or_nil().ok()??.into();
     let offset = match pair.next().ok()? {

@@ -1,46 +1,46 @@
-//! The ZMQ frames around batches: live ones, and those asked for again.
+//! ZeroMQ frames around event batches: live batches, and the exchange of an event replay.
 
 use thiserror::Error;
 
-/// One batch as it travels.
+/// An event batch with its topic and sequence number, as sent over ZeroMQ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Message<'f> {
-    /// What subscribers filter by; often empty.
+    /// Prefix by which subscribers filter; often empty.
     pub topic: &'f [u8],
-    /// Counts up from 0 in each engine process and rank.
+    /// Sequence number of the batch; starts at 0 in each engine process and rank.
     pub sequence: u64,
-    /// For [`decode_batch`](super::decode_batch).
+    /// The encoded batch, see [`decode_batch`](super::decode_batch).
     pub payload: &'f [u8],
 }
 
-/// One answer to a request for replay.
+/// One message of an event replay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Replay<'f> {
-    /// A batch the engine still had. The first one's sequence may be above the one asked for:
-    /// what is older is gone.
+    /// A batch that the engine still had. The first batch may have a higher sequence number than
+    /// requested: older batches are lost.
     Batch(Message<'f>),
-    /// There are no more.
+    /// The end of the replay.
     End,
 }
 
-/// The frames are not a batch.
+/// Why frames are not an event batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 pub enum FrameError {
-    /// There are too few or too many.
-    #[error("{0} frames do not make a batch")]
+    /// The number of frames is wrong. Contains that number.
+    #[error("message is not an event batch: it has {0} frames")]
     Count(usize),
-    /// The frame before the last is no sequence number.
-    #[error("a sequence number has 8 bytes, not {0}")]
+    /// The frame before the last is not a sequence number. Contains its length in bytes.
+    #[error("sequence number must have 8 bytes, got {0}")]
     Sequence(usize),
 }
 
 /// The sequence number that ends a replay.
-const END: u64 = u64::MAX;
+const END_OF_REPLAY: u64 = u64::MAX;
 
-/// Understands what a SUB socket receives: topic, sequence number, payload.
+/// Parses the frames that a SUB socket receives: topic, sequence number, payload.
 ///
 /// # Errors
-/// If the frames are not these three.
+/// If there are not exactly these three frames.
 pub fn parse_message<F: AsRef<[u8]>>(frames: &[F]) -> Result<Message<'_>, FrameError> {
     match frames {
         [topic, sequence, payload] => message(topic.as_ref(), sequence.as_ref(), payload.as_ref()),
@@ -48,15 +48,16 @@ pub fn parse_message<F: AsRef<[u8]>>(frames: &[F]) -> Result<Message<'_>, FrameE
     }
 }
 
-/// The frames a DEALER socket sends to ask for all batches from a sequence number on. Without
-/// the empty first one the engine does not answer.
+/// Returns the frames with which a DEALER socket requests all batches from a sequence number on.
+/// The engine does not respond to a request without the empty first frame.
 #[must_use]
 pub fn replay_request(from: u64) -> [Vec<u8>; 2] {
     [Vec::new(), from.to_be_bytes().to_vec()]
 }
 
-/// Understands what a ROUTER socket receives after the asker's identity: the sequence number to
-/// begin at. As with vLLM, what is no such request gets no answer.
+/// Parses a replay request, as a ROUTER socket receives it after the identity of the requester.
+/// Returns the sequence number to start at; `None` if the frames are no replay request, which vLLM
+/// leaves without a response.
 #[must_use]
 pub fn parse_replay_request<F: AsRef<[u8]>>(frames: &[F]) -> Option<u64> {
     let [empty, from] = frames else {
@@ -66,29 +67,29 @@ pub fn parse_replay_request<F: AsRef<[u8]>>(frames: &[F]) -> Option<u64> {
     from.filter(|_| empty.as_ref().is_empty())
 }
 
-/// The frames that end a replay, as vLLM sends them since 0.26: an empty one, an empty topic, the
-/// highest number, and no payload.
+/// Returns the frames that end a replay in vLLM since 0.26: an empty frame, an empty topic, the
+/// highest sequence number, and an empty payload.
 #[must_use]
 pub fn replay_end() -> [Vec<u8>; 4] {
     [
         Vec::new(),
         Vec::new(),
-        END.to_be_bytes().to_vec(),
+        END_OF_REPLAY.to_be_bytes().to_vec(),
         Vec::new(),
     ]
 }
 
-/// Understands what a DEALER socket receives in answer: an empty frame, then sequence number and
-/// payload (vLLM up to 0.25, older SGLang), or topic, sequence number and payload.
+/// Parses a message of a replay, as a DEALER socket receives it: an empty frame, then sequence
+/// number and payload (vLLM up to 0.25, older SGLang), or topic, sequence number and payload.
 ///
-/// A REQ socket, which removes the empty frame, is understood as well, but it will only ever see
-/// the first answer.
+/// The frames that a REQ socket receives, which removes the empty frame, are parsed as well. A REQ
+/// socket receives only the first message of a replay.
 ///
 /// # Errors
-/// If the frames are neither a batch nor the end.
+/// If the frames are neither a batch nor the end of a replay.
 pub fn parse_replay<F: AsRef<[u8]>>(frames: &[F]) -> Result<Replay<'_>, FrameError> {
     let (topic, sequence, payload) = match frames {
-        // The first frame is empty or, to a REQ socket, the topic.
+        // The first frame is empty or, on a REQ socket, the topic.
         [topic, sequence, payload] | [_, topic, sequence, payload] => {
             (topic.as_ref(), sequence, payload)
         }
@@ -97,11 +98,12 @@ pub fn parse_replay<F: AsRef<[u8]>>(frames: &[F]) -> Result<Replay<'_>, FrameErr
     };
     let message = message(topic, sequence.as_ref(), payload.as_ref())?;
     Ok(match message.sequence {
-        END => Replay::End,
+        END_OF_REPLAY => Replay::End,
         _ => Replay::Batch(message),
     })
 }
 
+/// Builds a message from its three frames.
 fn message<'f>(
     topic: &'f [u8],
     sequence: &[u8],
@@ -143,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn replay_is_understood_with_and_without_topic() {
+    fn a_replay_is_parsed_with_and_without_topic() {
         let parse = |frames: &[&'static [u8]]| {
             parse_replay(frames).map(|replay| match replay {
                 Replay::Batch(message) => Some((message.topic.to_vec(), message.sequence)),
@@ -158,7 +160,7 @@ mod tests {
         assert_eq!(parse(&[b"", b"", SEVEN, b"e"]), Ok(Some((vec![], 7))));
         assert_eq!(parse(&[b"", LAST, b""]), Ok(None));
         assert_eq!(parse(&[b"", b"", LAST, b""]), Ok(None));
-        // A REQ socket's view.
+        // The frames of a REQ socket.
         assert_eq!(parse(&[SEVEN, b"e"]), Ok(Some((vec![], 7))));
         assert_eq!(parse(&[b"kv", SEVEN, b"e"]), Ok(Some((b"kv".to_vec(), 7))));
 

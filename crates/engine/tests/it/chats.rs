@@ -1,4 +1,4 @@
-//! Chats are rendered as engines render them.
+//! Rendering of chats, equal to the rendering of engines.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use std::fs;
@@ -20,7 +20,7 @@ fn render(template: &str, body: &Value) -> String {
 }
 
 #[test]
-fn a_conversation_becomes_its_text() {
+fn a_conversation_is_rendered_to_text() {
     let template = ChatTemplate::load(Path::new(TINY)).unwrap();
     let body = json!({"model": "m", "messages": [
         {"role": "system", "content": "Be brief."},
@@ -46,7 +46,7 @@ fn the_last_message_can_be_continued() {
 }
 
 #[test]
-fn tools_and_their_calls_look_as_python_writes_them() {
+fn tools_and_tool_calls_are_formatted_as_python_formats_them() {
     let body = r#"{"messages": [{"role": "assistant", "content": "", "tool_calls": [
             {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{\"b\": 1e20, \"a\": [1.0, true, null, \"é\"]}"}},
             {"id": "2", "type": "function", "function": {"name": "g", "arguments": "no JSON"}}]}],
@@ -63,25 +63,25 @@ fn tools_and_their_calls_look_as_python_writes_them() {
 }
 
 #[test]
-fn tojson_takes_pythons_options() {
+fn tojson_supports_the_options_of_python() {
     let body =
         json!({"messages": [], "chat_template_kwargs": {"x": {"b": ["é", {}], "a": "\u{7f}\n"}}});
-    let written = |options: &str| render(&format!("{{{{ x | tojson({options}) }}}}"), &body);
-    // `json!` has sorted the keys, so only the other options show here.
-    assert_eq!(written(""), "{\"a\": \"\u{7f}\\n\", \"b\": [\"é\", {}]}");
+    let rendered = |options: &str| render(&format!("{{{{ x | tojson({options}) }}}}"), &body);
+    // `json!` sorts the keys, so `sort_keys` has no visible effect here.
+    assert_eq!(rendered(""), "{\"a\": \"\u{7f}\\n\", \"b\": [\"é\", {}]}");
     assert_eq!(
-        written("separators=(',', ':')"),
+        rendered("separators=(',', ':')"),
         "{\"a\":\"\u{7f}\\n\",\"b\":[\"é\",{}]}"
     );
     assert_eq!(
-        written("indent=2, ensure_ascii=true"),
+        rendered("indent=2, ensure_ascii=true"),
         "{\n  \"a\": \"\u{7f}\\n\",\n  \"b\": [\n    \"\\u00e9\",\n    {}\n  ]\n}"
     );
-    assert_eq!(written("sort_keys=true"), written(""));
+    assert_eq!(rendered("sort_keys=true"), rendered(""));
 }
 
 #[test]
-fn a_template_that_reads_parts_gets_parts() {
+fn a_template_that_reads_content_parts_gets_parts() {
     let body = json!({"messages": [{"role": "user", "content": "Hi"}]});
     let parts = "{% for message in messages[0:] %}{% for part in message['content'] %}\
                  {{ part.text }}!{% endfor %}{% endfor %}";
@@ -91,29 +91,33 @@ fn a_template_that_reads_parts_gets_parts() {
 }
 
 #[test]
-fn training_marks_print_nothing() {
+fn generation_tags_for_training_render_nothing() {
     let template = "{% for m in messages %}{%- generation -%} {{ m.content }} {%- endgeneration %}.{% endfor %}";
     let body = json!({"messages": [{"role": "assistant", "content": "Hi"}]});
     assert_eq!(render(template, &body), "Hi.");
 }
 
 #[test]
-fn what_cannot_be_rendered_says_why() {
+fn a_chat_that_cannot_be_rendered_is_an_error_with_its_reason() {
     let image = json!({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]});
     assert!(
         matches!(render_with("", &image), Err(TemplateError::Media(kind)) if kind == "image_url")
     );
-    let refused = render_with("{{ raise_exception('no way') }}", &json!({"messages": []}));
-    assert!(refused.unwrap_err().to_string().contains("no way"));
-    let own = json!({"messages": [], "chat_template": "mine"});
-    assert!(matches!(render_with("", &own), Err(TemplateError::Chat(_))));
+    let rejected = render_with("{{ raise_exception('no way') }}", &json!({"messages": []}));
+    assert!(rejected.unwrap_err().to_string().contains("no way"));
+    let own_template = json!({"messages": [], "chat_template": "mine"});
+    assert!(matches!(
+        render_with("", &own_template),
+        Err(TemplateError::Chat(_))
+    ));
     assert!(ChatTemplate::from_source("{% for %}").is_err());
     let nowhere = ChatTemplate::load(Path::new("/nowhere"));
     assert!(matches!(nowhere, Err(TemplateError::Missing)));
 }
 
-/// Real templates: each folder in `$FORESEE_TEST_VOCABULARIES` holds a `tokenizer_config.json` and
-/// a `chats.jsonl`, each line of which has a `body` and the `text` that Jinja made of it, or null.
+/// Optional test with real templates: each folder in `$FORESEE_TEST_VOCABULARIES` contains a
+/// `tokenizer_config.json` and a `chats.jsonl`. Each line of the latter has a `body` and the `text`
+/// that Jinja rendered, or null if Jinja failed.
 #[test]
 fn real_templates_render_as_jinja_does() {
     let Ok(root) = std::env::var("FORESEE_TEST_VOCABULARIES") else {
@@ -132,7 +136,7 @@ fn real_templates_render_as_jinja_does() {
             match (template.render(&chat), line.text) {
                 (Ok(text), Some(expected)) => assert_eq!(text, expected, "{}", line.body),
                 (Err(_), None) => {}
-                (ours, theirs) => panic!("{}: {ours:?}, not {theirs:?}", line.body),
+                (actual, expected) => panic!("{}: {actual:?}, not {expected:?}", line.body),
             }
             rendered += 1;
         }
@@ -149,7 +153,7 @@ struct Line<'l> {
 
 proptest! {
     #[test]
-    fn any_template_and_any_chat_is_survived(
+    fn no_template_and_no_chat_causes_a_panic(
         template in "(\\{%|%\\}|\\{\\{|\\}\\}|-| |for|in|set|=|messages|\\[|\\]|:|\\||generation|x|\\.content){0,12}",
         body in "[\\[\\]{}:,\"a-z ]{0,40}",
     ) {

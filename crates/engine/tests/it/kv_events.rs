@@ -1,4 +1,4 @@
-//! KV events: what is decoded of recorded ones, of made-up ones, and of bytes that are none.
+//! Decoding of KV events: recorded events, constructed events, and invalid bytes.
 
 #![allow(clippy::unwrap_used)]
 

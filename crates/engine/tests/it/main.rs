@@ -1,8 +1,8 @@
 //! Integration tests of the wire formats.
 
-mod answers;
 mod chats;
 mod kv_events;
+mod output_text;
 mod render;
 mod requests;
 mod server_info;

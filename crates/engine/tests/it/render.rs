@@ -1,8 +1,8 @@
-//! Opt-in: chats and texts become the very ids that a running vLLM makes of them.
+//! Optional tests: token ids of chats and texts are equal to those of a running vLLM.
 //!
-//! `FORESEE_TEST_VLLM_URL` is a vLLM started with `--enable-scale-out`, which serves
-//! `/v1/chat/completions/render`; `FORESEE_TEST_MODEL` is the folder of its tokenizer and chat
-//! template; `FORESEE_TEST_CHATS` is how many to try (400).
+//! `FORESEE_TEST_VLLM_URL` is the URL of a vLLM started with `--enable-scale-out`, which serves
+//! `/v1/chat/completions/render`. `FORESEE_TEST_MODEL` is the folder of its tokenizer and chat
+//! template. `FORESEE_TEST_CHATS` is the number of chats to compare (default 400).
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use std::collections::BTreeMap;
@@ -12,10 +12,10 @@ use std::path::PathBuf;
 
 use foresee_engine::chat::Chat;
 use foresee_engine::chat_template::ChatTemplate;
-use foresee_engine::tokenizer::{Framing, Tokenizer};
+use foresee_engine::tokenizer::{SpecialTokens, Tokenizer};
 use serde_json::{Map, Value, json};
 
-/// A running engine, and the folder of its model.
+/// Returns the address of the running engine and the folder of its model; `None` to skip the test.
 fn engine() -> Option<(String, PathBuf)> {
     let url = std::env::var("FORESEE_TEST_VLLM_URL").ok();
     let folder = std::env::var_os("FORESEE_TEST_MODEL");
@@ -32,7 +32,7 @@ fn count() -> usize {
     count.map_or(400, |count| count.parse().expect("a number of chats"))
 }
 
-/// The status and the body of the answer.
+/// Sends a request. Returns the status and the body of the response.
 fn post(address: &str, path: &str, body: &str) -> (u16, Value) {
     let mut stream = TcpStream::connect(address).unwrap();
     let length = body.len();
@@ -42,10 +42,10 @@ fn post(address: &str, path: &str, body: &str) -> (u16, Value) {
     );
     stream.write_all(head.as_bytes()).unwrap();
     stream.write_all(body.as_bytes()).unwrap();
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer).unwrap();
-    let answer = String::from_utf8(answer).unwrap();
-    let (head, body) = answer.split_once("\r\n\r\n").expect("an answer");
+    let mut response = Vec::new();
+    stream.read_to_end(&mut response).unwrap();
+    let response = String::from_utf8(response).unwrap();
+    let (head, body) = response.split_once("\r\n\r\n").expect("a response");
     let status = head.split(' ').nth(1).unwrap().parse().unwrap();
     (status, serde_json::from_str(body).unwrap_or_default())
 }
@@ -54,10 +54,10 @@ fn ids(value: &Value) -> Vec<u32> {
     serde_json::from_value(value.clone()).unwrap_or_else(|error| panic!("{error} in {value}"))
 }
 
-/// A repeatable source of choices (SplitMix64).
-struct Draw(u64);
+/// A repeatable random generator of chats and texts (SplitMix64).
+struct Generator(u64);
 
-impl Draw {
+impl Generator {
     fn below(&mut self, bound: usize) -> usize {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut mixed = self.0;
@@ -70,12 +70,13 @@ impl Draw {
         self.below(bound) == 0
     }
 
-    fn of<'a>(&mut self, from: &[&'a str]) -> &'a str {
+    /// Returns a random element.
+    fn element<'a>(&mut self, from: &[&'a str]) -> &'a str {
         from[self.below(from.len())]
     }
 
     fn text(&mut self) -> String {
-        const PIECES: [&str; 22] = [
+        const PARTS: [&str; 22] = [
             "The quick brown fox, it's 3.14 o'clock! ",
             "WE'LL see HTTPServer2 ",
             "你好，世界。今天天气怎么样？",
@@ -99,16 +100,16 @@ impl Draw {
             "{{ template }} {% raw %}",
             "trailing spaces   ",
         ];
-        let pieces = match self.below(12) {
+        let parts = match self.below(12) {
             0 => 0,
             1..9 => 1 + self.below(6),
             9 | 10 => 20 + self.below(40),
             _ => 150,
         };
-        (0..pieces).map(|_| self.of(&PIECES)).collect()
+        (0..parts).map(|_| self.element(&PARTS)).collect()
     }
 
-    /// A content in one of the forms that clients use.
+    /// Returns a message's content in one of the forms that clients use.
     fn content(&mut self) -> Value {
         let part = |text: String| json!({"type": "text", "text": text});
         match self.below(6) {
@@ -134,7 +135,7 @@ impl Draw {
             _ => Value::Object(
                 (0..self.below(4))
                     .map(|_| {
-                        let key = self.of(&["b", "a", "z é", "type", "name", "1"]);
+                        let key = self.element(&["b", "a", "z é", "type", "name", "1"]);
                         (key.to_owned(), self.value(depth - 1))
                     })
                     .collect(),
@@ -155,7 +156,7 @@ impl Draw {
         let mut function = Map::new();
         function.insert(
             "name".to_owned(),
-            self.of(&["f", "get_weather", "g2"]).into(),
+            self.element(&["f", "get_weather", "g2"]).into(),
         );
         if !self.one_in(3) {
             function.insert("description".to_owned(), self.text().into());
@@ -187,24 +188,24 @@ impl Draw {
             messages.push(json!({"role": "user", "content": self.content()}));
             if self.one_in(3) {
                 let calls: Vec<Value> = (0..=self.below(2)).map(|id| self.call(id)).collect();
-                let answers = calls.len();
-                let mut asks = json!({"role": "assistant", "tool_calls": calls});
+                let results = calls.len();
+                let mut request = json!({"role": "assistant", "tool_calls": calls});
                 match self.below(3) {
                     0 => {}
-                    1 => asks["content"] = Value::Null,
-                    _ => asks["content"] = self.content(),
+                    1 => request["content"] = Value::Null,
+                    _ => request["content"] = self.content(),
                 }
-                messages.push(asks);
-                for answer in 0..answers {
+                messages.push(request);
+                for result in 0..results {
                     messages.push(json!({"role": "tool", "content": self.content(),
-                                         "tool_call_id": format!("call_{answer}")}));
+                                         "tool_call_id": format!("call_{result}")}));
                 }
             }
-            let mut says = json!({"role": "assistant", "content": self.content()});
+            let mut output = json!({"role": "assistant", "content": self.content()});
             if self.one_in(5) {
-                says["reasoning"] = self.text().into();
+                output["reasoning"] = self.text().into();
             }
-            messages.push(says);
+            messages.push(output);
             if turn == 3 {
                 break;
             }
@@ -243,82 +244,84 @@ impl Draw {
     }
 }
 
+/// Returns the index of the first token that differs.
 fn first_difference(ours: &[u32], theirs: &[u32]) -> usize {
     let equal = ours.iter().zip(theirs).take_while(|(a, b)| a == b);
     equal.count()
 }
 
 #[test]
-fn chats_become_the_ids_that_vllm_renders() {
+fn chats_have_the_ids_that_vllm_renders() {
     let Some((address, folder)) = engine() else {
         return;
     };
     let tokenizer = Tokenizer::load(&folder).unwrap();
     let template = ChatTemplate::load(&folder).unwrap();
     let (mut equal, mut tokens, mut different) = (0, 0, Vec::new());
-    let mut refused: BTreeMap<String, usize> = BTreeMap::new();
-    let mut draw = Draw(1);
+    let mut rejected: BTreeMap<String, usize> = BTreeMap::new();
+    let mut generator = Generator(1);
     for _ in 0..count() {
-        let body = draw.chat().to_string();
-        let (status, answer) = post(&address, "/v1/chat/completions/render", &body);
+        let body = generator.chat().to_string();
+        let (status, response) = post(&address, "/v1/chat/completions/render", &body);
         let ours = Chat::parse(body.as_bytes()).and_then(|chat| {
             let text = template.render(&chat)?;
             let framing = if chat.adds_special_tokens() {
-                Framing::Added
+                SpecialTokens::Add
             } else {
-                Framing::InText
+                SpecialTokens::AlreadyPresent
             };
             Ok(tokenizer.encode(&text, framing).unwrap())
         });
         if status != 200 {
-            // Too long for it, or not what its template takes: there are no ids to compare.
-            assert!(matches!(status, 400 | 422), "{status} {answer} to {body}");
-            let why = answer["error"]["message"].as_str().unwrap_or("unknown");
-            let why: String = why.chars().take(60).collect();
-            *refused.entry(why).or_default() += 1;
+            // The chat is too long, or the template rejects it, so there are no ids to compare.
+            assert!(matches!(status, 400 | 422), "{status} {response} to {body}");
+            let reason = response["error"]["message"].as_str().unwrap_or("unknown");
+            let reason: String = reason.chars().take(60).collect();
+            *rejected.entry(reason).or_default() += 1;
             continue;
         }
-        let theirs = ids(&answer["token_ids"]);
+        let theirs = ids(&response["token_ids"]);
         match ours {
             Ok(ours) if ours == theirs => {
                 equal += 1;
                 tokens += ours.len();
             }
             Ok(ours) => {
-                let at = first_difference(&ours, &theirs);
-                different.push(format!("token {at}: {body}"));
+                let index = first_difference(&ours, &theirs);
+                different.push(format!("token {index}: {body}"));
             }
             Err(error) => different.push(format!("{error}: {body}")),
         }
     }
-    println!("{equal} chats of {tokens} tokens equal; refused by the engine: {refused:?}");
-    for one in &different {
-        println!("different: {one}");
+    println!("{equal} chats of {tokens} tokens equal; rejected by the engine: {rejected:?}");
+    for difference in &different {
+        println!("different: {difference}");
     }
     assert!(different.is_empty(), "{} chats differ", different.len());
-    assert!(equal > count() / 3, "too few to mean anything");
+    assert!(equal > count() / 3, "too few chats were compared");
 }
 
 #[test]
-fn texts_become_the_ids_that_vllm_makes_of_them() {
+fn texts_have_the_ids_of_vllm() {
     let Some((address, folder)) = engine() else {
         return;
     };
     let tokenizer = Tokenizer::load(&folder).unwrap();
-    let (mut tokens, mut draw) = (0, Draw(2));
+    let (mut tokens, mut generator) = (0, Generator(2));
     for index in 0..count() {
-        let text = draw.text();
-        let framed = index % 2 == 0;
-        let body = json!({"model": "tiny", "prompt": text, "add_special_tokens": framed});
-        let (status, answer) = post(&address, "/tokenize", &body.to_string());
-        assert_eq!(status, 200, "{answer}");
-        let framing = if framed {
-            Framing::Added
+        let text = generator.text();
+        let adds_special_tokens = index % 2 == 0;
+        let body =
+            json!({"model": "tiny", "prompt": text, "add_special_tokens": adds_special_tokens});
+        let (status, response) = post(&address, "/tokenize", &body.to_string());
+        assert_eq!(status, 200, "{response}");
+        let framing = if adds_special_tokens {
+            SpecialTokens::Add
         } else {
-            Framing::InText
+            SpecialTokens::AlreadyPresent
         };
         let ours = tokenizer.encode(&text, framing).unwrap();
-        assert_eq!(ours, ids(&answer["tokens"]), "{body}");
+        assert_eq!(ours, ids(&response["tokens"]), "{body}");
         tokens += ours.len();
     }
     println!("{} texts of {tokens} tokens equal", count());

@@ -1,10 +1,10 @@
-//! What is read of request bodies as clients send them.
+//! Parsing of request bodies as clients send them.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::num::NonZeroU32;
 
-use foresee_core::batch::MOST_IN_BATCH;
-use foresee_engine::request::{ANSWER_HEADING, ApiRequest, Endpoint, Prompt};
+use foresee_core::batch::MAX_BATCH_PROMPTS;
+use foresee_engine::request::{ASSISTANT_HEADING, ApiRequest, Endpoint, Prompt};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -38,15 +38,15 @@ fn messages(messages: &Value) -> ApiRequest {
 }
 
 #[test]
-fn a_request_for_lists_of_what_is_cached_is_seen() {
-    let asks = |xargs: &str| {
+fn a_request_for_the_full_report_mode_is_recognised() {
+    let full_report_mode = |xargs: &str| {
         let body = format!(r#"{{"model": "m", "prompt": "p", "vllm_xargs": {xargs}}}"#);
         ApiRequest::parse(Endpoint::Completions, body.as_bytes())
             .unwrap()
-            .lists_cached
+            .full_report_mode
     };
-    assert!(asks(r#"{"kv_cache_report_mode": "full"}"#));
-    assert!(asks(
+    assert!(full_report_mode(r#"{"kv_cache_report_mode": "full"}"#));
+    assert!(full_report_mode(
         r#"{"other": [1], "kv_cache_report_mode": "f\u0075ll"}"#
     ));
     for other in [
@@ -56,12 +56,12 @@ fn a_request_for_lists_of_what_is_cached_is_seen() {
         "null",
         "[]",
     ] {
-        assert!(!asks(other), "{other}");
+        assert!(!full_report_mode(other), "{other}");
     }
 }
 
 #[test]
-fn a_chat_is_read() {
+fn a_chat_is_parsed() {
     let request = chat(
         r#"{"model": "Qwen/Qwen3-8B", "stream": true, "max_tokens": 100, "n": 2,
             "cache_salt": "s", "temperature": 0.7, "stop": ["a", {"deep": [[1]]}],
@@ -77,7 +77,7 @@ fn a_chat_is_read() {
 }
 
 #[test]
-fn what_is_absent_or_null_has_its_default() {
+fn absent_and_null_fields_have_their_defaults() {
     let minimal = chat(r#"{"messages": []}"#);
     assert_eq!(
         minimal,
@@ -89,12 +89,12 @@ fn what_is_absent_or_null_has_its_default() {
     );
     assert_eq!((minimal.model.as_str(), minimal.stream), ("", false));
     assert_eq!((minimal.max_tokens, minimal.choices), (None, 1));
-    assert!(!minimal.has_tools && !minimal.ignores_eos);
-    assert!(chat(r#"{"messages": [], "ignore_eos": true}"#).ignores_eos);
+    assert!(!minimal.has_tools && !minimal.ignore_eos);
+    assert!(chat(r#"{"messages": [], "ignore_eos": true}"#).ignore_eos);
 }
 
 #[test]
-fn tools_are_a_list_of_some() {
+fn tools_are_a_list_that_is_not_empty() {
     for (tools, has_tools) in [
         (r#"[{"type": "function"}]"#, true),
         ("[ ]", false),
@@ -106,7 +106,7 @@ fn tools_are_a_list_of_some() {
 }
 
 #[test]
-fn the_newer_limit_of_a_chat_goes_before_the_older() {
+fn max_completion_tokens_takes_precedence_over_max_tokens_in_a_chat() {
     let limits = r#""max_tokens": 5, "max_completion_tokens": 7"#;
     let limit = chat(&format!(r#"{{"messages": [], {limits}}}"#)).max_tokens;
     assert_eq!(limit, Some(7));
@@ -115,7 +115,7 @@ fn the_newer_limit_of_a_chat_goes_before_the_older() {
 }
 
 #[test]
-fn odd_fields_are_the_engines_business() {
+fn invalid_optional_fields_are_left_to_the_engine() {
     let request = chat(
         r#"{"messages": [{"role": 1, "content": 5, "name": []}, {"content": {"a": 1}}, {}],
             "max_tokens": -1, "n": 0, "stream": "yes", "cache_salt": 7, "tools": "?",
@@ -129,7 +129,7 @@ fn odd_fields_are_the_engines_business() {
 }
 
 #[test]
-fn a_key_given_twice_counts_as_last_given() {
+fn the_last_value_of_a_duplicate_key_counts() {
     let request = chat(
         r#"{"model": "a", "messages": [{"role": "user", "content": "old"}], "model": "b",
             "max_tokens": 1, "max_tokens": 2,
@@ -138,11 +138,11 @@ fn a_key_given_twice_counts_as_last_given() {
     );
     assert_eq!((request.model.as_str(), request.max_tokens), ("b", Some(2)));
     assert_eq!(text(&request), b"\xffuser\xfenew");
-    assert_eq!(request.unmatched.tokens, 0);
+    assert_eq!(request.unhashed.tokens, 0);
 }
 
 #[test]
-fn formatting_does_not_show_in_the_canonical_bytes() {
+fn formatting_does_not_change_the_canonical_bytes() {
     let plain = chat(
         r#"{"messages":[{"role":"user","content":"Gr\u00fc\u00dfe"}],"tools":[{"a":1}],"model":"m"}"#,
     );
@@ -161,25 +161,26 @@ fn formatting_does_not_show_in_the_canonical_bytes() {
 #[test]
 fn tool_calls_are_part_of_the_conversation() {
     let call = json!([{"id": "1", "function": {"name": "f", "arguments": "{}"}}]);
-    let with = messages(&json!([{"role": "assistant", "content": null, "tool_calls": call}]));
+    let with_calls = messages(&json!([{"role": "assistant", "content": null, "tool_calls": call}]));
     let expected = [b"\xffassistant\xfe\xfd", call.to_string().as_bytes()].concat();
-    assert_eq!(text(&with), expected);
-    let without = messages(&json!([{"role": "assistant", "content": null, "tool_calls": []}]));
-    assert_eq!(text(&without), b"\xffassistant\xfe");
+    assert_eq!(text(&with_calls), expected);
+    let without_calls =
+        messages(&json!([{"role": "assistant", "content": null, "tool_calls": []}]));
+    assert_eq!(text(&without_calls), b"\xffassistant\xfe");
 }
 
 #[test]
-fn an_answer_can_be_foretold_as_the_next_message() {
+fn the_bytes_of_an_output_as_the_next_message_can_be_predicted() {
     let question = json!({"role": "user", "content": "Why?"});
-    let answer = json!({"role": "assistant", "content": "Because."});
+    let output = json!({"role": "assistant", "content": "Because."});
     let before = messages(&json!([question]));
-    let after = messages(&json!([question, answer]));
-    let foretold = [text(&before), ANSWER_HEADING, b"Because."].concat();
-    assert_eq!(text(&after), foretold);
+    let after = messages(&json!([question, output]));
+    let predicted = [text(&before), ASSISTANT_HEADING, b"Because."].concat();
+    assert_eq!(text(&after), predicted);
 }
 
 #[test]
-fn what_follows_an_image_is_only_counted() {
+fn content_after_an_image_is_only_counted() {
     let image = json!({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}});
     let request = messages(&json!([
         {"role": "system", "content": "s"},
@@ -188,25 +189,29 @@ fn what_follows_an_image_is_only_counted() {
     ]));
     assert_eq!(text(&request), b"\xffsystem\xfes\xffuser\xfeab");
     assert_eq!(
-        request.unmatched.bytes,
+        request.unhashed.bytes,
         "cde".len() + "user".len() + "fgh".len()
     );
-    assert!(request.unmatched.tokens >= 100);
-    assert_eq!(request.prompt_bytes(), 0, "teaches nothing about text");
+    assert!(request.unhashed.tokens >= 100);
+    assert_eq!(
+        request.prompt_bytes(),
+        0,
+        "the request says nothing about bytes per token"
+    );
     let block = NonZeroU32::new(16).unwrap();
     let sequence = request.sequences(&[], block, 4.0).first;
-    assert!(sequence.tokens() as usize > request.unmatched.tokens);
+    assert!(sequence.tokens() as usize > request.unhashed.tokens);
 }
 
 #[test]
-fn prompts_come_in_four_forms() {
+fn prompts_can_be_texts_and_token_ids_one_or_several() {
     for (endpoint, field) in [
         (Endpoint::Completions, "prompt"),
         (Endpoint::Embeddings, "input"),
     ] {
         let read = |value: &str| {
             let request = parse(endpoint, &format!(r#"{{"{field}": {value}}}"#));
-            assert!(request.is_matched_whole());
+            assert!(request.is_fully_hashed());
             let prompts: Vec<Prompt> = request.all_prompts().cloned().collect();
             assert_eq!(prompts.len(), request.prompts as usize);
             prompts
@@ -234,13 +239,13 @@ fn prompts_come_in_four_forms() {
     assert_eq!(
         text(&complete(conversation)),
         b"",
-        "not a field of completions"
+        "completions have no messages"
     );
 }
 
 #[test]
 fn errors_name_the_field_and_the_remedy() {
-    let message_of = |endpoint, body: &str| {
+    let error_of = |endpoint, body: &str| {
         let error = ApiRequest::parse(endpoint, body.as_bytes()).expect_err(body);
         (error.param, error.message)
     };
@@ -321,10 +326,10 @@ fn errors_name_the_field_and_the_remedy() {
             "not valid JSON",
         ),
     ] {
-        let (at, message) = message_of(endpoint, &body);
-        assert_eq!(at, param, "{message}");
+        let (field, message) = error_of(endpoint, &body);
+        assert_eq!(field, param, "{message}");
         assert!(message.contains(remedy), "{message}");
-        assert!(message.len() < 300, "does not quote the body");
+        assert!(message.len() < 300, "the message must not quote the body");
     }
 }
 
@@ -357,67 +362,68 @@ fn sequences_match_only_under_the_same_model_and_salt() {
     assert_ne!(first.hashes()[0], sequence("m", "t").hashes()[0]);
 }
 
-/// The tokens of each sequence that is booked.
+/// Returns the tokens of each sequence that is booked.
 fn booked(body: &str) -> Vec<u32> {
     let block = NonZeroU32::new(2).unwrap();
     let sequences = complete(body).sequences(&[], block, 4.0);
-    let all = std::iter::once(&sequences.first).chain(&sequences.further);
-    all.map(|sequence| sequence.tokens()).collect()
+    let sequences = std::iter::once(&sequences.first).chain(&sequences.rest);
+    sequences.map(|sequence| sequence.tokens()).collect()
 }
 
 #[test]
-fn each_answer_to_each_prompt_is_a_sequence() {
+fn each_choice_of_each_prompt_is_a_sequence() {
     let block = NonZeroU32::new(2).unwrap();
     let body = r#"{"n": 2, "prompt": [[1, 2, 3], [4, 5], [1, 2]]}"#;
     assert_eq!(booked(body), [3, 3, 2, 2, 2, 2]);
     let sequences = complete(body).sequences(&[], block, 4.0);
-    assert_eq!(sequences.prompt_tokens, 7, "as engines report them");
-    assert_eq!(sequences.first, sequences.further[0]);
+    assert_eq!(
+        sequences.prompt_tokens, 7,
+        "engines report each prompt once"
+    );
+    assert_eq!(sequences.first, sequences.rest[0]);
     let first = sequences.first.hashes();
-    assert_ne!(first, sequences.further[1].hashes());
-    assert_eq!(first, sequences.further[3].hashes());
+    assert_ne!(first, sequences.rest[1].hashes());
+    assert_eq!(first, sequences.rest[3].hashes());
 
     let texts = r#"{"prompt": ["12345678", "1234", "x"]}"#;
     assert_eq!(booked(texts), [2, 1, 1]);
-    let known = vec![None, Some(vec![7, 8, 9]), None];
-    let sequences = complete(texts).sequences(&known, block, 4.0);
-    assert_eq!(sequences.further[0].tokens(), 3);
+    let token_ids = vec![None, Some(vec![7, 8, 9]), None];
+    let sequences = complete(texts).sequences(&token_ids, block, 4.0);
+    assert_eq!(sequences.rest[0].tokens(), 3);
     assert_eq!(sequences.prompt_tokens, 6);
 
     assert_eq!(booked(r#"{"n": 3, "prompt": [1, 2, 3]}"#), [3, 3, 3]);
     let embedded = parse(Endpoint::Embeddings, r#"{"n": 3, "input": ["abcd", "e"]}"#);
-    assert_eq!(embedded.sequences(&[], block, 4.0).further.len(), 1);
+    assert_eq!(embedded.sequences(&[], block, 4.0).rest.len(), 1);
 }
 
 #[test]
-fn what_is_too_much_to_book_apart_is_counted() {
+fn sequences_beyond_the_limit_are_summed_in_the_last() {
     let prompts = |count: usize| vec![json!([1, 2, 3]); count];
     let body = |count, n: u32| json!({"prompt": prompts(count), "n": n}).to_string();
-    assert_eq!(booked(&body(MOST_IN_BATCH, 1)), [3; MOST_IN_BATCH]);
+    assert_eq!(booked(&body(MAX_BATCH_PROMPTS, 1)), [3; MAX_BATCH_PROMPTS]);
     for (count, n, rest) in [
-        (MOST_IN_BATCH + 1, 1, 6),
+        (MAX_BATCH_PROMPTS + 1, 1, 6),
         (1000, 1, 3 * (1000 - 63)),
-        // 63 answers begin 32 prompts.
-        (MOST_IN_BATCH, 2, 3 * 32),
+        // The first 63 sequences belong to 32 prompts.
+        (MAX_BATCH_PROMPTS, 2, 3 * 32),
         (1, 1000, 0),
         (2, u32::MAX, 3),
     ] {
         let booked = booked(&body(count, n));
-        assert_eq!(booked.len(), MOST_IN_BATCH, "{count} × {n}");
-        let (last, apart) = booked.split_last().unwrap();
-        assert!(apart.iter().all(|&tokens| tokens == 3));
+        assert_eq!(booked.len(), MAX_BATCH_PROMPTS, "{count} × {n}");
+        let (last, separate) = booked.split_last().unwrap();
+        assert!(separate.iter().all(|&tokens| tokens == 3));
         assert_eq!(*last as usize, rest, "{count} × {n}");
     }
     let images = r#"{"input": [{"image": "x"}, "abcd", {"image": "y"}]}"#;
     let request = parse(Endpoint::Embeddings, images);
     let sequences = request.sequences(&[], NonZeroU32::new(2).unwrap(), 4.0);
     assert_eq!(sequences.first.tokens(), 1);
-    assert_eq!(
-        sequences.further[0].tokens() as usize,
-        request.unmatched.tokens
-    );
+    assert_eq!(sequences.rest[0].tokens() as usize, request.unhashed.tokens);
 }
 
+/// A message of a generated conversation.
 #[derive(Clone, Debug)]
 struct Turn {
     role: String,
@@ -426,6 +432,7 @@ struct Turn {
 }
 
 impl Turn {
+    /// Returns the message, with its content in one of three forms.
     fn to_json(&self, style: u8) -> Value {
         let content = match style % 3 {
             0 => json!(self.parts.concat()),
@@ -469,13 +476,13 @@ fn conversation(turns: &[Turn], style: u8, pretty: bool, tools: bool) -> ApiRequ
 
 proptest! {
     #[test]
-    fn an_earlier_turn_is_a_prefix_of_a_later_one(
+    fn the_bytes_of_earlier_turns_are_a_prefix_of_later_ones(
         turns in turns(),
         earlier in any::<prop::sample::Index>(),
         style in any::<u8>(),
         pretty in any::<bool>(),
     ) {
-        // Tool calls are compared as written, so only their formatting must stay the same.
+        // Tool calls are compared byte by byte, so their formatting must not differ.
         let pretty = pretty && !turns.iter().any(|turn| turn.calls);
         let earlier = earlier.index(turns.len() + 1);
         let before = conversation(&turns[..earlier], 0, false, false);
@@ -484,25 +491,25 @@ proptest! {
     }
 
     #[test]
-    fn different_conversations_have_different_bytes(one in turns(), other in turns()) {
-        let said = |turns: &[Turn]| -> Vec<_> {
+    fn different_conversations_have_different_bytes(a in turns(), b in turns()) {
+        let contents = |turns: &[Turn]| -> Vec<_> {
             turns.iter().map(|turn| (turn.role.clone(), turn.parts.concat(), turn.calls)).collect()
         };
-        let equal = said(&one) == said(&other);
-        let one = conversation(&one, 0, false, false);
-        let other = conversation(&other, 1, false, false);
-        prop_assert_eq!(text(&one) == text(&other), equal);
+        let equal = contents(&a) == contents(&b);
+        let a = conversation(&a, 0, false, false);
+        let b = conversation(&b, 1, false, false);
+        prop_assert_eq!(text(&a) == text(&b), equal);
     }
 
     #[test]
-    fn any_bytes_are_survived(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+    fn no_bytes_cause_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
         for endpoint in ENDPOINTS {
             let _ = ApiRequest::parse(endpoint, &bytes);
         }
     }
 
     #[test]
-    fn any_json_like_text_is_survived(
+    fn no_json_like_text_causes_a_panic(
         body in r#"\{"(messages|prompt|input)": [\[\]{}",:0-9a-z\\\-. ]{0,40}\}"#,
         ratio in any::<f64>(),
     ) {

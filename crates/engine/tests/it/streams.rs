@@ -1,8 +1,10 @@
-//! What is seen of streams as engines send them.
+//! Observation of response streams as engines send them.
 
-use foresee_core::batch::MOST_IN_BATCH;
+use foresee_core::batch::MAX_BATCH_PROMPTS;
 use foresee_engine::error::ApiError;
-use foresee_engine::stream::{MAX_EVENT_BYTES, Progress, Seen, StreamObserver, error_event};
+use foresee_engine::stream::{
+    ChoiceProgress, MAX_EVENT_BYTES, Observed, StreamObserver, error_event,
+};
 use foresee_engine::usage::{Usage, parse_usage};
 use proptest::prelude::*;
 
@@ -42,27 +44,27 @@ const VLLM_COMPLETION: &str = concat!(
     "data: \"text\": \"d\"}]}\n\n",
 );
 
-fn observe(pieces: &[&[u8]]) -> (StreamObserver, u32, Seen) {
+fn observe(chunks: &[&[u8]]) -> (StreamObserver, u32, Observed) {
     let mut observer = StreamObserver::new();
     let mut sum = 0;
-    let mut last = Seen::default();
-    for piece in pieces {
-        last = observer.feed(piece);
+    let mut last = Observed::default();
+    for chunk in chunks {
+        last = observer.feed(chunk);
         sum += last.new_tokens;
     }
     (observer, sum, last)
 }
 
-fn whole(text: &str) -> (StreamObserver, u32, Seen) {
+fn observe_text(text: &str) -> (StreamObserver, u32, Observed) {
     observe(&[text.as_bytes()])
 }
 
 #[test]
 fn a_vllm_chat_is_counted_and_corrected_by_its_usage() {
-    let (observer, sum, last) = whole(VLLM_CHAT);
-    // Two events with something to say; the report knows of five tokens.
+    let (observer, sum, last) = observe_text(VLLM_CHAT);
+    // Two events have text; the usage reports five tokens.
     assert_eq!((observer.tokens(), sum), (5, 5));
-    assert!(last.done && !last.error && !observer.mid_event());
+    assert!(last.done && !last.error && !observer.is_mid_event());
     let usage = Usage {
         prompt_tokens: Some(33),
         completion_tokens: Some(5),
@@ -73,14 +75,14 @@ fn a_vllm_chat_is_counted_and_corrected_by_its_usage() {
 }
 
 #[test]
-fn the_role_alone_is_no_token() {
+fn an_event_with_only_a_role_counts_no_token() {
     let first_event = VLLM_CHAT.split_inclusive("\n\n").next().unwrap();
-    assert_eq!(whole(first_event).0.tokens(), 0);
+    assert_eq!(observe_text(first_event).0.tokens(), 0);
 }
 
 #[test]
-fn an_sglang_chat_is_counted() {
-    let (observer, sum, last) = whole(SGLANG_CHAT);
+fn the_tokens_of_an_sglang_chat_are_counted() {
+    let (observer, sum, last) = observe_text(SGLANG_CHAT);
     assert_eq!((observer.tokens(), sum), (2, 2));
     assert!(last.done);
     assert_eq!(observer.usage(), None);
@@ -89,57 +91,67 @@ fn an_sglang_chat_is_counted() {
 #[test]
 fn completions_are_counted_by_ids_choices_and_continuous_usage() {
     let events: Vec<&str> = VLLM_COMPLETION.split_inclusive("\r\n\r\n").collect();
-    // Three ids in one choice, a text in the other; usage speaks of one choice.
-    assert_eq!(whole(events[0]).0.tokens(), 4);
-    // Usage may also show that more was generated than was seen; then one more event.
-    let (observer, sum, last) = whole(VLLM_COMPLETION);
+    // Three ids in one choice, a text in the other. The usage covers one choice.
+    assert_eq!(observe_text(events[0]).0.tokens(), 4);
+    // The usage can report more tokens than the events contained. One more event follows.
+    let (observer, sum, last) = observe_text(VLLM_COMPLETION);
     assert_eq!((observer.tokens(), sum), (11, 11));
     assert!(!last.done);
-    let choice = |tokens, finished| Progress { tokens, finished };
+    let choice = |tokens, finished| ChoiceProgress { tokens, finished };
     assert_eq!(observer.choices(), [choice(10, true), choice(1, false)]);
 }
 
 #[test]
-fn choices_beyond_the_last_are_summed_up_in_it() {
+fn choices_beyond_the_limit_are_summed_in_the_last() {
     let mut observer = StreamObserver::new();
-    for index in [0, 3, MOST_IN_BATCH - 1, MOST_IN_BATCH, 4_000_000_000] {
+    for index in [
+        0,
+        3,
+        MAX_BATCH_PROMPTS - 1,
+        MAX_BATCH_PROMPTS,
+        4_000_000_000,
+    ] {
         let event = format!("data: {{\"choices\":[{{\"index\":{index},\"text\":\"x\"}}]}}\n\n");
         observer.feed(event.as_bytes());
     }
     assert_eq!(observer.tokens(), 5);
-    let tokens: Vec<u32> = observer.choices().iter().map(|it| it.tokens).collect();
-    assert_eq!(tokens.len(), MOST_IN_BATCH);
+    let tokens: Vec<u32> = observer
+        .choices()
+        .iter()
+        .map(|choice| choice.tokens)
+        .collect();
+    assert_eq!(tokens.len(), MAX_BATCH_PROMPTS);
     assert_eq!(tokens[..5], [1, 0, 0, 1, 0]);
-    assert_eq!(tokens[MOST_IN_BATCH - 1], 3);
+    assert_eq!(tokens[MAX_BATCH_PROMPTS - 1], 3);
 }
 
 #[test]
-fn the_last_usage_is_believed_even_if_it_is_lower() {
+fn the_last_usage_counts_even_if_it_is_lower() {
     let event = |json| format!("data: {json}\n\n");
     let text = event(r#"{"choices":[{"text":"x"}]}"#).repeat(3)
         + &event(r#"{"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":2}}"#);
-    assert_eq!(whole(&text).0.tokens(), 2);
+    assert_eq!(observe_text(&text).0.tokens(), 2);
 }
 
 #[test]
-fn errors_are_noticed_in_every_dialect() {
+fn errors_of_all_engines_are_recognised() {
     for text in [
         "data: {\"error\": {\"message\": \"boom\", \"type\": \"InternalServerError\", \"code\": 500}}\n\n",
         "data: {\"object\":\"error\",\"message\":\"boom\",\"code\":400}\n\n",
         "event: error\ndata: out of memory\n\n",
         "event:error\r\ndata:{}\r\n\r\n",
     ] {
-        let (observer, sum, last) = whole(text);
+        let (observer, sum, last) = observe_text(text);
         assert!(last.error, "{text}");
         assert_eq!((sum, observer.unread_events()), (0, 0), "{text}");
     }
-    let fine = "data: {\"error\": null, \"choices\": [{\"text\": \"error\"}]}\n\n";
-    assert!(!whole(fine).2.error);
+    let no_error = "data: {\"error\": null, \"choices\": [{\"text\": \"error\"}]}\n\n";
+    assert!(!observe_text(no_error).2.error);
 }
 
 #[test]
 fn an_event_ends_with_its_blank_line() {
-    for (text, inside) in [
+    for (text, is_mid_event) in [
         ("", false),
         ("data: x", true),
         ("data: x\n", true),
@@ -150,21 +162,25 @@ fn an_event_ends_with_its_blank_line() {
         ("data: x\n\nd", true),
         (": comment\n\n", false),
     ] {
-        assert_eq!(whole(text).0.mid_event(), inside, "{text:?}");
+        assert_eq!(
+            observe_text(text).0.is_mid_event(),
+            is_mid_event,
+            "{text:?}"
+        );
     }
 }
 
 #[test]
-fn what_is_not_understood_counts_as_one_token() {
-    let (observer, sum, _) = whole("data: <html>\n\ndata: {\"choices\": 3}\n\ndata: {}\n\n");
+fn an_unknown_event_counts_as_one_token() {
+    let (observer, sum, _) = observe_text("data: <html>\n\ndata: {\"choices\": 3}\n\ndata: {}\n\n");
     assert_eq!((sum, observer.unread_events()), (2, 2));
-    // A stream of something else altogether: no data, no tokens.
-    let (observer, sum, _) = whole("{\"detail\":\"Not Found\"}\n\nid: 7\nretry: 10\n\n");
+    // A body without `data` lines has no tokens.
+    let (observer, sum, _) = observe_text("{\"detail\":\"Not Found\"}\n\nid: 7\nretry: 10\n\n");
     assert_eq!((sum, observer.unread_events()), (0, 0));
 }
 
 #[test]
-fn an_event_beyond_the_limit_is_skipped_and_the_next_one_read() {
+fn an_event_above_the_size_limit_is_skipped_and_the_next_one_read() {
     let text = "x".repeat(MAX_EVENT_BYTES);
     let long_line = format!("data: {{\"choices\":[{{\"text\":\"{text}\"}}]}}\n\n");
     let half = &text[..MAX_EVENT_BYTES / 2 + 1];
@@ -173,23 +189,23 @@ fn an_event_beyond_the_limit_is_skipped_and_the_next_one_read() {
     for long in [long_line, many_lines] {
         let stream = long + next;
         for size in [stream.len(), 100_000, 4_099] {
-            let pieces: Vec<&[u8]> = stream.as_bytes().chunks(size).collect();
-            let (observer, sum, _) = observe(&pieces);
-            assert_eq!((sum, observer.unread_events()), (3, 1), "pieces of {size}");
+            let chunks: Vec<&[u8]> = stream.as_bytes().chunks(size).collect();
+            let (observer, sum, _) = observe(&chunks);
+            assert_eq!((sum, observer.unread_events()), (3, 1), "chunks of {size}");
         }
     }
 }
 
 #[test]
-fn a_broken_stream_can_be_ended_so_that_clients_see_the_error() {
+fn a_broken_stream_can_be_ended_with_an_error_event() {
     let tail = error_event(&ApiError::bad_gateway("the worker\nwent away"));
     let (observer, sum, last) = observe(&[b"data: {\"choi", b"\n\n", &tail]);
-    assert!(last.error && last.done && !observer.mid_event());
-    assert_eq!(sum, 1, "the half event");
+    assert!(last.error && last.done && !observer.is_mid_event());
+    assert_eq!(sum, 1, "the incomplete event");
 }
 
 #[test]
-fn usage_is_read_from_whole_bodies() {
+fn usage_is_read_from_complete_bodies() {
     let vllm = br#"{"id":"cmpl-1","object":"text_completion","choices":[{"index":0,"text":"x"}],"service_tier":null,"usage":{"prompt_tokens":4000,"total_tokens":4016,"completion_tokens":16,"prompt_tokens_details":{"cached_tokens":3984}},"kv_transfer_params":null}"#;
     let usage = Usage {
         prompt_tokens: Some(4000),
@@ -214,6 +230,7 @@ fn usage_is_read_from_whole_bodies() {
     }
 }
 
+/// Returns streams of valid and invalid lines with all line endings.
 fn streams() -> impl Strategy<Value = Vec<u8>> {
     let line_end = || prop_oneof![Just("\n"), Just("\r\n"), Just("\r")];
     let line = prop_oneof![
@@ -233,57 +250,58 @@ fn streams() -> impl Strategy<Value = Vec<u8>> {
 
 type Outcome = (u32, u32, Option<Usage>, bool, bool, bool);
 
-fn outcome(pieces: &[&[u8]]) -> Outcome {
-    let (observer, _, last) = observe(pieces);
+fn outcome(chunks: &[&[u8]]) -> Outcome {
+    let (observer, _, last) = observe(chunks);
     (
         observer.tokens(),
         observer.unread_events(),
         observer.usage(),
-        observer.mid_event(),
+        observer.is_mid_event(),
         last.done,
         last.error,
     )
 }
 
-fn cut(bytes: &[u8], mut places: Vec<usize>) -> Vec<&[u8]> {
-    places
+/// Splits bytes at positions, which are taken modulo the length.
+fn split(bytes: &[u8], mut positions: Vec<usize>) -> Vec<&[u8]> {
+    positions
         .iter_mut()
-        .for_each(|place| *place %= bytes.len() + 1);
-    places.sort_unstable();
-    let mut pieces = Vec::new();
+        .for_each(|position| *position %= bytes.len() + 1);
+    positions.sort_unstable();
+    let mut chunks = Vec::new();
     let mut start = 0;
-    for place in places {
-        pieces.push(&bytes[start..place]);
-        start = place;
+    for position in positions {
+        chunks.push(&bytes[start..position]);
+        start = position;
     }
-    pieces.push(&bytes[start..]);
-    pieces
+    chunks.push(&bytes[start..]);
+    chunks
 }
 
 proptest! {
     #[test]
-    fn where_a_stream_is_cut_does_not_matter(
+    fn the_result_does_not_depend_on_how_a_stream_is_split(
         stream in streams(),
-        places in prop::collection::vec(any::<usize>(), 0..12),
+        positions in prop::collection::vec(any::<usize>(), 0..12),
     ) {
         let single: Vec<&[u8]> = stream.chunks(1).collect();
         let expected = outcome(&[&stream]);
-        prop_assert_eq!(outcome(&cut(&stream, places)), expected);
+        prop_assert_eq!(outcome(&split(&stream, positions)), expected);
         if !single.is_empty() {
             prop_assert_eq!(outcome(&single), expected);
         }
     }
 
     #[test]
-    fn real_streams_may_be_cut_anywhere(places in prop::collection::vec(any::<usize>(), 0..12)) {
+    fn real_streams_can_be_split_anywhere(positions in prop::collection::vec(any::<usize>(), 0..12)) {
         for stream in [VLLM_CHAT, SGLANG_CHAT, VLLM_COMPLETION] {
-            let pieces = cut(stream.as_bytes(), places.clone());
-            prop_assert_eq!(outcome(&pieces), outcome(&[stream.as_bytes()]));
+            let chunks = split(stream.as_bytes(), positions.clone());
+            prop_assert_eq!(outcome(&chunks), outcome(&[stream.as_bytes()]));
         }
     }
 
     #[test]
-    fn any_bytes_are_survived(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+    fn no_bytes_cause_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
         outcome(&[&bytes]);
         let _ = parse_usage(&bytes);
     }

@@ -1,11 +1,11 @@
-//! Ids equal those of the reference library, and the cache changes none.
+//! Token ids are equal to those of the reference library, with and without the tokenizer's cache.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use std::fs;
 use std::path::Path;
 
 use crate::TINY;
-use foresee_engine::tokenizer::{Framing, Tokenizer, TokenizerError};
+use foresee_engine::tokenizer::{SpecialTokens, Tokenizer, TokenizerError};
 use proptest::prelude::*;
 use serde::Deserialize;
 
@@ -16,7 +16,8 @@ struct Reference {
     special: Vec<u32>,
 }
 
-/// Compares with a folder's `reference.jsonl`, and says how many texts and tokens were equal.
+/// Compares a folder's tokenizer with its `reference.jsonl`. Returns the numbers of texts and
+/// tokens.
 fn compare(folder: &Path) -> (usize, usize) {
     let tokenizer = Tokenizer::load(folder).unwrap();
     let (mut texts, mut tokens) = (0, 0);
@@ -25,11 +26,15 @@ fn compare(folder: &Path) -> (usize, usize) {
         .lines()
     {
         let reference: Reference = serde_json::from_str(line).unwrap();
-        // Twice: from the cache, the second time.
+        // The second time, the ids come from the cache.
         for _ in 0..2 {
-            let ids = tokenizer.encode(&reference.text, Framing::InText).unwrap();
+            let ids = tokenizer
+                .encode(&reference.text, SpecialTokens::AlreadyPresent)
+                .unwrap();
             assert_eq!(ids, reference.plain, "{:?}", reference.text);
-            let ids = tokenizer.encode(&reference.text, Framing::Added).unwrap();
+            let ids = tokenizer
+                .encode(&reference.text, SpecialTokens::Add)
+                .unwrap();
             assert_eq!(ids, reference.special, "{:?}", reference.text);
         }
         texts += 1;
@@ -39,15 +44,15 @@ fn compare(folder: &Path) -> (usize, usize) {
 }
 
 #[test]
-fn ids_are_those_of_the_reference_library() {
+fn ids_equal_those_of_the_reference_library() {
     let (texts, tokens) = compare(Path::new(TINY));
     assert!(texts >= 90 && tokens >= 10_000);
 }
 
-/// Any number of real vocabularies: each folder in `$FORESEE_TEST_VOCABULARIES` holds a
-/// `tokenizer.json` and the `reference.jsonl` that `tests/tiny_model/make.py` made for it.
+/// Optional test with real vocabularies: each folder in `$FORESEE_TEST_VOCABULARIES` contains a
+/// `tokenizer.json` and its `reference.jsonl`, written by `tests/tiny_model/make.py`.
 #[test]
-fn ids_of_real_vocabularies_are_those_of_the_reference_library() {
+fn ids_of_real_vocabularies_equal_those_of_the_reference_library() {
     let Ok(root) = std::env::var("FORESEE_TEST_VOCABULARIES") else {
         return;
     };
@@ -61,19 +66,19 @@ fn ids_of_real_vocabularies_are_those_of_the_reference_library() {
 }
 
 #[test]
-fn a_file_and_its_folder_are_the_same_tokenizer() {
+fn a_file_and_its_folder_give_the_same_tokenizer() {
     let folder = Tokenizer::load(Path::new(TINY)).unwrap();
     let file = Tokenizer::load(&Path::new(TINY).join("tokenizer.json")).unwrap();
     let text = "<|im_start|>user\nHello<|im_end|>\n";
     assert_eq!(
-        folder.encode(text, Framing::Added).unwrap(),
-        file.encode(text, Framing::Added).unwrap()
+        folder.encode(text, SpecialTokens::Add).unwrap(),
+        file.encode(text, SpecialTokens::Add).unwrap()
     );
 }
 
-/// As transformers has it since release 5, and so vLLM and SGLang.
+/// Transformers behaves like this since release 5, and so do vLLM and SGLang.
 #[test]
-fn what_frames_a_text_is_in_the_file_alone() {
+fn only_tokenizer_json_determines_the_added_special_tokens() {
     let folder = std::env::temp_dir().join(format!("foresee-tokens-{}", std::process::id()));
     fs::create_dir_all(&folder).unwrap();
     let mut file: serde_json::Value =
@@ -85,13 +90,15 @@ fn what_frames_a_text_is_in_the_file_alone() {
     let tokenizer = Tokenizer::load(&folder).unwrap();
     fs::remove_dir_all(&folder).unwrap();
     assert_eq!(
-        tokenizer.encode("Hi", Framing::Added).unwrap(),
-        tokenizer.encode("Hi", Framing::InText).unwrap()
+        tokenizer.encode("Hi", SpecialTokens::Add).unwrap(),
+        tokenizer
+            .encode("Hi", SpecialTokens::AlreadyPresent)
+            .unwrap()
     );
 }
 
 #[test]
-fn what_is_no_tokenizer_is_refused() {
+fn a_file_without_a_tokenizer_is_rejected() {
     let missing = Tokenizer::load(Path::new("/nowhere")).unwrap_err();
     assert!(matches!(missing, TokenizerError::Missing(_)), "{missing}");
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");
@@ -109,18 +116,23 @@ fn earlier_turns_are_not_tokenised_again() {
         "<|im_start|>user\n{}<|im_end|>\n",
         "many words ".repeat(500)
     );
-    tokenizer.encode(&turn, Framing::InText).unwrap();
+    tokenizer
+        .encode(&turn, SpecialTokens::AlreadyPresent)
+        .unwrap();
     let (reused, encoded) = tokenizer.reused_and_encoded_bytes();
     let next = format!("{turn}<|im_start|>assistant\nA short answer.<|im_end|>\n");
-    tokenizer.encode(&next, Framing::InText).unwrap();
+    tokenizer
+        .encode(&next, SpecialTokens::AlreadyPresent)
+        .unwrap();
     let (reused_next, encoded_next) = tokenizer.reused_and_encoded_bytes();
     assert!(reused_next - reused > 5_000);
     assert!(encoded_next - encoded < 100);
 }
 
-/// Texts in which special tokens, broken ones, and spaces around them are frequent.
+/// Returns texts in which special tokens, parts of special tokens, and spaces around them are
+/// frequent.
 fn chat_like() -> impl Strategy<Value = String> {
-    let piece = prop_oneof![
+    let part = prop_oneof![
         Just("<|im_start|>".to_owned()),
         Just("<|im_end|>".to_owned()),
         Just("<tool_call>".to_owned()),
@@ -130,7 +142,7 @@ fn chat_like() -> impl Strategy<Value = String> {
         "[a-z ']{0,12}",
         "\\PC{0,6}",
     ];
-    prop::collection::vec(piece, 0..12).prop_map(|pieces| pieces.concat())
+    prop::collection::vec(part, 0..12).prop_map(|parts| parts.concat())
 }
 
 proptest! {
@@ -139,16 +151,16 @@ proptest! {
     #[test]
     fn the_cache_changes_no_ids(texts in prop::collection::vec(chat_like(), 1..8)) {
         thread_local! {
-            // Its cache is full of what the cases before have left.
+            // A tokenizer whose cache contains the texts of earlier cases.
             static WARM: Tokenizer = Tokenizer::load(Path::new(TINY)).unwrap();
         }
         for (index, text) in texts.iter().enumerate() {
-            // A later text begins with an earlier one.
+            // A later text starts with an earlier one.
             let text = format!("{}{text}", &texts[index / 2]);
             let cold = Tokenizer::load(Path::new(TINY)).unwrap();
-            let expected = cold.encode(&text, Framing::Added).unwrap();
+            let expected = cold.encode(&text, SpecialTokens::Add).unwrap();
             for _ in 0..2 {
-                let warm = WARM.with(|warm| warm.encode(&text, Framing::Added).unwrap());
+                let warm = WARM.with(|warm| warm.encode(&text, SpecialTokens::Add).unwrap());
                 prop_assert_eq!(&warm, &expected);
             }
         }

@@ -1,4 +1,4 @@
-//! `/metrics` of real engines, as they wrote it but for histogram buckets.
+//! Parsing of `/metrics` recorded from real engines, without histogram buckets.
 
 use foresee_engine::worker_metrics::{CacheConfig, EngineLoad};
 
@@ -6,9 +6,9 @@ const VLLM_TWO_RANKS: &str = include_str!("../worker_metrics/vllm-0.32-dp2.txt")
 const SGLANG: &str = include_str!("../worker_metrics/sglang-0.5.23.txt");
 const SGLANG_UNUSED: &str = include_str!("../worker_metrics/sglang-0.5.23-unused.txt");
 
-/// `--data-parallel-size 2 --num-gpu-blocks-override 72`: each rank says that it has 144.
+/// `--data-parallel-size 2 --num-gpu-blocks-override 72`: each rank reports 144 blocks.
 #[test]
-fn ranks_of_vllm_are_told_apart() {
+fn the_ranks_of_vllm_are_distinguished() {
     let cache = CacheConfig {
         block_size: Some(32),
         blocks: Some(71),
@@ -36,7 +36,7 @@ fn ranks_of_vllm_are_told_apart() {
 
 /// `--page-size 16 --max-total-tokens 2304`, two requests running, one queued.
 #[test]
-fn sglang_tells_pinned_pages() {
+fn sglang_reports_pinned_pages() {
     let cache = CacheConfig {
         block_size: Some(16),
         blocks: Some(144),
@@ -49,7 +49,7 @@ fn sglang_tells_pinned_pages() {
         waiting: 1,
     };
     assert_eq!(EngineLoad::parse(SGLANG), [(0, load)]);
-    // Before its first request it has said nothing of its load.
+    // Before its first request, SGLang reports no load.
     assert_eq!(CacheConfig::parse(SGLANG_UNUSED), [(0, cache)]);
     assert_eq!(EngineLoad::parse(SGLANG_UNUSED), []);
 }

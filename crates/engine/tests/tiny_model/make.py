@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
-"""Makes this folder's tokenizer, and reference.jsonl files for it or for any other.
+"""Generates this folder's tokenizer, and reference.jsonl files for this or any other tokenizer.
 
-usage: make.py tokenizer               writes tokenizer.json beside this file
+A line of reference.jsonl is a text with its token ids, without (`plain`) and with (`special`) the
+special tokens that the tokenizer adds. Texts are the same in every run.
+
+usage: make.py tokenizer               writes tokenizer.json to the folder of this file
        make.py reference FOLDER COUNT  writes FOLDER/reference.jsonl from FOLDER/tokenizer.json
 needs: pip install tokenizers
 """
@@ -19,11 +22,13 @@ SCRIPTS = ["The quick brown fox, it's 3.14 o'clock! WE'LL see HTTPServer2 ", "ä½
 
 
 def corpus():
+    """Yields source files of the Python standard library."""
     for name in sorted(glob.glob(sysconfig.get_paths()["stdlib"] + "/*.py"))[:180]:
         yield open(name, encoding="utf-8", errors="ignore").read()
 
 
 def make_tokenizer():
+    """Trains a byte-level BPE tokenizer with 1200 tokens and writes it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
@@ -39,15 +44,16 @@ def make_tokenizer():
 
 
 def texts(special, count):
+    """Yields about `count` texts: code, mixed scripts, chats with `special` tokens, tools, and long code."""
     sources = list(corpus())
 
-    def snippet(longest):
+    def snippet(max_length):
         source = random.choice(sources)
         start = random.randrange(len(source))
-        return source[start:start + random.randint(1, longest)]
+        return source[start:start + random.randint(1, max_length)]
 
-    def mixed(pieces):
-        for _ in range(pieces):
+    def mixed(part_count):
+        for _ in range(part_count):
             kind = random.random()
             if kind < .5:
                 script = random.choice(SCRIPTS)
@@ -80,6 +86,7 @@ def texts(special, count):
 
 
 def make_reference(folder, count):
+    """Writes the reference file for the tokenizer in `folder`."""
     path = os.path.join(folder, "tokenizer.json")
     tokenizer = Tokenizer.from_file(path)
     tokenizer.no_truncation()

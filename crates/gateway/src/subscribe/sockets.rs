@@ -1,8 +1,9 @@
-//! The sockets: live messages through a bounded queue, and one exchange with a replay socket.
+//! ZeroMQ sockets of a subscription: live messages through a bounded queue, and one exchange with a
+//! replay socket.
 //!
-//! The crate `zeromq` reconnects a SUB socket by itself, with pauses that grow to 30 s and cannot
-//! be set, and without saying from which peer a message comes. So a lost connection ends the
-//! socket here, and whoever opened it opens another, when it likes.
+//! The crate `zeromq` reconnects a SUB socket by itself, with delays that grow to 30 s and cannot be
+//! configured, and does not say which peer sent a message. So a [`Feed`] ends when its connection is
+//! lost, and its owner decides when to open another.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,49 +21,57 @@ use zeromq::{
 
 use crate::subscribe::source::EventSource;
 
-/// Messages, and their bytes, that may wait to be decoded. What comes on top is left out, which
-/// shows as a gap, which is replayed.
-const MOST_WAITING: usize = 4096;
-const MOST_WAITING_BYTES: usize = 64 << 20;
+/// Maximum number of messages that wait to be decoded. Further messages are dropped; the
+/// subscription then sees a gap and asks for a replay.
+const MAX_QUEUED_MESSAGES: usize = 4096;
+/// Maximum size of the messages that wait to be decoded, in bytes; see [`MAX_QUEUED_MESSAGES`].
+const MAX_QUEUED_BYTES: usize = 64 << 20;
 
-/// How long a connection and its handshake may take.
+/// Time limit of a connection attempt, handshake included.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long a replay socket may take for one answer. Engines answer between two steps.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time limit of a replay's first batch. Engines serve replays between two steps.
+const REPLAY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long it may take for the next. They come in one burst.
-const NEXT_ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
+/// Time limit of each further batch of a replay. Engines send them in one burst.
+const NEXT_REPLAY_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Answers one replay may have: twice what engines keep.
-const MOST_ANSWERS: usize = 20_000;
+/// Maximum number of batches of one replay: twice what engines keep.
+const MAX_REPLAYED_BATCHES: usize = 20_000;
 
-/// Why there is no socket, or no answer.
+/// Why a socket could not be opened, or a replay did not complete.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum SocketError {
-    #[error("no answer in time")]
-    Late,
+    /// The connection attempt or the replay exceeded its time limit.
+    #[error("timed out")]
+    TimedOut,
+    /// ZeroMQ reported an error.
     #[error("{0}")]
     Zmq(#[from] ZmqError),
-    #[error("more answers than an engine keeps")]
+    /// A replay had more than [`MAX_REPLAYED_BATCHES`] batches.
+    #[error("replay has more batches than an engine keeps")]
     Endless,
 }
 
-/// What a subscription hears.
+/// An event that a [`Feed`] delivers.
 #[derive(Debug)]
-pub(super) enum Heard {
+pub(super) enum FeedEvent {
+    /// A connection was made.
     Connected,
-    /// With a socket that connects, nothing comes after this.
+    /// The connection was lost. A socket that connects delivers nothing after this; a socket that
+    /// binds can be connected to again.
     Disconnected,
-    /// Frames, to be read with [`parse_message`].
+    /// The frames of one message, to be read with [`read_message`].
     Frames(Vec<Bytes>),
 }
 
-/// A SUB socket, read by a task of its own so that nothing waits for the decoder.
+/// A SUB socket, read by a task of its own, so that the socket never waits for the decoder.
 #[derive(Debug)]
 pub(super) struct Feed {
-    heard: mpsc::Receiver<Heard>,
-    waiting_bytes: Arc<AtomicUsize>,
+    events: mpsc::Receiver<FeedEvent>,
+    /// Bytes of the messages in `events`, for [`MAX_QUEUED_BYTES`].
+    queued_bytes: Arc<AtomicUsize>,
+    /// Task that reads the socket; ends with the feed.
     reader: JoinHandle<()>,
 }
 
@@ -73,147 +82,160 @@ impl Drop for Feed {
 }
 
 impl Feed {
-    /// Connects to the worker, or binds where it dials.
+    /// Opens a SUB socket: connects to the worker, or binds if the worker connects.
     pub(super) async fn open(source: &EventSource) -> Result<Self, SocketError> {
         let mut socket = SubSocket::new();
-        // Before there is anything to hear of.
+        // Created first, so that it reports the first connection too.
         let mut monitor = socket.monitor();
         socket.subscribe(&source.topic).await?;
         if source.binds {
             remove_stale_socket(&source.endpoint);
             socket.bind(&source.endpoint).await?;
         } else {
-            // It tries again until it is stopped.
+            // `connect` retries until it is dropped.
             let connected = timeout(CONNECT_TIMEOUT, socket.connect(&source.endpoint)).await;
-            connected.map_err(|_| SocketError::Late)??;
+            connected.map_err(|_| SocketError::TimedOut)??;
         }
-        let (outbox, heard) = mpsc::channel(MOST_WAITING);
-        let waiting_bytes = Arc::<AtomicUsize>::default();
-        let waiting = Arc::clone(&waiting_bytes);
+        let (sender, events) = mpsc::channel(MAX_QUEUED_MESSAGES);
+        let queued_bytes = Arc::<AtomicUsize>::default();
+        let queued = Arc::clone(&queued_bytes);
         let topic = source.topic.clone();
         let reader = tokio::spawn(async move {
             loop {
-                let heard = tokio::select! {
+                let event = tokio::select! {
                     Some(event) = monitor.next() => match event {
-                        SocketEvent::Connected(..) | SocketEvent::Accepted(..) => Heard::Connected,
-                        SocketEvent::Disconnected(_) => Heard::Disconnected,
+                        SocketEvent::Connected(..) | SocketEvent::Accepted(..) => {
+                            FeedEvent::Connected
+                        }
+                        SocketEvent::Disconnected(_) => FeedEvent::Disconnected,
                         _ => continue,
                     },
                     received = socket.recv() => {
-                        // The monitor tells of the connection that an error ends.
+                        // After an error the monitor reports that the connection ended.
                         let Ok(message) = received else { continue };
                         let frames = message.into_vec();
-                        // ZeroMQ passes every topic that begins with the one asked for.
-                        if !topic.is_empty() && frames.first().is_none_or(|it| *it != topic) {
+                        // ZeroMQ also delivers topics that only begin with the subscribed one.
+                        if !topic.is_empty() && frames.first().is_none_or(|first| *first != topic) {
                             continue;
                         }
                         let bytes = size_of(&frames);
-                        let before = waiting.fetch_add(bytes, Ordering::Relaxed);
-                        if before + bytes > MOST_WAITING_BYTES
-                            || outbox.try_send(Heard::Frames(frames)).is_err()
+                        let before = queued.fetch_add(bytes, Ordering::Relaxed);
+                        if before + bytes > MAX_QUEUED_BYTES
+                            || sender.try_send(FeedEvent::Frames(frames)).is_err()
                         {
-                            waiting.fetch_sub(bytes, Ordering::Relaxed);
+                            queued.fetch_sub(bytes, Ordering::Relaxed);
                         }
                         continue;
                     }
                 };
-                if outbox.send(heard).await.is_err() {
+                if sender.send(event).await.is_err() {
                     return;
                 }
             }
         });
         Ok(Self {
-            heard,
-            waiting_bytes,
+            events,
+            queued_bytes,
             reader,
         })
     }
 
-    pub(super) async fn next(&mut self) -> Heard {
-        let heard = self.heard.recv().await.unwrap_or(Heard::Disconnected);
-        if let Heard::Frames(frames) = &heard {
-            self.waiting_bytes
+    /// Waits for the next event. Returns [`FeedEvent::Disconnected`] if the reader has ended.
+    pub(super) async fn next(&mut self) -> FeedEvent {
+        let event = self.events.recv().await.unwrap_or(FeedEvent::Disconnected);
+        if let FeedEvent::Frames(frames) = &event {
+            self.queued_bytes
                 .fetch_sub(size_of(frames), Ordering::Relaxed);
         }
-        heard
+        event
     }
 }
 
-/// A process that was killed leaves its `ipc://` socket behind, where nobody can bind then.
-/// libzmq removes it before it binds; `zeromq` does not.
+/// Removes the socket file of an `ipc://` endpoint, so that it can be bound.
+///
+/// A process that is killed leaves the file behind, and binding then fails. libzmq removes the file
+/// before it binds; the crate `zeromq` does not.
 fn remove_stale_socket(endpoint: &str) {
     use std::os::unix::fs::FileTypeExt;
     let Some(path) = endpoint.strip_prefix("ipc://") else {
         return;
     };
-    if std::fs::symlink_metadata(path).is_ok_and(|it| it.file_type().is_socket()) {
-        // If it stays, binding says what is wrong.
+    if std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket()) {
+        // If the file cannot be removed, binding reports the error.
         let _ = std::fs::remove_file(path);
     }
 }
 
+/// Returns the total size of `frames` in bytes.
 fn size_of(frames: &[Bytes]) -> usize {
     frames.iter().map(Bytes::len).sum()
 }
 
-/// Reads frames of a live message. What is no batch is left out.
+/// Parses the frames of a live message. Returns `None` if they are not an event batch.
 pub(super) fn read_message(frames: &[Bytes]) -> Option<Message<'_>> {
     parse_message(frames).ok()
 }
 
-/// Asks for all batches from a number on, and hands over each until `wanted` says no. Returns how
-/// many came.
+/// Requests all batches from sequence number `from` on, and calls `accept` with each until it
+/// returns `false`. Returns the number of batches received.
 ///
-/// A ROUTER socket drops what its peer does not take fast enough, of a thousand answers or more the
-/// end included. So what breaks off is asked for again from there.
+/// A ROUTER socket drops messages that its peer does not read fast enough; of a thousand batches or
+/// more that includes the end marker. So a replay that breaks off is requested again from the next
+/// missing batch.
 pub(super) async fn replay(
     endpoint: &str,
     from: u64,
-    mut wanted: impl FnMut(&Message<'_>) -> bool,
+    mut accept: impl FnMut(&Message<'_>) -> bool,
 ) -> Result<usize, SocketError> {
     let (mut next, mut count) = (from, 0);
-    let mut socket = ask(endpoint, next).await?;
-    let mut has_answered = false;
-    for _ in 0..MOST_ANSWERS {
-        let patience = match has_answered {
-            true => NEXT_ANSWER_TIMEOUT,
-            false => ANSWER_TIMEOUT,
+    let mut socket = request_replay(endpoint, next).await?;
+    let mut has_batch = false;
+    for _ in 0..MAX_REPLAYED_BATCHES {
+        let time_limit = match has_batch {
+            true => NEXT_REPLAY_TIMEOUT,
+            false => REPLAY_TIMEOUT,
         };
-        let breaks_off = match timeout(patience, socket.recv()).await {
-            Err(_) if !has_answered => return Err(SocketError::Late),
+        let breaks_off = match timeout(time_limit, socket.recv()).await {
+            Err(_) if !has_batch => return Err(SocketError::TimedOut),
             Err(_) => true,
-            Ok(answer) => match parse_replay(&answer?.into_vec()) {
-                // At first it may be what the engine still keeps.
-                Ok(Replay::Batch(message)) if has_answered && message.sequence > next => true,
+            Ok(reply) => match parse_replay(&reply?.into_vec()) {
+                // The first batch may have a higher number than requested: the oldest one that the
+                // engine still keeps. A later jump means that batches were dropped.
+                Ok(Replay::Batch(message)) if has_batch && message.sequence > next => true,
                 Ok(Replay::Batch(message)) => {
-                    has_answered = true;
+                    has_batch = true;
                     count += 1;
                     next = next.max(message.sequence.saturating_add(1));
-                    if !wanted(&message) {
+                    if !accept(&message) {
                         return Ok(count);
                     }
                     false
                 }
                 Ok(Replay::End) => return Ok(count),
                 Err(error) => {
-                    tracing::debug!(endpoint, %error, "an answer to replay is no batch");
+                    tracing::debug!(endpoint, %error, "ignoring an unreadable replay message");
                     false
                 }
             },
         };
         if breaks_off {
-            tracing::debug!(endpoint, next, "a replay broke off and is asked for again");
-            socket = ask(endpoint, next).await?;
-            has_answered = false;
+            tracing::debug!(
+                endpoint,
+                next,
+                "replay of KV events broke off; requesting the rest"
+            );
+            socket = request_replay(endpoint, next).await?;
+            has_batch = false;
         }
     }
     Err(SocketError::Endless)
 }
 
-async fn ask(endpoint: &str, from: u64) -> Result<DealerSocket, SocketError> {
+/// Connects to a replay socket and requests the batches from sequence number `from` on.
+async fn request_replay(endpoint: &str, from: u64) -> Result<DealerSocket, SocketError> {
     let mut socket = DealerSocket::new();
     let connected = timeout(CONNECT_TIMEOUT, socket.connect(endpoint)).await;
-    connected.map_err(|_| SocketError::Late)??;
+    connected.map_err(|_| SocketError::TimedOut)??;
     let request = replay_request(from).map(Bytes::from).to_vec();
     let request = ZmqMessage::try_from(request).map_err(|_| ZmqError::NoMessage)?;
     socket.send(request).await?;

@@ -1,46 +1,49 @@
-//! Where a worker publishes its KV events, as it is written in the worker's description.
+//! Addresses of KV events, as a worker's description contains them.
 
 use std::fmt;
 use std::str::FromStr;
 
 use zeromq::Endpoint;
 
-/// How the router learns what a worker caches.
+/// Where the router looks for a worker's KV events.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum KvEvents {
-    /// From its events, if it says by itself where they are, as SGLang does.
+    /// At the address that the engine reports, if it reports one: SGLang, and vLLM from 0.32 on.
     #[default]
     Discovered,
-    /// Not from events, whatever it says.
+    /// Nowhere, even if the engine reports an address.
     Off,
-    /// From the events that are here.
+    /// At this address.
     At(EventSource),
 }
 
 /// Where a worker publishes its KV events.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EventSource {
-    /// Where its PUB socket is, or where it dials.
+    /// Address of the worker's PUB socket or, if [`binds`](Self::binds), the local address that the
+    /// worker connects to.
     pub endpoint: String,
-    /// Whether the worker dials us: we bind. One address is for one worker, whose sequence
-    /// numbers are its own.
+    /// Whether the gateway binds `endpoint` and the worker connects to it. Each worker needs an
+    /// address of its own, because sequence numbers are counted per worker.
     pub binds: bool,
-    /// Where its ROUTER socket is, which sends batches again.
+    /// Address of the worker's ROUTER socket, which sends earlier event batches again; `None`
+    /// without event replay.
     pub replay: Option<String>,
-    /// The topic its messages are published under, if others share the endpoint; empty takes
-    /// all.
+    /// Topic of the worker's messages, needed if several workers share an endpoint. An empty topic
+    /// accepts all messages.
     pub topic: String,
 }
 
 impl EventSource {
-    /// Where one of several ranks publishes: they listen at consecutive ports. `None` if there
-    /// is no such port.
-    pub(crate) fn of_rank(&self, rank: u32) -> Option<Self> {
+    /// Returns the addresses of rank `rank`, for an engine whose ranks publish on consecutive ports
+    /// and whose rank 0 publishes here. `None` if an address has no port, or the port would exceed
+    /// 65535.
+    pub(crate) fn for_rank(&self, rank: u32) -> Option<Self> {
         let replay = self.replay.as_deref();
         Some(Self {
-            endpoint: later_port(&self.endpoint, rank)?,
+            endpoint: offset_port(&self.endpoint, rank)?,
             replay: match replay {
-                Some(endpoint) => Some(later_port(endpoint, rank)?),
+                Some(endpoint) => Some(offset_port(endpoint, rank)?),
                 None => None,
             },
             ..self.clone()
@@ -48,31 +51,37 @@ impl EventSource {
     }
 }
 
-/// The endpoint with its port moved on.
-fn later_port(endpoint: &str, by: u32) -> Option<String> {
-    if by == 0 {
+/// Returns `endpoint` with `offset` added to its port.
+fn offset_port(endpoint: &str, offset: u32) -> Option<String> {
+    if offset == 0 {
         return Some(endpoint.to_owned());
     }
     let (before, port) = endpoint
         .strip_prefix("tcp://")
         .and_then(|address| address.rsplit_once(':'))?;
-    let port = u16::try_from(port.parse::<u32>().ok()?.checked_add(by)?).ok()?;
+    let port = u16::try_from(port.parse::<u32>().ok()?.checked_add(offset)?).ok()?;
     Some(format!("tcp://{before}:{port}"))
 }
 
 impl FromStr for EventSource {
     type Err = String;
 
-    /// Reads `tcp://HOST:PORT` or `ipc://PATH`, with `bind:` before it if the worker dials us.
-    fn from_str(given: &str) -> Result<Self, String> {
-        let (binds, endpoint) = match given.strip_prefix("bind:") {
+    /// Parses `tcp://HOST:PORT` or `ipc://PATH`. The prefix `bind:` means that the gateway binds
+    /// the address and the worker connects to it.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (binds, endpoint) = match text.strip_prefix("bind:") {
             Some(endpoint) => (true, endpoint),
-            None => (false, given),
+            None => (false, text),
         };
-        // As libzmq has it, `*` is every interface.
+        // `*` stands for all interfaces, as in libzmq.
         let endpoint = match endpoint.strip_prefix("tcp://*:") {
             Some(port) if binds => format!("tcp://0.0.0.0:{port}"),
-            Some(_) => return Err("`*` is no host to connect to".to_owned()),
+            Some(_) => {
+                return Err(
+                    "cannot connect to host `*`; write the worker's host, or bind:tcp://*:PORT"
+                        .to_owned(),
+                );
+            }
             None => endpoint.to_owned(),
         };
         check_endpoint(&endpoint)?;
@@ -85,11 +94,13 @@ impl FromStr for EventSource {
     }
 }
 
-/// Says what is wrong with an address.
+/// Checks that `endpoint` is an address of ZeroMQ. The error says what to write instead.
 pub(crate) fn check_endpoint(endpoint: &str) -> Result<(), String> {
     let parsed = endpoint.parse::<Endpoint>();
     parsed.map(|_| ()).map_err(|error| {
-        format!("`{endpoint}` is no address ({error}); write tcp://HOST:PORT or ipc://PATH")
+        format!(
+            "`{endpoint}` is not a valid address ({error}); write tcp://HOST:PORT or ipc://PATH"
+        )
     })
 }
 

@@ -1,6 +1,7 @@
-//! Many streams at once, a third of them given up at random points: nothing may stay behind.
+//! Many concurrent streams, a third of them aborted by their clients at random points: all bookings
+//! must be released.
 //!
-//! `FORESEE_SOAK_STREAMS` sets how many (300).
+//! `FORESEE_SOAK_STREAMS` sets the number of streams (default 300).
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use std::net::SocketAddr;
@@ -8,16 +9,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::fake_worker::*;
-use foresee_core::choose::Policy;
+use foresee_core::policy::Policy;
 use tokio::sync::Semaphore;
 
-/// Connections at once: a test may not have many file descriptors.
-const AT_ONCE: usize = 150;
+/// Maximum number of concurrent connections. A test may not have many file descriptors.
+const MAX_CONNECTIONS: usize = 150;
 
-/// Events of one answer that is not given up.
+/// Number of events of a stream that is not aborted.
 const EVENTS: u64 = 20;
 
-/// A small generator, so that each stream's fate follows from its number.
+/// Random number generator. The course of each stream depends only on the stream's number.
 struct Dice(u64);
 
 impl Dice {
@@ -31,8 +32,8 @@ impl Dice {
     }
 }
 
-/// Answers every request, some of them badly, until the test ends.
-async fn answer_all(mut worker: FakeWorker, seed: u64) {
+/// Responds to every request until the test ends, and resets some of the connections.
+async fn respond_to_all(mut worker: FakeWorker, seed: u64) {
     let mut served = seed;
     loop {
         let mut exchange = worker.request_at_any_time().await;
@@ -68,22 +69,23 @@ async fn answer_all(mut worker: FakeWorker, seed: u64) {
 #[derive(Debug, PartialEq)]
 enum End {
     Whole,
-    GivenUp,
+    Aborted,
     Failed,
 }
 
-/// One client: three in ten leave after so many chunks, some of them before the first byte.
+/// Runs one client. Three in ten disconnect after a random number of chunks, some of them before the
+/// first byte.
 async fn stream(address: SocketAddr, number: u64) -> End {
     let mut dice = Dice(number << 32);
-    let shared = "what many have in common ".repeat(20 * dice.below(4) as usize);
-    let prompt = format!("{shared}and what only {number} says");
+    let common = "what many have in common ".repeat(20 * dice.below(4) as usize);
+    let prompt = format!("{common}and what only {number} says");
     let mut client = Client::sending(address, http("POST", CHAT, chat(&prompt, true))).await;
     let chunks = match dice.below(10) {
         0..3 => dice.below(EVENTS),
         _ => u64::MAX,
     };
     if chunks == 0 {
-        return End::GivenUp;
+        return End::Aborted;
     }
     if client.head().await.status() != 200 {
         return End::Failed;
@@ -102,12 +104,12 @@ async fn stream(address: SocketAddr, number: u64) -> End {
         assert_eq!(body.matches("word").count() as u64, EVENTS);
         End::Whole
     } else {
-        End::GivenUp
+        End::Aborted
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_gauge_drifts() {
+async fn aborted_streams_leave_no_gauge_above_zero() {
     let streams = std::env::var("FORESEE_SOAK_STREAMS");
     let streams: u64 = streams.map_or(300, |count| count.parse().unwrap());
     let mut fleet = Vec::new();
@@ -119,10 +121,10 @@ async fn no_gauge_drifts() {
     config.router.temperature = 0.5;
     let gateway = gateway_with(config).await;
     for (worker, seed) in fleet.into_iter().zip(1..) {
-        tokio::spawn(answer_all(worker, seed << 48));
+        tokio::spawn(respond_to_all(worker, seed << 48));
     }
 
-    let permits = Arc::new(Semaphore::new(AT_ONCE));
+    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let mut clients = Vec::new();
     for number in 0..streams {
         let permits = Arc::clone(&permits);
@@ -134,23 +136,23 @@ async fn no_gauge_drifts() {
     }
     let mut ends = Vec::new();
     for client in clients {
-        let patience = Duration::from_secs(10 + streams / 50);
+        let max_wait = Duration::from_secs(10 + streams / 50);
         ends.push(
-            tokio::time::timeout(patience, client)
+            tokio::time::timeout(max_wait, client)
                 .await
                 .unwrap()
                 .unwrap(),
         );
     }
     let count = |end: End| ends.iter().filter(|&other| *other == end).count() as u64;
-    let (whole, given_up, failed) = (count(End::Whole), count(End::GivenUp), count(End::Failed));
-    assert!(given_up >= streams / 5, "{given_up} of {streams} given up");
+    let (whole, aborted, failed) = (count(End::Whole), count(End::Aborted), count(End::Failed));
+    assert!(aborted >= streams / 5, "{aborted} of {streams} aborted");
     assert!(failed <= streams / 10, "{failed} of {streams} failed");
-    assert_eq!(whole + given_up + failed, streams);
+    assert_eq!(whole + aborted + failed, streams);
 
-    // Accepted after all those before it, some of which the gateway may not have read yet.
+    // The gateway accepts this request after all earlier ones, some of which it may not have read.
     call(gateway.address(), "GET", "/health", "").await;
-    freed(&gateway).await;
+    until_released(&gateway).await;
     for name in ['a', 'b', 'c', 'd'] {
         for gauge in [
             "requests",
@@ -159,12 +161,12 @@ async fn no_gauge_drifts() {
             "context_tokens",
         ] {
             let series = format!("foresee_worker_{gauge}{{worker=\"{name}\"}}");
-            counted(&gateway, &series, 0.0).await;
+            until_metric(&gateway, &series, 0.0).await;
         }
     }
-    counted(&gateway, "foresee_bookings", 0.0).await;
-    // Every request ended in one way, but for those whose client left before they were read. One
-    // given up late may have been answered whole, as far as the gateway can know.
+    until_metric(&gateway, "foresee_bookings", 0.0).await;
+    // Every request has one outcome, except requests whose clients disconnected before they were read.
+    // The response to a request that was aborted late may have been whole when the gateway sent it.
     let text = metrics(&gateway).await;
     let outcome = |outcome: &str| {
         let series = format!("foresee_requests_total{{outcome=\"{outcome}\"}}");
@@ -173,13 +175,13 @@ async fn no_gauge_drifts() {
     let (ok, left) = (outcome("ok"), outcome("client_left"));
     let worker_failed = outcome("worker_failed");
     assert!(
-        (whole..=whole + given_up).contains(&ok),
+        (whole..=whole + aborted).contains(&ok),
         "{ok} ok of {whole}"
     );
     assert!(
-        (failed..=failed + given_up).contains(&worker_failed),
+        (failed..=failed + aborted).contains(&worker_failed),
         "{worker_failed} failed"
     );
-    assert!((1..=given_up).contains(&left), "{left} left of {given_up}");
+    assert!((1..=aborted).contains(&left), "{left} left of {aborted}");
     assert!(ok + left + worker_failed <= streams);
 }

@@ -1,16 +1,17 @@
-//! Clients leave, workers die, requests are wrong: who is told what, and what stays behind.
+//! Clients disconnect, workers fail, requests are invalid: what each side receives, and that all bookings
+//! are released.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use std::time::Duration;
 
 use crate::fake_worker::*;
-use foresee_core::fleet::WorkerState;
+use foresee_core::workers::WorkerState;
 use serde_json::{Value, json};
 
-// The client leaves
+// The client disconnects
 
 #[tokio::test]
-async fn a_client_that_leaves_before_the_first_byte_frees_its_worker() {
+async fn a_client_that_leaves_before_the_first_byte_releases_its_booking() {
     let mut worker = FakeWorker::start().await;
     let gateway = gateway(&[&worker]).await;
     for head in [&b""[..], STREAM_HEAD] {
@@ -18,12 +19,16 @@ async fn a_client_that_leaves_before_the_first_byte_frees_its_worker() {
         let client = Client::sending(gateway.address(), request).await;
         let mut exchange = worker.request().await;
         exchange.send(head).await;
-        assert_eq!(shown(&gateway, "a").await.unwrap()["requests"], 1);
+        assert_eq!(worker_json(&gateway, "a").await.unwrap()["requests"], 1);
         drop(client);
-        within("the worker to be told", exchange.closed()).await;
-        freed(&gateway).await;
+        within(
+            "the connection to the worker to be closed",
+            exchange.closed(),
+        )
+        .await;
+        until_released(&gateway).await;
     }
-    counted(
+    until_metric(
         &gateway,
         "foresee_requests_total{outcome=\"client_left\"}",
         2.0,
@@ -32,25 +37,29 @@ async fn a_client_that_leaves_before_the_first_byte_frees_its_worker() {
 }
 
 #[tokio::test]
-async fn a_client_that_leaves_in_mid_answer_frees_its_worker() {
+async fn a_client_that_leaves_in_mid_response_releases_its_booking() {
     let mut worker = FakeWorker::start().await;
     let gateway = gateway(&[&worker]).await;
     let stream = [STREAM_HEAD, &chunk(token("x"))].concat();
     let json = whole("200 OK", "application/json", "{\"choices\": []}");
     let file = whole("200 OK", "application/octet-stream", [0; 100]);
-    for answer in [&stream[..], &json[..json.len() - 1], &file[..150]] {
+    for response in [&stream[..], &json[..json.len() - 1], &file[..150]] {
         let request = http("POST", CHAT, chat("hi", true));
         let mut client = Client::sending(gateway.address(), request).await;
         let mut exchange = worker.request().await;
-        exchange.send(answer).await;
+        exchange.send(response).await;
         client.head().await;
-        assert_eq!(shown(&gateway, "a").await.unwrap()["requests"], 1);
-        // The worker stays silent, so nobody notices by failing to write.
+        assert_eq!(worker_json(&gateway, "a").await.unwrap()["requests"], 1);
+        // The worker sends nothing more, so no failed write can reveal that the client has left.
         drop(client);
-        within("the worker to be told", exchange.closed()).await;
-        freed(&gateway).await;
+        within(
+            "the connection to the worker to be closed",
+            exchange.closed(),
+        )
+        .await;
+        until_released(&gateway).await;
     }
-    counted(
+    until_metric(
         &gateway,
         "foresee_requests_total{outcome=\"client_left\"}",
         3.0,
@@ -59,23 +68,23 @@ async fn a_client_that_leaves_in_mid_answer_frees_its_worker() {
 }
 
 #[tokio::test]
-async fn a_client_that_leaves_in_mid_request_reaches_no_worker() {
+async fn a_request_whose_client_leaves_before_its_end_reaches_no_worker() {
     let worker = FakeWorker::start().await;
     let gateway = gateway(&[&worker]).await;
     let request = http("POST", CHAT, chat("hi", true));
     let client = Client::sending(gateway.address(), &request[..request.len() - 1]).await;
     drop(client);
-    // What comes after it shows that the gateway has had time to forward it.
-    let answer = call(gateway.address(), "POST", CHAT, "{").await;
-    answer.error(400);
+    // The response to a later request shows that the gateway had time to forward the first.
+    let response = call(gateway.address(), "POST", CHAT, "{").await;
+    response.error(400);
     assert!(worker.is_idle());
-    assert!(is_free(&gateway));
+    assert!(has_no_bookings(&gateway));
 }
 
 // A worker fails before the first byte
 
-/// Sends a request that the first worker fails as `fail` says, and expects the second to serve.
-async fn taken_over(stream: bool, fail: impl AsyncFnOnce(Exchange)) {
+/// Sends a request that the first worker fails by `fail`, and expects the second worker to serve it.
+async fn assert_taken_over(stream: bool, fail: impl AsyncFnOnce(Exchange)) {
     let (mut first, mut second) = (FakeWorker::start().await, FakeWorker::start().await);
     let gateway = gateway(&[&first, &second]).await;
     let body = chat("hi", stream);
@@ -98,31 +107,31 @@ async fn taken_over(stream: bool, fail: impl AsyncFnOnce(Exchange)) {
     assert_eq!(
         rest,
         token("x") + "data: [DONE]\n\n",
-        "no trace of the other"
+        "nothing of the first worker"
     );
-    freed(&gateway).await;
-    counted(&gateway, "foresee_retries_total", 1.0).await;
-    counted(&gateway, "foresee_requests_total{outcome=\"ok\"}", 1.0).await;
-    // It failed one request, but its probe says that it lives.
+    until_released(&gateway).await;
+    until_metric(&gateway, "foresee_retries_total", 1.0).await;
+    until_metric(&gateway, "foresee_requests_total{outcome=\"ok\"}", 1.0).await;
+    // The first worker failed one request, but its health checks succeed.
     let probes = first.probes();
-    until("the next probe", || first.probes() > probes + 1).await;
+    until("the next health check", || first.probes() > probes + 1).await;
     assert_eq!(state(&gateway, "a"), WorkerState::Healthy);
 }
 
 #[tokio::test]
 async fn another_worker_takes_over_after_a_reset() {
-    taken_over(true, async |exchange| exchange.reset()).await;
-    taken_over(false, async |exchange| exchange.reset()).await;
+    assert_taken_over(true, async |exchange| exchange.reset()).await;
+    assert_taken_over(false, async |exchange| exchange.reset()).await;
 }
 
 #[tokio::test]
 async fn another_worker_takes_over_after_a_close() {
-    taken_over(true, async |exchange| exchange.close()).await;
+    assert_taken_over(true, async |exchange| exchange.close()).await;
 }
 
 #[tokio::test]
 async fn another_worker_takes_over_after_half_a_head() {
-    taken_over(true, async |mut exchange| {
+    assert_taken_over(true, async |mut exchange| {
         exchange.send(&STREAM_HEAD[..STREAM_HEAD.len() - 2]).await;
         exchange.close();
     })
@@ -130,18 +139,18 @@ async fn another_worker_takes_over_after_half_a_head() {
 }
 
 #[tokio::test]
-async fn another_worker_takes_over_a_stream_that_never_began() {
-    taken_over(true, async |mut exchange| {
+async fn another_worker_takes_over_a_stream_without_a_first_event() {
+    assert_taken_over(true, async |mut exchange| {
         exchange.start_stream().await;
         exchange.close();
     })
     .await;
-    taken_over(true, async |mut exchange| {
+    assert_taken_over(true, async |mut exchange| {
         exchange.start_stream().await;
         exchange.reset();
     })
     .await;
-    taken_over(true, async |mut exchange| {
+    assert_taken_over(true, async |mut exchange| {
         exchange.start_stream().await;
         exchange.finish_chunks().await;
     })
@@ -149,17 +158,17 @@ async fn another_worker_takes_over_a_stream_that_never_began() {
 }
 
 #[tokio::test]
-async fn another_worker_takes_over_from_one_that_is_overloaded() {
-    taken_over(true, async |exchange| {
-        let answer = whole("503 Service Unavailable", "text/plain", "busy");
-        exchange.answer(answer).await;
+async fn another_worker_takes_over_after_a_503() {
+    assert_taken_over(true, async |exchange| {
+        let response = whole("503 Service Unavailable", "text/plain", "busy");
+        exchange.respond(response).await;
     })
     .await;
 }
 
 #[tokio::test]
-async fn another_worker_takes_over_from_one_that_speaks_no_http() {
-    taken_over(true, async |mut exchange| {
+async fn another_worker_takes_over_after_a_response_that_is_not_http() {
+    assert_taken_over(true, async |mut exchange| {
         exchange.send("+PONG\r\n\r\n").await;
         exchange.close();
     })
@@ -167,25 +176,25 @@ async fn another_worker_takes_over_from_one_that_speaks_no_http() {
 }
 
 #[tokio::test]
-async fn another_worker_takes_over_from_one_that_refuses_connections() {
+async fn another_worker_takes_over_after_a_refused_connection() {
     let (mut first, mut second) = (FakeWorker::start().await, FakeWorker::start().await);
     let mut config = config(&[&first, &second]);
-    // No probe finds it out.
+    // No health check detects it.
     config.probe_interval = Duration::from_secs(60);
     let gateway = gateway_with(config).await;
     first.die().await;
     let request = http("POST", CHAT, chat("hi", false));
     let mut client = Client::sending(gateway.address(), request).await;
-    second.request().await.answer_json("{}").await;
-    let answer = client.answer().await;
-    assert_eq!(answer.status(), 200);
-    assert_eq!(answer.head.get("x-foresee-worker"), Some("b"));
+    second.request().await.respond_json("{}").await;
+    let response = client.response().await;
+    assert_eq!(response.status(), 200);
+    assert_eq!(response.head.get("x-foresee-worker"), Some("b"));
     assert_eq!(state(&gateway, "a"), WorkerState::Unhealthy);
-    freed(&gateway).await;
+    until_released(&gateway).await;
 }
 
 #[tokio::test]
-async fn a_worker_that_gives_no_answer_in_time_is_a_504() {
+async fn a_worker_that_does_not_respond_in_time_is_a_504() {
     let mut worker = FakeWorker::start().await;
     let mut config = config(&[&worker]);
     config.first_byte_timeout = Duration::from_millis(60);
@@ -195,9 +204,13 @@ async fn a_worker_that_gives_no_answer_in_time_is_a_504() {
         let mut client = Client::sending(gateway.address(), request).await;
         let mut exchange = worker.request().await;
         exchange.send(head).await;
-        client.answer().await.error(504);
-        within("the worker to be told", exchange.closed()).await;
-        freed(&gateway).await;
+        client.response().await.error(504);
+        within(
+            "the connection to the worker to be closed",
+            exchange.closed(),
+        )
+        .await;
+        until_released(&gateway).await;
     }
 }
 
@@ -210,20 +223,22 @@ async fn a_lone_worker_that_closes_its_idle_connection_still_serves() {
     for _ in 0..5 {
         let request = http("POST", CHAT, chat("hi", false));
         let mut client = Client::sending(gateway.address(), request).await;
-        // It closes just as the request comes in, so the request is lost on the way.
+        // The worker closes the connection just as the request arrives, so the request is lost.
         worker.request().await.reset();
-        worker.request().await.answer_json("{}").await;
-        assert_eq!(client.answer().await.status(), 200);
+        worker.request().await.respond_json("{}").await;
+        assert_eq!(client.response().await.status(), 200);
         assert_eq!(state(&gateway, "a"), WorkerState::Healthy);
     }
-    freed(&gateway).await;
+    until_released(&gateway).await;
 }
 
-// A worker dies after the first byte
+// A worker fails after the first byte
 
-/// The events of a broken stream after what the worker sent: an error, then the end.
+/// Asserts that a stream consists of the bytes that the worker sent, an error event and the end mark.
 fn assert_ends_in_error(stream: &str, sent: &str) {
-    let added = stream.strip_prefix(sent).expect("what was sent");
+    let added = stream
+        .strip_prefix(sent)
+        .expect("the bytes that the worker sent");
     let mut events = added.trim_start_matches('\n').split("\n\n");
     let error = events.next().unwrap().strip_prefix("data: ").unwrap();
     let error: Value = serde_json::from_str(error).unwrap();
@@ -235,7 +250,7 @@ fn assert_ends_in_error(stream: &str, sent: &str) {
 }
 
 #[tokio::test]
-async fn a_stream_that_breaks_ends_with_an_error_event() {
+async fn a_stream_whose_connection_is_lost_ends_with_an_error_event() {
     let (mut first, second) = (FakeWorker::start().await, FakeWorker::start().await);
     let gateway = gateway(&[&first, &second]).await;
     let whole_event = token("é");
@@ -275,28 +290,29 @@ async fn a_stream_that_breaks_ends_with_an_error_event() {
                 assert!(added.starts_with("\n\n"), "cut {index}: {added:?}");
             }
             assert_ends_in_error(added, "");
-            freed(&gateway).await;
-            // The next request is again the first worker's.
+            until_released(&gateway).await;
+            // The next request goes to the first worker again.
             skip_turn(&gateway, &second).await;
         }
     }
-    assert!(second.is_idle(), "nobody was asked again");
+    assert!(second.is_idle(), "no request was repeated");
     let failed = "foresee_requests_total{outcome=\"worker_failed\"}";
-    counted(&gateway, failed, 2.0 * cuts.len() as f64).await;
+    until_metric(&gateway, failed, 2.0 * cuts.len() as f64).await;
 }
 
-/// Uses up the second worker's turn: explained and refused requests take none.
+/// Books one request on the second worker, so that the next goes to the first. Explained and refused
+/// requests do not advance the round robin.
 async fn skip_turn(gateway: &foresee_gateway::Gateway, second: &FakeWorker) {
     let name = &workers(gateway)["b"].name;
     assert_eq!(name, "b");
     assert!(second.is_idle());
-    let sequence = foresee_core::sequence::Sequence::opaque(0, std::num::NonZeroU32::MIN);
+    let sequence = foresee_core::sequence::Sequence::unhashed(0, std::num::NonZeroU32::MIN);
     let request = foresee_core::router::Request::new(&sequence);
     drop(gateway.router().route(&request, Duration::ZERO).unwrap());
 }
 
 #[tokio::test]
-async fn a_stream_that_breaks_after_its_end_mark_is_whole() {
+async fn a_stream_whose_connection_is_lost_after_its_end_mark_is_whole() {
     let mut worker = FakeWorker::start().await;
     let gateway = gateway(&[&worker]).await;
     let request = http("POST", CHAT, chat("hi", true));
@@ -309,12 +325,12 @@ async fn a_stream_that_breaks_after_its_end_mark_is_whole() {
     exchange.close();
     let received = client.rest().await.unwrap();
     assert_eq!(received, token("x") + "data: [DONE]\n\n");
-    freed(&gateway).await;
-    counted(&gateway, "foresee_requests_total{outcome=\"ok\"}", 1.0).await;
+    until_released(&gateway).await;
+    until_metric(&gateway, "foresee_requests_total{outcome=\"ok\"}", 1.0).await;
 }
 
 #[tokio::test]
-async fn an_error_in_a_stream_passes_and_counts() {
+async fn an_error_event_of_a_worker_is_passed_on_and_counted() {
     let mut worker = FakeWorker::start().await;
     let gateway = gateway(&[&worker]).await;
     let request = http("POST", CHAT, chat("hi", true));
@@ -327,13 +343,13 @@ async fn an_error_in_a_stream_passes_and_counts() {
     assert_eq!(client.head().await.status(), 200);
     let received = client.rest().await.unwrap();
     assert_eq!(received, format!("{error}data: [DONE]\n\n"));
-    freed(&gateway).await;
+    until_released(&gateway).await;
     let failed = "foresee_requests_total{outcome=\"worker_error\"}";
-    counted(&gateway, failed, 1.0).await;
+    until_metric(&gateway, failed, 1.0).await;
 }
 
 #[tokio::test]
-async fn an_answer_cut_off_is_no_success() {
+async fn a_truncated_response_is_not_a_success() {
     let mut worker = FakeWorker::start().await;
     let gateway = gateway(&[&worker]).await;
     let counted_body = whole("200 OK", "application/json", "{\"choices\": []}");
@@ -343,109 +359,112 @@ async fn an_answer_cut_off_is_no_success() {
         &chunk("{\"choices\": []}")[..],
     ]
     .concat();
-    for answer in [counted_body, chunked_body] {
+    for response in [counted_body, chunked_body] {
         let request = http("POST", CHAT, chat("hi", false));
         let mut client = Client::sending(gateway.address(), request).await;
         let mut exchange = worker.request().await;
-        exchange.send(&answer).await;
+        exchange.send(&response).await;
         exchange.close();
-        let received = client.try_answer().await;
+        let received = client.try_response().await;
         assert!(received.is_err(), "{received:?}");
-        freed(&gateway).await;
+        until_released(&gateway).await;
     }
     let failed = "foresee_requests_total{outcome=\"worker_failed\"}";
-    counted(&gateway, failed, 2.0).await;
+    until_metric(&gateway, failed, 2.0).await;
 }
 
-// Nobody is left
+// No worker is left
 
 #[tokio::test]
-async fn without_workers_the_client_is_told_when_to_come_back() {
+async fn without_workers_the_response_says_when_to_retry() {
     let (mut first, mut second) = (FakeWorker::start().await, FakeWorker::start().await);
     let mut config = config(&[&first, &second]);
     config.probe_interval = Duration::from_secs(60);
     let gateway = gateway_with(config).await;
     first.die().await;
     second.die().await;
-    // The first request finds it out, the second is told what is known.
+    // The first request finds the workers gone; for the second request that is known.
     for _ in 0..2 {
-        let answer = call(gateway.address(), "POST", CHAT, chat("hi", true)).await;
-        let error = answer.error(503);
+        let response = call(gateway.address(), "POST", CHAT, chat("hi", true)).await;
+        let error = response.error(503);
         assert_eq!(error["type"], "server_error");
         assert_eq!(error["code"], "no_worker_available");
-        let after = answer.head.get("retry-after").unwrap();
+        let after = response.head.get("retry-after").unwrap();
         assert!(after.parse::<u32>().unwrap() >= 1);
-        assert!(is_free(&gateway));
+        assert!(has_no_bookings(&gateway));
     }
     let health = call(gateway.address(), "GET", "/health", "").await;
     assert_eq!(health.status(), 503);
     let unavailable = "foresee_requests_total{outcome=\"unavailable\"}";
-    counted(&gateway, unavailable, 2.0).await;
+    until_metric(&gateway, unavailable, 2.0).await;
 }
 
 #[tokio::test]
-async fn a_gateway_without_any_worker_is_unavailable() {
+async fn a_gateway_without_workers_is_unavailable() {
     let gateway = gateway(&[]).await;
-    let answer = call(gateway.address(), "POST", CHAT, chat("hi", true)).await;
-    answer.error(503);
-    let answer = call(gateway.address(), "GET", "/v1/models", "").await;
-    assert_eq!(answer.json(), json!({"object": "list", "data": []}));
+    let response = call(gateway.address(), "POST", CHAT, chat("hi", true)).await;
+    response.error(503);
+    let response = call(gateway.address(), "GET", "/v1/models", "").await;
+    assert_eq!(response.json(), json!({"object": "list", "data": []}));
 }
 
 #[tokio::test]
-async fn when_all_workers_fail_a_request_it_is_a_502() {
+async fn a_request_that_all_workers_fail_is_a_502() {
     let (mut first, mut second) = (FakeWorker::start().await, FakeWorker::start().await);
     let gateway = gateway(&[&first, &second]).await;
     let request = http("POST", CHAT, chat("hi", true));
     let mut client = Client::sending(gateway.address(), request).await;
     first.request().await.reset();
     second.request().await.reset();
-    let error = client.answer().await.error(502);
+    let error = client.response().await.error(502);
     assert_eq!(error["type"], "server_error");
-    assert!(is_free(&gateway));
+    assert!(has_no_bookings(&gateway));
 }
 
 #[tokio::test]
-async fn when_all_workers_are_overloaded_the_last_one_says_so() {
+async fn a_503_of_all_workers_is_passed_on_from_the_last_one() {
     let (mut first, mut second) = (FakeWorker::start().await, FakeWorker::start().await);
     let gateway = gateway(&[&first, &second]).await;
     let request = http("POST", CHAT, chat("hi", true));
     let mut client = Client::sending(gateway.address(), request).await;
-    for (worker, says) in [(&mut first, "one"), (&mut second, "two")] {
-        let answer = whole("503 Service Unavailable", "text/plain", says);
-        worker.request().await.answer(answer).await;
+    for (worker, body) in [(&mut first, "one"), (&mut second, "two")] {
+        let response = whole("503 Service Unavailable", "text/plain", body);
+        worker.request().await.respond(response).await;
     }
-    let answer = client.answer().await;
-    assert_eq!((answer.status(), answer.text()), (503, "two"));
-    assert_eq!(answer.head.get("x-foresee-worker"), Some("b"));
-    freed(&gateway).await;
+    let response = client.response().await;
+    assert_eq!((response.status(), response.text()), (503, "two"));
+    assert_eq!(response.head.get("x-foresee-worker"), Some("b"));
+    until_released(&gateway).await;
 }
 
 #[tokio::test]
-async fn a_poisonous_request_stops_after_three_workers() {
+async fn a_request_that_crashes_workers_stops_after_three() {
     let mut fleet = Vec::new();
     for _ in 0..5 {
         fleet.push(FakeWorker::start().await);
     }
     let gateway = gateway(&fleet.iter().collect::<Vec<_>>()).await;
-    let request = http("POST", CHAT, chat("poison", true));
+    let request = http("POST", CHAT, chat("crash", true));
     let mut client = Client::sending(gateway.address(), request).await;
-    // Each in turn, but for those that failed: which is whose turn is the policy's business.
+    // The request goes to any worker that has not failed; which one is up to the policy.
     for _ in 0..3 {
         let mut exchange = None;
-        until("a worker to be poisoned", || {
+        until("the request to reach a worker", || {
             exchange = fleet.iter_mut().find_map(FakeWorker::try_request);
             exchange.is_some()
         })
         .await;
         exchange.unwrap().reset();
     }
-    client.answer().await.error(502);
-    assert!(is_free(&gateway));
-    assert!(fleet.iter().all(FakeWorker::is_idle), "two were spared");
+    client.response().await.error(502);
+    assert!(has_no_bookings(&gateway));
+    assert!(
+        fleet.iter().all(FakeWorker::is_idle),
+        "two workers did not get the request"
+    );
 
     let probes: Vec<usize> = fleet.iter().map(FakeWorker::probes).collect();
-    until("each to be probed", || {
+    until("a health check of each worker", || {
         let mut pairs = fleet.iter().zip(&probes);
         pairs.all(|(worker, &before)| worker.probes() > before)
     })
@@ -455,10 +474,10 @@ async fn a_poisonous_request_stops_after_three_workers() {
     assert!(states.all(|state| state == WorkerState::Healthy));
 }
 
-// The request is wrong
+// The request is invalid
 
 #[tokio::test]
-async fn a_wrong_request_is_refused_as_openai_refuses_it() {
+async fn an_invalid_request_gets_an_openai_error() {
     let worker = FakeWorker::start().await;
     let gateway = gateway(&[&worker]).await;
     let cases = [
@@ -483,25 +502,25 @@ async fn a_wrong_request_is_refused_as_openai_refuses_it() {
         ),
     ];
     for (path, body, status, param) in cases {
-        let answer = call(gateway.address(), "POST", path, body).await;
-        let error = answer.error(status);
+        let response = call(gateway.address(), "POST", path, body).await;
+        let error = response.error(status);
         assert_eq!(error["param"].as_str(), param, "{body}");
         let code = (status == 404).then_some("model_not_found");
         assert_eq!(error["code"].as_str(), code, "{body}");
     }
     assert!(worker.is_idle());
-    assert!(is_free(&gateway));
+    assert!(has_no_bookings(&gateway));
     let refused = "foresee_requests_total{outcome=\"refused\"}";
-    counted(&gateway, refused, cases.len() as f64).await;
+    until_metric(&gateway, refused, cases.len() as f64).await;
 }
 
 #[tokio::test]
-async fn there_are_no_tunnels() {
+async fn connect_is_refused() {
     let worker = FakeWorker::start().await;
     let gateway = gateway(&[&worker]).await;
     let request = "CONNECT example.org:80 HTTP/1.1\r\nhost: example.org:80\r\n\r\n";
     let mut client = Client::sending(gateway.address(), request).await;
-    client.answer().await.error(404);
+    client.response().await.error(404);
     assert!(worker.is_idle());
 }
 
@@ -513,47 +532,47 @@ async fn a_body_over_the_limit_is_refused() {
     config.max_body_bytes = limit;
     let gateway = gateway_with(config).await;
 
-    // To the byte.
+    // Exactly at the limit.
     let fits = chat(&"x".repeat(100), false);
     assert_eq!(fits.len(), limit);
     let mut client = Client::sending(gateway.address(), http("POST", CHAT, &fits)).await;
-    worker.request().await.answer_json("{}").await;
-    assert_eq!(client.answer().await.status(), 200);
+    worker.request().await.respond_json("{}").await;
+    assert_eq!(client.response().await.status(), 200);
 
     let long = chat(&"x".repeat(101), false);
-    let answer = call(gateway.address(), "POST", CHAT, &long).await;
-    let error = answer.error(413);
+    let response = call(gateway.address(), "POST", CHAT, &long).await;
+    let error = response.error(413);
     assert_eq!(error["type"], "invalid_request_error");
 
-    // Refused by its length alone.
+    // Refused because of its declared length.
     let head = format!("POST {CHAT} HTTP/1.1\r\nhost: g\r\ncontent-length: 99999999\r\n\r\n");
     let mut client = Client::sending(gateway.address(), head).await;
-    client.answer().await.error(413);
+    client.response().await.error(413);
 
-    // A client that asks first is not told to send.
+    // A client that sends `Expect: 100-continue` gets the error before it sends the body.
     let head = format!(
         "POST {CHAT} HTTP/1.1\r\nhost: g\r\nexpect: 100-continue\r\ncontent-length: 99999999\r\n\r\n"
     );
     let mut client = Client::sending(gateway.address(), head).await;
-    client.answer().await.error(413);
+    client.response().await.error(413);
 
-    // Refused once too much has come, without waiting for the end.
+    // Refused when the limit is exceeded, without waiting for the end.
     let head = format!("POST {CHAT} HTTP/1.1\r\nhost: g\r\ntransfer-encoding: chunked\r\n\r\n");
     let mut client = Client::sending(gateway.address(), head).await;
     client.send(chunk(&long)).await;
-    client.answer().await.error(413);
+    client.response().await.error(413);
     assert!(worker.is_idle());
-    assert!(is_free(&gateway));
+    assert!(has_no_bookings(&gateway));
 }
 
 #[tokio::test]
-async fn a_client_still_sending_a_body_too_long_reads_why() {
+async fn a_client_that_is_still_sending_a_refused_body_gets_the_error() {
     let worker = FakeWorker::start().await;
     let mut config = config(&[&worker]);
     config.max_body_bytes = 1 << 16;
     let gateway = gateway_with(config).await;
     let long = chat(&"x".repeat(8 << 20), false);
-    // As common clients do: all is written before anything is read.
-    let answer = call(gateway.address(), "POST", CHAT, &long).await;
-    answer.error(413);
+    // As common clients do: the whole request is written before the response is read.
+    let response = call(gateway.address(), "POST", CHAT, &long).await;
+    response.error(413);
 }

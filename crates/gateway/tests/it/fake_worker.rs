@@ -1,5 +1,5 @@
-//! What every test needs: workers scripted byte by byte, a gateway in front of them, and a
-//! client that sees the bytes that come back. All of it over real sockets.
+//! Set-up of the integration tests: workers scripted byte by byte, a gateway in front of them, and a
+//! client that reads the bytes of a response. All of them use real sockets.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -12,8 +12,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use foresee_core::choose::Policy;
-use foresee_core::fleet::{WorkerSnapshot, WorkerState};
+use foresee_core::policy::Policy;
+use foresee_core::workers::{WorkerSnapshot, WorkerState};
 use foresee_gateway::{Gateway, GatewayConfig};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
@@ -22,10 +22,10 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
-/// No wait in these tests should take nearly as long.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Time after which a wait fails its test. No wait takes nearly as long on a loaded machine.
+const MAX_WAIT: Duration = Duration::from_secs(5);
 
-/// The model that workers serve unless told otherwise.
+/// Model that workers serve by default.
 pub(crate) const MODEL: &str = "m";
 
 const PROBE_INTERVAL: Duration = Duration::from_millis(40);
@@ -35,18 +35,18 @@ pub(crate) const STREAM_HEAD: &[u8] =
 
 // Waiting
 
-/// Waits for a future, but not for ever.
+/// Waits for a future. Panics after a time limit.
 pub(crate) async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
-    match tokio::time::timeout(PATIENCE, future).await {
+    match tokio::time::timeout(MAX_WAIT, future).await {
         Ok(value) => value,
-        Err(_) => panic!("waited in vain: {what}"),
+        Err(_) => panic!("timed out waiting for {what}"),
     }
 }
 
-/// Looks again and again until something is so, but not for ever.
-pub(crate) async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+/// Polls a condition until it holds. Panics after a time limit.
+pub(crate) async fn until(what: &str, mut holds: impl FnMut() -> bool) {
     within(what, async {
-        while !is_so() {
+        while !holds() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     })
@@ -55,16 +55,17 @@ pub(crate) async fn until(what: &str, mut is_so: impl FnMut() -> bool) {
 
 // The worker
 
-/// An engine of which every answer but those to probes is scripted by the test.
+/// Engine whose responses are scripted by the test, except those to the gateway's own requests.
 pub(crate) struct FakeWorker {
     pub(crate) address: SocketAddr,
     shared: Arc<Scripted>,
     received: mpsc::UnboundedReceiver<Exchange>,
     accepting: AbortHandle,
-    /// Keeps the port while nobody listens on it.
+    /// Bound socket that reserves the port while the worker does not listen.
     reserved: Option<TcpSocket>,
 }
 
+/// State that a fake worker shares with its connections.
 struct Scripted {
     healthy: AtomicBool,
     probes: AtomicUsize,
@@ -107,28 +108,28 @@ impl FakeWorker {
         }
     }
 
-    /// How the gateway is told of it.
+    /// Returns the worker's description for the gateway's configuration.
     pub(crate) fn spec(&self, name: &str) -> String {
         format!("http://{},name={name}", self.address)
     }
 
-    /// The next request that is no probe.
+    /// Waits for the next request of a client.
     pub(crate) async fn request(&mut self) -> Exchange {
         let next = within("a request to reach the worker", self.received.recv());
         next.await.unwrap()
     }
 
-    /// The next request that is no probe, however long it takes.
+    /// Waits for the next request of a client, without a time limit.
     pub(crate) async fn request_at_any_time(&mut self) -> Exchange {
         self.received.recv().await.unwrap()
     }
 
-    /// A request that is no probe, if one has come.
+    /// Returns the next request of a client, if one has arrived.
     pub(crate) fn try_request(&mut self) -> Option<Exchange> {
         self.received.try_recv().ok()
     }
 
-    /// Whether no request has come that the test has not taken.
+    /// Returns whether the test has taken all requests that have arrived.
     pub(crate) fn is_idle(&self) -> bool {
         self.received.is_empty()
     }
@@ -153,17 +154,17 @@ impl FakeWorker {
         metrics.clone_into(&mut self.shared.metrics.lock());
     }
 
-    /// Has it speak as an SGLang.
+    /// Makes the worker respond like SGLang, with this server info.
     pub(crate) fn set_server_info(&self, info: &Value) {
         *self.shared.server_info.lock() = Some(info.to_string());
     }
 
-    /// Has it say where it publishes, as a vLLM.
+    /// Makes the worker list its event sources, like vLLM.
     pub(crate) fn set_event_sources(&self, sources: &Value) {
         *self.shared.event_sources.lock() = Some(sources.to_string());
     }
 
-    /// Ends as a killed process does: connections are closed, new ones refused.
+    /// Behaves like a killed process: closes all connections and refuses new ones.
     pub(crate) async fn die(&mut self) {
         self.accepting.abort();
         for task in self.shared.running.lock().drain(..) {
@@ -179,7 +180,7 @@ impl FakeWorker {
         .await;
     }
 
-    /// Listens again where it did.
+    /// Listens at the same address again.
     pub(crate) fn come_back(&mut self) {
         let listener = self.reserved.take().unwrap().listen(1024).unwrap();
         self.accepting = Scripted::accept(&self.shared, listener);
@@ -203,10 +204,10 @@ impl Scripted {
         let shared = Arc::clone(&self);
         let task = tokio::spawn(async move {
             let mut connection = Connection::new(stream);
-            // Until the gateway closes the connection, or a request has come.
+            // Ends when the gateway closes the connection, or with a request of a client.
             while let Ok(head) = connection.head().await {
                 let body = connection.body(&head, false).await.unwrap();
-                let Some(answer) = shared.probed(&head) else {
+                let Some(response) = shared.own_response(&head) else {
                     let worker = Arc::clone(&shared);
                     let exchange = Exchange {
                         head,
@@ -217,7 +218,7 @@ impl Scripted {
                     let _ = shared.requests.send(exchange);
                     return;
                 };
-                if connection.stream.write_all(&answer).await.is_err() {
+                if connection.stream.write_all(&response).await.is_err() {
                     return;
                 }
             }
@@ -225,8 +226,8 @@ impl Scripted {
         self.running.lock().push(task.abort_handle());
     }
 
-    /// The answer, if the request is one that gateways send of their own accord.
-    fn probed(&self, head: &Head) -> Option<Vec<u8>> {
+    /// Returns the response, if the request is one that gateways send on their own.
+    fn own_response(&self, head: &Head) -> Option<Vec<u8>> {
         let (status, body) = match head.first_line.as_str() {
             "GET /health HTTP/1.1" => {
                 self.probes.fetch_add(1, Ordering::SeqCst);
@@ -236,9 +237,9 @@ impl Scripted {
             }
             "GET /v1/models HTTP/1.1" => ("200 OK", self.model_list.lock().clone()),
             "GET /metrics HTTP/1.1" => ("200 OK", self.metrics.lock().clone()),
-            // Of an older release, which has nothing at `/server_info`.
-            "GET /get_server_info HTTP/1.1" => found(&self.server_info),
-            "GET /kv_event_sources HTTP/1.1" => found(&self.event_sources),
+            // As older releases do, which do not have `/server_info`.
+            "GET /get_server_info HTTP/1.1" => optional_body(&self.server_info),
+            "GET /kv_event_sources HTTP/1.1" => optional_body(&self.event_sources),
             "GET /server_info HTTP/1.1" => ("404 Not Found", String::new()),
             _ => return None,
         };
@@ -246,14 +247,15 @@ impl Scripted {
     }
 }
 
-fn found(body: &Mutex<Option<String>>) -> (&'static str, String) {
+/// Returns 200 with the body, or 404 without one.
+fn optional_body(body: &Mutex<Option<String>>) -> (&'static str, String) {
     match body.lock().clone() {
         Some(body) => ("200 OK", body),
         None => ("404 Not Found", String::new()),
     }
 }
 
-/// A whole answer of known length.
+/// Returns a whole response of known length.
 pub(crate) fn whole(status: &str, content_type: &str, body: impl AsRef<[u8]>) -> Vec<u8> {
     let body = body.as_ref();
     let length = body.len();
@@ -263,7 +265,7 @@ pub(crate) fn whole(status: &str, content_type: &str, body: impl AsRef<[u8]>) ->
     [head.as_bytes(), body].concat()
 }
 
-/// One chunk of a chunked body, as it is written.
+/// Returns one chunk of a chunked body, encoded.
 pub(crate) fn chunk(data: impl AsRef<[u8]>) -> Vec<u8> {
     let data = data.as_ref();
     let mut chunk = format!("{:x}\r\n", data.len()).into_bytes();
@@ -272,13 +274,13 @@ pub(crate) fn chunk(data: impl AsRef<[u8]>) -> Vec<u8> {
     chunk
 }
 
-/// One event with one token of text.
+/// Returns one event with one token of text.
 pub(crate) fn token(text: &str) -> String {
     let event = json!({ "choices": [{ "index": 0, "delta": { "content": text } }] });
     format!("data: {event}\n\n")
 }
 
-/// One request that reached a worker, to be answered by the test.
+/// Request that reached a worker. The test sends the response.
 pub(crate) struct Exchange {
     pub(crate) head: Head,
     pub(crate) body: Vec<u8>,
@@ -292,7 +294,7 @@ impl Exchange {
         written.expect("the gateway closed its connection");
     }
 
-    /// As [`send`](Self::send), unless the gateway has closed its connection.
+    /// Sends bytes, and returns an error if the gateway has closed its connection.
     pub(crate) async fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> io::Result<()> {
         self.connection.stream.write_all(bytes.as_ref()).await
     }
@@ -305,26 +307,27 @@ impl Exchange {
         self.send(STREAM_HEAD).await;
     }
 
-    /// Ends a stream as engines do, and keeps the connection.
+    /// Ends a stream as engines do, and keeps the connection open.
     pub(crate) async fn end_stream(mut self) {
         self.send_chunk("data: [DONE]\n\n").await;
         self.finish_chunks().await;
     }
 
-    /// Ends a chunked body and keeps the connection.
+    /// Ends a chunked body and keeps the connection open.
     pub(crate) async fn finish_chunks(mut self) {
         self.send("0\r\n\r\n").await;
         self.keep();
     }
 
-    /// Answers all at once and keeps the connection.
-    pub(crate) async fn answer(mut self, bytes: impl AsRef<[u8]>) {
+    /// Sends a whole response and keeps the connection open.
+    pub(crate) async fn respond(mut self, bytes: impl AsRef<[u8]>) {
         self.send(bytes).await;
         self.keep();
     }
 
-    pub(crate) async fn answer_json(self, body: impl AsRef<[u8]>) {
-        self.answer(whole("200 OK", "application/json", body)).await;
+    pub(crate) async fn respond_json(self, body: impl AsRef<[u8]>) {
+        self.respond(whole("200 OK", "application/json", body))
+            .await;
     }
 
     /// Serves further requests on this connection.
@@ -332,24 +335,24 @@ impl Exchange {
         self.worker.serve(self.connection.stream);
     }
 
-    /// Closes the connection in order.
+    /// Closes the connection in an orderly way.
     pub(crate) fn close(self) {}
 
-    /// Breaks the connection: the other side's reads and writes fail.
+    /// Resets the connection: reads and writes of the other side fail.
     pub(crate) fn reset(self) {
         self.connection.stream.set_zero_linger().unwrap();
     }
 
-    /// Returns once the gateway has closed the connection, however.
+    /// Waits until the gateway has closed or reset the connection.
     pub(crate) async fn closed(&mut self) {
         let read = self.connection.fill().await;
         assert!(!matches!(read, Ok(1..)), "got more bytes of a request");
     }
 }
 
-// HTTP, read literally
+// HTTP, parsed without a library
 
-/// The head of a message.
+/// Head of an HTTP message.
 #[derive(Debug)]
 pub(crate) struct Head {
     pub(crate) first_line: String,
@@ -382,7 +385,7 @@ impl Head {
     }
 }
 
-/// A connection of which the bytes read so far, but not used, are kept.
+/// Connection with a buffer of bytes that were read but not used yet.
 pub(crate) struct Connection {
     pub(crate) stream: TcpStream,
     unused: Vec<u8>,
@@ -416,7 +419,7 @@ impl Connection {
         Ok(std::mem::replace(&mut self.unused, rest))
     }
 
-    /// Up to and without `end`, which is skipped.
+    /// Returns the bytes before `end`, and skips `end`.
     async fn take_until(&mut self, end: &[u8]) -> io::Result<Vec<u8>> {
         loop {
             let found = self.unused.windows(end.len()).position(|w| w == end);
@@ -433,7 +436,7 @@ impl Connection {
         Ok(Head::parse(&self.take_until(b"\r\n\r\n").await?))
     }
 
-    /// The next chunk of a chunked body; `None` is its end.
+    /// Returns the next chunk of a chunked body; `None` at its end.
     pub(crate) async fn chunk(&mut self) -> io::Result<Option<Vec<u8>>> {
         let size = self.take_until(b"\r\n").await?;
         let size = String::from_utf8(size).unwrap();
@@ -451,7 +454,7 @@ impl Connection {
         Ok(body)
     }
 
-    /// The body that belongs to `head`.
+    /// Reads the body that belongs to `head`.
     async fn body(&mut self, head: &Head, until_close: bool) -> io::Result<Vec<u8>> {
         if head.get("transfer-encoding") == Some("chunked") {
             return self.chunks().await;
@@ -469,19 +472,19 @@ impl Connection {
 
 // The client
 
-/// One connection of a client to the gateway.
+/// Connection of a client to the gateway.
 pub(crate) struct Client {
     pub(crate) connection: Connection,
 }
 
-/// An answer that came whole.
+/// Response that arrived whole.
 #[derive(Debug)]
-pub(crate) struct Answer {
+pub(crate) struct ClientResponse {
     pub(crate) head: Head,
     pub(crate) body: Vec<u8>,
 }
 
-impl Answer {
+impl ClientResponse {
     pub(crate) fn status(&self) -> u16 {
         self.head.status()
     }
@@ -496,7 +499,7 @@ impl Answer {
         std::str::from_utf8(&self.body).unwrap()
     }
 
-    /// Asserts that this is an error as OpenAI clients read it, and returns what is in it.
+    /// Asserts that this is an error in the form that OpenAI clients expect, and returns its fields.
     pub(crate) fn error(&self, status: u16) -> Value {
         assert_eq!(self.status(), status, "{self:?}");
         assert_eq!(self.head.get("content-type"), Some("application/json"));
@@ -517,7 +520,7 @@ impl Client {
         }
     }
 
-    /// Connects and sends `bytes`, to the letter.
+    /// Connects and sends `bytes` unchanged.
     pub(crate) async fn sending(address: SocketAddr, bytes: impl AsRef<[u8]>) -> Self {
         let mut client = Self::connect(address).await;
         client.send(bytes).await;
@@ -532,39 +535,39 @@ impl Client {
             .unwrap();
     }
 
-    /// The head of the answer.
+    /// Reads the head of the response.
     pub(crate) async fn head(&mut self) -> Head {
-        within("an answer", self.connection.head()).await.unwrap()
+        within("a response", self.connection.head()).await.unwrap()
     }
 
-    /// The next chunk of an answer that streams.
+    /// Reads the next chunk of a response.
     pub(crate) async fn chunk(&mut self) -> Vec<u8> {
         let chunk = within("a chunk", self.connection.chunk()).await;
-        chunk.unwrap().expect("the answer ended")
+        chunk.unwrap().expect("the response ended")
     }
 
-    /// All chunks that are left; an error if the answer breaks off.
+    /// Reads all further chunks. Fails if the response breaks off.
     pub(crate) async fn rest(&mut self) -> io::Result<String> {
-        let rest = within("the end of the answer", self.connection.chunks()).await?;
+        let rest = within("the end of the response", self.connection.chunks()).await?;
         Ok(String::from_utf8(rest).unwrap())
     }
 
-    /// The whole answer; an error if it breaks off.
-    pub(crate) async fn try_answer(&mut self) -> io::Result<Answer> {
-        within("a whole answer", async {
+    /// Reads a whole response. Fails if it breaks off.
+    pub(crate) async fn try_response(&mut self) -> io::Result<ClientResponse> {
+        within("a whole response", async {
             let head = self.connection.head().await?;
             let body = self.connection.body(&head, true).await?;
-            Ok(Answer { head, body })
+            Ok(ClientResponse { head, body })
         })
         .await
     }
 
-    pub(crate) async fn answer(&mut self) -> Answer {
-        self.try_answer().await.unwrap()
+    pub(crate) async fn response(&mut self) -> ClientResponse {
+        self.try_response().await.unwrap()
     }
 }
 
-/// A request as a client writes it.
+/// Returns an encoded request.
 pub(crate) fn http(method: &str, path: &str, body: impl AsRef<[u8]>) -> Vec<u8> {
     let body = body.as_ref();
     let mut request = format!("{method} {path} HTTP/1.1\r\nhost: gateway\r\n");
@@ -575,18 +578,18 @@ pub(crate) fn http(method: &str, path: &str, body: impl AsRef<[u8]>) -> Vec<u8> 
     [request.as_bytes(), b"\r\n", body].concat()
 }
 
-/// One request, one answer, on a connection of its own.
+/// Sends one request on a connection of its own and returns the response.
 pub(crate) async fn call(
     address: SocketAddr,
     method: &str,
     path: &str,
     body: impl AsRef<[u8]>,
-) -> Answer {
+) -> ClientResponse {
     let mut client = Client::sending(address, http(method, path, body)).await;
-    client.answer().await
+    client.response().await
 }
 
-/// A chat body.
+/// Returns the body of a chat completion request.
 pub(crate) fn chat(prompt: &str, stream: bool) -> String {
     let messages = json!([{ "role": "user", "content": prompt }]);
     json!({ "model": MODEL, "stream": stream, "messages": messages }).to_string()
@@ -596,7 +599,8 @@ pub(crate) const CHAT: &str = "/v1/chat/completions";
 
 // The gateway
 
-/// Short times, any port, and each worker in turn, the first one first.
+/// Returns a configuration with short times, free ports, round robin from the first worker on, and no
+/// queue.
 pub(crate) fn config(workers: &[&FakeWorker]) -> GatewayConfig {
     let mut config = GatewayConfig {
         listen: "127.0.0.1:0".parse().unwrap(),
@@ -608,6 +612,7 @@ pub(crate) fn config(workers: &[&FakeWorker]) -> GatewayConfig {
         ..GatewayConfig::default()
     };
     config.router.policy = Policy::RoundRobin;
+    config.router.queue_order = None;
     config.workers = workers
         .iter()
         .zip('a'..)
@@ -616,14 +621,14 @@ pub(crate) fn config(workers: &[&FakeWorker]) -> GatewayConfig {
     config
 }
 
-/// A gateway, once it has found all its workers, which are named `a`, `b` and so on.
+/// Starts a gateway and waits until all its workers are healthy. They are named `a`, `b` and so on.
 pub(crate) async fn gateway(workers: &[&FakeWorker]) -> Gateway {
     gateway_with(config(workers)).await
 }
 
 pub(crate) async fn gateway_with(config: GatewayConfig) -> Gateway {
     let gateway = Gateway::start(config).unwrap();
-    until("all workers to be found", || {
+    until("all workers to be healthy", || {
         workers(&gateway)
             .values()
             .all(|worker| worker.state == WorkerState::Healthy)
@@ -632,14 +637,16 @@ pub(crate) async fn gateway_with(config: GatewayConfig) -> Gateway {
     gateway
 }
 
-/// The workers by name, as the router sees them.
+/// Returns the router's snapshots of the workers, by name.
 pub(crate) fn workers(gateway: &Gateway) -> HashMap<String, WorkerSnapshot> {
     let snapshots = gateway.router().workers(Duration::ZERO);
-    let by_name = snapshots.into_iter().map(|it| (it.name.clone(), it));
+    let by_name = snapshots
+        .into_iter()
+        .map(|worker| (worker.name.clone(), worker));
     by_name.collect()
 }
 
-/// Returns after as much time as a gateway takes for a few probes, by watching one that does.
+/// Waits for the duration of a few health checks, by observing those of another gateway.
 pub(crate) async fn a_few_probe_intervals() {
     let worker = FakeWorker::start().await;
     let gateway = gateway(&[&worker]).await;
@@ -652,16 +659,16 @@ pub(crate) fn state(gateway: &Gateway, name: &str) -> WorkerState {
     workers(gateway)[name].state
 }
 
-/// The workers as the admin API shows them.
-pub(crate) async fn shown(gateway: &Gateway, name: &str) -> Option<Value> {
-    let answer = call(gateway.admin_address(), "GET", "/admin/workers", "").await;
-    let listed = answer.json()["workers"].as_array().unwrap().clone();
+/// Returns a worker as the admin API shows it.
+pub(crate) async fn worker_json(gateway: &Gateway, name: &str) -> Option<Value> {
+    let response = call(gateway.admin_address(), "GET", "/admin/workers", "").await;
+    let listed = response.json()["workers"].as_array().unwrap().clone();
     listed.into_iter().find(|worker| worker["name"] == name)
 }
 
-/// Whether nothing is booked anywhere, to the last block and token.
-pub(crate) fn is_free(gateway: &Gateway) -> bool {
-    gateway.router().bookings() == 0
+/// Returns whether no request is booked, and no worker has a block or token of one.
+pub(crate) fn has_no_bookings(gateway: &Gateway) -> bool {
+    gateway.router().booking_count() == 0
         && workers(gateway).values().all(|worker| {
             worker.requests == 0
                 && worker.active_blocks == 0
@@ -670,18 +677,19 @@ pub(crate) fn is_free(gateway: &Gateway) -> bool {
         })
 }
 
-/// Waits until all bookings are gone: the gateway may see an end a moment after the client.
-pub(crate) async fn freed(gateway: &Gateway) {
-    until("everything to be freed", || is_free(gateway)).await;
+/// Waits until all bookings are released: the gateway may observe the end of a response a moment after
+/// the client.
+pub(crate) async fn until_released(gateway: &Gateway) {
+    until("all bookings to be released", || has_no_bookings(gateway)).await;
 }
 
 pub(crate) async fn metrics(gateway: &Gateway) -> String {
-    let answer = call(gateway.admin_address(), "GET", "/metrics", "").await;
-    assert_eq!(answer.status(), 200);
-    answer.text().to_owned()
+    let response = call(gateway.admin_address(), "GET", "/metrics", "").await;
+    assert_eq!(response.status(), 200);
+    response.text().to_owned()
 }
 
-/// The value of one series, as `name` or `name{labels}`.
+/// Returns the value of one series, given as `name` or `name{labels}`.
 pub(crate) fn value(metrics: &str, series: &str) -> Option<f64> {
     let mut lines = metrics.lines();
     lines.find_map(|line| {
@@ -690,8 +698,8 @@ pub(crate) fn value(metrics: &str, series: &str) -> Option<f64> {
     })
 }
 
-/// Waits for a metric, which may be counted a moment after the client has its answer.
-pub(crate) async fn counted(gateway: &Gateway, series: &str, expected: f64) {
+/// Waits until a metric has a value. It may be updated a moment after the client has the response.
+pub(crate) async fn until_metric(gateway: &Gateway, series: &str, expected: f64) {
     let started = Instant::now();
     loop {
         let text = metrics(gateway).await;
@@ -700,7 +708,7 @@ pub(crate) async fn counted(gateway: &Gateway, series: &str, expected: f64) {
         }
         let found = value(&text, series);
         assert!(
-            started.elapsed() < PATIENCE,
+            started.elapsed() < MAX_WAIT,
             "{series} is {found:?}, not {expected}"
         );
     }

@@ -1,10 +1,10 @@
-//! What passes through, passes unchanged: requests to workers, answers to clients.
+//! Requests and responses are passed on unchanged.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use crate::fake_worker::*;
 use serde_json::json;
 
-/// A body that no JSON library would write, and that every byte of must survive.
+/// Body that no JSON library would write. Every byte of it must reach the worker.
 const ODD_BODY: &str = "{ \"model\" :\t\"m\",\r\n \"messages\":[ {\"role\":\"user\",\"content\":\
     \"caf\\u00e9 \\ud83d\\ude00 \u{1F600} \\/\"} ] ,\"temperature\":1.0e0,\"temperature\":0.50,\
     \"unknown\":{\"deep\":[1,2.0,{}]},\"seed\":12345678901234567890 }\n ";
@@ -34,7 +34,7 @@ async fn a_request_reaches_the_worker_byte_for_byte() {
     assert_eq!(
         head.get("host"),
         Some(worker.address.to_string().as_str()),
-        "the worker's, not the gateway's"
+        "the worker's address, and not the gateway's"
     );
     assert_eq!(head.get("authorization"), Some("Bearer sk-secret"));
     let custom = head.headers.iter().filter(|(name, _)| name == "x-custom");
@@ -62,7 +62,7 @@ async fn a_request_reaches_the_worker_byte_for_byte() {
 
     let body = "{\"id\": \"x\",\n\"unknown\" : 1.0}";
     exchange
-        .answer(format!(
+        .respond(format!(
             "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nX-Engine: e\r\n\
              Connection: X-Inner\r\nX-Inner: 1\r\nKeep-Alive: timeout=9\r\n\
              x-foresee-worker: impostor\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2\r\n\
@@ -70,10 +70,10 @@ async fn a_request_reaches_the_worker_byte_for_byte() {
             body.len()
         ))
         .await;
-    let answer = client.answer().await;
-    assert_eq!(answer.status(), 200);
-    assert_eq!(answer.text(), body);
-    let head = &answer.head;
+    let response = client.response().await;
+    assert_eq!(response.status(), 200);
+    assert_eq!(response.text(), body);
+    let head = &response.head;
     assert_eq!(head.get("x-engine"), Some("e"));
     assert_eq!(head.get("x-inner"), None);
     assert_eq!(head.get("keep-alive"), None);
@@ -82,7 +82,7 @@ async fn a_request_reaches_the_worker_byte_for_byte() {
     assert_eq!(head.get("x-foresee-worker"), Some("a"));
     assert_eq!(head.get("x-foresee-overlap-tokens"), Some("0"));
     assert_eq!(head.get("x-request-id"), Some("mine-7"));
-    freed(&gateway).await;
+    until_released(&gateway).await;
 }
 
 #[tokio::test]
@@ -110,60 +110,60 @@ async fn a_chunked_request_arrives_whole_and_is_counted() {
     );
     assert_eq!(exchange.head.get("transfer-encoding"), None);
     assert_eq!(exchange.head.get("expect"), None);
-    exchange.answer_json("{}").await;
-    assert_eq!(client.answer().await.text(), "{}");
+    exchange.respond_json("{}").await;
+    assert_eq!(client.response().await.text(), "{}");
 }
 
 #[tokio::test]
-async fn an_answer_is_passed_on_piece_by_piece() {
+async fn a_response_is_passed_on_chunk_by_chunk() {
     let mut worker = FakeWorker::start().await;
     let gateway = gateway(&[&worker]).await;
     let mut client = Client::sending(gateway.address(), http("POST", CHAT, chat("hi", true))).await;
     let mut exchange = worker.request().await;
     exchange.start_stream().await;
-    // Odd line ends, comments and cuts: nothing is tidied up.
-    let pieces: [&[u8]; 4] = [
+    // Unusual line ends, comments and cuts must stay as they are.
+    let chunks: [&[u8]; 4] = [
         b": ping\r\rdata:{\"choices\":[{\"delta\":{\"content\":\"\xF0\x9F",
         b"\x98\x80\"}}]}\r",
         b"\n\r\nid: 7\nevent: odd\ndata: not json\n\n",
         b"\xFF\xFE\n\ndata: [DONE]",
     ];
-    for (index, piece) in pieces.iter().enumerate() {
-        exchange.send_chunk(piece).await;
+    for (index, chunk) in chunks.iter().enumerate() {
+        exchange.send_chunk(chunk).await;
         if index == 0 {
             assert_eq!(client.head().await.status(), 200);
         }
-        // The next piece is not written before this one has arrived.
-        assert_eq!(client.chunk().await, *piece, "piece {index}");
+        // The next chunk is not sent before this one has arrived.
+        assert_eq!(client.chunk().await, *chunk, "chunk {index}");
     }
     exchange.finish_chunks().await;
     assert_eq!(client.rest().await.unwrap(), "");
-    freed(&gateway).await;
+    until_released(&gateway).await;
 }
 
 #[tokio::test]
-async fn the_gateway_names_a_request_that_has_no_name() {
+async fn a_request_without_an_id_gets_one() {
     let mut worker = FakeWorker::start().await;
     let gateway = gateway(&[&worker]).await;
-    let mut names = Vec::new();
+    let mut ids = Vec::new();
     for _ in 0..2 {
         let mut client =
             Client::sending(gateway.address(), http("POST", CHAT, chat("hi", false))).await;
         let exchange = worker.request().await;
         let given = exchange.head.get("x-request-id").unwrap().to_owned();
-        exchange.answer_json("{}").await;
-        let answer = client.answer().await;
-        assert_eq!(answer.head.get("x-request-id"), Some(given.as_str()));
-        names.push(given);
+        exchange.respond_json("{}").await;
+        let response = client.response().await;
+        assert_eq!(response.head.get("x-request-id"), Some(given.as_str()));
+        ids.push(given);
     }
-    assert_ne!(names[0], names[1]);
-    // An answer the gateway makes itself has one, too.
-    let answer = call(gateway.address(), "POST", CHAT, "{").await;
-    assert!(answer.head.get("x-request-id").is_some());
+    assert_ne!(ids[0], ids[1]);
+    // The gateway's own responses have one too.
+    let response = call(gateway.address(), "POST", CHAT, "{").await;
+    assert!(response.head.get("x-request-id").is_some());
 }
 
 #[tokio::test]
-async fn the_overlap_of_a_known_prompt_is_told() {
+async fn the_response_reports_the_overlap_of_a_known_prompt() {
     let mut worker = FakeWorker::start().await;
     let gateway = gateway(&[&worker]).await;
     let prompt = "a prompt long enough for many blocks ".repeat(40);
@@ -179,7 +179,7 @@ async fn the_overlap_of_a_known_prompt_is_told() {
         let overlap = head.get("x-foresee-overlap-tokens").unwrap();
         overlaps.push(overlap.parse::<u32>().unwrap());
         client.rest().await.unwrap();
-        freed(&gateway).await;
+        until_released(&gateway).await;
     }
     assert_eq!(overlaps[0], 0);
     assert!(overlaps[1] >= 16 && overlaps[1] % 16 == 0, "{overlaps:?}");
@@ -207,18 +207,18 @@ async fn other_paths_pass_through() {
         );
         assert_eq!(exchange.body, body.as_bytes());
         exchange
-            .answer(whole("207 Odd Status", "text/odd", "as\0it is"))
+            .respond(whole("207 Odd Status", "text/odd", "as\0it is"))
             .await;
-        let answer = client.answer().await;
-        assert_eq!((answer.status(), answer.text()), (207, "as\0it is"));
-        assert_eq!(answer.head.get("content-type"), Some("text/odd"));
-        assert_eq!(answer.head.get("x-foresee-worker"), Some("a"));
+        let response = client.response().await;
+        assert_eq!((response.status(), response.text()), (207, "as\0it is"));
+        assert_eq!(response.head.get("content-type"), Some("text/odd"));
+        assert_eq!(response.head.get("x-foresee-worker"), Some("a"));
     }
-    freed(&gateway).await;
+    until_released(&gateway).await;
 }
 
 #[tokio::test]
-async fn a_head_request_gets_a_head() {
+async fn a_head_request_gets_a_response_without_a_body() {
     let mut worker = FakeWorker::start().await;
     let gateway = gateway(&[&worker]).await;
     for content_type in ["text/plain", "text/event-stream"] {
@@ -228,17 +228,17 @@ async fn a_head_request_gets_a_head() {
         let head = format!(
             "HTTP/1.1 200 OK\r\ncontent-type: {content_type}\r\ncontent-length: 1234\r\n\r\n"
         );
-        exchange.answer(head).await;
+        exchange.respond(head).await;
         let head = client.head().await;
         assert_eq!(head.status(), 200);
         assert_eq!(head.get("content-length"), Some("1234"));
         assert_eq!(head.get("content-type"), Some(content_type));
-        freed(&gateway).await;
+        until_released(&gateway).await;
     }
 }
 
 #[tokio::test]
-async fn answers_without_a_length_end_with_the_connection() {
+async fn responses_without_a_length_end_with_the_connection() {
     let mut worker = FakeWorker::start().await;
     let gateway = gateway(&[&worker]).await;
     let mut client = Client::sending(gateway.address(), http("GET", "/old", "")).await;
@@ -247,18 +247,18 @@ async fn answers_without_a_length_end_with_the_connection() {
         .send("HTTP/1.0 200 OK\r\ncontent-type: text/plain\r\n\r\nold ways")
         .await;
     exchange.close();
-    assert_eq!(client.answer().await.text(), "old ways");
+    assert_eq!(client.response().await.text(), "old ways");
 
     let mut client = Client::sending(gateway.address(), http("DELETE", "/x", "")).await;
     let exchange = worker.request().await;
-    exchange.answer("HTTP/1.1 204 No Content\r\n\r\n").await;
-    let answer = client.head().await;
-    assert_eq!(answer.status(), 204);
-    freed(&gateway).await;
+    exchange.respond("HTTP/1.1 204 No Content\r\n\r\n").await;
+    let response = client.head().await;
+    assert_eq!(response.status(), 204);
+    until_released(&gateway).await;
 }
 
 #[tokio::test]
-async fn what_a_worker_says_is_wrong_reaches_the_client() {
+async fn error_responses_of_a_worker_reach_the_client() {
     let mut worker = FakeWorker::start().await;
     let gateway = gateway(&[&worker]).await;
     let body = "{\"object\":\"error\", \"message\":\"engine's own words\"}";
@@ -275,12 +275,12 @@ async fn what_a_worker_says_is_wrong_reaches_the_client() {
             Client::sending(gateway.address(), http("POST", CHAT, chat("hi", true))).await;
         let exchange = worker.request().await;
         exchange
-            .answer(whole(status, "application/json", body))
+            .respond(whole(status, "application/json", body))
             .await;
-        let answer = client.answer().await;
-        assert_eq!(answer.head.first_line, format!("HTTP/1.1 {status}"));
-        assert_eq!(answer.text(), body);
-        freed(&gateway).await;
+        let response = client.response().await;
+        assert_eq!(response.head.first_line, format!("HTTP/1.1 {status}"));
+        assert_eq!(response.text(), body);
+        until_released(&gateway).await;
         let text = metrics(&gateway).await;
         let series = format!("foresee_requests_total{{outcome=\"{outcome}\"}}");
         assert!(value(&text, &series).unwrap() >= 1.0, "{status}");
@@ -289,16 +289,16 @@ async fn what_a_worker_says_is_wrong_reaches_the_client() {
 
 #[tokio::test]
 async fn models_of_all_workers_are_listed_once() {
-    let one = FakeWorker::serving(&["m1", "both"]).await;
-    let two = FakeWorker::serving(&["both", "m2"]).await;
-    one.set_model_list(
+    let first = FakeWorker::serving(&["m1", "both"]).await;
+    let second = FakeWorker::serving(&["both", "m2"]).await;
+    first.set_model_list(
         r#"{"data":[{"id":"m1","root":"/x"},{"id":"both","max_model_len":1.0},{"no":"id"}]}"#,
     );
-    let gateway = gateway(&[&one, &two]).await;
-    let answer = call(gateway.address(), "GET", "/v1/models", "").await;
-    assert_eq!(answer.status(), 200);
+    let gateway = gateway(&[&first, &second]).await;
+    let response = call(gateway.address(), "GET", "/v1/models", "").await;
+    assert_eq!(response.status(), 200);
     assert_eq!(
-        answer.json(),
+        response.json(),
         json!({"object": "list", "data": [
             {"id": "m1", "root": "/x"},
             {"id": "both", "max_model_len": 1.0},
@@ -306,60 +306,60 @@ async fn models_of_all_workers_are_listed_once() {
         ]})
     );
     assert!(
-        answer.text().contains(r#""max_model_len":1.0}"#),
+        response.text().contains(r#""max_model_len":1.0}"#),
         "an entry is as its worker wrote it"
     );
 }
 
 #[tokio::test]
-async fn a_model_goes_to_a_worker_that_serves_it() {
-    let mut one = FakeWorker::serving(&["m1"]).await;
-    let mut two = FakeWorker::serving(&["m2"]).await;
-    let gateway = gateway(&[&one, &two]).await;
+async fn a_request_is_routed_to_a_worker_that_serves_its_model() {
+    let mut first = FakeWorker::serving(&["m1"]).await;
+    let mut second = FakeWorker::serving(&["m2"]).await;
+    let gateway = gateway(&[&first, &second]).await;
     for _ in 0..3 {
-        for (model, worker) in [("m1", &mut one), ("m2", &mut two)] {
+        for (model, worker) in [("m1", &mut first), ("m2", &mut second)] {
             let body = json!({ "model": model, "prompt": "hi" }).to_string();
             let request = http("POST", "/v1/completions", body);
             let mut client = Client::sending(gateway.address(), request).await;
-            worker.request().await.answer_json("{}").await;
-            assert_eq!(client.answer().await.status(), 200);
+            worker.request().await.respond_json("{}").await;
+            assert_eq!(client.response().await.status(), 200);
         }
     }
 }
 
 #[tokio::test]
-async fn a_worker_may_live_below_a_path() {
+async fn a_workers_url_may_have_a_path() {
     let mut worker = FakeWorker::start().await;
     let mut config = config(&[]);
     let spec = format!("http://{}/engines/one/,name=deep", worker.address);
     config.workers = vec![spec.parse().unwrap()];
     let gateway = foresee_gateway::Gateway::start(config).unwrap();
-    // Its probes are not the fake worker's own paths, so the test answers them.
-    let mut found = false;
+    // The fake worker does not know these paths, so the test responds to the health checks.
+    let mut is_discovered = false;
     let mut client = None;
     loop {
         let exchange = worker.request().await;
         match exchange.head.first_line.as_str() {
-            "GET /engines/one/health HTTP/1.1" => exchange.answer_json("").await,
-            "GET /engines/one/v1/models HTTP/1.1" => exchange.answer_json("{}").await,
-            "GET /engines/one/metrics HTTP/1.1" => exchange.answer_json("").await,
+            "GET /engines/one/health HTTP/1.1" => exchange.respond_json("").await,
+            "GET /engines/one/v1/models HTTP/1.1" => exchange.respond_json("{}").await,
+            "GET /engines/one/metrics HTTP/1.1" => exchange.respond_json("").await,
             "GET /engines/one/server_info HTTP/1.1" => {
-                exchange.answer_json("{}").await;
-                found = true;
+                exchange.respond_json("{}").await;
+                is_discovered = true;
             }
             line => {
                 assert_eq!(line, "GET /engines/one/x?y=1 HTTP/1.1");
-                break exchange.answer_json("there").await;
+                break exchange.respond_json("there").await;
             }
         }
-        if found && client.is_none() {
-            until("the worker to be found", || {
-                state(&gateway, "deep") == foresee_core::fleet::WorkerState::Healthy
+        if is_discovered && client.is_none() {
+            until("the worker to be healthy", || {
+                state(&gateway, "deep") == foresee_core::workers::WorkerState::Healthy
             })
             .await;
             let request = http("GET", "/x?y=1", "");
             client = Some(Client::sending(gateway.address(), request).await);
         }
     }
-    assert_eq!(client.unwrap().answer().await.text(), "there");
+    assert_eq!(client.unwrap().response().await.text(), "there");
 }

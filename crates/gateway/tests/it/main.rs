@@ -2,14 +2,15 @@
 
 mod abort_soak;
 mod batches;
+mod cache_feedback;
 mod failures;
 mod fake_worker;
 mod fidelity;
 mod fleet;
+mod metrics_docs;
 mod queue;
 mod ranks;
 mod shutdown;
-mod stored;
 mod streaming;
 mod tokens;
 

@@ -1,4 +1,4 @@
-//! Several data-parallel ranks behind one address, and workers that say where their events are.
+//! Several data-parallel ranks at one address, and workers that report where they publish events.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use std::net::TcpListener;
@@ -13,17 +13,17 @@ use zeromq::{PubSocket, Socket, SocketSend, ZmqMessage};
 
 const RANK: &str = "x-data-parallel-rank";
 
-/// A gateway before one engine.
+/// Starts a gateway with one engine, described by its address and `options`.
 async fn gateway_of(worker: &FakeWorker, options: &str) -> Gateway {
     let mut config = config(&[]);
-    let written = format!("{}{options}", worker.spec("gpu"));
-    config.workers = vec![written.parse::<WorkerConfig>().unwrap()];
+    let description = format!("{}{options}", worker.spec("gpu"));
+    config.workers = vec![description.parse::<WorkerConfig>().unwrap()];
     gateway_with(config).await
 }
 
-/// Sends a request, with a rank of the client's choice, and returns the worker that it was booked
-/// on and the rank that the engine was asked for.
-async fn placed(
+/// Sends a request that names `rank`, if any. Returns the worker that it was booked on, and the rank in
+/// the request to the engine.
+async fn route_one(
     gateway: &Gateway,
     engine: &mut FakeWorker,
     rank: Option<&str>,
@@ -36,23 +36,23 @@ async fn placed(
     let mut client = Client::sending(gateway.address(), request).await;
     let exchange = engine.request().await;
     let asked = exchange.head.get(RANK).map(str::to_owned);
-    exchange.answer_json("{}").await;
-    let answer = client.answer().await;
-    let worker = answer.head.get("x-foresee-worker").unwrap();
+    exchange.respond_json("{}").await;
+    let response = client.response().await;
+    let worker = response.head.get("x-foresee-worker").unwrap();
     (worker.to_owned(), asked)
 }
 
 #[tokio::test]
-async fn each_rank_is_a_worker_and_is_asked_for() {
+async fn each_rank_is_a_worker_and_requests_are_pinned_to_it() {
     let mut engine = FakeWorker::start().await;
-    // Each rank of vLLM tells the sum of all.
+    // Each rank of vLLM reports the sum of all ranks.
     engine.set_metrics(
         "vllm:cache_config_info{engine=\"0\",block_size=\"16\",num_gpu_blocks=\"200\"} 1\n\
          vllm:cache_config_info{engine=\"1\",block_size=\"16\",num_gpu_blocks=\"200\"} 1\n",
     );
     let gateway = gateway_of(&engine, ",ranks=2").await;
     for (name, rank) in [("gpu/0", 0), ("gpu/1", 1)] {
-        let worker = shown(&gateway, name).await.unwrap();
+        let worker = worker_json(&gateway, name).await.unwrap();
         assert_eq!(worker["url"], format!("http://{}", engine.address));
         assert_eq!(
             (&worker["rank"], &worker["capacity_blocks"]),
@@ -60,7 +60,7 @@ async fn each_rank_is_a_worker_and_is_asked_for() {
         );
     }
     for turn in 0..4 {
-        let (worker, asked) = placed(&gateway, &mut engine, None).await;
+        let (worker, asked) = route_one(&gateway, &mut engine, None).await;
         let rank = turn % 2;
         assert_eq!(
             (worker, asked),
@@ -70,79 +70,83 @@ async fn each_rank_is_a_worker_and_is_asked_for() {
 }
 
 #[tokio::test]
-async fn a_client_may_name_a_rank() {
+async fn a_client_can_choose_a_rank() {
     let mut engine = FakeWorker::start().await;
     let gateway = gateway_of(&engine, ",ranks=3").await;
     for rank in ["2", "2", "0", "2"] {
-        let (worker, asked) = placed(&gateway, &mut engine, Some(rank)).await;
+        let (worker, asked) = route_one(&gateway, &mut engine, Some(rank)).await;
         assert_eq!(
             (worker, asked.as_deref()),
             (format!("gpu/{rank}"), Some(rank))
         );
     }
-    // The engine is to say what is wrong with it.
+    // An invalid rank is passed on, so that the engine reports the error.
     for rank in ["3", "first"] {
-        let (_, asked) = placed(&gateway, &mut engine, Some(rank)).await;
+        let (_, asked) = route_one(&gateway, &mut engine, Some(rank)).await;
         assert_eq!(asked.as_deref(), Some(rank));
     }
 }
 
 #[tokio::test]
-async fn a_named_rank_is_kept_when_its_worker_fails() {
+async fn a_chosen_rank_is_kept_when_its_worker_fails() {
     let mut engine = FakeWorker::start().await;
     let gateway = gateway_of(&engine, ",ranks=2").await;
     let request = String::from_utf8(http("POST", CHAT, chat("hi", false))).unwrap();
     let request = request.replacen("\r\n", &format!("\r\n{RANK}: 1\r\n"), 1);
     let mut client = Client::sending(gateway.address(), request).await;
-    // A broken connection is tried once more, and never on the other rank.
+    // A lost connection is retried once, and never on the other rank.
     for _ in 0..2 {
         let exchange = engine.request().await;
         assert_eq!(exchange.head.get(RANK), Some("1"));
         exchange.reset();
     }
-    client.answer().await.error(502);
-    freed(&gateway).await;
+    client.response().await.error(502);
+    until_released(&gateway).await;
 }
 
 #[tokio::test]
-async fn ranks_come_and_go_together() {
+async fn all_ranks_of_an_engine_join_and_leave_together() {
     let engine = FakeWorker::start().await;
     let gateway = gateway_with(config(&[&engine])).await;
     let admin = async |method: &str, path: &str, body: &str| {
         call(gateway.admin_address(), method, path, body).await
     };
     let url = json!({ "url": engine.spec("gpu") + ",ranks=3" }).to_string();
-    let answer = admin("POST", "/admin/workers", &url).await;
+    let response = admin("POST", "/admin/workers", &url).await;
     assert_eq!(
-        (answer.status(), &answer.json()["name"]),
+        (response.status(), &response.json()["name"]),
         (202, &json!("gpu"))
     );
     assert_eq!(workers(&gateway).len(), 4);
-    // The same name again, as ranks or as one.
+    // The name is taken, for an engine with ranks and for one without.
     for taken in [",ranks=2", ""] {
         let url = json!({ "url": engine.spec("gpu") + taken }).to_string();
         admin("POST", "/admin/workers", &url).await.error(400);
     }
-    let answer = admin("DELETE", "/admin/workers/gpu/1", "").await;
-    assert_eq!(answer.status(), 202);
-    until("one rank to be gone", || workers(&gateway).len() == 3).await;
+    let response = admin("DELETE", "/admin/workers/gpu/1", "").await;
+    assert_eq!(response.status(), 202);
+    until("one rank to be removed", || workers(&gateway).len() == 3).await;
     assert_eq!(
         admin("DELETE", "/admin/workers/gpu", "").await.status(),
         202
     );
-    until("all ranks to be gone", || workers(&gateway).len() == 1).await;
+    until("all ranks to be removed", || workers(&gateway).len() == 1).await;
     admin("DELETE", "/admin/workers/gpu", "").await.error(404);
 
     let url = json!({ "url": engine.spec("other/1") }).to_string();
     assert_eq!(admin("POST", "/admin/workers", &url).await.status(), 202);
     let url = json!({ "url": engine.spec("other") + ",ranks=2" }).to_string();
     admin("POST", "/admin/workers", &url).await.error(400);
-    assert_eq!(workers(&gateway).len(), 2, "all ranks are added, or none");
+    assert_eq!(
+        workers(&gateway).len(),
+        2,
+        "either all ranks are added or none"
+    );
 }
 
 // Events
 
-/// A PUB socket, as an engine has it.
+/// PUB socket, as an engine has it.
 struct Publisher {
     socket: PubSocket,
     port: u16,
@@ -159,7 +163,7 @@ impl Publisher {
         Self { socket, port }
     }
 
-    /// Says that a block of these tokens is cached.
+    /// Publishes that a block was stored whose tokens are all `sequence`.
     async fn stored(&mut self, topic: &str, sequence: u64, rank: Option<u32>) {
         let batch = EventBatch {
             timestamp: Some(sequence as f64),
@@ -183,54 +187,66 @@ impl Publisher {
     }
 }
 
-/// Waits until a worker is shown as expected.
-async fn becomes(gateway: &Gateway, name: &str, is_so: impl Fn(&Value) -> bool) -> Value {
-    let looking = async {
+/// Waits until the admin API shows a worker as `is_expected` requires, and returns it.
+async fn until_worker(
+    gateway: &Gateway,
+    name: &str,
+    is_expected: impl Fn(&Value) -> bool,
+) -> Value {
+    let polling = async {
         loop {
-            if let Some(worker) = shown(gateway, name).await
-                && is_so(&worker)
+            if let Some(worker) = worker_json(gateway, name).await
+                && is_expected(&worker)
             {
                 return worker;
             }
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     };
-    within("a worker to become what it should", looking).await
+    within("a worker to be as expected", polling).await
 }
 
-/// How many blocks of the publisher's batch `sequence` a request for `model` is predicted to find
-/// on `gpu`.
-async fn found(gateway: &Gateway, model: &str, sequence: u64) -> Value {
+/// Returns the number of cached blocks that are predicted on `gpu` for a request for `model` with the
+/// block of the batch `sequence`.
+async fn predicted_blocks(gateway: &Gateway, model: &str, sequence: u64) -> Value {
     let prompt = vec![sequence as u32; 17];
     let body = json!({"model": model, "prompt": prompt}).to_string();
     let explained = call(gateway.admin_address(), "POST", "/admin/explain", body).await;
     let explained = explained.json();
     let mut candidates = explained["candidates"].as_array().into_iter().flatten();
-    let on_it = candidates.find(|it| it["worker"] == "gpu");
-    on_it.map_or(Value::Null, |it| it["overlap_cached_blocks"].clone())
+    let candidate = candidates.find(|candidate| candidate["worker"] == "gpu");
+    candidate.map_or(Value::Null, |candidate| {
+        candidate["overlap_cached_blocks"].clone()
+    })
 }
 
-/// Publishes until it is heard: what is sent before a subscription has arrived is lost.
-async fn until_heard(gateway: &Gateway, publisher: &mut Publisher, topic: &str, rank: Option<u32>) {
+/// Publishes until the gateway receives a batch: batches sent before the subscription arrives are lost.
+async fn publish_until_received(
+    gateway: &Gateway,
+    publisher: &mut Publisher,
+    topic: &str,
+    rank: Option<u32>,
+) {
     let mut sequence = 0;
-    until_async("events to be heard", async || {
+    until_async("events to be received", async || {
         publisher.stored(topic, sequence, rank).await;
         sequence += 1;
-        let worker = shown(gateway, "gpu").await.unwrap();
+        let worker = worker_json(gateway, "gpu").await.unwrap();
         worker["cached_blocks"] != 0
     })
     .await;
 }
 
-async fn until_async(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+async fn until_async(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     within(what, async {
-        while !is_so().await {
+        while !holds().await {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     })
     .await;
 }
 
+/// Returns the server info of an SGLang that publishes events.
 fn sglang(publisher: &Publisher, topic: &str) -> Value {
     let config = json!({
         "publisher": "zmq", "endpoint": format!("tcp://*:{}", publisher.port), "topic": topic,
@@ -241,26 +257,26 @@ fn sglang(publisher: &Publisher, topic: &str) -> Value {
 }
 
 #[tokio::test]
-async fn an_sglang_is_followed_where_it_says() {
+async fn the_event_source_of_sglang_is_discovered() {
     let mut publisher = Publisher::start().await;
     let engine = FakeWorker::start().await;
     engine.set_server_info(&sglang(&publisher, "kv"));
     let gateway = gateway_of(&engine, "").await;
     let live = |worker: &Value| worker["kv_events"]["state"] == "live";
-    let worker = becomes(&gateway, "gpu", live).await;
+    let worker = until_worker(&gateway, "gpu", live).await;
     assert_eq!(worker["capacity_blocks"], 144);
     let source = format!("tcp://127.0.0.1:{}", publisher.port);
     assert_eq!(worker["kv_events"]["source"], source);
     assert_eq!(worker["kv_events"]["discovered"], true);
-    until_heard(&gateway, &mut publisher, "kv", None).await;
+    publish_until_received(&gateway, &mut publisher, "kv", None).await;
     assert_eq!(
-        shown(&gateway, "gpu").await.unwrap()["cache_source"],
+        worker_json(&gateway, "gpu").await.unwrap()["cache_source"],
         "events"
     );
 }
 
 #[tokio::test]
-async fn each_rank_of_a_vllm_is_followed_where_it_says() {
+async fn the_event_source_of_each_vllm_rank_is_discovered() {
     let publishers = [Publisher::start().await, Publisher::start().await];
     let source = |publisher: &Publisher| json!({"endpoint": format!("tcp://*:{}", publisher.port)});
     let engine = FakeWorker::start().await;
@@ -268,20 +284,21 @@ async fn each_rank_of_a_vllm_is_followed_where_it_says() {
     engine.set_event_sources(&json!({"0": source(&publishers[0]), "1": source(&publishers[1])}));
     let gateway = gateway_of(&engine, ",ranks=2").await;
     for (name, publisher) in ["gpu/0", "gpu/1"].into_iter().zip(&publishers) {
-        let worker = becomes(&gateway, name, |it| it["cache_source"] == "events").await;
+        let worker =
+            until_worker(&gateway, name, |worker| worker["cache_source"] == "events").await;
         let source = format!("tcp://127.0.0.1:{}", publisher.port);
         assert_eq!(worker["kv_events"]["source"], source);
     }
     gateway.shut_down().await;
-    // Of two ranks taken for one worker, neither's events are its own.
+    // If two ranks are configured as one worker, neither rank's events describe that worker.
     let gateway = gateway_of(&engine, "").await;
-    let worker = shown(&gateway, "gpu").await.unwrap();
+    let worker = worker_json(&gateway, "gpu").await.unwrap();
     assert_eq!(worker["kv_events"], Value::Null);
 }
 
-/// `tcp://*:0` is told as the address it became.
+/// vLLM reports `tcp://*:0` as the address that it became.
 #[tokio::test]
-async fn a_vllm_is_followed_at_a_port_of_the_systems_choice() {
+async fn an_event_source_of_vllm_at_a_dynamic_port_is_discovered() {
     let publisher = Publisher::start().await;
     let engine = FakeWorker::start().await;
     engine.set_model_list(r#"{"data": [{"id": "m", "owned_by": "vllm"}]}"#);
@@ -291,88 +308,89 @@ async fn a_vllm_is_followed_at_a_port_of_the_systems_choice() {
     let by_name = format!("http://localhost:{},name=gpu", engine.address.port());
     config.workers = vec![by_name.parse::<WorkerConfig>().unwrap()];
     let gateway = gateway_with(config).await;
-    becomes(&gateway, "gpu", |it| it["cache_source"] == "events").await;
+    until_worker(&gateway, "gpu", |worker| worker["cache_source"] == "events").await;
 }
 
 #[tokio::test]
-async fn an_engine_evicts_as_it_says_it_does_unless_it_is_written() {
+async fn the_eviction_rule_follows_the_engine_unless_configured() {
     let engine = FakeWorker::start().await;
     for (owner, options, eviction) in [
         ("vllm", "", "queue"),
         ("sglang", "", "radix"),
         ("sglang", ",kv-events=off", "radix"),
         ("sglang", ",eviction=queue", "queue"),
-        ("somebody", ",eviction=radix", "radix"),
+        ("unknown", ",eviction=radix", "radix"),
     ] {
         let models = json!({"data": [{"id": "m", "owned_by": owner}]});
         engine.set_model_list(&models.to_string());
         let gateway = gateway_of(&engine, options).await;
-        let worker = becomes(&gateway, "gpu", |it| it["state"] == "healthy").await;
+        let worker = until_worker(&gateway, "gpu", |worker| worker["state"] == "healthy").await;
         assert_eq!(worker["eviction"], eviction, "{owner}{options}");
         gateway.shut_down().await;
     }
 }
 
 #[tokio::test]
-async fn an_sglang_may_move_its_events_or_end_them() {
+async fn sglang_can_move_or_end_its_events_at_a_restart() {
     let (first, second) = (Publisher::start().await, Publisher::start().await);
     let engine = FakeWorker::start().await;
     engine.set_server_info(&sglang(&first, ""));
     let gateway = gateway_of(&engine, "").await;
-    becomes(&gateway, "gpu", |it| it["cache_source"] == "events").await;
-    // Every restart shows as a failing probe.
+    until_worker(&gateway, "gpu", |worker| worker["cache_source"] == "events").await;
+    // Every restart is observed as a failed health check.
     let restart = async |info: &Value| {
         engine.set_healthy(false);
-        becomes(&gateway, "gpu", |it| it["state"] == "unhealthy").await;
+        until_worker(&gateway, "gpu", |worker| worker["state"] == "unhealthy").await;
         engine.set_server_info(info);
         engine.set_healthy(true);
     };
     restart(&sglang(&second, "")).await;
     let moved = format!("tcp://127.0.0.1:{}", second.port);
-    becomes(&gateway, "gpu", |it| {
-        it["kv_events"]["source"] == moved && it["cache_source"] == "events"
+    until_worker(&gateway, "gpu", |worker| {
+        worker["kv_events"]["source"] == moved && worker["cache_source"] == "events"
     })
     .await;
     restart(&json!({"page_size": 16, "kv_events_config": null})).await;
-    becomes(&gateway, "gpu", |it| {
-        it["kv_events"].is_null() && it["cache_source"] == "shadow"
+    until_worker(&gateway, "gpu", |worker| {
+        worker["kv_events"].is_null() && worker["cache_source"] == "estimated"
     })
     .await;
 }
 
 #[tokio::test]
-async fn events_are_not_looked_for_where_they_are_off() {
+async fn events_are_not_discovered_if_they_are_off() {
     let publisher = Publisher::start().await;
     let engine = FakeWorker::start().await;
     engine.set_server_info(&sglang(&publisher, ""));
     let gateway = gateway_of(&engine, ",kv-events=off").await;
-    let worker = shown(&gateway, "gpu").await.unwrap();
+    let worker = worker_json(&gateway, "gpu").await.unwrap();
     assert_eq!(worker["state"], "healthy");
     assert_eq!(worker["kv_events"], Value::Null);
 }
 
 #[tokio::test]
-async fn only_the_topic_asked_for_is_followed() {
+async fn only_the_configured_topic_is_followed() {
     let mut publisher = Publisher::start().await;
     let engine = FakeWorker::start().await;
     let options = format!(",kv-events=tcp://127.0.0.1:{},topic=kv@1", publisher.port);
     let gateway = gateway_of(&engine, &options).await;
-    becomes(&gateway, "gpu", |it| it["cache_source"] == "events").await;
-    until_heard(&gateway, &mut publisher, "kv@1", None).await;
-    let heard = shown(&gateway, "gpu").await.unwrap()["kv_events"]["last_sequence"]
+    until_worker(&gateway, "gpu", |worker| worker["cache_source"] == "events").await;
+    publish_until_received(&gateway, &mut publisher, "kv@1", None).await;
+    let last_sequence = worker_json(&gateway, "gpu").await.unwrap()["kv_events"]["last_sequence"]
         .as_u64()
         .unwrap();
-    // One that begins the same, and another's; were they taken, they would be a gap.
-    publisher.stored("kv@10", heard + 7, None).await;
-    publisher.stored("", heard + 8, None).await;
-    publisher.stored("kv@1", heard + 1, None).await;
-    let next = |it: &Value| it["kv_events"]["last_sequence"] == heard + 1;
-    let worker = becomes(&gateway, "gpu", next).await;
+    // Batches of a topic with the same prefix and of no topic. If they were applied, there would be a
+    // gap.
+    publisher.stored("kv@10", last_sequence + 7, None).await;
+    publisher.stored("", last_sequence + 8, None).await;
+    publisher.stored("kv@1", last_sequence + 1, None).await;
+    let is_next = |worker: &Value| worker["kv_events"]["last_sequence"] == last_sequence + 1;
+    let worker = until_worker(&gateway, "gpu", is_next).await;
     assert_eq!(worker["kv_events"]["gaps"], 0);
 }
 
 #[tokio::test]
-async fn what_a_model_is_called_makes_no_difference_to_its_blocks() {
+async fn blocks_are_found_under_every_name_of_a_model() {
     let mut publisher = Publisher::start().await;
     let mut engine = FakeWorker::start().await;
     let served = json!({"data": [
@@ -385,9 +403,9 @@ async fn what_a_model_is_called_makes_no_difference_to_its_blocks() {
     engine.set_model_list(&served.to_string());
     let options = format!(",kv-events=tcp://127.0.0.1:{}", publisher.port);
     let gateway = gateway_of(&engine, &options).await;
-    becomes(&gateway, "gpu", |it| it["cache_source"] == "events").await;
-    until_heard(&gateway, &mut publisher, "", None).await;
-    let worker = shown(&gateway, "gpu").await.unwrap();
+    until_worker(&gateway, "gpu", |worker| worker["cache_source"] == "events").await;
+    publish_until_received(&gateway, &mut publisher, "", None).await;
+    let worker = worker_json(&gateway, "gpu").await.unwrap();
     let sequence = worker["kv_events"]["last_sequence"].as_u64().unwrap();
     for (model, blocks) in [
         ("m", 1),
@@ -396,104 +414,111 @@ async fn what_a_model_is_called_makes_no_difference_to_its_blocks() {
         ("other", 0),
         ("rootless", 0),
     ] {
-        assert_eq!(found(&gateway, model, sequence).await, blocks, "{model}");
+        assert_eq!(
+            predicted_blocks(&gateway, model, sequence).await,
+            blocks,
+            "{model}"
+        );
     }
-    // The engine is asked for what the client wrote.
+    // The request reaches the engine with the name that the client used.
     let body = json!({"model": "alias", "prompt": vec![sequence; 17]}).to_string();
     let request = http("POST", "/v1/completions", &body);
     let mut client = Client::sending(gateway.address(), request).await;
     let exchange = engine.request().await;
     assert_eq!(exchange.body, body.as_bytes());
-    exchange.answer_json("{}").await;
-    let answer = client.answer().await;
-    assert_eq!(answer.head.get("x-foresee-overlap-tokens"), Some("16"));
+    exchange.respond_json("{}").await;
+    let response = client.response().await;
+    assert_eq!(response.head.get("x-foresee-overlap-tokens"), Some("16"));
 }
 
-/// A name that is one worker's alias and another's own is hashed as it is.
+/// A name that is an alias on one worker and a model of its own on another is hashed as itself.
 #[tokio::test]
-async fn workers_that_differ_on_a_name_leave_it_as_it_is() {
+async fn a_name_that_workers_resolve_differently_is_not_an_alias() {
     let mut publisher = Publisher::start().await;
-    let (one, two) = (FakeWorker::start().await, FakeWorker::start().await);
-    one.set_model_list(r#"{"data": [{"id": "m", "root": "/m"}, {"id": "n", "root": "/m"}]}"#);
-    two.set_model_list(r#"{"data": [{"id": "n", "root": "/m"}]}"#);
-    let mut config = config(&[&one]);
-    let (spec, port) = (two.spec("gpu"), publisher.port);
-    let followed = format!("{spec},kv-events=tcp://127.0.0.1:{port}");
-    config.workers.push(followed.parse().unwrap());
+    let (first, second) = (FakeWorker::start().await, FakeWorker::start().await);
+    first.set_model_list(r#"{"data": [{"id": "m", "root": "/m"}, {"id": "n", "root": "/m"}]}"#);
+    second.set_model_list(r#"{"data": [{"id": "n", "root": "/m"}]}"#);
+    let mut config = config(&[&first]);
+    let (spec, port) = (second.spec("gpu"), publisher.port);
+    let description = format!("{spec},kv-events=tcp://127.0.0.1:{port}");
+    config.workers.push(description.parse().unwrap());
     let gateway = gateway_with(config).await;
-    becomes(&gateway, "gpu", |it| it["cache_source"] == "events").await;
-    until_heard(&gateway, &mut publisher, "", None).await;
-    let worker = shown(&gateway, "gpu").await.unwrap();
+    until_worker(&gateway, "gpu", |worker| worker["cache_source"] == "events").await;
+    publish_until_received(&gateway, &mut publisher, "", None).await;
+    let worker = worker_json(&gateway, "gpu").await.unwrap();
     let sequence = worker["kv_events"]["last_sequence"].as_u64().unwrap();
-    assert_eq!(found(&gateway, "n", sequence).await, 1);
+    assert_eq!(predicted_blocks(&gateway, "n", sequence).await, 1);
 }
 
 #[tokio::test]
-async fn a_model_put_in_place_of_another_is_the_one_whose_blocks_are_known() {
+async fn blocks_are_known_under_a_model_that_replaced_another() {
     let mut publisher = Publisher::start().await;
     let engine = FakeWorker::start().await;
     let options = format!(",kv-events=tcp://127.0.0.1:{}", publisher.port);
     let gateway = gateway_of(&engine, &options).await;
-    becomes(&gateway, "gpu", |it| it["cache_source"] == "events").await;
-    until_heard(&gateway, &mut publisher, "", None).await;
-    // Its probes see no failure.
+    until_worker(&gateway, "gpu", |worker| worker["cache_source"] == "events").await;
+    publish_until_received(&gateway, &mut publisher, "", None).await;
+    // No health check fails.
     engine.set_model_list(r#"{"data": [{"id": "n"}]}"#);
     let mut sequence = 1000;
     until_async("the new model's blocks to be known", async || {
         sequence += 1;
         publisher.stored("", sequence, None).await;
-        // The one before has had time to arrive.
-        found(&gateway, "n", sequence - 1).await == 1
+        // The previous batch has had time to arrive.
+        predicted_blocks(&gateway, "n", sequence - 1).await == 1
     })
     .await;
 }
 
-/// Where answers do not report what they found cached, they still tell that blocks were filled.
+/// Responses that do not report cached tokens still show that blocks were filled.
 #[tokio::test]
-async fn what_is_published_under_another_topic_is_silence() {
+async fn a_stream_without_the_configured_topic_is_silent() {
     let mut publisher = Publisher::start().await;
     let mut engine = FakeWorker::start().await;
     let (spec, port) = (engine.spec("gpu"), publisher.port);
     let mut config = config(&[]);
     config.events_grace = Duration::from_millis(50);
-    let written = format!("{spec},kv-events=tcp://127.0.0.1:{port},topic=kv");
-    config.workers = vec![written.parse::<WorkerConfig>().unwrap()];
+    let description = format!("{spec},kv-events=tcp://127.0.0.1:{port},topic=kv");
+    config.workers = vec![description.parse::<WorkerConfig>().unwrap()];
     let gateway = gateway_with(config).await;
-    becomes(&gateway, "gpu", |it| it["cache_source"] == "events").await;
+    until_worker(&gateway, "gpu", |worker| worker["cache_source"] == "events").await;
     let mut sent = 0;
-    until_async("the silence to be noticed", async || {
+    until_async("the silence to be detected", async || {
         publisher.stored("kv@1", sent, None).await;
         let prompt = format!("{sent} and so on ").repeat(100);
         let request = http("POST", CHAT, chat(&prompt, false));
         let mut client = Client::sending(gateway.address(), request).await;
-        engine.request().await.answer_json("{}").await;
-        client.answer().await;
+        engine.request().await.respond_json("{}").await;
+        client.response().await;
         sent += 1;
-        let worker = shown(&gateway, "gpu").await.unwrap();
-        worker["kv_events"]["state"] == "silent" && worker["cache_source"] == "shadow"
+        let worker = worker_json(&gateway, "gpu").await.unwrap();
+        worker["kv_events"]["state"] == "silent" && worker["cache_source"] == "estimated"
     })
     .await;
-    until_heard(&gateway, &mut publisher, "kv", None).await;
-    let worker = shown(&gateway, "gpu").await.unwrap();
+    publish_until_received(&gateway, &mut publisher, "kv", None).await;
+    let worker = worker_json(&gateway, "gpu").await.unwrap();
     assert_eq!(worker["kv_events"]["state"], "live");
     assert_eq!(worker["cache_source"], "events");
 }
 
 #[tokio::test]
-async fn events_of_another_rank_are_not_believed() {
+async fn events_of_another_rank_are_not_applied() {
     let mut publisher = Publisher::start().await;
     let engine = FakeWorker::start().await;
     let options = format!(",ranks=1,kv-events=tcp://127.0.0.1:{}", publisher.port);
     let gateway = gateway_of(&engine, &options).await;
     let name = "gpu/0";
-    becomes(&gateway, name, |it| it["cache_source"] == "events").await;
+    until_worker(&gateway, name, |worker| worker["cache_source"] == "events").await;
     let mut sequence = 0;
-    until_async("the fault to be seen", async || {
+    until_async("the fault to be detected", async || {
         publisher.stored("", sequence, Some(1)).await;
         sequence += 1;
-        let worker = shown(&gateway, name).await.unwrap();
+        let worker = worker_json(&gateway, name).await.unwrap();
         worker["kv_events"]["state"] == "faulty"
     })
     .await;
-    assert_eq!(shown(&gateway, name).await.unwrap()["cached_blocks"], 0);
+    assert_eq!(
+        worker_json(&gateway, name).await.unwrap()["cached_blocks"],
+        0
+    );
 }

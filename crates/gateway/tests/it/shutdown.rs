@@ -1,4 +1,4 @@
-//! Stopping: nothing new, what runs may end, and no waiting beyond the deadline.
+//! Shutdown: new connections are refused, running responses may end until the deadline.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use tokio::net::TcpStream;
 const FAR: Duration = Duration::from_secs(3600);
 
 #[tokio::test]
-async fn running_streams_end_and_nothing_new_is_accepted() {
+async fn running_streams_end_and_new_connections_are_refused() {
     let mut worker = FakeWorker::start().await;
     let mut config = config(&[&worker]);
     config.shutdown_timeout = FAR;
@@ -19,7 +19,7 @@ async fn running_streams_end_and_nothing_new_is_accepted() {
     let addresses = [gateway.address(), gateway.admin_address()];
     // One connection is idle, one has never been used.
     let mut idle = Client::sending(gateway.address(), http("GET", "/health", "")).await;
-    assert_eq!(idle.answer().await.status(), 200);
+    assert_eq!(idle.response().await.status(), 200);
     let _unused = Client::connect(gateway.address()).await;
     let mut client = Client::sending(gateway.address(), http("POST", CHAT, chat("hi", true))).await;
     let mut exchange = worker.request().await;
@@ -44,15 +44,15 @@ async fn running_streams_end_and_nothing_new_is_accepted() {
     assert_eq!(client.rest().await.unwrap(), "data: [DONE]\n\n");
     // Before the deadline: idle connections do not delay the shutdown.
     within("the gateway to stop", stopped).await.unwrap();
-    assert_eq!(router.bookings(), 0);
-    // And nobody is probed any more.
+    assert_eq!(router.booking_count(), 0);
+    // Health checks have stopped too.
     let probes = worker.probes();
     a_few_probe_intervals().await;
     assert!(worker.probes() <= probes + 1);
 }
 
 #[tokio::test]
-async fn a_stream_that_never_ends_is_left_at_the_deadline() {
+async fn a_stream_that_never_ends_is_aborted_at_the_deadline() {
     let mut worker = FakeWorker::start().await;
     let mut config = config(&[&worker]);
     config.shutdown_timeout = Duration::from_millis(150);
@@ -69,14 +69,14 @@ async fn a_stream_that_never_ends_is_left_at_the_deadline() {
     within("the gateway to stop", gateway.shut_down()).await;
     let took = stopping.elapsed();
     assert!(took >= Duration::from_millis(150), "{took:?}");
-    // Nothing of it lives on.
-    within("the worker to be told", exchange.closed()).await;
+    // Nothing of the request remains.
+    within("the worker's connection to be closed", exchange.closed()).await;
     assert!(client.rest().await.is_err());
-    until("the booking to be freed", || router.bookings() == 0).await;
+    until("the booking to be released", || router.booking_count() == 0).await;
 }
 
 #[tokio::test]
-async fn an_idle_gateway_stops_at_once() {
+async fn an_idle_gateway_stops_immediately() {
     let worker = FakeWorker::start().await;
     let mut config = config(&[&worker]);
     config.shutdown_timeout = FAR;

@@ -1,4 +1,4 @@
-//! Streams are watched as they pass: each token is load, and the end of a stream ends it.
+//! Streams are observed as they pass: each token increases the load, and the end releases it.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use crate::fake_worker::*;
@@ -6,16 +6,16 @@ use foresee_gateway::Gateway;
 use serde_json::json;
 
 async fn active_blocks(gateway: &Gateway) -> u64 {
-    let worker = shown(gateway, "a").await.unwrap();
+    let worker = worker_json(gateway, "a").await.unwrap();
     worker["active_blocks"].as_u64().unwrap()
 }
 
 async fn context_tokens(gateway: &Gateway) -> u64 {
-    let worker = shown(gateway, "a").await.unwrap();
+    let worker = worker_json(gateway, "a").await.unwrap();
     worker["context_tokens"].as_u64().unwrap()
 }
 
-/// A client that streams, and its exchange on the worker, before the answer's head.
+/// Returns a streaming client and its exchange on the worker, after the response's head was sent.
 async fn streaming(gateway: &Gateway, worker: &mut FakeWorker) -> (Client, Exchange) {
     let request = http("POST", CHAT, chat("a short prompt", true));
     let client = Client::sending(gateway.address(), request).await;
@@ -25,7 +25,7 @@ async fn streaming(gateway: &Gateway, worker: &mut FakeWorker) -> (Client, Excha
 }
 
 #[tokio::test]
-async fn tokens_grow_the_booking_and_its_end_frees_it() {
+async fn tokens_grow_the_booking_and_the_end_releases_it() {
     let mut worker = FakeWorker::start().await;
     let gateway = gateway(&[&worker]).await;
     let (mut client, mut exchange) = streaming(&gateway, &mut worker).await;
@@ -33,7 +33,7 @@ async fn tokens_grow_the_booking_and_its_end_frees_it() {
     let context = context_tokens(&gateway).await;
     assert!(before > 0, "a request is counted before its first byte");
 
-    // Who speaks, then a comment: no token yet.
+    // An event with the role and a comment contain no token.
     let role = json!({"choices": [{"delta": {"role": "assistant", "content": ""}}]});
     exchange.send_chunk(format!("data: {role}\n\n")).await;
     assert_eq!(client.head().await.status(), 200);
@@ -47,33 +47,33 @@ async fn tokens_grow_the_booking_and_its_end_frees_it() {
         client.chunk().await;
         assert_eq!(context_tokens(&gateway).await, context + count);
     }
-    let shown = shown(&gateway, "a").await.unwrap();
+    let worker_a = worker_json(&gateway, "a").await.unwrap();
     assert_eq!(active_blocks(&gateway).await, before + 64 / 16);
-    assert_eq!(shown["prefill_tokens"], 0);
-    assert_eq!(shown["requests"], 1);
+    assert_eq!(worker_a["prefill_tokens"], 0);
+    assert_eq!(worker_a["requests"], 1);
 
     exchange.end_stream().await;
     assert_eq!(client.rest().await.unwrap(), "data: [DONE]\n\n");
-    freed(&gateway).await;
+    until_released(&gateway).await;
     assert_eq!(active_blocks(&gateway).await, 0);
     assert_eq!(context_tokens(&gateway).await, 0);
     let text = metrics(&gateway).await;
     assert_eq!(value(&text, "foresee_output_tokens_total"), Some(64.0));
-    let first = "foresee_time_to_first_token_seconds_count";
-    assert_eq!(value(&text, first), Some(1.0));
-    let next = "foresee_inter_token_latency_seconds_count";
-    assert_eq!(value(&text, next), Some(63.0));
+    let ttft_count = "foresee_time_to_first_token_seconds_count";
+    assert_eq!(value(&text, ttft_count), Some(1.0));
+    let itl_count = "foresee_inter_token_latency_seconds_count";
+    assert_eq!(value(&text, itl_count), Some(63.0));
     let ok = "foresee_requests_total{outcome=\"ok\"}";
     assert_eq!(value(&text, ok), Some(1.0));
 }
 
 #[tokio::test]
-async fn what_is_seen_does_not_depend_on_where_the_stream_is_cut() {
+async fn tokens_are_counted_wherever_the_stream_is_cut() {
     let mut worker = FakeWorker::start().await;
     let gateway = gateway(&[&worker]).await;
     let (mut client, mut exchange) = streaming(&gateway, &mut worker).await;
     let context = context_tokens(&gateway).await;
-    // Three tokens, each byte of them in a chunk of its own.
+    // Three tokens, with each byte in a chunk of its own.
     let stream = [token("é"), token("\u{1F600}\\n"), token("z")].concat();
     for byte in stream.as_bytes() {
         exchange.send_chunk([*byte]).await;
@@ -89,11 +89,11 @@ async fn what_is_seen_does_not_depend_on_where_the_stream_is_cut() {
     exchange.send_chunk("NE]\n\n").await;
     exchange.finish_chunks().await;
     assert_eq!(client.rest().await.unwrap(), "data: [DONE]\n\n");
-    freed(&gateway).await;
+    until_released(&gateway).await;
 }
 
 #[tokio::test]
-async fn usage_corrects_the_count() {
+async fn reported_usage_corrects_the_token_count() {
     let mut worker = FakeWorker::start().await;
     let gateway = gateway(&[&worker]).await;
     let (mut client, mut exchange) = streaming(&gateway, &mut worker).await;
@@ -113,7 +113,7 @@ async fn usage_corrects_the_count() {
     }
     exchange.end_stream().await;
     client.rest().await.unwrap();
-    freed(&gateway).await;
+    until_released(&gateway).await;
     let text = metrics(&gateway).await;
     let actual = "foresee_overlap_blocks_total{kind=\"actual\"}";
     assert_eq!(value(&text, actual), Some(2.0));
@@ -122,21 +122,21 @@ async fn usage_corrects_the_count() {
 }
 
 #[tokio::test]
-async fn an_answer_in_one_piece_holds_its_booking_until_its_end() {
+async fn a_response_that_does_not_stream_keeps_its_booking_until_its_end() {
     let mut worker = FakeWorker::start().await;
     let gateway = gateway(&[&worker]).await;
     let request = http("POST", CHAT, chat("a prompt", false));
     let mut client = Client::sending(gateway.address(), request).await;
     let mut exchange = worker.request().await;
     let body = json!({"choices": [], "usage": {"completion_tokens": 5}}).to_string();
-    let answer = whole("200 OK", "application/json", &body);
-    let (first, last) = answer.split_at(answer.len() - 5);
+    let response = whole("200 OK", "application/json", &body);
+    let (first, last) = response.split_at(response.len() - 5);
     exchange.send(first).await;
     client.head().await;
-    assert_eq!(shown(&gateway, "a").await.unwrap()["requests"], 1);
-    exchange.answer(last).await;
-    freed(&gateway).await;
-    counted(&gateway, "foresee_output_tokens_total", 5.0).await;
+    assert_eq!(worker_json(&gateway, "a").await.unwrap()["requests"], 1);
+    exchange.respond(last).await;
+    until_released(&gateway).await;
+    until_metric(&gateway, "foresee_output_tokens_total", 5.0).await;
 }
 
 #[tokio::test]
@@ -153,7 +153,7 @@ async fn one_connection_carries_one_stream_after_another() {
         assert_eq!(client.head().await.status(), 200);
         assert!(client.rest().await.unwrap().ends_with("data: [DONE]\n\n"));
     }
-    freed(&gateway).await;
-    // Probes and requests share a pool, so a second connection may have been needed.
+    until_released(&gateway).await;
+    // Health checks may use connections of their own.
     assert!(worker.connections() <= 3, "{}", worker.connections());
 }

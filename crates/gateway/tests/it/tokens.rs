@@ -1,4 +1,4 @@
-//! With a tokenizer, prompts are matched as the engine's tokens for as long as its counts agree.
+//! With a tokenizer, prompts are matched as tokens for as long as the engine's token counts agree.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use std::path::Path;
@@ -8,33 +8,33 @@ use crate::fake_worker::*;
 use foresee_gateway::{Gateway, StartError};
 use serde_json::json;
 
-/// Sends a chat and has the worker count its prompt as `prompt_tokens`.
-async fn count(gateway: &Gateway, worker: &mut FakeWorker, prompt_tokens: u32) {
+/// Sends a chat, and lets the worker report `prompt_tokens` for its prompt.
+async fn send_chat(gateway: &Gateway, worker: &mut FakeWorker, prompt_tokens: u32) {
     let mut client =
         Client::sending(gateway.address(), http("POST", CHAT, chat("Hello", false))).await;
     let usage = json!({"usage": {"prompt_tokens": prompt_tokens, "completion_tokens": 1}});
     let exchange = worker.request().await;
-    exchange.answer_json(&usage.to_string()).await;
-    assert_eq!(client.answer().await.status(), 200);
+    exchange.respond_json(&usage.to_string()).await;
+    assert_eq!(client.response().await.status(), 200);
 }
 
-/// The value of a metric, by its name and label as they are exposed; 0 if it is not there.
+/// Returns the value of a metric, given by its name and label; 0 if it does not exist.
 async fn metric(gateway: &Gateway, name: &str) -> u32 {
-    let answer = call(gateway.admin_address(), "GET", "/metrics", "").await;
-    let value = answer
+    let response = call(gateway.admin_address(), "GET", "/metrics", "").await;
+    let value = response
         .text()
         .lines()
         .find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
     value.unwrap_or(0)
 }
 
-const AS_TOKENS: &str = "foresee_tokenized_prompts_total{as=\"tokens\"}";
-const GIVEN_UP: &str = "foresee_tokenized_prompts_total{as=\"given_up\"}";
+const AS_TOKENS: &str = "foresee_tokenized_prompts_total{result=\"tokens\"}";
+const SUSPENDED: &str = "foresee_tokenized_prompts_total{result=\"suspended\"}";
 const EQUAL: &str = "foresee_token_parity_total{result=\"equal\"}";
 const DIFFERENT: &str = "foresee_token_parity_total{result=\"different\"}";
 
 #[tokio::test]
-async fn engines_counts_are_held_against_ours() {
+async fn token_counts_of_engines_are_compared_with_the_tokenizers() {
     let mut worker = FakeWorker::start().await;
     let mut config = config(&[&worker]);
     config.tokenizer = Some(Path::new(TINY).to_owned());
@@ -42,25 +42,25 @@ async fn engines_counts_are_held_against_ours() {
 
     let tokenizer = foresee_engine::tokenizer::Tokenizer::load(Path::new(TINY)).unwrap();
     let text = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n";
-    let framing = foresee_engine::tokenizer::Framing::InText;
+    let framing = foresee_engine::tokenizer::SpecialTokens::AlreadyPresent;
     let tokens = tokenizer.encode(text, framing).unwrap().len() as u32;
 
-    count(&gateway, &mut worker, tokens).await;
+    send_chat(&gateway, &mut worker, tokens).await;
     assert_eq!(metric(&gateway, AS_TOKENS).await, 1);
     assert_eq!(metric(&gateway, EQUAL).await, 1);
 
     for _ in 0..4 {
-        count(&gateway, &mut worker, tokens + 9).await;
+        send_chat(&gateway, &mut worker, tokens + 9).await;
     }
     assert_eq!(metric(&gateway, DIFFERENT).await, 4);
-    count(&gateway, &mut worker, tokens).await;
+    send_chat(&gateway, &mut worker, tokens).await;
     assert_eq!(metric(&gateway, AS_TOKENS).await, 5);
-    assert_eq!(metric(&gateway, GIVEN_UP).await, 1);
+    assert_eq!(metric(&gateway, SUSPENDED).await, 1);
     assert_eq!(metric(&gateway, EQUAL).await, 1, "nothing left to compare");
 }
 
 #[tokio::test]
-async fn a_tokenizer_that_cannot_be_read_is_said_at_start() {
+async fn an_unreadable_tokenizer_fails_the_start() {
     let mut config = config(&[]);
     config.tokenizer = Some(Path::new("/nowhere").to_owned());
     let error = Gateway::start(config).unwrap_err();

@@ -1,40 +1,41 @@
-//! What an engine still has to do, told to whoever rolls it forward.
+//! State of the requests in an engine, for the simulation of its future by the oracle.
 
 use foresee_core::sequence::SequenceHash;
 
-use super::{Engine, Progress};
+use super::{Engine, RequestProgress};
 
-/// A request in an engine, and all that decides how long it stays.
+/// Progress and remaining work of a request in an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Work {
-    /// The request's id.
+pub struct RequestState {
+    /// Id of the request.
     pub id: u64,
-    /// Whether it runs, rather than waits.
+    /// `true` if the request is running, `false` if it waits for admission.
     pub running: bool,
-    /// Prompt length.
+    /// Tokens of the prompt.
     pub prompt_tokens: u32,
-    /// Output tokens generated.
+    /// Output tokens generated so far.
     pub generated: u32,
-    /// Output tokens to come.
-    pub left: u32,
-    /// Tokens of prompt and output whose KV it has; while it waits, would have from the cache.
+    /// Output tokens to generate.
+    pub remaining: u32,
+    /// Running: tokens of prompt and output whose KV is computed. Waiting: tokens that the request
+    /// would find cached if it were admitted now.
     pub computed: u32,
-    /// Tokens the step under way adds to `computed`.
+    /// Tokens that the current step adds to `computed`.
     pub scheduled: u32,
-    /// Blocks it holds.
+    /// Blocks allocated for the request.
     pub blocks: u32,
 }
 
 impl Engine {
-    /// Every request in the engine: the running in order of admission, then the waiting in
-    /// order of service.
-    pub fn work(&self) -> impl Iterator<Item = Work> {
-        let told = |progress: &Progress, running| Work {
+    /// Iterates over the states of all requests in the engine: running requests in the order of
+    /// admission, then waiting requests in the order of service.
+    pub fn request_states(&self) -> impl Iterator<Item = RequestState> {
+        let state = |progress: &RequestProgress, running| RequestState {
             id: progress.request.id,
             running,
             prompt_tokens: progress.request.prompt_tokens,
             generated: progress.generated,
-            left: progress.request.output_tokens - progress.generated,
+            remaining: progress.request.output_tokens - progress.generated,
             computed: if running {
                 progress.computed
             } else {
@@ -43,14 +44,17 @@ impl Engine {
             scheduled: progress.scheduled,
             blocks: progress.blocks.len() as u32,
         };
-        let running = self.running.iter().map(move |it| told(it, true));
-        let waiting = self.waiting.iter().map(move |it| told(it, false));
+        let running = self.running.iter();
+        let running = running.map(move |progress| state(progress, true));
+        let waiting = self.waiting.iter();
+        let waiting = waiting.map(move |progress| state(progress, false));
         running.chain(waiting)
     }
 
-    /// Of `tokens` tokens with these hashes, those the cache would spare now.
+    /// Returns how many of the `tokens` tokens of a sequence with these hashes are cached. At least
+    /// one token is left to compute.
     #[must_use]
     pub fn cached_tokens(&self, hashes: &[SequenceHash], tokens: u32) -> u32 {
-        self.cached_depth(hashes, tokens) as u32 * self.config.block_size.get()
+        self.cached_blocks(hashes, tokens) as u32 * self.config.block_size.get()
     }
 }

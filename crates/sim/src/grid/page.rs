@@ -1,19 +1,20 @@
-//! A grid as one page that needs nothing else: pictures first.
+//! HTML page of a grid: one file without external resources, charts before tables.
 
 use std::fmt::Write;
 
 use foresee_core::DEFAULT_TTFT_WEIGHT;
 
-use crate::boxes;
+use crate::box_plot;
 use crate::chart::{Chart, Line, escaped};
 use crate::grid::{
-    END_TO_END, GOODPUT, Grid, HITS, ITL, ITL_P99, OverRows, Row, SHOWN, Shown, TTFT, TTFT_P99,
+    END_TO_END, GOODPUT, Grid, GridMeasure, HITS, ITL, ITL_P99, MEASURES, OverRows, Row, TTFT,
+    TTFT_P99,
 };
 use crate::page;
-use crate::report::Summary;
+use crate::report::{Latency, Outcome, Summary};
 
-/// How the lines of a chart look, in the order of the policies.
-const LINES: [&str; 24] = [
+/// Classes of the lines of a chart, in the order of the policies.
+const LINE_CLASSES: [&str; 24] = [
     "line c0",
     "line c1",
     "line c2",
@@ -40,12 +41,12 @@ const LINES: [&str; 24] = [
     "line c7 dots",
 ];
 
-/// Lines end at so many times the least of a chart: beyond the knee, how far they rise says only
-/// how long the traffic lasts.
-const CEILING: f64 = 6.0;
+/// Value at which a line of a chart ends, relative to the smallest value of the chart. Beyond its
+/// capacity, a policy's times depend only on how long the traffic lasts.
+const CEILING_RATIO: f64 = 6.0;
 
 impl Grid {
-    /// The page, as HTML.
+    /// Returns the page as HTML.
     #[must_use]
     pub fn html(&self) -> String {
         let title = match &self.rows[..] {
@@ -59,29 +60,32 @@ impl Grid {
         let mut body = String::new();
         body.push_str(&self.by_rate());
         if self.rows.len() > 1 {
-            for (shown, heading) in [
+            for (measure, heading) in [
                 (
                     END_TO_END,
-                    "Mean time from arrival to last token, over the best in its row",
+                    "End-to-end latency, mean, relative to the best in the row",
                 ),
                 (GOODPUT, "Requests within the SLO, %"),
                 (
                     TTFT_P99,
-                    "99th percentile of the time to first token, over the best in its row",
+                    "Time to first token, 99th percentile, relative to the best in the row",
                 ),
-                (TTFT, "Mean time to first token, over the best in its row"),
+                (
+                    TTFT,
+                    "Time to first token, mean, relative to the best in the row",
+                ),
                 (
                     ITL_P99,
-                    "99th percentile of the time between tokens, over the best in its row",
+                    "Inter-token latency, 99th percentile, relative to the best in the row",
                 ),
-                (HITS, "Prompt tokens found in a cache, %"),
+                (HITS, "Cached prompt tokens, %"),
             ] {
-                body.push_str(&self.heat(shown, heading));
+                body.push_str(&self.heat(measure, heading));
             }
         }
         body.push_str(&self.frontier());
         body.push_str(&self.ablations());
-        body.push_str(&self.what_was_learned());
+        body.push_str(&self.forecast_error_table());
         for row in &self.rows {
             body.push_str(&self.distributions(row));
         }
@@ -89,13 +93,14 @@ impl Grid {
         page::framed(&title, "wide", &body)
     }
 
-    /// A line for each policy, where rows are rates.
+    /// Returns charts of the measures over the arrival rate, with a line for each policy. Empty
+    /// unless the rows differ by rate.
     fn by_rate(&self) -> String {
         if self.rows.len() < 2 || self.rows.iter().any(|row| row.rate.is_none()) {
             return String::new();
         }
-        let mut html = String::from("<h2>Against rate</h2>");
-        let policies = self.policies.iter().zip(LINES.iter().cycle());
+        let mut html = String::from("<h2>By arrival rate</h2>");
+        let policies = self.policies.iter().zip(LINE_CLASSES.iter().cycle());
         html.push_str("<p class=\"legend\">");
         for (policy, class) in policies.clone() {
             let policy = escaped(policy);
@@ -105,20 +110,20 @@ impl Grid {
             );
         }
         html.push_str("</p>");
-        for (shown, label, scale) in [
-            (END_TO_END, "end to end, mean, s", 1.0),
-            (TTFT_P99, "TTFT, p99, s", 1.0),
-            (ITL, "ITL, mean, ms", 1e3),
-            (GOODPUT, "within SLO, %", 100.0),
-            (HITS, "prefix hits, %", 100.0),
+        for (measure, label, scale) in [
+            (END_TO_END, "end-to-end latency, mean, s", 1.0),
+            (TTFT_P99, "time to first token, p99, s", 1.0),
+            (ITL, "inter-token latency, mean, ms", 1e3),
+            (GOODPUT, "requests within SLO, %", 100.0),
+            (HITS, "cached prompt tokens, %", 100.0),
         ] {
             let line = |(policy, class): (&String, &&'static str)| {
                 let point = |row: &Row| {
-                    let value = row.report.summary_of(shown.measure, policy)?.mean * scale;
+                    let value = row.report.summary_of(measure.name, policy)?.mean * scale;
                     Some((row.rate?, value))
                 };
                 let mut points: Vec<(f64, f64)> = self.rows.iter().filter_map(point).collect();
-                points.sort_by(|one, other| one.0.total_cmp(&other.0));
+                points.sort_by(|a, b| a.0.total_cmp(&b.0));
                 Line {
                     class,
                     points,
@@ -128,17 +133,17 @@ impl Grid {
             };
             let lines: Vec<Line> = policies.clone().map(line).collect();
             let points = || lines.iter().flat_map(|line| &line.points);
-            let least = points().map(|point| point.1).fold(f64::INFINITY, f64::min);
-            let is_share = shown.over_rows == OverRows::Points;
+            let smallest = points().map(|point| point.1).fold(f64::INFINITY, f64::min);
+            let is_time = measure.over_rows == OverRows::Ratio;
             let chart = Chart {
-                x_label: "rate, times the traffic's own",
+                x_label: "arrival rate, relative to the traffic's own",
                 y_label: label,
                 lines: &lines,
                 origin: (
                     points().map(|point| point.0).fold(f64::INFINITY, f64::min),
                     0.0,
                 ),
-                ceiling: (!is_share).then_some(CEILING * least),
+                ceiling: is_time.then_some(CEILING_RATIO * smallest),
                 ..Chart::default()
             };
             let _ = write!(html, "<figure>{}</figure>", chart.svg());
@@ -146,86 +151,89 @@ impl Grid {
         html
     }
 
-    /// A table whose cells are the darker the worse.
-    fn heat(&self, shown: Shown, heading: &str) -> String {
+    /// Returns a heat map of a measure: a table with a colour for each cell's distance to the best
+    /// in its row.
+    fn heat(&self, measure: GridMeasure, heading: &str) -> String {
         let mut html =
             format!("<h2>{heading}</h2><div class=\"scroll\"><table class=\"heat\"><tr><th>");
         for policy in &self.policies {
             let _ = write!(html, "<th class=\"up\"><span>{}</span>", escaped(policy));
         }
         for row in &self.rows {
-            let (name, what) = (escaped(&row.name), escaped(&row.what));
+            let (name, what) = (escaped(&row.name), escaped(&row.description));
             let _ = write!(html, "<tr><td title=\"{what}\">{name}");
             let summaries = || {
                 let policies = self.policies.iter();
-                policies.filter_map(|policy| row.report.summary_of(shown.measure, policy))
+                policies.filter_map(|policy| row.report.summary_of(measure.name, policy))
             };
-            let best = summaries().find(|it| it.is_best).map_or(0.0, |it| it.mean);
+            let best = summaries().find(|summary| summary.is_best);
+            let best = best.map_or(0.0, |summary| summary.mean);
             for summary in summaries() {
-                html.push_str(&cell(shown, summary, best));
+                html.push_str(&cell(measure, summary, best));
             }
         }
-        let label = match shown.over_rows {
-            OverRows::Ratio => format!("geometric mean, over {}", self.reference),
-            OverRows::Points => format!("mean, less {}'s", self.reference),
+        let label = match measure.over_rows {
+            OverRows::Ratio => format!("geometric mean, relative to {}", self.reference),
+            OverRows::Points => format!("mean difference to {}, points", self.reference),
         };
         let _ = write!(html, "<tr class=\"sum\"><td>{}", escaped(&label));
         for policy in &self.policies {
-            let over = self.over_rows(shown, policy, &self.reference);
-            let _ = write!(
-                html,
-                "<td>{}",
-                over.map_or(String::new(), |it| compared(shown, it))
-            );
+            let value = self.over_rows(measure, policy, &self.reference);
+            let value = value.map_or(String::new(), |value| format_comparison(measure, value));
+            let _ = write!(html, "<td>{value}");
         }
-        html.push_str("<tr><td>rows first or tied");
+        html.push_str("<tr><td>rows best or tied");
         for policy in &self.policies {
-            let _ = write!(html, "<td>{}", self.firsts(shown, policy));
+            let _ = write!(html, "<td>{}", self.firsts(measure, policy));
         }
         html.push_str("</table></div>");
         html
     }
 
-    /// How time to first token and time to the end trade against each other.
+    /// Returns a chart of time to first token over end-to-end latency, with a point for each weight
+    /// of `marginal-delay`. Empty if there are fewer than two weights.
     fn frontier(&self) -> String {
-        // Those in one order of sending, that of the first policy.
+        // Only policies with the queue order of the first policy are comparable.
         let first = self.policies.first();
-        let order = first.and_then(|it| it.find('+').map(|at| &it[at..]));
+        let order = first.and_then(|policy| policy.find('+').map(|at| &policy[at..]));
         let weight = |policy: &str| match policy.strip_suffix(order.unwrap_or_default())? {
-            "delay" => Some(DEFAULT_TTFT_WEIGHT),
-            policy => policy.strip_prefix("delay:ttft=")?.parse::<f64>().ok(),
+            "marginal-delay" => Some(DEFAULT_TTFT_WEIGHT),
+            policy => policy
+                .strip_prefix("marginal-delay:ttft=")?
+                .parse::<f64>()
+                .ok(),
         };
-        let weighed = self
+        let by_weight = self
             .policies
             .iter()
-            .filter_map(|it| Some((weight(it)?, it.as_str())));
-        let mut weighed: Vec<(f64, &str)> = weighed.collect();
-        weighed.sort_by(|one, other| one.0.total_cmp(&other.0));
-        if weighed.len() < 2 {
+            .filter_map(|policy| Some((weight(policy)?, policy.as_str())));
+        let mut by_weight: Vec<(f64, &str)> = by_weight.collect();
+        by_weight.sort_by(|a, b| a.0.total_cmp(&b.0));
+        if by_weight.len() < 2 {
             return String::new();
         }
-        let line = |shown, class| {
-            let over = |shown, policy| self.over_rows(shown, policy, &self.reference);
-            let points = weighed.iter();
+        let line = |measure, class| {
+            let compared = |measure, policy| self.over_rows(measure, policy, &self.reference);
+            let policies = by_weight.iter();
             Line {
                 class,
-                points: points
+                points: policies
                     .filter_map(|(_, policy)| {
-                        Some((over(END_TO_END, policy)?, over(shown, policy)?))
+                        Some((compared(END_TO_END, policy)?, compared(measure, policy)?))
                     })
                     .collect(),
                 steps: false,
-                marks: weighed
+                marks: by_weight
                     .iter()
                     .map(|(weight, _)| weight.to_string())
                     .collect(),
             }
         };
-        let lines = [line(TTFT, LINES[0]), line(TTFT_P99, LINES[1])];
+        let lines = [line(TTFT, LINE_CLASSES[0]), line(TTFT_P99, LINE_CLASSES[1])];
         let points = || lines.iter().flat_map(|line| &line.points);
         let chart = Chart {
-            x_label: "mean time from arrival to last token",
-            y_label: "time to first token",
+            x_label: "end-to-end latency, mean, relative",
+            y_label: "time to first token, relative",
             lines: &lines,
             origin: (
                 points().map(|point| point.0).fold(f64::INFINITY, f64::min) - 0.002,
@@ -234,39 +242,38 @@ impl Grid {
             ..Chart::default()
         };
         format!(
-            "<h2>What --ttft-weight buys</h2><p class=\"legend\"><span><svg viewBox=\"0 0 26 10\">\
+            "<h2>Effect of --ttft-weight</h2><p class=\"legend\"><span><svg viewBox=\"0 0 26 10\">\
              <path class=\"{}\" d=\"M0 5H26\"/></svg>mean</span><span><svg viewBox=\"0 0 26 10\">\
-             <path class=\"{}\" d=\"M0 5H26\"/></svg>99th percentile</span><span>each point a \
-             weight; geometric means over all rows, over {}</span></p><figure>{}</figure>",
-            LINES[0],
-            LINES[1],
+             <path class=\"{}\" d=\"M0 5H26\"/></svg>99th percentile</span><span>One point per \
+             weight. Geometric means over all rows, relative to {}.</span></p><figure>{}</figure>",
+            LINE_CLASSES[0],
+            LINE_CLASSES[1],
             escaped(&self.reference),
             chart.svg()
         )
     }
 
-    /// What each term of the cost in seconds is worth.
+    /// Returns a table of the ablations, compared with `marginal-delay`. Empty if there are none.
     fn ablations(&self) -> String {
         let mut rows = String::new();
         for policy in self
             .policies
             .iter()
-            .filter(|it| it.starts_with("delay:no-"))
+            .filter(|policy| policy.starts_with("marginal-delay:no-"))
         {
-            let _ = write!(rows, "<tr><td>{}", escaped(&policy["delay:no-".len()..]));
-            for shown in SHOWN {
-                let over = self.over_rows(shown, policy, "delay");
-                let _ = write!(
-                    rows,
-                    "<td>{}",
-                    over.map_or(String::new(), |it| compared(shown, it))
-                );
+            let term = &policy["marginal-delay:no-".len()..];
+            let _ = write!(rows, "<tr><td>{}", escaped(term));
+            for measure in MEASURES {
+                let value = self.over_rows(measure, policy, "marginal-delay");
+                let value = value.map_or(String::new(), |value| format_comparison(measure, value));
+                let _ = write!(rows, "<td>{value}");
             }
-            let worst = self.rows.iter().filter_map(|row| {
-                let of = |policy| row.report.summary_of(END_TO_END.measure, policy);
-                Some((of(policy)?.mean / of("delay")?.mean.max(1e-9), &row.name))
+            let ratios = self.rows.iter().filter_map(|row| {
+                let mean_of = |policy| Some(row.report.summary_of(END_TO_END.name, policy)?.mean);
+                let ratio = mean_of(policy)? / mean_of("marginal-delay")?.max(1e-9);
+                Some((ratio, &row.name))
             });
-            let worst = worst.max_by(|one, other| one.0.total_cmp(&other.0));
+            let worst = ratios.max_by(|a, b| a.0.total_cmp(&b.0));
             if let Some((ratio, row)) = worst {
                 let _ = write!(rows, "<td>{ratio:.2} {}", escaped(row));
             }
@@ -275,28 +282,31 @@ impl Grid {
             return String::new();
         }
         let mut html = String::from(
-            "<h2>What each term is worth</h2><p><code>delay</code> without it, over \
-             <code>delay</code>: times in geometric mean over all rows, shares in points.</p>\
+            "<h2>Ablations</h2><p><code>marginal-delay</code> without one of its terms, and \
+             without replication, compared with <code>marginal-delay</code>. Times are geometric \
+             means of the ratios over all rows, fractions are mean differences in percentage \
+             points.</p>\
              <div class=\"scroll\"><table class=\"heat\"><tr><th>without",
         );
-        for shown in SHOWN {
-            let name = shown.measure.split(',').next().unwrap_or_default();
+        for measure in MEASURES {
+            let name = measure.name.split(',').next().unwrap_or_default();
             let _ = write!(html, "<th>{}", escaped(name));
         }
         let _ = write!(html, "<th>end to end, worst row{rows}</table></div>");
         html
     }
 
-    /// How far what was learned is from the truth.
-    fn what_was_learned(&self) -> String {
-        let (columns, rows) = self.learned();
+    /// Returns a table of the accuracy of the first policy's forecasts.
+    fn forecast_error_table(&self) -> String {
+        let (columns, rows) = self.forecast_errors();
         let policy = escaped(self.policies.first().map_or("", String::as_str));
         let mut html = format!(
-            "<h2>What was learned</h2><p>What the router of <code>{policy}</code> took its workers \
-             to take, less what they took, in % of that: for a prompt of 1,000 tokens and for a \
-             step that decodes (means over workers and time), until a first token, and how long \
-             answers were; and how soon it knew a worker's new speed to a tenth.</p>\
-             <div class=\"scroll\"><table class=\"heat\"><tr><th>"
+            "<h2>Forecast errors</h2><p>Mean absolute errors of the router's forecasts under \
+             <code>{policy}</code>, in % of the true value: prefill time of a prompt of 1,000 \
+             tokens, duration of a decode step, time to first token, and number of output tokens. \
+             <i>New speed</i> is the time until a worker's changed speed is known to 10 %, in \
+             seconds. <i>Actual/forecast</i> is the ratio of generated to forecast output tokens.\
+             </p><div class=\"scroll\"><table class=\"heat\"><tr><th>"
         );
         for column in columns {
             let _ = write!(html, "<th>{}", escaped(column));
@@ -311,54 +321,63 @@ impl Grid {
         html
     }
 
-    /// How times spread under each policy, and how a fleet's memory was used.
+    /// Returns box plots of a row's latencies. If it is the only row, fractions and active blocks
+    /// follow.
     fn distributions(&self, row: &Row) -> String {
         let seeds = row.report.seeds.max(1);
-        let firsts = || row.report.outcomes.iter().step_by(seeds);
+        let first_seeds = || row.report.outcomes.iter().step_by(seeds);
         let mut html = String::new();
-        for (label, of) in [
+        for (label, latency_of) in [
             (
                 "time to first token, s",
-                (|it| it.time_to_first_token) as Of,
+                (|outcome| outcome.time_to_first_token) as LatencyOf,
             ),
-            ("time between tokens, s", |it| it.inter_token_latency),
-            ("from arrival to last token, s", |it| it.end_to_end),
+            ("inter-token latency, s", |outcome| {
+                outcome.inter_token_latency
+            }),
+            ("end-to-end latency, s", |outcome| outcome.end_to_end),
         ] {
-            let each: Vec<_> = firsts().map(|it| (it.policy.as_str(), of(it))).collect();
-            let _ = write!(html, "<figure>{}</figure>", boxes::svg(label, &each));
+            let outcomes = first_seeds();
+            let distributions: Vec<_> = outcomes
+                .map(|outcome| (outcome.policy.as_str(), latency_of(outcome)))
+                .collect();
+            let plot = box_plot::svg(label, &distributions);
+            let _ = write!(html, "<figure>{plot}</figure>");
         }
         if self.rows.len() == 1 {
-            html.push_str(&self.shares(row));
+            html.push_str(&self.fractions(row));
             html.push_str(&active_blocks(row));
             return format!("{}{html}", Self::LEGEND);
         }
-        let (name, what) = (escaped(&row.name), escaped(&row.what));
+        let (name, what) = (escaped(&row.name), escaped(&row.description));
         format!(
             "<details><summary><b>{name}</b> {what}</summary>{}{html}</details>",
             Self::LEGEND
         )
     }
 
-    const LEGEND: &str = "<p class=\"small\">Boxes reach from the first quartile to the third, \
-        lines from there to the 95th percentile, with a dot at the 99th; a bar at the median, a \
-        ring at the mean. Seed 0.</p>";
+    /// Legend of the box plots.
+    const LEGEND: &str = "<p class=\"small\">Box: first to third quartile. Bar: median. \
+        Ring: mean. Line: up to the 95th percentile. Dot: 99th percentile. Seed 0.</p>";
 
-    fn shares(&self, row: &Row) -> String {
+    /// Returns a table of the measures that have no box plot.
+    fn fractions(&self, row: &Row) -> String {
         let mut html = String::from(
-            "<table><tr><th>policy<th>within SLO<th><th>prefix hits<th><th>output tokens/s\
-             <th>preemptions",
+            "<table><tr><th>policy<th>requests within SLO<th><th>cached prompt tokens<th>\
+             <th>output tokens/s<th>preemptions",
         );
         for policy in &self.policies {
             let _ = write!(html, "<tr><td>{}", escaped(policy));
-            for shown in [GOODPUT, HITS] {
-                let summary = row.report.summary_of(shown.measure, policy);
-                let share = summary.map_or(0.0, |it| it.mean).clamp(0.0, 1.0);
-                let wide = share * 120.0;
+            for measure in [GOODPUT, HITS] {
+                let summary = row.report.summary_of(measure.name, policy);
+                let fraction = summary.map_or(0.0, |summary| summary.mean);
+                let fraction = fraction.clamp(0.0, 1.0);
+                let width = fraction * 120.0;
                 let _ = write!(
                     html,
                     "<td>{:.1} %<td><svg class=\"meter\" viewBox=\"0 0 120 8\"><rect class=\"empty\" \
-                     width=\"120\" height=\"8\"/><rect width=\"{wide:.1}\" height=\"8\"/></svg>",
-                    share * 100.0
+                     width=\"120\" height=\"8\"/><rect width=\"{width:.1}\" height=\"8\"/></svg>",
+                    fraction * 100.0
                 );
             }
             for measure in ["output tokens/s", "preemptions"] {
@@ -374,6 +393,7 @@ impl Grid {
         html
     }
 
+    /// Returns the notes at the end of the page: SLO, seeds, skipped cases and speed.
     fn footer(&self) -> String {
         let mut html = String::from("<p class=\"small\">");
         if let Some(row) = self.rows.first() {
@@ -386,13 +406,13 @@ impl Grid {
         }
         let _ = write!(
             html,
-            "Bold: the best of its row, or as good but for luck (95 %, paired by seed). {:.0} s of \
-             traffic in {:.0} s, {:.0} times real time.",
+            "Bold: best in the row, or not significantly worse (95 %, paired by seed). {:.0} s of \
+             traffic simulated in {:.0} s, {:.0} times real time.",
             self.virtual_seconds,
             self.real_seconds,
             self.virtual_seconds / self.real_seconds.max(1e-9)
         );
-        for note in &self.left_out {
+        for note in &self.skipped {
             let _ = write!(html, " Left out: {}.", escaped(note));
         }
         html.push_str("</p>");
@@ -400,11 +420,12 @@ impl Grid {
     }
 }
 
-/// One of an outcome's distributions.
-type Of = fn(&crate::report::Outcome) -> crate::report::Latency;
+/// Selects a distribution of an outcome.
+type LatencyOf = fn(&Outcome) -> Latency;
 
-fn cell(shown: Shown, summary: &Summary, best: f64) -> String {
-    let (text, limits, worse) = match shown.over_rows {
+/// Returns a cell of a heat map: its colour shows how far the value is from `best`.
+fn cell(measure: GridMeasure, summary: &Summary, best: f64) -> String {
+    let (text, limits, distance) = match measure.over_rows {
         OverRows::Ratio => {
             let ratio = summary.mean / best.max(1e-9);
             let text = if ratio < 9.995 {
@@ -415,11 +436,12 @@ fn cell(shown: Shown, summary: &Summary, best: f64) -> String {
             (text, [1.01, 1.03, 1.1, 1.25, 1.6, 2.5], ratio)
         }
         OverRows::Points => {
-            let behind = best - summary.mean;
-            (summary.shown(), [0.005, 0.02, 0.05, 0.1, 0.2, 0.4], behind)
+            let difference = best - summary.mean;
+            let limits = [0.005, 0.02, 0.05, 0.1, 0.2, 0.4];
+            (summary.shown(), limits, difference)
         }
     };
-    let heat = limits.iter().filter(|&&limit| worse > limit).count();
+    let heat = limits.iter().filter(|&&limit| distance > limit).count();
     let first = if summary.is_first() { " first" } else { "" };
     format!(
         "<td class=\"h{heat}{first}\" title=\"{}\">{text}",
@@ -427,34 +449,40 @@ fn cell(shown: Shown, summary: &Summary, best: f64) -> String {
     )
 }
 
-fn compared(shown: Shown, value: f64) -> String {
-    match shown.over_rows {
+/// Formats a ratio, or a difference in percentage points.
+fn format_comparison(measure: GridMeasure, value: f64) -> String {
+    match measure.over_rows {
         OverRows::Ratio => format!("{value:.3}"),
         OverRows::Points => format!("{:+.1}", value * 100.0),
     }
 }
 
-/// Of the first policy, and the first seed, each worker's blocks over time.
+/// Returns a chart of each worker's active blocks over time, predicted and actual, under the first
+/// policy with the first seed. Empty if they were not recorded.
 fn active_blocks(row: &Row) -> String {
     let Some(outcome) = row
         .report
         .outcomes
         .first()
-        .filter(|it| !it.active_blocks.is_empty())
+        .filter(|outcome| !outcome.active_blocks.is_empty())
     else {
         return String::new();
     };
     let mut html = format!(
-        "<h2>Active blocks under {}</h2><p>What running requests pin, shared prefixes counted once: \
-         <span class=\"key predicted\">predicted</span> by the router, which counts requests that \
-         still wait in an engine too, and <span class=\"key held\">held</span> by the engine.</p>",
+        "<h2>Active blocks under {}</h2><p>Blocks that requests pin, shared prefixes counted once: \
+         <span class=\"key predicted\">predicted</span> by the router, and \
+         <span class=\"key reported\">pinned</span> in the engine. The prediction includes requests \
+         that still wait in the engine.</p>",
         escaped(&outcome.policy)
     );
     for worker in 0..row.report.workers {
-        let points = |of: fn(&(u64, u32)) -> f64| {
+        let points = |blocks_of: fn(&(u64, u32)) -> f64| {
             let instants = outcome.active_blocks.iter();
             instants
-                .filter_map(|it| Some((it.seconds, of(it.workers.get(worker)?))))
+                .filter_map(|instant| {
+                    let blocks = blocks_of(instant.workers.get(worker)?);
+                    Some((instant.seconds, blocks))
+                })
                 .collect()
         };
         let line = |class, points| Line {
@@ -464,8 +492,8 @@ fn active_blocks(row: &Row) -> String {
             marks: Vec::new(),
         };
         let lines = [
-            line("line held", points(|it| f64::from(it.1))),
-            line("line predicted", points(|it| it.0 as f64)),
+            line("line reported", points(|(_, pinned)| f64::from(*pinned))),
+            line("line predicted", points(|(predicted, _)| *predicted as f64)),
         ];
         let chart = Chart {
             x_label: "seconds",

@@ -1,16 +1,18 @@
-//! Request bodies: a workload's request as OpenAI JSON, its tokens as text that an engine cuts
-//! into exactly as many tokens again.
+//! Request bodies in OpenAI's JSON. The prompt's tokens become text that a mock engine splits into
+//! exactly the same number of tokens.
 
 use bytes::Bytes;
 use serde::Serialize;
 
+use crate::load::LoadConfig;
 use crate::prompt::{Prompt, VOCABULARY};
 use crate::workload::WorkloadRequest;
 
-/// The body of a request for a stream of exactly as many tokens as the workload says.
-pub(super) fn body(request: &WorkloadRequest, model: &str, chat: bool) -> Bytes {
+/// Returns the body of a request for a stream of the workload's number of tokens. The body depends
+/// on the arguments alone.
+pub(super) fn body(request: &WorkloadRequest, config: &LoadConfig) -> Bytes {
     let text = text(&request.prompt);
-    let question = if chat {
+    let question = if config.chat {
         Question::Messages([Message {
             role: "user",
             content: text,
@@ -19,9 +21,9 @@ pub(super) fn body(request: &WorkloadRequest, model: &str, chat: bool) -> Bytes 
         Question::Prompt(text)
     };
     let body = Body {
-        model,
+        model: &config.model,
         max_tokens: request.output_tokens,
-        ignore_eos: true,
+        ignore_eos: config.ignore_eos,
         temperature: 0,
         stream: true,
         stream_options: StreamOptions {
@@ -29,7 +31,7 @@ pub(super) fn body(request: &WorkloadRequest, model: &str, chat: bool) -> Bytes 
         },
         question,
     };
-    // Only maps with keys that are not strings fail, and there are none.
+    // Serialisation fails only for maps with keys other than strings; this body has none.
     serde_json::to_vec(&body).unwrap_or_default().into()
 }
 
@@ -37,12 +39,22 @@ pub(super) fn body(request: &WorkloadRequest, model: &str, chat: bool) -> Bytes 
 struct Body<'a> {
     model: &'a str,
     max_tokens: u32,
+    #[serde(skip_serializing_if = "is_off")]
     ignore_eos: bool,
     temperature: u8,
     stream: bool,
     stream_options: StreamOptions,
     #[serde(flatten)]
     question: Question,
+}
+
+/// Returns whether a field is left out of the body.
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde passes a reference"
+)]
+fn is_off(switch: &bool) -> bool {
+    !switch
 }
 
 #[derive(Serialize)]
@@ -63,7 +75,7 @@ struct Message {
     content: String,
 }
 
-/// The prompt with four letters for each token: the model engine takes every four bytes for one.
+/// Returns the prompt with four letters for each token: a mock engine reads four bytes as a token.
 fn text(prompt: &Prompt) -> String {
     let mut text = String::with_capacity(prompt.len() as usize * 4);
     for token in prompt.tokens(VOCABULARY) {
@@ -72,9 +84,9 @@ fn text(prompt: &Prompt) -> String {
     text
 }
 
-/// A word of its own for each token below 2^20.
+/// Returns a word of four letters, different for each token below 2^20.
 fn word(token: u32) -> [u8; 4] {
-    // None of these is escaped in JSON.
+    // JSON escapes none of these letters.
     const LETTERS: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
     [15, 10, 5, 0].map(|shift| LETTERS[(token >> shift) as usize % 32])
 }
@@ -94,22 +106,23 @@ mod tests {
 
     #[test]
     fn equal_tokens_are_equal_text() {
-        let [one, other] = [2, 3].map(|own| text(&Prompt::new().then(1, 50).then(own, 20)));
-        assert_eq!((one.len(), other.len()), (280, 280));
-        assert_eq!(one[..200], other[..200]);
-        assert_ne!(one[200..], other[200..]);
+        let [first, second] = [2, 3].map(|own| text(&Prompt::new().then(1, 50).then(own, 20)));
+        assert_eq!((first.len(), second.len()), (280, 280));
+        assert_eq!(first[..200], second[..200]);
+        assert_ne!(first[200..], second[200..]);
     }
 
     #[test]
     fn a_body_asks_for_the_whole_stream() {
         let request = WorkloadRequest {
             prompt: Prompt::new().then(1, 3),
-            answer_stream: None,
+            output_stream: None,
             output_tokens: 7,
-            arrival: Arrival::WhenFree,
+            arrival: Arrival::ClosedLoop,
         };
-        let read = |chat| -> serde_json::Value {
-            serde_json::from_slice(&body(&request, "a \"model\"", chat)).unwrap()
+        let mut config = LoadConfig::new("", "a \"model\"");
+        let read = |config: &LoadConfig| -> serde_json::Value {
+            serde_json::from_slice(&body(&request, config)).unwrap()
         };
         let expected = serde_json::json!({
             "model": "a \"model\"",
@@ -120,8 +133,11 @@ mod tests {
             "stream_options": {"include_usage": true},
             "prompt": text(&request.prompt),
         });
-        assert_eq!(read(false), expected);
+        assert_eq!(read(&config), expected);
+        config.chat = true;
         let messages = serde_json::json!([{"role": "user", "content": text(&request.prompt)}]);
-        assert_eq!(read(true)["messages"], messages);
+        assert_eq!(read(&config)["messages"], messages);
+        config.ignore_eos = false;
+        assert_eq!(read(&config).get("ignore_eos"), None);
     }
 }

@@ -1,122 +1,89 @@
-//! What users saw of a load, added up.
+//! Results of a load: counts, latencies and throughput over all requests.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::time::Duration;
 
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 
-use crate::load::flight::{End, Record};
+use crate::http::FailureKind;
+use crate::load::client_request::{End, Record};
 use crate::report::{Latency, imbalance};
 
-/// How many different messages are kept of each kind of failure.
-const MOST_MESSAGES: usize = 3;
+/// Limit for the different messages that are kept of each kind of failure.
+const MAX_MESSAGES: usize = 3;
 
-/// What users saw of a workload. Times are the engine's, in seconds, and requests' times begin
-/// when they were due: if the client was late, that is part of them.
+/// Results of a load as clients see them. Times are the engine's, in seconds. A request's times
+/// begin when the request was due, so a delay of the client is part of them.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct LiveOutcome {
-    /// Requests sent: those that finished, failed and were broken off.
+    /// Requests sent: finished, failed and closed early.
     pub sent: usize,
-    /// Requests answered in full.
+    /// Requests whose response arrived complete.
     pub finished: usize,
-    /// Requests that were not, though the client waited, by kind.
+    /// Failed requests by the cause of the failure.
     pub failed: BTreeMap<FailureKind, Failures>,
-    /// Requests that the client broke off.
+    /// Requests that the client closed early, as planned.
     pub aborted: usize,
-    /// From the first arrival to the last end.
+    /// From the first arrival to the last end of a response.
     pub makespan: f64,
-    /// From arrival to first token, over requests that got one, finished or not.
+    /// From arrival to first token, over all requests that received one.
     pub time_to_first_token: Latency,
-    /// From one token to the next, over the tokens of these requests; tokens that come together
-    /// are no time apart.
+    /// From one token to the next, over all tokens of these requests. Tokens that arrive together
+    /// are zero seconds apart.
     pub inter_token_latency: Latency,
-    /// From arrival to the end of the answer, over finished requests.
+    /// From arrival to the end of the response, over finished requests.
     pub end_to_end: Latency,
-    /// From arrival until the client sent the request: how late the client itself was.
+    /// From arrival until the client sent the request: the client's own delay.
     pub client_delay: Latency,
-    /// Tokens received, of finished answers and others.
+    /// `finished` over `makespan`.
+    pub requests_per_second: f64,
+    /// Tokens received, including those of failed and aborted requests.
     pub output_tokens: u64,
     /// `output_tokens` over `makespan`.
     pub output_tokens_per_second: f64,
     /// Prompt tokens of finished requests.
     pub prompt_tokens: u64,
-    /// Those of them that engines said they had cached.
+    /// Prompt tokens of finished requests that engines reported as cached.
     pub cached_tokens: u64,
+    /// Finished requests whose usage has `cached_tokens`; 0 if the engines do not report it.
+    pub cached_tokens_reports: usize,
     /// `cached_tokens` over `prompt_tokens`.
-    pub hit_share: f64,
-    /// By the name a router gave in `x-foresee-worker`; empty without a router.
-    pub workers: BTreeMap<String, WorkerShare>,
-    /// Uncached prompt tokens: the worst worker's over the mean.
+    pub hit_fraction: f64,
+    /// By the worker's name in `x-foresee-worker`; empty without a Foresee router.
+    pub workers: BTreeMap<String, WorkerTotals>,
+    /// Uncached prompt tokens: the maximum over workers, divided by the mean.
     pub computed_imbalance: f64,
-    /// Requests: the worst worker's over the mean.
+    /// Requests: the maximum over workers, divided by the mean.
     pub request_imbalance: f64,
 }
 
-/// What one worker got.
+/// Counts of one worker.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct WorkerShare {
-    /// Requests it began to answer.
+pub struct WorkerTotals {
+    /// Requests whose response named the worker.
     pub requests: u64,
-    /// Prompt tokens of those that finished and that it did not say it had cached.
+    /// Prompt tokens of its finished requests, without those reported as cached.
     pub uncached_prompt_tokens: u64,
-}
-
-/// What kept a request from being answered in full.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum FailureKind {
-    /// No connection.
-    Connect,
-    /// The connection broke.
-    Reset,
-    /// An answer with a status that is no success.
-    Status(u16),
-    /// An error instead of further tokens.
-    ErrorEvent,
-    /// A stream that ended properly, but without its end mark.
-    CutShort,
-    /// It took too long.
-    Timeout,
-}
-
-impl fmt::Display for FailureKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Connect => f.write_str("connect"),
-            Self::Reset => f.write_str("reset"),
-            Self::Status(status) => write!(f, "status {status}"),
-            Self::ErrorEvent => f.write_str("error event"),
-            Self::CutShort => f.write_str("cut short"),
-            Self::Timeout => f.write_str("timeout"),
-        }
-    }
-}
-
-/// As it is shown, so that it can be a key.
-impl Serialize for FailureKind {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
 }
 
 /// Failures of one kind.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Failures {
-    /// How many.
+    /// Number of failures.
     pub count: usize,
     /// The first three different messages.
     pub messages: Vec<String>,
 }
 
 impl LiveOutcome {
-    /// Failures of all kinds.
+    /// Returns the number of failures of all kinds.
     #[must_use]
     pub fn failures(&self) -> usize {
         self.failed.values().map(|failures| failures.count).sum()
     }
 }
 
-/// Adds up requests that have ended.
+/// Collects the records of requests that have ended.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
     outcome: LiveOutcome,
@@ -133,12 +100,12 @@ impl Tally {
         self.failed
     }
 
-    pub(super) fn take(&mut self, record: Record) {
-        let due = record.flight.due;
+    pub(super) fn add(&mut self, record: Record) {
+        let due = record.request.due;
         let since_due = |time: Duration| time.saturating_sub(due).as_secs_f32();
         self.last_end = self.last_end.max(record.ended);
         self.client_delays.push(since_due(record.sent));
-        if let Some((first, _)) = record.tokens_came {
+        if let Some((first, _)) = record.token_times {
             self.times_to_first_token.push(since_due(first));
         }
         self.inter_token_latencies.extend(&record.gaps);
@@ -146,7 +113,7 @@ impl Tally {
         let outcome = &mut self.outcome;
         outcome.sent += 1;
         outcome.output_tokens += u64::from(record.output_tokens);
-        let mut unnamed = WorkerShare::default();
+        let mut unnamed = WorkerTotals::default();
         let worker = match record.worker {
             Some(name) => outcome.workers.entry(name).or_default(),
             None => &mut unnamed,
@@ -157,27 +124,27 @@ impl Tally {
                 outcome.finished += 1;
                 self.end_to_end.push(since_due(record.ended));
                 let usage = record.usage.unwrap_or_default();
-                let prompt_tokens = usage.prompt_tokens.unwrap_or(record.flight.prompt_tokens);
+                let prompt_tokens = usage.prompt_tokens.unwrap_or(record.request.prompt_tokens);
+                outcome.cached_tokens_reports += usize::from(usage.cached_tokens.is_some());
                 let cached_tokens = usage.cached_tokens.unwrap_or(0).min(prompt_tokens);
                 outcome.prompt_tokens += u64::from(prompt_tokens);
                 outcome.cached_tokens += u64::from(cached_tokens);
                 worker.uncached_prompt_tokens += u64::from(prompt_tokens - cached_tokens);
             }
             End::Aborted => outcome.aborted += 1,
-            End::Failed(kind, message) => {
+            End::Failed(failure) => {
                 self.failed += 1;
-                let failures = outcome.failed.entry(kind).or_default();
+                let failures = outcome.failed.entry(failure.kind).or_default();
                 failures.count += 1;
-                if failures.messages.len() < MOST_MESSAGES && !failures.messages.contains(&message)
-                {
-                    failures.messages.push(message);
+                let messages = &mut failures.messages;
+                if messages.len() < MAX_MESSAGES && !messages.contains(&failure.message) {
+                    messages.push(failure.message);
                 }
             }
         }
     }
 
-    /// What all requests came to that began at `begin` or later and were sent to a fleet of
-    /// `workers`.
+    /// Returns the results of requests sent since `begin` to a fleet of `workers`.
     pub(super) fn outcome(mut self, begin: Duration, workers: usize) -> LiveOutcome {
         let mut outcome = self.outcome;
         let makespan = self.last_end.saturating_sub(begin).as_secs_f64();
@@ -186,14 +153,16 @@ impl Tally {
         outcome.inter_token_latency = Latency::of(&mut self.inter_token_latencies);
         outcome.end_to_end = Latency::of(&mut self.end_to_end);
         outcome.client_delay = Latency::of(&mut self.client_delays);
+        outcome.requests_per_second = outcome.finished as f64 / makespan.max(1e-9);
         outcome.output_tokens_per_second = outcome.output_tokens as f64 / makespan.max(1e-9);
-        outcome.hit_share = outcome.cached_tokens as f64 / outcome.prompt_tokens.max(1) as f64;
+        outcome.hit_fraction = outcome.cached_tokens as f64 / outcome.prompt_tokens.max(1) as f64;
 
-        let mut shares: Vec<WorkerShare> = outcome.workers.values().copied().collect();
-        shares.resize(workers.max(shares.len()), WorkerShare::default());
-        let shares = shares.iter();
-        outcome.computed_imbalance = imbalance(shares.clone().map(|it| it.uncached_prompt_tokens));
-        outcome.request_imbalance = imbalance(shares.map(|it| it.requests));
+        let mut workers_and_idle: Vec<WorkerTotals> = outcome.workers.values().copied().collect();
+        workers_and_idle.resize(workers.max(workers_and_idle.len()), WorkerTotals::default());
+        let totals = workers_and_idle.iter();
+        outcome.computed_imbalance =
+            imbalance(totals.clone().map(|worker| worker.uncached_prompt_tokens));
+        outcome.request_imbalance = imbalance(totals.map(|worker| worker.requests));
         outcome
     }
 }

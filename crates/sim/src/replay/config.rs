@@ -1,56 +1,58 @@
-//! What a replay is of, and why there can be none.
+//! The configuration of a replay, and its errors.
 
 use std::num::NonZeroU32;
 
-use foresee_core::fleet::WorkerError;
 use foresee_core::router::{ConfigError, RouteError, RouterConfig};
+use foresee_core::workers::WorkerError;
 
+use crate::baselines::PolicySpec;
+use crate::cache_signal::CacheSignal;
 use crate::engine::EngineConfig;
-use crate::knowledge::Knowledge;
-use crate::lab::Contender;
+use crate::fleet_changes::FleetChange;
 use crate::prompt::mix;
-use crate::schedule::FleetChange;
 use crate::slo::Slo;
 
-/// A fleet and its router.
+/// The configuration of a replay: a fleet and its router.
 #[derive(Clone, Debug)]
 pub struct ReplayConfig {
     /// The router's settings.
     pub router: RouterConfig,
-    /// The workers, one engine each. Their block sizes are multiples of the router's.
+    /// The engine of each worker. Its block size must be a multiple of the router's.
     pub engines: Vec<EngineConfig>,
-    /// Whether the router is told how many blocks each worker has.
-    pub capacity_known: bool,
-    /// Who chooses; `None` for the router, as its settings say.
-    pub contender: Option<Contender>,
-    /// What tells the router what engines cache.
-    pub knowledge: Knowledge,
-    /// What happens to workers.
+    /// Whether the router gets the number of KV blocks of each worker.
+    pub reports_capacity: bool,
+    /// The policy that chooses workers; `None` for the policy in `router`.
+    pub policy: Option<PolicySpec>,
+    /// The router's source of knowledge about the engines' caches.
+    pub cache_signal: CacheSignal,
+    /// Changes of the fleet during the replay.
     pub changes: Vec<FleetChange>,
-    /// What counts as served well.
+    /// Limits that decide which requests count as goodput.
     pub slo: Slo,
-    /// Whether each worker's active blocks over time are kept.
+    /// Whether the outcome has each worker's active blocks over time.
     pub keep_active_blocks: bool,
 }
 
 impl ReplayConfig {
-    /// `workers` equal engines whose step times vary independently.
+    /// Returns a configuration with `workers` engines that differ only in the noise of their step
+    /// times.
     #[must_use]
     pub fn uniform(router: RouterConfig, engine: &EngineConfig, workers: u32) -> Self {
-        let one = Self {
+        let single = Self {
             router,
             engines: vec![engine.clone()],
-            capacity_known: true,
-            contender: None,
-            knowledge: Knowledge::default(),
+            reports_capacity: true,
+            policy: None,
+            cache_signal: CacheSignal::default(),
             changes: Vec::new(),
             slo: Slo::default(),
             keep_active_blocks: false,
         };
-        one.with_workers(workers)
+        single.with_workers(workers)
     }
 
-    /// The same with so many engines like its first, whose step times vary independently.
+    /// Returns this configuration with `workers` copies of the first engine, which differ only in
+    /// the noise of their step times.
     #[must_use]
     pub fn with_workers(&self, workers: u32) -> Self {
         let first = self.engines.first().cloned();
@@ -66,7 +68,8 @@ impl ReplayConfig {
         }
     }
 
-    /// The same with other random choices and other noise; the same for 0.
+    /// Returns this configuration with other random seeds for the router and for each engine. Each
+    /// new seed is derived from the current one and `seed`. Seed 0 changes nothing.
     #[must_use]
     pub fn with_seed(&self, seed: u64) -> Self {
         let mut config = self.clone();
@@ -80,10 +83,10 @@ impl ReplayConfig {
     }
 }
 
-/// Why a replay cannot be run.
+/// The reason why a replay cannot be run.
 #[derive(Debug, thiserror::Error, PartialEq)]
 pub enum ReplayError {
-    /// A setting of the router.
+    /// A setting of the router is invalid.
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// A worker cannot be added.
@@ -92,29 +95,29 @@ pub enum ReplayError {
     /// A request found no worker.
     #[error(transparent)]
     Route(#[from] RouteError),
-    /// Prefixes would never match.
+    /// An engine's block size is no multiple of the router's, so prefixes would never match.
     #[error(
-        "an engine has blocks of {engine} tokens, which is no multiple of the router's {router}: \
-         set --block-size to it, or to a part of it"
+        "the engine's block size of {engine} tokens is no multiple of the router's, {router}: \
+         set --block-size to {engine} or a divisor of it"
     )]
     BlockSize {
-        /// The engine's.
+        /// Tokens per block of the engine.
         engine: NonZeroU32,
-        /// The router's.
+        /// Tokens per block of the router.
         router: NonZeroU32,
     },
-    /// Something is to happen to a worker that there is not.
-    #[error("a fleet change is about worker {worker}, and there are {workers}, counted from 0")]
+    /// A fleet change names a worker that does not exist.
+    #[error("fleet change for worker {worker}: there are {workers} workers, counted from 0")]
     NoSuchWorker {
-        /// The worker.
+        /// Index of the worker.
         worker: usize,
-        /// How many there are.
+        /// Number of workers.
         workers: usize,
     },
-    /// Batches are lost that often.
-    #[error("event-loss is {loss}: it must be a share from 0 to 1")]
+    /// The fraction of lost event batches is out of range.
+    #[error("the event loss is {loss}: it must be from 0 to 1")]
     Loss {
-        /// The share asked for.
+        /// The invalid fraction.
         loss: f64,
     },
 }

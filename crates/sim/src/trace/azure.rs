@@ -1,6 +1,6 @@
-//! Azure's tables of 2023 and 2024: a date and two lengths a row, separated by commas.
+//! Reads Azure's tables of 2023 and 2024: each row has a date and two lengths, separated by commas.
 //!
-//! They do not say what prompts have in common, so here they have nothing.
+//! The tables contain no information about common prefixes, so the prompts get none.
 
 use std::num::NonZeroU32;
 use std::time::Duration;
@@ -10,9 +10,10 @@ use crate::trace::{TOKENS_PER_HASH_ID, TraceRequest};
 const TIMESTAMP: &str = "TIMESTAMP";
 const PROMPT: &str = "ContextTokens";
 const OUTPUT: &str = "GeneratedTokens";
+/// Names of the required columns.
 pub(super) const NAMES: [&str; 3] = [TIMESTAMP, PROMPT, OUTPUT];
 
-/// Which column holds what.
+/// Positions of the columns.
 #[derive(Clone, Copy)]
 pub(super) struct Columns {
     timestamp: usize,
@@ -21,18 +22,18 @@ pub(super) struct Columns {
 }
 
 impl Columns {
-    /// Finds the columns in a header; `None` if one is missing.
-    pub(super) fn of(header: &str) -> Option<Self> {
-        let find = |name: &str| header.split(',').position(|it| it.trim() == name);
+    /// Returns the positions of the columns in a header; `None` if a column is missing.
+    pub(super) fn find(header: &str) -> Option<Self> {
+        let position = |name: &str| header.split(',').position(|column| column.trim() == name);
         Some(Self {
-            timestamp: find(TIMESTAMP)?,
-            prompt: find(PROMPT)?,
-            output: find(OUTPUT)?,
+            timestamp: position(TIMESTAMP)?,
+            prompt: position(PROMPT)?,
+            output: position(OUTPUT)?,
         })
     }
 
-    /// Reads a row, before which there were `index` others. Its arrival is the time since 1970.
-    /// Errors are the field and what is wrong with it.
+    /// Returns the request of the row with this index. Its arrival is the time since 1970. An error
+    /// is the field and the problem with it.
     pub(super) fn read(
         self,
         row: &str,
@@ -55,7 +56,7 @@ impl Columns {
         let prompt_tokens = NonZeroU32::new(number(self.prompt, PROMPT)?);
         Ok(TraceRequest {
             arrival,
-            // Some rows have none; an engine always computes one.
+            // Some rows have no prompt tokens; an engine always computes a token.
             prompt_tokens: prompt_tokens.map_or(1, NonZeroU32::get),
             output_tokens: number(self.output, OUTPUT)?.max(1),
             hash_ids: vec![index as u64],
@@ -64,8 +65,8 @@ impl Columns {
     }
 }
 
-/// Reads `YEAR-MONTH-DAY HOUR:MINUTE:SECONDS` as the time since 1970. What is behind the seconds is
-/// a time zone, the same in all rows.
+/// Parses `YEAR-MONTH-DAY HOUR:MINUTE:SECONDS` as the time since 1970. A time zone after the
+/// seconds is ignored, because it is equal in all rows.
 fn time(text: &str) -> Option<Duration> {
     let (date, clock) = text.split_once([' ', 'T'])?;
     let mut date = date.splitn(3, '-').map(|part| part.parse::<u64>().ok());
@@ -75,12 +76,12 @@ fn time(text: &str) -> Option<Duration> {
     let hour: u64 = clock.next()?.parse().ok()?;
     let minute: u64 = clock.next()?.parse().ok()?;
     let second: f64 = clock.next()?.parse().ok()?;
-    let fits = (1970..10_000).contains(&year)
+    let is_valid = (1970..10_000).contains(&year)
         && (1..=12).contains(&month)
         && (1..=31).contains(&day)
         && hour < 24
         && minute < 60;
-    if !fits {
+    if !is_valid {
         return None;
     }
     let seconds = days_since_1970(year, month, day) * 86_400 + hour * 3600 + minute * 60;
@@ -88,7 +89,8 @@ fn time(text: &str) -> Option<Duration> {
     Some(Duration::from_secs(seconds) + fraction)
 }
 
-/// Of the Gregorian calendar, with years that begin in March so that leap days come last.
+/// Returns the number of days from 1970-01-01 to a date of the Gregorian calendar. Years are
+/// counted from March, so that the leap day is the last day of a year.
 fn days_since_1970(year: u64, month: u64, day: u64) -> u64 {
     let (year, month) = if month > 2 {
         (year, month - 3)
@@ -121,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn dates_are_days() {
+    fn dates_are_converted_to_days() {
         for (date, days) in [
             ((1970, 1, 1), 0),
             ((1972, 3, 1), 790),
@@ -135,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_name_line_and_column() {
+    fn errors_name_the_line_and_the_column() {
         let error = |old: &str, new: &str| {
             let text = TABLE.replace(old, new);
             read(text.as_bytes()).unwrap_err().to_string()

@@ -1,47 +1,49 @@
-//! One request and its answer, with what the router predicted and what the engine reported.
+//! One request of a verification and its response: the router's prediction, the engine's report.
 
+use std::ops::ControlFlow;
 use std::time::Duration;
 
-use bytes::Bytes;
 use foresee_engine::stream::StreamObserver;
 use foresee_engine::usage::{Usage, parse_usage};
-use http_body_util::{BodyExt, Limited};
 use hyper::Uri;
 use hyper::body::Incoming;
-use hyper::header::HeaderMap;
 use serde::Deserialize;
 
-use crate::http::{HttpClient, chain, post, refusal, shortened};
-use crate::verify::script::Ask;
+use crate::http::{
+    Failure, HttpClient, MAX_BODY_BYTES, Opened, StreamEnd, chain, post, read_stream, read_whole,
+    send,
+};
+use crate::verify::prompt_mix::PlannedRequest;
 
-/// The longest body that is read.
-const LONGEST_BODY: usize = 16 << 20;
-
-/// How an exchange went.
+/// How an exchange ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Ending {
-    Answered,
-    /// The client left, as it was meant to.
-    Left,
+    /// The response was read to its end.
+    Completed,
+    /// The client closed the connection early, as planned.
+    Aborted,
+    /// The request failed, for this reason.
     Failed(String),
 }
 
-/// What is known after an exchange.
+/// A request and its response.
 #[derive(Clone, Debug)]
 pub(super) struct Exchange {
     pub(super) ending: Ending,
+    /// The worker that the router chose.
     pub(super) worker: Option<String>,
-    /// Tokens that the router predicted to be cached on that worker.
+    /// Prompt tokens that the router expected in that worker's cache.
     pub(super) predicted_tokens: Option<u32>,
+    /// Token counts that the engine reported.
     pub(super) usage: Usage,
-    /// The answer's text.
+    /// The output's text.
     pub(super) text: String,
 }
 
 impl Exchange {
-    fn failed(why: String) -> Self {
+    fn failed(reason: String) -> Self {
         Self {
-            ending: Ending::Failed(why),
+            ending: Ending::Failed(reason),
             worker: None,
             predicted_tokens: None,
             usage: Usage::default(),
@@ -50,95 +52,86 @@ impl Exchange {
     }
 }
 
-/// Asks a router at `api`, and reads the answer to its end, or until it is to be left.
+/// Sends a request to the router at `api`. Reads the response to its end, or until the client
+/// leaves as planned.
 pub(super) async fn exchange(
     client: &HttpClient,
     api: &str,
-    ask: &Ask,
+    ask: &PlannedRequest,
     limit: Duration,
 ) -> Exchange {
     let uri: Uri = match format!("{api}{}", ask.path).parse() {
         Ok(uri) => uri,
         Err(error) => return Exchange::failed(chain(&error)),
     };
-    let exchanged = tokio::time::timeout(limit, send(client, &uri, ask)).await;
-    exchanged.unwrap_or_else(|_| Exchange::failed(format!("no end within {limit:?}")))
+    let exchanged = tokio::time::timeout(limit, exchange_at(client, &uri, ask)).await;
+    exchanged.unwrap_or_else(|_| Exchange::failed(format!("the response did not end in {limit:?}")))
 }
 
-async fn send(client: &HttpClient, uri: &Uri, ask: &Ask) -> Exchange {
-    let response = match client.request(post(uri, ask.body.clone())).await {
-        Ok(response) => response,
-        Err(error) => return Exchange::failed(chain(&error)),
+async fn exchange_at(client: &HttpClient, uri: &Uri, ask: &PlannedRequest) -> Exchange {
+    let opened = match send(client, post(uri, ask.body.clone(), None)).await {
+        Ok(opened) => opened,
+        Err(failure) => return Exchange::failed(failure.to_string()),
     };
-    let status = response.status();
-    if !status.is_success() {
-        return Exchange::failed(format!("{status}: {}", refusal(response).await));
-    }
-    let headers = response.headers();
-    let worker = text_of(headers, "x-foresee-worker");
-    let predicted = text_of(headers, "x-foresee-overlap-tokens");
-    let mut exchange = Exchange {
-        ending: Ending::Answered,
+    let Opened {
         worker,
-        predicted_tokens: predicted.and_then(|tokens| tokens.parse().ok()),
+        predicted_tokens,
+        body,
+    } = opened;
+    let mut exchange = Exchange {
+        ending: Ending::Completed,
+        worker,
+        predicted_tokens,
         usage: Usage::default(),
         text: String::new(),
     };
-    let read = if ask.streams {
-        exchange
-            .read_stream(response.into_body(), ask.leaves_after)
-            .await
+    let read = if ask.is_streaming {
+        exchange.read_stream(body, ask.closes_after).await
     } else {
-        exchange.read_whole(response.into_body()).await
+        exchange.read_whole(body).await
     };
-    if let Err(why) = read {
-        exchange.ending = Ending::Failed(why);
+    if let Err(reason) = read {
+        exchange.ending = Ending::Failed(reason);
     }
     exchange
 }
 
-fn text_of(headers: &HeaderMap, name: &str) -> Option<String> {
-    let value = headers.get(name)?.to_str().ok()?;
-    Some(value.to_owned())
-}
-
 impl Exchange {
     async fn read_whole(&mut self, body: Incoming) -> Result<(), String> {
-        let body = Limited::new(body, LONGEST_BODY).collect().await;
-        let body = body.map_err(|error| chain(error.as_ref()))?.to_bytes();
-        self.usage = parse_usage(&body).ok_or("the answer has no usage")?;
+        let body = read_whole(body).await;
+        let body = body.map_err(|failure: Failure| failure.to_string())?;
+        self.usage = parse_usage(&body).ok_or("the response has no usage")?;
         self.text = text_in(&body).unwrap_or_default();
         Ok(())
     }
 
     async fn read_stream(
         &mut self,
-        mut body: Incoming,
-        leaves_after: Option<u32>,
+        body: Incoming,
+        closes_after: Option<u32>,
     ) -> Result<(), String> {
         let mut observer = StreamObserver::new();
         let mut read = Vec::new();
-        while let Some(frame) = body.frame().await {
-            let bytes: Bytes = match frame {
-                Ok(frame) => frame.into_data().unwrap_or_default(),
-                Err(_) if observer.is_done() => break,
-                Err(error) => return Err(chain(&error)),
-            };
-            if observer.feed(&bytes).error {
-                return Err(shortened(&String::from_utf8_lossy(&bytes)));
+        let mut is_too_long = false;
+        let end = read_stream(body, &mut observer, |bytes, observer, seen| {
+            is_too_long = read.len() + bytes.len() > MAX_BODY_BYTES;
+            if is_too_long {
+                return ControlFlow::Break(());
             }
-            if read.len() + bytes.len() > LONGEST_BODY {
-                return Err("the stream is longer than is read here".to_owned());
+            read.extend_from_slice(bytes);
+            let is_due = closes_after.is_some_and(|tokens| observer.tokens() >= tokens);
+            if is_due && !seen.done && !seen.error {
+                return ControlFlow::Break(());
             }
-            read.extend_from_slice(&bytes);
-            if leaves_after.is_some_and(|tokens| observer.tokens() >= tokens) && !observer.is_done()
-            {
-                self.ending = Ending::Left;
-                return Ok(());
-            }
+            ControlFlow::Continue(())
+        });
+        let end = end.await;
+        if is_too_long {
+            return Err(format!("the stream is longer than {MAX_BODY_BYTES} bytes"));
         }
-        if !observer.is_done() {
-            return Err("the stream ended without an end mark".to_owned());
+        if end.map_err(|failure| failure.to_string())? == StreamEnd::Left {
+            self.ending = Ending::Aborted;
+            return Ok(());
         }
         self.usage = observer.usage().ok_or("the stream has no usage")?;
         for line in read.split(|&byte| byte == b'\n') {
@@ -150,7 +143,7 @@ impl Exchange {
     }
 }
 
-/// The text of the first choice in a body or an event.
+/// Returns the text of the first choice in a body or an event.
 fn text_in(json: &[u8]) -> Option<String> {
     #[derive(Deserialize)]
     struct Body {
@@ -169,5 +162,5 @@ fn text_in(json: &[u8]) -> Option<String> {
     let body: Body = serde_json::from_slice(json).ok()?;
     let choice = body.choices.into_iter().next()?;
     let message = choice.message.or(choice.delta);
-    choice.text.or(message.and_then(|it| it.content))
+    choice.text.or(message.and_then(|message| message.content))
 }

@@ -1,33 +1,36 @@
-//! A verification as one page that needs nothing else: pictures first.
+//! A verification as an HTML page without external files: pictures first.
 
 use std::fmt::Write;
 
 use crate::chart::{Band, Chart, Line, escaped};
 use crate::page;
+use crate::verify::interval::Verdict;
 use crate::verify::report::{Hits, Verification, WorkerResult};
 
 impl Verification {
-    /// The page, as HTML.
+    /// Returns the page as HTML.
     #[must_use]
     pub fn html(&self) -> String {
-        let verdict = if self.passed() {
-            r#"<p class="verdict ok">The predictions hold on these engines.</p>"#
-        } else {
-            r#"<p class="verdict bad">The predictions do not hold on these engines as they are set up now.</p>"#
+        let class = match self.verdict() {
+            Verdict::Holds => "verdict ok",
+            Verdict::NotShown => "verdict",
+            Verdict::Fails | Verdict::NotMeasured => "verdict bad",
         };
-        let title = "What Foresee predicted, and what the engines say";
-        let mut page = verdict.to_owned();
+        let title = "Foresee's predictions compared with the engines' reports";
+        let summary = self.summary();
+        let lines = summary.lines().map(escaped).collect::<Vec<_>>();
+        let mut page = format!("<p class=\"{class}\">{}</p>", lines.join("<br>"));
         page.push_str("<h2>Active blocks</h2>");
         page.push_str(
-            "<p>What running requests pin, shared prefixes counted once. \
-             <span class=\"key predicted\">predicted</span> by the router from what it sent and \
-             saw; <span class=\"key held\">held</span> by the engine's own metrics.</p>",
+            "<p>Blocks that running requests pin; shared prefixes count once. \
+             <span class=\"key predicted\">Predicted</span> by the router; \
+             <span class=\"key reported\">reported</span> by the engine's metrics.</p>",
         );
         for worker in &self.workers {
             page.push_str(&self.active_blocks(worker));
         }
         page.push_str(&self.cache_hits());
-        page.push_str(&self.promises());
+        page.push_str(&self.goals());
         page.push_str(&self.wrong_predictions());
         let _ = write!(
             page,
@@ -54,8 +57,8 @@ impl Verification {
         let predicted = active.predicted.iter();
         let lines = [
             Line {
-                class: "line held",
-                points: active.held.clone(),
+                class: "line reported",
+                points: active.reported.clone(),
                 steps: false,
                 marks: Vec::new(),
             },
@@ -75,12 +78,12 @@ impl Verification {
         };
         format!(
             "<figure><figcaption><b>{}</b> {}: mean error {:.2} blocks, {:.1} % of the peak of \
-             {:.0}; worst {:.0}; {} readings. Where the engine counts the same requests, {}: mean \
-             error {:.2} blocks</figcaption>{}</figure>",
+             {:.0}; worst {:.0}; {} readings. In the {} readings with the \
+             same requests: mean error {:.2} blocks</figcaption>{}</figure>",
             escaped(&worker.name),
             escaped(&worker.url),
             active.mean_error,
-            active.error_share() * 100.0,
+            active.error_fraction() * 100.0,
             active.peak,
             active.worst_error,
             active.samples,
@@ -92,8 +95,8 @@ impl Verification {
 
     fn cache_hits(&self) -> String {
         let mut html = "<h2>Cache hits</h2><p>Blocks of the prompt that the router predicted to \
-                        be cached, against <code>cached_tokens</code> of the answer.</p>\
-                        <table><tr><th>at a time<th>prompt<th>requests<th>to the block<th>\
+                        be cached, compared with <code>cached_tokens</code> of the response.</p>\
+                        <table><tr><th>at a time<th>prompt<th>requests<th>exact<th>\
                         <th>over<th>under<th>precision<th>recall"
             .to_owned();
         for phase in &self.phases {
@@ -104,7 +107,7 @@ impl Verification {
                     phase.concurrency,
                     kind.name(),
                     hits.requests,
-                    hits.equal_share() * 100.0,
+                    hits.equal_fraction() * 100.0,
                     bar(hits),
                     hits.over,
                     hits.under,
@@ -117,24 +120,25 @@ impl Verification {
         html
     }
 
-    fn promises(&self) -> String {
-        let mut html = "<h2>Promises</h2><table><tr><th><th>what<th>found<th>goal".to_owned();
+    fn goals(&self) -> String {
+        let mut html =
+            "<h2>Goals</h2><table><tr><th>verdict<th>subject<th>found<th>goal".to_owned();
         for check in &self.checks {
-            let (class, mark) = match check.passed {
-                Some(true) => ("ok", "✓"),
-                Some(false) => ("bad", "✗"),
-                None => ("", "?"),
+            let class = match check.verdict {
+                Verdict::Holds => "ok",
+                Verdict::Fails => "bad",
+                Verdict::NotShown | Verdict::NotMeasured => "",
             };
-            let remedy = check.remedy.filter(|_| check.passed != Some(true));
+            let conclusion = check.conclusion();
+            let notes = conclusion.as_deref().into_iter().chain(check.advice());
+            let notes = notes.map(|note| format!("<br><i>{}</i>", escaped(note)));
             let _ = write!(
                 html,
-                "<tr><td class=\"{class}\">{mark}<td>{}<td>{}{}<td>{}",
-                escaped(&check.what),
+                "<tr><td class=\"{class}\">{}<td>{}<td>{}{}<td>{}",
+                check.verdict.name(),
+                escaped(&check.name),
                 escaped(&check.found),
-                remedy.map_or(String::new(), |remedy| format!(
-                    "<br><i>{}</i>",
-                    escaped(remedy)
-                )),
+                notes.collect::<String>(),
                 escaped(&check.goal)
             );
         }
@@ -168,7 +172,7 @@ impl Verification {
     }
 }
 
-/// The shares of equal, over and under as a bar.
+/// Returns a bar with the fractions of exact, over and under.
 fn bar(hits: &Hits) -> String {
     let width = |part: usize| part as f64 / hits.requests.max(1) as f64 * 120.0;
     let (equal, over) = (width(hits.equal), width(hits.over));

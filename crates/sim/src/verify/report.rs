@@ -1,4 +1,4 @@
-//! What a verification found: in numbers for programs, in lines for people.
+//! The findings of a verification: as JSON (serde) and as text.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -7,51 +7,52 @@ use serde::Serialize;
 
 use crate::report::Latency;
 use crate::verify::VerifyConfig;
+use crate::verify::checks::{Check, check, grouped};
+use crate::verify::engine_observer::{Reader, WorkerReadings};
 use crate::verify::exchange::{Ending, Exchange};
-use crate::verify::judge::{Check, judge};
-use crate::verify::script::Kind;
-use crate::verify::truth::{Reader, Watched};
+use crate::verify::interval::Verdict;
+use crate::verify::prompt_mix::Kind;
 
-/// How many different wrong predictions are kept of each phase, and how many failures.
-const MOST_KEPT: usize = 20;
+/// Limit for the wrong predictions that are kept of each phase, and for the reasons of failures.
+const MAX_KEPT: usize = 20;
 
-/// All that was found.
+/// The findings of a verification.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Verification {
     /// The router's tokens per block.
     pub block_size: u32,
-    /// Decides every prompt.
+    /// The seed of all prompts.
     pub seed: u64,
-    /// Whether text was matched by the engines' own tokens.
+    /// Whether the router matched text by the engines' tokens.
     pub has_tokenizer: bool,
-    /// One for each number of requests in flight.
+    /// One for each concurrency that was asked for.
     pub phases: Vec<Phase>,
     /// One for each worker.
     pub workers: Vec<WorkerResult>,
-    /// Whether prompts were counted as the engines count them.
+    /// Comparison of the router's token counts with the engines'.
     pub parity: Parity,
-    /// What it comes to.
+    /// The verdict on each goal.
     pub checks: Vec<Check>,
 }
 
-/// Requests with so many in flight at a time.
+/// Requests of one concurrency.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Phase {
-    /// How many.
+    /// Requests in flight at a time.
     pub concurrency: usize,
-    /// When it began and ended, in seconds since the first began.
+    /// Beginning and end, in seconds since the first phase began.
     pub seconds: (f64, f64),
-    /// Requests answered in full.
-    pub answered: usize,
-    /// Streams that the client left.
-    pub left: usize,
+    /// Requests whose response arrived complete.
+    pub completed: usize,
+    /// Streams that the client closed early, as planned.
+    pub aborted: usize,
     /// Requests that failed.
     pub failed: usize,
     /// The first different reasons of failures.
     pub failures: Vec<String>,
-    /// Answers that did not say how much of the prompt was cached.
+    /// Responses without `cached_tokens`.
     pub unreported: usize,
-    /// Predictions against reports, by how the prompt came about.
+    /// Predicted and reported hits by the kind of the prompt.
     pub hits: BTreeMap<Kind, Hits>,
     /// The first wrong predictions.
     pub differences: Vec<Difference>,
@@ -62,11 +63,11 @@ pub struct Phase {
 pub struct Hits {
     /// Requests compared.
     pub requests: usize,
-    /// Of these, predicted to the block.
+    /// Requests for which the prediction was exact.
     pub equal: usize,
-    /// More was predicted than was cached.
+    /// Requests with more blocks predicted than cached.
     pub over: usize,
-    /// Less was predicted than was cached.
+    /// Requests with fewer blocks predicted than cached.
     pub under: usize,
     /// Blocks predicted to be cached.
     pub predicted: u64,
@@ -79,9 +80,9 @@ pub struct Hits {
 /// One wrong prediction.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Difference {
-    /// How the prompt came about.
+    /// The kind of the prompt.
     pub kind: Kind,
-    /// Which worker answered.
+    /// The worker that responded.
     pub worker: String,
     /// Tokens of the prompt.
     pub prompt_tokens: u32,
@@ -91,125 +92,134 @@ pub struct Difference {
     pub actual: u32,
 }
 
-/// How often the router counted as many prompt tokens as the engine.
+/// Comparison of the router's counts of prompt tokens with the engines'.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Parity {
-    /// Prompts counted alike.
+    /// Prompts with the same count.
     pub equal: u64,
-    /// Prompts counted otherwise.
+    /// Prompts with different counts.
     pub different: u64,
 }
 
-/// One worker.
+/// The findings about one worker.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct WorkerResult {
-    /// Its name.
+    /// Name in the router's configuration.
     pub name: String,
-    /// Where it is.
+    /// Base URL.
     pub url: String,
-    /// `events` or `shadow`: how the router knows its cache.
+    /// The router's source of knowledge about the worker's cache: `events` or `estimated`.
     pub cache_source: String,
-    /// Whether its events were followed without loss; `None` if there are none.
+    /// Whether the router received all KV events; `None` without events.
     pub events_exact: Option<bool>,
-    /// KV blocks it has, as the router believes.
+    /// Size of the KV cache in blocks, as the router assumes it.
     pub capacity_blocks: u32,
-    /// Predicted active blocks against its own account.
+    /// Predicted active blocks compared with the engine's count.
     pub active: ActiveBlocks,
-    /// From an event's making to its application; `None` without live events.
+    /// Time from an event's creation to its application; `None` without live events.
     pub event_lag: Option<Latency>,
-    /// Why its metrics could not be read, if that happened.
-    pub unread: Option<String>,
+    /// The reason if its metrics could not be read.
+    pub metrics_error: Option<String>,
 }
 
-/// Predicted active blocks against an engine's own account.
+/// Predicted active blocks compared with an engine's own count.
 ///
-/// The router counts a request from the instant it is chosen until its end has come back. An engine
-/// tells of it when the first step with it is over, a vLLM counts it nowhere until then, and stops
-/// with the last. Readings for which the two have different numbers of requests say how long that
-/// takes; the others, whether the blocks are right.
+/// The router counts a request from the instant of its decision until the end of the response has
+/// arrived. The engine reports the request after its first step, and no longer after its last.
+/// Readings with different numbers of requests measure this delay. Readings with equal numbers
+/// measure whether the predicted blocks are right.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct ActiveBlocks {
     /// Readings compared.
     pub samples: usize,
-    /// Mean absolute difference to what was predicted when the engine was asked, in blocks.
+    /// Mean absolute difference to the prediction at the time of the reading, in blocks.
     pub mean_error: f64,
-    /// The largest of those, in blocks.
+    /// Maximum absolute difference, in blocks.
     pub worst_error: f64,
-    /// Those of the readings in which the engine counted as many requests as it had been sent,
-    /// before and after.
+    /// Readings for which router and engine had the same number of requests, from the time the
+    /// engine was asked until its response.
     pub agreed: usize,
     /// Mean absolute difference in these, in blocks.
     pub agreed_error: f64,
-    /// The most blocks the engine held.
+    /// Maximum of the engine's count.
     pub peak: f64,
-    /// Predicted when all was over.
+    /// Prediction after the last response.
     pub predicted_at_rest: u64,
-    /// Held when all was over.
-    pub held_at_rest: f64,
-    /// When a prediction changed, in seconds, and to what.
+    /// The engine's count after the last response.
+    pub reported_at_rest: f64,
+    /// Times of changed predictions, in seconds, with the new value.
     pub predicted: Vec<(f64, u64)>,
-    /// When the engine was asked, in seconds, and what it held.
-    pub held: Vec<(f64, f64)>,
+    /// Times of readings, in seconds, with the engine's count.
+    pub reported: Vec<(f64, f64)>,
 }
 
 impl ActiveBlocks {
-    /// Mean absolute error as a share of the peak.
+    /// Returns the mean absolute error as a fraction of the peak.
     #[must_use]
-    pub fn error_share(&self) -> f64 {
+    pub fn error_fraction(&self) -> f64 {
         self.mean_error / self.peak.max(1.0)
     }
 
-    /// The same where engine and router count the same requests; `None` where they never do.
+    /// Returns the mean absolute error as a fraction of the peak, over readings for which engine
+    /// and router had the same number of requests; `None` without any.
     #[must_use]
-    pub fn agreed_error_share(&self) -> Option<f64> {
+    pub fn agreed_error_fraction(&self) -> Option<f64> {
         (self.agreed > 0).then(|| self.agreed_error / self.peak.max(1.0))
     }
 
-    fn of(watched: &Watched) -> Self {
-        let readings = &watched.readings;
+    fn from_readings(worker: &WorkerReadings) -> Self {
+        let readings = &worker.readings;
         let compared = readings.iter().map(|reading| {
-            let predicted = watched.predicted_at(reading.at).blocks;
-            let error = (predicted as f64 - reading.held).abs();
-            (error, watched.agrees(reading))
+            let predicted = worker.predicted_at(reading.at).blocks;
+            let error = (predicted as f64 - reading.active_blocks).abs();
+            (error, worker.agrees(reading))
         });
         let errors = compared.clone().map(|(error, _)| error);
         let agreed: Vec<f64> = compared
-            .filter_map(|(error, is)| is.then_some(error))
+            .filter_map(|(error, has_same_requests)| has_same_requests.then_some(error))
             .collect();
-        let held = readings.iter().map(|it| (it.at, it.held));
-        let predicted = watched.predicted.iter().map(|it| (it.at, it.blocks));
+        let reported = readings
+            .iter()
+            .map(|reading| (reading.at, reading.active_blocks));
+        let predicted = worker
+            .predicted
+            .iter()
+            .map(|prediction| (prediction.at, prediction.blocks));
         Self {
             samples: readings.len(),
             mean_error: errors.clone().sum::<f64>() / readings.len().max(1) as f64,
             worst_error: errors.fold(0.0, f64::max),
             agreed: agreed.len(),
             agreed_error: agreed.iter().sum::<f64>() / agreed.len().max(1) as f64,
-            peak: readings.iter().map(|it| it.held).fold(0.0, f64::max),
-            predicted_at_rest: watched.worker.active_blocks,
-            held_at_rest: readings.last().map_or(0.0, |it| it.held),
+            peak: readings
+                .iter()
+                .map(|reading| reading.active_blocks)
+                .fold(0.0, f64::max),
+            predicted_at_rest: worker.worker.active_blocks,
+            reported_at_rest: readings.last().map_or(0.0, |reading| reading.active_blocks),
             predicted: predicted.collect(),
-            held: held.collect(),
+            reported: reported.collect(),
         }
     }
 }
 
 impl Hits {
-    /// Of the blocks predicted, the share that was cached.
+    /// Returns the fraction of predicted blocks that was cached.
     #[must_use]
     pub fn precision(&self) -> f64 {
-        share(self.common, self.predicted)
+        fraction(self.common, self.predicted)
     }
 
-    /// Of the blocks cached, the share that was predicted.
+    /// Returns the fraction of cached blocks that was predicted.
     #[must_use]
     pub fn recall(&self) -> f64 {
-        share(self.common, self.actual)
+        fraction(self.common, self.actual)
     }
 
-    /// The share of requests predicted to the block.
+    /// Returns the fraction of requests that was predicted exactly.
     #[must_use]
-    pub fn equal_share(&self) -> f64 {
-        share(self.equal as u64, self.requests as u64)
+    pub fn equal_fraction(&self) -> f64 {
+        fraction(self.equal as u64, self.requests as u64)
     }
 
     fn take(&mut self, predicted: u32, actual: u32) {
@@ -233,7 +243,8 @@ impl Hits {
     }
 }
 
-fn share(part: u64, whole: u64) -> f64 {
+/// Returns `part / whole`; 1 if `whole` is 0, because nothing was wrong.
+fn fraction(part: u64, whole: u64) -> f64 {
     if whole == 0 {
         1.0
     } else {
@@ -246,8 +257,8 @@ impl Phase {
         Self {
             concurrency,
             seconds: (0.0, 0.0),
-            answered: 0,
-            left: 0,
+            completed: 0,
+            aborted: 0,
             failed: 0,
             failures: Vec::new(),
             unreported: 0,
@@ -258,15 +269,15 @@ impl Phase {
 
     pub(super) fn take(&mut self, kind: Kind, block_size: u32, done: Exchange) {
         match done.ending {
-            Ending::Answered => self.answered += 1,
-            Ending::Left => {
-                self.left += 1;
+            Ending::Completed => self.completed += 1,
+            Ending::Aborted => {
+                self.aborted += 1;
                 return;
             }
-            Ending::Failed(why) => {
+            Ending::Failed(reason) => {
                 self.failed += 1;
-                if self.failures.len() < MOST_KEPT && !self.failures.contains(&why) {
-                    self.failures.push(why);
+                if self.failures.len() < MAX_KEPT && !self.failures.contains(&reason) {
+                    self.failures.push(reason);
                 }
                 return;
             }
@@ -278,7 +289,7 @@ impl Phase {
         };
         let (predicted, actual) = (predicted / block_size, actual / block_size);
         self.hits.entry(kind).or_default().take(predicted, actual);
-        if predicted != actual && self.differences.len() < MOST_KEPT {
+        if predicted != actual && self.differences.len() < MAX_KEPT {
             self.differences.push(Difference {
                 kind,
                 worker: done.worker.unwrap_or_default(),
@@ -289,7 +300,7 @@ impl Phase {
         }
     }
 
-    /// The predictions of those kinds of prompts that can be predicted in full.
+    /// Returns the predictions for the kinds of prompts that the router can predict exactly.
     #[must_use]
     pub fn predictable(&self, has_tokenizer: bool) -> Hits {
         let mut sum = Hits::default();
@@ -313,24 +324,25 @@ impl Parity {
 }
 
 impl Verification {
-    pub(super) fn of(
+    /// Builds the report and judges the goals.
+    pub(super) fn new(
         config: &VerifyConfig,
         phases: Vec<Phase>,
         parity: Parity,
-        watched: &[Watched],
+        readings: &[WorkerReadings],
     ) -> Self {
-        let workers = watched.iter().map(|watched| {
-            let worker = &watched.worker;
-            let mut lags: Vec<f32> = watched.lags.iter().map(|&lag| lag as f32).collect();
+        let workers = readings.iter().map(|readings| {
+            let worker = &readings.worker;
+            let mut lags: Vec<f32> = readings.lags.iter().map(|&lag| lag as f32).collect();
             WorkerResult {
                 name: worker.name.clone(),
                 url: worker.url.clone(),
                 cache_source: worker.cache_source.clone(),
                 events_exact: worker.kv_events.as_ref().map(|events| events.exact),
                 capacity_blocks: worker.capacity_blocks,
-                active: ActiveBlocks::of(watched),
+                active: ActiveBlocks::from_readings(readings),
                 event_lag: (!lags.is_empty()).then(|| Latency::of(&mut lags)),
-                unread: watched.unread.clone(),
+                metrics_error: readings.metrics_error.clone(),
             }
         });
         let mut verification = Self {
@@ -342,14 +354,76 @@ impl Verification {
             parity,
             checks: Vec::new(),
         };
-        verification.checks = judge(&verification);
+        verification.checks = check(&verification);
         verification
     }
 
-    /// Whether nothing that could be judged was found wanting.
+    /// Returns the verdict over all goals: `NotMeasured` if no response allowed a comparison of
+    /// predicted and cached blocks, otherwise `Fails` if any goal fails, `Holds` if all goals hold,
+    /// and `NotShown` in other cases.
     #[must_use]
-    pub fn passed(&self) -> bool {
-        self.checks.iter().all(|check| check.passed != Some(false))
+    pub fn verdict(&self) -> Verdict {
+        let has = |verdict| self.checks.iter().any(|check| check.verdict == verdict);
+        if self.compared() == 0 {
+            Verdict::NotMeasured
+        } else if has(Verdict::Fails) {
+            Verdict::Fails
+        } else if has(Verdict::NotShown) || has(Verdict::NotMeasured) {
+            Verdict::NotShown
+        } else {
+            Verdict::Holds
+        }
+    }
+
+    /// Returns the number of responses for which predicted and cached blocks were compared.
+    fn compared(&self) -> usize {
+        let hits = self.phases.iter().flat_map(|phase| phase.hits.values());
+        hits.map(|hits| hits.requests).sum()
+    }
+
+    /// Returns the verdict as sentences, with the evidence for it.
+    #[must_use]
+    pub fn summary(&self) -> String {
+        let of = |verdict| {
+            let checks = self
+                .checks
+                .iter()
+                .filter(move |check| check.verdict == verdict);
+            checks.map(|check| check.name.as_str()).collect::<Vec<_>>()
+        };
+        let compared = grouped(self.compared() as u64);
+        let (failed, unmeasured) = (of(Verdict::Fails), of(Verdict::NotMeasured));
+        let mut sentences = vec![match self.verdict() {
+            Verdict::Holds => format!(
+                "The predictions hold on these engines: all goals are shown, with {compared} \
+                 responses compared."
+            ),
+            Verdict::NotShown => format!(
+                "No goal fails on these engines, with {compared} responses compared. Goals that \
+                 are shown: {} of {}.",
+                of(Verdict::Holds).len(),
+                self.checks.len()
+            ),
+            Verdict::Fails => format!(
+                "The predictions do not hold on these engines as they are configured now. Goals \
+                 that fail: {}.",
+                failed.join("; ")
+            ),
+            Verdict::NotMeasured => "The verification could not be carried out: no response \
+                 reported both a prediction and cached_tokens."
+                .to_owned(),
+        }];
+        let not_shown = self.checks.iter();
+        let not_shown = not_shown.filter(|check| check.verdict == Verdict::NotShown);
+        for check in not_shown {
+            let conclusion = check.conclusion().unwrap_or_default();
+            let Check { name, found, .. } = check;
+            sentences.push(format!("Not shown: {name}: {found}: {conclusion}."));
+        }
+        if !unmeasured.is_empty() && self.compared() > 0 {
+            sentences.push(format!("Not measured: {}.", unmeasured.join("; ")));
+        }
+        sentences.join("\n")
     }
 }
 
@@ -359,8 +433,8 @@ impl fmt::Display for Verification {
             let Phase { concurrency, .. } = phase;
             writeln!(
                 f,
-                "{concurrency} at a time: {} answered, {} left by the client, {} failed",
-                phase.answered, phase.left, phase.failed
+                "{concurrency} at a time: {} completed, {} aborted by the client, {} failed",
+                phase.completed, phase.aborted, phase.failed
             )?;
             writeln!(
                 f,
@@ -373,7 +447,7 @@ impl fmt::Display for Verification {
                     "  {:<20}{:>9}{:>8.1}%{:>7}{:>7}{:>10.1}%{:>8.1}%",
                     kind.name(),
                     hits.requests,
-                    hits.equal_share() * 100.0,
+                    hits.equal_fraction() * 100.0,
                     hits.over,
                     hits.under,
                     hits.precision() * 100.0,
@@ -398,8 +472,8 @@ impl fmt::Display for Verification {
         )?;
         for worker in &self.workers {
             let active = &worker.active;
-            let agreed = active.agreed_error_share();
-            let agreed = agreed.map(|share| format!("{:.1}%", share * 100.0));
+            let agreed = active.agreed_error_fraction();
+            let agreed = agreed.map(|fraction| format!("{:.1}%", fraction * 100.0));
             let lag = worker
                 .event_lag
                 .map(|lag| format!("{:.1} ms", lag.p99 * 1e3));
@@ -410,7 +484,7 @@ impl fmt::Display for Verification {
                 worker.cache_source,
                 active.peak,
                 active.mean_error,
-                active.error_share() * 100.0,
+                active.error_fraction() * 100.0,
                 active.worst_error,
                 agreed.as_deref().unwrap_or("-"),
                 lag.as_deref().unwrap_or("-"),
@@ -420,11 +494,6 @@ impl fmt::Display for Verification {
         for check in &self.checks {
             writeln!(f, "{check}")?;
         }
-        let verdict = if self.passed() {
-            "The predictions hold on these engines."
-        } else {
-            "The predictions do not hold on these engines as they are set up now."
-        };
-        writeln!(f, "\n{verdict}")
+        writeln!(f, "\n{}", self.summary())
     }
 }

@@ -1,4 +1,4 @@
-//! Agents: programs that call a model again and again, with a tool's result added each time.
+//! Agents: programs that call a model many times and add a tool's result to the prompt each time.
 
 use std::time::Duration;
 
@@ -11,32 +11,33 @@ use crate::workload::gaps::Gaps;
 use crate::workload::{Arrival, Workload, WorkloadRequest, spread};
 
 /// Tasks of a few kinds. Every call of a task sends the long prompt of its kind, which describes
-/// the tools, and all that was said since; its answer is a short tool call. Nearly all of a prompt
-/// is cached where the task ran before, and most of it wherever its kind did.
+/// the tools, followed by all outputs and tool results so far. The output is a short tool call.
+/// Nearly all of a prompt is cached on the worker that had the task's previous call, and most of it
+/// on workers that had other tasks of the kind.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Agent {
-    /// How many tasks.
+    /// Number of tasks.
     pub tasks: u32,
-    /// Times between the beginnings of two.
+    /// Times between the starts of tasks.
     pub starts: Gaps,
-    /// Kinds of task; each task is of one at random.
+    /// Number of kinds. The kind of a task is random.
     pub kinds: u32,
-    /// Mean length of a kind's prompt; lengths are uniform between half and one and a half of it.
+    /// Mean length of a kind's prompt; uniform in 0.5 to 1.5 times the mean.
     pub tool_prompt_tokens: u32,
-    /// Mean calls of a task; at least 1, spread likewise.
+    /// Mean number of calls of a task; uniform in 0.5 to 1.5 times the mean, at least 1.
     pub calls: u32,
-    /// Mean length of what is added for each call: the task, then a tool's result; spread
-    /// likewise.
+    /// Mean length of the text added for each call: the task's description or a tool's result;
+    /// uniform in 0.5 to 1.5 times the mean.
     pub result_tokens: u32,
-    /// Mean length of an answer, spread likewise.
-    pub answer_tokens: u32,
-    /// Mean time a tool takes; exponential.
+    /// Mean length of an output; uniform in 0.5 to 1.5 times the mean.
+    pub output_tokens: u32,
+    /// Mean time of a tool's execution; exponentially distributed.
     pub tool_time: Duration,
 }
 
 impl Default for Agent {
-    /// Some 20 calls a second: eight 8B models on L40S keep the default SLO for nine of ten if they
-    /// are routed to what they have cached, and for half if they are not.
+    /// Returns tasks with about 20 calls per second. Eight 8B models on L40S serve most calls within
+    /// the default SLO only if routing follows the caches.
     fn default() -> Self {
         Self {
             tasks: 300,
@@ -45,14 +46,14 @@ impl Default for Agent {
             tool_prompt_tokens: 8000,
             calls: 12,
             result_tokens: 400,
-            answer_tokens: 60,
+            output_tokens: 60,
             tool_time: Duration::from_secs(1),
         }
     }
 }
 
 impl Workload {
-    /// Tasks with shared tool prompts.
+    /// Returns the calls of an agent workload.
     #[must_use]
     pub fn agent(agent: &Agent, seed: u64) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
@@ -71,20 +72,20 @@ impl Workload {
             let mut arrival = Arrival::At(start);
             let mut prompt = tool_prompts[rng.random_range(0..tool_prompts.len())].clone();
             for _ in 0..spread(agent.calls, 0.5, &mut rng) {
-                let (result, answer) = (next_stream, next_stream + 1);
+                let (result, output) = (next_stream, next_stream + 1);
                 next_stream += 2;
                 prompt = prompt.then(result, spread(agent.result_tokens, 0.5, &mut rng));
                 let request = WorkloadRequest {
                     prompt,
-                    answer_stream: Some(answer),
-                    output_tokens: spread(agent.answer_tokens, 0.5, &mut rng),
+                    output_stream: Some(output),
+                    output_tokens: spread(agent.output_tokens, 0.5, &mut rng),
                     arrival,
                 };
-                prompt = request.prompt_and_answer();
-                let tool: f64 = Exp1.sample(&mut rng);
+                prompt = request.prompt_and_output();
+                let tool_factor: f64 = Exp1.sample(&mut rng);
                 arrival = Arrival::After {
                     request: requests.len(),
-                    think: agent.tool_time.mul_f64(tool),
+                    think: agent.tool_time.mul_f64(tool_factor),
                 };
                 requests.push(request);
             }

@@ -1,4 +1,4 @@
-//! Conversations: people who write, read, and write again.
+//! Conversations of people with a model.
 
 use std::time::Duration;
 
@@ -10,23 +10,23 @@ use crate::prompt::Prompt;
 use crate::workload::gaps::Gaps;
 use crate::workload::{Arrival, Workload, WorkloadRequest, spread};
 
-/// Conversations: each turn's prompt is the previous turn's prompt, its answer, and a new
+/// Conversations. The prompt of each turn is the prompt of the previous turn, its output, and a new
 /// message.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Chat {
-    /// How many.
+    /// Number of conversations.
     pub conversations: u32,
-    /// Times between the beginnings of two.
+    /// Times between the starts of conversations.
     pub starts: Gaps,
-    /// Turns of each conversation are uniform in `1..=max_turns`.
+    /// Maximum number of turns; uniform in `1..=max_turns`.
     pub max_turns: u32,
-    /// Length of the system prompt that all share.
+    /// Length of the system prompt, which is the same in all conversations.
     pub system_tokens: u32,
-    /// Mean length of a message; lengths are uniform between half and one and a half of it.
+    /// Mean length of a message; uniform in 0.5 to 1.5 times the mean.
     pub message_tokens: u32,
-    /// Mean length of an answer, spread likewise.
-    pub answer_tokens: u32,
-    /// Mean time between an answer and the next message; exponential.
+    /// Mean length of an output; uniform in 0.5 to 1.5 times the mean.
+    pub output_tokens: u32,
+    /// Mean time from the end of an output to the next message; exponentially distributed.
     pub think: Duration,
 }
 
@@ -38,14 +38,14 @@ impl Default for Chat {
             max_turns: 8,
             system_tokens: 1200,
             message_tokens: 600,
-            answer_tokens: 250,
+            output_tokens: 250,
             think: Duration::from_secs(8),
         }
     }
 }
 
 impl Chat {
-    /// Turns of a conversation, on average.
+    /// Returns the mean number of turns of a conversation.
     #[must_use]
     pub fn mean_turns(&self) -> f64 {
         f64::midpoint(1.0, f64::from(self.max_turns.max(1)))
@@ -53,7 +53,7 @@ impl Chat {
 }
 
 impl Workload {
-    /// Conversations with a shared system prompt.
+    /// Returns the turns of conversations with a shared system prompt.
     #[must_use]
     pub fn chat(chat: &Chat, seed: u64) -> Self {
         const SYSTEM_STREAM: u64 = 0;
@@ -66,20 +66,20 @@ impl Workload {
             let mut arrival = Arrival::At(start);
             let mut prompt = Prompt::new().then(SYSTEM_STREAM, chat.system_tokens);
             for _ in 0..rng.random_range(1..=chat.max_turns.max(1)) {
-                let (message, answer) = (next_stream, next_stream + 1);
+                let (message, output) = (next_stream, next_stream + 1);
                 next_stream += 2;
                 prompt = prompt.then(message, spread(chat.message_tokens, 0.5, &mut rng));
                 let request = WorkloadRequest {
                     prompt,
-                    answer_stream: Some(answer),
-                    output_tokens: spread(chat.answer_tokens, 0.5, &mut rng),
+                    output_stream: Some(output),
+                    output_tokens: spread(chat.output_tokens, 0.5, &mut rng),
                     arrival,
                 };
-                prompt = request.prompt_and_answer();
-                let patience: f64 = Exp1.sample(&mut rng);
+                prompt = request.prompt_and_output();
+                let think_factor: f64 = Exp1.sample(&mut rng);
                 arrival = Arrival::After {
                     request: requests.len(),
-                    think: chat.think.mul_f64(patience),
+                    think: chat.think.mul_f64(think_factor),
                 };
                 requests.push(request);
             }

@@ -1,4 +1,4 @@
-//! Retrieval: long prompts put together from documents that many share, in any order.
+//! Retrieval-augmented generation: long prompts composed of shared documents in random order.
 
 use std::time::Duration;
 
@@ -10,35 +10,35 @@ use crate::prompt::Prompt;
 use crate::workload::gaps::Gaps;
 use crate::workload::{Arrival, Workload, WorkloadRequest, spread};
 
-/// Questions about documents: a system prompt that all share, a few documents, the question. A
-/// document is asked for the more often the lower its number (Zipf), and stands at any place among
-/// the others, so that prefixes match as far as the first documents happen to be the same.
+/// Questions about documents. A prompt consists of a shared system prompt, a few documents, and the
+/// question. The popularity of documents follows Zipf's law. The order of the documents in a prompt
+/// is random, so two prompts share a prefix only as far as their first documents are equal.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rag {
-    /// How many questions.
+    /// Number of questions.
     pub requests: u32,
-    /// Times between two.
+    /// Times between questions.
     pub gaps: Gaps,
     /// Length of the system prompt.
     pub system_tokens: u32,
-    /// Documents there are.
+    /// Number of documents.
     pub documents: u32,
-    /// Mean length of a document; lengths are uniform between half and one and a half of it.
+    /// Mean length of a document; uniform in 0.5 to 1.5 times the mean.
     pub document_tokens: u32,
-    /// Different documents in a prompt.
+    /// Number of different documents in a prompt.
     pub per_prompt: u32,
-    /// The document of rank `r` is asked for in proportion to `r` to the power of minus this; 0
-    /// for all alike.
+    /// Exponent of Zipf's law: the weight of the document of rank `r` is `r` to the power of
+    /// `-skew`. 0 gives equal weights.
     pub skew: f64,
-    /// Mean length of a question, spread likewise.
+    /// Mean length of a question; uniform in 0.5 to 1.5 times the mean.
     pub question_tokens: u32,
-    /// Mean length of an answer, spread likewise.
-    pub answer_tokens: u32,
+    /// Mean length of an output; uniform in 0.5 to 1.5 times the mean.
+    pub output_tokens: u32,
 }
 
 impl Default for Rag {
-    /// ISL 6600 at 8 a second: about as much as eight 8B models on L40S can answer within the
-    /// default SLO.
+    /// Returns 2000 questions with a mean ISL of 6600, in a Poisson process of 8 per second. The
+    /// rate is meant for eight workers, each with an 8B model on one L40S.
     fn default() -> Self {
         Self {
             requests: 2000,
@@ -49,22 +49,22 @@ impl Default for Rag {
             per_prompt: 4,
             skew: 1.0,
             question_tokens: 100,
-            answer_tokens: 120,
+            output_tokens: 120,
         }
     }
 }
 
 impl Workload {
-    /// Questions about shared documents.
+    /// Returns the questions of a retrieval workload.
     #[must_use]
     pub fn rag(rag: &Rag, seed: u64) -> Self {
         const SYSTEM_STREAM: u64 = 0;
         let mut rng = SmallRng::seed_from_u64(seed);
-        // (its stream, its length), the one asked for most often first.
+        // Stream and length of each document, by popularity.
         let documents: Vec<(u64, u32)> = (1..=u64::from(rag.documents.max(1)))
             .map(|stream| (stream, spread(rag.document_tokens, 0.5, &mut rng)))
             .collect();
-        let popularity = Popularity::new(documents.len(), rag.skew);
+        let popularity = Popularity::zipf(documents.len(), rag.skew);
         let per_prompt = (rag.per_prompt as usize).min(documents.len());
         let mut start = Duration::ZERO;
         let mut next_stream = documents.len() as u64 + 1;
@@ -85,8 +85,8 @@ impl Workload {
             next_stream += 1;
             WorkloadRequest {
                 prompt: prompt.then(next_stream - 1, question),
-                answer_stream: None,
-                output_tokens: spread(rag.answer_tokens, 0.5, &mut rng),
+                output_stream: None,
+                output_tokens: spread(rag.output_tokens, 0.5, &mut rng),
                 arrival: Arrival::At(start),
             }
         });
@@ -98,29 +98,32 @@ impl Workload {
     }
 }
 
-/// How often each of some things is asked for.
+/// The popularity of documents.
 struct Popularity {
-    /// Its weight, by rank.
+    /// Relative weight of each document, by rank.
     weights: Vec<f64>,
 }
 
 impl Popularity {
-    fn new(things: usize, skew: f64) -> Self {
+    /// Returns the weights of Zipf's law.
+    fn zipf(documents: usize, skew: f64) -> Self {
         Self {
-            weights: (1..=things).map(|rank| (rank as f64).powf(-skew)).collect(),
+            weights: (1..=documents)
+                .map(|rank| (rank as f64).powf(-skew))
+                .collect(),
         }
     }
 
-    /// Draws one that is not `taken`.
-    fn sample(&self, taken: &[usize], rng: &mut impl Rng) -> usize {
-        let left = || {
+    /// Draws a document that is not in `excluded`.
+    fn sample(&self, excluded: &[usize], rng: &mut impl Rng) -> usize {
+        let remaining = || {
             let all = self.weights.iter().enumerate();
-            all.filter(|(index, _)| !taken.contains(index))
+            all.filter(|(index, _)| !excluded.contains(index))
         };
-        let total: f64 = left().map(|(_, weight)| weight).sum();
+        let total: f64 = remaining().map(|(_, weight)| weight).sum();
         let mut point = rng.random::<f64>() * total;
         let mut last = 0;
-        for (index, weight) in left() {
+        for (index, weight) in remaining() {
             last = index;
             point -= weight;
             if point < 0.0 {
@@ -136,17 +139,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn popular_documents_are_asked_for_more_often_and_never_twice() {
-        let popularity = Popularity::new(10, 1.0);
+    fn popular_documents_are_drawn_more_often_and_excluded_ones_never() {
+        let popularity = Popularity::zipf(10, 1.0);
         let mut rng = SmallRng::seed_from_u64(1);
         let mut counts = [0_u32; 10];
         for _ in 0..20_000 {
             counts[popularity.sample(&[], &mut rng)] += 1;
         }
-        // 1 / (1 + 1/2 + … + 1/10) = 0.341 of 20,000, and a tenth of that for the last.
+        // 1 / (1 + 1/2 + … + 1/10) = 0.341 of 20,000, and a tenth of it for the last document.
         assert!((6600..7100).contains(&counts[0]), "{counts:?}");
         assert!((600..780).contains(&counts[9]), "{counts:?}");
-        let taken: Vec<usize> = (0..9).collect();
-        assert_eq!(popularity.sample(&taken, &mut rng), 9);
+        let excluded: Vec<usize> = (0..9).collect();
+        assert_eq!(popularity.sample(&excluded, &mut rng), 9);
     }
 }

@@ -1,34 +1,52 @@
-//! The synthetic workloads by name, and how each is made.
+//! The named synthetic workloads, and their parameters.
 
 use crate::workload::{Agent, Chat, Gaps, InvalidRequestRate, Rag, Shape, Spacing, Workload};
 
-/// The names [`Workload::named`] knows, with a line each.
+/// Name and description of each synthetic workload that [`Workload::named`] generates.
 pub const NAMED: [(&str, &str); 12] = [
     (
-        "seed",
-        "1,000 requests, ISL 7000, OSL 100, 10 prefixes of half the ISL, 20 at a time",
+        "shared-prefix",
+        "1,000 requests, ISL 7000, OSL 100, 10 prefixes of half the ISL, 20 in flight",
     ),
-    ("seed-10", "the same, 10 at a time"),
-    ("seed-isl", "seed with ISL varied by ±90 %"),
-    ("seed-osl", "seed with OSL varied by ±90 %"),
-    ("burst", "1,000 requests of seed's shape at one instant"),
-    ("burst-isl", "burst with ISL varied by ±90 %"),
-    ("burst-one-prefix", "burst with one prefix for all"),
+    (
+        "shared-prefix-c10",
+        "1,000 requests, ISL 7000, OSL 100, 10 prefixes of half the ISL, 10 in flight",
+    ),
+    (
+        "shared-prefix-isl",
+        "1,000 requests, ISL 7000 ±90 %, OSL 100, 10 prefixes of half the ISL, 20 in flight",
+    ),
+    (
+        "shared-prefix-osl",
+        "1,000 requests, ISL 7000, OSL 100 ±90 %, 10 prefixes of half the ISL, 20 in flight",
+    ),
+    (
+        "burst",
+        "1,000 requests at one instant, ISL 7000, OSL 100, 10 prefixes of half the ISL",
+    ),
+    (
+        "burst-isl",
+        "1,000 requests at one instant, ISL 7000 ±90 %, OSL 100, 10 prefixes of half the ISL",
+    ),
+    (
+        "burst-one-prefix",
+        "1,000 requests at one instant, ISL 7000, OSL 100, one prefix of half the ISL",
+    ),
     (
         "burst-heavy",
-        "800 requests of ISL 1500 at one instant, one in ten 15 times as long",
+        "800 requests at one instant, ISL 1500, OSL 100, one prompt in ten 15 times as long",
     ),
     (
         "chat",
-        "conversations of up to 8 turns with a shared system prompt",
+        "400 conversations of up to 8 turns with a shared system prompt, 4 started per second",
     ),
     (
         "agent",
-        "tasks of some 12 short calls behind one of 4 long tool prompts, 20 calls a second",
+        "300 tasks of about 12 short calls with one of 4 long tool prompts, 20 calls per second",
     ),
     (
         "rag",
-        "questions about 4 of 200 shared documents in any order, ISL 6600, 8 a second",
+        "2,000 questions about 4 of 200 shared documents in random order, ISL 6600, 8 per second",
     ),
     (
         "n-samples",
@@ -36,57 +54,57 @@ pub const NAMED: [(&str, &str); 12] = [
     ),
 ];
 
-/// No workload has this name.
+/// Error: no workload has this name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("unknown workload {name:?}; known: {}", NAMED.map(|(name, _)| name).join(", "))]
 pub struct UnknownWorkload {
-    /// The name asked for.
+    /// The unknown name.
     pub name: String,
 }
 
-/// How a synthetic workload is made; the names of [`NAMED`] stand for one each.
+/// Parameters of a synthetic workload. Each name of [`NAMED`] stands for one recipe.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Recipe {
-    /// So many requests of one shape, `concurrency` of them in flight at a time.
+    /// Requests of one shape, with `concurrency` of them in flight at a time.
     ClosedLoop {
-        /// What they are like.
+        /// Lengths and shared prefixes.
         shape: Shape,
-        /// How many there are.
+        /// Number of requests.
         requests: u32,
-        /// How many are in flight.
+        /// Number of requests in flight at a time.
         concurrency: usize,
     },
-    /// So many requests of one shape at one instant.
+    /// Requests of one shape that arrive at one instant.
     Burst {
-        /// What they are like.
+        /// Lengths and shared prefixes.
         shape: Shape,
-        /// How many there are.
+        /// Number of requests.
         requests: u32,
     },
-    /// So many requests of one shape that arrive whether or not others have ended.
+    /// Requests of one shape that arrive whether or not others have ended.
     OpenLoop {
-        /// What they are like.
+        /// Lengths and shared prefixes.
         shape: Shape,
-        /// How many there are.
+        /// Number of requests.
         requests: u32,
-        /// Times between two.
+        /// Times between arrivals.
         gaps: Gaps,
     },
     /// Conversations.
     Chat(Chat),
-    /// Tasks of many calls.
+    /// Agents: tasks of many calls.
     Agent(Agent),
     /// Questions about documents.
     Rag(Rag),
 }
 
 impl Recipe {
-    /// One of [`NAMED`] with its default sizes.
+    /// Returns the recipe of a workload of [`NAMED`] with its default sizes.
     ///
     /// # Errors
-    /// When there is none of this name.
+    /// If no workload has this name.
     pub fn named(name: &str) -> Result<Self, UnknownWorkload> {
-        let seed = |shape, concurrency| Self::ClosedLoop {
+        let closed_loop = |shape, concurrency| Self::ClosedLoop {
             shape,
             requests: 1000,
             concurrency,
@@ -94,12 +112,12 @@ impl Recipe {
         let burst = |shape, requests| Self::Burst { shape, requests };
         let shape = Shape::default();
         Ok(match name {
-            "seed" => seed(shape, 20),
-            "seed-10" => seed(shape, 10),
-            "seed-isl" => seed(shape.with_isl_spread(0.9), 20),
-            "seed-osl" => {
+            "shared-prefix" => closed_loop(shape, 20),
+            "shared-prefix-c10" => closed_loop(shape, 10),
+            "shared-prefix-isl" => closed_loop(shape.with_isl_spread(0.9), 20),
+            "shared-prefix-osl" => {
                 let osl_spread = 0.9;
-                seed(
+                closed_loop(
                     Shape {
                         osl_spread,
                         ..shape
@@ -131,7 +149,7 @@ impl Recipe {
                     osl: 300,
                     osl_spread: 0.5,
                     prefixes: 1,
-                    prefix_share: 1.0,
+                    prefix_fraction: 1.0,
                     ..shape
                 };
                 burst(identical, 1000)
@@ -144,12 +162,12 @@ impl Recipe {
         })
     }
 
-    /// The same requests, arriving `rate` a second on average, whether or not others have ended.
-    /// Of conversations and tasks it is the beginnings that are spread so; what follows in each
-    /// waits for what was before.
+    /// Returns the recipe with `rate` requests per second on average that arrive whether or not
+    /// others have ended. Of conversations and tasks, the starts are distributed like this; each
+    /// further request waits for the end of the previous one.
     ///
     /// # Errors
-    /// When the rate is not a positive number, or next to none.
+    /// If the rate is not a positive number, or below one arrival in a million seconds.
     pub fn open(self, rate: f64, spacing: Spacing) -> Result<Self, InvalidRequestRate> {
         let gaps = |requests_each: f64| spacing.at(rate / requests_each);
         Ok(match self {
@@ -179,7 +197,7 @@ impl Recipe {
         })
     }
 
-    /// The same with so many requests, conversations or tasks.
+    /// Returns the recipe with another number of requests, conversations or tasks.
     #[must_use]
     pub fn with_requests(mut self, number: u32) -> Self {
         match &mut self {
@@ -193,7 +211,7 @@ impl Recipe {
         self
     }
 
-    /// Makes the requests.
+    /// Generates the requests. Equal seeds give equal requests.
     #[must_use]
     pub fn make(&self, seed: u64) -> Workload {
         match self {

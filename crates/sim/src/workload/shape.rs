@@ -1,4 +1,4 @@
-//! Requests of one shape: how long they are, and what they share.
+//! Requests of one shape: their lengths and shared prefixes.
 
 use std::time::Duration;
 
@@ -9,30 +9,31 @@ use crate::prompt::Prompt;
 use crate::workload::gaps::Gaps;
 use crate::workload::{Arrival, Workload, WorkloadRequest, spread};
 
-/// Lengths of prompts and answers, and what prompts share.
+/// Lengths of prompts and outputs, and the prefixes that prompts share.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Shape {
     /// Mean prompt length, in tokens.
     pub isl: u32,
     /// Prompt lengths are uniform in `isl × (1 ± isl_spread)`.
     pub isl_spread: f64,
-    /// Mean answer length, in tokens.
+    /// Mean output length, in tokens.
     pub osl: u32,
-    /// Answer lengths are uniform in `osl × (1 ± osl_spread)`.
+    /// Output lengths are uniform in `osl × (1 ± osl_spread)`.
     pub osl_spread: f64,
-    /// Share of requests whose prompts are `heavy_factor` times as long.
+    /// Fraction of requests, 0 to 1, whose prompts are `heavy_factor` times as long.
     pub heavy_fraction: f64,
-    /// See `heavy_fraction`.
+    /// Factor on the prompt length of the requests of `heavy_fraction`.
     pub heavy_factor: f64,
-    /// Number of prefix prompts, one of which each request begins with, chosen at random. 0 for
-    /// prompts that share nothing.
+    /// Number of prefixes. Each prompt starts with one of them, chosen at random. 0 for prompts
+    /// without shared prefixes.
     pub prefixes: u32,
-    /// Share of each prompt that is its prefix; of a longer prompt, more of the same prefix.
-    pub prefix_share: f64,
+    /// Fraction of each prompt, 0 to 1, that is its prefix. A longer prompt has a longer part of
+    /// the same prefix.
+    pub prefix_fraction: f64,
 }
 
 impl Default for Shape {
-    /// ISL 7000, OSL 100, ten prefixes of half the ISL.
+    /// Returns ISL 7000, OSL 100, and ten prefixes of half the ISL.
     fn default() -> Self {
         Self {
             isl: 7000,
@@ -42,16 +43,19 @@ impl Default for Shape {
             heavy_fraction: 0.0,
             heavy_factor: 1.0,
             prefixes: 10,
-            prefix_share: 0.5,
+            prefix_fraction: 0.5,
         }
     }
 }
 
 impl Shape {
+    /// Returns this shape with another variation of prompt lengths.
     pub(super) fn with_isl_spread(self, isl_spread: f64) -> Self {
         Self { isl_spread, ..self }
     }
 
+    /// Draws a request. `own_stream` must be different for each request; the part after the prefix
+    /// consists of its tokens.
     fn request(&self, own_stream: u64, arrival: Arrival, rng: &mut SmallRng) -> WorkloadRequest {
         let mut isl = spread(self.isl, self.isl_spread, rng);
         if rng.random::<f64>() < self.heavy_fraction {
@@ -62,7 +66,7 @@ impl Shape {
         let mut prefix_tokens = 0;
         if self.prefixes > 0 {
             let prefix = rng.random_range(0..self.prefixes);
-            prefix_tokens = (f64::from(isl) * self.prefix_share.clamp(0.0, 1.0)) as u32;
+            prefix_tokens = (f64::from(isl) * self.prefix_fraction.clamp(0.0, 1.0)) as u32;
             prompt = prompt.then(u64::from(prefix), prefix_tokens);
         }
         if isl > prefix_tokens {
@@ -71,7 +75,7 @@ impl Shape {
         }
         WorkloadRequest {
             prompt,
-            answer_stream: None,
+            output_stream: None,
             output_tokens: osl,
             arrival,
         }
@@ -79,17 +83,17 @@ impl Shape {
 }
 
 impl Workload {
-    /// Requests of one shape, `concurrency` of them in flight at a time.
+    /// Returns requests of one shape, with `concurrency` of them in flight at a time.
     #[must_use]
     pub fn closed_loop(shape: &Shape, requests: u32, concurrency: usize, seed: u64) -> Self {
         Self {
             name: "closed-loop".to_owned(),
-            requests: shaped(shape, requests, seed, |_| Arrival::WhenFree),
+            requests: shaped(shape, requests, seed, |_| Arrival::ClosedLoop),
             concurrency,
         }
     }
 
-    /// Requests of one shape that all arrive at one instant.
+    /// Returns requests of one shape that all arrive at one instant.
     #[must_use]
     pub fn burst(shape: &Shape, requests: u32, seed: u64) -> Self {
         Self {
@@ -99,7 +103,8 @@ impl Workload {
         }
     }
 
-    /// Requests of one shape that arrive whether or not others have ended.
+    /// Returns requests of one shape that arrive with `gaps` between them, whether or not others
+    /// have ended.
     #[must_use]
     pub fn open_loop(shape: &Shape, requests: u32, gaps: &Gaps, seed: u64) -> Self {
         let mut time = Duration::ZERO;
@@ -114,6 +119,7 @@ impl Workload {
     }
 }
 
+/// Draws requests of one shape; `arrival` returns the arrival of each in order.
 fn shaped(
     shape: &Shape,
     requests: u32,

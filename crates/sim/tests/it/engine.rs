@@ -1,4 +1,4 @@
-//! The engine model seen from outside: what it schedules, shares, preempts and frees.
+//! The simulated engine through its public interface: scheduling, sharing, preemption, release.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
@@ -11,8 +11,8 @@ use foresee_core::sequence::SequenceHash;
 use foresee_sim::engine::{
     CacheEvent, Engine, EngineConfig, EngineRequest, InFlight, SubmitError, TokenEvent,
 };
-use foresee_sim::law::L40S_8B;
 use foresee_sim::prompt::Prompt;
+use foresee_sim::step_time::L40S_8B;
 use proptest::prelude::*;
 
 fn config(blocks: u32) -> EngineConfig {
@@ -37,11 +37,11 @@ fn request(id: u64, prompt: &Prompt, output_tokens: u32) -> EngineRequest {
 }
 
 fn step(engine: &mut Engine) -> Vec<TokenEvent> {
-    let step = engine.begin_step().expect("there is work");
+    let step = engine.begin_step().expect("the engine has requests");
     engine.end_step(step)
 }
 
-/// Steps until idle; every event with the number of its step.
+/// Runs the engine until it is idle. Returns every event with the number of its step.
 fn drain(engine: &mut Engine) -> Vec<(usize, TokenEvent)> {
     let mut events = Vec::new();
     for number in 1.. {
@@ -64,12 +64,12 @@ fn a_request_prefills_in_chunks_then_decodes() {
     let prompt = Prompt::new().then(1, 5000);
     engine.submit(request(7, &prompt, 3)).unwrap();
     let events = drain(&mut engine);
-    // 2048 + 2048 + 904 tokens, the third of which brings the first token.
+    // 2048 + 2048 + 904 tokens; the third step generates the first output token.
     let steps: Vec<_> = events.iter().map(|(number, _)| *number).collect();
     assert_eq!(steps, [3, 4, 5]);
     let flags: Vec<_> = events
         .iter()
-        .map(|(_, it)| (it.id, it.first, it.finished))
+        .map(|(_, event)| (event.id, event.first, event.finished))
         .collect();
     assert_eq!(
         flags,
@@ -80,21 +80,21 @@ fn a_request_prefills_in_chunks_then_decodes() {
 }
 
 #[test]
-fn blocks_are_held_from_the_beginning_of_a_step_to_the_end_of_the_last() {
+fn blocks_are_pinned_from_the_start_of_the_first_step_to_the_end_of_the_last() {
     let mut engine = Engine::new(config(1000));
     engine
         .submit(request(1, &Prompt::new().then(1, 32), 1))
         .unwrap();
-    assert_eq!(engine.pinned_blocks(), 0, "waiting requests hold none");
-    let under_way = engine.begin_step().unwrap();
+    assert_eq!(engine.pinned_blocks(), 0, "waiting requests have no blocks");
+    let current_step = engine.begin_step().unwrap();
     assert_eq!(engine.pinned_blocks(), 2);
-    assert!(under_way.duration > Duration::ZERO);
-    engine.end_step(under_way);
+    assert!(current_step.duration > Duration::ZERO);
+    engine.end_step(current_step);
     assert_eq!(engine.pinned_blocks(), 0);
 }
 
 #[test]
-fn a_hit_is_never_the_whole_prompt() {
+fn a_cache_hit_never_covers_the_whole_prompt() {
     let mut engine = Engine::new(config(1000));
     let aligned = Prompt::new().then(1, 64);
     let longer = Prompt::new().then(1, 65);
@@ -103,16 +103,16 @@ fn a_hit_is_never_the_whole_prompt() {
     }
     let cached: Vec<_> = drain(&mut engine)
         .iter()
-        .map(|(_, it)| it.cached_tokens)
+        .map(|(_, event)| event.cached_tokens)
         .collect();
     assert_eq!(cached, [0, 48, 64]);
-    // The last block of the aligned prompt was computed twice and is held twice.
+    // The last block of the aligned prompt was computed twice and is stored twice.
     let stores = engine
         .take_cache_events()
         .into_iter()
         .map(|event| match event {
             CacheEvent::Stored { request, blocks } => (request, blocks),
-            CacheEvent::Removed { .. } => panic!("nothing was evicted"),
+            CacheEvent::Removed { .. } => panic!("an unexpected eviction"),
         });
     assert_eq!(stores.collect::<Vec<_>>(), [(1, 0..4), (2, 3..4)]);
 }
@@ -127,14 +127,17 @@ fn requests_admitted_in_one_step_share_a_prefix() {
     }
     let events = step(&mut engine);
     assert_eq!(
-        events.iter().map(|it| it.cached_tokens).collect::<Vec<_>>(),
+        events
+            .iter()
+            .map(|event| event.cached_tokens)
+            .collect::<Vec<_>>(),
         [0, 160]
     );
     assert_eq!(engine.pinned_blocks(), 30);
 }
 
 #[test]
-fn nothing_is_shared_without_prefix_caching() {
+fn no_block_is_shared_without_prefix_caching() {
     let mut engine = Engine::new(EngineConfig {
         prefix_caching: false,
         ..config(1000)
@@ -144,29 +147,33 @@ fn nothing_is_shared_without_prefix_caching() {
             .submit(request(id, &Prompt::new().then(9, 160), 2))
             .unwrap();
     }
-    assert!(step(&mut engine).iter().all(|it| it.cached_tokens == 0));
+    assert!(
+        step(&mut engine)
+            .iter()
+            .all(|event| event.cached_tokens == 0)
+    );
     assert_eq!(engine.pinned_blocks(), 20);
     assert_eq!(engine.cached_hashes(), 0);
 }
 
 #[test]
-fn known_answers_are_found_by_the_next_turn() {
+fn the_next_turn_finds_the_known_output_in_the_cache() {
     let mut engine = Engine::new(config(1000));
     let first = Prompt::new().then(1, 40);
-    let with_answer = first.clone().then(2, 60);
-    let mut turn = request(1, &with_answer, 60);
+    let with_output = first.clone().then(2, 60);
+    let mut turn = request(1, &with_output, 60);
     turn.prompt_tokens = first.len();
     engine.submit(turn).unwrap();
     drain(&mut engine);
     engine
-        .submit(request(2, &with_answer.then(3, 20), 1))
+        .submit(request(2, &with_output.then(3, 20), 1))
         .unwrap();
-    // Token 100, the last of the answer, was never computed, but its block is not full anyway.
+    // Token 100, the last of the output, was never computed. Its block is not full in any case.
     assert_eq!(drain(&mut engine)[0].1.cached_tokens, 96);
 }
 
 #[test]
-fn the_last_admitted_is_preempted_and_computes_again() {
+fn the_last_admitted_request_is_preempted_and_computed_again() {
     // Two requests of 4 blocks that grow to 6 each, in 9 blocks.
     let mut engine = Engine::new(config(9));
     for id in 1..=2 {
@@ -176,8 +183,11 @@ fn the_last_admitted_is_preempted_and_computes_again() {
     }
     let mut tokens: HashMap<u64, u32> = HashMap::new();
     let mut finished = Vec::new();
-    while let Some(under_way) = engine.begin_step() {
-        let waiting: Vec<_> = engine.in_flight().filter(|it| !it.running).collect();
+    while let Some(current_step) = engine.begin_step() {
+        let waiting: Vec<_> = engine
+            .in_flight()
+            .filter(|request| !request.running)
+            .collect();
         if engine.totals().preemptions > 0 && finished.is_empty() {
             let preempted = InFlight {
                 id: 2,
@@ -186,12 +196,12 @@ fn the_last_admitted_is_preempted_and_computes_again() {
             };
             assert!(waiting.is_empty() || waiting == [preempted]);
         }
-        for event in engine.end_step(under_way) {
+        for event in engine.end_step(current_step) {
             *tokens.entry(event.id).or_default() += 1;
             assert_eq!(event.first, tokens[&event.id] == 1);
             assert_eq!(
                 event.cached_tokens, 0,
-                "what it finds again is no hit of its prompt"
+                "blocks found after a preemption are no hits of the prompt"
             );
             if event.finished {
                 finished.push(event.id);
@@ -206,7 +216,7 @@ fn the_last_admitted_is_preempted_and_computes_again() {
 }
 
 #[test]
-fn a_preempted_request_goes_before_those_that_wait() {
+fn a_preempted_request_is_first_in_the_waiting_queue() {
     let mut engine = Engine::new(config(9));
     for id in 1..=3 {
         engine
@@ -218,8 +228,8 @@ fn a_preempted_request_goes_before_those_that_wait() {
     }
     let waiting: Vec<_> = engine
         .in_flight()
-        .filter(|it| !it.running)
-        .map(|it| it.id)
+        .filter(|request| !request.running)
+        .map(|request| request.id)
         .collect();
     assert_eq!(waiting, [2, 3]);
 }
@@ -236,18 +246,18 @@ fn the_waiting_queue_is_first_come_first_served() {
     engine
         .submit(request(3, &Prompt::new().then(3, 16), 1))
         .unwrap();
-    let under_way = engine.begin_step().unwrap();
+    let current_step = engine.begin_step().unwrap();
     assert_eq!(
         (engine.running(), engine.waiting()),
         (1, 2),
-        "3 would fit, but 2 is first"
+        "request 3 would fit, but request 2 is first"
     );
-    engine.end_step(under_way);
+    engine.end_step(current_step);
     assert_eq!(step(&mut engine).len(), 2);
 }
 
 #[test]
-fn limits_on_sequences_and_tokens_hold() {
+fn steps_respect_the_limits_on_sequences_and_tokens() {
     let mut engine = Engine::new(EngineConfig {
         max_num_seqs: 3,
         max_num_batched_tokens: 100,
@@ -258,16 +268,16 @@ fn limits_on_sequences_and_tokens_hold() {
             .submit(request(id, &Prompt::new().then(id, 64), 5))
             .unwrap();
     }
-    while let Some(under_way) = engine.begin_step() {
-        assert!(under_way.load.scheduled_tokens <= 100);
+    while let Some(current_step) = engine.begin_step() {
+        assert!(current_step.load.scheduled_tokens <= 100);
         assert!(engine.running() <= 3);
-        engine.end_step(under_way);
+        engine.end_step(current_step);
     }
     assert_eq!(engine.totals().output_tokens, 40);
 }
 
 #[test]
-fn impossible_requests_are_refused() {
+fn requests_that_can_never_run_are_rejected() {
     let mut engine = Engine::new(config(10));
     let too_long = engine.submit(request(1, &Prompt::new().then(1, 150), 11));
     assert_eq!(
@@ -286,7 +296,7 @@ fn impossible_requests_are_refused() {
 }
 
 #[test]
-fn an_abort_frees_at_once_even_within_a_step() {
+fn an_abort_releases_blocks_immediately_even_within_a_step() {
     let mut engine = Engine::new(config(10));
     engine
         .submit(request(1, &Prompt::new().then(1, 96), 50))
@@ -294,32 +304,33 @@ fn an_abort_frees_at_once_even_within_a_step() {
     engine
         .submit(request(2, &Prompt::new().then(2, 96), 50))
         .unwrap();
-    let under_way = engine.begin_step().unwrap();
+    let current_step = engine.begin_step().unwrap();
     assert!(engine.abort(1));
     assert!(engine.abort(2));
     assert!(!engine.abort(2));
     assert_eq!(engine.pinned_blocks(), 0);
-    assert!(engine.end_step(under_way).is_empty());
+    assert!(engine.end_step(current_step).is_empty());
     assert!(!engine.has_work());
 }
 
+/// A request of the property test.
 #[derive(Clone, Debug)]
-struct Job {
+struct TestRequest {
     prefix: u64,
     prefix_tokens: u32,
     own_tokens: u32,
     output_tokens: u32,
-    /// Steps before it is submitted.
+    /// Number of steps before the next request is submitted.
     delay: usize,
-    /// Aborted this many steps after submission.
+    /// Number of steps after which the request is aborted.
     abort_after: Option<usize>,
 }
 
-fn job() -> impl Strategy<Value = Job> {
+fn test_request() -> impl Strategy<Value = TestRequest> {
     let lengths = (0..4_u64, 0..100_u32, 1..100_u32, 1..40_u32);
     let abort_after = prop_oneof![3 => Just(None), 1 => (0..20_usize).prop_map(Some)];
     (lengths, 0..4_usize, abort_after).prop_map(
-        |((prefix, prefix_tokens, own_tokens, output_tokens), delay, abort_after)| Job {
+        |((prefix, prefix_tokens, own_tokens, output_tokens), delay, abort_after)| TestRequest {
             prefix,
             prefix_tokens,
             own_tokens,
@@ -331,11 +342,11 @@ fn job() -> impl Strategy<Value = Job> {
 }
 
 proptest! {
-    /// Whatever comes, blocks are conserved, everyone is served, and the events tell exactly
-    /// what is cached.
+    /// For any requests, all blocks are released, all requests are served, and the events report
+    /// exactly the cached blocks.
     #[test]
-    fn everyone_is_served_and_every_block_comes_back(
-        jobs in prop::collection::vec(job(), 1..30),
+    fn every_request_is_served_and_every_block_is_released(
+        requests in prop::collection::vec(test_request(), 1..30),
         blocks in 15..60_u32,
         budget in 20..200_u32,
     ) {
@@ -348,38 +359,38 @@ proptest! {
         let mut expected: HashMap<u64, u32> = HashMap::new();
         let mut cached: HashMap<SequenceHash, u32> = HashMap::new();
         let mut aborts: Vec<(usize, u64)> = Vec::new();
-        let mut jobs = jobs.into_iter().enumerate().peekable();
+        let mut requests = requests.into_iter().enumerate().peekable();
         let mut next_submit = 0;
         for number in 0.. {
             prop_assert!(number < 20_000, "no progress");
-            while next_submit <= number && let Some((index, job)) = jobs.next() {
+            while next_submit <= number && let Some((index, planned)) = requests.next() {
                 let id = index as u64;
                 let prompt = Prompt::new()
-                    .then(job.prefix, job.prefix_tokens)
-                    .then(100 + id, job.own_tokens);
-                let whole = prompt.clone().then(1000 + id, job.output_tokens);
+                    .then(planned.prefix, planned.prefix_tokens)
+                    .then(100 + id, planned.own_tokens);
+                let whole = prompt.clone().then(1000 + id, planned.output_tokens);
                 chains.insert(id, hashes(&whole));
-                let mut submitted = request(id, &whole, job.output_tokens);
+                let mut submitted = request(id, &whole, planned.output_tokens);
                 submitted.prompt_tokens = prompt.len();
                 engine.submit(submitted).expect("fits");
-                expected.insert(id, job.output_tokens);
-                next_submit = number + job.delay;
-                aborts.extend(job.abort_after.map(|steps| (number + steps, id)));
+                expected.insert(id, planned.output_tokens);
+                next_submit = number + planned.delay;
+                aborts.extend(planned.abort_after.map(|steps| (number + steps, id)));
             }
-            aborts.retain(|&(when, id)| {
-                let due = when <= number;
-                if due && engine.abort(id) {
+            aborts.retain(|&(step, id)| {
+                let is_due = step <= number;
+                if is_due && engine.abort(id) {
                     expected.remove(&id);
                 }
-                !due
+                !is_due
             });
-            let Some(under_way) = engine.begin_step() else {
-                if jobs.peek().is_none() {
+            let Some(current_step) = engine.begin_step() else {
+                if requests.peek().is_none() {
                     break;
                 }
                 continue;
             };
-            prop_assert!(under_way.load.scheduled_tokens <= budget);
+            prop_assert!(current_step.load.scheduled_tokens <= budget);
             for event in engine.take_cache_events() {
                 match event {
                     CacheEvent::Stored { request, blocks } => {
@@ -388,31 +399,31 @@ proptest! {
                         }
                     }
                     CacheEvent::Removed { hash } => {
-                        let holders = cached.get_mut(&hash).expect("was stored");
-                        *holders -= 1;
-                        if *holders == 0 {
+                        let store_count = cached.get_mut(&hash).expect("was stored");
+                        *store_count -= 1;
+                        if *store_count == 0 {
                             cached.remove(&hash);
                         }
                     }
                 }
             }
             prop_assert_eq!(engine.cached_hashes(), cached.len());
-            // Prefix caches are closed under prefixes.
+            // The prefix of a cached block is cached.
             for chain in chains.values() {
-                let depth = chain.iter().take_while(|hash| cached.contains_key(hash)).count();
-                prop_assert!(chain[depth..].iter().all(|hash| !cached.contains_key(hash)));
+                let cached_blocks = chain.iter().take_while(|hash| cached.contains_key(hash)).count();
+                prop_assert!(chain[cached_blocks..].iter().all(|hash| !cached.contains_key(hash)));
             }
-            for event in engine.end_step(under_way) {
-                let left = expected.get_mut(&event.id).expect("not aborted");
-                *left -= 1;
-                prop_assert_eq!(event.finished, *left == 0);
+            for event in engine.end_step(current_step) {
+                let remaining = expected.get_mut(&event.id).expect("not aborted");
+                *remaining -= 1;
+                prop_assert_eq!(event.finished, *remaining == 0);
                 if event.finished {
                     expected.remove(&event.id);
                 }
             }
-            // Blocks held are at most the sum of what each holds: shared ones count once.
-            let held: u32 = engine.in_flight().map(|it| it.blocks).sum();
-            prop_assert!(engine.pinned_blocks() <= held);
+            // Pinned blocks are at most the sum over requests, because shared blocks count once.
+            let sum: u32 = engine.in_flight().map(|request| request.blocks).sum();
+            prop_assert!(engine.pinned_blocks() <= sum);
         }
         prop_assert!(expected.is_empty());
         prop_assert_eq!(engine.pinned_blocks(), 0);

@@ -1,4 +1,4 @@
-//! The load client against a small model of a server, over real sockets.
+//! The load generator against a scripted server, over real sockets.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::collections::VecDeque;
@@ -13,12 +13,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use foresee_sim::engine::EngineConfig;
-use foresee_sim::law::L40S_8B;
 use foresee_sim::load::{
     FailureKind, LiveOutcome, LiveReport, LoadConfig, LoadError, NamedOutcome, Progress, run,
 };
+use foresee_sim::mock_engine::{MockEngineConfig, bind, serve as serve_mock_engine};
 use foresee_sim::prompt::Prompt;
-use foresee_sim::server::{ServerConfig, bind, serve as serve_model};
+use foresee_sim::step_time::L40S_8B;
 use foresee_sim::workload::{Arrival, Shape, Workload, WorkloadRequest};
 use http_body_util::BodyExt;
 use hyper::body::{Body, Frame, Incoming};
@@ -33,20 +33,20 @@ use tokio::sync::{Barrier, Semaphore};
 const TOKEN: &str = "data: {\"choices\":[{\"index\":0,\"text\":\" bab\"}]}\n\n";
 const DONE: &str = "data: [DONE]\n\n";
 
-/// What the server does with a request.
+/// The server's response to a request.
 struct Reply {
     status: u16,
     worker: Option<&'static str>,
     frames: Frames,
 }
 
-/// A body: some frames, then an end, a broken connection, or tokens without end.
+/// A body: some frames, then an end, a broken connection, or endless tokens.
 #[derive(Default)]
 struct Frames {
     frames: VecDeque<String>,
     breaks: bool,
     endless: bool,
-    /// Tells that the body is dropped.
+    /// Signals that the body is dropped.
     _gone: Option<Gone>,
     /// Counted down before the last frame is sent.
     in_flight: Option<Arc<AtomicUsize>>,
@@ -89,8 +89,8 @@ impl Body for Frames {
     }
 }
 
-/// Tokens, the usage and the end mark.
-fn answer(tokens: usize, prompt: u32, cached: u32) -> VecDeque<String> {
+/// Returns the events of a stream: tokens, the usage and the end mark.
+fn stream_events(tokens: usize, prompt: u32, cached: u32) -> VecDeque<String> {
     let usage = format!(
         "data: {{\"choices\":[],\"usage\":{{\"prompt_tokens\":{prompt},\
          \"completion_tokens\":{tokens},\"prompt_tokens_details\":{{\"cached_tokens\":{cached}}}}}}}\n\n"
@@ -113,17 +113,19 @@ fn stream(frames: impl IntoIterator<Item = String>) -> Reply {
 }
 
 fn finished(tokens: usize) -> Reply {
-    stream(answer(tokens, 0, 0))
+    stream(stream_events(tokens, 0, 0))
 }
 
-/// Serves `reply` to every request, given its path and body, and returns the address.
+/// Starts a server that calls `reply` with the path and the body of each request. Returns its
+/// address.
 async fn serve<F>(reply: impl Fn(String, Value) -> F + Clone + Send + Sync + 'static) -> String
 where
     F: Future<Output = Reply> + Send,
 {
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
-    // The whole of a burst, or those that find the queue full try again after a second.
+    // The backlog is larger than a burst, because a refused connection is retried only after a
+    // second.
     let listener = socket.listen(1024).unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
@@ -145,7 +147,8 @@ where
                     Ok::<_, Infallible>(response.body(reply.frames).unwrap())
                 }
             });
-            // A client that leaves is no error here.
+            // A client that disconnects causes an error, which the tests do not regard as a
+            // failure.
             tokio::spawn(async move {
                 hyper::server::conn::http1::Builder::new()
                     .serve_connection(TokioIo::new(socket), service)
@@ -157,10 +160,10 @@ where
     format!("http://{address}")
 }
 
-fn workload(concurrency: usize, rules: impl IntoIterator<Item = Arrival>) -> Workload {
-    let requests = (0..).zip(rules).map(|(index, arrival)| WorkloadRequest {
+fn workload(concurrency: usize, arrivals: impl IntoIterator<Item = Arrival>) -> Workload {
+    let requests = (0..).zip(arrivals).map(|(index, arrival)| WorkloadRequest {
         prompt: Prompt::new().then(1, 60).then(1000 + index, 40),
-        answer_stream: None,
+        output_stream: None,
         output_tokens: 5,
         arrival,
     });
@@ -183,7 +186,7 @@ async fn load(config: &LoadConfig, workload: &Workload) -> LiveOutcome {
 }
 
 #[tokio::test]
-async fn counts_and_latencies_are_what_users_saw() {
+async fn counts_and_latencies_describe_what_clients_received() {
     let received = Arc::new(Mutex::new(Vec::new()));
     let seen = received.clone();
     let address = serve(move |path, body| {
@@ -193,7 +196,7 @@ async fn counts_and_latencies_are_what_users_saw() {
         async move {
             Reply {
                 worker: Some(worker),
-                ..stream(answer(5, 100, 60))
+                ..stream(stream_events(5, 100, 60))
             }
         }
     })
@@ -202,22 +205,26 @@ async fn counts_and_latencies_are_what_users_saw() {
         workers: 4,
         ..LoadConfig::new(address, "m")
     };
-    let told = Mutex::new(Vec::new());
-    let outcome = run(&config, &at_once(10), |progress| told.lock().push(progress))
-        .await
-        .unwrap();
+    let reported = Mutex::new(Vec::new());
+    let outcome = run(&config, &at_once(10), |progress| {
+        reported.lock().push(progress)
+    })
+    .await
+    .unwrap();
 
     assert_eq!((outcome.sent, outcome.finished), (10, 10));
     assert_eq!((outcome.aborted, outcome.failures()), (0, 0));
     assert_eq!(
         (outcome.prompt_tokens, outcome.cached_tokens),
         (1000, 600),
-        "as the usage says"
+        "the counts of the usage"
     );
-    assert_eq!((outcome.hit_share, outcome.output_tokens), (0.6, 50));
+    assert_eq!((outcome.hit_fraction, outcome.output_tokens), (0.6, 50));
     assert_eq!(outcome.workers["a"].requests, 5);
     assert_eq!(outcome.workers["b"].uncached_prompt_tokens, 5 * 40);
-    // Two of four workers did everything.
+    assert_eq!(outcome.cached_tokens_reports, 10);
+    assert!(outcome.requests_per_second > 0.0);
+    // Two of four workers had all requests.
     assert_eq!(
         (outcome.computed_imbalance, outcome.request_imbalance),
         (2.0, 2.0)
@@ -235,9 +242,9 @@ async fn counts_and_latencies_are_what_users_saw() {
             && body["max_tokens"] == 5
             && body["stream"] == true
     }));
-    let told = told.lock();
-    assert!(told.is_sorted_by_key(|it| it.ended));
-    let last = *told.last().unwrap();
+    let reported = reported.lock();
+    assert!(reported.is_sorted_by_key(|progress| progress.ended));
+    let last = *reported.last().unwrap();
     let expected = Progress {
         sent: 10,
         ended: 10,
@@ -296,7 +303,7 @@ async fn failures_are_counted_by_kind() {
     let counts: Vec<_> = outcome
         .failed
         .iter()
-        .map(|(kind, it)| (*kind, it.count))
+        .map(|(kind, failures)| (*kind, failures.count))
         .collect();
     let expected = [
         (FailureKind::Reset, 1),
@@ -311,7 +318,7 @@ async fn failures_are_counted_by_kind() {
     assert_eq!(messages, ["no worker for 2", "no worker for 3"]);
     let json = serde_json::to_value(&outcome).unwrap();
     assert_eq!(json["failed"]["status 503"]["count"], 2);
-    // Tokens of streams that broke were seen nevertheless.
+    // Tokens of failed streams count.
     assert!((2 * 5..=2 * 5 + 4).contains(&outcome.output_tokens));
 }
 
@@ -327,7 +334,7 @@ async fn a_closed_port_is_a_failure_to_connect() {
 }
 
 #[tokio::test]
-async fn streams_that_clients_break_off_end_at_the_server_too() {
+async fn a_stream_that_its_client_closes_ends_at_the_server() {
     let dropped = Arc::new(Semaphore::new(0));
     let drops = dropped.clone();
     let address = serve(move |_, _| {
@@ -338,7 +345,7 @@ async fn streams_that_clients_break_off_end_at_the_server_too() {
     })
     .await;
     let config = LoadConfig {
-        abort_share: 1.0,
+        abort_fraction: 1.0,
         ..LoadConfig::new(address, "m")
     };
     let outcome = load(&config, &at_once(20)).await;
@@ -346,22 +353,23 @@ async fn streams_that_clients_break_off_end_at_the_server_too() {
     assert_eq!((outcome.finished, outcome.failures()), (0, 0));
     let reached_the_server = outcome.time_to_first_token.mean > 0.0;
     assert!(reached_the_server && outcome.output_tokens >= 1);
-    // About three in four wait for tokens; some of the others leave before they reach the server.
+    // About three in four clients wait for tokens. Some of the others close before they reach the
+    // server.
     let _gone = dropped.acquire_many(10).await.unwrap();
 }
 
 #[tokio::test]
-async fn the_closed_loop_keeps_its_places_filled_and_no_more() {
-    const PLACES: usize = 3;
-    let together = Arc::new(Barrier::new(PLACES));
+async fn a_closed_loop_has_exactly_its_concurrency_in_flight() {
+    const CONCURRENCY: usize = 3;
+    let together = Arc::new(Barrier::new(CONCURRENCY));
     let in_flight = Arc::new(AtomicUsize::new(0));
-    let most = Arc::new(AtomicUsize::new(0));
-    let (now, peak) = (in_flight.clone(), most.clone());
+    let max_in_flight = Arc::new(AtomicUsize::new(0));
+    let (now, peak) = (in_flight.clone(), max_in_flight.clone());
     let address = serve(move |_, _| {
         let (together, now, peak) = (together.clone(), now.clone(), peak.clone());
         async move {
             peak.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
-            // Nobody is answered before all places are filled.
+            // No response starts before `CONCURRENCY` requests are in flight.
             together.wait().await;
             let mut reply = finished(5);
             reply.frames.in_flight = Some(now);
@@ -369,14 +377,14 @@ async fn the_closed_loop_keeps_its_places_filled_and_no_more() {
         }
     })
     .await;
-    let workload = workload(PLACES, [Arrival::WhenFree; 5 * PLACES]);
+    let workload = workload(CONCURRENCY, [Arrival::ClosedLoop; 5 * CONCURRENCY]);
     let outcome = load(&LoadConfig::new(address, "m"), &workload).await;
-    assert_eq!(outcome.finished, 5 * PLACES);
-    assert_eq!(most.load(Ordering::SeqCst), PLACES);
+    assert_eq!(outcome.finished, 5 * CONCURRENCY);
+    assert_eq!(max_in_flight.load(Ordering::SeqCst), CONCURRENCY);
 }
 
 #[tokio::test]
-async fn a_burst_is_in_flight_all_at_once() {
+async fn all_requests_of_a_burst_are_in_flight_together() {
     const REQUESTS: u32 = 200;
     let together = Arc::new(Barrier::new(REQUESTS as usize));
     let address = serve(move |_, _| {
@@ -398,7 +406,7 @@ async fn a_burst_is_in_flight_all_at_once() {
 }
 
 #[tokio::test]
-async fn arrivals_and_think_times_pass_as_fast_as_the_engine_runs() {
+async fn arrivals_and_think_times_follow_the_engines_time() {
     let received = Arc::new(Mutex::new(Vec::new()));
     let seen = received.clone();
     let address = serve(move |path, body| {
@@ -407,7 +415,7 @@ async fn arrivals_and_think_times_pass_as_fast_as_the_engine_runs() {
     })
     .await;
     let seconds = Duration::from_secs;
-    let rules = [
+    let arrivals = [
         Arrival::At(seconds(100)),
         Arrival::At(seconds(150)),
         Arrival::After {
@@ -416,16 +424,16 @@ async fn arrivals_and_think_times_pass_as_fast_as_the_engine_runs() {
         },
     ];
     let config = LoadConfig {
-        time_scale: 500.0,
+        speedup: 500.0,
         chat: true,
         ..LoadConfig::new(address, "m")
     };
     let begin = std::time::Instant::now();
-    let workload = workload(0, rules);
+    let workload = workload(0, arrivals);
     let outcome = load(&config, &workload).await;
     let elapsed = begin.elapsed().as_secs_f64();
     assert_eq!(outcome.finished, 3);
-    // The clock begins with the first arrival.
+    // The clock starts at the first arrival.
     assert!(outcome.makespan >= 80.0, "{}", outcome.makespan);
     assert!(outcome.makespan <= elapsed * 500.0);
     let received = received.lock();
@@ -440,18 +448,22 @@ async fn arrivals_and_think_times_pass_as_fast_as_the_engine_runs() {
 }
 
 #[tokio::test]
-async fn the_model_engine_counts_exactly_the_tokens_of_the_workload() {
-    const SCALE: f64 = 200.0;
+async fn the_mock_engine_counts_exactly_the_tokens_of_the_workload() {
+    const SPEEDUP: f64 = 200.0;
     let listener = bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let address = listener.local_addr().unwrap().to_string();
-    let server = ServerConfig {
-        time_scale: SCALE,
-        ..ServerConfig::new(
+    let mock_engine = MockEngineConfig {
+        speedup: SPEEDUP,
+        ..MockEngineConfig::new(
             "m",
             EngineConfig::from_preset(&L40S_8B, NonZeroU32::new(16).unwrap()),
         )
     };
-    tokio::spawn(serve_model(server, listener, std::future::pending()));
+    tokio::spawn(serve_mock_engine(
+        mock_engine,
+        listener,
+        std::future::pending(),
+    ));
     let shape = Shape {
         isl: 640,
         isl_spread: 0.5,
@@ -461,41 +473,65 @@ async fn the_model_engine_counts_exactly_the_tokens_of_the_workload() {
     };
     let workload = Workload::closed_loop(&shape, 40, 2, 1);
     let config = LoadConfig {
-        time_scale: SCALE,
+        speedup: SPEEDUP,
         ..LoadConfig::new(address, "m")
     };
     let outcome = load(&config, &workload).await;
     assert_eq!((outcome.finished, outcome.output_tokens), (40, 40 * 20));
-    let prompt_tokens: u32 = workload.requests.iter().map(|it| it.prompt.len()).sum();
+    let prompt_tokens: u32 = workload
+        .requests
+        .iter()
+        .map(|request| request.prompt.len())
+        .sum();
     assert_eq!(outcome.prompt_tokens, u64::from(prompt_tokens));
-    // The prefix is half of every prompt, and cached but for the first and the longest.
+    // The prefix is half of every prompt. It is cached except for the first prompt and the longest
+    // ones.
     assert!(
-        (0.4..0.5).contains(&outcome.hit_share),
+        (0.4..0.5).contains(&outcome.hit_fraction),
         "{}",
-        outcome.hit_share
+        outcome.hit_fraction
     );
 }
 
 #[tokio::test]
-async fn a_configuration_without_sense_is_refused() {
-    let good = LoadConfig::new("127.0.0.1:1", "m");
-    let refused = async |config: LoadConfig| run(&config, &at_once(1), |_| ()).await.unwrap_err();
-    for time_scale in [0.0, -1.0, f64::NAN, f64::INFINITY] {
-        let error = refused(LoadConfig {
-            time_scale,
-            ..good.clone()
+async fn no_request_is_sent_after_the_duration_limit() {
+    let address = serve(|_, _| std::future::ready(finished(5))).await;
+    let config = LoadConfig {
+        duration: Some(Duration::from_secs(60)),
+        speedup: 1000.0,
+        ..LoadConfig::new(address, "m")
+    };
+    let arrivals = [0, 10, 59, 60, 100].map(|second| Arrival::At(Duration::from_secs(second)));
+    let outcome = load(&config, &workload(0, arrivals)).await;
+    assert_eq!((outcome.sent, outcome.finished), (3, 3));
+    let nothing = LoadConfig {
+        duration: Some(Duration::ZERO),
+        ..config
+    };
+    // Requests of the first instant are sent for any limit.
+    assert_eq!(load(&nothing, &workload(0, arrivals)).await.sent, 1);
+}
+
+#[tokio::test]
+async fn an_invalid_configuration_is_rejected() {
+    let valid = LoadConfig::new("127.0.0.1:1", "m");
+    let error_of = async |config: LoadConfig| run(&config, &at_once(1), |_| ()).await.unwrap_err();
+    for speedup in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let error = error_of(LoadConfig {
+            speedup,
+            ..valid.clone()
         });
-        assert!(matches!(error.await, LoadError::TimeScale(_)));
+        assert!(matches!(error.await, LoadError::Speedup(_)));
     }
-    for abort_share in [-0.1, 1.1, f64::NAN] {
-        let error = refused(LoadConfig {
-            abort_share,
-            ..good.clone()
+    for abort_fraction in [-0.1, 1.1, f64::NAN] {
+        let error = error_of(LoadConfig {
+            abort_fraction,
+            ..valid.clone()
         });
-        assert!(matches!(error.await, LoadError::AbortShare(_)));
+        assert!(matches!(error.await, LoadError::AbortFraction(_)));
     }
-    let error = refused(LoadConfig::new("https://example.com", "m")).await;
+    let error = error_of(LoadConfig::new("https://example.com", "m")).await;
     assert!(matches!(error, LoadError::NotHttp { .. }));
-    let error = refused(LoadConfig::new("http://no host", "m")).await;
+    let error = error_of(LoadConfig::new("http://no host", "m")).await;
     assert!(matches!(error, LoadError::InvalidAddress { .. }));
 }

@@ -2,11 +2,11 @@
 
 mod conditions;
 mod engine;
+mod estimated_cache;
 mod guard;
 mod load;
+mod mock_engine;
 mod replay;
-mod server;
-mod shadow;
 
 use std::num::NonZeroU32;
 

@@ -1,4 +1,5 @@
-//! Router and engines together: nothing is lost, everything repeats, prediction is near truth.
+//! Replays of router and engines together: no request is lost, results repeat, and predictions are
+//! accurate.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
@@ -6,15 +7,15 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use crate::BLOCK;
-use foresee_core::choose::Policy;
+use foresee_core::policy::Policy;
 use foresee_core::router::RouterConfig;
+use foresee_sim::baselines::{BASELINES, PolicySpec};
 use foresee_sim::compare::compare;
 use foresee_sim::engine::EngineConfig;
-use foresee_sim::lab::{Contender, RULES};
-use foresee_sim::law::L40S_8B;
+use foresee_sim::hashed_workload::HashedWorkload;
 use foresee_sim::replay::{Progress, ReplayConfig, ReplayError, run};
 use foresee_sim::report::{Outcome, Report};
-use foresee_sim::traffic::Traffic;
+use foresee_sim::step_time::L40S_8B;
 use foresee_sim::workload::{Chat, Shape, Workload};
 
 const EVERY_POLICY: [Policy; 6] = [
@@ -26,10 +27,12 @@ const EVERY_POLICY: [Policy; 6] = [
     Policy::ConsistentHash,
 ];
 
-fn every_policy() -> Vec<Contender> {
-    let rules = RULES.iter().map(|rule| rule.name.parse().expect("a name"));
-    let router = EVERY_POLICY.map(Contender::from);
-    router.into_iter().chain(rules).collect()
+fn every_policy() -> Vec<PolicySpec> {
+    let baselines = BASELINES
+        .iter()
+        .map(|baseline| baseline.name.parse().expect("a name"));
+    let router = EVERY_POLICY.map(PolicySpec::from);
+    router.into_iter().chain(baselines).collect()
 }
 
 fn fleet(blocks: u32, workers: u32) -> ReplayConfig {
@@ -64,17 +67,17 @@ fn outcome(config: &ReplayConfig, workload: &Workload) -> Outcome {
 
 fn side_by_side(
     config: &ReplayConfig,
-    policies: &[Contender],
+    policies: &[PolicySpec],
     workload: &Workload,
     threads: usize,
 ) -> Report {
-    let traffic = Arc::new(Traffic::new(workload.clone(), BLOCK));
+    let traffic = Arc::new(HashedWorkload::new(workload.clone(), BLOCK));
     compare(config, policies, &[traffic], threads, &|_, _| ()).expect("a valid configuration")
 }
 
 #[test]
-fn every_request_finishes_and_nothing_is_left_under_any_policy() {
-    // So little memory that requests preempt each other.
+fn every_request_finishes_and_no_block_leaks_under_any_policy() {
+    // The memory is so small that requests preempt each other.
     let config = fleet(200, 4);
     for workload in [
         Workload::closed_loop(&shape(), 150, 40, 1),
@@ -90,7 +93,7 @@ fn every_request_finishes_and_nothing_is_left_under_any_policy() {
             let tokens = workload
                 .requests
                 .iter()
-                .map(|it| u64::from(it.prompt.len()));
+                .map(|request| u64::from(request.prompt.len()));
             assert_eq!(outcome.prompt_tokens, tokens.sum::<u64>());
         }
     }
@@ -111,26 +114,29 @@ fn equal_seeds_give_equal_outcomes() {
 
 #[test]
 fn prediction_routes_conversations_to_their_caches() {
-    let policies = [Policy::Kv, Policy::RoundRobin].map(Contender::from);
+    let policies = [Policy::Kv, Policy::RoundRobin].map(PolicySpec::from);
     let report = side_by_side(&fleet(11_875, 8), &policies, &chat(), 2);
     let [kv, round_robin] = &report.outcomes[..] else {
         panic!("two policies, two outcomes");
     };
-    assert!(kv.hit_share > 1.2 * round_robin.hit_share, "{report}");
+    assert!(kv.hit_fraction > 1.2 * round_robin.hit_fraction, "{report}");
     assert!(kv.end_to_end.mean < round_robin.end_to_end.mean, "{report}");
 }
 
 #[test]
-fn whoever_knows_more_is_not_worse() {
+fn policies_with_more_information_are_not_worse() {
     let policies = ["oracle", "kv", "least-requests", "random"];
     let policies = policies.map(|name| name.parse().expect("a name"));
     let report = side_by_side(&fleet(11_875, 8), &policies, &chat(), 2);
-    let means = report.outcomes.iter().map(|it| it.end_to_end.mean);
+    let means = report
+        .outcomes
+        .iter()
+        .map(|outcome| outcome.end_to_end.mean);
     assert!(means.is_sorted(), "{report}");
 }
 
 #[test]
-fn active_blocks_are_what_engines_hold_but_for_what_they_have_not_allocated() {
+fn active_blocks_equal_the_engines_allocated_and_unallocated_blocks() {
     for prefix_caching in [true, false] {
         let mut config = fleet(2000, 4);
         for engine in &mut config.engines {
@@ -141,12 +147,12 @@ fn active_blocks_are_what_engines_hold_but_for_what_they_have_not_allocated() {
         assert!(error.samples > 500);
         assert!(error.raw >= error.admitted && error.admitted >= error.allocated);
         assert!(error.allocated < 0.005, "{error:?}");
-        assert_eq!(outcome.hit_share > 0.0, prefix_caching);
+        assert_eq!(outcome.hit_fraction > 0.0, prefix_caching);
     }
 }
 
 #[test]
-fn requests_that_fit_nowhere_are_rejected_and_hold_up_nobody() {
+fn requests_that_fit_no_engine_are_rejected_without_delaying_others() {
     let heavy = Shape {
         heavy_fraction: 0.5,
         heavy_factor: 100.0,
@@ -165,13 +171,19 @@ fn requests_that_fit_nowhere_are_rejected_and_hold_up_nobody() {
 fn progress_counts_up_to_the_end() {
     let mut seen: Vec<Progress> = Vec::new();
     let workload = Workload::closed_loop(&shape(), 30, 4, 1);
-    run(&fleet(2000, 2), &workload, &mut |it| seen.push(it)).unwrap();
-    assert!(seen.is_sorted_by_key(|it| (it.now, it.ended)));
-    assert_eq!(seen.last().map(|it| (it.ended, it.total)), Some((30, 30)));
+    run(&fleet(2000, 2), &workload, &mut |progress| {
+        seen.push(progress)
+    })
+    .unwrap();
+    assert!(seen.is_sorted_by_key(|progress| (progress.now, progress.ended)));
+    assert_eq!(
+        seen.last().map(|last| (last.ended, last.total)),
+        Some((30, 30))
+    );
 }
 
 #[test]
-fn an_engine_s_block_size_must_be_a_multiple() {
+fn an_engines_block_size_must_be_a_multiple_of_the_routers() {
     let mut config = fleet(200, 1);
     let other = NonZeroU32::new(24).unwrap();
     config.engines[0].block_size = other;

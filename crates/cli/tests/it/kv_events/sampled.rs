@@ -1,11 +1,11 @@
-//! What engines say they carry, beside what is predicted.
+//! Active blocks that engines report, next to the router's prediction.
 
 use super::*;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_an_engine_carries_is_shown_as_long_as_it_says_so() {
-    let mut engine = Engine::start(ServerConfig {
-        time_scale: 20.0,
+async fn the_load_of_an_engine_is_shown_while_the_engine_reports_it() {
+    let mut engine = Engine::start(MockEngineConfig {
+        speedup: 20.0,
         ..engine_of(4096, Some(with_replay()))
     });
     let fleet = Fleet::following(&engine).await;
@@ -23,13 +23,15 @@ async fn what_an_engine_carries_is_shown_as_long_as_it_says_so() {
             http(address, "POST", "/v1/completions", &body).await;
         });
     }
-    // It grows all the while, so both are the same at moments, and more than prompts alone.
-    let of_prompts: usize = prompts.iter().map(|it| it.len() / BLOCK as usize).sum();
+    // Both numbers grow with the outputs beyond the blocks of the prompts. They are read at
+    // different times, so they are equal only at some moments.
+    let block_size = BLOCK as usize;
+    let prompt_blocks: usize = prompts.iter().map(|prompt| prompt.len() / block_size).sum();
     fleet
         .becomes(|worker| {
-            let theirs = worker["engine_active_blocks"].as_u64();
-            theirs.is_some_and(|it| it > of_prompts as u64)
-                && worker["active_blocks"] == json!(theirs)
+            let reported = worker["engine_active_blocks"].as_u64();
+            reported.is_some_and(|blocks| blocks > prompt_blocks as u64)
+                && worker["active_blocks"] == json!(reported)
         })
         .await;
     let metric = "foresee_worker_engine_active_blocks{worker=\"w\"}";

@@ -1,4 +1,5 @@
-//! No bytes do harm: no panic, no more time or memory than their length explains.
+//! Invalid bytes: the decoder does not panic, and takes time and memory in proportion to their
+//! length.
 
 use foresee_engine::kv_events::{Event, decode_batch, parse_message, parse_replay};
 use proptest::prelude::*;
@@ -8,7 +9,7 @@ use super::recorded::payloads;
 use super::written::{decode, encode, remove, removed};
 
 #[test]
-fn a_batch_cut_short_gives_the_events_before_the_cut() {
+fn a_truncated_batch_yields_the_events_before_the_cut() {
     for payload in payloads() {
         let whole = decode_batch(&payload).unwrap();
         for cut in 0..payload.len() {
@@ -22,7 +23,7 @@ fn a_batch_cut_short_gives_the_events_before_the_cut() {
 }
 
 #[test]
-fn claimed_lengths_cost_nothing() {
+fn claimed_lengths_allocate_no_memory() {
     const HUGE: [&[u8]; 6] = [
         &[0xdd, 0xff, 0xff, 0xff, 0xff],
         &[0xdf, 0xff, 0xff, 0xff, 0xff],
@@ -32,11 +33,11 @@ fn claimed_lengths_cost_nothing() {
         &[0xdc, 0xff, 0xff],
     ];
     for payload in payloads() {
-        for at in 0..payload.len() {
+        for position in 0..payload.len() {
             for huge in HUGE {
-                let mut bytes = payload[..at].to_vec();
+                let mut bytes = payload[..position].to_vec();
                 bytes.extend(huge);
-                bytes.extend(&payload[at..]);
+                bytes.extend(&payload[position..]);
                 check_is_bounded(&bytes);
             }
         }
@@ -44,7 +45,7 @@ fn claimed_lengths_cost_nothing() {
 }
 
 #[test]
-fn nesting_does_not_eat_the_stack() {
+fn deep_nesting_does_not_overflow_the_stack() {
     const DEPTH: usize = 4_000_000;
     let mut bytes = vec![0x92, 0x00, 0x92];
     bytes.extend(vec![0x91; DEPTH]);
@@ -55,7 +56,7 @@ fn nesting_does_not_eat_the_stack() {
     assert!(!batch.truncated);
 }
 
-/// Whatever was decoded, it is not more than the bytes can have said.
+/// Decodes a payload and checks that the result is not larger than the payload.
 fn check_is_bounded(payload: &[u8]) {
     let Ok(batch) = decode_batch(payload) else {
         return;
@@ -112,7 +113,7 @@ proptest! {
     })]
 
     #[test]
-    fn any_bytes_are_survived(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+    fn no_bytes_cause_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
         check_is_bounded(&bytes);
         check_is_bounded(&[&[0x92, 0x00][..], &bytes].concat());
         check_is_bounded(&[&[0x92, 0x00, 0x91, 0x85][..], &bytes].concat());
@@ -121,36 +122,36 @@ proptest! {
     }
 
     #[test]
-    fn changed_recordings_are_survived(
-        which in any::<prop::sample::Index>(),
+    fn no_changed_recording_causes_a_panic(
+        index in any::<prop::sample::Index>(),
         changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
     ) {
         let payloads = payloads();
-        let mut payload = payloads[which.index(payloads.len())].clone();
-        for (at, byte) in changes {
-            let at = at.index(payload.len());
-            payload[at] = byte;
+        let mut payload = payloads[index.index(payloads.len())].clone();
+        for (position, byte) in changes {
+            let position = position.index(payload.len());
+            payload[position] = byte;
         }
         check_is_bounded(&payload);
     }
 
     #[test]
-    fn good_events_outlive_any_bad_ones(
-        bad in prop::collection::vec(any_value(), 0..4),
-        at in prop::collection::vec(0_usize..4, 4),
+    fn invalid_events_do_not_affect_valid_ones(
+        invalid in prop::collection::vec(any_value(), 0..4),
+        positions in prop::collection::vec(0_usize..4, 4),
     ) {
         let mut events: Vec<_> = (0..3).map(remove).collect();
-        for (bad, at) in bad.iter().zip(at) {
-            events.insert(at.min(events.len()), bad.clone());
+        for (event, position) in invalid.iter().zip(positions) {
+            events.insert(position.min(events.len()), event.clone());
         }
         let count = events.len();
         let batch = decode(events);
         prop_assert_eq!(batch.events.len() + (batch.malformed + batch.unknown) as usize, count);
-        let mut good = (0..3).map(removed).peekable();
+        let mut valid = (0..3).map(removed).peekable();
         for event in &batch.events {
-            good.next_if_eq(event);
+            valid.next_if_eq(event);
         }
-        prop_assert_eq!(good.count(), 0);
+        prop_assert_eq!(valid.count(), 0);
         prop_assert!(!batch.truncated);
     }
 }

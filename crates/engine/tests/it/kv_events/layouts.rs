@@ -1,4 +1,4 @@
-//! Each field and each layout means what it should.
+//! Decoding of each field and each layout.
 
 use foresee_engine::kv_events::{
     Adapter, Attention, BlockExtra, BlockKey, BlockStored, DecodeError, Event, EventBatch,
@@ -10,8 +10,8 @@ use super::recorded::hex;
 use super::written::{decode, decode_one, encode, list, map, remove, removed, store, stored};
 
 #[test]
-fn a_block_has_one_key_as_digest_and_as_number() {
-    // As vLLM 0.32 said both of the same block, configured for the one and for the other.
+fn a_digest_and_a_number_of_a_block_give_the_same_key() {
+    // Digest and number of one block, both from vLLM 0.32 with different configurations.
     let digest = hex("ae4c3415e47e72b40b9807072eb7d9c277984f823ce11558315b36d6392713b6");
     assert_eq!(
         BlockKey::from_digest(&digest),
@@ -26,7 +26,7 @@ fn a_block_has_one_key_as_digest_and_as_number() {
 }
 
 #[test]
-fn what_is_left_out_has_its_default() {
+fn absent_fields_have_their_defaults() {
     let expected = BlockStored {
         hashes: vec![BlockKey(7), BlockKey(8)],
         tokens: vec![1, 2, 3, 4],
@@ -62,7 +62,7 @@ fn what_is_left_out_has_its_default() {
 }
 
 #[test]
-fn what_is_not_known_is_ignored() {
+fn unknown_fields_and_events_are_ignored() {
     let deep = map([(
         "a",
         list([list([1]), Value::F64(0.5), Value::Ext(1, vec![2])]),
@@ -97,7 +97,7 @@ fn what_is_not_known_is_ignored() {
 }
 
 #[test]
-fn a_batch_may_be_a_map() {
+fn a_batch_can_be_a_map() {
     let bytes = encode(&map([
         ("data_parallel_rank", 2.into()),
         ("novel", list([1])),
@@ -114,7 +114,7 @@ fn a_batch_may_be_a_map() {
 }
 
 #[test]
-fn what_has_no_events_is_no_batch() {
+fn a_batch_without_events_is_an_error() {
     let error = |value: Value| decode_batch(&encode(&value)).unwrap_err();
     assert_eq!(decode_batch(&[]), Err(DecodeError::NotABatch));
     assert_eq!(error(5.into()), DecodeError::NotABatch);
@@ -125,7 +125,7 @@ fn what_has_no_events_is_no_batch() {
 }
 
 #[test]
-fn tokens_in_pairs_give_the_first_of_each_and_the_last() {
+fn token_pairs_yield_the_first_of_each_and_the_next_token() {
     let pairs = list((1..=4).map(|token| list([token, token + 1])));
     let event = stored(store([("token_ids", pairs)]));
     assert_eq!(
@@ -142,7 +142,7 @@ fn tokens_in_pairs_give_the_first_of_each_and_the_last() {
 }
 
 #[test]
-fn token_ids_of_all_sizes_are_read() {
+fn token_ids_of_all_sizes_are_decoded() {
     let ids = [0, 127, 128, 255, 256, 65_535, 65_536, u64::from(u32::MAX)];
     let event = stored(store([("token_ids", list(ids))]));
     assert_eq!(event.tokens, ids.map(|id| id as u32));
@@ -167,7 +167,7 @@ fn signed_hashes_keep_their_bits() {
 }
 
 #[test]
-fn blocks_get_their_tokens_only_if_all_fits() {
+fn blocks_have_tokens_only_if_all_counts_match() {
     let event = stored(store([]));
     let blocks: Vec<_> = event.blocks().unwrap().collect();
     assert_eq!(blocks, [(BlockKey(7), &[1, 2][..]), (BlockKey(8), &[3, 4])]);
@@ -182,7 +182,7 @@ fn blocks_get_their_tokens_only_if_all_fits() {
 }
 
 #[test]
-fn places_and_groups_are_told_apart() {
+fn media_and_attention_kinds_are_distinguished() {
     let medium = |name: &str| stored(store([("medium", name.into())])).medium;
     let names = ["GPU", "cpu", "CPU_PINNED", "DISK", "EXTERNAL", "TAPE"];
     let media = [
@@ -255,7 +255,7 @@ fn extra_keys_are_adapter_then_media_then_salt() {
     ];
     assert_eq!(event.extras, expected);
 
-    // Further on in a sequence there is no salt.
+    // Only the first block of a sequence has a salt.
     let event = stored(store([
         ("parent_block_hash", 6.into()),
         ("extra_keys", list([list(["pic"])])),
@@ -263,7 +263,7 @@ fn extra_keys_are_adapter_then_media_then_salt() {
     assert_eq!(event.cache_salt, None);
     assert_eq!(event.extras, [extra(0, ExtraKey::Text("pic".into()))]);
 
-    // What is of a new form is not taken for nothing.
+    // Extra keys of an unknown form are kept in their encoded form.
     let event = stored(store([(
         "extra_keys",
         list([5.into(), list([list([1, 2])])]),
@@ -278,7 +278,7 @@ fn extra_keys_are_adapter_then_media_then_salt() {
 }
 
 #[test]
-fn a_bad_event_is_left_out_alone() {
+fn an_invalid_event_is_skipped_without_the_others() {
     let bad = [
         Value::Nil,
         list::<Value>([]),

@@ -1,10 +1,10 @@
-//! Recorded events mean what their recorder wrote beside them.
+//! Decoding of recorded events, compared with the meaning that their recorder wrote.
 //!
-//! `recorded/` holds frames recorded from engines that ran, and samples of each release's layout:
-//! `<name>.bin` is one payload, `<name>.json` its meaning (digests as `0x…`), `<name>.stream.bin`
-//! whole messages, `*replay*.json` exchanges with replay sockets,
-//! `golden_*.json` digests and the names made of them. Set `FORESEE_KV_CAPTURES` to a
-//! folder of the same form to check that as well.
+//! `recorded/` contains frames recorded from running engines, and samples of the layout of each
+//! release: `<name>.bin` is one payload, `<name>.json` its meaning (digests as `0x…`),
+//! `<name>.stream.bin` complete messages, `*replay*.json` exchanges with replay sockets,
+//! `golden_*.json` digests with the engine hashes derived from them. Set `FORESEE_KV_CAPTURES` to a
+//! folder with such files to check these too.
 
 use std::collections::HashMap;
 use std::fs;
@@ -36,16 +36,16 @@ fn files_under(folder: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// Each recorded batch.
+/// Returns the payload of each recorded batch.
 pub(crate) fn payloads() -> Vec<Vec<u8>> {
-    let of_one_batch = |path: &PathBuf| {
+    let is_single_batch = |path: &PathBuf| {
         let name = path.to_string_lossy();
         name.ends_with(".bin") && !name.ends_with(".stream.bin")
     };
     let files = files_under(&recordings());
     files
         .iter()
-        .filter(|path| of_one_batch(path))
+        .filter(|path| is_single_batch(path))
         .map(|path| fs::read(path).unwrap())
         .collect()
 }
@@ -84,11 +84,11 @@ fn u32_of(number: &Json) -> Option<u32> {
 fn medium_of(medium: &Json) -> Medium {
     match medium.as_str() {
         None | Some("GPU") => Medium::Gpu,
-        Some(other) => panic!("no capture is known to have {other}"),
+        Some(other) => panic!("unexpected in a recording: {other}"),
     }
 }
 
-/// Looks fields up in either layout; what is missing is null.
+/// Returns a function that looks up a field in either layout; a missing field is null.
 fn fields_of(event: &Json) -> impl Fn(&str) -> Json {
     const STORED: &str = "type block_hashes parent_block_hash token_ids block_size lora_id medium \
         lora_name extra_keys group_idx kv_cache_spec_kind kv_cache_spec_sliding_window";
@@ -125,7 +125,7 @@ fn event_of(event: &Json) -> Event {
                 (None, Json::Null) => Adapter::Base,
                 (None, _) => Adapter::Unnamed,
             };
-            // The captures have no media: what is neither null nor the adapter is a salt.
+            // The recordings have no media, so a key that is not the adapter is a salt.
             let mut salt = None;
             for (block, keys) in field("extra_keys")
                 .as_array()
@@ -159,7 +159,7 @@ fn event_of(event: &Json) -> Event {
                 medium: medium_of(&field("medium")),
                 group: u32_of(&field("group_idx")),
                 attention: match field("kv_cache_spec_kind").as_str() {
-                    None => Attention::Unsaid,
+                    None => Attention::Unspecified,
                     Some("full_attention") => Attention::Full,
                     Some(_) => Attention::Other,
                 },
@@ -167,7 +167,7 @@ fn event_of(event: &Json) -> Event {
                 extras: Vec::new(),
             })
         }
-        other => panic!("no capture is known to have {other}"),
+        other => panic!("unexpected in a recording: {other}"),
     }
 }
 
@@ -219,7 +219,7 @@ fn check_batch(bin: &Path) {
     };
     let mut batch = decode_batch(&payload).unwrap();
     let mut expected = batch_of(meaning);
-    // Reading a float from JSON loses its last bit.
+    // A float parsed from JSON may differ in its last bit.
     let times = (batch.timestamp.take(), expected.timestamp.take());
     assert!(matches!(times, (Some(a), Some(b)) if (a - b).abs() < 1e-6));
     assert_eq!(batch, expected, "{}", bin.display());
@@ -235,7 +235,7 @@ fn check_batch(bin: &Path) {
 fn check_stream(path: &Path) {
     let messages = messages_of(&fs::read(path).unwrap());
     assert!(!messages.is_empty(), "{}", path.display());
-    // Where two engines dialled one socket, each has a topic and a count of its own.
+    // If two engines connect to one socket, each has its own topic and sequence numbers.
     let mut last = HashMap::new();
     for frames in &messages {
         let message = parse_message(frames).unwrap();
@@ -246,13 +246,14 @@ fn check_stream(path: &Path) {
     }
 }
 
-/// Exchanges that were answered begin with a batch or the end, and are as long as recorded.
+/// Checks that the replies of each exchange start with a batch or the end marker, and that their
+/// sequence numbers are the recorded ones.
 fn check_replay(exchanges: &[Json]) {
-    let whole_request = exchanges
+    let complete_request = exchanges
         .iter()
         .find(|exchange| exchange["socket"] == "DEALER")
         .unwrap();
-    let request = frames_of(&whole_request["request_frames_hex"]);
+    let request = frames_of(&complete_request["request_frames_hex"]);
     let from = u64::from_be_bytes(request[1].as_slice().try_into().unwrap());
     assert_eq!(replay_request(from).to_vec(), request);
     for exchange in exchanges
@@ -270,7 +271,7 @@ fn check_replay(exchanges: &[Json]) {
                 Replay::Batch(message) => {
                     assert_eq!(message.sequence, sequence);
                     let batch = decode_batch(message.payload).unwrap();
-                    // The recorder wrote the start of long frames, then dots.
+                    // Of long frames, the recording has the beginning followed by dots.
                     let is_cut = frames.to_string().contains("...");
                     assert_eq!((batch.truncated, is_whole(&batch)), (is_cut, !is_cut));
                 }
@@ -279,7 +280,7 @@ fn check_replay(exchanges: &[Json]) {
     }
 }
 
-/// Digests the engine's algorithm gave, and what its events called the blocks.
+/// Checks that the digests of the engine's algorithm give the engine hashes of its events.
 fn check_digests(vectors: &[Json]) {
     for vector in vectors {
         let digest = hex(vector["hash"].as_str().unwrap());
@@ -290,7 +291,8 @@ fn check_digests(vectors: &[Json]) {
     }
 }
 
-/// Returns how many batches, streams, exchanges and lists of digests there were.
+/// Checks all files of a folder. Returns the numbers of batches, streams, replay files and lists of
+/// digests.
 fn check_folder(folder: &Path) -> [usize; 4] {
     let mut checked = [0; 4];
     let json = |path: &Path| -> Json { serde_json::from_slice(&fs::read(path).unwrap()).unwrap() };
@@ -314,19 +316,19 @@ fn check_folder(folder: &Path) -> [usize; 4] {
 }
 
 #[test]
-fn recorded_events_mean_what_was_written_beside_them() {
+fn recorded_events_have_their_recorded_meaning() {
     assert_eq!(check_folder(&recordings()), [29, 3, 3, 0]);
 }
 
 #[test]
-fn further_recordings_mean_what_was_written_beside_them() {
+fn further_recordings_have_their_recorded_meaning() {
     let Ok(folder) = std::env::var("FORESEE_KV_CAPTURES") else {
         return;
     };
     let [batches, streams, replays, digests] = check_folder(Path::new(&folder));
     assert!(
         batches + streams + replays + digests > 0,
-        "nothing in {folder}"
+        "no recordings in {folder}"
     );
     println!("{batches} batches, {streams} streams, {replays} replays, {digests} lists of digests");
 }

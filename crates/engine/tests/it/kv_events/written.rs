@@ -1,4 +1,4 @@
-//! Events written for a test, and what they are to mean.
+//! Builders of encoded events and of their expected meaning.
 
 use foresee_engine::kv_events::{
     BlockKey, BlockRemoved, BlockStored, Event, EventBatch, decode_batch,
@@ -28,7 +28,7 @@ pub(crate) fn decode(events: impl IntoIterator<Item = Value>) -> EventBatch {
     decode_batch(&batch(events)).unwrap()
 }
 
-/// Decodes a batch of one event that is well.
+/// Decodes a batch of one valid event.
 pub(crate) fn decode_one(event: Value) -> Event {
     let mut batch = decode([event]);
     assert!(is_whole(&batch));
@@ -69,7 +69,7 @@ pub(crate) fn removed(hash: u64) -> Event {
     })
 }
 
-/// Whether nothing was left out.
+/// Returns whether all events of a batch were decoded.
 pub(crate) fn is_whole(batch: &EventBatch) -> bool {
     (batch.malformed, batch.unknown, batch.truncated) == (0, 0, false)
 }

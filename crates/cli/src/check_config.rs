@@ -1,0 +1,123 @@
+//! `foresee check-config`: checks the settings of `serve` and prints all of them as TOML.
+
+use std::fmt::Write as _;
+
+use anyhow::Context;
+use clap::{Arg, ArgMatches};
+use foresee_core::router::Router;
+use foresee_core::workers::WorkerSpec;
+use foresee_gateway::{GatewayConfig, WorkerConfig};
+use toml::Value;
+
+use crate::config_file::{from_flag, keys};
+use crate::flags::Queue;
+use crate::output::print;
+use crate::serve::ServeArgs;
+use crate::values::Kind;
+use crate::{InvalidConfiguration, command};
+
+/// Checks all settings and prints them as a file for `--config`.
+///
+/// # Errors
+/// If a setting is invalid, or the tokenizer cannot be loaded.
+pub(crate) fn check_config(args: ServeArgs, matches: &ArgMatches) -> anyhow::Result<()> {
+    let config = args.gateway();
+    check(&config)?;
+    config.check_tokenizer().context(InvalidConfiguration)?;
+    print(effective(&config, matches)?)?;
+    eprintln!("Configuration is valid.");
+    Ok(())
+}
+
+/// Checks settings that the parser of a single flag cannot check. The tokenizer, which takes long
+/// to load, is not checked here.
+///
+/// # Errors
+/// If a weight is out of range, or two workers have one name.
+pub(crate) fn check(config: &GatewayConfig) -> anyhow::Result<()> {
+    let router = Router::new(config.router.clone()).context(InvalidConfiguration)?;
+    for worker in config.workers.iter().flat_map(WorkerConfig::workers) {
+        let spec = WorkerSpec {
+            name: worker.name,
+            ..WorkerSpec::default()
+        };
+        router.add_worker(spec).context(InvalidConfiguration)?;
+    }
+    Ok(())
+}
+
+/// Returns all settings as a file for `--config`.
+fn effective(config: &GatewayConfig, matches: &ArgMatches) -> anyhow::Result<String> {
+    let mut program = command();
+    program.build();
+    let serve = program
+        .find_subcommand("serve")
+        .context("`serve` has no settings")?;
+    let mut text = String::new();
+    let mut heading = None;
+    for (argument, name) in keys(serve).filter(|(_, name)| !is_worker(name)) {
+        if argument.get_help_heading() != heading {
+            heading = argument.get_help_heading();
+            let separator = if text.is_empty() { "" } else { "\n" };
+            writeln!(text, "{separator}# {}", heading.unwrap_or("Settings"))?;
+        }
+        // The defaults of these keys depend on other settings or on the machine.
+        let value = match name {
+            "listen" => Some(config.listen.to_string()),
+            "queue" => Some(Queue(config.router.queue_order).to_string()),
+            "io-threads" => Some(config.io_threads.to_string()),
+            _ => raw(argument, matches),
+        };
+        match value {
+            Some(value) => writeln!(text, "{name} = {}", in_toml(argument, value))?,
+            None => writeln!(text, "# {name} is not set")?,
+        }
+    }
+    let flags = keys(serve).filter(|(_, name)| is_worker(name));
+    let flags = flags.flat_map(|(argument, _)| {
+        let values = matches.get_raw(argument.get_id().as_str());
+        let values = values
+            .into_iter()
+            .flatten()
+            .map(|value| value.to_string_lossy());
+        let separators: &[char] = match argument.get_long() {
+            Some("worker") => &[' ', '\t', '\n'],
+            _ => &[' ', '\t', '\n', ','],
+        };
+        let lists = values.map(|list| list.split(separators).map(str::to_owned).collect());
+        lists.collect::<Vec<Vec<String>>>()
+    });
+    for flag in flags.flatten() {
+        // `matches` also has workers of a variable that a flag overrides; `config` does not.
+        let Ok(worker) = flag.parse::<WorkerConfig>() else {
+            continue;
+        };
+        if config.workers.contains(&worker) {
+            write!(text, "\n{}", from_flag(&flag, &worker.name))?;
+        }
+    }
+    Ok(text)
+}
+
+/// Returns whether a key sets workers.
+fn is_worker(name: &str) -> bool {
+    name.starts_with("worker")
+}
+
+/// Returns the text of a flag's first value, or of its default.
+fn raw(argument: &Arg, matches: &ArgMatches) -> Option<String> {
+    let mut values = matches.get_raw(argument.get_id().as_str())?;
+    values
+        .next()
+        .map(|value| value.to_string_lossy().into_owned())
+}
+
+/// Returns a value in the syntax of TOML.
+fn in_toml(argument: &Arg, text: String) -> String {
+    match (Kind::of(argument), text.as_str()) {
+        (kind, _) if kind.is_numeric() => text,
+        (Kind::Switch, "on") => true.to_string(),
+        (Kind::Switch, "off") => false.to_string(),
+        _ => Value::String(text).to_string(),
+    }
+}

@@ -1,0 +1,321 @@
+//! Flags and reports that the subcommands of `replay` share.
+
+use std::fs::File;
+use std::io::BufReader;
+use std::num::NonZeroU32;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, ensure};
+use clap::{Args, ValueEnum};
+use foresee_core::policy::Policy;
+use foresee_sim::baselines::{self, PolicySpec};
+use foresee_sim::cache_signal::CacheSignal;
+use foresee_sim::fleet_changes::{FleetChange, InvalidFleetChange};
+use foresee_sim::grid::Grid;
+use foresee_sim::hashed_workload::HashedWorkload;
+use foresee_sim::replay::ReplayConfig;
+use foresee_sim::slo::{InvalidSlo, Slo};
+use foresee_sim::trace::{self, TraceRequest};
+use foresee_sim::workload::{NAMED, Workload};
+
+use crate::InvalidConfiguration;
+use crate::flags::{EngineArgs, RouterArgs, WorkloadArgs, workload};
+use crate::output::print;
+use crate::values::{Fraction, duration};
+
+/// The traffic to replay.
+#[derive(Args, Debug)]
+pub(super) struct SourceArgs {
+    /// Names a trace: Mooncake's format, a recording of `serve --record`, or Azure's tables
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with = "workload",
+        help_heading = "Traffic"
+    )]
+    trace: Option<PathBuf>,
+    /// Drops requests that arrive later than this after the first request of the trace, such as 10m
+    #[arg(
+        long,
+        value_name = "DURATION",
+        requires = "trace",
+        value_parser = duration,
+        help_heading = "Traffic"
+    )]
+    duration: Option<humantime::Duration>,
+    /// Selects the workload to replay
+    #[arg(
+        long,
+        default_value = NAMED[0].0,
+        value_parser = workload(),
+        help_heading = "Traffic"
+    )]
+    workload: String,
+    #[command(flatten)]
+    shape: WorkloadArgs,
+}
+
+/// The workers, and changes of them during a replay.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Fleet")]
+pub(super) struct FleetArgs {
+    /// Sets the number of mock engines
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    workers: u32,
+    /// Changes one worker's speed, or the time when it joins; repeat it for more changes
+    ///
+    /// 0:speed=0.5 halves the speed of worker 0; 1:speed=0.5@60s halves it after 60 s; 7:join@60s
+    /// adds worker 7 to the fleet after 60 s.
+    #[arg(long, value_name = "WORKER:CHANGE[@TIME]", value_parser = change)]
+    fleet_change: Vec<FleetChange>,
+    /// Sets the tokens per block of the engines, a multiple of --block-size [default: --block-size]
+    #[arg(long, value_name = "TOKENS")]
+    engine_block_size: Option<NonZeroU32>,
+    #[command(flatten)]
+    engine: EngineArgs,
+}
+
+/// Settings of the cache signal, by which the router learns of cached blocks.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Cache signal")]
+pub(super) struct SignalArgs {
+    /// Selects how the router learns which blocks the engines have in cache
+    #[arg(long, value_name = "SOURCE", default_value = "events")]
+    cache_signal: SignalName,
+    /// Delays KV events, such as 200ms
+    #[arg(
+        long,
+        default_value = "0s",
+        value_name = "DURATION",
+        value_parser = duration
+    )]
+    event_lag: humantime::Duration,
+    /// Sets the fraction of KV event batches that are lost
+    #[arg(long, default_value_t = Fraction(0.0), value_name = "FRACTION")]
+    event_loss_fraction: Fraction,
+}
+
+/// A source of the cache signal.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum SignalName {
+    /// The engines' KV events
+    Events,
+    /// An estimate from the requests sent and from the cached tokens that responses report
+    Estimated,
+}
+
+/// The policies to compare, and the number of runs of each.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Comparison")]
+pub(super) struct ComparisonArgs {
+    /// Selects the policies to compare, separated by commas; --help lists them
+    ///
+    /// POLICY+shortest, POLICY+fcfs and POLICY+fair add a queue at the router, as `serve --queue`
+    /// does. A policy without such a suffix has no queue.
+    #[arg(long, value_delimiter = ',')]
+    pub(super) policy: Vec<PolicySpec>,
+    /// Sets the number of runs of each policy, with different requests (of a workload) and noise
+    #[arg(long, default_value = "1", value_name = "N")]
+    pub(super) seeds: NonZeroU32,
+    /// Sets the limits for a request's time to first token and its mean time between tokens
+    #[arg(long, value_name = "LIMITS", default_value_t = Slo::default(), value_parser = slo)]
+    pub(super) slo: Slo,
+}
+
+impl ComparisonArgs {
+    /// Returns the policies of the flag, or all policies of `serve` without the flag.
+    pub(super) fn policies(&self) -> Vec<PolicySpec> {
+        if self.policy.is_empty() {
+            return Policy::ALL.map(|(policy, _)| policy.into()).to_vec();
+        }
+        self.policy.clone()
+    }
+}
+
+/// Files for the report.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Report")]
+pub(super) struct ReportArgs {
+    /// Writes the report as JSON to a file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Writes the report as a self-contained HTML page with charts to a file
+    #[arg(long, value_name = "FILE")]
+    pub(super) html: Option<PathBuf>,
+}
+
+impl ReportArgs {
+    /// Prints a table of many cases, and writes the files.
+    pub(super) fn write_grid(&self, grid: &Grid) -> anyhow::Result<()> {
+        print(grid)?;
+        self.write_html(grid)?;
+        write_json(self.json.as_deref(), grid)
+    }
+
+    /// Writes the HTML page, if the flag is given.
+    pub(super) fn write_html(&self, grid: &Grid) -> anyhow::Result<()> {
+        let Some(path) = &self.html else {
+            return Ok(());
+        };
+        write_file(path, &grid.html())
+    }
+
+    /// Writes the JSON report, if the flag is given.
+    pub(super) fn write_json(&self, report: &impl serde::Serialize) -> anyhow::Result<()> {
+        write_json(self.json.as_deref(), report)
+    }
+}
+
+/// Writes a report as JSON to a file, if there is a path.
+pub(super) fn write_json(
+    path: Option<&Path>,
+    report: &impl serde::Serialize,
+) -> anyhow::Result<()> {
+    let Some(path) = path else { return Ok(()) };
+    write_file(path, &serde_json::to_string_pretty(report)?)
+}
+
+fn write_file(path: &Path, text: &str) -> anyhow::Result<()> {
+    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}
+
+impl SourceArgs {
+    /// Returns the traffic of each seed, with arrivals at `rate` times the traffic's own rate.
+    ///
+    /// # Errors
+    /// If the trace cannot be read, or `rate` is given and the workload has no arrival rate.
+    pub(super) fn traffic(
+        &self,
+        router: &RouterArgs,
+        seeds: NonZeroU32,
+        rate: Option<f64>,
+    ) -> anyhow::Result<Vec<Arc<HashedWorkload>>> {
+        match &self.trace {
+            Some(path) => self.trace_traffic(path, router, seeds, rate.unwrap_or(1.0)),
+            None => self.workload_traffic(router, seeds, rate),
+        }
+    }
+
+    /// Returns a trace, which is the same for all seeds.
+    fn trace_traffic(
+        &self,
+        path: &Path,
+        router: &RouterArgs,
+        seeds: NonZeroU32,
+        rate: f64,
+    ) -> anyhow::Result<Vec<Arc<HashedWorkload>>> {
+        let problem = "a trace has its own arrival times: scale its rate in place of --rps";
+        ensure_usage(self.shape.rps.is_none(), problem)?;
+        let mut requests = read_trace(path)?;
+        let max_requests = self.shape.requests.map(|count| count as usize);
+        trace::truncate(&mut requests, max_requests, self.duration.map(Into::into));
+        let workload = Workload::from_trace(&requests, rate)?;
+        let traffic = Arc::new(HashedWorkload::new(workload, router.block_size));
+        Ok(vec![traffic; seeds.get() as usize])
+    }
+
+    /// Generates a workload for each seed.
+    fn workload_traffic(
+        &self,
+        router: &RouterArgs,
+        seeds: NonZeroU32,
+        rate: Option<f64>,
+    ) -> anyhow::Result<Vec<Arc<HashedWorkload>>> {
+        let seeds = 0..u64::from(seeds.get());
+        let traffic = seeds.map(|seed| {
+            let seed = router.seed.wrapping_add(seed);
+            let workload = self.shape.make(&self.workload, seed)?;
+            ensure!(
+                rate.is_none() || workload.has_rate(),
+                "{} has no arrival rate to scale: set one with --rps",
+                workload.name
+            );
+            let workload = workload.at_rate(rate.unwrap_or(1.0))?;
+            Ok(Arc::new(HashedWorkload::new(workload, router.block_size)))
+        });
+        traffic.collect()
+    }
+}
+
+impl FleetArgs {
+    /// Returns the configuration of a replay with identical engines and the changes of the fleet.
+    pub(super) fn config(
+        &self,
+        router: &RouterArgs,
+        signal: &SignalArgs,
+        slo: Slo,
+    ) -> ReplayConfig {
+        let settings = router.config(Policy::default());
+        let block_size = self.engine_block_size.unwrap_or(settings.block_size);
+        let engine = self.engine.config(block_size, router.seed);
+        let mut config = ReplayConfig::uniform(settings, &engine, self.workers);
+        config.slo = slo;
+        config.changes.clone_from(&self.fleet_change);
+        config.cache_signal = signal.cache_signal();
+        config
+    }
+}
+
+impl SignalArgs {
+    /// Returns the cache signal that the flags describe.
+    pub(super) fn cache_signal(&self) -> CacheSignal {
+        match self.cache_signal {
+            SignalName::Estimated => CacheSignal::Estimated,
+            SignalName::Events => CacheSignal::Events {
+                lag: self.event_lag.into(),
+                loss_fraction: self.event_loss_fraction.0,
+            },
+        }
+    }
+}
+
+/// Reads a trace from a file.
+pub(super) fn read_trace(path: &Path) -> anyhow::Result<Vec<TraceRequest>> {
+    let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
+    trace::read(BufReader::new(file)).with_context(|| format!("in {}", path.display()))
+}
+
+/// Returns the number of replays that run at a time.
+pub(super) fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Returns an error with the exit code of wrong usage, if a condition does not hold.
+fn ensure_usage(holds: bool, problem: &'static str) -> anyhow::Result<()> {
+    if holds {
+        return Ok(());
+    }
+    Err(anyhow::Error::msg(problem).context(InvalidConfiguration))
+}
+
+/// Parses `--slo`.
+fn slo(text: &str) -> Result<Slo, InvalidSlo> {
+    text.parse()
+}
+
+/// Parses `--fleet-change`.
+fn change(text: &str) -> Result<FleetChange, InvalidFleetChange> {
+    text.parse()
+}
+
+/// Returns a list of all policies for `--help`, one line for each.
+pub(super) fn list_policies() -> String {
+    let own = Policy::ALL.map(|(policy, name)| (name, policy.description()));
+    let weighted = [
+        ("kv:WEIGHT", "kv with this --overlap-weight"),
+        (
+            "marginal-delay:ttft=WEIGHT",
+            "marginal-delay with this --ttft-weight",
+        ),
+        (
+            "dynamo-pr1731",
+            "Dynamo's formula of PR 1731, equal to kv:1",
+        ),
+    ];
+    let simulated = baselines::BASELINES.iter().chain(&baselines::ABLATIONS);
+    let simulated = simulated.map(|baseline| (baseline.name, baseline.description));
+    let all = own.into_iter().chain(weighted).chain(simulated);
+    let lines = all.map(|(name, description)| format!("  {name:<41} {description}\n"));
+    format!("Policies:\n{}", lines.collect::<String>().trim_end())
+}

@@ -1,0 +1,72 @@
+//! `foresee replay run`: one workload or trace under several policies.
+
+use clap::Args;
+use foresee_sim::compare::compare;
+use foresee_sim::grid::{Grid, Row};
+use indicatif::ProgressBar;
+
+use super::arguments::{
+    ComparisonArgs, FleetArgs, ReportArgs, SignalArgs, SourceArgs, list_policies, threads,
+};
+use crate::flags::RouterArgs;
+use crate::output::print;
+use crate::progress;
+
+#[derive(Args, Debug)]
+#[command(after_long_help = list_policies())]
+pub(crate) struct RunArgs {
+    #[command(flatten)]
+    source: SourceArgs,
+    /// Sets the arrival rate in multiples of the trace's, the workload's or --rps
+    #[arg(long, value_name = "FACTOR", help_heading = "Traffic")]
+    rate: Option<f64>,
+    #[command(flatten)]
+    comparison: ComparisonArgs,
+    #[command(flatten)]
+    fleet: FleetArgs,
+    #[command(flatten)]
+    signal: SignalArgs,
+    #[command(flatten)]
+    router: RouterArgs,
+    #[command(flatten)]
+    report: ReportArgs,
+}
+
+/// Replays the traffic under each policy, and writes the reports.
+pub(super) fn run(args: &RunArgs) -> anyhow::Result<()> {
+    let comparison = &args.comparison;
+    let policies = comparison.policies();
+    let mut config = args
+        .fleet
+        .config(&args.router, &args.signal, comparison.slo);
+    config.keep_active_blocks = args.report.html.is_some();
+    let source = &args.source;
+    let traffic = source.traffic(&args.router, comparison.seeds, args.rate)?;
+    let lengths: Vec<usize> = traffic
+        .iter()
+        .map(|traffic| traffic.workload().requests.len())
+        .collect();
+    let bars = progress::bars(&policies, lengths.iter().sum())?;
+    let report = compare(
+        &config,
+        &policies,
+        &traffic,
+        threads(),
+        &|position, progress| {
+            let before: usize = lengths[..position.seed].iter().sum();
+            bars[position.policy].set_position((before + progress.ended) as u64);
+        },
+    )?;
+    bars.iter().for_each(ProgressBar::finish_and_clear);
+    print(&report)?;
+    let row = Row {
+        name: report.workload.clone(),
+        description: String::new(),
+        rate: None,
+        report: report.clone(),
+    };
+    let policies = policies.iter().map(ToString::to_string).collect();
+    let grid = Grid::new(policies, vec![row], Vec::new(), report.real_seconds);
+    args.report.write_html(&grid)?;
+    args.report.write_json(&report)
+}

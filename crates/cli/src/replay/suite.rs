@@ -1,0 +1,112 @@
+//! `foresee replay suite`: a fixed list of scenarios, one row for each.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use foresee_core::policy::Policy;
+use foresee_sim::baselines::{self, PolicySpec};
+use foresee_sim::suite::{self, SCENARIOS, Settings, Traces};
+
+use super::arguments::{
+    ComparisonArgs, ReportArgs, SignalArgs, list_policies, read_trace, threads,
+};
+use super::grid::{NamedCase, replay};
+use crate::flags::RouterArgs;
+use crate::values::Choice;
+
+#[derive(Args, Debug)]
+#[command(after_long_help = list_policies())]
+pub(crate) struct SuiteArgs {
+    /// Selects the scenarios, separated by commas [default: all]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "SCENARIO",
+        value_parser = scenario(),
+        help_heading = "Scenarios"
+    )]
+    only: Vec<String>,
+    /// Names Mooncake's conversation trace, for the scenarios that replay it
+    #[arg(long, value_name = "FILE", help_heading = "Scenarios")]
+    conversation: Option<PathBuf>,
+    /// Names Azure's conversation trace of 2023, for the scenario that replays it
+    #[arg(long, value_name = "FILE", help_heading = "Scenarios")]
+    azure: Option<PathBuf>,
+    #[command(flatten)]
+    comparison: ComparisonArgs,
+    #[command(flatten)]
+    signal: SignalArgs,
+    #[command(flatten)]
+    router: RouterArgs,
+    #[command(flatten)]
+    report: ReportArgs,
+}
+
+/// Returns the parser of `--only`.
+fn scenario() -> Choice<String> {
+    let scenarios = SCENARIOS.iter();
+    Choice::new(scenarios.map(|scenario| {
+        (
+            scenario.name.to_owned(),
+            scenario.name,
+            scenario.description,
+        )
+    }))
+}
+
+/// Returns the default policies of the suite: the router's own policies with the usual queue
+/// orders, and all baselines except `oracle:ttft`, the second of two oracles.
+fn default_policies() -> Vec<PolicySpec> {
+    let names = [
+        "marginal-delay+shortest",
+        "marginal-delay",
+        "marginal-delay+fcfs",
+        "kv",
+        "kv:100",
+        "round-robin",
+        "least-requests",
+        "consistent-hash",
+    ];
+    let baselines = baselines::BASELINES.iter().map(|baseline| baseline.name);
+    let baselines = baselines.filter(|name| *name != "oracle:ttft");
+    let names = names.into_iter().chain(baselines);
+    names.filter_map(|name| name.parse().ok()).collect()
+}
+
+/// Replays the selected scenarios whose traces are given, and writes the reports.
+pub(super) fn suite(args: &SuiteArgs) -> anyhow::Result<()> {
+    let settings = Settings {
+        router: args.router.config(Policy::default()),
+        cache_signal: args.signal.cache_signal(),
+        slo: args.comparison.slo,
+        seeds: args.comparison.seeds,
+    };
+    let selected = args.comparison.policy.clone();
+    let policies = if selected.is_empty() {
+        default_policies()
+    } else {
+        selected
+    };
+    let traces = Traces {
+        conversation: args.conversation.as_deref().map(read_trace).transpose()?,
+        azure: args.azure.as_deref().map(read_trace).transpose()?,
+    };
+    let mut cases = Vec::new();
+    let mut left_out = Vec::new();
+    for scenario in suite::named(&args.only)? {
+        match scenario.case(&traces, &settings)? {
+            Some(case) => cases.push(NamedCase {
+                name: scenario.name.to_owned(),
+                description: scenario.description.to_owned(),
+                rate: None,
+                case,
+            }),
+            None => left_out.push(format!(
+                "{}, whose trace is not given (--conversation FILE, --azure FILE)",
+                scenario.name
+            )),
+        }
+    }
+    let grid = replay(cases, &policies, left_out, threads())?;
+    args.report.write_grid(&grid)
+}

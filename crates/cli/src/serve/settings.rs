@@ -1,0 +1,316 @@
+//! The flags of `serve`, in groups.
+
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use clap::error::ErrorKind;
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args, CommandFactory};
+use foresee_core::policy::Policy;
+use foresee_core::router::RouterConfig;
+use foresee_gateway::{GatewayConfig, HeaderName, WorkerConfig};
+
+use crate::flags::{DEFAULTS, QueueArgs, RouterArgs, Switch, policy};
+use crate::values::{
+    Size, Workers, address, host_address, positive_duration, worker_urls, workers,
+};
+
+#[derive(Args, Debug)]
+pub(crate) struct ServeArgs {
+    /// Reads settings from a TOML file, whose keys are the names of flags
+    #[arg(long, value_name = "FILE", env = "FORESEE_CONFIG")]
+    pub(crate) config: Option<PathBuf>,
+    #[command(flatten)]
+    listen: ListenArgs,
+    #[command(flatten)]
+    workers: WorkerArgs,
+    #[command(flatten)]
+    prompts: PromptArgs,
+    /// Selects how a worker is chosen for a request
+    #[arg(
+        long,
+        default_value_t = DEFAULTS.router.policy,
+        value_parser = policy(),
+        env = "FORESEE_POLICY",
+        help_heading = "Routing"
+    )]
+    policy: Policy,
+    #[command(flatten)]
+    router: RouterArgs,
+    #[command(flatten)]
+    queue: QueueArgs,
+    #[command(flatten)]
+    queue_limits: QueueLimitArgs,
+    #[command(flatten)]
+    limits: LimitArgs,
+    #[command(flatten)]
+    observability: ObservabilityArgs,
+}
+
+/// Addresses that the router listens on.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Listen")]
+struct ListenArgs {
+    /// Sets the address of the OpenAI-compatible API: HOST:PORT, or :PORT for all IPv4 interfaces
+    #[arg(
+        long,
+        default_value_t = DEFAULTS.listen,
+        value_name = "HOST:PORT",
+        value_parser = address,
+        env = "FORESEE_LISTEN"
+    )]
+    listen: SocketAddr,
+    // --host and --port have no variables, because Kubernetes sets FORESEE_PORT to a URL if a
+    // service is named `foresee`.
+    /// Sets the host of --listen alone
+    #[arg(long)]
+    host: Option<String>,
+    /// Sets the port of --listen alone
+    #[arg(long)]
+    port: Option<u16>,
+    /// Sets the address of metrics, health checks and the admin API; keep it private
+    #[arg(
+        long,
+        default_value_t = DEFAULTS.admin_listen,
+        value_name = "HOST:PORT",
+        value_parser = address,
+        env = "FORESEE_ADMIN_LISTEN"
+    )]
+    admin_listen: SocketAddr,
+}
+
+impl ListenArgs {
+    /// Replaces the address by `--host` and `--port` if one of them is given. As flags, they
+    /// override the variable and the file.
+    fn resolve(mut self, matches: &ArgMatches) -> Result<Self, clap::Error> {
+        if self.host.is_none() && self.port.is_none() {
+            return Ok(self);
+        }
+        let mut command = crate::Cli::command();
+        if matches.value_source("listen") == Some(ValueSource::CommandLine) {
+            let message = "--listen cannot be used with --host or --port: it sets both";
+            return Err(command.error(ErrorKind::ArgumentConflict, message));
+        }
+        let port = self.port.unwrap_or(DEFAULTS.listen.port());
+        self.listen = match &self.host {
+            Some(host) => host_address(host, port)
+                .map_err(|error| command.error(ErrorKind::InvalidValue, error))?,
+            None => SocketAddr::new(DEFAULTS.listen.ip(), port),
+        };
+        Ok(self)
+    }
+}
+
+/// The engines behind the router.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Workers")]
+pub(crate) struct WorkerArgs {
+    /// Adds a worker by its URL, with options after commas; repeat it for more workers
+    ///
+    /// Options: name=NAME, ranks=N, blocks=N, prefix-caching=on|off, eviction=queue|radix,
+    /// kv-events=tcp://HOST:PORT|off, replay=tcp://HOST:PORT, topic=TOPIC.
+    ///
+    /// ranks=N makes N workers of an engine with N data-parallel ranks, named NAME/0 and so on;
+    /// rank r publishes and replays at PORT + r. Without kv-events, the router follows the events
+    /// of an engine that reports their address (SGLang; vLLM from 0.32 on). Use
+    /// kv-events=bind:tcp://*:PORT if the engine connects to the router. eviction=radix is for
+    /// engines that evict as SGLang does; an engine whose models are owned by `sglang` has it by
+    /// default.
+    ///
+    /// In FORESEE_WORKER, white space separates workers.
+    #[arg(
+        long,
+        value_name = "URL[,OPTION=VALUE...]",
+        env = "FORESEE_WORKER",
+        value_parser = workers
+    )]
+    worker: Vec<Workers>,
+    /// Adds workers by their URLs alone, separated by spaces or commas
+    #[arg(
+        long,
+        value_name = "URL",
+        num_args = 1..,
+        env = "FORESEE_WORKER_URLS",
+        value_parser = worker_urls
+    )]
+    worker_urls: Vec<Workers>,
+}
+
+impl WorkerArgs {
+    /// Drops the workers of the environment if the command line has workers, because `--worker` and
+    /// `--worker-urls` are one setting.
+    pub(crate) fn resolve(mut self, matches: &ArgMatches) -> Self {
+        let is_flag = |id| matches.value_source(id) == Some(ValueSource::CommandLine);
+        match (is_flag("worker"), is_flag("worker_urls")) {
+            (true, false) => self.worker_urls.clear(),
+            (false, true) => self.worker.clear(),
+            _ => {}
+        }
+        self
+    }
+
+    /// Returns the workers of both flags.
+    pub(crate) fn workers(self) -> Vec<WorkerConfig> {
+        let lists = self.worker.into_iter().chain(self.worker_urls);
+        lists.flat_map(|Workers(workers)| workers).collect()
+    }
+}
+
+/// Settings of prefix matching.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Prompts")]
+pub(crate) struct PromptArgs {
+    /// Names the model's folder or its tokenizer.json, to match prompts by the engines' own tokens
+    ///
+    /// The chat template of the folder is used, too. Without a tokenizer, the router estimates
+    /// token counts and matches prefixes of the text. If an engine's token counts differ, the
+    /// router matches the text of its model's prompts.
+    #[arg(
+        long,
+        aliases = ["tokenizer-path", "model-path"],
+        value_name = "PATH",
+        env = "FORESEE_TOKENIZER"
+    )]
+    pub(crate) tokenizer: Option<PathBuf>,
+    /// Selects whether requests share cached blocks, on workers without an option of their own
+    #[arg(
+        long,
+        default_value_t = Switch::from(DEFAULTS.prefix_caching),
+        value_name = "SWITCH",
+        env = "FORESEE_PREFIX_CACHING"
+    )]
+    pub(crate) prefix_caching: Switch,
+}
+
+/// Limits of the queue, and its tenants.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Queue")]
+struct QueueLimitArgs {
+    /// Sets the maximum number of queued requests; further requests are refused [default: no limit]
+    #[arg(long, value_name = "REQUESTS", env = "FORESEE_QUEUE_LIMIT")]
+    queue_limit: Option<usize>,
+    /// Names the request header that identifies a tenant, for --queue fair
+    #[arg(
+        long,
+        default_value_t = DEFAULTS.tenant_header.clone(),
+        value_name = "NAME",
+        env = "FORESEE_TENANT_HEADER"
+    )]
+    tenant_header: HeaderName,
+}
+
+/// Limits of size, time and threads.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Limits and timeouts")]
+struct LimitArgs {
+    /// Sets the maximum size of a request body, such as 32MiB; larger bodies are refused
+    #[arg(
+        long,
+        default_value_t = Size(DEFAULTS.max_body_bytes),
+        value_name = "SIZE",
+        env = "FORESEE_MAX_BODY_SIZE"
+    )]
+    max_body_size: Size,
+    /// Sets the time between two health checks of a worker, such as 250ms
+    #[arg(
+        long,
+        default_value_t = DEFAULTS.probe_interval.into(),
+        value_name = "DURATION",
+        value_parser = positive_duration,
+        env = "FORESEE_PROBE_INTERVAL"
+    )]
+    probe_interval: humantime::Duration,
+    /// Sets how long a worker may take to accept a connection or to respond to a health check
+    #[arg(
+        long,
+        default_value_t = DEFAULTS.connect_timeout.into(),
+        value_name = "DURATION",
+        value_parser = positive_duration,
+        env = "FORESEE_CONNECT_TIMEOUT"
+    )]
+    connect_timeout: humantime::Duration,
+    /// Sets how long a worker may take until the first byte of its response
+    #[arg(
+        long,
+        default_value_t = DEFAULTS.first_byte_timeout.into(),
+        value_name = "DURATION",
+        value_parser = positive_duration,
+        env = "FORESEE_FIRST_BYTE_TIMEOUT"
+    )]
+    first_byte_timeout: humantime::Duration,
+    /// Sets how long running responses may take to end at shutdown
+    #[arg(
+        long,
+        default_value_t = DEFAULTS.shutdown_timeout.into(),
+        value_name = "DURATION",
+        value_parser = positive_duration,
+        env = "FORESEE_SHUTDOWN_TIMEOUT"
+    )]
+    shutdown_timeout: humantime::Duration,
+    // A `default_value_t` would put the processor count of one machine into the reference.
+    /// Sets the number of threads that serve the API [default: half of the processors]
+    #[arg(long, value_name = "THREADS", env = "FORESEE_IO_THREADS")]
+    io_threads: Option<NonZeroUsize>,
+}
+
+/// Reports in addition to the router's own metrics.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Observability")]
+struct ObservabilityArgs {
+    /// Sets the time between two reads of each engine's /metrics [default: never]
+    ///
+    /// The engines' own load is then exported next to the prediction. Routing does not use it.
+    #[arg(
+        long,
+        value_parser = positive_duration,
+        value_name = "DURATION",
+        env = "FORESEE_ENGINE_METRICS_INTERVAL"
+    )]
+    engine_metrics_interval: Option<humantime::Duration>,
+    /// Appends a line for each completed request to a file, for `foresee replay run --trace`
+    ///
+    /// A line contains times, lengths, and the hashes of the prompt's blocks, without any text.
+    #[arg(long, value_name = "FILE", env = "FORESEE_RECORD")]
+    record: Option<PathBuf>,
+}
+
+impl ServeArgs {
+    /// Resolves settings that several flags can set: the listen address and the workers.
+    ///
+    /// # Errors
+    /// If flags contradict each other, or a host has no address.
+    pub(crate) fn resolve(mut self, matches: &ArgMatches) -> Result<Self, clap::Error> {
+        self.listen = self.listen.resolve(matches)?;
+        self.workers = self.workers.resolve(matches);
+        Ok(self)
+    }
+
+    /// Returns the settings as the configuration of a gateway, without checking them. Call
+    /// [`resolve`](Self::resolve) first: `--host` and `--port` have no effect here. Without
+    /// `--queue`, the policy decides the queue order.
+    pub(crate) fn gateway(self) -> GatewayConfig {
+        GatewayConfig {
+            listen: self.listen.listen,
+            admin_listen: self.listen.admin_listen,
+            workers: self.workers.workers(),
+            router: RouterConfig {
+                queue_order: self.queue.order(self.policy),
+                ..self.router.config(self.policy)
+            },
+            queue_limit: self.queue_limits.queue_limit,
+            tenant_header: self.queue_limits.tenant_header,
+            prefix_caching: self.prompts.prefix_caching == Switch::On,
+            tokenizer: self.prompts.tokenizer,
+            max_body_bytes: self.limits.max_body_size.0,
+            probe_interval: self.limits.probe_interval.into(),
+            engine_metrics_interval: self.observability.engine_metrics_interval.map(Into::into),
+            record: self.observability.record,
+            connect_timeout: self.limits.connect_timeout.into(),
+            first_byte_timeout: self.limits.first_byte_timeout.into(),
+            shutdown_timeout: self.limits.shutdown_timeout.into(),
+            io_threads: self.limits.io_threads.unwrap_or(DEFAULTS.io_threads),
+            ..GatewayConfig::default()
+        }
+    }
+}

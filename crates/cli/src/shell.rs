@@ -1,0 +1,54 @@
+//! `foresee completions` and `foresee man`.
+
+use std::io::{self, Write};
+
+use anyhow::Context;
+use clap::Args;
+use clap_complete::Shell;
+
+use crate::{InvalidConfiguration, command};
+
+#[derive(Args, Debug)]
+pub(crate) struct CompletionsArgs {
+    /// Selects the shell that the completions are for
+    shell: Shell,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ManArgs {
+    /// Selects a subcommand by its name or names, such as `replay run`
+    #[arg(value_name = "SUBCOMMAND")]
+    path: Vec<String>,
+}
+
+/// Prints the completion script for a shell.
+pub(crate) fn completions(args: &CompletionsArgs) -> anyhow::Result<()> {
+    let mut script = Vec::new();
+    clap_complete::generate(args.shell, &mut command(), "foresee", &mut script);
+    write(&script)
+}
+
+/// Prints the manual page of the program or of a subcommand, in roff.
+pub(crate) fn man(args: &ManArgs) -> anyhow::Result<()> {
+    let mut page = command();
+    page.build();
+    for name in &args.path {
+        let found = page.find_subcommand(name).cloned();
+        page = found
+            .with_context(|| format!("there is no subcommand `{name}`"))
+            .context(InvalidConfiguration)?;
+    }
+    // Names of manual pages have hyphens, as in `git-log`.
+    let name = page.get_bin_name().unwrap_or("foresee").replace(' ', "-");
+    let mut text = Vec::new();
+    clap_mangen::Man::new(page.display_name(name.clone()).name(name)).render(&mut text)?;
+    write(&text)
+}
+
+/// Writes to standard output. A pipe that its reader closed early, such as `head`, is no error.
+fn write(text: &[u8]) -> anyhow::Result<()> {
+    match io::stdout().write_all(text) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("cannot write to standard output"),
+    }
+}

@@ -1,0 +1,269 @@
+//! Settings of `serve` from flags, the environment and a file.
+
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// A configuration file, removed at the end of a test.
+struct ConfigFile(PathBuf);
+
+impl ConfigFile {
+    fn new(text: &str) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("foresee-settings-{}-{number}.toml", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        std::fs::write(&path, text).unwrap();
+        Self(path)
+    }
+
+    fn path(&self) -> &str {
+        self.0.to_str().unwrap()
+    }
+}
+
+impl Drop for ConfigFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// Runs `check-config` with these variables only.
+fn check(variables: &[(&str, &str)], flags: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_foresee"));
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("FORESEE_") {
+            command.env_remove(name);
+        }
+    }
+    let command = command.arg("check-config").args(flags);
+    let command = command.envs(variables.iter().copied());
+    command.stdin(Stdio::null()).output().unwrap()
+}
+
+/// Returns the effective settings as they are printed.
+fn printed(variables: &[(&str, &str)], flags: &[&str]) -> String {
+    let output = check(variables, flags);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{flags:?}: {error}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Returns the effective settings.
+fn effective(variables: &[(&str, &str)], flags: &[&str]) -> toml::Table {
+    printed(variables, flags).parse().unwrap()
+}
+
+/// Returns the error for a file with this text.
+fn refused(text: &str) -> String {
+    let file = ConfigFile::new(text);
+    let output = check(&[], &["--config", file.path()]);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    assert!(error.contains(file.path()), "the file is named: {error}");
+    error
+}
+
+/// Returns the URLs of the workers.
+fn urls(settings: &toml::Table) -> Vec<&str> {
+    let workers = settings.get("worker").and_then(toml::Value::as_array);
+    let urls = workers.into_iter().flatten();
+    urls.map(|worker| worker["url"].as_str().unwrap()).collect()
+}
+
+#[test]
+fn a_flag_overrides_the_environment() {
+    let variables = [
+        ("FORESEE_POLICY", "random"),
+        ("FORESEE_WORKER", "http://env:1"),
+        ("FORESEE_LISTEN", "127.0.0.1:1"),
+    ];
+    let flags = ["--policy", "kv", "--worker", "http://flag:1", "--port", "2"];
+    let settings = effective(&variables, &flags);
+    assert_eq!(settings["policy"].as_str(), Some("kv"));
+    assert_eq!(settings["listen"].as_str(), Some("127.0.0.1:2"));
+    assert_eq!(urls(&settings), ["http://flag:1"]);
+    let settings = effective(&variables, &["--worker-urls", "http://flag:1"]);
+    assert_eq!(urls(&settings), ["http://flag:1"]);
+}
+
+#[test]
+fn the_environment_overrides_the_file() {
+    let file = ConfigFile::new(
+        "policy = \"kv\"\ntemperature = 0.5\nworker = [\"http://file:1\"]\nlisten = \":3\"\n",
+    );
+    let variables = [
+        ("FORESEE_CONFIG", file.path()),
+        ("FORESEE_POLICY", "random"),
+        ("FORESEE_WORKER_URLS", "http://env:1,http://env:2"),
+        ("FORESEE_LISTEN", "127.0.0.1:1"),
+    ];
+    let settings = effective(&variables, &[]);
+    assert_eq!(settings["policy"].as_str(), Some("random"));
+    assert_eq!(settings["listen"].as_str(), Some("127.0.0.1:1"));
+    assert_eq!(settings["temperature"].as_float(), Some(0.5));
+    assert_eq!(urls(&settings), ["http://env:1", "http://env:2"]);
+}
+
+#[test]
+fn a_flag_overrides_the_file() {
+    let file = ConfigFile::new(
+        "policy = \"kv\"\nblock_size = 32\nworker = [\"http://file:1\"]\nlisten = \":3\"\n",
+    );
+    let flags = [
+        "--config",
+        file.path(),
+        "--policy",
+        "random",
+        "--host",
+        "::1",
+    ];
+    let settings = effective(
+        &[],
+        &[&flags[..], &["--worker-urls", "http://flag:1"]].concat(),
+    );
+    assert_eq!(settings["policy"].as_str(), Some("random"));
+    assert_eq!(settings["listen"].as_str(), Some("[::1]:8080"));
+    assert_eq!(settings["block-size"].as_integer(), Some(32));
+    assert_eq!(urls(&settings), ["http://flag:1"]);
+}
+
+#[test]
+fn a_file_has_typed_values_and_tables_of_workers() {
+    let file = ConfigFile::new(
+        r#"
+listen = "localhost:8000"
+max_body_size = "2MiB"
+probe-interval = "250ms"
+prefix-caching = false
+queue-limit = 7
+ttft-weight = 2
+log-level = "warn"
+
+[[worker]]
+url = "http://a:1"
+name = "first"
+ranks = 2
+blocks = 100
+prefix_caching = true
+eviction = "radix"
+kv_events = "tcp://a:5557"
+replay = "tcp://a:5657"
+topic = "kv"
+
+[[worker]]
+url = "http://b:2"
+kv-events = false
+"#,
+    );
+    let settings = effective(&[], &["--config", file.path()]);
+    assert_eq!(settings["listen"].as_str(), Some("127.0.0.1:8000"));
+    assert_eq!(settings["max-body-size"].as_str(), Some("2MiB"));
+    assert_eq!(settings["probe-interval"].as_str(), Some("250ms"));
+    assert_eq!(settings["prefix-caching"].as_bool(), Some(false));
+    assert_eq!(settings["queue-limit"].as_integer(), Some(7));
+    assert_eq!(settings["log-level"].as_str(), Some("warn"));
+    let workers = settings["worker"].as_array().unwrap();
+    assert_eq!(workers[0]["ranks"].as_integer(), Some(2));
+    assert_eq!(workers[0]["topic"].as_str(), Some("kv"));
+    assert_eq!(workers[1]["name"].as_str(), Some("b:2"));
+    assert_eq!(workers[1]["kv_events"].as_bool(), Some(false));
+}
+
+#[test]
+fn printed_settings_can_be_read_back() {
+    let many_flags = [
+        "--policy",
+        "kv",
+        "--queue-limit",
+        "9",
+        "--engine-metrics-interval",
+        "5s",
+        "--record",
+        "/tmp/quoted \"name\".jsonl",
+        "--worker",
+        "http://a:1/base,name=x,ranks=2,prefix-caching=off,kv-events=bind:tcp://*:5557",
+        "--worker-urls",
+        "http://b:2",
+        "http://c:3",
+    ];
+    for flags in [&many_flags[..], &[]] {
+        let first = printed(&[], flags);
+        let file = ConfigFile::new(&first);
+        assert_eq!(printed(&[], &["--config", file.path()]), first);
+    }
+    let settings = effective(&[], &many_flags);
+    assert_eq!(
+        settings["queue"].as_str(),
+        Some("off"),
+        "the default under kv is no queue"
+    );
+    assert_eq!(urls(&settings).len(), 3);
+    let settings = effective(&[], &[]);
+    assert_eq!(settings["queue"].as_str(), Some("shortest"));
+}
+
+#[test]
+fn mistakes_in_a_file_name_the_file_the_key_and_the_remedy() {
+    for (text, parts) in [
+        ("polcy = \"random\"", &["`polcy`", "`policy`"][..]),
+        ("tempreature = 1", &["`tempreature`", "`temperature`"]),
+        (
+            "policy = \"cache_aware\"",
+            &["--policy", "'marginal-delay'"],
+        ),
+        ("probe-interval = 1", &["--probe-interval", "1s"]),
+        ("policy = [\"kv\", \"random\"]", &["`policy`", "one value"]),
+        ("policy = true", &["`policy`", "boolean"]),
+        ("block-size = 16\nblock_size = 32", &["twice"]),
+        ("worker = [\"http://a:1,colour=red\"]", &["`colour`"]),
+        ("[[worker]]\nname = \"x\"", &["worker", "`url`"]),
+        (
+            "[[worker]]\nurl = \"a:1\"\nevection = \"radix\"",
+            &["`eviction`"],
+        ),
+        ("config = \"other.toml\"", &["`config`"]),
+        ("policy = ", &["TOML"]),
+    ] {
+        let error = refused(text);
+        for part in parts {
+            assert!(error.contains(part), "{text}: no {part} in {error}");
+        }
+    }
+}
+
+#[test]
+fn the_listen_address_cannot_be_set_twice() {
+    let output = check(&[], &["--listen", ":1", "--port", "2"]);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    assert!(error.contains("--port"), "{error}");
+    let settings = effective(&[], &["--host", "0.0.0.0", "--port", "9000"]);
+    assert_eq!(settings["listen"].as_str(), Some("0.0.0.0:9000"));
+}
+
+/// Reads the examples of the documentation.
+#[test]
+fn documented_files_are_valid() {
+    let page = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../docs/configuration.in.md"
+    );
+    let page = std::fs::read_to_string(page).unwrap();
+    let examples = page.split("```toml\n").skip(1);
+    let examples = examples.map(|rest| rest.split("```").next().unwrap());
+    let mut count = 0;
+    for example in examples {
+        // The tokenizer of the example does not exist on this machine.
+        let lines = example
+            .lines()
+            .filter(|line| !line.starts_with("tokenizer"));
+        let file = ConfigFile::new(&lines.collect::<Vec<_>>().join("\n"));
+        let settings = effective(&[], &["--config", file.path()]);
+        assert!(!urls(&settings).is_empty());
+        count += 1;
+    }
+    assert_eq!(count, 2);
+}

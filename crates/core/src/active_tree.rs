@@ -1,0 +1,589 @@
+//! Active blocks of all workers, and the blocks that each worker has computed.
+//!
+//! The active blocks of one worker are a `HashMap<SequenceHash, HashSet<RequestId>>`: for each
+//! block, the requests that pin it. This module stores that map path-compressed, for all workers at
+//! once, as a trie over sequence hashes. The model in `tests/naive` is the plain map.
+//!
+//! An edge is a slice of the hash chain of a request, so a node represents a run of blocks that no
+//! known request divides. Each node lists the workers that hold it: how many bookings *pin* the
+//! node on the worker, and how many of its blocks the worker has *computed*. Computed blocks stay
+//! cached after the last unpin, until the [`estimated_cache`](crate::estimated_cache) evicts them.
+//!
+//! A sequence hash identifies its whole prefix. Therefore one flat map from the first hash of an
+//! edge to its node replaces a child table per node, and bisection finds the block at which a
+//! prompt leaves an edge. The cost of every operation follows the number of branches on a path, not
+//! of blocks.
+//!
+//! Invariants, on which all operations rely: along a path from the root, the pin counts of a worker
+//! never rise; and a worker that has computed blocks of a node has computed every block above the
+//! node.
+//!
+//! Edges share the hash chains that they were made from, so most changes copy nothing. If a short
+//! edge would keep a long chain alive, the edge gets a copy of its own, of bounded length. The
+//! memory of the tree is therefore proportional to the blocks that workers hold, not to the length
+//! of the prompts that contained them.
+
+use std::collections::HashMap;
+use std::hash::BuildHasherDefault;
+use std::mem;
+use std::sync::Arc;
+
+use slab::Slab;
+use smallvec::SmallVec;
+
+use crate::sequence::{IdentityHasher, SequenceHash};
+
+mod changes;
+mod eviction;
+mod node;
+mod worker_sync;
+
+use node::{Node, NodeHolder};
+use worker_sync::WorkerSync;
+
+pub(crate) use changes::{EvictChange, PinChange, ReusedRun, UnpinChange};
+
+/// Sequence hashes of a request, shared between its booking and the edges made from it.
+pub(crate) type HashChain = Arc<[SequenceHash]>;
+
+/// Position of a worker in the router's arrays.
+pub(crate) type WorkerIndex = u32;
+
+/// Key of a node in the tree. A node keeps its id when its edge is split: see [`PrefixTree::pin`].
+pub(crate) type NodeId = u32;
+
+/// Maximum number of hashes copied at once under the router's lock: 8 KiB.
+const MAX_COPIED_HASHES: u32 = 1024;
+/// Length of a chain, as a multiple of the length of its edge, beyond which the edge gets a chain
+/// of its own.
+const MAX_CHAIN_TO_EDGE_RATIO: usize = 4;
+/// Length in hashes up to which a chain is kept, however short its edge is.
+const MIN_CHAIN_TO_TRIM: usize = 64;
+
+/// Absence of a node: the parent of the first edge of a path, or the end of a path without full
+/// blocks.
+pub(crate) const NO_NODE: NodeId = u32::MAX;
+
+/// How many leading blocks of a prompt one worker has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PrefixMatch {
+    /// Leading blocks that the worker has computed and, as far as the router knows, will still
+    /// cache when it starts the prompt.
+    pub cached_blocks: u32,
+    /// Leading blocks pinned by running requests.
+    pub active_blocks: u32,
+}
+
+impl PrefixMatch {
+    /// Returns the number of leading blocks that need not be computed again. Active blocks count,
+    /// because an active block is cached by the time the engine starts a request that is queued
+    /// after it.
+    #[must_use]
+    pub fn overlap(self) -> u32 {
+        self.cached_blocks.max(self.active_blocks)
+    }
+}
+
+/// Position in the tree at which a hash chain stops matching.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TreePosition {
+    /// Last node on the path, or [`NO_NODE`].
+    node: NodeId,
+    /// Matching blocks of that node's edge; at least one if there is a node.
+    edge_blocks: u32,
+    /// Matching blocks, counted from the root.
+    depth: u32,
+    /// Largest overlap of any worker, in blocks.
+    pub(crate) best_overlap: u32,
+}
+
+/// Path-compressed trie of the blocks that are pinned or cached, for all workers.
+#[derive(Debug, Default)]
+pub(crate) struct PrefixTree {
+    /// All nodes, by id.
+    nodes: Slab<Node>,
+    /// Node whose edge starts with a hash. A sequence hash identifies its whole prefix, so one map
+    /// serves all levels.
+    by_first_hash: HashMap<SequenceHash, NodeId, BuildHasherDefault<IdentityHasher>>,
+    /// Confirmed progress by worker index; shorter than the list of workers if nothing is known of
+    /// the last ones.
+    worker_sync: Vec<WorkerSync>,
+    /// Chains that lost a node. Each may be the last reference to a large allocation, so the owner
+    /// of the lock takes them and drops them after unlocking.
+    pub(crate) deferred_drops: SmallVec<[HashChain; 4]>,
+}
+
+impl PrefixTree {
+    /// Computes how many leading blocks of `chain` every worker has, and returns the position at
+    /// which `chain` leaves the tree. `prefix_matches` is indexed by worker and must be zero on
+    /// entry: only workers that have a block are written.
+    pub(crate) fn match_prefix(
+        &self,
+        chain: &[SequenceHash],
+        prefix_matches: &mut [PrefixMatch],
+    ) -> TreePosition {
+        let mut best_overlap = 0;
+        let reached = self.visit_path(chain, |node, edge_blocks| {
+            for holder in &node.holders {
+                let Some(prefix_match) = prefix_matches.get_mut(holder.worker as usize) else {
+                    continue;
+                };
+                let sync = self.worker_sync(holder.worker);
+                if holder.cached_blocks > 0
+                    && (holder.pin_count > 0 || holder.serial_or_epoch > sync.acknowledged_epoch)
+                {
+                    prefix_match.cached_blocks = node.start + holder.cached_blocks.min(edge_blocks);
+                }
+                let is_fully_cached = holder.cached_blocks == node.len();
+                if holder.pin_count > 0
+                    && (is_fully_cached || holder.serial_or_epoch <= sync.last_started)
+                {
+                    prefix_match.active_blocks = node.start + edge_blocks;
+                }
+                best_overlap = best_overlap.max(prefix_match.overlap());
+            }
+        });
+        TreePosition {
+            best_overlap,
+            ..reached
+        }
+    }
+
+    /// Writes how many leading blocks of `chain` every worker still caches according to its
+    /// estimated cache, also for workers whose cache source is events. `prefix_matches` is indexed
+    /// by worker.
+    pub(crate) fn match_estimated(
+        &self,
+        chain: &[SequenceHash],
+        prefix_matches: &mut [PrefixMatch],
+    ) {
+        self.visit_path(chain, |node, edge_blocks| {
+            for holder in node
+                .holders
+                .iter()
+                .filter(|holder| holder.cached_blocks > 0)
+            {
+                if let Some(prefix_match) = prefix_matches.get_mut(holder.worker as usize) {
+                    prefix_match.cached_blocks = node.start + holder.cached_blocks.min(edge_blocks);
+                }
+            }
+        });
+    }
+
+    /// Calls `visit` for every node on the path of `chain`, with the number of matching blocks of
+    /// its edge. Returns the position at which the path ends, with `best_overlap` 0.
+    fn visit_path(
+        &self,
+        chain: &[SequenceHash],
+        mut visit: impl FnMut(&Node, u32),
+    ) -> TreePosition {
+        let mut reached = TreePosition {
+            node: NO_NODE,
+            edge_blocks: 0,
+            depth: 0,
+            best_overlap: 0,
+        };
+        while let Some(first) = chain.get(reached.depth as usize)
+            && let Some(&id) = self.by_first_hash.get(first)
+        {
+            let node = &self.nodes[id as usize];
+            if node.start != reached.depth {
+                // Two prefixes of different length share a 64-bit hash. Treat the prefix as
+                // unknown.
+                break;
+            }
+            let rest = &chain[reached.depth as usize..];
+            let edge_blocks = common_prefix(rest, node.edge());
+            visit(node, edge_blocks);
+            reached.node = id;
+            reached.edge_blocks = edge_blocks;
+            reached.depth = node.start + edge_blocks;
+            if edge_blocks < node.len() {
+                break;
+            }
+        }
+        reached
+    }
+
+    /// Pins all of `chain` on `worker` for the booking with serial `serial`, adding the part that
+    /// the tree lacks. `position` is the result of [`match_prefix`](Self::match_prefix) for
+    /// `chain`; the tree must not have changed since.
+    ///
+    /// The returned node is where the path ends. It stays valid until [`unpin`](Self::unpin): a
+    /// later split of its edge gives the upper part a new id.
+    pub(crate) fn pin(
+        &mut self,
+        position: TreePosition,
+        chain: &HashChain,
+        worker: WorkerIndex,
+        serial: u64,
+    ) -> PinChange {
+        let mut node = position.node;
+        if node != NO_NODE && position.edge_blocks < self.nodes[node as usize].len() {
+            node = self.split(node, position.edge_blocks);
+        }
+        if let Some(first) = chain.get(position.depth as usize)
+            // The hash is in use only after a collision of 64-bit hashes. Then the rest of the
+            // chain is not tracked.
+            && !self.by_first_hash.contains_key(first)
+        {
+            node = self.add_leaf(chain, position.depth, node);
+        }
+
+        let mut change = PinChange {
+            node,
+            path_blocks: self.nodes.get(node as usize).map_or(0, |node| node.end),
+            already_held: 0,
+            newly_pinned: 0,
+            reused: SmallVec::new(),
+        };
+        let mut ancestor = node;
+        while ancestor != NO_NODE {
+            let node = &mut self.nodes[ancestor as usize];
+            let (start, length) = (node.start, node.len());
+            match node.holder_index(worker) {
+                Ok(index) => {
+                    let holder = &mut node.holders[index];
+                    let present_blocks = match holder.pin_count {
+                        0 => holder.cached_blocks,
+                        _ => length,
+                    };
+                    change.already_held = change.already_held.max(start + present_blocks);
+                    if holder.pin_count == 0 {
+                        change.newly_pinned += length;
+                        change.push_reused(start, holder.cached_blocks, holder.serial_or_epoch);
+                        holder.serial_or_epoch = serial;
+                    }
+                    holder.pin_count += 1;
+                }
+                Err(index) => {
+                    change.newly_pinned += length;
+                    node.holders.insert(
+                        index,
+                        NodeHolder {
+                            worker,
+                            pin_count: 1,
+                            cached_blocks: 0,
+                            serial_or_epoch: serial,
+                            is_engine_boundary: false,
+                        },
+                    );
+                }
+            }
+            ancestor = node.parent;
+        }
+        change
+    }
+
+    /// Records that `worker`, which pins `node`, has computed every block up to the end of `node`.
+    pub(crate) fn mark_cached(&mut self, node: NodeId, worker: WorkerIndex) {
+        let mut id = node;
+        while id != NO_NODE {
+            let node = &mut self.nodes[id as usize];
+            let length = node.len();
+            match node.holder_mut(worker) {
+                Some(holder) if holder.cached_blocks < length => holder.cached_blocks = length,
+                // A node that is computed completely has only computed nodes above it.
+                _ => return,
+            }
+            id = node.parent;
+        }
+    }
+
+    /// Returns whether `worker`, which pins `node`, still caches all blocks up to the end of
+    /// `node`.
+    pub(crate) fn is_cached(&self, node: NodeId, worker: WorkerIndex) -> bool {
+        self.nodes.get(node as usize).is_none_or(|node| {
+            let holder = node.holder_index(worker).map(|index| node.holders[index]);
+            holder.is_ok_and(|holder| holder.cached_blocks == node.len())
+        })
+    }
+
+    /// Returns how many bookings on `worker` pin the first `depth` blocks of the path to `node`.
+    pub(crate) fn pin_count_at(&self, node: NodeId, worker: WorkerIndex, depth: u32) -> u32 {
+        let path = std::iter::successors(self.nodes.get(node as usize), |node| {
+            self.nodes.get(node.parent as usize)
+        });
+        let end_node = path.take_while(|node| node.end >= depth).last();
+        let holder = end_node.and_then(|node| Some(node.holders[node.holder_index(worker).ok()?]));
+        holder.map_or(0, |holder| holder.pin_count)
+    }
+
+    /// Reverses one [`pin`](Self::pin) of the path to `node` on `worker`. Blocks that nothing pins
+    /// any longer stay cached under `free_epoch` if the worker has computed them. Otherwise they
+    /// are dropped.
+    pub(crate) fn unpin(
+        &mut self,
+        node: NodeId,
+        worker: WorkerIndex,
+        free_epoch: u64,
+    ) -> UnpinChange {
+        let mut change = UnpinChange {
+            unpinned: 0,
+            still_cached: 0,
+            deepest_cached: NO_NODE,
+        };
+        let mut id = node;
+        while id != NO_NODE {
+            let node = &mut self.nodes[id as usize];
+            let (length, parent) = (node.len(), node.parent);
+            let Some(holder) = node.holder_mut(worker) else {
+                debug_assert!(
+                    false,
+                    "every node on a pinned path lists the worker as a holder"
+                );
+                break;
+            };
+            debug_assert!(
+                holder.pin_count > 0,
+                "a node was unpinned more often than it was pinned"
+            );
+            holder.pin_count -= 1;
+            if holder.pin_count == 0 {
+                change.unpinned += length;
+                change.still_cached += holder.cached_blocks;
+                holder.serial_or_epoch = free_epoch;
+                if holder.cached_blocks == 0 {
+                    node.remove_holder(worker);
+                } else if change.deepest_cached == NO_NODE {
+                    change.deepest_cached = id;
+                }
+            }
+            id = parent;
+        }
+        self.prune_path(node);
+        self.trim_leaf(node);
+        change
+    }
+
+    /// Removes everything that `worker` holds, pinned or cached, and its progress. Visits every
+    /// node; meant for the removal of a worker.
+    pub(crate) fn remove_worker(&mut self, worker: WorkerIndex) {
+        self.remove_worker_sync(worker);
+        self.retain_holders(worker, |_| false);
+    }
+
+    /// Marks all blocks of `worker` as not computed. Pins stay. Visits every node; meant for a
+    /// worker that has lost its cache.
+    pub(crate) fn clear_cached(&mut self, worker: WorkerIndex) {
+        self.retain_holders(worker, |holder| {
+            holder.cached_blocks = 0;
+            holder.pin_count > 0
+        });
+    }
+
+    /// Drops blocks cached on `worker` that were freed before `epoch`. Pinned blocks stay. Visits
+    /// every node.
+    pub(crate) fn clear_freed_before(&mut self, worker: WorkerIndex, epoch: u64) {
+        // A node is pinned, or was freed, no earlier than the nodes below it. Therefore the
+        // remaining blocks are closed under prefixes.
+        self.retain_holders(worker, |holder| {
+            holder.pin_count > 0 || holder.serial_or_epoch >= epoch
+        });
+    }
+
+    /// Removes `worker` from every node that it holds and for which `keep` returns false, then
+    /// prunes all nodes. `keep` may change the entry.
+    fn retain_holders(
+        &mut self,
+        worker: WorkerIndex,
+        mut keep: impl FnMut(&mut NodeHolder) -> bool,
+    ) {
+        let ids: Vec<NodeId> = self.nodes.iter().map(|(id, _)| id as NodeId).collect();
+        for &id in &ids {
+            let node = &mut self.nodes[id as usize];
+            if node.holder_mut(worker).is_some_and(|holder| !keep(holder)) {
+                node.remove_holder(worker);
+            }
+        }
+        for id in ids {
+            self.prune(id);
+        }
+    }
+
+    /// Returns the number of nodes, to which the memory of the tree is proportional.
+    pub(crate) fn len(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// Splits an edge after `keep` blocks and returns the new upper node. The lower part keeps the
+    /// id, because bookings whose path ends with the edge store that id.
+    fn split(&mut self, lower_id: NodeId, keep: u32) -> NodeId {
+        let lower = &mut self.nodes[lower_id as usize];
+        let cut = lower.start + keep;
+        let mut upper = Node {
+            chain: Arc::clone(&lower.chain),
+            offset: lower.offset,
+            start: lower.start,
+            end: cut,
+            parent: lower.parent,
+            children: 1,
+            children_xor: lower_id,
+            holders: lower.holders.clone(),
+        };
+        for holder in &mut upper.holders {
+            holder.cached_blocks = holder.cached_blocks.min(keep);
+            holder.is_engine_boundary = false;
+        }
+        for holder in &mut lower.holders {
+            // A holder without cached blocks stays: the free queue of the estimated cache finds the
+            // upper part through this node.
+            holder.cached_blocks = holder.cached_blocks.saturating_sub(keep);
+        }
+        lower.start = cut;
+        let (upper_hash, lower_hash) = (upper.first_hash(), lower.first_hash());
+        let parent = upper.parent;
+        let upper_id = self.nodes.insert(upper) as NodeId;
+        self.nodes[lower_id as usize].parent = upper_id;
+        self.by_first_hash.insert(upper_hash, upper_id);
+        self.by_first_hash.insert(lower_hash, lower_id);
+        self.replace_child(parent, lower_id, upper_id);
+        upper_id
+    }
+
+    /// Adds a leaf below `parent` for the blocks of `chain` from `start` on.
+    fn add_leaf(&mut self, chain: &HashChain, start: u32, parent: NodeId) -> NodeId {
+        let leaf = self.nodes.insert(Node {
+            chain: Arc::clone(chain),
+            offset: 0,
+            start,
+            end: chain.len() as u32,
+            parent,
+            children: 0,
+            children_xor: 0,
+            holders: SmallVec::new(),
+        }) as NodeId;
+        self.by_first_hash.insert(chain[start as usize], leaf);
+        if let Some(parent) = self.nodes.get_mut(parent as usize) {
+            parent.children += 1;
+            parent.children_xor ^= leaf;
+        }
+        leaf
+    }
+
+    /// Prunes every node from `leaf` to the root.
+    fn prune_path(&mut self, leaf: NodeId) {
+        let mut id = leaf;
+        while id != NO_NODE {
+            id = self.prune(id);
+        }
+    }
+
+    /// Removes the node `id` if it has neither holders nor children, then every ancestor that this
+    /// leaves empty. Merges the lowest node that remains with its only child if they can merge.
+    /// Returns the parent of that node, the next one to prune.
+    fn prune(&mut self, mut id: NodeId) -> NodeId {
+        let mut child_removed = false;
+        while let Some(node) = self.nodes.get(id as usize)
+            && node.holders.is_empty()
+            && node.children == 0
+        {
+            let parent = node.parent;
+            let node = self.nodes.remove(id as usize);
+            self.by_first_hash.remove(&node.first_hash());
+            self.deferred_drops.push(node.chain);
+            if let Some(parent) = self.nodes.get_mut(parent as usize) {
+                parent.children -= 1;
+                parent.children_xor ^= id;
+            }
+            id = parent;
+            child_removed = true;
+        }
+        let parent = self
+            .nodes
+            .get(id as usize)
+            .map_or(NO_NODE, |node| node.parent);
+        self.merge_with_only_child(id);
+        if child_removed {
+            self.trim_leaf(id);
+        }
+        parent
+    }
+
+    /// Merges a node into its only child, if the states of all workers agree on both. The child
+    /// keeps its id. Does nothing if that took a copy of more than [`MAX_COPIED_HASHES`] hashes.
+    fn merge_with_only_child(&mut self, upper_id: NodeId) {
+        let Some(upper) = self.nodes.get(upper_id as usize) else {
+            return;
+        };
+        let lower_id = upper.children_xor;
+        if upper.children != 1 || !upper.can_merge_with(&self.nodes[lower_id as usize]) {
+            return;
+        }
+        let lower = &self.nodes[lower_id as usize];
+        // The hash is compared as well, because after a collision of hashes the child's chain may
+        // belong to another path.
+        let covered = lower.offset <= upper.start
+            && lower.chain[(upper.start - lower.offset) as usize] == upper.first_hash();
+        if !covered && upper.len() + lower.len() > MAX_COPIED_HASHES {
+            return;
+        }
+        let upper = self.nodes.remove(upper_id as usize);
+        let lower = &mut self.nodes[lower_id as usize];
+        self.by_first_hash.remove(&lower.first_hash());
+        if !covered {
+            let joined = [upper.edge(), lower.edge()].concat().into();
+            self.deferred_drops
+                .push(mem::replace(&mut lower.chain, joined));
+            lower.offset = upper.start;
+        }
+        for (holder, above) in lower.holders.iter_mut().zip(&upper.holders) {
+            holder.cached_blocks += above.cached_blocks;
+        }
+        lower.start = upper.start;
+        lower.parent = upper.parent;
+        self.by_first_hash.insert(upper.first_hash(), lower_id);
+        self.replace_child(upper.parent, upper_id, lower_id);
+        self.deferred_drops.push(upper.chain);
+    }
+
+    /// Removes the end of a leaf that no worker holds any longer, and copies the edge out of a
+    /// chain that has become much longer than the edge.
+    fn trim_leaf(&mut self, id: NodeId) {
+        let Some(node) = self.nodes.get_mut(id as usize) else {
+            return;
+        };
+        if node.children == 0 && node.holders.iter().all(|holder| holder.pin_count == 0) {
+            let cached_blocks = node.holders.iter().map(|holder| holder.cached_blocks).max();
+            node.end = node.start + cached_blocks.unwrap_or(0).max(1);
+        }
+        let max_chain_len = MIN_CHAIN_TO_TRIM.max(MAX_CHAIN_TO_EDGE_RATIO * node.len() as usize);
+        if node.chain.len() > max_chain_len && node.len() <= MAX_COPIED_HASHES {
+            let trimmed = Arc::from(node.edge());
+            self.deferred_drops
+                .push(mem::replace(&mut node.chain, trimmed));
+            node.offset = node.start;
+        }
+    }
+
+    /// Replaces the child `old` of `parent` with `new`; no effect if `parent` is [`NO_NODE`].
+    fn replace_child(&mut self, parent: NodeId, old: NodeId, new: NodeId) {
+        if let Some(parent) = self.nodes.get_mut(parent as usize) {
+            parent.children_xor ^= old ^ new;
+        }
+    }
+}
+
+/// Returns the length of the common prefix of two chains that agree in their first hash. Equal
+/// hashes at `i` imply equal hashes before `i`, so bisection finds it.
+fn common_prefix(a: &[SequenceHash], b: &[SequenceHash]) -> u32 {
+    let shorter = a.len().min(b.len());
+    debug_assert!(shorter > 0 && a[0] == b[0]);
+    if a[shorter - 1] == b[shorter - 1] {
+        return shorter as u32;
+    }
+    let (mut last_equal, mut first_different) = (0, shorter - 1);
+    while first_different - last_equal > 1 {
+        let middle = last_equal.midpoint(first_different);
+        if a[middle] == b[middle] {
+            last_equal = middle;
+        } else {
+            first_different = middle;
+        }
+    }
+    first_different as u32
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;

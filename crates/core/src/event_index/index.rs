@@ -1,0 +1,511 @@
+//! The router side of the event index: which workers cache which prefix.
+
+use smallvec::SmallVec;
+
+use crate::active_tree::{PrefixMatch, WorkerIndex};
+use crate::event_index::CacheDelta;
+use crate::event_index::anchors::AnchorTable;
+use crate::event_index::delta::{PrefixRun, is_anchor};
+use crate::event_index::runs::{BlockPosition, RunId, Runs};
+use crate::sequence::SequenceHash;
+
+/// Index of which workers cache which prefix.
+///
+/// Consecutive prefixes are stored as the blocks of a run. A table gives the positions of
+/// *anchors*; other blocks are found by walking from an anchor. The deepest block of a prompt that
+/// any worker caches is found by bisection over its anchors. From there back to its start, the
+/// prompt follows a few runs. Each worker caches leading blocks of every run that it has, so its
+/// prefix match ends in the last of these runs that it caches.
+#[derive(Debug, Default)]
+pub struct EventIndex {
+    /// One table per engine block ratio. Most fleets have one.
+    by_ratio: SmallVec<[RatioIndex; 1]>,
+}
+
+/// Index of all engines with one block size.
+#[derive(Debug)]
+struct RatioIndex {
+    /// Engine block size ÷ router block size.
+    engine_block_ratio: u32,
+    /// Positions of the blocks that are anchors or the first of a run.
+    anchors: AnchorTable,
+    /// All blocks that some worker caches.
+    runs: Runs,
+}
+
+impl EventIndex {
+    /// Applies the delta of one worker, and updates `cached_blocks`, the number of router blocks
+    /// that the worker caches. Worker indices must be dense from 0.
+    pub fn update(&mut self, worker: WorkerIndex, delta: &CacheDelta, cached_blocks: &mut u64) {
+        for run in delta.removed.iter() {
+            self.remove(worker, delta.engine_block_ratio, run, cached_blocks);
+        }
+        for run in delta.stored.iter() {
+            self.add(worker, delta.engine_block_ratio, run, cached_blocks);
+        }
+    }
+
+    /// Removes the changed blocks of `run` from what `worker` caches, and with each of them all
+    /// later blocks of the same stored run. Subtracts them from `cached_blocks`, in router blocks.
+    pub(crate) fn remove(
+        &mut self,
+        worker: WorkerIndex,
+        engine_block_ratio: u32,
+        run: PrefixRun<'_>,
+        cached_blocks: &mut u64,
+    ) {
+        if let Some(table) = self
+            .by_ratio
+            .iter_mut()
+            .find(|table| table.engine_block_ratio == engine_block_ratio)
+        {
+            *cached_blocks -= table.remove(worker, run) * u64::from(engine_block_ratio);
+        }
+    }
+
+    /// Adds the changed blocks of `run` to what `worker` caches, if it caches the lead-in. Adds the
+    /// new ones to `cached_blocks`, in router blocks.
+    pub(crate) fn add(
+        &mut self,
+        worker: WorkerIndex,
+        engine_block_ratio: u32,
+        run: PrefixRun<'_>,
+        cached_blocks: &mut u64,
+    ) {
+        if engine_block_ratio == 0 || run.changed().is_empty() {
+            return;
+        }
+        let known = self
+            .by_ratio
+            .iter()
+            .position(|table| table.engine_block_ratio == engine_block_ratio);
+        let index = known.unwrap_or_else(|| {
+            self.by_ratio.push(RatioIndex::new(engine_block_ratio));
+            self.by_ratio.len() - 1
+        });
+        *cached_blocks += self.by_ratio[index].add(worker, run) * u64::from(engine_block_ratio);
+    }
+
+    /// Removes a worker from the index. Visits every run.
+    pub fn remove_worker(&mut self, worker: WorkerIndex) {
+        for table in &mut self.by_ratio {
+            for run in table.runs.ids() {
+                table.remove_from(BlockPosition::new(run, 0), worker);
+            }
+        }
+        self.by_ratio.retain(|table| table.runs.len() > 0);
+    }
+
+    /// Returns the number of prefixes that some worker caches, in engine blocks.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.by_ratio.iter().map(|table| table.runs.len()).sum()
+    }
+
+    /// Returns whether no worker caches any prefix.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Raises `cached_blocks` of every worker that caches a prefix of `chain`, in router blocks.
+    /// `prefix_matches` is indexed by worker. Returns the largest number of blocks that any worker
+    /// caches.
+    pub fn match_prefix(&self, chain: &[SequenceHash], prefix_matches: &mut [PrefixMatch]) -> u32 {
+        let deepest = self
+            .by_ratio
+            .iter()
+            .map(|table| table.match_prefix(chain, prefix_matches));
+        deepest.max().unwrap_or(0)
+    }
+}
+
+/// Part of a run that a prompt follows.
+struct MatchedRun {
+    /// Id of the run.
+    run: RunId,
+    /// First block of the run, in engine blocks from the start of the prompt.
+    start: usize,
+    /// End (exclusive) of the part that prompt and run have in common, in engine blocks.
+    end: usize,
+}
+
+impl RatioIndex {
+    /// Returns an empty index for engines with this block ratio.
+    fn new(engine_block_ratio: u32) -> Self {
+        Self {
+            engine_block_ratio,
+            anchors: AnchorTable::new(),
+            runs: Runs::default(),
+        }
+    }
+
+    /// Adds the changed blocks of `run` to what `worker` caches. Returns how many of them it did
+    /// not cache before. Adds nothing if the worker does not cache the lead-in, and stops when the
+    /// maximum number of runs is reached.
+    fn add(&mut self, worker: WorkerIndex, run: PrefixRun<'_>) -> u64 {
+        let (lead_in, mut changed) = run.hashes().split_at(run.changed_from());
+        for &hash in changed.iter().filter(|&&hash| is_anchor(hash)) {
+            self.anchors.prefetch(hash);
+        }
+        let mut last = self.last_cached(worker, lead_in);
+        if last.is_none() && !lead_in.is_empty() {
+            return 0;
+        }
+        let mut added = 0;
+        while let Some(&first) = changed.first() {
+            let (position, blocks) = if let Some(position) = self.next(last, first) {
+                let blocks = common_prefix(self.runs.tail_at(position), changed);
+                added += self.runs.extend_holder(position, blocks, worker);
+                (position, blocks)
+            } else if let Some((position, blocks)) = self.runs.append(last, changed, worker) {
+                for (index, &hash) in changed[..blocks].iter().enumerate() {
+                    if is_anchored(position.plus(index), hash) {
+                        self.anchors.insert(hash, position.plus(index));
+                    }
+                }
+                added += blocks;
+                (position, blocks)
+            } else {
+                break;
+            };
+            last = Some(position.plus(blocks - 1));
+            changed = &changed[blocks..];
+        }
+        added as u64
+    }
+
+    /// Returns the position of the last of `hashes`, if `worker` caches it.
+    fn last_cached(&self, worker: WorkerIndex, hashes: &[SequenceHash]) -> Option<BlockPosition> {
+        let (mut rest, mut last) = (hashes, None);
+        while let Some(&hash) = rest.first() {
+            let cached = self.cached_from(hash, worker);
+            let blocks = cached.map_or(1, |(_, cached)| common_prefix(cached, rest));
+            last = cached.map(|(position, _)| position.plus(blocks - 1));
+            rest = &rest[blocks..];
+        }
+        last
+    }
+
+    /// Returns the position of an anchor that `worker` caches, and the blocks that it caches of the
+    /// run from there on.
+    fn cached_from(
+        &self,
+        hash: SequenceHash,
+        worker: WorkerIndex,
+    ) -> Option<(BlockPosition, &[SequenceHash])> {
+        let cached = |position| self.runs.cached_from(position, worker);
+        let position = self
+            .anchors
+            .find(hash, |position| !cached(position).is_empty())?;
+        Some((position, cached(position)))
+    }
+
+    /// Returns the position of the block `hash` that follows the block `last`, or that starts a
+    /// sequence if `last` is `None`.
+    fn next(&self, last: Option<BlockPosition>, hash: SequenceHash) -> Option<BlockPosition> {
+        if let Some(last) = last
+            && self.runs.tail_at(last).get(1) == Some(&hash)
+        {
+            return Some(last.plus(1));
+        }
+        let continues = |position: BlockPosition| self.runs.get(position.run()).parent() == last;
+        let is_next = |position: BlockPosition| position.block() == 0 && continues(position);
+        self.anchors.find(hash, is_next)
+    }
+
+    /// Removes the changed blocks of `run` from what `worker` caches, and with each of them all
+    /// later blocks of the same stored run. Returns the number of blocks removed.
+    fn remove(&mut self, worker: WorkerIndex, run: PrefixRun<'_>) -> u64 {
+        let (hashes, changed_from) = (run.hashes(), run.changed_from());
+        let (mut removed, mut index) = (0, 0);
+        while let Some(&hash) = hashes.get(index) {
+            let Some((position, cached)) = self.cached_from(hash, worker) else {
+                index += 1;
+                continue;
+            };
+            let blocks = common_prefix(cached, &hashes[index..]);
+            if index + blocks > changed_from {
+                removed +=
+                    self.remove_from(position.plus(changed_from.saturating_sub(index)), worker);
+            }
+            index += blocks;
+        }
+        removed
+    }
+
+    /// Removes the block at `position`, and all blocks after it in its run, from what `worker`
+    /// caches, and forgets blocks that no worker caches any longer. Returns how many blocks the
+    /// worker lost.
+    fn remove_from(&mut self, position: BlockPosition, worker: WorkerIndex) -> u64 {
+        let (lost, left) = self.runs.truncate_holder(position, worker);
+        let run = position.run();
+        let unused = self.runs.tail(run, left);
+        for &hash in unused.iter().filter(|&&hash| is_anchor(hash)) {
+            self.anchors.prefetch(hash);
+        }
+        for (block, &hash) in (left..).zip(unused) {
+            let position = BlockPosition::new(run, block);
+            if is_anchored(position, hash) {
+                self.anchors.remove(hash, position);
+            }
+        }
+        self.runs.truncate(run, left);
+        lost as u64
+    }
+
+    /// Raises `cached_blocks` of every worker that caches a prefix of `chain`. Returns the largest
+    /// number of router blocks that any worker caches.
+    fn match_prefix(&self, chain: &[SequenceHash], prefix_matches: &mut [PrefixMatch]) -> u32 {
+        let matched_runs = self.matched_runs(chain);
+        let mut deeper_holders = 0;
+        for matched in &matched_runs {
+            let holders = self.runs.get(matched.run).holders();
+            // Every worker that caches a deeper run also caches this one. Equally many holders are
+            // therefore the same workers.
+            if holders.len() == deeper_holders {
+                continue;
+            }
+            deeper_holders = holders.len();
+            let (start, end) = (matched.start as u32, matched.end as u32);
+            for holder in holders {
+                let blocks = end.min(start + u32::from(holder.blocks));
+                if let Some(prefix_match) = prefix_matches.get_mut(holder.worker as usize) {
+                    prefix_match.cached_blocks = prefix_match
+                        .cached_blocks
+                        .max(blocks * self.engine_block_ratio);
+                }
+            }
+        }
+        matched_runs
+            .first()
+            .map_or(0, |run| run.end as u32 * self.engine_block_ratio)
+    }
+
+    /// Returns the runs that the prompt follows, from the deepest block that any worker caches back
+    /// to its start.
+    fn matched_runs(&self, chain: &[SequenceHash]) -> SmallVec<[MatchedRun; 8]> {
+        let mut matched = SmallVec::new();
+        let mut deepest =
+            self.deepest_cached(chain, chain.len() / self.engine_block_ratio as usize);
+        while let Some((mut last, mut position)) = deepest {
+            matched.clear();
+            let start = loop {
+                let start = last.saturating_sub(position.block());
+                let (run, end) = (position.run(), last + 1);
+                matched.push(MatchedRun { run, start, end });
+                if start == 0 {
+                    return matched;
+                }
+                last = start - 1;
+                let expected = self.block_hash(chain, last);
+                match self.runs.get(run).parent() {
+                    Some(parent) if self.runs.tail_at(parent).first() == Some(&expected) => {
+                        position = parent;
+                    }
+                    _ => break start,
+                }
+            };
+            // A worker removed a block and has not yet removed the blocks after it. Only the prompt
+            // up to that block can match.
+            deepest = self.deepest_cached(chain, start);
+        }
+        matched
+    }
+
+    /// Returns the last of the first `blocks` engine blocks of a prompt that any worker caches: its
+    /// number in the prompt and its position.
+    fn deepest_cached(
+        &self,
+        chain: &[SequenceHash],
+        blocks: usize,
+    ) -> Option<(usize, BlockPosition)> {
+        let mut deepest = None;
+        // The last anchor that any worker caches lies in this range.
+        let (mut low, mut high) = (0, blocks);
+        // The first guesses are the ends: often a worker caches all of the prompt, or no worker any
+        // of it.
+        let mut guess = blocks.checked_sub(1)?;
+        while low < high {
+            let mut candidates = (low..=guess).rev();
+            let anchor =
+                candidates.find(|&block| block == 0 || is_anchor(self.block_hash(chain, block)));
+            let found = anchor.map(|block| {
+                (
+                    block,
+                    self.anchors.find(self.block_hash(chain, block), |_| true),
+                )
+            });
+            match found {
+                Some((anchor, None)) => high = anchor,
+                Some((anchor, Some(position))) => {
+                    deepest = Some((anchor, position));
+                    low = guess + 1;
+                }
+                None => low = guess + 1,
+            }
+            guess = match deepest {
+                None if guess == blocks - 1 => 0,
+                _ => low.midpoint(high),
+            };
+        }
+        let (mut last, mut position) = deepest?;
+        while last + 1 < blocks {
+            let next = self.block_hash(chain, last + 1);
+            let Some(next) = self.next(Some(position), next) else {
+                break;
+            };
+            (last, position) = (last + 1, next);
+        }
+        Some((last, position))
+    }
+
+    /// Returns the sequence hash at the end of an engine block of a prompt.
+    fn block_hash(&self, chain: &[SequenceHash], block: usize) -> SequenceHash {
+        chain[(block + 1) * self.engine_block_ratio as usize - 1]
+    }
+}
+
+/// Returns the number of leading hashes that are equal.
+fn common_prefix(a: &[SequenceHash], b: &[SequenceHash]) -> usize {
+    let pairs = a.iter().zip(b);
+    pairs.take_while(|(x, y)| x == y).count()
+}
+
+/// Returns whether the table of anchors contains the block.
+fn is_anchored(position: BlockPosition, hash: SequenceHash) -> bool {
+    position.block() == 0 || is_anchor(hash)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::event_index::PrefixRuns;
+    use crate::sequence::extend_hash;
+
+    fn hashes(prompt: &[u32]) -> Vec<SequenceHash> {
+        let blocks = prompt.chunks(1);
+        let hashes = blocks.scan(7, |previous, block| {
+            *previous = extend_hash(*previous, block);
+            Some(*previous)
+        });
+        hashes.collect()
+    }
+
+    fn prompt() -> impl Strategy<Value = Vec<u32>> {
+        // Prompts are often equal, and some are longer than a run of a test build can be.
+        let tail = prop::collection::vec(0..2_u32, 0..4);
+        (0..20_usize, tail).prop_map(|(zeros, tail)| [vec![0; zeros], tail].concat())
+    }
+
+    #[derive(Clone, Debug)]
+    enum Order {
+        ShortestFirst,
+        LongestFirst,
+        WholeSequences,
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Add(Vec<u32>),
+        /// Removes a prefix and everything that continues it, in the given order.
+        Remove(Vec<u32>, Order),
+        RemoveWorker,
+    }
+
+    fn order() -> impl Strategy<Value = Order> {
+        prop_oneof![
+            Just(Order::ShortestFirst),
+            Just(Order::LongestFirst),
+            Just(Order::WholeSequences)
+        ]
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            8 => prompt().prop_map(Step::Add),
+            8 => (prompt(), order()).prop_map(|(prompt, order)| Step::Remove(prompt, order)),
+            1 => Just(Step::RemoveWorker),
+        ]
+    }
+
+    const WORKERS: usize = 4;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(512))]
+
+        #[test]
+        fn prefix_matches_equal_those_of_plain_sets_of_prefixes(
+            steps in prop::collection::vec((0..WORKERS, step(), prompt()), 1..40),
+            max_len in 1..30_usize,
+        ) {
+            let mut index = EventIndex::default();
+            let mut models: [BTreeSet<Vec<u32>>; WORKERS] = Default::default();
+            let mut cached_blocks = [0; WORKERS];
+            for (worker, step, probe) in steps {
+                let (worker_index, model) = (worker as WorkerIndex, &mut models[worker]);
+                match step {
+                    Step::Add(prompt) => {
+                        let added = PrefixRuns::from_sequence(&hashes(&prompt));
+                        model.extend((1..=prompt.len()).map(|end| prompt[..end].to_vec()));
+                        for chunk in added.iter().flat_map(|run| run.chunks(max_len)) {
+                            index.add(worker_index, 1, chunk, &mut cached_blocks[worker]);
+                        }
+                    }
+                    Step::Remove(prompt, order) => {
+                        let continues = |prefix: &&Vec<u32>| prefix.starts_with(&prompt) && !prefix.is_empty();
+                        let mut removed_prefixes: Vec<&Vec<u32>> = model.iter().filter(continues).collect();
+                        if matches!(order, Order::LongestFirst) {
+                            removed_prefixes.reverse();
+                        }
+                        let mut removed = PrefixRuns::default();
+                        for prefix in removed_prefixes {
+                            let prefix_len = match order {
+                                // Blocks that several removed sequences share are listed again.
+                                Order::WholeSequences => prompt.len().saturating_sub(1),
+                                Order::ShortestFirst | Order::LongestFirst => prefix.len() - 1,
+                            };
+                            removed.push_suffix(&hashes(prefix), prefix_len);
+                        }
+                        model.retain(|prefix| !prefix.starts_with(&prompt));
+                        for chunk in removed.iter().flat_map(|run| run.chunks(max_len).rev()) {
+                            index.remove(worker_index, 1, chunk, &mut cached_blocks[worker]);
+                        }
+                    }
+                    Step::RemoveWorker => {
+                        model.clear();
+                        index.remove_worker(worker_index);
+                        cached_blocks[worker] = 0;
+                    }
+                }
+                let mut prefix_matches = [PrefixMatch::default(); WORKERS];
+                let deepest = index.match_prefix(&hashes(&probe), &mut prefix_matches);
+                let mut expected_deepest = 0;
+                for (worker, model) in models.iter().enumerate() {
+                    let is_cached = |end: &usize| model.contains(&probe[..*end]);
+                    let expected = (1..=probe.len()).take_while(is_cached).count();
+                    prop_assert_eq!(prefix_matches[worker].cached_blocks as usize, expected);
+                    prop_assert_eq!(cached_blocks[worker] as usize, model.len());
+                    expected_deepest = expected_deepest.max(expected);
+                }
+                prop_assert_eq!(deepest as usize, expected_deepest);
+                let prefixes: BTreeSet<&Vec<u32>> = models.iter().flatten().collect();
+                prop_assert_eq!(index.len(), prefixes.len());
+                for table in &index.by_ratio {
+                    let anchored = table.runs.ids().map(|run| {
+                        let blocks = table.runs.tail_at(BlockPosition::new(run, 0)).iter();
+                        let blocks = blocks.enumerate();
+                        blocks
+                            .filter(|&(block, &hash)| is_anchored(BlockPosition::new(run, block), hash))
+                            .count()
+                    });
+                    prop_assert_eq!(table.anchors.len(), anchored.sum::<usize>());
+                }
+            }
+        }
+    }
+}

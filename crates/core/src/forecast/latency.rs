@@ -1,0 +1,678 @@
+//! Latency model: how long a worker takes to compute prompts, and how long one decode step takes.
+//!
+//! Similar workers share one latency model, and two speed factors set each worker apart: one for
+//! prefill and one for decode. The shared model has the coefficients, which need samples of many
+//! kinds. A speed factor follows the speed of one worker, within some hundred samples. Where the
+//! shared model is wrong for all workers, the factors compensate. So a worker with few samples, or
+//! with none lately, is given the mean factor of its peers. It would otherwise look slower than
+//! they are and would never be tried (again).
+//!
+//! - Prefill: the first token of a prompt comes `prefill_base + prefill_per_token × p +
+//!   prefill_per_attention_pair × p (s − p/2)` seconds after its worker has started the prompt: `p`
+//!   tokens to compute of a prompt of `s`, each of which attends to all tokens before it. Prompts
+//!   whose first tokens come in one step are one sample.
+//! - Decode: a step that only decodes takes `decode_base + decode_per_request × n +
+//!   decode_per_context_token × c` seconds: `n` requests whose prompts and outputs so far have `c`
+//!   tokens.
+
+use std::time::Duration;
+
+use crate::forecast::regression::Regression;
+
+/// Initial prefill coefficients: roughly an 8B model on a small GPU. They no longer matter after
+/// thirty samples.
+const INITIAL_PREFILL: [f64; 3] = [0.02, 1e-4, 5e-9];
+/// Initial decode coefficients, for the same model and GPU.
+const INITIAL_DECODE_STEP: [f64; 3] = [0.02, 1e-4, 1e-7];
+
+/// Weight of one more sample in a worker's speed factor.
+const FACTOR_GAIN: f64 = 0.03;
+/// Largest error of one sample that moves a speed factor, as a natural logarithm of a ratio.
+const MAX_LOG_ERROR: f64 = 0.7;
+/// Largest distance between first tokens of one step, as a fraction of the duration of the step.
+const SAME_STEP_TOLERANCE_RATIO: f64 = 0.05;
+/// Distance between first tokens that is always within one step.
+const SAME_STEP_TOLERANCE: Duration = Duration::from_millis(1);
+/// Weight of one more sample in a mean.
+const MEAN_GAIN: f64 = 0.05;
+/// Weight of one more sample in the mean speed factor of all similar workers.
+const MEAN_FACTOR_GAIN: f64 = 0.01;
+/// Number of samples after which a worker's own speed factor has full weight.
+const FULL_WEIGHT_SAMPLES: f64 = 30.0;
+/// Seconds without a sample after which a worker's own speed factor has half of its weight.
+const STALENESS_HALF_LIFE_SECONDS: f64 = 60.0;
+
+/// Latency model that similar workers share: coefficients for prefill and for decode.
+#[derive(Clone, Debug)]
+pub(crate) struct SharedLatencyModel {
+    /// Features: 1, tokens to compute, attention pairs.
+    prefill: PhaseModel,
+    /// Features: 1, requests, context tokens.
+    decode_step: PhaseModel,
+}
+
+impl Default for SharedLatencyModel {
+    fn default() -> Self {
+        Self {
+            prefill: PhaseModel::new(INITIAL_PREFILL),
+            decode_step: PhaseModel::new(INITIAL_DECODE_STEP),
+        }
+    }
+}
+
+/// Model of one phase, prefill or decode.
+#[derive(Clone, Debug)]
+struct PhaseModel {
+    /// Seconds for one unit of each feature, for a worker with speed factor 1.
+    regression: Regression<3>,
+    /// Mean speed factor of the workers that it was learned from.
+    mean_factor: f64,
+}
+
+impl PhaseModel {
+    /// Returns a model with initial coefficients.
+    fn new(initial: [f64; 3]) -> Self {
+        Self {
+            regression: Regression::new(initial),
+            mean_factor: 1.0,
+        }
+    }
+
+    /// Returns the coefficients for a worker with this speed factor. A factor with few or old
+    /// samples is replaced, in part, by the mean factor of all workers.
+    fn coefficients_for(&self, factor: &SpeedFactor, now: Duration) -> [f64; 3] {
+        let age = now.saturating_sub(factor.updated_at).as_secs_f64();
+        let freshness = 1.0 / (1.0 + (age / STALENESS_HALF_LIFE_SECONDS).powi(2));
+        let weight = (f64::from(factor.samples) / FULL_WEIGHT_SAMPLES).min(1.0) * freshness;
+        let blended = self.mean_factor + weight * (factor.value - self.mean_factor);
+        self.regression
+            .coefficients()
+            .map(|coefficient| coefficient * blended)
+    }
+
+    /// Learns from work that took a worker `seconds` and ended at `now`: its speed factor first,
+    /// then the shared coefficients.
+    fn observe(
+        &mut self,
+        factor: &mut SpeedFactor,
+        features: &[f64; 3],
+        seconds: f64,
+        now: Duration,
+    ) {
+        factor.updated_at = now;
+        if factor.samples == 0 {
+            factor.value = self.mean_factor;
+        }
+        factor.samples = factor.samples.saturating_add(1);
+        nudge_towards(
+            &mut factor.value,
+            seconds / self.regression.forecast(features),
+        );
+        self.regression.observe(features, seconds / factor.value);
+        self.mean_factor += MEAN_FACTOR_GAIN * (factor.value - self.mean_factor);
+    }
+
+    fn accuracy(&self) -> LatencyAccuracy {
+        LatencyAccuracy {
+            samples: self.regression.samples(),
+            mean_abs_relative_error: self.regression.mean_abs_relative_error(),
+        }
+    }
+}
+
+/// Speed of one worker relative to the shared model.
+#[derive(Clone, Copy, Debug, Default)]
+struct SpeedFactor {
+    /// Ratio of the worker's durations to the shared forecast; above 1 is slower.
+    value: f64,
+    /// Number of samples.
+    samples: u32,
+    /// Time of the latest sample.
+    updated_at: Duration,
+}
+
+/// Latency model of one worker. All coefficients are in seconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LatencyModel {
+    /// Base time of one prefill batch.
+    pub prefill_base: f64,
+    /// Prefill time for each prompt token to compute.
+    pub prefill_per_token: f64,
+    /// Prefill time for each attention pair: a prompt token to compute and a token before it that
+    /// it attends to.
+    pub prefill_per_attention_pair: f64,
+    /// Base time of one decode step.
+    pub decode_base: f64,
+    /// Decode step time for each request of the batch.
+    pub decode_per_request: f64,
+    /// Decode step time for each context token: prompts and outputs so far of the batch.
+    pub decode_per_context_token: f64,
+    /// Accuracy of the prefill model, over the samples of all similar workers.
+    pub prefill_accuracy: LatencyAccuracy,
+    /// Accuracy of the decode model, over the samples of all similar workers.
+    pub decode_accuracy: LatencyAccuracy,
+}
+
+/// How well forecasts of a duration agreed with the observed durations.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LatencyAccuracy {
+    /// Number of durations that were compared with their forecast.
+    pub samples: u64,
+    /// Mean absolute error of the forecasts, as a fraction of the observed duration.
+    pub mean_abs_relative_error: f64,
+}
+
+impl LatencyAccuracy {
+    /// Accuracy before the first sample.
+    pub const NONE: Self = Self {
+        samples: 0,
+        mean_abs_relative_error: 0.0,
+    };
+}
+
+impl LatencyModel {
+    /// Returns the prefill speed for a prompt of a thousand tokens, in tokens per second.
+    #[must_use]
+    pub fn prefill_speed(&self) -> f64 {
+        1000.0 / self.prefill_seconds(1.0, PrefillWork::new(1000, 1000))
+    }
+
+    /// Returns the seconds of prefill for `work`, computed in `batches` prefill batches.
+    pub(crate) fn prefill_seconds(&self, batches: f64, work: PrefillWork) -> f64 {
+        batches * self.prefill_base
+            + work.new_tokens as f64 * self.prefill_per_token
+            + work.attention_pairs as f64 * self.prefill_per_attention_pair
+    }
+
+    /// Returns the seconds of one decode step.
+    pub(crate) fn decode_step_seconds(&self, requests: f64, context_tokens: f64) -> f64 {
+        self.decode_base
+            + self.decode_per_request * requests
+            + self.decode_per_context_token * context_tokens
+    }
+}
+
+/// Largest number of prompt tokens that attention pairs are counted for. No real prompt is longer,
+/// whatever a request claims.
+const MAX_ATTENTION_TOKENS: u64 = 1 << 24;
+
+/// Amount of prefill work of one or several prompts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct PrefillWork {
+    /// Prompt tokens to compute, without the cached prefix.
+    pub(crate) new_tokens: u64,
+    /// Attention pairs: tokens to compute, each with every token that it attends to.
+    pub(crate) attention_pairs: u64,
+}
+
+impl PrefillWork {
+    /// Returns the work to compute the last `new_tokens` tokens of a prompt of `prompt_tokens`.
+    pub(crate) fn new(new_tokens: u32, prompt_tokens: u32) -> Self {
+        let (new_tokens, prompt_tokens) = (u64::from(new_tokens), u64::from(prompt_tokens));
+        let querying = new_tokens.min(MAX_ATTENTION_TOKENS);
+        let attended_doubled =
+            (2 * prompt_tokens.min(MAX_ATTENTION_TOKENS)).saturating_sub(querying);
+        Self {
+            new_tokens,
+            attention_pairs: querying * attended_doubled / 2,
+        }
+    }
+}
+
+impl std::ops::AddAssign for PrefillWork {
+    fn add_assign(&mut self, other: Self) {
+        self.new_tokens += other.new_tokens;
+        // Wrapping, so that subtracting everything that was added gives zero even after an
+        // overflow.
+        self.attention_pairs = self.attention_pairs.wrapping_add(other.attention_pairs);
+    }
+}
+
+impl std::ops::SubAssign for PrefillWork {
+    fn sub_assign(&mut self, other: Self) {
+        self.new_tokens -= other.new_tokens;
+        self.attention_pairs = self.attention_pairs.wrapping_sub(other.attention_pairs);
+    }
+}
+
+/// Prompts whose first tokens came in one engine step.
+#[derive(Clone, Copy, Debug)]
+struct PrefillStep {
+    /// When the step started: when its first prompt was sent, or at the first token of the step
+    /// before, whichever is later.
+    started_at: Duration,
+    /// When its first tokens came.
+    first_token_at: Duration,
+    /// Prefill work of its prompts.
+    work: PrefillWork,
+    /// Number of its prompts.
+    prompts: u32,
+    /// Whether a prompt had to wait for memory, so that the duration says nothing about computing.
+    is_unreliable: bool,
+}
+
+/// Learns one worker's latency from the times at which its tokens arrive.
+#[derive(Clone, Debug)]
+pub(crate) struct LatencyEstimator {
+    /// Speed factor of prefill.
+    prefill_factor: SpeedFactor,
+    /// Speed factor of decode.
+    decode_factor: SpeedFactor,
+    /// Latest step with first tokens. It is learned from when the next one begins.
+    prefill_step: Option<PrefillStep>,
+    /// Mean number of prompts whose first tokens come in one step.
+    mean_prefill_batch: f64,
+    /// Mean time of a decode step while prompts are computed, in seconds; 0 if unknown.
+    mixed_step_seconds: f64,
+    /// When the latest decode step was observed.
+    last_step_at: Duration,
+    /// Accuracy of the forecasts of the time to first token.
+    ttft_accuracy: LatencyAccuracy,
+}
+
+impl Default for LatencyEstimator {
+    fn default() -> Self {
+        Self {
+            prefill_factor: SpeedFactor::default(),
+            decode_factor: SpeedFactor::default(),
+            prefill_step: None,
+            mean_prefill_batch: 1.0,
+            mixed_step_seconds: 0.0,
+            last_step_at: Duration::ZERO,
+            ttft_accuracy: LatencyAccuracy::NONE,
+        }
+    }
+}
+
+impl LatencyEstimator {
+    /// Forgets the speed factors, which are relative to a shared latency model, because the worker
+    /// now uses another one.
+    pub(crate) fn reset_factors(&mut self) {
+        self.prefill_factor = SpeedFactor::default();
+        self.decode_factor = SpeedFactor::default();
+    }
+
+    /// Compares the forecast of a time to first token with the observed time, both since the
+    /// booking.
+    pub(crate) fn record_ttft_error(&mut self, forecast: Duration, observed: Duration) {
+        let error = forecast.as_secs_f64() / observed.as_secs_f64().max(1e-6) - 1.0;
+        let accuracy = &mut self.ttft_accuracy;
+        accuracy.samples += 1;
+        let gain = MEAN_GAIN.max(1.0 / accuracy.samples as f64);
+        let change = error.abs().min(10.0) - accuracy.mean_abs_relative_error;
+        accuracy.mean_abs_relative_error += gain * change;
+    }
+
+    /// Returns the accuracy of the forecasts of the time to first token.
+    pub(crate) fn ttft_accuracy(&self) -> LatencyAccuracy {
+        self.ttft_accuracy
+    }
+
+    /// Returns the latency model of this worker: the shared coefficients, scaled by its speed
+    /// factors.
+    pub(crate) fn latency_model(&self, shared: &SharedLatencyModel, now: Duration) -> LatencyModel {
+        let [prefill_base, prefill_per_token, prefill_per_attention_pair] =
+            shared.prefill.coefficients_for(&self.prefill_factor, now);
+        let [decode_base, decode_per_request, decode_per_context_token] = shared
+            .decode_step
+            .coefficients_for(&self.decode_factor, now);
+        LatencyModel {
+            prefill_base,
+            prefill_per_token,
+            prefill_per_attention_pair,
+            decode_base,
+            decode_per_request,
+            decode_per_context_token,
+            prefill_accuracy: shared.prefill.accuracy(),
+            decode_accuracy: shared.decode_step.accuracy(),
+        }
+    }
+
+    /// Returns the mean number of prompts whose first tokens come in one step.
+    pub(crate) fn mean_prefill_batch(&self) -> f64 {
+        self.mean_prefill_batch
+    }
+
+    /// Returns the mean time of a decode step while prompts are computed, in seconds; 0 if none was
+    /// observed.
+    pub(crate) fn mixed_step_seconds(&self) -> f64 {
+        self.mixed_step_seconds
+    }
+
+    /// Returns when the latest first token came.
+    pub(crate) fn first_token_at(&self) -> Duration {
+        self.prefill_step
+            .map_or(Duration::ZERO, |step| step.first_token_at)
+    }
+
+    /// Learns from the first token, at `now`, of a prompt that was sent at `sent_at`.
+    /// `is_unreliable` means that the prompt may have waited for memory. Returns whether the token
+    /// is the first of its step. The engine has then just started the next step.
+    pub(crate) fn observe_first_token(
+        &mut self,
+        shared: &mut SharedLatencyModel,
+        work: PrefillWork,
+        sent_at: Duration,
+        is_unreliable: bool,
+        now: Duration,
+    ) -> bool {
+        if let Some(prefill_step) = &mut self.prefill_step {
+            let duration = prefill_step
+                .first_token_at
+                .saturating_sub(prefill_step.started_at);
+            let tolerance = duration
+                .mul_f64(SAME_STEP_TOLERANCE_RATIO)
+                .max(SAME_STEP_TOLERANCE);
+            if now.saturating_sub(prefill_step.first_token_at) <= tolerance {
+                prefill_step.work += work;
+                prefill_step.prompts += 1;
+                prefill_step.is_unreliable |= is_unreliable;
+                return false;
+            }
+        }
+        let previous = self.prefill_step.take();
+        if let Some(previous) = previous {
+            self.fit_prefill(shared, previous);
+        }
+        let idle_from = previous.map_or(Duration::ZERO, |step| step.first_token_at);
+        self.prefill_step = Some(PrefillStep {
+            started_at: sent_at.max(idle_from),
+            first_token_at: now,
+            work,
+            prompts: 1,
+            is_unreliable,
+        });
+        true
+    }
+
+    /// Learns from a finished prefill step, unless it is unreliable or computed no token.
+    fn fit_prefill(&mut self, shared: &mut SharedLatencyModel, prefill_step: PrefillStep) {
+        if prefill_step.is_unreliable || prefill_step.work.new_tokens == 0 {
+            return;
+        }
+        self.mean_prefill_batch +=
+            MEAN_GAIN * (f64::from(prefill_step.prompts) - self.mean_prefill_batch);
+        let seconds = prefill_step
+            .first_token_at
+            .saturating_sub(prefill_step.started_at)
+            .as_secs_f64();
+        let PrefillWork {
+            new_tokens,
+            attention_pairs,
+        } = prefill_step.work;
+        let features = [1.0, new_tokens as f64, attention_pairs as f64];
+        shared.prefill.observe(
+            &mut self.prefill_factor,
+            &features,
+            seconds,
+            prefill_step.first_token_at,
+        );
+    }
+
+    /// Learns from `tokens` further tokens of a request, the token before them `elapsed` ago.
+    /// `beside_prefill` means that the worker computed prompts meanwhile. The decode batch has
+    /// `requests` requests with `context_tokens` tokens. Returns whether this is the first
+    /// observation of its step; further ones of the same step are ignored.
+    pub(crate) fn observe_step(
+        &mut self,
+        shared: &mut SharedLatencyModel,
+        tokens: u32,
+        elapsed: Duration,
+        beside_prefill: bool,
+        (requests, context_tokens): (u32, u64),
+        now: Duration,
+    ) -> bool {
+        if tokens == 0 || elapsed.is_zero() || now.saturating_sub(self.last_step_at) < elapsed / 2 {
+            // Another request of the batch reported this step already.
+            return false;
+        }
+        self.last_step_at = now;
+        let seconds = elapsed.as_secs_f64() / f64::from(tokens);
+        if beside_prefill {
+            let mean = if self.mixed_step_seconds > 0.0 {
+                self.mixed_step_seconds
+            } else {
+                seconds
+            };
+            self.mixed_step_seconds = mean + MEAN_GAIN * (seconds - mean);
+            return true;
+        }
+        let features = [1.0, f64::from(requests), context_tokens as f64];
+        shared
+            .decode_step
+            .observe(&mut self.decode_factor, &features, seconds, now);
+        true
+    }
+}
+
+/// Moves a speed factor towards the ratio of one sample.
+fn nudge_towards(factor: &mut f64, sampled: f64) {
+    let log_error = (sampled / *factor).ln();
+    if log_error.is_finite() {
+        let limited = log_error.clamp(-MAX_LOG_ERROR, MAX_LOG_ERROR);
+        *factor = (*factor * (FACTOR_GAIN * limited).exp()).clamp(1e-6, 1e6);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use rand::rngs::SmallRng;
+    use rand::{Rng, SeedableRng};
+
+    fn at(seconds: f64) -> Duration {
+        Duration::from_secs_f64(seconds)
+    }
+
+    const TRUTH: LatencyModel = LatencyModel {
+        prefill_base: 0.05,
+        prefill_per_token: 6e-5,
+        prefill_per_attention_pair: 2e-9,
+        decode_base: 0.015,
+        decode_per_request: 5e-5,
+        decode_per_context_token: 3e-8,
+        prefill_accuracy: LatencyAccuracy::NONE,
+        decode_accuracy: LatencyAccuracy::NONE,
+    };
+
+    /// Simulates a worker that is `slowdown` times as slow as [`TRUTH`] and computes prompts one at
+    /// a time.
+    fn prefills(
+        estimator: &mut LatencyEstimator,
+        shared: &mut SharedLatencyModel,
+        slowdown: f64,
+        prompts: usize,
+        now: &mut f64,
+        rng: &mut SmallRng,
+    ) {
+        for _ in 0..prompts {
+            let prompt = rng.random_range(100..20_000);
+            let work = PrefillWork::new(rng.random_range(50..=prompt), prompt);
+            let booked_at = *now;
+            *now += slowdown * TRUTH.prefill_seconds(1.0, work) * rng.random_range(0.9..1.1);
+            estimator.observe_first_token(shared, work, at(booked_at), false, at(*now));
+            *now += rng.random_range(0.0..0.5);
+        }
+    }
+
+    fn error(model: &LatencyModel, slowdown: f64) -> f64 {
+        let errors = [(100, 100), (1000, 5000), (8000, 8000), (500, 20_000)].map(
+            |(new_tokens, prompt_tokens)| {
+                let work = PrefillWork::new(new_tokens, prompt_tokens);
+                (model.prefill_seconds(1.0, work) / (slowdown * TRUTH.prefill_seconds(1.0, work))
+                    - 1.0)
+                    .abs()
+            },
+        );
+        errors.iter().sum::<f64>() / 4.0
+    }
+
+    #[test]
+    fn prefill_speed_and_a_change_of_it_are_learned_within_a_hundred_prompts() {
+        let mut rng = SmallRng::seed_from_u64(1);
+        let (mut estimator, mut shared, mut now) = (
+            LatencyEstimator::default(),
+            SharedLatencyModel::default(),
+            1.0,
+        );
+        prefills(&mut estimator, &mut shared, 1.0, 40, &mut now, &mut rng);
+        let first = error(&estimator.latency_model(&shared, at(now)), 1.0);
+        assert!(first < 0.15, "{first}");
+        prefills(&mut estimator, &mut shared, 2.0, 100, &mut now, &mut rng);
+        let slowed = error(&estimator.latency_model(&shared, at(now)), 2.0);
+        assert!(slowed < 0.15, "{slowed}");
+    }
+
+    #[test]
+    fn workers_share_a_latency_model_and_differ_by_a_speed_factor() {
+        let mut rng = SmallRng::seed_from_u64(2);
+        let (mut shared, mut now) = (SharedLatencyModel::default(), 1.0);
+        let mut estimators = [LatencyEstimator::default(), LatencyEstimator::default()];
+        for _ in 0..100 {
+            for (estimator, slowdown) in estimators.iter_mut().zip([1.0, 2.0]) {
+                prefills(estimator, &mut shared, slowdown, 2, &mut now, &mut rng);
+            }
+        }
+        for (estimator, slowdown) in estimators.iter().zip([1.0, 2.0]) {
+            let error = error(&estimator.latency_model(&shared, at(now)), slowdown);
+            assert!(error < 0.1, "{error} at {slowdown}");
+        }
+    }
+
+    #[test]
+    fn a_worker_without_recent_samples_is_forecast_like_its_peers() {
+        let mut rng = SmallRng::seed_from_u64(5);
+        let (mut shared, mut now) = (SharedLatencyModel::default(), 1.0);
+        let mut estimators = [
+            LatencyEstimator::default(),
+            LatencyEstimator::default(),
+            LatencyEstimator::default(),
+        ];
+        // The second worker only while nothing is known yet, the third never.
+        prefills(&mut estimators[1], &mut shared, 0.2, 2, &mut now, &mut rng);
+        prefills(
+            &mut estimators[0],
+            &mut shared,
+            0.2,
+            500,
+            &mut now,
+            &mut rng,
+        );
+        // All workers get faster.
+        prefills(
+            &mut estimators[0],
+            &mut shared,
+            0.1,
+            500,
+            &mut now,
+            &mut rng,
+        );
+        for estimator in &estimators {
+            let error = error(&estimator.latency_model(&shared, at(now)), 0.1);
+            assert!(error < 0.1, "{error}");
+        }
+    }
+
+    #[test]
+    fn a_slow_worker_is_forecast_like_its_peers_after_a_pause() {
+        let mut rng = SmallRng::seed_from_u64(6);
+        let (mut shared, mut now) = (SharedLatencyModel::default(), 1.0);
+        let mut estimators = [LatencyEstimator::default(), LatencyEstimator::default()];
+        for _ in 0..100 {
+            for (estimator, slowdown) in estimators.iter_mut().zip([1.0, 4.0]) {
+                prefills(estimator, &mut shared, slowdown, 1, &mut now, &mut rng);
+            }
+        }
+        let forecast =
+            |estimators: &[LatencyEstimator; 2], shared: &SharedLatencyModel, now: f64| {
+                let [fast, slow] = [0, 1].map(|index: usize| {
+                    let model = estimators[index].latency_model(shared, at(now));
+                    model.prefill_seconds(1.0, PrefillWork::new(1000, 1000))
+                });
+                slow / fast
+            };
+        let ratio = forecast(&estimators, &shared, now);
+        assert!((2.8..4.5).contains(&ratio), "{ratio}");
+        // The slow worker is not chosen for ten minutes.
+        let until = now + 600.0;
+        while now < until {
+            prefills(&mut estimators[0], &mut shared, 1.0, 1, &mut now, &mut rng);
+        }
+        let ratio = forecast(&estimators, &shared, now);
+        assert!((0.9..1.6).contains(&ratio), "{ratio}");
+        // The worker is as slow as before, which two prompts show.
+        prefills(&mut estimators[1], &mut shared, 4.0, 2, &mut now, &mut rng);
+        let ratio = forecast(&estimators, &shared, now);
+        assert!((2.5..4.5).contains(&ratio), "{ratio}");
+    }
+
+    #[test]
+    fn each_decode_step_is_learned_once_and_apart_from_prefill() {
+        let mut rng = SmallRng::seed_from_u64(3);
+        let (mut estimator, mut shared, mut now) = (
+            LatencyEstimator::default(),
+            SharedLatencyModel::default(),
+            1.0,
+        );
+        for step in 0..600 {
+            let requests = rng.random_range(1..60);
+            let context = u64::from(requests) * rng.random_range(100..4000_u64);
+            let has_prefill = step % 5 == 0;
+            let mut seconds = TRUTH.decode_step_seconds(f64::from(requests), context as f64);
+            if has_prefill {
+                seconds += 0.2;
+            }
+            now += seconds;
+            for _ in 0..requests {
+                estimator.observe_step(
+                    &mut shared,
+                    1,
+                    at(seconds),
+                    has_prefill,
+                    (requests, context),
+                    at(now),
+                );
+            }
+        }
+        let model = estimator.latency_model(&shared, at(now));
+        let accuracy = model.decode_accuracy;
+        assert!(accuracy.samples <= 480, "{accuracy:?}");
+        for (requests, context) in [(1.0, 1000.0), (50.0, 100_000.0)] {
+            let ratio = model.decode_step_seconds(requests, context)
+                / TRUTH.decode_step_seconds(requests, context);
+            assert!((0.97..1.03).contains(&ratio), "{ratio}");
+        }
+        assert!(
+            (0.2..0.3).contains(&estimator.mixed_step_seconds()),
+            "{}",
+            estimator.mixed_step_seconds()
+        );
+    }
+
+    #[test]
+    fn prompts_of_one_step_are_one_sample() {
+        let (mut estimator, mut shared) =
+            (LatencyEstimator::default(), SharedLatencyModel::default());
+        let work = PrefillWork::new(1000, 1000);
+        for round in 1..=200 {
+            let booked_at = at(f64::from(round));
+            for _ in 0..4 {
+                estimator.observe_first_token(
+                    &mut shared,
+                    work,
+                    booked_at,
+                    false,
+                    booked_at + at(0.4),
+                );
+            }
+        }
+        assert!((estimator.mean_prefill_batch() - 4.0).abs() < 0.1);
+        let mut all = PrefillWork::default();
+        (0..4).for_each(|_| all += work);
+        let forecast = estimator
+            .latency_model(&shared, at(201.0))
+            .prefill_seconds(1.0, all);
+        assert!((forecast / 0.4 - 1.0).abs() < 0.02, "{forecast}");
+    }
+}

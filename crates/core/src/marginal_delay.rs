@@ -1,0 +1,614 @@
+//! Marginal delay: cost of placing a request on a worker, in seconds, over all requests.
+//!
+//! The marginal delay is the sum of the time that the request itself takes, of the delay that it
+//! causes to requests on the worker, and of the delay that it causes to requests that will arrive.
+//! All terms are times, so they need no weights against each other. Only the time to first token has
+//! a configurable weight. For a request with `p` tokens to compute of a prompt of `s`, whose output
+//! is expected to have `O` tokens, on a worker whose backlog takes `V` seconds:
+//!
+//! | term | | meaning |
+//! |---|---|---|
+//! | `queue_wait` | `V` | prefill of the prompts before this one |
+//! | `prefill` | `x` | prefill of this prompt |
+//! | `decode` | `O × step / (1 − ρ)` | decode of this output on an otherwise idle worker |
+//! | `decode_slowdown` | `Σ (κn + κc s_j) both_j / (1 − ρ)` | slowdown of this output by each other output `j`, while both decode |
+//! | `prefill_stall_caused` | `x Σ alive_j` | each other output stalls during this prefill |
+//! | `decode_slowdown_caused` | `(κn + κc (s + O/2)) Σ both_j / (1 − ρ)` | slowdown of each other output by this one, while both decode |
+//! | `future_arrivals` | `λ x (V + x/2) / (1 − ρ) + min(M, λ M²/2)` | requests that arrive meanwhile (Hyytiä, Penttinen and Aalto, 2012: the size-aware value function of M/G/1) |
+//!
+//! - `κn` and `κc`: time that a request and a context token add to a decode step
+//!   ([`LatencyModel`]).
+//! - `λ` and `ρ`: arrival rate of the worker, and the fraction of its time that prefills take. No
+//!   output makes progress in that time.
+//! - `alive_j`: probability that output `j` still decodes when this prefill starts.
+//! - `both_j`: expected number of tokens that output `j` and this one decode together.
+//! - `M`: time until enough running requests have finished for this request's blocks to fit, and to
+//!   keep fitting while all outputs grow. Only the delay of *later* arrivals counts it. Adding it
+//!   to this request's own wait made replay worse, both with the [router's queue](crate::queue),
+//!   which backfills smaller requests, and without.
+//!
+//! The remaining length of an output is assumed to be exponential around its expectation. Outputs
+//! are grouped into buckets of about equal remaining length, so the cost of evaluating a worker
+//! does not depend on its number of requests.
+//!
+//! With a [router's queue](crate::queue), `V` counts only the queued requests before this one. The
+//! queued requests that it overtakes wait for its prefill, which is part of `prefill_stall_caused`.
+//! Their prefills stall its output, if it lasts that long, which is part of `decode_slowdown`.
+//!
+//! Without some of the terms, the delay reduces to a known policy:
+//! - `κn` alone, outputs alike: `κn O × requests`, least outstanding requests.
+//! - `queue_wait` and `prefill` alone: least time to first token.
+//! - `prefill` and `prefill_stall_caused` alone: new tokens × (requests + 1), LMetric's product.
+//! - `prefill` and `decode_slowdown`, outputs that outlast this one: `κc O × block size` times
+//!   `β / (κc O) × prefill blocks + active blocks`, with `β` the time to compute a token: Dynamo's
+//!   [cost](crate::kv_cost), its weight derived.
+
+use std::time::Duration;
+
+use crate::active_tree::PrefixMatch;
+use crate::forecast::latency::{LatencyModel, PrefillWork};
+use crate::pending_work::{DECODE_BUCKETS, DecodeBucket, PendingWork, QueueWait};
+use crate::policy::Load;
+use crate::queue::QueueTicket;
+
+/// Marginal delay of one placement, part by part, in seconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct MarginalDelay {
+    /// Time until the prefill of the request starts.
+    pub queue_wait: f64,
+    /// Prefill time of the request.
+    pub prefill: f64,
+    /// Decode time of the request on an otherwise idle worker.
+    pub decode: f64,
+    /// Additional decode time of the request because of other requests on the worker.
+    pub decode_slowdown: f64,
+    /// Time that the prefill of the request stalls other outputs and overtaken prompts, summed over
+    /// them.
+    pub prefill_stall_caused: f64,
+    /// Additional decode time of other outputs because of this one, summed over them.
+    pub decode_slowdown_caused: f64,
+    /// Delay of requests that will arrive later.
+    pub future_arrivals: f64,
+}
+
+impl MarginalDelay {
+    /// Returns the time to first token of the request.
+    #[must_use]
+    pub fn time_to_first_token(&self) -> f64 {
+        self.queue_wait + self.prefill
+    }
+
+    /// Returns the cost to be minimised. `ttft_weight` is the weight of a second of the request's
+    /// time to first token; all other terms have a weight of 1.
+    #[must_use]
+    pub fn total(&self, ttft_weight: f64) -> f64 {
+        ttft_weight * self.time_to_first_token()
+            + self.decode
+            + self.decode_slowdown
+            + self.prefill_stall_caused
+            + self.decode_slowdown_caused
+            + self.future_arrivals
+    }
+}
+
+impl std::ops::AddAssign for MarginalDelay {
+    fn add_assign(&mut self, other: Self) {
+        self.queue_wait += other.queue_wait;
+        self.prefill += other.prefill;
+        self.decode += other.decode;
+        self.decode_slowdown += other.decode_slowdown;
+        self.prefill_stall_caused += other.prefill_stall_caused;
+        self.decode_slowdown_caused += other.decode_slowdown_caused;
+        self.future_arrivals += other.future_arrivals;
+    }
+}
+
+/// Largest fraction of a worker's time that prefills are assumed to take.
+const MAX_PREFILL_UTILISATION: f64 = 0.7;
+
+/// Smallest decode step time that is assumed, in seconds.
+const MIN_STEP_SECONDS: f64 = 1e-6;
+
+/// Returns the probability that an output still decodes after `z` times its expected remaining
+/// steps: close to `exp(-z)`, at a fraction of its computing cost.
+fn survival_probability(z: f64) -> f64 {
+    1.0 / (1.0 + z + z * z / 2.0)
+}
+
+/// Returns the expected length of the shorter of two outputs, if only their means `a` and `b` are
+/// known.
+fn expected_overlap_tokens(a: f64, b: f64) -> f64 {
+    a * b / (a + b)
+}
+
+/// Properties of a request that its marginal delay depends on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RequestProfile {
+    /// Tokens of the prompt.
+    pub(crate) prompt_tokens: u32,
+    /// Blocks of the prompt, the partial last one included.
+    pub(crate) blocks: u32,
+    /// Largest number of blocks that a cache hit can cover: at least one token is always computed.
+    pub(crate) max_reusable_blocks: u32,
+    /// Tokens of a block.
+    pub(crate) block_size: u32,
+    /// Expected output tokens.
+    pub(crate) output_tokens: f64,
+    /// Up to 1: fraction of a prefix match that counts as computed. Above 1: factor on the prefill
+    /// time.
+    pub(crate) overlap_weight: f64,
+    /// Weight of a second of time to first token.
+    pub(crate) ttft_weight: f64,
+    /// Queue ticket, which decides how many queued requests this one overtakes.
+    pub(crate) ticket: QueueTicket,
+    /// Time of the decision.
+    pub(crate) now: Duration,
+}
+
+/// Terms that do not depend on other outputs, and intermediate results for the terms that do.
+struct PartialDelay {
+    /// Terms so far. All others are zero or positive, so the total is a lower bound.
+    delay: MarginalDelay,
+    /// Time that a decoding output stalls during this prefill, in seconds.
+    stall: f64,
+    /// Time that this request adds to a decode step, in seconds.
+    step_increment: f64,
+    /// Requests per second that arrive at the worker.
+    rate: f64,
+    /// Fraction of the worker's time in which it decodes.
+    decode_share: f64,
+}
+
+impl RequestProfile {
+    /// Returns the cost to be minimised.
+    pub(crate) fn total(&self, delay: &MarginalDelay) -> f64 {
+        delay.total(self.ttft_weight)
+    }
+
+    /// Returns the prefill work on a worker with this prefix match.
+    fn prefill_work(&self, prefix_match: PrefixMatch) -> PrefillWork {
+        let overlap = prefix_match.overlap().min(self.max_reusable_blocks);
+        let credit = self.overlap_weight.min(1.0) * f64::from(overlap * self.block_size);
+        let uncached = self.prompt_tokens.saturating_sub(credit as u32);
+        PrefillWork::new(uncached.max(1), self.prompt_tokens)
+    }
+
+    /// Returns the marginal delay on a worker with this latency model, pending work, load and
+    /// prefix match.
+    pub(crate) fn marginal_delay(
+        &self,
+        latency_model: &LatencyModel,
+        pending: &PendingWork,
+        load: Load,
+        prefix_match: PrefixMatch,
+    ) -> MarginalDelay {
+        let partial = self.lower_bound_terms(latency_model, pending, prefix_match);
+        self.add_interaction_terms(partial, latency_model, pending, load, prefix_match)
+    }
+
+    /// Returns the total cost on a worker if it is below `cutoff`, and otherwise a lower bound of
+    /// it that may already be at or above `cutoff`. It is used to find the cheapest worker without
+    /// computing every term for all workers.
+    pub(crate) fn total_or_lower_bound(
+        &self,
+        cutoff: f64,
+        latency_model: &LatencyModel,
+        pending: &PendingWork,
+        load: Load,
+        prefix_match: PrefixMatch,
+    ) -> f64 {
+        let partial = self.lower_bound_terms(latency_model, pending, prefix_match);
+        let lower_bound = self.total(&partial.delay);
+        if lower_bound >= cutoff {
+            return lower_bound;
+        }
+        self.total(&self.add_interaction_terms(partial, latency_model, pending, load, prefix_match))
+    }
+
+    /// Computes the terms that do not depend on other outputs.
+    fn lower_bound_terms(
+        &self,
+        latency_model: &LatencyModel,
+        pending: &PendingWork,
+        prefix_match: PrefixMatch,
+    ) -> PartialDelay {
+        let prefill_batches = 1.0 / pending.latency.mean_prefill_batch();
+        let prefill_scale = self.overlap_weight.max(1.0);
+        let prefill = prefill_scale
+            * latency_model.prefill_seconds(prefill_batches, self.prefill_work(prefix_match));
+        let QueueWait {
+            wait_seconds,
+            overtaken_requests,
+            overtaken_prefill_seconds,
+        } = pending.queue_wait(&self.ticket, prefill, latency_model, self.now);
+        let output = self.output_tokens;
+
+        // The rest of the time goes into prefills of later arrivals, which stall every output.
+        let (rate, utilisation) = pending.arrival_rate.rates(self.now);
+        let decode_share = 1.0 - utilisation.min(MAX_PREFILL_UTILISATION);
+        let own_context = f64::from(self.prompt_tokens) + output / 2.0;
+        let step_increment =
+            latency_model.decode_per_request + latency_model.decode_per_context_token * own_context;
+        // Overtaken prompts wait for this prefill, and their prefills stall this output, if it
+        // lasts that long.
+        let mixed_step = pending.latency.mixed_step_seconds();
+        let overtaken_stall = if mixed_step > 0.0 && overtaken_requests > 0 {
+            expected_overlap_tokens(overtaken_prefill_seconds, output * mixed_step)
+        } else {
+            overtaken_prefill_seconds
+        };
+        PartialDelay {
+            delay: MarginalDelay {
+                queue_wait: wait_seconds,
+                prefill,
+                decode: output * (latency_model.decode_base + step_increment) / decode_share,
+                decode_slowdown: overtaken_stall,
+                prefill_stall_caused: f64::from(overtaken_requests) * prefill,
+                future_arrivals: rate * prefill * (wait_seconds + prefill / 2.0) / decode_share,
+                ..MarginalDelay::default()
+            },
+            stall: (prefill - prefill_scale * prefill_batches * latency_model.prefill_base)
+                .max(0.0),
+            step_increment,
+            rate,
+            decode_share,
+        }
+    }
+
+    /// Adds the terms that depend on other requests of the worker.
+    fn add_interaction_terms(
+        &self,
+        partial: PartialDelay,
+        latency_model: &LatencyModel,
+        pending: &PendingWork,
+        load: Load,
+        prefix_match: PrefixMatch,
+    ) -> MarginalDelay {
+        let PartialDelay {
+            mut delay,
+            stall,
+            step_increment,
+            rate,
+            decode_share,
+        } = partial;
+        let output = self.output_tokens;
+        let (requests, context_tokens) = pending.decode_load();
+        let step = latency_model.decode_step_seconds(f64::from(requests), context_tokens as f64);
+        let mixed_step = pending
+            .latency
+            .mixed_step_seconds()
+            .max(step)
+            .max(MIN_STEP_SECONDS);
+        let steps_until_prefill = delay.queue_wait / mixed_step;
+        let steps_until_first_token = (delay.queue_wait + delay.prefill) / mixed_step;
+
+        let (mut stalls, mut slowdown, mut overlap_tokens) = (0.0, 0.0, 0.0);
+        let mut add_bucket = |bucket: &DecodeBucket, until_prefill: f64, until_first_token: f64| {
+            if bucket.requests == 0 {
+                return;
+            }
+            let requests = f64::from(bucket.requests);
+            let mean_remaining = (bucket.remaining_tokens as f64 / requests).max(1.0);
+            stalls += requests * survival_probability(until_prefill / mean_remaining) * stall;
+            let overlap = survival_probability(until_first_token / mean_remaining)
+                * expected_overlap_tokens(mean_remaining, output);
+            slowdown += (latency_model.decode_per_request * requests
+                + latency_model.decode_per_context_token * bucket.context_tokens as f64)
+                * overlap;
+            overlap_tokens += requests * overlap;
+        };
+        for bucket in pending.decode_buckets() {
+            add_bucket(bucket, steps_until_prefill, steps_until_first_token);
+        }
+        // Outputs of prompts before this one start one after the other while this one waits: on
+        // average, halfway.
+        let half = steps_until_prefill / 2.0;
+        add_bucket(
+            &pending.prefill_requests,
+            half,
+            steps_until_first_token - half,
+        );
+
+        delay.decode_slowdown += slowdown / decode_share;
+        delay.prefill_stall_caused += stalls;
+        delay.decode_slowdown_caused = step_increment * overlap_tokens / decode_share;
+        // Later arrivals wait for memory, or are routed elsewhere, which costs no more.
+        let memory_wait = self.steps_until_memory_fits(pending, load, prefix_match)
+            * step.max(MIN_STEP_SECONDS)
+            / decode_share;
+        delay.future_arrivals += memory_wait * (rate * memory_wait / 2.0).min(1.0);
+        delay
+    }
+
+    /// Returns the decode steps until the blocks of this request fit, and keep fitting while all
+    /// outputs grow and end. Memory use peaks right before an output ends, so it is evaluated
+    /// there, bucket by bucket (after Past-Future; Gong et al., 2025). 0 if the capacity is
+    /// unknown.
+    fn steps_until_memory_fits(
+        &self,
+        pending: &PendingWork,
+        load: Load,
+        prefix_match: PrefixMatch,
+    ) -> f64 {
+        let Some(capacity) = pending.capacity else {
+            return 0.0;
+        };
+        let resident = prefix_match.active_blocks.min(self.blocks);
+        let used = load.projected_blocks() as f64 + f64::from(self.blocks - resident);
+        let capacity = f64::from(capacity);
+        let block_size = f64::from(self.block_size);
+        let requests = f64::from(load.requests) + 1.0;
+        // No output grows by more than this while the request is on the worker.
+        if used + requests * self.output_tokens / block_size <= capacity || load.requests == 0 {
+            return 0.0;
+        }
+        // A block that several requests share counts for each of them in part.
+        let blocks_per_token =
+            load.projected_blocks() as f64 / (load.context_tokens as f64).max(1.0);
+        let mut buckets = [(0.0, 0.0, 0.0); DECODE_BUCKETS + 1];
+        let present = pending.decode_buckets().chain([&pending.prefill_requests]);
+        for (bucket, entry) in present.zip(&mut buckets) {
+            let requests = f64::from(bucket.requests);
+            let mean_remaining = bucket.remaining_tokens as f64 / requests.max(1.0);
+            *entry = (
+                mean_remaining,
+                requests,
+                bucket.context_tokens as f64 * blocks_per_token,
+            );
+        }
+        // Requests in prefill are sorted among the others by when they end.
+        buckets.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
+        let (mut alive, mut freed, mut steps) = (requests, 0.0, 0.0);
+        for (ends_after, requests, blocks) in buckets {
+            if requests == 0.0 {
+                continue;
+            }
+            if used - freed + alive * ends_after.min(self.output_tokens) / block_size > capacity {
+                steps = ends_after;
+            }
+            alive -= requests;
+            freed += blocks;
+        }
+        steps
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::forecast::latency::LatencyAccuracy;
+    use crate::pending_work::RequestWork;
+    use crate::queue::{QueueOrder, QueuePolicyState};
+
+    /// A model in which nothing takes time. Each test sets the coefficients that it is about.
+    const NO_COST: LatencyModel = LatencyModel {
+        prefill_base: 0.0,
+        prefill_per_token: 0.0,
+        prefill_per_attention_pair: 0.0,
+        decode_base: 0.0,
+        decode_per_request: 0.0,
+        decode_per_context_token: 0.0,
+        prefill_accuracy: LatencyAccuracy::NONE,
+        decode_accuracy: LatencyAccuracy::NONE,
+    };
+
+    fn profile(prompt_tokens: u32, output_tokens: f64) -> RequestProfile {
+        RequestProfile {
+            prompt_tokens,
+            blocks: prompt_tokens.div_ceil(16),
+            max_reusable_blocks: (prompt_tokens - 1) / 16,
+            block_size: 16,
+            output_tokens,
+            overlap_weight: 1.0,
+            ttft_weight: 1.0,
+            ticket: QueuePolicyState::default().ticket(QueueOrder::Fcfs, 0, 0, Duration::ZERO),
+            now: Duration::ZERO,
+        }
+    }
+
+    fn cached(blocks: u32) -> PrefixMatch {
+        PrefixMatch {
+            cached_blocks: blocks,
+            active_blocks: 0,
+        }
+    }
+
+    /// Returns a worker that decodes `requests` outputs, each with this many remaining and context
+    /// tokens.
+    fn running(requests: u32, remaining_tokens: u32, context_tokens: u64) -> PendingWork {
+        let mut pending = PendingWork::default();
+        for _ in 0..requests {
+            let prefill = PrefillWork::default();
+            let mut work = RequestWork::new(prefill, remaining_tokens, context_tokens);
+            pending.add_prefill(&work);
+            pending.finish_prefill(&mut work);
+        }
+        pending
+    }
+
+    fn total(
+        profile: RequestProfile,
+        latency_model: &LatencyModel,
+        pending: &PendingWork,
+        prefix_match: PrefixMatch,
+    ) -> f64 {
+        profile.total(&profile.marginal_delay(
+            latency_model,
+            pending,
+            Load::default(),
+            prefix_match,
+        ))
+    }
+
+    fn assert_close(actual: f64, expected: f64) {
+        assert!(
+            (actual - expected).abs() <= 1e-5 * expected.abs(),
+            "{actual} is not close to {expected}"
+        );
+    }
+
+    #[test]
+    fn with_request_cost_alone_the_delay_is_least_outstanding_requests() {
+        let latency_model = LatencyModel {
+            decode_per_request: 1e-4,
+            ..NO_COST
+        };
+        let alone = total(
+            profile(1000, 50.0),
+            &latency_model,
+            &running(0, 0, 0),
+            cached(0),
+        );
+        for requests in [1, 7, 40] {
+            let cost = total(
+                profile(1000, 50.0),
+                &latency_model,
+                &running(requests, 200, 9),
+                cached(0),
+            );
+            // Outputs of 50 and 200 tokens are expected to decode 40 tokens together.
+            assert_close(cost - alone, 2.0 * 1e-4 * 40.0 * f64::from(requests));
+        }
+    }
+
+    #[test]
+    fn with_prefill_cost_alone_the_delay_is_the_time_to_first_token() {
+        let latency_model = LatencyModel {
+            prefill_per_token: 1e-4,
+            ..NO_COST
+        };
+        let mut pending = PendingWork::default();
+        pending.add_prefill(&RequestWork::new(PrefillWork::new(3000, 3000), 10, 3000));
+        let cost = total(profile(1600, 50.0), &latency_model, &pending, cached(60));
+        // The output of the prompt before this one has ended by the time this one starts.
+        assert_close(cost, 0.3 + 0.064);
+    }
+
+    #[test]
+    fn stalls_caused_are_new_tokens_times_requests() {
+        let latency_model = LatencyModel {
+            prefill_per_token: 1e-4,
+            ..NO_COST
+        };
+        let delay = |requests| {
+            let pending = running(requests, 200, 9);
+            profile(1600, 50.0).marginal_delay(
+                &latency_model,
+                &pending,
+                Load::default(),
+                cached(60),
+            )
+        };
+        assert_close(delay(10).prefill_stall_caused, 10.0 * 640.0 * 1e-4);
+        assert_close(
+            delay(10).prefill + delay(10).prefill_stall_caused,
+            11.0 * 640.0 * 1e-4,
+        );
+    }
+
+    /// With outputs that outlast this one: a weight on blocks to compute, plus active blocks.
+    #[test]
+    fn with_prefill_and_context_cost_the_delay_is_dynamos_cost() {
+        let latency_model = LatencyModel {
+            prefill_per_token: 6.7e-5,
+            decode_per_context_token: 3.1e-8,
+            ..NO_COST
+        };
+        let weight = 6.7e-5 / (3.1e-8 * 343.0);
+        let parts = |requests: u32, prefix_match| {
+            let pending = running(requests, u32::MAX, 1600);
+            let profile = profile(16_000, 343.0);
+            let delay =
+                profile.marginal_delay(&latency_model, &pending, Load::default(), prefix_match);
+            delay.prefill + delay.decode_slowdown
+        };
+        let blocks = |requests: u32, overlap: u32| {
+            weight * f64::from(1000 - overlap) + f64::from(requests * 100)
+        };
+        let scale = 3.1e-8 * 343.0 * 16.0;
+        for (requests, overlap) in [(0, 0), (3, 500), (20, 900)] {
+            let expected = scale * blocks(requests, overlap);
+            assert_close(parts(requests, cached(overlap)), expected);
+        }
+    }
+
+    #[test]
+    fn outputs_that_end_before_the_prefill_do_not_count() {
+        let latency_model = LatencyModel {
+            prefill_per_token: 1e-3,
+            decode_base: 0.01,
+            decode_per_request: 1e-4,
+            ..NO_COST
+        };
+        // During a backlog of 10 s, the outputs with 100 remaining tokens end.
+        let mut pending = running(5, 100, 9);
+        pending.add_prefill(&RequestWork::new(
+            PrefillWork::new(10_000, 10_000),
+            5000,
+            10_000,
+        ));
+        let delay = profile(1000, 50.0).marginal_delay(
+            &latency_model,
+            &pending,
+            Load::default(),
+            cached(0),
+        );
+        assert!(
+            (delay.prefill_stall_caused - 1.0).abs() < 0.01,
+            "{}",
+            delay.prefill_stall_caused
+        );
+        // Half of the output of the prompt before this one.
+        assert!(
+            (delay.decode_slowdown_caused / (1e-4 * 50.0) - 1.0).abs() < 0.1,
+            "{}",
+            delay.decode_slowdown_caused
+        );
+    }
+
+    #[test]
+    fn overlap_weight_zero_ignores_the_cache_and_weights_above_one_scale_prefill() {
+        let latency_model = LatencyModel {
+            prefill_per_token: 1e-4,
+            ..NO_COST
+        };
+        let prefill = |overlap_weight, prefix_match| {
+            let profile = RequestProfile {
+                overlap_weight,
+                ..profile(1600, 50.0)
+            };
+            let pending = PendingWork::default();
+            profile
+                .marginal_delay(&latency_model, &pending, Load::default(), prefix_match)
+                .prefill
+        };
+        assert_close(prefill(0.0, cached(90)), 0.16);
+        assert_close(prefill(0.5, cached(50)), 0.12);
+        assert_close(prefill(1.0, cached(50)), 0.08);
+        assert_close(prefill(3.0, cached(50)), 0.24);
+        assert_close(prefill(1.0, cached(100)), 0.0016);
+    }
+
+    #[test]
+    fn memory_fits_once_enough_outputs_have_ended() {
+        let mut pending = running(4, 100, 1600);
+        let mut last = RequestWork::new(PrefillWork::default(), 1000, 1600);
+        pending.add_prefill(&last);
+        pending.finish_prefill(&mut last);
+        let load = Load {
+            active_blocks: 500,
+            context_tokens: 8000,
+            requests: 5,
+            ..Load::default()
+        };
+        let mut steps = |capacity| {
+            pending.capacity = Some(capacity);
+            profile(1600, 1.0).steps_until_memory_fits(&pending, load, cached(0))
+        };
+        assert_eq!(steps(10_000), 0.0);
+        // The four short outputs end after a hundred steps.
+        assert_close(steps(550), 100.0);
+        // The request fits only when all outputs have ended.
+        assert_close(steps(150), 1000.0);
+    }
+}

@@ -1,0 +1,223 @@
+//! Replication of popular prefixes to idle workers.
+//!
+//! The marginal delay keeps a prefix on the workers that have it as long as recomputing it
+//! elsewhere costs *this* request more than waiting. That ignores later requests with the same
+//! prefix, whose number is unknown. So the delay that a replica would have saved is accumulated per
+//! prefix (the *regret*). Once the sum reaches the cost of recomputing the prefix, an idle worker
+//! recomputes it. This is ski rental (Karlin, Manasse, Rudolph and Sleator, 1988): at most twice
+//! the cost of knowing the demand in advance.
+//!
+//! Only idle workers replicate. On a busy worker the time would be taken from other requests, and
+//! where all workers are busy the load spreads prefixes by itself.
+
+use std::collections::HashMap;
+use std::hash::BuildHasherDefault;
+
+use crate::active_tree::{PrefixMatch, WorkerIndex};
+use crate::policy::Policy;
+use crate::request::Request;
+use crate::sequence::{IdentityHasher, SequenceHash};
+use crate::state::{RequestAssessment, State};
+use crate::workers::WorkerId;
+
+/// Maximum number of prefixes in each of the two generations of regret.
+const MAX_PREFIXES: usize = 4096;
+
+/// Seconds for each prefix, identified by the hash of its last block.
+type SecondsByPrefix = HashMap<SequenceHash, f64, BuildHasherDefault<IdentityHasher>>;
+
+/// Seconds that requests lost because no idle worker has their prefix, by prefix.
+///
+/// A prefix without further regret is forgotten after a while: when the current generation is full,
+/// it replaces the previous one.
+#[derive(Debug, Default)]
+pub(crate) struct ReplicationRegret {
+    /// Prefixes with regret since the last change of generation.
+    current_generation: SecondsByPrefix,
+    /// Prefixes without regret since then, from the generation before.
+    previous_generation: SecondsByPrefix,
+}
+
+impl ReplicationRegret {
+    /// Adds the regret of one more request, and returns the sum for its prefix.
+    fn add(&mut self, prefix: SequenceHash, seconds: f64) -> f64 {
+        if self.current_generation.len() == MAX_PREFIXES
+            && !self.current_generation.contains_key(&prefix)
+        {
+            self.previous_generation = std::mem::take(&mut self.current_generation);
+        }
+        let previous = self.previous_generation.remove(&prefix).unwrap_or_default();
+        let regret = self.current_generation.entry(prefix).or_insert(previous);
+        *regret += seconds;
+        *regret
+    }
+
+    /// Returns the regret of a prefix, in seconds.
+    fn seconds(&self, prefix: SequenceHash) -> f64 {
+        let regret = self
+            .current_generation
+            .get(&prefix)
+            .or(self.previous_generation.get(&prefix));
+        regret.copied().unwrap_or_default()
+    }
+
+    /// Forgets the regret of a prefix, because it has a further replica.
+    fn clear(&mut self, prefix: SequenceHash) {
+        self.current_generation.remove(&prefix);
+        self.previous_generation.remove(&prefix);
+    }
+}
+
+/// Possible replication of a request's prefix.
+struct ReplicationOffer {
+    /// Idle worker that would compute the prefix.
+    worker: WorkerId,
+    /// Seconds that the request would save if the idle worker already had the prefix.
+    saving: f64,
+    /// Additional marginal delay, in seconds, if the idle worker takes this request and computes
+    /// the prefix.
+    extra_cost: f64,
+}
+
+impl State {
+    /// Returns the idle worker that is to take the request and compute its prefix once more,
+    /// instead of `chosen`, the worker of least cost. Returns `None` while the regret is below the
+    /// cost. Adds the regret of this request.
+    pub(crate) fn replicate_to(
+        &mut self,
+        chosen: WorkerId,
+        assessment: &RequestAssessment,
+        request: &Request<'_>,
+    ) -> Option<WorkerId> {
+        let (prefix, blocks) = self.replication_prefix(assessment, request)?;
+        if overlap(chosen.index, assessment, request) < blocks {
+            // The chosen worker computes the prefix itself.
+            self.replication_regret.clear(prefix);
+            return None;
+        }
+        let offer = self.replication_offer(blocks, chosen, assessment, request)?;
+        if self.replication_regret.add(prefix, offer.saving) < offer.extra_cost {
+            return None;
+        }
+        self.replication_regret.clear(prefix);
+        Some(offer.worker)
+    }
+
+    /// Returns the worker that [`replicate_to`](Self::replicate_to) would return, without changing
+    /// any regret.
+    pub(crate) fn peek_replication(
+        &self,
+        chosen: WorkerId,
+        assessment: &RequestAssessment,
+        request: &Request<'_>,
+    ) -> Option<WorkerId> {
+        let (prefix, blocks) = self.replication_prefix(assessment, request)?;
+        if overlap(chosen.index, assessment, request) < blocks {
+            return None;
+        }
+        let offer = self.replication_offer(blocks, chosen, assessment, request)?;
+        let regret = self.replication_regret.seconds(prefix) + offer.saving;
+        (regret >= offer.extra_cost).then_some(offer.worker)
+    }
+
+    /// Returns the longest prefix of the request that some worker has: its hash and its number of
+    /// blocks. `None` if no worker has one, or if the configuration does not replicate: only the
+    /// marginal-delay policy without a temperature does.
+    fn replication_prefix(
+        &self,
+        assessment: &RequestAssessment,
+        request: &Request<'_>,
+    ) -> Option<(SequenceHash, u32)> {
+        if self.config.policy != Policy::MarginalDelay || self.config.temperature > 0.0 {
+            return None;
+        }
+        let best_overlap = assessment.tree_position.best_overlap;
+        let best_overlap = best_overlap.min(request.prompt.max_reusable_blocks());
+        let last = best_overlap.checked_sub(1)? as usize;
+        Some((*request.prompt.hashes().get(last)?, best_overlap))
+    }
+
+    /// Returns what a further replica of the first `blocks` blocks would save this request. `None`
+    /// if `chosen`, which has those blocks, is idle, if no idle worker without them is eligible, or
+    /// if nothing would be saved.
+    fn replication_offer(
+        &self,
+        blocks: u32,
+        chosen: WorkerId,
+        assessment: &RequestAssessment,
+        request: &Request<'_>,
+    ) -> Option<ReplicationOffer> {
+        let overlap = |worker| overlap(worker, assessment, request);
+        let is_idle = |worker: WorkerIndex| self.workers.loads[worker as usize].requests == 0;
+        if is_idle(chosen.index) {
+            return None;
+        }
+        let excluded = self.excluded(request);
+        let idle_candidates = self.workers.eligible(request.model)?.iter().copied();
+        let idle_candidates = idle_candidates.filter(|&worker| {
+            is_idle(worker)
+                && overlap(worker) < blocks
+                && !excluded.contains(&worker)
+                && self
+                    .workers
+                    .by_index(worker)
+                    .is_some_and(|candidate| candidate.prefix_caching)
+        });
+        let idle = idle_candidates.max_by_key(|&worker| overlap(worker))?;
+
+        let profile = self.request_profile(request, assessment);
+        let cost = |worker: WorkerIndex, prefix_match: PrefixMatch| {
+            profile.total(&self.workers.marginal_delay(&profile, worker, prefix_match))
+        };
+        let chosen_cost = cost(
+            chosen.index,
+            assessment.prefix_matches()[chosen.index as usize],
+        );
+        let prefix_match = assessment.prefix_matches()[idle as usize];
+        let replicated = PrefixMatch {
+            cached_blocks: blocks,
+            ..prefix_match
+        };
+        let saving = chosen_cost - cost(idle, replicated);
+        (saving > 0.0).then_some(ReplicationOffer {
+            worker: self.workers.by_index(idle)?.id,
+            saving,
+            extra_cost: cost(idle, prefix_match) - chosen_cost,
+        })
+    }
+}
+
+/// Returns the number of blocks of the request that the worker need not compute.
+fn overlap(worker: WorkerIndex, assessment: &RequestAssessment, request: &Request<'_>) -> u32 {
+    let prefix_match = assessment.prefix_matches()[worker as usize];
+    prefix_match
+        .overlap()
+        .min(request.prompt.max_reusable_blocks())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn regret_accumulates_until_the_prefix_is_replicated() {
+        let mut regret = ReplicationRegret::default();
+        assert_eq!(regret.add(1, 2.0), 2.0);
+        assert_eq!(regret.add(2, 5.0), 5.0);
+        assert_eq!(regret.add(1, 1.0), 3.0);
+        regret.clear(1);
+        assert_eq!(regret.add(1, 1.0), 1.0);
+    }
+
+    #[test]
+    fn memory_is_bounded_and_recent_prefixes_stay() {
+        let mut regret = ReplicationRegret::default();
+        for prefix in 0..20 * MAX_PREFIXES as u64 {
+            regret.add(prefix + 1, 1.0);
+            assert_eq!(regret.add(0, 1.0), 1.0 + prefix as f64);
+        }
+        assert!(
+            regret.current_generation.len() + regret.previous_generation.len() <= 2 * MAX_PREFIXES
+        );
+    }
+}

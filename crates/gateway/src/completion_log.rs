@@ -1,0 +1,81 @@
+//! Records how each response ended: in the metrics, the recording, the trust in KV events and the log.
+//!
+//! The log line compares the predicted cache hit with the one that the engine reports. Its level is
+//! debug and its target is `foresee::completion`, so that it costs nothing unless enabled with
+//! `FORESEE_LOG=info,foresee::completion=debug`.
+
+use std::time::Duration;
+
+use foresee_engine::usage::Usage;
+
+use crate::metrics::Outcome;
+use crate::subscribe::HitCheck;
+use crate::tracked_body::RequestContext;
+
+/// How a response ended.
+#[derive(Debug)]
+pub(crate) struct Completion {
+    pub(crate) outcome: Outcome,
+    /// Token counts that the engine reported; `None` in a field that it did not report.
+    pub(crate) usage: Usage,
+    /// Output tokens observed, of all choices.
+    pub(crate) output_tokens: u32,
+    /// Output tokens observed of each choice; empty for a single choice, or if the choices could not
+    /// be distinguished.
+    pub(crate) output_tokens_by_choice: Vec<u32>,
+    /// When the first output token arrived, by the gateway's clock; `None` if that was not observed.
+    pub(crate) first_token: Option<Duration>,
+}
+
+impl RequestContext {
+    /// Records the end of a response, once: adds it to the recording, counts it, compares the
+    /// predictions with the reported usage, and logs the result.
+    pub(crate) fn record_completion(&mut self, completion: &Completion) {
+        let Completion { outcome, usage, .. } = completion;
+        if let (Some(recorder), Some(sequences)) = (&self.shared.recorder, self.recorded.take()) {
+            recorder.record(self.arrived_at, &self.model, sequences, completion);
+        }
+        let metrics = &self.shared.metrics;
+        metrics.record_outcome(*outcome);
+        let decision = self.batch.decision();
+        let block_size = self.shared.config.router.block_size.get();
+        let predicted = decision.cost.overlap_blocks;
+        // For several outputs, engines report the cached tokens of only one of them.
+        let has_one_prompt = self.batch.prompt_count() == 1;
+        let cached_tokens = usage.cached_tokens.filter(|_| has_one_prompt);
+        let actual = cached_tokens.map(|tokens| tokens / block_size);
+        if let Some(actual) = actual {
+            metrics.add_overlap_blocks("actual", actual);
+            if self.is_single {
+                metrics.record_overlap_prediction(predicted, actual);
+            }
+        }
+        if let (Some(predicted), true) = (self.predicted_tokens, self.is_single) {
+            let (events, now) = (&self.worker.events, self.shared.clock.now());
+            if let Some(actual) = usage.cached_tokens {
+                events.record_hit_check(HitCheck { predicted, actual }, now);
+            } else if *outcome == Outcome::Ok {
+                let prompt_tokens = usage.prompt_tokens.unwrap_or(self.prompt_tokens);
+                let uncached_tokens = prompt_tokens.saturating_sub(predicted);
+                let computed = uncached_tokens.saturating_add(completion.output_tokens);
+                events.record_computed(computed, block_size, now);
+            }
+        }
+        let since_arrival = |at: Duration| at.saturating_sub(self.arrived_at).as_secs_f64();
+        tracing::debug!(
+            target: "foresee::completion",
+            request = ?self.request_id,
+            worker = %self.worker.config.name,
+            model = %self.model,
+            outcome = outcome.as_str(),
+            prompt_tokens = usage.prompt_tokens.unwrap_or(self.prompt_tokens),
+            output_tokens = completion.output_tokens,
+            predicted_blocks = predicted,
+            best_blocks = decision.best_overlap_blocks,
+            actual_blocks = actual,
+            ttft_seconds = completion.first_token.map(since_arrival),
+            seconds = since_arrival(self.shared.clock.now()),
+            "response ended"
+        );
+    }
+}

@@ -1,0 +1,257 @@
+//! Reads what a worker reports about itself: its models, its engine, its cache capacity, and where
+//! it publishes KV events.
+
+use std::num::NonZeroU32;
+use std::sync::atomic::Ordering;
+
+use foresee_core::EvictionRule;
+use foresee_engine::server_info::{KvEventEndpoint, ServerInfo, parse_event_sources};
+use foresee_engine::worker_metrics::CacheConfig;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use crate::gateway_state::GatewayState;
+use crate::health::{ProbeError, get};
+use crate::subscribe::{EventSource, KvEvents};
+use crate::workers::Worker;
+
+/// Asks a worker for its models and its cache capacity. Called before the worker becomes healthy, so
+/// that the first request is routed with them.
+pub(crate) async fn learn_models_and_capacity(shared: &GatewayState, worker: &Worker) {
+    if let Ok(body) = get(shared, worker, "/v1/models").await {
+        let models = read_models(&body);
+        let names = models.iter().map(|(name, _)| name.clone()).collect();
+        shared.router.set_models(worker.id, names);
+        shared.workers.set_models(worker, models);
+        if worker.config.eviction.is_none() && worker.is_owned_by("sglang") {
+            shared
+                .router
+                .set_eviction(worker.id, EvictionRule::SglangRadix);
+        }
+    } else {
+        worker.set_models_unknown();
+    }
+    if worker.config.blocks.is_none()
+        && let Ok(body) = get(shared, worker, "/metrics").await
+    {
+        let ranks = CacheConfig::parse(&String::from_utf8_lossy(&body));
+        if ranks.is_empty() {
+            return;
+        }
+        compare_ranks(worker, ranks.len());
+        let engine_block_size = ranks.iter().find_map(|(_, cache)| cache.block_size);
+        let is_ours = |rank: u32| worker.config.rank.is_none_or(|ours| ours == rank);
+        let ours = ranks.iter().filter(|(rank, _)| is_ours(*rank));
+        let blocks: Option<Vec<u32>> = ours.map(|(_, cache)| cache.blocks).collect();
+        if let Some(blocks) = blocks.filter(|blocks| !blocks.is_empty()) {
+            let total = blocks.into_iter().fold(0, u32::saturating_add);
+            set_capacity(shared, worker, total, engine_block_size);
+        }
+        compare_block_size(shared, worker, engine_block_size);
+    }
+}
+
+/// Asks a worker where it publishes KV events, if its configuration leaves that to discovery. Returns
+/// whether the result is final: the worker responded, even if with an error, or was not asked.
+pub(crate) async fn discover_event_source(shared: &GatewayState, worker: &Worker) -> bool {
+    if worker.config.kv_events != KvEvents::Discovered {
+        return true;
+    }
+    // vLLM also has a `/server_info`, in its development mode; it takes seconds and does not contain
+    // the event source.
+    let discovered = if worker.is_owned_by("vllm") {
+        discover_vllm_events(shared, worker).await
+    } else {
+        discover_sglang_events(shared, worker).await
+    };
+    match discovered {
+        Ok(source) => {
+            worker.event_source.send_if_modified(|known| {
+                let is_new = *known != source;
+                *known = source;
+                is_new
+            });
+            true
+        }
+        Err(ProbeError::Status(_) | ProbeError::Failed(_)) => true,
+        Err(ProbeError::NoResponse(_) | ProbeError::ConnectionRefused(_)) => false,
+    }
+}
+
+/// Returns the event source that a vLLM reports, if it reports one for this worker's rank.
+async fn discover_vllm_events(
+    shared: &GatewayState,
+    worker: &Worker,
+) -> Result<Option<EventSource>, ProbeError> {
+    let body = get(shared, worker, "/kv_event_sources").await?;
+    let own_hosts = hosts_of(worker).await;
+    let is_own = |host: &str| own_hosts.iter().any(|own| own == host);
+    let mut sources = parse_event_sources(&body, is_own).ok_or_else(unreadable_body)?;
+    let endpoint = match worker.config.rank {
+        Some(rank) => sources.remove(&rank),
+        // The only rank of this server, whose number need not be 0: it may be one of several servers
+        // of one engine.
+        None if sources.len() == 1 => sources.pop_first().map(|(_, endpoint)| endpoint),
+        None => None,
+    };
+    Ok(endpoint.and_then(|endpoint| source_of(worker, endpoint)))
+}
+
+/// Returns the host of the worker's URL and the addresses that it resolves to.
+async fn hosts_of(worker: &Worker) -> Vec<String> {
+    let host = worker.config.authority.host();
+    let resolved = tokio::net::lookup_host((host.trim_matches(['[', ']']), 0)).await;
+    let addresses = resolved
+        .into_iter()
+        .flatten()
+        .map(|address| address.ip().to_string());
+    addresses.chain([host.to_owned()]).collect()
+}
+
+/// Returns the event source that an SGLang reports, and applies the capacity that it reports.
+async fn discover_sglang_events(
+    shared: &GatewayState,
+    worker: &Worker,
+) -> Result<Option<EventSource>, ProbeError> {
+    let config = &worker.config;
+    let mut response = get(shared, worker, "/server_info").await;
+    if matches!(response, Err(ProbeError::Status(_) | ProbeError::Failed(_))) {
+        response = get(shared, worker, "/get_server_info").await;
+    }
+    let info = ServerInfo::parse(&response?).ok_or_else(unreadable_body)?;
+    if let (None, Some(pages)) = (config.blocks, info.pages) {
+        set_capacity(shared, worker, pages, info.page_size);
+    }
+    compare_block_size(shared, worker, info.page_size);
+    compare_ranks(worker, info.ranks as usize);
+    // The events of one rank would be applied as if they were of all.
+    if info.ranks > 1 && config.rank.is_none() {
+        return Ok(None);
+    }
+    let source = source_of(worker, info.kv_events);
+    Ok(source.and_then(|source| source.for_rank(config.rank.unwrap_or(0))))
+}
+
+/// Returns the error for a response that is not in the expected format.
+fn unreadable_body() -> ProbeError {
+    ProbeError::Failed("unexpected response body".to_owned())
+}
+
+/// Returns the address at which the gateway can receive events published at `endpoint`. `None` if
+/// the engine publishes none, or connects to an address instead of binding one.
+fn source_of(worker: &Worker, endpoint: KvEventEndpoint) -> Option<EventSource> {
+    let config = &worker.config;
+    match endpoint {
+        KvEventEndpoint::None => None,
+        KvEventEndpoint::Connect(endpoint) => {
+            let port = endpoint
+                .strip_prefix("tcp://")
+                .and_then(|address| address.rsplit_once(':'))
+                .map_or("PORT", |(_, port)| port);
+            tracing::info!(
+                worker = %config.name, endpoint,
+                "engine publishes KV events by connecting to an endpoint; if that address is this \
+                 host, add kv-events=bind:tcp://*:{port} to this worker"
+            );
+            None
+        }
+        KvEventEndpoint::Bind {
+            host,
+            port,
+            replay_port,
+            topic,
+        } => {
+            // Addresses that mean the engine's own host; from here, that is the host of its API.
+            let local_hosts = [
+                "*",
+                "0.0.0.0",
+                "::",
+                "[::]",
+                "127.0.0.1",
+                "localhost",
+                "[::1]",
+            ];
+            let host = if local_hosts.contains(&host.as_str()) {
+                config.authority.host()
+            } else {
+                &host
+            };
+            Some(EventSource {
+                endpoint: format!("tcp://{host}:{port}"),
+                binds: false,
+                replay: replay_port.map(|port| format!("tcp://{host}:{port}")),
+                topic,
+            })
+        }
+    }
+}
+
+/// Sets the capacity of a worker: `blocks` engine blocks of `engine_block_size` tokens. An unknown
+/// block size, or one that is not a multiple of the router's, counts as equal to the router's.
+fn set_capacity(
+    shared: &GatewayState,
+    worker: &Worker,
+    blocks: u32,
+    engine_block_size: Option<u32>,
+) {
+    worker.set_capacity_blocks(blocks);
+    let block_size = shared.config.router.block_size;
+    let ratio = engine_block_size
+        .filter(|&engine_block_size| engine_block_size % block_size == 0)
+        .and_then(|engine_block_size| NonZeroU32::new(engine_block_size / block_size))
+        .unwrap_or(NonZeroU32::MIN);
+    let router = &shared.router;
+    router.set_engine_block_ratio(worker.id, ratio);
+    router.set_capacity(worker.id, blocks.saturating_mul(ratio.get()));
+}
+
+/// Warns, once per worker, if the engine's block size is not a multiple of the router's.
+fn compare_block_size(shared: &GatewayState, worker: &Worker, engine_block_size: Option<u32>) {
+    let block_size = shared.config.router.block_size.get();
+    let Some(engine_block_size) = engine_block_size.filter(|&size| size % block_size != 0) else {
+        return;
+    };
+    if !worker
+        .block_size_warning_logged
+        .swap(true, Ordering::Relaxed)
+    {
+        tracing::warn!(
+            worker = %worker.config.name, engine_block_size, block_size,
+            "engine block size is not a multiple of --block-size; set --block-size to \
+             {engine_block_size}"
+        );
+    }
+}
+
+/// Warns, once per worker, if the engine has another number of ranks than its configuration.
+fn compare_ranks(worker: &Worker, reported: usize) {
+    let configured = worker.config.ranks.map_or(1, |ranks| ranks.get() as usize);
+    if reported != configured && !worker.rank_warning_logged.swap(true, Ordering::Relaxed) {
+        tracing::warn!(
+            worker = %worker.config.name, reported, configured,
+            "engine reports {reported} data-parallel ranks but the configuration has {configured}; use \
+             --worker {},ranks={reported} so that each rank is routed separately",
+            worker.config.url()
+        );
+    }
+}
+
+/// Parses a response of `/v1/models` into names and entries, each entry as the worker wrote it.
+/// Entries without an `id` are left out; an unreadable list is empty.
+fn read_models(body: &[u8]) -> Vec<(String, Box<RawValue>)> {
+    #[derive(Deserialize)]
+    struct ModelList {
+        #[serde(default)]
+        data: Vec<Box<RawValue>>,
+    }
+    #[derive(Deserialize)]
+    struct Model {
+        id: String,
+    }
+    let list: ModelList = serde_json::from_slice(body).unwrap_or(ModelList { data: Vec::new() });
+    let read = |raw: Box<RawValue>| {
+        let model: Model = serde_json::from_str(raw.get()).ok()?;
+        Some((model.id, raw))
+    };
+    list.data.into_iter().filter_map(read).collect()
+}

@@ -1,0 +1,283 @@
+//! The mock engine: the simulated engine behind HTTP, in real time. It stands in for vLLM and needs
+//! no GPU.
+//!
+//! It serves the endpoints that a router uses, in vLLM's formats: completions, chat completions and
+//! embeddings, streamed or not, `/v1/models`, `/health`, `/metrics`, errors, and KV events over
+//! ZMQ. A request is aborted as soon as its client disconnects.
+
+mod engine_loop;
+mod kv_publisher;
+mod metrics;
+mod request;
+mod response;
+mod wire;
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use foresee_engine::error::ApiError;
+use foresee_engine::request::Endpoint;
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper::body::Incoming;
+use hyper::header::{CONTENT_TYPE, HeaderValue};
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::task::JoinSet;
+
+use crate::engine::EngineConfig;
+use crate::mock_engine::engine_loop::EngineLoop;
+use crate::mock_engine::kv_publisher::Publication;
+use crate::mock_engine::request::CompletionRequest;
+
+pub use crate::mock_engine::kv_publisher::KvEventsConfig;
+pub use foresee_engine::kv_events::Layout;
+
+/// Maximum size of a request body, in bytes.
+const MAX_BODY_BYTES: usize = 64 << 20;
+
+/// Maximum number of connections that wait to be accepted. The kernel refuses further ones, so the
+/// limit is higher than any burst of the workloads.
+const BACKLOG: u32 = 4096;
+
+type ResponseBody = UnsyncBoxBody<Bytes, io::Error>;
+
+/// Configuration of a mock engine.
+#[derive(Clone, Debug)]
+pub struct MockEngineConfig {
+    /// Name of the served model. Requests for another model get status 404.
+    pub model: String,
+    /// Configuration of the simulated engine.
+    pub engine: EngineConfig,
+    /// Seconds of engine time that pass in one second of real time; above 0.
+    pub speedup: f64,
+    /// Maximum number of tokens of a prompt and its output together. At most the capacity of the KV
+    /// cache.
+    pub max_model_len: u32,
+    /// Publication of KV events; `None` publishes none.
+    pub kv_events: Option<KvEventsConfig>,
+}
+
+impl MockEngineConfig {
+    /// Returns a configuration with speedup 1 and without KV events. The maximum model length is
+    /// the capacity of the KV cache, up to 131,072 tokens.
+    #[must_use]
+    pub fn new(model: impl Into<String>, engine: EngineConfig) -> Self {
+        let capacity = engine.blocks.saturating_mul(engine.block_size.get());
+        Self {
+            model: model.into(),
+            engine,
+            speedup: 1.0,
+            max_model_len: capacity.min(131_072),
+            kv_events: None,
+        }
+    }
+
+    /// Returns an error that names the first contradiction in the configuration.
+    fn check(&self) -> Result<(), &'static str> {
+        let engine = &self.engine;
+        let capacity = engine.blocks.saturating_mul(engine.block_size.get());
+        if !(self.speedup > 0.0 && self.speedup.is_finite()) {
+            return Err("the speedup must be above 0");
+        }
+        if engine.max_num_batched_tokens == 0 || engine.max_num_seqs == 0 {
+            return Err("max_num_batched_tokens and max_num_seqs must be at least 1");
+        }
+        if self.max_model_len < 2 || self.max_model_len > capacity {
+            return Err(
+                "max_model_len must be at least 2 and at most the capacity of the KV cache",
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Binds a listener whose backlog is large enough for a burst of connections.
+///
+/// # Errors
+/// If the address is in use or cannot be used.
+pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
+/// Serves until `shutdown` completes. Then all connections are cut, as if the engine had crashed.
+///
+/// # Errors
+/// If the configuration is contradictory, or if a socket for KV events cannot be bound.
+pub async fn serve(
+    config: MockEngineConfig,
+    listener: TcpListener,
+    shutdown: impl Future<Output = ()>,
+) -> io::Result<()> {
+    config
+        .check()
+        .map_err(|message| io::Error::new(io::ErrorKind::InvalidInput, message))?;
+    let (publication, publisher) = match config.kv_events.clone() {
+        Some(events) => {
+            let (publication, publisher) = Publication::open(events).await?;
+            (Some(publication), Some(publisher))
+        }
+        None => (None, None),
+    };
+    let engine = EngineConfig {
+        // Without a publisher, events would accumulate in the engine.
+        cache_events: publisher.is_some(),
+        ..config.engine.clone()
+    };
+    let mock_engine = Arc::new(MockEngine {
+        engine_loop: EngineLoop::start(engine, config.speedup, publisher),
+        published: publication.as_ref().map(Publication::counter),
+        config,
+        requests: AtomicU64::new(0),
+    });
+    let mut connections = JoinSet::new();
+    tokio::pin!(shutdown);
+    loop {
+        let accepted = tokio::select! {
+            () = &mut shutdown => break,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                connections.spawn(mock_engine.clone().serve_connection(stream));
+            }
+            // The process has no free file descriptors. Some become free when connections end.
+            Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+        while connections.try_join_next().is_some() {}
+    }
+    if let Some(publication) = publication {
+        publication.close().await;
+    }
+    Ok(())
+}
+
+/// State shared by all connections.
+struct MockEngine {
+    config: MockEngineConfig,
+    engine_loop: EngineLoop,
+    /// Number of requests so far; the source of request ids.
+    requests: AtomicU64,
+    /// Number of KV event batches published so far; `None` without KV events.
+    published: Option<Arc<AtomicU64>>,
+}
+
+impl MockEngine {
+    async fn serve_connection(self: Arc<Self>, stream: TcpStream) {
+        // With Nagle's algorithm, each event of a stream would be delayed until the client has
+        // acknowledged the previous one. The call fails only on a closed connection.
+        let _ = stream.set_nodelay(true);
+        let service = service_fn(move |request| {
+            let mock_engine = self.clone();
+            async move { Ok::<_, Infallible>(mock_engine.handle(request).await) }
+        });
+        // An error here is caused by the client: it disconnected or sent invalid HTTP.
+        let _ = hyper::server::conn::http1::Builder::new()
+            .serve_connection(TokioIo::new(stream), service)
+            .await;
+    }
+
+    /// Returns the response to a request, with its `x-request-id` repeated. Errors become error
+    /// responses.
+    async fn handle(&self, request: Request<Incoming>) -> Response<ResponseBody> {
+        let request_id = request.headers().get("x-request-id").cloned();
+        let mut response = self
+            .route(request, request_id.as_ref())
+            .await
+            .unwrap_or_else(|error| error_response(&error));
+        if let Some(id) = request_id {
+            response.headers_mut().insert("x-request-id", id);
+        }
+        response
+    }
+
+    async fn route(
+        &self,
+        request: Request<Incoming>,
+        request_id: Option<&HeaderValue>,
+    ) -> Result<Response<ResponseBody>, ApiError> {
+        let endpoint = match (request.method(), request.uri().path()) {
+            (&Method::POST, "/v1/chat/completions") => Endpoint::ChatCompletions,
+            (&Method::POST, "/v1/completions") => Endpoint::Completions,
+            (&Method::POST, "/v1/embeddings") => Endpoint::Embeddings,
+            (&Method::GET, "/v1/models") => {
+                let models = wire::models(&self.config.model, self.config.max_model_len);
+                return Ok(response(JSON, models));
+            }
+            (&Method::GET, "/health") => return Ok(response(TEXT, Vec::new())),
+            (&Method::GET, "/metrics") => {
+                let snapshot = self.engine_loop.snapshot().await.map_err(stopping)?;
+                let published = self.published.as_ref();
+                let published = published.map(|batches| batches.load(Ordering::Relaxed));
+                let text = metrics::render(&self.config, &snapshot, published);
+                return Ok(response(PROMETHEUS, text.into_bytes()));
+            }
+            (method, path) => return Err(ApiError::path_not_found(method.as_str(), path)),
+        };
+        let body = read_body(request).await?;
+        let number = self.requests.fetch_add(1, Ordering::Relaxed);
+        let name = match request_id.and_then(|id| id.to_str().ok()) {
+            Some(id) => id.to_owned(),
+            None => format!("{number:016x}"),
+        };
+        let completion = CompletionRequest::read(&self.config, endpoint, name, &body)?;
+        response::respond(&self.engine_loop, completion).await
+    }
+}
+
+async fn read_body(request: Request<Incoming>) -> Result<Bytes, ApiError> {
+    let body = Limited::new(request.into_body(), MAX_BODY_BYTES).collect();
+    match body.await {
+        Ok(body) => Ok(body.to_bytes()),
+        Err(error) if error.is::<LengthLimitError>() => {
+            Err(ApiError::body_too_large(MAX_BODY_BYTES))
+        }
+        Err(error) => {
+            let message = format!("The request body could not be read: {error}.");
+            Err(ApiError::bad_request(message, None))
+        }
+    }
+}
+
+const JSON: &str = "application/json";
+const TEXT: &str = "text/plain; charset=utf-8";
+const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
+const EVENTS: &str = "text/event-stream; charset=utf-8";
+
+fn response(content_type: &'static str, body: Vec<u8>) -> Response<ResponseBody> {
+    let body = Full::from(body).map_err(|never| match never {});
+    respond_with(content_type, body.boxed_unsync())
+}
+
+fn respond_with(content_type: &'static str, body: ResponseBody) -> Response<ResponseBody> {
+    let mut response = Response::new(body);
+    let content_type = HeaderValue::from_static(content_type);
+    response.headers_mut().insert(CONTENT_TYPE, content_type);
+    response
+}
+
+fn error_response(error: &ApiError) -> Response<ResponseBody> {
+    let mut response = response(JSON, error.to_json());
+    *response.status_mut() =
+        StatusCode::from_u16(error.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    response
+}
+
+/// Returns the error for requests that arrive while the engine shuts down.
+fn stopping(_: engine_loop::Stopped) -> ApiError {
+    ApiError::unavailable("The engine is shutting down.")
+}

@@ -1,0 +1,315 @@
+//! Reads request bodies: prompts become tokens, and outputs get a known length.
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use foresee_core::sequence::{self, Sequence};
+use foresee_engine::error::ApiError;
+use foresee_engine::request::{ASSISTANT_HEADING, ApiRequest, Endpoint, Prompt};
+use serde::Deserialize;
+
+use crate::engine::EngineRequest;
+use crate::mock_engine::MockEngineConfig;
+use crate::mock_engine::engine_loop::Submission;
+use crate::mock_engine::kv_publisher::Content;
+use crate::mock_output::{MockOutput, tokenize};
+
+/// Maximum value of `n`: choices for each prompt.
+const MAX_CHOICES: u32 = 128;
+
+/// Maximum number of prompts in a request.
+const MAX_PROMPTS: u32 = 4096;
+
+/// A parsed request with everything that the engine and the response need.
+#[derive(Debug)]
+pub(super) struct CompletionRequest {
+    pub(super) endpoint: Endpoint,
+    /// Id of the response without the prefix of the endpoint.
+    pub(super) name: String,
+    /// Seconds since 1970.
+    pub(super) created: u64,
+    pub(super) model: String,
+    pub(super) stream: bool,
+    /// `stream_options.include_usage`: the stream ends with an event that has the usage.
+    pub(super) usage_at_end: bool,
+    /// `stream_options.continuous_usage_stats`: each event has the usage so far.
+    pub(super) usage_in_each_event: bool,
+    /// Sum over all prompts.
+    pub(super) prompt_tokens: u32,
+    /// One output for each choice of each prompt.
+    pub(super) outputs: Vec<PlannedOutput>,
+    /// One submission for each output; the engine loop assigns the ids.
+    pub(super) requests: Vec<Submission>,
+}
+
+/// An output with its length.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PlannedOutput {
+    pub(super) output: MockOutput,
+    pub(super) tokens: u32,
+    /// `stop` or `length`.
+    pub(super) finish_reason: &'static str,
+}
+
+/// Fields of the body that a router does not read.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct EngineFields {
+    ignore_eos: Option<bool>,
+    stream_options: Option<StreamOptions>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct StreamOptions {
+    include_usage: Option<bool>,
+    continuous_usage_stats: Option<bool>,
+}
+
+impl CompletionRequest {
+    /// Parses a request body.
+    ///
+    /// # Errors
+    /// If the body is invalid, names another model, or exceeds a limit.
+    pub(super) fn read(
+        config: &MockEngineConfig,
+        endpoint: Endpoint,
+        name: String,
+        body: &[u8],
+    ) -> Result<Self, ApiError> {
+        let request = ApiRequest::parse(endpoint, body)?;
+        let fields: EngineFields = serde_json::from_slice(body)
+            .map_err(|error| ApiError::bad_request(error.to_string(), None))?;
+        if !request.model.is_empty() && request.model != config.model {
+            return Err(ApiError::model_not_found(&request.model));
+        }
+        if fields.stream_options.is_some() && !request.stream {
+            let message = "Stream options can only be defined when `stream=True`.";
+            return Err(ApiError::bad_request(message, Some("stream_options")));
+        }
+        if request.choices > MAX_CHOICES {
+            let message = format!("n must be at most {MAX_CHOICES}.");
+            return Err(ApiError::bad_request(message, Some("n")));
+        }
+        if request.prompts > MAX_PROMPTS {
+            let message = format!("A request may contain at most {MAX_PROMPTS} prompts.");
+            return Err(ApiError::bad_request(message, None));
+        }
+
+        let prompts = Prompts::read(&request, endpoint);
+        let limit = output_limit(config, &request, endpoint, &prompts)?;
+        let ignore_eos = fields.ignore_eos.unwrap_or(false);
+        let outputs: Vec<PlannedOutput> = (0..request.prompts * request.choices)
+            .map(|choice| {
+                let prompt = prompts.known(choice / request.choices);
+                let output = MockOutput::for_prompt(prompt.unwrap_or_default());
+                // The outputs for a prompt do not depend on the other prompts of the request.
+                // Prompts with unknown tokens all look alike, so the index tells their outputs
+                // apart.
+                let choice = match prompt {
+                    Some(_) => choice % request.choices,
+                    None => choice,
+                };
+                PlannedOutput::limited(output.choice(choice), limit, ignore_eos)
+            })
+            .collect();
+        let requests = outputs.iter().zip(0_u32..).map(|(output, choice)| {
+            let prompt = choice / request.choices;
+            prompts.submission(config, &request, prompt, *output)
+        });
+        let options = fields.stream_options.unwrap_or_default();
+        let usage_at_end = options.include_usage.unwrap_or(false);
+        Ok(Self {
+            endpoint,
+            name,
+            created: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |since| since.as_secs()),
+            model: config.model.clone(),
+            stream: request.stream && endpoint != Endpoint::Embeddings,
+            usage_at_end,
+            usage_in_each_event: usage_at_end && options.continuous_usage_stats.unwrap_or(false),
+            prompt_tokens: prompts.total(),
+            requests: requests.collect(),
+            outputs,
+        })
+    }
+}
+
+/// The prompts of a request as tokens.
+struct Prompts {
+    /// Tokens of the first prompts, which are text or token ids.
+    known: Vec<Vec<u32>>,
+    /// Number of unknown tokens after those of the only prompt, such as an image's.
+    unknown_tail: u32,
+    /// Number of prompts after the known ones, whose content is unknown.
+    unknown_prompts: u32,
+    /// Tokens of each unknown prompt.
+    unknown_prompt_tokens: u32,
+}
+
+impl Prompts {
+    fn read(request: &ApiRequest, endpoint: Endpoint) -> Self {
+        let known = request.all_prompts().map(|prompt| match prompt {
+            Prompt::Tokens(tokens) => tokens.clone(),
+            Prompt::Text(text) if endpoint == Endpoint::ChatCompletions => {
+                tokenize(&[text, ASSISTANT_HEADING].concat())
+            }
+            Prompt::Text(text) => tokenize(text),
+        });
+        let known: Vec<Vec<u32>> = known.collect();
+        let unknown_tokens = request.unhashed.bytes.div_ceil(4) + request.unhashed.tokens;
+        let unknown_tokens = u32::try_from(unknown_tokens).unwrap_or(u32::MAX);
+        let unknown_prompts = request.prompts.saturating_sub(known.len() as u32);
+        let (unknown_tail, unknown_prompt_tokens) = match unknown_prompts {
+            0 => (unknown_tokens, 0),
+            _ => (0, unknown_tokens.div_ceil(unknown_prompts).max(1)),
+        };
+        Self {
+            known,
+            unknown_tail,
+            unknown_prompts,
+            unknown_prompt_tokens,
+        }
+    }
+
+    /// Returns the tokens of a prompt; `None` if they are unknown.
+    fn known(&self, prompt: u32) -> Option<&[u32]> {
+        self.known.get(prompt as usize).map(Vec::as_slice)
+    }
+
+    /// Returns the length of a prompt in tokens.
+    fn tokens(&self, prompt: u32) -> u32 {
+        match self.known(prompt) {
+            Some(tokens) => {
+                let tokens = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
+                tokens.saturating_add(self.unknown_tail)
+            }
+            None => self.unknown_prompt_tokens,
+        }
+    }
+
+    fn count(&self) -> u32 {
+        self.known.len() as u32 + self.unknown_prompts
+    }
+
+    fn total(&self) -> u32 {
+        let tokens = (0..self.count()).map(|prompt| self.tokens(prompt));
+        tokens.fold(0, u32::saturating_add)
+    }
+
+    /// Returns the lengths of the shortest and the longest prompt.
+    fn range(&self) -> (u32, u32) {
+        let tokens = || (0..self.count()).map(|prompt| self.tokens(prompt));
+        (tokens().min().unwrap_or(0), tokens().max().unwrap_or(0))
+    }
+
+    /// Returns the engine request for one output of a prompt. Blocks of unknown tokens have no
+    /// hash.
+    fn submission(
+        &self,
+        config: &MockEngineConfig,
+        request: &ApiRequest,
+        prompt: u32,
+        planned: PlannedOutput,
+    ) -> Submission {
+        let prompt_tokens = self.tokens(prompt);
+        let Some(known) = self.known(prompt) else {
+            let request = EngineRequest {
+                id: 0,
+                hashes: Arc::from([]),
+                prompt_tokens,
+                output_tokens: planned.tokens,
+            };
+            return Submission {
+                request,
+                content: None,
+            };
+        };
+        let mut tokens = known.to_vec();
+        if self.unknown_tail == 0 {
+            tokens.extend((0..planned.tokens).map(|index| planned.output.token(index)));
+        }
+        // A request without a model is for the configured one.
+        let salt = sequence::prefix_salt(&config.model, None, request.cache_salt.as_deref());
+        let block_size = config.engine.block_size;
+        let sequence = Sequence::from_tokens(&tokens, block_size, salt);
+        let hashes: Arc<[u64]> = Arc::from(sequence.hashes());
+        let content = Content {
+            hashes: Arc::clone(&hashes),
+            tokens,
+            block_size: block_size.get(),
+            cache_salt: request.cache_salt.as_deref().map(Into::into),
+        };
+        let request = EngineRequest {
+            id: 0,
+            hashes,
+            prompt_tokens,
+            output_tokens: planned.tokens,
+        };
+        Submission {
+            request,
+            // The content takes memory until the request ends, so it exists only for KV events.
+            content: config.kv_events.is_some().then(|| Arc::new(content)),
+        }
+    }
+}
+
+impl PlannedOutput {
+    /// Returns the output with its natural length, or with `limit` tokens if that is shorter or if
+    /// the end-of-sequence token is ignored.
+    fn limited(output: MockOutput, limit: u32, ignore_eos: bool) -> Self {
+        let length = output.length();
+        let (tokens, finish_reason) = if ignore_eos || length > limit {
+            (limit, "length")
+        } else {
+            (length, "stop")
+        };
+        Self {
+            output,
+            tokens,
+            finish_reason,
+        }
+    }
+}
+
+/// Returns the maximum number of tokens of each output.
+///
+/// # Errors
+/// If a prompt is empty, or if prompt and requested output do not fit into the maximum model
+/// length.
+fn output_limit(
+    config: &MockEngineConfig,
+    request: &ApiRequest,
+    endpoint: Endpoint,
+    prompts: &Prompts,
+) -> Result<u32, ApiError> {
+    let (shortest, longest) = prompts.range();
+    let max_model_len = config.max_model_len;
+    if shortest == 0 {
+        let message = "The prompt is empty.";
+        return Err(ApiError::bad_request(message, Some("prompt")));
+    }
+    if request.max_tokens == Some(0) {
+        let message = "max_tokens must be at least 1, got 0.";
+        return Err(ApiError::bad_request(message, Some("max_tokens")));
+    }
+    let free_tokens = max_model_len.saturating_sub(longest);
+    let asked = match endpoint {
+        // One step computes the prompt; its output token stands for the embedding.
+        Endpoint::Embeddings => Some(1),
+        Endpoint::Completions => request.max_tokens.or(Some(16)),
+        Endpoint::ChatCompletions => request.max_tokens,
+    };
+    if free_tokens == 0 || asked.is_some_and(|asked| asked > free_tokens) {
+        let requested = u64::from(longest) + u64::from(asked.unwrap_or(1));
+        let message = format!(
+            "This model's maximum context length is {max_model_len} tokens. However, you requested \
+             {requested} tokens ({longest} in the prompt, {} in the completion). Please reduce \
+             the length of the prompt or the completion.",
+            asked.unwrap_or(1),
+        );
+        return Err(ApiError::bad_request(message, None));
+    }
+    Ok(asked.unwrap_or(free_tokens))
+}

@@ -1,0 +1,151 @@
+//! The response to a request: a stream of events, or one body when all outputs are finished.
+
+use std::io;
+
+use bytes::Bytes;
+use foresee_engine::error::ApiError;
+use foresee_engine::request::Endpoint;
+use foresee_engine::stream::error_event;
+use futures_util::stream;
+use http_body_util::{BodyExt, StreamBody};
+use hyper::Response;
+use hyper::body::Frame;
+
+use crate::engine::SubmitError;
+use crate::mock_engine::engine_loop::{ChoiceProgress, EngineLoop, Generation, Stopped};
+use crate::mock_engine::request::CompletionRequest;
+use crate::mock_engine::wire::{self, EventWriter, Usage};
+use crate::mock_engine::{EVENTS, JSON, ResponseBody, respond_with, response, stopping};
+
+/// Submits a request and returns its response. Dropping the future or the body of the response
+/// aborts the request.
+pub(super) async fn respond(
+    engine_loop: &EngineLoop,
+    mut completion: CompletionRequest,
+) -> Result<Response<ResponseBody>, ApiError> {
+    let generation = engine_loop.submit(std::mem::take(&mut completion.requests));
+    if completion.stream {
+        return Ok(respond_with(
+            EVENTS,
+            stream_response(completion, generation),
+        ));
+    }
+    let progress = finish(generation).await?;
+    let usage = usage(&completion, &progress);
+    let body = if completion.endpoint == Endpoint::Embeddings {
+        wire::embeddings(&completion, usage)
+    } else {
+        wire::completion(&completion, usage)
+    };
+    Ok(response(JSON, body))
+}
+
+/// Waits until all choices are finished.
+async fn finish(mut generation: Generation) -> Result<Vec<ChoiceProgress>, ApiError> {
+    let mut progress = Vec::new();
+    loop {
+        let advanced = generation.advance(&mut progress).await.map_err(stopping)?;
+        advanced.map_err(submit_error)?;
+        if progress.iter().all(|choice| choice.finished) {
+            return Ok(progress);
+        }
+    }
+}
+
+fn submit_error(error: SubmitError) -> ApiError {
+    ApiError::bad_request(error.to_string(), None)
+}
+
+fn usage(completion: &CompletionRequest, progress: &[ChoiceProgress]) -> Usage {
+    Usage {
+        prompt_tokens: completion.prompt_tokens,
+        completion_tokens: progress.iter().map(|choice| choice.generated).sum(),
+        cached_tokens: progress.first().map_or(0, |choice| choice.cached_tokens),
+    }
+}
+
+fn stream_response(completion: CompletionRequest, generation: Generation) -> ResponseBody {
+    let response = StreamedResponse {
+        writer: EventWriter::new(&completion),
+        sent: vec![0; completion.outputs.len()],
+        progress: Vec::new(),
+        ended: false,
+        completion,
+        generation,
+    };
+    let frames = stream::unfold(response, |mut response| async {
+        let events = response.next_events().await?;
+        Some((events.map(Frame::data), response))
+    });
+    StreamBody::new(frames).boxed_unsync()
+}
+
+/// A response that is a stream of events.
+struct StreamedResponse {
+    completion: CompletionRequest,
+    writer: EventWriter,
+    generation: Generation,
+    progress: Vec<ChoiceProgress>,
+    /// Tokens sent of each choice.
+    sent: Vec<u32>,
+    ended: bool,
+}
+
+impl StreamedResponse {
+    /// Returns the events since the last call; `None` after the end. An error cuts the connection,
+    /// as a crash of the engine does.
+    async fn next_events(&mut self) -> Option<io::Result<Bytes>> {
+        if self.ended {
+            return None;
+        }
+        match self.generation.advance(&mut self.progress).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                self.ended = true;
+                return Some(Ok(error_event(&submit_error(error)).into()));
+            }
+            Err(Stopped) => {
+                self.ended = true;
+                return Some(Err(io::ErrorKind::ConnectionAborted.into()));
+            }
+        }
+        let mut events = String::new();
+        for choice in 0..self.progress.len() {
+            self.write_choice(&mut events, choice);
+        }
+        if self.progress.iter().all(|choice| choice.finished) {
+            self.ended = true;
+            if self.completion.usage_at_end {
+                let usage = usage(&self.completion, &self.progress);
+                self.writer.write_usage(&mut events, usage);
+            }
+            self.writer.write_done(&mut events);
+        }
+        Some(Ok(events.into()))
+    }
+
+    /// Writes an event with the tokens of a choice that were not sent yet, if there are any.
+    fn write_choice(&mut self, events: &mut String, choice: usize) {
+        let progress = self.progress[choice];
+        let sent = std::mem::replace(&mut self.sent[choice], progress.generated);
+        if sent == progress.generated {
+            return;
+        }
+        let usage = |completion_tokens| {
+            self.completion.usage_in_each_event.then_some(Usage {
+                prompt_tokens: self.completion.prompt_tokens,
+                completion_tokens,
+                cached_tokens: progress.cached_tokens,
+            })
+        };
+        if sent == 0 && self.writer.starts_with_role() {
+            self.writer.write_role(events, choice, usage(0));
+        }
+        let planned = self.completion.outputs[choice];
+        let text = planned.output.text(sent..progress.generated);
+        let finish_reason = progress.finished.then_some(planned.finish_reason);
+        let usage = usage(progress.generated);
+        self.writer
+            .write_text(events, choice, &text, finish_reason, usage);
+    }
+}
