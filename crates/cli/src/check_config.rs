@@ -16,7 +16,9 @@ use crate::serve::ServeArgs;
 use crate::values::Kind;
 use crate::{InvalidConfiguration, command};
 
-/// Checks all settings and prints them as a file for `--config`.
+/// Checks all settings and prints them as a file for `--config`. No socket is opened and no worker
+/// is contacted. `args` must be [resolved](ServeArgs::resolve), and `matches` must be those of the
+/// subcommand.
 ///
 /// # Errors
 /// If a setting is invalid, or the tokenizer cannot be loaded.
@@ -46,7 +48,8 @@ pub(crate) fn check(config: &GatewayConfig) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Returns all settings as a file for `--config`.
+/// Returns all settings as a file for `--config`: a comment for each setting without a value, and a
+/// `[[worker]]` table for each worker of `config`.
 fn effective(config: &GatewayConfig, matches: &ArgMatches) -> anyhow::Result<String> {
     let mut program = command();
     program.build();

@@ -28,7 +28,8 @@ const NOT_KEYS: [&str; 5] = ["config", "help", "version", "host", "port"];
 const GROUPS: [&[&str]; 2] = [&["listen", "host", "port"], &["worker", "worker-urls"]];
 
 /// Returns the matches of the command line with the settings of the file, or `matches` unchanged
-/// without `--config`.
+/// without `--config`. `matches` must be those of `arguments`, which start with the name of the
+/// program.
 ///
 /// # Errors
 /// If the file cannot be read, or a setting in it is unknown or invalid.
@@ -60,7 +61,12 @@ pub(crate) fn merge(arguments: Vec<OsString>, matches: ArgMatches) -> anyhow::Re
     })
 }
 
-/// Returns the settings of the file as flags. A setting that a flag or a variable sets is left out.
+/// Returns the settings of the file as flags. A setting that a flag or a variable sets is checked
+/// for its key and type, and left out. `settings` are the matches of `subcommand`.
+///
+/// # Errors
+/// If the file cannot be read or is not TOML, a key is unknown or given twice, or a value has the
+/// wrong type.
 fn flags(path: &Path, subcommand: &str, settings: &ArgMatches) -> anyhow::Result<Vec<OsString>> {
     let text = std::fs::read_to_string(path).context("cannot read the file")?;
     let table: Table = text.parse().context("the file is not valid TOML")?;
@@ -115,7 +121,8 @@ fn find<'a>(serve: &'a clap::Command, key: &str, name: &str) -> anyhow::Result<&
     }
 }
 
-/// Returns whether a flag or a variable sets this setting, or another flag of its group.
+/// Returns whether a flag or a variable sets this setting, or another flag of its group. `settings`
+/// are the matches of the subcommand without the file.
 fn is_overridden(name: &str, serve: &clap::Command, settings: &ArgMatches) -> bool {
     let group = GROUPS.into_iter().find(|group| group.contains(&name));
     let single = [name];
@@ -133,7 +140,11 @@ fn is_overridden(name: &str, serve: &clap::Command, settings: &ArgMatches) -> bo
     })
 }
 
-/// Returns a value of the file, or the values of a list, as texts for the command line.
+/// Returns a value of the file, or the values of a list, as texts for the command line. `key` is
+/// used only in errors.
+///
+/// # Errors
+/// If a list is given for a single value, or the type does not fit the flag.
 fn values(key: &str, argument: &Arg, value: &Value) -> anyhow::Result<Vec<String>> {
     let kind = Kind::of(argument);
     let is_list = matches!(argument.get_action(), ArgAction::Append);

@@ -75,15 +75,23 @@ pub(crate) struct DemoArgs {
     shape: WorkloadArgs,
 }
 
-/// Runs the subcommand.
+/// Runs the subcommand, and returns when the comparison or, with `--keep`, the interrupt has ended
+/// it.
+///
+/// # Errors
+/// If a setting is invalid, a socket or file cannot be opened, or the fleet does not reach the
+/// expected state in time. Failed requests are not errors.
 pub(crate) fn demo(args: DemoArgs) -> anyhow::Result<()> {
     raise_open_file_limit().context("cannot raise the limit of open files")?;
     let workload = args.shape.make(&args.workload, args.router.seed)?;
     runtime()?.block_on(compare(&args, &workload))
 }
 
-/// Sends the workload once under each policy and prints the report. With `--keep`, then serves
-/// until an interrupt.
+/// Sends the workload once under each policy, each with new engines and a new router, and prints
+/// the report. With `--keep`, then serves under the last policy until an interrupt.
+///
+/// # Errors
+/// The errors of [`demo`]. Failed requests are counted in the report.
 async fn compare(args: &DemoArgs, workload: &Workload) -> anyhow::Result<()> {
     println!(
         "{} mock engines ({}) at {} times their real speed, behind one router, over TCP.",
@@ -139,6 +147,10 @@ struct DemoFleet {
 
 impl DemoFleet {
     /// Starts the engines and the gateway, and waits until all workers are healthy.
+    ///
+    /// # Errors
+    /// If an address cannot be bound, a setting is out of range, or a worker is not healthy after
+    /// [`STATE_TIMEOUT`].
     async fn start(args: &DemoArgs, policy: Policy) -> anyhow::Result<Self> {
         let (stop_engines, stopped) = watch::channel(false);
         let mut engines = JoinSet::new();

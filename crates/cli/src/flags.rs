@@ -179,7 +179,8 @@ fn preset() -> Choice<&'static Preset> {
 }
 
 impl EngineArgs {
-    /// Returns the configuration of an engine whose noise in step times has this seed.
+    /// Returns the configuration of an engine whose noise in step times has this seed. A value
+    /// without a flag is that of the preset.
     pub(crate) fn config(&self, block_size: NonZeroU32, seed: u64) -> EngineConfig {
         let mut config = EngineConfig::from_preset(self.preset, block_size);
         config.prefix_caching = self.prefix_caching == Switch::On;

@@ -113,7 +113,8 @@ impl Command {
 const CONFIGURED: [&str; 2] = ["serve", "check-config"];
 
 /// Returns the complete command line, from which help, completions, manual pages and the reference
-/// are generated.
+/// are generated. Of the flags of subcommands, only those of `serve`, `check-config` and `verify`
+/// read environment variables.
 #[must_use]
 pub fn command() -> clap::Command {
     // `verify` starts a router like `serve` and reads the same variables.
@@ -153,7 +154,12 @@ pub fn run() -> ExitCode {
     execute(std::env::args_os().collect()).unwrap_or_else(|error| fail(&error))
 }
 
-/// Reads the arguments, the variables and the configuration file, and runs the subcommand.
+/// Reads the arguments, the variables and the configuration file, starts logging, and runs the
+/// subcommand. `arguments` start with the name of the program.
+///
+/// # Errors
+/// If the subcommand fails. Invalid usage, `--help` and `--version` are returned as
+/// [`clap::Error`], and an invalid configuration has the context [`InvalidConfiguration`].
 fn execute(arguments: Vec<OsString>) -> anyhow::Result<ExitCode> {
     let matches = command().try_get_matches_from(&arguments)?;
     let matches = config_file::merge(arguments, matches)?;
@@ -175,7 +181,9 @@ fn execute(arguments: Vec<OsString>) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Prints an error. Returns the exit code for it.
+/// Prints an error, or the text of `--help` or `--version`. Returns the exit code: success for
+/// these two texts, [`INVALID`] for wrong usage and an invalid configuration, otherwise
+/// [`FAILURE`].
 fn fail(error: &anyhow::Error) -> ExitCode {
     if let Some(usage) = error.downcast_ref::<clap::Error>() {
         // clap returns the texts of --help and --version as errors, too. A closed pipe is ignored.

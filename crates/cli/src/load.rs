@@ -132,7 +132,8 @@ enum Api {
     Chat,
 }
 
-/// Runs the subcommand and returns its exit code.
+/// Runs the subcommand and returns its exit code: failure if some requests failed, and [the code of
+/// no result](not_carried_out) after an error.
 pub(crate) fn load(args: &LoadArgs) -> ExitCode {
     match run(args) {
         Ok(outcome) if outcome.failures() == 0 => ExitCode::SUCCESS,
@@ -141,7 +142,11 @@ pub(crate) fn load(args: &LoadArgs) -> ExitCode {
     }
 }
 
-/// Sends the workload and writes the report.
+/// Sends the workload and writes the report. Failed requests are counted in the outcome.
+///
+/// # Errors
+/// If a setting, the workload or the API key is invalid, the server cannot be reached or its model
+/// is unclear, or the report cannot be written.
 fn run(args: &LoadArgs) -> anyhow::Result<LiveOutcome> {
     raise_open_file_limit().context("cannot raise the limit of open files")?;
     let api_key = args.api_key_env.as_deref().map(api_key).transpose()?;
@@ -179,6 +184,10 @@ fn api_key(name: &str) -> anyhow::Result<ApiKey> {
 }
 
 /// Returns the workload or trace with the arrivals that the flags set.
+///
+/// # Errors
+/// If the trace cannot be read, `--rps` is combined with a trace or with `--concurrency`, or there
+/// is no arrival rate that `--rate` could scale.
 fn workload(args: &LoadArgs) -> anyhow::Result<Workload> {
     let shape = &args.shape;
     let mut workload = match &args.trace {
@@ -206,7 +215,8 @@ fn workload(args: &LoadArgs) -> anyhow::Result<Workload> {
     Ok(workload.at_rate(args.rate)?)
 }
 
-/// Reads the first `max_requests` requests of a trace.
+/// Reads the first `max_requests` requests of a trace, or all of them for `None`. The workload is
+/// named after the path.
 fn read_trace(path: &Path, max_requests: Option<u32>) -> anyhow::Result<Workload> {
     let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
     let requests = trace::read(BufReader::new(file));
@@ -218,6 +228,9 @@ fn read_trace(path: &Path, max_requests: Option<u32>) -> anyhow::Result<Workload
 }
 
 /// Replaces arrival times with a closed loop of `concurrency` requests in flight.
+///
+/// # Errors
+/// If `concurrency` is 0, or a request follows another, as the turns of a conversation do.
 fn close_loop(workload: &mut Workload, concurrency: usize) -> anyhow::Result<()> {
     ensure!(concurrency > 0, "--concurrency must be at least 1");
     for request in &mut workload.requests {
@@ -235,6 +248,9 @@ fn close_loop(workload: &mut Workload, concurrency: usize) -> anyhow::Result<()>
 }
 
 /// Sends the workload, with a progress bar if standard error is a terminal.
+///
+/// # Errors
+/// If the configuration is invalid. Failed requests are counted in the outcome.
 async fn send(config: &LoadConfig, workload: &Workload) -> anyhow::Result<LiveOutcome> {
     let bar = progress::bar(&workload.name, workload.requests.len())?;
     let outcome = load::run(config, workload, |progress| {

@@ -45,7 +45,14 @@ enum Format {
 }
 
 impl LogArgs {
-    /// Starts logging to standard error. `default_level` is the filter without `--log-level`.
+    /// Starts logging to standard error for the whole process. `default_level` is the filter if
+    /// neither `--log-level` nor `FORESEE_LOG` is set.
+    ///
+    /// # Errors
+    /// If the filter is invalid. The value of `--log-level` was checked when it was parsed.
+    ///
+    /// # Panics
+    /// If logging was started before.
     pub(crate) fn init(&self, default_level: &str) -> anyhow::Result<()> {
         let filter = self.log_level.as_deref().unwrap_or(default_level);
         let has_colour = std::io::stderr().is_terminal() && !is_set("NO_COLOR");
@@ -66,8 +73,8 @@ fn is_set(variable: &str) -> bool {
     std::env::var_os(variable).is_some_and(|value| !value.is_empty())
 }
 
-/// Checks a filter and returns it. `EnvFilter` alone takes a misspelt level for the name of a
-/// target.
+/// Checks a filter and returns it unchanged, or returns a message that names the fault and the
+/// valid form. `EnvFilter` alone takes a misspelt level for the name of a target.
 fn filter(text: &str) -> Result<String, String> {
     let invalid = |problem: &str| format!("{problem}; write LEVEL or TARGET=LEVEL, such as info");
     for directive in text.split(',').map(str::trim) {

@@ -102,7 +102,10 @@ impl KvEventsArgs {
     }
 }
 
-/// Serves one mock engine until an interrupt.
+/// Serves one mock engine until an interrupt, which cuts all connections.
+///
+/// # Errors
+/// If an address cannot be bound, or the configuration is contradictory.
 pub(crate) fn mock_engine(args: MockEngineArgs) -> anyhow::Result<()> {
     raise_open_file_limit().context("cannot raise the limit of open files")?;
     let engine = args.engine.config(args.block_size, args.seed);

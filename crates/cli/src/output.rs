@@ -5,7 +5,7 @@ use std::io::{ErrorKind, Write};
 
 use anyhow::Context;
 
-/// Writes a report to standard output.
+/// Writes a report to standard output, without a line end of its own.
 ///
 /// A reader that closes the pipe early, as `head` does, is not an error.
 pub(crate) fn print(report: impl Display) -> anyhow::Result<()> {

@@ -64,7 +64,9 @@ fn settings(serve: &Command) -> String {
     text
 }
 
-/// Appends a section for each subcommand that has no subcommands of its own, recursively.
+/// Appends a section for each subcommand that has no subcommands of its own, recursively. The
+/// subcommands in [`NOT_LISTED`] and global arguments are left out. `command` must be built, so
+/// that the names are complete.
 fn subcommands(text: &mut String, command: &Command) {
     for subcommand in command.get_subcommands() {
         if NOT_LISTED.contains(&subcommand.get_name()) {

@@ -11,15 +11,22 @@ pub(crate) use settings::{PromptArgs, ServeArgs, WorkerArgs};
 use crate::InvalidConfiguration;
 use crate::check_config::check;
 
-/// Checks the configuration and runs the router until a signal stops it.
+/// Checks the configuration and runs the router until a signal stops it. `args` must be
+/// [resolved](ServeArgs::resolve).
+///
+/// # Errors
+/// If a setting is invalid, or the router cannot start.
 pub(crate) fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let config = args.gateway();
     check(&config)?;
     runtime()?.block_on(run(config))
 }
 
-/// Starts the gateway and waits for SIGTERM or SIGINT. A later SIGINT ends the wait for running
-/// requests.
+/// Starts the gateway and waits for SIGTERM or SIGINT, then for running requests. A later SIGINT
+/// ends that wait and aborts the requests.
+///
+/// # Errors
+/// If the gateway cannot start. Errors of the tokenizer are marked as an invalid configuration.
 async fn run(config: GatewayConfig) -> anyhow::Result<()> {
     let open_files = raise_open_file_limit().context("cannot raise the limit of open files")?;
     // A signal that arrives before its handler is installed ends the process, so the handlers are

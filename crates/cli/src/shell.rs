@@ -29,6 +29,10 @@ pub(crate) fn completions(args: &CompletionsArgs) -> anyhow::Result<()> {
 }
 
 /// Prints the manual page of the program or of a subcommand, in roff.
+///
+/// # Errors
+/// If there is no such subcommand, which counts as an invalid configuration, or standard output
+/// cannot be written.
 pub(crate) fn man(args: &ManArgs) -> anyhow::Result<()> {
     let mut page = command();
     page.build();

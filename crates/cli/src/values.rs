@@ -90,7 +90,8 @@ impl fmt::Display for Fraction {
     }
 }
 
-/// Parses `HOST:PORT`, or `:PORT` for all IPv4 interfaces. A host name is resolved.
+/// Parses `HOST:PORT`, or `:PORT` for all IPv4 interfaces. A host name is resolved once, here, to
+/// its first IPv4 address or else to its first address.
 pub(crate) fn address(text: &str) -> Result<SocketAddr, String> {
     if let Some(port) = text.strip_prefix(':') {
         let port = port
@@ -132,7 +133,8 @@ pub(crate) fn workers(text: &str) -> Result<Workers, String> {
     workers.map(Workers).map_err(|error| error.to_string())
 }
 
-/// Parses URLs of workers, separated by commas or white space.
+/// Parses URLs of workers, separated by commas or white space. A URL that contains `=` is an error,
+/// because it seems to have options.
 pub(crate) fn worker_urls(text: &str) -> Result<Workers, String> {
     let urls = text.split(|c: char| c == ',' || c.is_whitespace());
     let urls = urls.filter(|url| !url.is_empty());
@@ -252,7 +254,8 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    /// Returns the kind of an argument, from its parser.
+    /// Returns the kind of an argument, from its parser. A parser of a type that is not known here
+    /// is a choice if it lists its values, otherwise text.
     pub(crate) fn of(argument: &Arg) -> Self {
         if !argument.get_action().takes_values() {
             return Self::Flag;

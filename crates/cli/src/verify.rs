@@ -96,7 +96,9 @@ impl VerifyArgs {
     }
 }
 
-/// Runs the subcommand and returns its exit code.
+/// Runs the subcommand and returns its exit code: failure if the predictions do not hold, and [the
+/// code of no result](not_carried_out) after an error or without a measured response. If too few
+/// responses were measured for a verdict, the code is success.
 pub(crate) fn verify(args: VerifyArgs) -> ExitCode {
     let verdict = raise_open_file_limit()
         .context("cannot raise the limit of open files")
@@ -111,7 +113,13 @@ pub(crate) fn verify(args: VerifyArgs) -> ExitCode {
     }
 }
 
-/// Starts a gateway unless `--router` names one, verifies it, and writes the reports.
+/// Starts a gateway unless `--router` names one, verifies it, and writes the reports, whatever the
+/// verdict. With `--router`, only the block size and the presence of a tokenizer are used of the
+/// router's settings. Without `--prompt-seed`, the seed is the time in seconds since 1970.
+///
+/// # Errors
+/// If there is no worker, the gateway cannot start, the verification cannot be carried out, or a
+/// file cannot be written.
 async fn run(args: VerifyArgs) -> anyhow::Result<Verdict> {
     let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let gateway_config = GatewayConfig {

@@ -115,8 +115,12 @@ pub(crate) struct PrefixTree {
 
 impl PrefixTree {
     /// Computes how many leading blocks of `chain` every worker has, and returns the position at
-    /// which `chain` leaves the tree. `prefix_matches` is indexed by worker and must be zero on
-    /// entry: only workers that have a block are written.
+    /// which `chain` leaves the tree. For a worker with events, cached blocks that its events
+    /// already reflect are left out unless they are pinned: the event index has them.
+    ///
+    /// `prefix_matches` is indexed by worker and must be zero on entry: only workers that have a
+    /// block are written. Workers beyond its end are ignored, also in `best_overlap`, so an empty
+    /// slice serves to find the position only.
     pub(crate) fn match_prefix(
         &self,
         chain: &[SequenceHash],
@@ -151,7 +155,8 @@ impl PrefixTree {
 
     /// Writes how many leading blocks of `chain` every worker still caches according to its
     /// estimated cache, also for workers whose cache source is events. `prefix_matches` is indexed
-    /// by worker.
+    /// by worker and must be zero on entry. `active_blocks` is not written, and workers beyond the
+    /// end are ignored.
     pub(crate) fn match_estimated(
         &self,
         chain: &[SequenceHash],
@@ -170,8 +175,9 @@ impl PrefixTree {
         });
     }
 
-    /// Calls `visit` for every node on the path of `chain`, with the number of matching blocks of
-    /// its edge. Returns the position at which the path ends, with `best_overlap` 0.
+    /// Calls `visit` for every node on the path of `chain`, from the root on, with the number of
+    /// matching blocks of its edge. Returns the position at which the path ends, with
+    /// `best_overlap` 0. A collision of hashes ends the path.
     fn visit_path(
         &self,
         chain: &[SequenceHash],
@@ -276,6 +282,7 @@ impl PrefixTree {
     }
 
     /// Records that `worker`, which pins `node`, has computed every block up to the end of `node`.
+    /// No effect for [`NO_NODE`], or if the worker does not hold the node.
     pub(crate) fn mark_cached(&mut self, node: NodeId, worker: WorkerIndex) {
         let mut id = node;
         while id != NO_NODE {
@@ -291,7 +298,8 @@ impl PrefixTree {
     }
 
     /// Returns whether `worker`, which pins `node`, still caches all blocks up to the end of
-    /// `node`.
+    /// `node`. True for [`NO_NODE`], a path without blocks; false if the worker does not hold the
+    /// node.
     pub(crate) fn is_cached(&self, node: NodeId, worker: WorkerIndex) -> bool {
         self.nodes.get(node as usize).is_none_or(|node| {
             let holder = node.holder_index(worker).map(|index| node.holders[index]);
@@ -300,6 +308,7 @@ impl PrefixTree {
     }
 
     /// Returns how many bookings on `worker` pin the first `depth` blocks of the path to `node`.
+    /// Returns 0 if the path is shorter or the worker does not hold those blocks.
     pub(crate) fn pin_count_at(&self, node: NodeId, worker: WorkerIndex, depth: u32) -> u32 {
         let path = std::iter::successors(self.nodes.get(node as usize), |node| {
             self.nodes.get(node.parent as usize)
@@ -311,7 +320,8 @@ impl PrefixTree {
 
     /// Reverses one [`pin`](Self::pin) of the path to `node` on `worker`. Blocks that nothing pins
     /// any longer stay cached under `free_epoch` if the worker has computed them. Otherwise they
-    /// are dropped.
+    /// are dropped. The tree may remove or merge nodes, so other positions become invalid. No
+    /// effect for [`NO_NODE`].
     pub(crate) fn unpin(
         &mut self,
         node: NodeId,
@@ -363,8 +373,8 @@ impl PrefixTree {
         self.retain_holders(worker, |_| false);
     }
 
-    /// Marks all blocks of `worker` as not computed. Pins stay. Visits every node; meant for a
-    /// worker that has lost its cache.
+    /// Marks all blocks of `worker` as not computed. Pins stay, and blocks without a pin are
+    /// dropped. Visits every node; meant for a worker that has lost its cache.
     pub(crate) fn clear_cached(&mut self, worker: WorkerIndex) {
         self.retain_holders(worker, |holder| {
             holder.cached_blocks = 0;
@@ -372,8 +382,8 @@ impl PrefixTree {
         });
     }
 
-    /// Drops blocks cached on `worker` that were freed before `epoch`. Pinned blocks stay. Visits
-    /// every node.
+    /// Drops blocks cached on `worker` that were freed before the free epoch `epoch`. Pinned blocks
+    /// stay. Visits every node.
     pub(crate) fn clear_freed_before(&mut self, worker: WorkerIndex, epoch: u64) {
         // A node is pinned, or was freed, no earlier than the nodes below it. Therefore the
         // remaining blocks are closed under prefixes.
@@ -406,8 +416,10 @@ impl PrefixTree {
         self.nodes.len()
     }
 
-    /// Splits an edge after `keep` blocks and returns the new upper node. The lower part keeps the
-    /// id, because bookings whose path ends with the edge store that id.
+    /// Splits an edge after `keep` blocks, at least one and fewer than its length, and returns the
+    /// new upper node. The lower part keeps the id, because bookings whose path ends with the edge
+    /// store that id. The holders of the edge hold both parts afterwards; an engine boundary stays
+    /// with the lower part.
     fn split(&mut self, lower_id: NodeId, keep: u32) -> NodeId {
         let lower = &mut self.nodes[lower_id as usize];
         let cut = lower.start + keep;
@@ -441,7 +453,8 @@ impl PrefixTree {
         upper_id
     }
 
-    /// Adds a leaf below `parent` for the blocks of `chain` from `start` on.
+    /// Adds a leaf without holders below `parent` for the blocks of `chain` from `start` on, of
+    /// which there must be at least one, and returns its id. `parent` may be [`NO_NODE`].
     fn add_leaf(&mut self, chain: &HashChain, start: u32, parent: NodeId) -> NodeId {
         let leaf = self.nodes.insert(Node {
             chain: Arc::clone(chain),
@@ -501,7 +514,8 @@ impl PrefixTree {
     }
 
     /// Merges a node into its only child, if the states of all workers agree on both. The child
-    /// keeps its id. Does nothing if that took a copy of more than [`MAX_COPIED_HASHES`] hashes.
+    /// keeps its id. Does nothing if the node does not exist, has several children or none, or if
+    /// the merge would copy more than [`MAX_COPIED_HASHES`] hashes.
     fn merge_with_only_child(&mut self, upper_id: NodeId) {
         let Some(upper) = self.nodes.get(upper_id as usize) else {
             return;
@@ -537,8 +551,10 @@ impl PrefixTree {
         self.deferred_drops.push(upper.chain);
     }
 
-    /// Removes the end of a leaf that no worker holds any longer, and copies the edge out of a
-    /// chain that has become much longer than the edge.
+    /// Removes the end of a leaf that no worker holds any longer, except that one block always
+    /// stays. Then copies the edge of any node out of a chain that has become much longer than the
+    /// edge, unless that would copy more than [`MAX_COPIED_HASHES`] hashes. No effect if the node
+    /// does not exist.
     fn trim_leaf(&mut self, id: NodeId) {
         let Some(node) = self.nodes.get_mut(id as usize) else {
             return;
@@ -564,8 +580,8 @@ impl PrefixTree {
     }
 }
 
-/// Returns the length of the common prefix of two chains that agree in their first hash. Equal
-/// hashes at `i` imply equal hashes before `i`, so bisection finds it.
+/// Returns the length of the common prefix of two nonempty chains that agree in their first hash.
+/// Equal hashes at `i` imply equal hashes before `i`, so bisection finds it.
 fn common_prefix(a: &[SequenceHash], b: &[SequenceHash]) -> u32 {
     let shorter = a.len().min(b.len());
     debug_assert!(shorter > 0 && a[0] == b[0]);

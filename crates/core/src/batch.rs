@@ -91,7 +91,8 @@ impl Batch {
     }
 
     /// Releases the booking of the prompt with this index, which ended normally: see
-    /// [`Booking::complete`].
+    /// [`Booking::complete`]. Has no effect if the prompt has ended already or there is none with
+    /// this index.
     pub fn complete_prompt(&mut self, prompt: usize, now: Duration) {
         if let Some(booking) = self.bookings.get_mut(prompt).and_then(Option::take) {
             booking.complete(now);
@@ -106,8 +107,9 @@ impl Batch {
         }
     }
 
-    /// Releases all bookings and books the prompts again on the worker that the policy chooses among
-    /// all that are not in `excluded`, in one step: see [`Booking::reroute`].
+    /// Releases all bookings and books the prompts again on the worker that the policy chooses
+    /// among all that are not in `excluded`, in one step: see [`Booking::reroute`]. Prompts that
+    /// have ended are left out; if all have, the call has no effect.
     ///
     /// # Errors
     /// As [`Router::route`](crate::router::Router::route). All bookings then stay where they are.
@@ -216,6 +218,8 @@ impl BatchCosts {
 
 impl State {
     /// Returns the costs of the batch on every worker, with its prompts booked one after the other.
+    /// Each prompt waits for the prefills of the prompts before it. Workers that cannot be chosen
+    /// have entries too. Books nothing.
     pub(crate) fn batch_costs(&self, batch: &BatchRequest<'_>) -> BatchCosts {
         let idle_cost = |load: &Load| KvCost::idle(load.projected_blocks());
         let mut batch_costs = BatchCosts {
@@ -250,7 +254,10 @@ impl State {
         batch_costs
     }
 
-    /// Chooses the worker for the whole batch.
+    /// Chooses the worker for the whole batch. Books nothing.
+    ///
+    /// # Errors
+    /// As [`select_with_costs`](Self::select_with_costs).
     pub(crate) fn select_for_batch(
         &mut self,
         batch: &BatchRequest<'_>,
@@ -264,7 +271,9 @@ impl State {
         )
     }
 
-    /// Books all prompts of the batch on `worker`, as dispatched.
+    /// Books all prompts of the batch on `worker`, as dispatched. Returns an entry per prompt, in
+    /// their order. Does not count the arrival in the queue's state: see
+    /// [`record_batch_arrival`](Self::record_batch_arrival).
     pub(crate) fn book_batch(
         &mut self,
         worker: WorkerId,

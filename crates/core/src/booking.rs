@@ -117,13 +117,14 @@ impl Booking {
         &self.prompt
     }
 
-    /// Returns `Ready` once the request is to be sent to [`worker`](Self::worker). Always `Ready` if
-    /// the router has no [queue](crate::queue).
+    /// Returns `Ready` once the request is to be sent to [`worker`](Self::worker). Always `Ready`
+    /// if the router has no [queue](crate::queue).
     ///
     /// The worker may have changed by then: a queued request moves if another worker becomes much
     /// cheaper, but never to a worker in `excluded`. `Ready` also means that the worker was removed
-    /// and no other one can be chosen. While the result is `Pending`, the task of `context` is woken
-    /// when it must poll again.
+    /// and no other one can be chosen. While the result is `Pending`, the task of `context` is
+    /// woken when it must poll again. Only the latest `context` is kept. `excluded` replaces the
+    /// excluded workers of the routed request.
     pub fn poll_dispatch(
         &mut self,
         context: &mut Context<'_>,
@@ -175,7 +176,7 @@ impl Booking {
     }
 
     /// Records that the worker generated `count` output tokens since the last report, the first
-    /// token included.
+    /// token included. A `count` of 0 has no effect.
     pub fn on_tokens(&mut self, count: u32, now: Duration) {
         if count == 0 {
             return;
@@ -187,7 +188,7 @@ impl Booking {
     }
 
     /// Sets the number of output tokens so far to `total`, as reported by the worker. Replaces what
-    /// was counted.
+    /// was counted. A `total` of 0 does not count as a first token.
     pub fn set_output_tokens(&mut self, total: u32, now: Duration) {
         self.with_dispatched(now, |state, id| {
             if total > 0 {
@@ -201,7 +202,8 @@ impl Booking {
     ///
     /// Once the booking is released, a later prompt that continues `sequence` matches the output's
     /// blocks too. Has no effect if `sequence` does not start with the prompt or has another block
-    /// size.
+    /// size. A later call replaces the sequence, and a move of the booking discards it. The
+    /// sequence is not used if the booking is dropped before a first token was reported.
     pub fn set_output_sequence(&mut self, sequence: Sequence) {
         let prompt = self.prompt.hashes();
         // An equal hash means an equal prefix.
@@ -216,7 +218,9 @@ impl Booking {
     /// reports.
     ///
     /// The number is compared with the hit that was expected at the booking. The difference shows
-    /// how large the cache is, or that the worker has lost it. Calls after the first have no effect.
+    /// how large the cache is, or that the worker has lost it. Calls after the first have no
+    /// effect. Has no effect while the request is queued, or if the worker's cache source is
+    /// events.
     pub fn on_cached_tokens(&mut self, tokens: u32) {
         let mut state = self.state.lock();
         state.observe_cached_tokens(self.id, &self.prompt, tokens);
@@ -225,7 +229,8 @@ impl Booking {
 
     /// Releases everything on the present worker and books the same request on `worker`, in one
     /// step. Output tokens counted so far are discarded, because the new worker starts from the
-    /// prompt.
+    /// prompt. `worker` may be unhealthy, draining or excluded by the request. The request may be
+    /// queued on it: see [`poll_dispatch`](Self::poll_dispatch).
     ///
     /// # Errors
     /// [`RouteError::NoWorker`] if `worker` does not exist. The booking then stays where it is.
@@ -242,7 +247,11 @@ impl Booking {
         self.rebook(now, excluded, None)
     }
 
-    /// Books the request again on `worker`, or on the policy's choice if that is `None`.
+    /// Books the request again on `worker`, or on the policy's choice if that is `None`. Keeps the
+    /// queue ticket; the request may be queued again.
+    ///
+    /// # Errors
+    /// If `worker` does not exist, or the policy finds none. The booking then stays where it is.
     fn rebook(
         &mut self,
         now: Duration,
@@ -270,7 +279,8 @@ impl Booking {
     }
 
     /// Releases the booking of a request that ended normally. In contrast to a mere drop, the
-    /// forecasts learn from the length of its output and from its duration.
+    /// forecasts learn from the length of its output and from its duration. They learn nothing if
+    /// no number of output tokens was reported.
     pub fn complete(mut self, now: Duration) {
         self.with_dispatched(now, |state, id| {
             state.on_first_token(id, now);

@@ -115,7 +115,8 @@ impl Capacity {
     }
 
     /// Records that a block was hit at this reuse distance, in blocks. A distance beyond the
-    /// estimate counts against it; three such reports in a row raise it.
+    /// estimate counts against it; three such reports in a row raise it, half of the way to the
+    /// smallest of their distances. No effect on a configured or reported capacity.
     pub(crate) fn observe_hit(&mut self, distance: u64) {
         if !self.is_learned() {
             return;
@@ -138,8 +139,9 @@ impl Capacity {
     }
 
     /// Records that a block was missed at this reuse distance, in blocks. A distance within the
-    /// estimate counts against it, unless a block was hit at a greater distance; three such reports
-    /// in a row lower it.
+    /// estimate counts against it, unless a block was hit at the same or a greater distance; three
+    /// such reports in a row lower it, at most by half. A distance beyond the estimate is ignored.
+    /// No effect on a configured or reported capacity.
     pub(crate) fn observe_miss(&mut self, distance: u64) {
         if !self.is_learned() || distance > u64::from(self.blocks) {
             return;

@@ -55,7 +55,8 @@ impl State {
     }
 
     /// Records the arrival of a batch that was dispatched at once. `first` is the request with its
-    /// first prompt, `bookings` are those of all prompts.
+    /// first prompt, `bookings` are those of all prompts. Must be called after
+    /// [`book_batch`](Self::book_batch), under the same lock.
     pub(crate) fn record_batch_arrival(
         &mut self,
         first: &Request<'_>,
@@ -66,7 +67,8 @@ impl State {
         self.record_arrival(&ticket, bookings);
     }
 
-    /// Records an arrival with the service time of all its bookings.
+    /// Records an arrival with the service time of all its bookings. The service time is zero
+    /// unless the queue order is [`QueueOrder::FairByTenant`].
     fn record_arrival(&mut self, ticket: &QueueTicket, bookings: impl Iterator<Item = BookingId>) {
         let service_time = match self.config.queue_order {
             Some(QueueOrder::FairByTenant) => {
@@ -78,7 +80,7 @@ impl State {
     }
 
     /// Returns the predicted time that a request takes of its worker: its prefill, and what it adds
-    /// to each decode step.
+    /// to each decode step. Zero if the booking does not exist.
     fn predicted_service_time(&mut self, id: BookingId) -> Duration {
         let Some(record) = self.bookings.get(id.index) else {
             return Duration::ZERO;
@@ -100,6 +102,8 @@ impl State {
 
     /// Books a request on `worker`: dispatched if the worker can take it now, and queued otherwise.
     /// Until `rebalance_not_before`, slack of other workers does not lead to a new choice for it.
+    /// Afterwards dispatches the worker's next request if it can take one. Does not record an
+    /// arrival: see [`book_on_arrival`](Self::book_on_arrival).
     pub(crate) fn book_or_enqueue(
         &mut self,
         worker: WorkerId,
@@ -118,7 +122,8 @@ impl State {
     }
 
     /// Returns whether a new request can be sent to the worker at once: no other request is queued
-    /// for it, it has prefill slack, and the request fits its memory. Always true without a queue.
+    /// for it, it has prefill slack, and the request fits its memory. Always true if the router has
+    /// no queue, and otherwise false if the worker was removed.
     fn can_dispatch_now(
         &self,
         worker: WorkerId,
@@ -143,7 +148,8 @@ impl State {
     /// its queue is empty, offers it to a request that is queued for another worker.
     ///
     /// Must be called after every change that may free prefill slack or memory. The task of the
-    /// request is woken when the lock is released.
+    /// request is woken when the lock is released. Has no effect while an earlier request of this
+    /// queue was woken and has not polled.
     pub(crate) fn try_dispatch_next(&mut self, index: WorkerIndex) {
         if self.queue.queued_total == 0 || !self.has_prefill_slack(index) {
             return;
@@ -198,8 +204,9 @@ impl State {
     /// Returns whether the memory of the worker at `index` suffices to start a request at once that
     /// adds `new_blocks` active blocks and may generate the output of `reservation`.
     ///
-    /// For an engine that reserves no memory for outputs, this is checked only if the queue order
-    /// is `shortest`.
+    /// True if the capacity is not configured or reported, or if no block is active there; false if
+    /// the worker does not exist. For an engine that reserves no memory for outputs, this is
+    /// checked only if the queue order is `shortest`.
     fn fits_memory(
         &self,
         index: WorkerIndex,
@@ -236,7 +243,8 @@ impl State {
 
     /// Offers a new choice to the first request of the longest queue, because the worker at `index`
     /// has prefill slack and an empty queue. Considers only queues of workers with the same latency
-    /// model: requests of other models could not move to it.
+    /// model: requests of other models could not move to it. Has no effect if no request is queued
+    /// there, or before the `rebalance_not_before` of that request. The caller checks the slack.
     fn rebalance_from_longest_queue(&mut self, index: WorkerIndex) {
         let latency_model = self.workers.pending_work[index as usize].latency_model;
         let same_model = self
@@ -255,8 +263,10 @@ impl State {
         }
     }
 
-    /// Removes the queue of a worker that is about to be removed, and offers a new choice to all
-    /// requests in it.
+    /// Offers a new choice to all requests in the queue of a worker that is about to be removed,
+    /// and no longer counts them as queued. Must be called before
+    /// [`Workers::remove`](crate::workers::Workers::remove), which clears the queue. Has no effect
+    /// if the worker was removed.
     pub(crate) fn drop_worker_queue(&mut self, worker: WorkerId) {
         self.offer_rebalance_to_all(worker);
         if let Some((pending_work, _)) = self.workers.pending_work_mut(worker) {
@@ -265,7 +275,7 @@ impl State {
     }
 
     /// Offers a new choice to all requests in the worker's queue, because the worker accepts no
-    /// more requests.
+    /// more requests. Has no effect if the worker was removed.
     pub(crate) fn offer_rebalance_to_all(&mut self, worker: WorkerId) {
         let Some((pending_work, _)) = self.workers.pending_work_mut(worker) else {
             return;
@@ -285,8 +295,9 @@ impl State {
         }
     }
 
-    /// Returns `Ready` if the request is dispatched or its worker was removed, which the caller
-    /// notices. Otherwise the task of `context` is woken when it must poll again.
+    /// Returns `Ready` if the request is dispatched, its booking has ended, or its worker was
+    /// removed, which the caller notices. Otherwise the task of `context`, which replaces the one
+    /// of the previous poll, is woken when it must poll again.
     pub(crate) fn poll_dispatch(&mut self, id: BookingId, context: &mut Context<'_>) -> Poll<()> {
         let Some(record) = self.record(id) else {
             return Poll::Ready(());
@@ -326,8 +337,10 @@ impl State {
     }
 
     /// Books a queued request again: on the worker that the policy chooses now, if that is worth a
-    /// move, and otherwise on its present worker. The request keeps its queue ticket. Returns `None`
-    /// if the booking does not exist.
+    /// move, and otherwise on its present worker. The request keeps its queue ticket. Returns
+    /// `None` if the booking does not exist. The request must be queued, and `id` is invalid
+    /// afterwards. The new booking may be dispatched at once. If no worker can be chosen, the
+    /// present worker stays.
     pub(crate) fn rebalance(
         &mut self,
         id: BookingId,
@@ -350,7 +363,8 @@ impl State {
     }
 
     /// Books a queued request as sent to its worker, with the prefix match of this time. Returns
-    /// `None` if the request is not queued.
+    /// `None` if the request is not queued. Does not check whether the worker has slack or memory,
+    /// and ignores the excluded workers. `id` is invalid afterwards.
     pub(crate) fn dispatch(
         &mut self,
         id: BookingId,
@@ -365,8 +379,9 @@ impl State {
         Some((id, worker, decision))
     }
 
-    /// Removes a booking that is about to be made elsewhere, and dispatches the next request of its
-    /// worker. Returns the worker and the queue ticket.
+    /// Removes a booking that is about to be made elsewhere, as if it had never been made, and
+    /// dispatches the next request of its worker. Returns the worker and the queue ticket, or
+    /// `None` if the booking has ended.
     pub(crate) fn release_for_rebooking(
         &mut self,
         id: BookingId,
@@ -377,7 +392,8 @@ impl State {
     }
 
     /// Removes a booking as if it had never been made: it no longer counts in the arrival rate of
-    /// its worker either.
+    /// its worker either. Returns the worker and the queue ticket, or `None` if the booking has
+    /// ended. Dispatches no other request.
     fn remove_booking(&mut self, id: BookingId) -> Option<(WorkerId, QueueTicket)> {
         self.record(id)?;
         let record = self.bookings.remove(id.index);
@@ -391,7 +407,9 @@ impl State {
     }
 
     /// Returns whether a queued request should move from `current` to `chosen`: if `current` is not
-    /// healthy, or if the move reduces the cost to [`MAX_MIGRATION_COST_RATIO`] of what it is.
+    /// healthy, or if the move reduces the cost to [`MAX_MIGRATION_COST_RATIO`] of what it is. The
+    /// request must not be booked at the time, or its own booking would count in the cost of
+    /// `current`.
     fn is_worth_moving(
         &self,
         current: WorkerId,

@@ -77,8 +77,10 @@ impl FreedRequest {
         u64::from(self.unknown_output) + u64::from(self.reusable) + u64::from(self.duplicates)
     }
 
-    /// Evicts up to `want` blocks of this entry, or with `whole_leaves` as many more as it takes to
-    /// evict whole nodes. Returns what was evicted.
+    /// Evicts up to `want` blocks of this entry, also from the tree, or with `whole_leaves` as many
+    /// more as it takes to evict whole nodes: first unknown output, then the path from its end,
+    /// then duplicates. Returns the number of all evicted blocks; the other fields of the result
+    /// refer to the path only.
     fn evict(
         &mut self,
         want: u32,
@@ -184,7 +186,8 @@ impl EstimatedCache {
         self.capacity.source()
     }
 
-    /// Sets the capacity to the number of blocks that the worker reports.
+    /// Sets the capacity to the number of blocks that the worker reports, which also replaces a
+    /// configured one. Evicts nothing.
     pub(crate) fn set_capacity(&mut self, blocks: u32) {
         self.capacity = Capacity::reported(blocks);
         self.ghosts.clear();
@@ -201,7 +204,8 @@ impl EstimatedCache {
     }
 
     /// Returns whether the estimate is off: KV events report what is cached, and without a known
-    /// capacity the next evictions cannot be predicted. The free queue is then kept empty.
+    /// capacity the next evictions cannot be predicted. The next
+    /// [`evict_to_fit`](Self::evict_to_fit) then empties the free queue.
     pub(crate) fn is_disabled(&self) -> bool {
         self.is_event_tracked && self.capacity.is_learned()
     }
@@ -211,7 +215,8 @@ impl EstimatedCache {
         self.pending_prefills += 1;
     }
 
-    /// Counts the end of a booking's prefill. Returns whether no other booking is in prefill.
+    /// Counts the end of a booking's prefill, which [`begin_prefill`](Self::begin_prefill) counted.
+    /// Returns whether no other booking is in prefill.
     pub(crate) fn end_prefill(&mut self) -> bool {
         debug_assert!(
             self.pending_prefills > 0,
@@ -226,7 +231,9 @@ impl EstimatedCache {
         self.reusable_blocks
     }
 
-    /// Empties the cache and forgets what was learned from hits and misses. The capacity stays.
+    /// Empties the cache and forgets what was learned from hits and misses. The capacity, the
+    /// headroom and the count of pending prefills stay. The caller clears the worker's blocks in
+    /// the tree.
     pub(crate) fn clear(&mut self) {
         self.free_queue.clear();
         self.reusable_blocks = 0;
@@ -247,10 +254,12 @@ impl EstimatedCache {
     }
 
     /// Removes reused blocks from the free queue: cached blocks that a new request pins again.
+    /// `runs` are those of the [`PinChange`](crate::active_tree::PinChange), deepest first.
     ///
     /// The deepest `recomputed` of them are computed again instead of hit (engines always compute
     /// the last token of a prompt, and so its block). Under vLLM the old physical blocks of those
-    /// stay in the free queue as duplicates that no request can hit.
+    /// stay in the free queue as duplicates that no request can hit. Under SGLang `recomputed` is
+    /// ignored.
     pub(crate) fn reuse(&mut self, runs: &[ReusedRun], recomputed: u32) {
         let mut recomputed = if self.keeps_duplicates() {
             recomputed
@@ -283,7 +292,8 @@ impl EstimatedCache {
     }
 
     /// Appends the blocks of a request that was released under `epoch`, with `unknown_output`
-    /// blocks of unknown output at its tail.
+    /// blocks of unknown output at its tail. `epoch` must be later than that of every entry. Evicts
+    /// nothing, even if the free queue exceeds the capacity. No effect if there are no blocks.
     pub(crate) fn push_freed(&mut self, unpinned: UnpinChange, unknown_output: u32, epoch: u64) {
         let freed = FreedRequest {
             unknown_output,
@@ -299,8 +309,13 @@ impl EstimatedCache {
         }
     }
 
-    /// Evicts blocks until `active_blocks` and the free queue fit the capacity. Evictions that the
-    /// worker's events have not reported yet are added to `pending_evictions`.
+    /// Evicts blocks, also from the tree, until `active_blocks`, the headroom (under SGLang) and
+    /// the free queue fit the capacity. Active blocks are never evicted: if they alone exceed the
+    /// capacity, the free queue is emptied. A [disabled](Self::is_disabled) estimate evicts
+    /// everything.
+    ///
+    /// Evictions that the worker's events have not reported yet are added to `pending_evictions`,
+    /// if any prefill is pending.
     pub(crate) fn evict_to_fit(
         &mut self,
         active_blocks: u64,
@@ -343,7 +358,8 @@ impl EstimatedCache {
         self.compact();
     }
 
-    /// Remembers an evicted run that begins with `shallowest`, if the capacity is learned.
+    /// Remembers an evicted run that begins with `shallowest`; no effect if that is `None` or the
+    /// capacity is not learned. Forgets the oldest run beyond [`MAX_GHOSTS`].
     fn push_ghost(&mut self, shallowest: Option<SequenceHash>) {
         let Some(shallowest) = shallowest.filter(|_| self.capacity.is_learned()) else {
             return;
@@ -366,12 +382,13 @@ impl EstimatedCache {
         }
     }
 
-    /// Returns what a new booking expects the worker to find in its cache.
+    /// Returns what a new booking expects the worker to find in its cache. Reuse distances are
+    /// included only while the capacity is learned and the worker has no events.
     ///
     /// `cached_blocks` is the prefix match of its prompt, of which other requests pin the first
-    /// `active_blocks`. `runs` are the blocks that the booking takes out of the free queue, which
-    /// must still contain them. `blocks_in_use` is how many blocks the worker's requests pinned
-    /// before this booking.
+    /// `active_blocks`. `runs` are the blocks that the booking takes out of the free queue, deepest
+    /// first; call this before [`reuse`](Self::reuse), as the free queue must still contain them.
+    /// `blocks_in_use` is how many blocks the worker's requests pinned before this booking.
     pub(crate) fn expected_hit(
         &self,
         cached_blocks: u32,
@@ -407,6 +424,10 @@ impl EstimatedCache {
     /// Compares a reported cache hit with what the booking expected, and adjusts the learned
     /// capacity. `next_block` is the first block of the prompt that was not expected to be cached:
     /// if the worker found it although the estimate has evicted it, the capacity is larger.
+    ///
+    /// Removes no blocks. The caller applies the result with
+    /// [`forget_freed_before`](Self::forget_freed_before), and the new capacity with
+    /// [`evict_to_fit`](Self::evict_to_fit).
     pub(crate) fn audit_hit(
         &mut self,
         expected: &ExpectedHit,
@@ -429,7 +450,8 @@ impl EstimatedCache {
         Some(self.evicted_total - ghost.evicted_total)
     }
 
-    /// Removes what was freed before `epoch`, because the worker has lost it.
+    /// Removes what was freed before the free epoch `epoch`, because the worker has lost it. The
+    /// caller does the same in the tree with [`PrefixTree::clear_freed_before`].
     pub(crate) fn forget_freed_before(&mut self, epoch: u64) {
         self.free_queue.retain(|entry| entry.epoch >= epoch);
         let reusable = self

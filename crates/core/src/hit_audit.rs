@@ -52,8 +52,8 @@ pub(crate) struct ExpectedRun {
 }
 
 impl ExpectedHit {
-    /// Returns the reuse distance of the block at `index`: the capacity that a worker needs to have
-    /// kept it. `None` if the distance is unknown.
+    /// Returns the reuse distance of the block at `index`: the capacity, in blocks, that a worker
+    /// needs to have kept it. `None` if the distance is unknown.
     fn distance(&self, index: u32) -> Option<u64> {
         let run = self.runs.iter().rev().find(|run| run.start <= index)?;
         Some(run.reuse_distance + u64::from(index - run.start) + 1)
@@ -98,7 +98,12 @@ pub(crate) struct HitAudit {
 impl HitAudit {
     /// Evaluates a `reported` hit against the `expected` one and adjusts the `capacity`.
     /// `survived_evictions` is the number of blocks that the estimate has evicted since it evicted
-    /// the first block beyond the expectation, which the worker nevertheless found.
+    /// the first block beyond the expectation, which the worker nevertheless found; `None` if that
+    /// is not known.
+    ///
+    /// As long as the worker has never reported a hit, or if the hit is shorter than the blocks
+    /// that other requests pinned, the result is [`AuditResult::Consistent`] and nothing is
+    /// learned.
     pub(crate) fn observe(
         &mut self,
         expected: &ExpectedHit,
@@ -133,7 +138,8 @@ impl HitAudit {
     }
 
     /// Counts successive misses. Returns [`AuditResult::CacheLostBefore`] when there are enough of
-    /// them to conclude that the cache was lost.
+    /// them to conclude that the cache was lost, and starts to count anew. A booking whose cached
+    /// blocks were all released after the first miss is ignored.
     fn count_misses(&mut self, expected: &ExpectedHit, is_miss: bool) -> AuditResult {
         if self.successive_misses > 0 && expected.oldest_epoch > self.first_miss_epoch {
             // The blocks were computed again after the first miss, so this hit says nothing about

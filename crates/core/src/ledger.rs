@@ -46,7 +46,8 @@ impl State {
     }
 
     /// Books a request on `worker`, as sent to it now. The state must not have changed since
-    /// `assessment` was made.
+    /// `assessment` was made. If the worker was removed, the booking occupies nothing. Does not
+    /// check slack, memory or health.
     pub(crate) fn book(
         &mut self,
         worker: WorkerId,
@@ -135,7 +136,9 @@ impl State {
 
     /// Books a request in the queue of `worker`, to be sent later. The state must not have changed
     /// since `assessment` was made. Until `rebalance_not_before`, slack of other workers does not
-    /// lead to a new choice for the request.
+    /// lead to a new choice for the request. The booking counts in the worker's queued blocks, not
+    /// in its active ones, and causes no eviction. If the worker was removed, the booking is in no
+    /// queue, and a poll for its dispatch returns `Ready`.
     pub(crate) fn enqueue(
         &mut self,
         worker: WorkerId,
@@ -184,7 +187,8 @@ impl State {
     }
 
     /// Returns a record with the next serial, and the decision that led to it. The record pins
-    /// nothing and is not queued yet.
+    /// nothing and is not queued yet. The worker's index must be in the arrays, even if the worker
+    /// was removed.
     fn build_record(
         &mut self,
         worker: WorkerId,
@@ -239,7 +243,8 @@ impl State {
     }
 
     /// Adds a booking, dispatched or queued, to the pending work of its worker, and predicts its
-    /// prefill time and the time of its first token.
+    /// prefill time and the time of its first token. Also counts it in the worker's arrival rate.
+    /// Has no effect if the worker was removed.
     fn add_pending_work(&mut self, record: &mut BookingRecord) {
         let now = self.now;
         let Some((worker, load)) = self.workers.get_mut(record.worker) else {
@@ -283,7 +288,8 @@ impl State {
 
     /// Records that the worker has computed the prompt, because its output is reported. Learns from
     /// the time of the first token if the response is streamed. Calls after the first have no
-    /// effect.
+    /// effect. The request must be dispatched. Dispatches the worker's next request if this ends
+    /// the prefill. Has no effect if the booking has ended.
     pub(crate) fn on_first_token(&mut self, id: BookingId, now: Duration) {
         let record = find_record(&mut self.bookings, id);
         let Some(record) = record.filter(|record| !record.prefill_confirmed) else {
@@ -330,7 +336,8 @@ impl State {
     }
 
     /// Counts the end of a booking's prefill. The worker has therefore started this booking and all
-    /// that were sent to it before. Dispatches the worker's next request.
+    /// that were sent to it before. Dispatches the worker's next request. Must be called once per
+    /// booking. Has no effect if the worker was removed.
     pub(crate) fn on_prefill_finished(&mut self, worker: WorkerId, serial: u64) {
         let Some((worker, _)) = self.workers.get_mut(worker) else {
             return;
@@ -352,7 +359,8 @@ impl State {
     }
 
     /// Counts `count` further output tokens. Learns from the time since the token before them if
-    /// the response is streamed.
+    /// the response is streamed. [`on_first_token`](Self::on_first_token) must be called before.
+    /// The first report of a response is no sample. Has no effect if the booking has ended.
     pub(crate) fn on_tokens(&mut self, id: BookingId, count: u32, now: Duration) {
         let Some(record) = self.record(id) else {
             return;
@@ -396,8 +404,10 @@ impl State {
         }
     }
 
-    /// Sets the number of output tokens to `total`, reported or estimated, and updates the load, the
-    /// pending work and the estimated cache of the worker.
+    /// Sets the number of output tokens to `total`, reported or estimated, and updates the load,
+    /// the pending work and the estimated cache of the worker. The request must be dispatched;
+    /// `total` may be lower than before. The remaining output is forecast again only if the number
+    /// of blocks changes. Has no effect if the booking has ended.
     pub(crate) fn set_output_tokens(&mut self, id: BookingId, total: u32) {
         let Some(record) = find_record(&mut self.bookings, id) else {
             return;
@@ -449,7 +459,8 @@ impl State {
     }
 
     /// Learns the length of an output that ended normally and, if the response was not streamed,
-    /// the time of its decode steps. Learns nothing if the number of tokens was only estimated.
+    /// the time of its decode steps. Learns nothing if the number of tokens was only estimated. An
+    /// output of `max_tokens` tokens counts as truncated. Does not release the booking.
     pub(crate) fn learn_from_completion(&mut self, id: BookingId, now: Duration) {
         let Some(record) = self
             .record(id)
@@ -492,6 +503,8 @@ impl State {
 
     /// Compares the `tokens` tokens of the prompt that the worker found in its cache with the
     /// expected hit, and corrects the estimated cache. Has no effect if the cache source is events.
+    /// Only the first call for a dispatched booking has an effect; `tokens` is rounded down to
+    /// whole blocks.
     pub(crate) fn observe_cached_tokens(&mut self, id: BookingId, prompt: &Sequence, tokens: u32) {
         let Some(record) = self.record(id) else {
             return;
@@ -533,8 +546,9 @@ impl State {
     }
 
     /// Releases a booking and dispatches the worker's next request. The blocks that the request
-    /// computed stay in the estimated cache. `output_sequence`, the prompt followed by output, makes
-    /// the blocks of the output findable too. Has no effect if the booking has ended already.
+    /// computed stay in the estimated cache. `output_sequence`, the prompt followed by output,
+    /// makes the blocks of the output findable too; it is ignored unless the prefill was confirmed.
+    /// Has no effect if the booking has ended already.
     pub(crate) fn release(&mut self, id: BookingId, output_sequence: Option<&Sequence>) {
         let exists = self.record(id).is_some();
         let Some(record) = exists.then(|| self.bookings.remove(id.index)) else {
@@ -546,7 +560,8 @@ impl State {
     }
 
     /// Subtracts a removed booking from all numbers of its worker, and unpins its blocks. See
-    /// [`release`](Self::release) for `output_sequence`.
+    /// [`release`](Self::release) for `output_sequence`. The caller has taken `record` out of
+    /// [`State::bookings`].
     pub(crate) fn undo(&mut self, record: BookingRecord, output_sequence: Option<&Sequence>) {
         if let Some((pending_work, _)) = self.workers.pending_work_mut(record.worker) {
             pending_work.remove(&record.work);
@@ -625,7 +640,7 @@ impl State {
     }
 
     /// Removes a queued booking from the queue of its worker, from the worker's load and from the
-    /// tree of queued prefixes.
+    /// tree of queued prefixes. Has no effect if the worker was removed.
     fn dequeue(&mut self, record: &BookingRecord, queued: &QueuedState) {
         let mut queued_blocks = 0;
         if let Some((pending_work, _)) = self.workers.pending_work_mut(record.worker)

@@ -78,8 +78,8 @@ impl MarginalDelay {
         self.queue_wait + self.prefill
     }
 
-    /// Returns the cost to be minimised. `ttft_weight` is the weight of a second of the request's
-    /// time to first token; all other terms have a weight of 1.
+    /// Returns the cost to be minimised, in seconds. `ttft_weight` is the weight of a second of the
+    /// request's time to first token; all other terms have a weight of 1.
     #[must_use]
     pub fn total(&self, ttft_weight: f64) -> f64 {
         ttft_weight * self.time_to_first_token()
@@ -188,7 +188,8 @@ impl RequestProfile {
 
     /// Returns the total cost on a worker if it is below `cutoff`, and otherwise a lower bound of
     /// it that may already be at or above `cutoff`. It is used to find the cheapest worker without
-    /// computing every term for all workers.
+    /// computing every term for all workers. Both are in seconds, with the time to first token
+    /// weighted.
     pub(crate) fn total_or_lower_bound(
         &self,
         cutoff: f64,
@@ -205,7 +206,8 @@ impl RequestProfile {
         self.total(&self.add_interaction_terms(partial, latency_model, pending, load, prefix_match))
     }
 
-    /// Computes the terms that do not depend on other outputs.
+    /// Computes the terms that do not depend on other outputs. `future_arrivals` does not include
+    /// the wait for memory yet.
     fn lower_bound_terms(
         &self,
         latency_model: &LatencyModel,
@@ -255,7 +257,8 @@ impl RequestProfile {
         }
     }
 
-    /// Adds the terms that depend on other requests of the worker.
+    /// Adds the terms that depend on other requests of the worker. `partial` must come from
+    /// [`lower_bound_terms`](Self::lower_bound_terms) with the same arguments.
     fn add_interaction_terms(
         &self,
         partial: PartialDelay,
@@ -322,8 +325,8 @@ impl RequestProfile {
 
     /// Returns the decode steps until the blocks of this request fit, and keep fitting while all
     /// outputs grow and end. Memory use peaks right before an output ends, so it is evaluated
-    /// there, bucket by bucket (after Past-Future; Gong et al., 2025). 0 if the capacity is
-    /// unknown.
+    /// there, bucket by bucket (after Past-Future; Gong et al., 2025). 0 if the capacity is unknown
+    /// or the worker has no requests. A request that never fits waits until all outputs have ended.
     fn steps_until_memory_fits(
         &self,
         pending: &PendingWork,

@@ -42,13 +42,12 @@ struct WorkerEvictions {
 }
 
 impl WorkerEvictions {
-    /// Returns how many leading blocks of `chain` will survive the pending evictions, if those are
-    /// fewer than events list.
+    /// Returns how many leading blocks of `chain` will survive the pending evictions. `None` means
+    /// that no pending eviction lowers the number that events list.
     ///
     /// `unreliable` are the positions of the blocks that events list and the estimate has evicted.
-    /// `last_started` is the latest booking whose evictions count (see
-    /// [`PrefixTree::last_started`]). The first position in `unreliable` must be the start of a
-    /// pending run.
+    /// Unless the first of them is the start of a pending run, the result is `None`. `last_started`
+    /// is the latest booking whose evictions count (see [`PrefixTree::last_started`]).
     fn surviving_depth(
         &self,
         chain: &[SequenceHash],
@@ -78,8 +77,9 @@ impl PendingEvictions {
         self.latest_booking = serial;
     }
 
-    /// Adds the eviction of a run that begins with `shallowest`. If the worker has too many pending
-    /// runs, all of them are dropped first.
+    /// Adds the eviction of a run that begins with `shallowest`, caused by the booking that was
+    /// [noted](Self::note_booking) last. If the worker has too many pending runs, all of them are
+    /// dropped first.
     pub(crate) fn push(&mut self, worker: WorkerIndex, shallowest: SequenceHash) {
         let runs = self.by_worker.entry(worker).or_default();
         if runs.fifo.len() == MAX_PENDING_RUNS {
@@ -89,9 +89,9 @@ impl PendingEvictions {
         runs.fifo.push_back((self.latest_booking, shallowest));
     }
 
-    /// Removes the entries of the blocks in `hashes`, which new events report as stored or removed.
-    /// Also removes the entry of every run whose booking has started: the new events are right
-    /// about it.
+    /// Removes the entries of the blocks in `hashes`, which new events of the worker report as
+    /// stored or removed. Also removes the entry of every run whose booking has started: the new
+    /// events are right about it. Call for every batch of events, even if `hashes` is empty.
     pub(crate) fn acknowledge(
         &mut self,
         worker: WorkerIndex,
@@ -117,7 +117,8 @@ impl PendingEvictions {
     }
 
     /// Records that the worker has started the booking `serial` and all bookings before it. What
-    /// they had to evict is evicted by now.
+    /// they had to evict is evicted by now, so the next [`acknowledge`](Self::acknowledge) removes
+    /// their entries. No effect on a worker without pending evictions.
     pub(crate) fn mark_started(&mut self, worker: WorkerIndex, serial: u64) {
         if let Some(runs) = self.by_worker.get_mut(&worker) {
             runs.last_started = runs.last_started.max(serial);
@@ -135,7 +136,9 @@ impl PendingEvictions {
     }
 
     /// Lowers `cached_blocks` of each worker, as events report it for `chain`, to the blocks that
-    /// will survive pending evictions. Returns whether any prefix match became smaller.
+    /// will survive pending evictions. `active_blocks` is neither read nor changed.
+    /// `prefix_matches` is indexed by worker and must contain every worker. Returns whether any
+    /// prefix match became smaller.
     pub(crate) fn clamp(
         &self,
         chain: &[SequenceHash],

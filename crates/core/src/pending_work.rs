@@ -30,7 +30,9 @@ pub(crate) struct RequestWork {
 }
 
 impl RequestWork {
-    /// Returns the contribution of a new request, in prefill and streaming.
+    /// Returns the contribution of a new request: in prefill, streaming and not sent.
+    /// `remaining_tokens` are the expected output tokens, `context_tokens` the tokens of the
+    /// prompt.
     pub(crate) fn new(work: PrefillWork, remaining_tokens: u32, context_tokens: u64) -> Self {
         Self {
             sent_serial: 0,
@@ -147,7 +149,8 @@ impl PendingWork {
         }
     }
 
-    /// Adds a request that waits for its prefill, at the router or at the worker.
+    /// Adds a request that waits for its prefill, at the router or at the worker. The caller adds
+    /// it to [`queue`](Self::queue) if it waits at the router.
     pub(crate) fn add_prefill(&mut self, work: &RequestWork) {
         debug_assert!(
             work.is_in_prefill,
@@ -157,7 +160,9 @@ impl PendingWork {
         self.prefill_work += work.work;
     }
 
-    /// Records that the request is sent to the worker `now`, as the booking `serial`.
+    /// Records that the request is sent to the worker `now`, as the booking `serial`, which is also
+    /// stored in `work`. The request must have been [added](Self::add_prefill), and serials must
+    /// ascend. All times in this module are since the epoch that the caller of the router chose.
     pub(crate) fn mark_sent(&mut self, work: &mut RequestWork, serial: u64, now: Duration) {
         work.sent_serial = serial;
         self.prefill_queue.push_back(SentPrompt {
@@ -184,9 +189,9 @@ impl PendingWork {
         }
     }
 
-    /// Moves a dispatched request from prefill to decode: its prompt leaves the prefill backlog, and
-    /// the request joins the decode batch. Returns whether the request was in prefill; if it was
-    /// not, nothing changes.
+    /// Moves a dispatched request from prefill to decode: its prompt leaves the prefill backlog,
+    /// and the request joins the decode batch. `work` is marked as decoding. Returns whether the
+    /// request was in prefill; if it was not, nothing changes.
     pub(crate) fn finish_prefill(&mut self, work: &mut RequestWork) -> bool {
         let was_in_prefill = std::mem::take(&mut work.is_in_prefill);
         if was_in_prefill {
@@ -199,7 +204,7 @@ impl PendingWork {
     }
 
     /// Records that the worker has started the prefill of this request, and so of all that were
-    /// sent before it.
+    /// sent before it. No effect if a later request is known to have started.
     pub(crate) fn mark_started(&mut self, work: &RequestWork, now: Duration) {
         if work.sent_serial > self.last_started.0 {
             self.last_started = (work.sent_serial, now);
@@ -207,7 +212,7 @@ impl PendingWork {
     }
 
     /// Returns the serial of the earliest booking that was sent so recently that an engine step
-    /// which starts now may not include it.
+    /// which starts now may not include it. `None` if no prompt was sent so recently.
     pub(crate) fn oldest_in_transit(&self, now: Duration) -> Option<u64> {
         let latest = self.prefill_queue.iter().rev();
         let in_transit =
@@ -216,12 +221,13 @@ impl PendingWork {
     }
 
     /// Returns when a request whose tokens are not observed got its first token, or `None` if it is
-    /// not assumed to have one yet.
+    /// not assumed to have one yet. The request must be dispatched. All times are since the epoch
+    /// that the caller of the router chose.
     ///
     /// Engines start requests in the order in which they arrive. So the request has its first token
-    /// if a later request is known to have started. Otherwise it is assumed to have it at the
-    /// predicted time `due`, unless an earlier request whose tokens are observed still waits for
-    /// its own.
+    /// if a later request is known to have started, at the time when that became known. Otherwise
+    /// it is assumed to have it at the predicted time `due`, unless an earlier request whose tokens
+    /// are observed still waits for its own.
     pub(crate) fn inferred_first_token_at(
         &self,
         work: &RequestWork,
@@ -270,7 +276,8 @@ impl PendingWork {
         })
     }
 
-    /// Updates the expected remaining output and the context tokens of a request, in either phase.
+    /// Updates the expected remaining output and the context tokens of a request, in either phase,
+    /// in `work` and in the totals. The prefill work stays as it is.
     pub(crate) fn update_decode(
         &mut self,
         work: &mut RequestWork,
@@ -292,7 +299,9 @@ impl PendingWork {
         }
     }
 
-    /// Removes a request that has ended or moves to another worker, in either phase.
+    /// Removes a request that has ended or moves to another worker, in either phase. `work` must be
+    /// as it was last added or updated. The caller removes the request from [`queue`](Self::queue)
+    /// if it waits there.
     pub(crate) fn remove(&mut self, work: &RequestWork) {
         if work.is_in_prefill {
             self.prefill_requests.subtract(work);
@@ -303,7 +312,8 @@ impl PendingWork {
         }
     }
 
-    /// Marks a sent prompt as done, and drops done prompts from the front.
+    /// Marks a sent prompt as done, and drops done prompts from the front. A serial without a sent
+    /// prompt is ignored.
     fn leave_prefill_queue(&mut self, sent_serial: u64) {
         if let Ok(index) = self
             .prefill_queue
@@ -347,8 +357,9 @@ impl PendingWork {
     }
 
     /// Returns how long a prompt with this queue ticket waits until its prefill starts, and which
-    /// queued requests it overtakes. `prefill_seconds` is the prefill time of the prompt, which
-    /// decides its position in the router's queue.
+    /// queued requests it overtakes. The prompt itself must not be part of the pending work yet.
+    /// `prefill_seconds` is the prefill time of the prompt, which only decides its position in the
+    /// router's queue.
     pub(crate) fn queue_wait(
         &self,
         ticket: &QueueTicket,
@@ -380,7 +391,8 @@ impl PendingWork {
     }
 
     /// Returns the seconds of prefill left of `prompts`, which are all that were sent and possibly
-    /// some that are queued. Time that has passed since the first one started is subtracted.
+    /// some that are queued. Time that has passed since the first one started is subtracted, up to
+    /// its forecast. An overdue first prompt is expected to take a fraction of its delay longer.
     fn backlog_seconds(
         &self,
         prompts: PrefillTotals,
@@ -404,8 +416,9 @@ impl PendingWork {
         (total - first_seconds).max(0.0) + first_remaining
     }
 
-    /// Returns the prefill backlog in tokens: the tokens of all uncomputed prompts, less the
-    /// progress of the first one.
+    /// Returns the prefill backlog in tokens: the tokens of all uncomputed prompts, queued at the
+    /// router or sent, less the progress of the first one. Returns 0 if the latency model forecasts
+    /// no time for them.
     pub(crate) fn prefill_backlog_tokens(
         &self,
         latency_model: &LatencyModel,
@@ -463,7 +476,8 @@ impl ArrivalRate {
     }
 
     /// Subtracts a request that was added at `at` with `seconds` of prefill, because it moves to
-    /// another worker.
+    /// another worker. Subtracts only the weight that is left of it at `now`, and no sum falls
+    /// below zero.
     pub(crate) fn undo(&mut self, (at, seconds): (Duration, f64), now: Duration) {
         let decay = self.decay(now);
         let elapsed = now.saturating_sub(at).as_secs_f64();

@@ -212,10 +212,12 @@ impl CandidateSet<'_> {
         self.workers.loads[worker as usize].requests
     }
 
-    /// Chooses a worker. Returns `None` if no worker is eligible.
+    /// Chooses a worker. Returns `None` if every eligible worker is excluded, or there is none.
     ///
-    /// `temperature` above 0 samples by cost under [`Policy::Kv`] and [`Policy::MarginalDelay`].
-    /// `block_size` is in tokens. `round_robin_cursor` is the number of choices made before.
+    /// `temperature` above 0 samples by cost under [`Policy::Kv`] and [`Policy::MarginalDelay`];
+    /// other policies ignore it. `block_size` is in tokens, at least 1, and only
+    /// [`Policy::ConsistentHash`] uses it. `round_robin_cursor` is the number of choices made
+    /// before, for [`Policy::RoundRobin`].
     pub(crate) fn select(
         &self,
         policy: Policy,
@@ -250,7 +252,8 @@ impl CandidateSet<'_> {
 
     /// Returns the hash of the prompt's first `CONSISTENT_HASH_PREFIX_TOKENS` tokens, or of all its
     /// whole blocks if it is shorter. Returns `None` for a prompt shorter than one block, which has
-    /// no prefix that another request could share.
+    /// no prefix that another request could share. Prompts of unknown content have no hashes, so
+    /// `None` too.
     fn consistent_hash_key(&self, block_size: usize) -> Option<SequenceHash> {
         let blocks =
             (CONSISTENT_HASH_PREFIX_TOKENS / block_size).clamp(1, self.hashes.len().max(1));
@@ -276,6 +279,9 @@ impl CandidateSet<'_> {
 
     /// Returns the worker of least `cost`. Of workers with equal cost it prefers the one with fewer
     /// blocks to compute, and then draws at random.
+    ///
+    /// Passes over workers whose `cost` is `None` or not a number. Returns `None` if no worker is
+    /// left.
     ///
     /// This is the one loop that visits every worker at every decision, so it is written out: its
     /// operands are in local variables, and only a new minimum branches.
@@ -320,7 +326,8 @@ impl CandidateSet<'_> {
     }
 
     /// Returns the worker with the least `measure`, a random one of several with the same.
-    /// `measure` is passed the least value so far.
+    /// `measure` is passed the least value so far. It must not return NaN. Returns `None` if there
+    /// is no worker.
     fn argmin<M: PartialOrd + Copy>(
         &self,
         rng: &mut SmallRng,
@@ -342,7 +349,8 @@ impl CandidateSet<'_> {
         chosen
     }
 
-    /// Draws a worker by softmax over the costs, divided by their range.
+    /// Draws a worker by softmax over the costs, divided by their range. Returns `None` if there is
+    /// no worker.
     fn sample_by_cost(
         &self,
         policy: Policy,
@@ -361,7 +369,8 @@ impl CandidateSet<'_> {
     }
 
     /// Returns the weight of each worker in the draw, up to a common factor. At temperature 0 only
-    /// the workers of least cost have a weight above 0.
+    /// the workers of least cost have a weight above 0. A cost that is infinite or not a number has
+    /// weight 0, unless no cost is finite: then all weights are 1.
     pub(crate) fn softmax_weights(
         &self,
         policy: Policy,
@@ -396,7 +405,9 @@ impl CandidateSet<'_> {
         })
     }
 
-    /// Draws two different workers at random and returns the one with fewer requests.
+    /// Draws two different workers at random and returns the one with fewer requests. Returns the
+    /// first drawn if both have equally many, the only worker if there is one, and `None` if there
+    /// is none.
     fn power_of_two(&self, rng: &mut SmallRng) -> Option<WorkerIndex> {
         let count = self.worker_indices().count();
         if count == 0 {
@@ -417,7 +428,8 @@ impl CandidateSet<'_> {
     }
 
     /// Returns the worker that ranks highest for `key` among those whose number of requests is
-    /// below the bound.
+    /// below the bound. The bound counts the new request and is above the least load, so the result
+    /// is `None` only if there is no worker.
     fn bounded_consistent_hash(&self, key: SequenceHash) -> Option<WorkerIndex> {
         let count = self.worker_indices().count();
         let total_requests: u64 = self

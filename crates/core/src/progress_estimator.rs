@@ -44,7 +44,8 @@ fn worker_block_key(worker: WorkerIndex, hash: SequenceHash) -> u64 {
 }
 
 impl State {
-    /// Starts to estimate the progress of a request that was just sent to `worker`.
+    /// Starts to estimate the progress of a request that was just sent to `worker`. If several
+    /// requests end in the same full block on one worker, KV events correct only the latest one.
     pub(crate) fn track_progress(&mut self, worker: WorkerId, prompt: &Sequence, id: BookingId) {
         self.prune_tracked();
         self.progress.next_updates.push(Reverse((self.now, id)));
@@ -82,7 +83,9 @@ impl State {
         }
     }
 
-    /// Corrects estimates by the blocks that a worker's events have just reported as stored.
+    /// Corrects estimates by the blocks that a worker's events have just reported as stored. Must
+    /// be called only for live events, because the present time counts as the time of the change.
+    /// Requests that are not tracked are ignored.
     pub(crate) fn on_blocks_stored(&mut self, worker: WorkerId, run: PrefixRun<'_>) {
         if self.progress.by_tail_block.is_empty() {
             return;
@@ -116,6 +119,10 @@ impl State {
     /// Sets the output of the request whose tail block is `parent`, because an event reports the
     /// block `hash` after it: the request has generated output at least up to the end of the new
     /// block.
+    ///
+    /// Has no effect if no request has that tail block, if several requests have it in their
+    /// prompt, or if the output would exceed its limit. In the latter two cases, later events do
+    /// not correct the request either.
     fn on_block_filled(&mut self, worker: WorkerId, parent: SequenceHash, hash: SequenceHash) {
         let index = worker.index;
         let by_tail_block = &mut self.progress.by_tail_block;
@@ -193,7 +200,9 @@ impl State {
     }
 
     /// Updates the phase and the output tokens of a request to the estimate for the present time.
-    /// Returns when its next block should be full, or `None` if no further update is needed.
+    /// Returns when its next block should be full, or `None` if no further update is needed: the
+    /// output has reached its maximum or was reported, the booking has ended, or the worker was
+    /// removed.
     fn update_estimate(&mut self, id: BookingId) -> Option<Duration> {
         let now = self.now;
         let record =

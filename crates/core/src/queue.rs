@@ -113,7 +113,9 @@ pub(crate) struct QueueTicket {
 }
 
 impl QueueTicket {
-    /// Returns the sort key on a worker where the prefill takes `prefill_seconds`.
+    /// Returns the sort key on a worker where the prefill takes `prefill_seconds`. Only
+    /// [`QueueOrder::ShortestPrefillFirst`] uses `prefill_seconds`; a number that is negative or
+    /// NaN counts as infinite.
     pub(crate) fn queue_key(&self, prefill_seconds: f64) -> QueueKey {
         let arrival_plus = |factor: f64| {
             self.arrived_at
@@ -158,7 +160,8 @@ pub(crate) struct QueuePolicyState {
 
 impl QueuePolicyState {
     /// Returns the queue ticket of a request that arrives `now`. Lower values of `priority` come
-    /// first. The start tag is the tenant's finish tag or the virtual time, whichever is later.
+    /// first. The start tag is the tenant's finish tag or the virtual time, whichever is later;
+    /// only [`QueueOrder::FairByTenant`] uses it.
     ///
     /// The arrival itself is counted by [`on_arrival`](Self::on_arrival). All tickets between two
     /// calls of `on_arrival` have the same arrival number.
@@ -184,7 +187,10 @@ impl QueuePolicyState {
         }
     }
 
-    /// Records the arrival of a request that is predicted to take `service_time` of its worker.
+    /// Counts the arrival of a request that is predicted to take `service_time` of its worker.
+    /// Under [`QueueOrder::FairByTenant`] the tenant's finish tag becomes the ticket's start tag
+    /// plus `service_time`, unless there are [`MAX_TENANTS`] other tags. Other orders ignore
+    /// `service_time`.
     pub(crate) fn on_arrival(&mut self, ticket: &QueueTicket, service_time: Duration) {
         self.arrivals += 1;
         if ticket.order != QueueOrder::FairByTenant {
@@ -273,11 +279,12 @@ impl WorkerQueue {
         self.entries.front().map(|entry| entry.booking)
     }
 
-    /// Returns the request to dispatch next, and whether it fits the worker's memory. `fits` decides
-    /// that from the blocks and the possible output of a request.
+    /// Returns the request to dispatch next, and whether it fits the worker's memory. `fits`
+    /// decides that from the blocks and the possible output of a request.
     ///
     /// Among the requests of the highest priority, this is the first that fits or whose backfill
-    /// window has passed.
+    /// window has passed. Returns `None` if the queue is empty or there is no such request, even if
+    /// one of lower priority fits. Ignores [`dispatching`](Self::dispatching).
     pub(crate) fn next_dispatchable(
         &self,
         now: Duration,
@@ -312,8 +319,9 @@ impl WorkerQueue {
         next.map_or(self.totals, |entry| entry.totals_before)
     }
 
-    /// Adds a request with this prefill work. `blocks` is the number of KV blocks that it will pin in
-    /// addition, `output_reservation` the output that it may generate.
+    /// Adds a request with this prefill work. `blocks` is the number of KV blocks that it will pin
+    /// in addition, `output_reservation` the output that it may generate. The key must not be in
+    /// the queue yet.
     pub(crate) fn insert(
         &mut self,
         key: QueueKey,
@@ -342,7 +350,8 @@ impl WorkerQueue {
     }
 
     /// Removes the request with this key. Returns its `blocks`, or `None` if there is no such
-    /// request.
+    /// request. If this request was [`dispatching`](Self::dispatching), no request is dispatching
+    /// afterwards.
     pub(crate) fn remove(&mut self, key: QueueKey) -> Option<u64> {
         let index = self.position(key);
         self.entries.get(index).filter(|entry| entry.key == key)?;

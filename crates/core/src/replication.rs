@@ -39,7 +39,8 @@ pub(crate) struct ReplicationRegret {
 }
 
 impl ReplicationRegret {
-    /// Adds the regret of one more request, and returns the sum for its prefix.
+    /// Adds the regret of one more request, and returns the sum for its prefix. A new prefix in a
+    /// full generation starts the next one, which forgets the generation before.
     fn add(&mut self, prefix: SequenceHash, seconds: f64) -> f64 {
         if self.current_generation.len() == MAX_PREFIXES
             && !self.current_generation.contains_key(&prefix)
@@ -81,8 +82,11 @@ struct ReplicationOffer {
 
 impl State {
     /// Returns the idle worker that is to take the request and compute its prefix once more,
-    /// instead of `chosen`, the worker of least cost. Returns `None` while the regret is below the
-    /// cost. Adds the regret of this request.
+    /// instead of `chosen`, the worker of least cost.
+    ///
+    /// Adds the regret of this request, and resets it if a worker is returned or if `chosen` itself
+    /// lacks the prefix. Returns `None` while the regret is below the cost, and if no replication
+    /// is possible: see [`replication_offer`](Self::replication_offer).
     pub(crate) fn replicate_to(
         &mut self,
         chosen: WorkerId,

@@ -72,7 +72,8 @@ impl<'a> Request<'a> {
     }
 
     /// Returns the length class: the model, the magnitudes (powers of two) of the output limit and
-    /// of the client's expectation, and whether tools may be called.
+    /// of the client's expectation, and whether tools may be called. A missing number and 0 have
+    /// the same magnitude.
     pub(crate) fn length_class(&self) -> LengthClass {
         let model = rapidhash_v3_seeded(self.model.as_bytes(), &DEFAULT_RAPID_SECRETS);
         let magnitude = |tokens: Option<u32>| {
@@ -128,7 +129,8 @@ pub struct Explanation {
 
 impl Explanation {
     /// Returns the worker that would take the request: the target of the replication, if there is
-    /// one, and otherwise the most probable choice of the policy.
+    /// one, and otherwise the most probable choice of the policy. Of several with the same
+    /// probability, returns the worker that was added last. `None` if there are no candidates.
     #[must_use]
     pub fn expected_choice(&self) -> Option<&Candidate> {
         let by_id = |id| self.candidates.iter().find(|candidate| candidate.id == id);

@@ -79,7 +79,8 @@ impl Router {
     }
 
     /// Removes a worker with all its bookings and returns whether it existed. A [`Booking`] that
-    /// outlives its worker releases nothing.
+    /// outlives its worker releases nothing. Requests in its queue choose another worker when they
+    /// are polled next. `false` means that it was removed before.
     pub fn remove_worker(&self, id: WorkerId) -> bool {
         let mut state = self.state.lock();
         state.drop_worker_queue(id);
@@ -105,7 +106,8 @@ impl Router {
     }
 
     /// Applies a state change, then revisits the worker's queue: a healthy worker is sent its next
-    /// request; requests queued for a worker that accepts none are offered to other workers.
+    /// request; requests queued for a worker that accepts none are offered to other workers. Has no
+    /// effect if the worker was removed.
     fn update_worker(&self, id: WorkerId, change: impl FnOnce(&mut Workers)) {
         let mut state = self.state.lock();
         change(&mut state.workers);
@@ -121,7 +123,9 @@ impl Router {
         self.state.lock().workers.set_models(id, models);
     }
 
-    /// Sets a worker's cache capacity, in the router's blocks, as reported by its engine.
+    /// Sets a worker's cache capacity, in the router's blocks, as reported by its engine. Replaces
+    /// a configured or learned capacity, and evicts what no longer fits from the estimated cache.
+    /// Has no effect if the worker was removed.
     pub fn set_capacity(&self, id: WorkerId, blocks: u32) {
         let mut guard = self.state.lock();
         let state = &mut *guard;
@@ -146,7 +150,9 @@ impl Router {
         self.state.lock().workers.set_engine_block_ratio(id, ratio);
     }
 
-    /// Sets the rule by which a worker's engine chooses the blocks that it evicts.
+    /// Sets the rule by which a worker's engine chooses the blocks that it evicts. Affects later
+    /// evictions, and whether requests of one engine step share blocks. Has no effect if the worker
+    /// was removed.
     pub fn set_eviction(&self, id: WorkerId, eviction: EvictionRule) {
         let mut state = self.state.lock();
         if let Some((worker, _)) = state.workers.get_mut(id) {
@@ -157,8 +163,10 @@ impl Router {
         }
     }
 
-    /// Clears what the router knows of a worker's cache, because its engine restarted or dropped
-    /// its cache. Bookings stay.
+    /// Clears the estimate of a worker's cache, because its engine restarted or dropped its cache.
+    /// Bookings stay. Blocks that KV events reported stay too, until
+    /// [`apply_cache_delta`](Self::apply_cache_delta) removes them. Has no effect if the worker was
+    /// removed.
     pub fn clear_cache(&self, id: WorkerId) {
         let mut state = self.state.lock();
         if let Some((worker, _)) = state.workers.get_mut(id) {
@@ -170,12 +178,13 @@ impl Router {
     }
 
     /// Selects where a worker's cache contents come from: its KV events, applied with
-    /// [`apply_cache_delta`](Self::apply_cache_delta), or the estimated cache (the engine's eviction
-    /// rule, run on the requests routed to it).
+    /// [`apply_cache_delta`](Self::apply_cache_delta), or the estimated cache (the engine's
+    /// eviction rule, run on the requests routed to it).
     ///
     /// A switch discards the contents that the previous source knew. With events and a known
     /// capacity, blocks that already booked requests will evict are not counted as cached, even
-    /// while the events still list them.
+    /// while the events still list them. Has no effect if the worker was removed or has this source
+    /// already.
     pub fn set_cache_source(&self, id: WorkerId, source: CacheSource) {
         let mut state = self.state.lock();
         if let Some((worker, _)) = state.workers.get_mut(id)
@@ -198,7 +207,9 @@ impl Router {
     }
 
     /// Applies a change of a worker's cache that its KV events reported. Has no effect on a worker
-    /// whose [cache source](Self::set_cache_source) is the estimate.
+    /// whose [cache source](Self::set_cache_source) is the estimate, or that was removed. Sets the
+    /// worker's engine block ratio to that of the delta, unless that is 0. A live change advances
+    /// the router's time in any case.
     ///
     /// A large delta is applied in several critical sections, so that no decision waits for the
     /// whole of it. A decision in between sees the cache partly updated.
@@ -217,6 +228,9 @@ impl Router {
         }
     }
 
+    /// Applies one part of a cache delta in one critical section. Sets the engine block ratio
+    /// unless `ratio` is 0. Advances the router's time if the change is live, even if the worker
+    /// does not use events.
     fn apply_delta_chunk(
         &self,
         id: WorkerId,
@@ -270,10 +284,14 @@ impl Router {
         self.state.lock().event_index.len()
     }
 
-    /// Chooses a worker for the request and books it there, in one step.
+    /// Chooses a worker for the request and books it there, in one step. If the router has a
+    /// [queue](crate::queue), the request may be sent only after [`Booking::poll_dispatch`] returns
+    /// `Ready`.
     ///
     /// # Errors
-    /// If no worker serves the model, or none that does is available.
+    /// [`RouteError::UnknownModel`] if the models of all workers are known and none serves this
+    /// one. [`RouteError::NoWorker`] if every worker that may serve it is unhealthy, draining or
+    /// excluded, or if the router has no workers.
     pub fn route(&self, request: &Request<'_>, now: Duration) -> Result<Booking, RouteError> {
         let mut state = self.state.lock();
         state.advance_to(now);
@@ -289,7 +307,9 @@ impl Router {
     /// step.
     ///
     /// `request` has the first prompt, `further` the others: fewer than
-    /// [`MAX_BATCH_PROMPTS`](crate::batch::MAX_BATCH_PROMPTS).
+    /// [`MAX_BATCH_PROMPTS`](crate::batch::MAX_BATCH_PROMPTS). With several prompts, all are booked
+    /// as sent at once. Without `further` prompts, the request may be queued, as by
+    /// [`route`](Self::route).
     ///
     /// # Errors
     /// As [`route`](Self::route).
@@ -331,7 +351,8 @@ impl Router {
     }
 
     /// Returns the costs that [`route_batch`](Self::route_batch) would compare. Prefix matches and
-    /// costs are sums over the prompts. Books nothing and draws no random number.
+    /// costs are sums over the prompts. Books nothing and draws no random number. With several
+    /// prompts, replication is not considered.
     ///
     /// # Errors
     /// As [`route`](Self::route).
@@ -379,7 +400,8 @@ impl Router {
     ///
     /// Must be called every few milliseconds if requests are [queued](crate::queue): the router
     /// does not observe every event that frees a worker. The end of a prefill whose response does
-    /// not stream, for instance, is only forecast.
+    /// not stream, for instance, is only forecast. Without queued requests the call has no effect,
+    /// and `now` is ignored.
     pub fn tick(&self, now: Duration) {
         let mut state = self.state.lock();
         if state.queue.queued_total > 0 {

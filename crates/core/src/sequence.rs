@@ -23,7 +23,7 @@ pub type SequenceHash = u64;
 
 /// Returns a salt for the constructors of [`Sequence`], which combines everything that must be
 /// equal for two prompts to share a prefix. Prompts match only if model, LoRA adapter and cache
-/// salt are all equal.
+/// salt are all equal. `None` differs from an empty string.
 #[must_use]
 pub fn prefix_salt(model: &str, lora: Option<&str>, cache_salt: Option<&str>) -> u64 {
     // The length before each part keeps ("ab", "c") apart from ("a", "bc").
@@ -53,6 +53,7 @@ pub struct Sequence {
 
 impl Sequence {
     /// Hashes a prompt of token ids. `block_size` is in tokens. A partial last block gets no hash.
+    /// Tokens beyond [`u32::MAX`] are ignored.
     #[must_use]
     pub fn from_tokens(tokens: &[u32], block_size: NonZeroU32, salt: u64) -> Self {
         let tokens = &tokens[..tokens.len().min(MAX_TOKENS)];
@@ -66,11 +67,11 @@ impl Sequence {
     }
 
     /// Hashes a prompt of text, where no tokenizer is available. Divides the text into text blocks
-    /// of `bytes_per_token × block_size` bytes, each of which counts as one block. Equal text has
-    /// equal text blocks, so prefixes are found as with tokens; only the token count is an
-    /// estimate.
+    /// of `bytes_per_token × block_size` bytes (rounded, at least one), each of which counts as one
+    /// block. Equal text has equal text blocks, so prefixes are found as with tokens; only the
+    /// token count is an estimate. Text beyond [`u32::MAX`] estimated tokens is ignored.
     ///
-    /// Sequences with different `bytes_per_token` never match each other.
+    /// Sequences with different sizes of text blocks never match each other.
     #[must_use]
     pub fn from_text(text: &[u8], bytes_per_token: f64, block_size: NonZeroU32, salt: u64) -> Self {
         let text_block = bytes_per_text_block(bytes_per_token, block_size);
@@ -101,7 +102,9 @@ impl Sequence {
         self.extended_with(end, text)
     }
 
-    /// Returns the prompt with bytes of content appended after those of its partial block.
+    /// Returns the prompt with bytes of content appended after those of its partial block. `end`
+    /// must be the partial block of this prompt, which is not checked. An unhashed tail of the
+    /// prompt is dropped.
     fn extended_with(&self, end: &PartialBlock, added: &[u8]) -> Self {
         let content = [&end.bytes, added].concat();
         let previous = self.hashes.last().copied().unwrap_or(end.salt);
@@ -150,7 +153,8 @@ impl Sequence {
     }
 
     /// Returns the sequence hashes up to the last that ends a whole block of an engine, which has
-    /// `engine_block_ratio` of these blocks.
+    /// `engine_block_ratio` of these blocks. The ratio must not be 0. Copies the hashes only if
+    /// some are left out.
     pub(crate) fn hash_chain_aligned_to(&self, engine_block_ratio: u32) -> Arc<[SequenceHash]> {
         match self.hashes.len() % engine_block_ratio as usize {
             0 => Arc::clone(&self.hashes),
@@ -284,8 +288,9 @@ impl BytesPerToken {
         self.active_ratio
     }
 
-    /// Adds the size of one prompt, in bytes as sent and in tokens as counted by the engine.
-    /// Returns whether the ratio in use changed.
+    /// Adds the size of one prompt, in bytes as sent and in tokens as counted by the engine. A size
+    /// of zero is ignored. Returns whether the ratio in use changed; text sequences hashed before
+    /// then match no new ones.
     pub fn observe(&mut self, prompt_bytes: usize, prompt_tokens: u32) -> bool {
         if prompt_bytes == 0 || prompt_tokens == 0 {
             return false;

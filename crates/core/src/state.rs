@@ -161,8 +161,9 @@ impl State {
         self.assess_with_ticket(request, self.ticket(request))
     }
 
-    /// Assesses a request with an existing queue ticket. Used when a booked request is rebalanced or
-    /// retried, so that it keeps its position among the queued requests.
+    /// Assesses a request with an existing queue ticket. Used when a booked request is rebalanced
+    /// or retried, so that it keeps its position among the queued requests. Blocks that queued
+    /// requests will pin count as active.
     pub(crate) fn assess_with_ticket(
         &self,
         request: &Request<'_>,
@@ -309,7 +310,10 @@ impl State {
 
     /// Chooses a worker for a request that arrives now: the policy's choice, or an idle worker to
     /// which its prefix is replicated. Returns the worker and the assessment on which the choice is
-    /// based.
+    /// based. Books nothing, but adds the regret of this request to its prefix.
+    ///
+    /// # Errors
+    /// As [`select_with_costs`](Self::select_with_costs).
     pub(crate) fn choose(
         &mut self,
         request: &Request<'_>,
@@ -322,7 +326,11 @@ impl State {
         Ok((worker, assessment))
     }
 
-    /// Selects a worker by the configured policy, with costs computed from `assessment`.
+    /// Selects a worker by the configured policy, with costs computed from `assessment`. Books
+    /// nothing.
+    ///
+    /// # Errors
+    /// As [`select_with_costs`](Self::select_with_costs).
     pub(crate) fn select_worker(
         &mut self,
         request: &Request<'_>,
@@ -336,6 +344,10 @@ impl State {
 
     /// Selects a worker by the configured policy, with these costs. Advances the random numbers and
     /// the round-robin cursor if it succeeds.
+    ///
+    /// # Errors
+    /// [`RouteError::UnknownModel`] if the models of all workers are known and none serves this
+    /// one. [`RouteError::NoWorker`] if no worker that may serve it can be chosen.
     pub(crate) fn select_with_costs(
         &mut self,
         request: &Request<'_>,
@@ -362,7 +374,11 @@ impl State {
         Ok(worker)
     }
 
-    /// Returns the decision that would be made for the batch now, without making it.
+    /// Returns the decision that would be made for the batch now, without making it. Replication is
+    /// considered for a single prompt only.
+    ///
+    /// # Errors
+    /// As [`select_with_costs`](Self::select_with_costs).
     pub(crate) fn explain(&self, batch: &BatchRequest<'_>) -> Result<Explanation, RouteError> {
         let request = &batch.requests()[0];
         let batch_costs = self.batch_costs(batch);

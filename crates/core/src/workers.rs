@@ -232,7 +232,12 @@ struct Eligible {
 }
 
 impl Workers {
-    /// Adds a worker, unhealthy at first, at the smallest free index.
+    /// Adds a worker, unhealthy at first, at the smallest free index. An index, but not an id, may
+    /// have belonged to a removed worker.
+    ///
+    /// # Errors
+    /// [`WorkerError::NameTaken`] if a present worker has the name, [`WorkerError::TooMany`] at
+    /// [`MAX_WORKERS`].
     pub(crate) fn add(&mut self, spec: WorkerSpec) -> Result<WorkerId, WorkerError> {
         if self.iter().any(|worker| worker.name == spec.name) {
             return Err(WorkerError::NameTaken(spec.name));
@@ -274,7 +279,8 @@ impl Workers {
         Ok(id)
     }
 
-    /// Removes a worker and returns whether it existed.
+    /// Removes a worker and returns whether it existed. Clears its load and its pending work. The
+    /// caller removes it from the trees and indexes of cached blocks.
     pub(crate) fn remove(&mut self, id: WorkerId) -> bool {
         if self.get(id).is_none() {
             return false;
@@ -289,8 +295,9 @@ impl Workers {
     }
 
     /// Rounds prefix matches down to whole engine blocks, on workers whose engine blocks are larger
-    /// than router blocks. At most `max_reusable_blocks` blocks of the prompt can be reused. Returns
-    /// whether there are such workers.
+    /// than router blocks. At most `max_reusable_blocks` blocks of the prompt can be reused.
+    /// Returns whether there are such workers. Matches on all other workers stay unchanged, even
+    /// above `max_reusable_blocks`.
     pub(crate) fn round_down_to_engine_blocks(
         &self,
         max_reusable_blocks: u32,
@@ -309,7 +316,8 @@ impl Workers {
         !self.engine_block_ratios.is_empty()
     }
 
-    /// Returns engine block size ÷ router block size of the worker at `index`.
+    /// Returns engine block size ÷ router block size of the worker at `index`. 1 if no other ratio
+    /// was set.
     pub(crate) fn engine_block_ratio(&self, index: WorkerIndex) -> NonZeroU32 {
         let entry = self
             .engine_block_ratios
@@ -318,7 +326,8 @@ impl Workers {
         entry.map_or(NonZeroU32::MIN, |entry| entry.ratio)
     }
 
-    /// Sets engine block size ÷ router block size of a worker.
+    /// Sets engine block size ÷ router block size of a worker. Has no effect if the worker was
+    /// removed.
     pub(crate) fn set_engine_block_ratio(&mut self, id: WorkerId, ratio: NonZeroU32) {
         let index = id.index;
         if self.get(id).is_none()
@@ -376,7 +385,8 @@ impl Workers {
     }
 
     /// Returns the marginal delay of a request on the worker at `index`, where its prompt has this
-    /// prefix match.
+    /// prefix match. The delay on the index of a removed worker is that on an empty one. Panics if
+    /// no worker ever had the index.
     pub(crate) fn marginal_delay(
         &self,
         profile: &RequestProfile,
@@ -393,6 +403,8 @@ impl Workers {
 
     /// Returns the total marginal delay of a request on the worker at `index` if it is below
     /// `cutoff`, and otherwise a number that is at least `cutoff`, which is cheaper to compute.
+    /// Both are in seconds, weighted as by [`RequestProfile::total`]. The result may not be a
+    /// number.
     pub(crate) fn marginal_delay_or_bound(
         &self,
         cutoff: f64,
@@ -410,7 +422,8 @@ impl Workers {
 
     /// Returns the index of the latency model for workers that serve these models. Only the first
     /// name counts: engines list the model that they run before its LoRA adapters, which come and
-    /// go.
+    /// go. Adds a latency model for an unknown name, or returns the first one at
+    /// [`MAX_LATENCY_MODELS`]. Workers of unknown models share one.
     fn latency_model_for(&mut self, models: &[String]) -> usize {
         let model = models.first().map(String::as_str).unwrap_or_default();
         let known = self
@@ -454,7 +467,9 @@ impl Workers {
         self.update(id, |worker| &mut worker.draining, draining);
     }
 
-    /// Sets the models that a worker serves, and the latency model that belongs to them.
+    /// Sets the models that a worker serves, and the latency model that belongs to them. A change
+    /// of the latency model resets the factors that the worker has learned relative to it. Has no
+    /// effect if the worker was removed.
     pub(crate) fn set_models(&mut self, id: WorkerId, models: Vec<String>) {
         let latency_model = self.latency_model_for(&models);
         if let Some((pending_work, _)) = self.pending_work_mut(id)
@@ -478,7 +493,8 @@ impl Workers {
 
     /// Returns the indices of the workers that can be chosen for `model`; an empty name stands for
     /// any model. Returns `None` if there are workers, the models of all are known, and `model` is
-    /// none of them.
+    /// none of them. The slice is empty if every worker that may serve the model is unhealthy or
+    /// draining, or if there are no workers. Indices ascend.
     pub(crate) fn eligible(&self, model: &str) -> Option<&[WorkerIndex]> {
         if model.is_empty() {
             return Some(&self.eligible.all);
@@ -493,8 +509,9 @@ impl Workers {
         }
     }
 
-    /// Computes which workers can be chosen for which model. The result is stored, because decisions
-    /// read it far more often than it changes.
+    /// Computes which workers can be chosen for which model. The result is stored, because
+    /// decisions read it far more often than it changes. Must be called after every change of a
+    /// worker's state or models.
     fn rebuild_eligibility(&mut self) {
         let mut eligible = Eligible::default();
         for worker in self.iter() {
@@ -527,7 +544,8 @@ impl Workers {
         self.eligible = eligible;
     }
 
-    /// Returns a snapshot of every worker, by ascending index.
+    /// Returns a snapshot of every worker, by ascending index. Forecasts are made for `now`, a time
+    /// of the router's clock.
     pub(crate) fn snapshot(&self, now: Duration) -> Vec<WorkerSnapshot> {
         self.iter()
             .map(|worker| {

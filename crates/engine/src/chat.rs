@@ -107,7 +107,9 @@ impl Chat {
         self.tools.is_some()
     }
 
-    /// Returns the variables of the template, including those of `chat_template_kwargs`.
+    /// Returns the variables of the template, including those of `chat_template_kwargs`, which the
+    /// fields of the body override. `tools` and `documents` are always defined, and
+    /// `add_generation_prompt` is true by default.
     ///
     /// # Errors
     /// If a message contains a part that is not text.
@@ -137,8 +139,8 @@ impl Chat {
         Ok(variables)
     }
 
-    /// Cuts the rendered text at the end of the message to be continued, if there is such a
-    /// message.
+    /// Cuts the rendered text at the end of the message to be continued. Returns the text unchanged
+    /// if the chat does not continue its last message.
     ///
     /// # Errors
     /// If the rendered text does not contain that message.
@@ -170,8 +172,9 @@ impl Chat {
 }
 
 impl Message {
-    /// Returns the message as vLLM passes it to a template that expects `format`. `continued`
-    /// appends the sentinel that marks the end of the message.
+    /// Returns the message as vLLM passes it to a template that expects `format`: fields that do
+    /// not belong to the message's role are left out. `continued` appends the sentinel that marks
+    /// the end of the message.
     ///
     /// # Errors
     /// If the message contains a part that is not text.
@@ -228,7 +231,7 @@ impl Message {
 }
 
 impl Part {
-    /// Returns the text of the part.
+    /// Returns the text of the part, which is empty if its field is missing.
     ///
     /// # Errors
     /// If the part is not text.
@@ -261,7 +264,8 @@ fn normalize_tool(tool: &Value) -> Value {
 }
 
 /// Returns a tool call whose arguments are an object. The request may contain them as an object or
-/// as JSON text.
+/// as JSON text; anything else becomes an empty object. A call without `function` is returned
+/// unchanged.
 fn normalize_tool_call(call: &Value) -> Value {
     replace_field(call, "function", |function| {
         let arguments = function.get_attr("arguments").unwrap_or_default();

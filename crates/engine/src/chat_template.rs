@@ -101,10 +101,13 @@ const SPECIAL_TOKENS: [&str; 7] = [
 
 impl ChatTemplate {
     /// Loads the template from a model's folder: from `chat_template.jinja`, else from
-    /// `tokenizer_config.json`, else from `chat_template.json`.
+    /// `tokenizer_config.json`, else from `chat_template.json`. A file that cannot be opened counts
+    /// as missing. Special tokens come from `tokenizer_config.json`; an entry without the text of a
+    /// token is ignored.
     ///
     /// # Errors
-    /// If the folder contains no template, or the template is invalid.
+    /// If the folder contains no template, the template is invalid, or a JSON file that is read
+    /// cannot be parsed.
     pub fn load(folder: &Path) -> Result<Self, TemplateError> {
         const CONFIG: &str = "tokenizer_config.json";
         let config: TokenizerConfig = read_json(folder, CONFIG)?.unwrap_or_default();
@@ -142,7 +145,10 @@ impl ChatTemplate {
     }
 
     /// Compiles templates, given as name and source, in an environment that behaves like the Jinja
-    /// of `transformers`.
+    /// of `transformers`. Detects the content format of each template.
+    ///
+    /// # Errors
+    /// If a template is invalid.
     fn compile(
         templates: Vec<(String, String)>,
         special_tokens: BTreeMap<String, Value>,
@@ -177,10 +183,13 @@ impl ChatTemplate {
         })
     }
 
-    /// Returns the text of a chat that the engine tokenises.
+    /// Returns the text of a chat that the engine tokenises. Uses the template for tools if the
+    /// chat has tools and the model has such a template.
     ///
     /// # Errors
-    /// If the template rejects the chat, or the chat contains a part that is not text.
+    /// If the template rejects the chat, or the chat contains a part that is not text. Also if the
+    /// chat continues its last message and the rendered text does not contain that message, or if
+    /// the model has only templates with other names.
     pub fn render(&self, chat: &Chat) -> Result<String, TemplateError> {
         let name = if chat.has_tools() && self.formats.contains_key(WITH_TOOLS) {
             WITH_TOOLS
@@ -198,7 +207,7 @@ impl ChatTemplate {
 
 impl ContentFormat {
     /// Returns the content format of a template by vLLM's rule: a template that loops over a
-    /// message's content expects parts.
+    /// message's content expects parts, any other template expects text.
     fn detect(source: &str) -> Self {
         let statements: Vec<&str> = statements(source).collect();
         let mut lists = vec!["messages"];

@@ -54,7 +54,7 @@ struct Message {
 
 impl Conversation {
     /// Returns the canonical bytes, which start with `tools` (raw JSON), and the size of the input
-    /// that cannot be matched.
+    /// that cannot be matched. Tools that are `null` or an empty list add no bytes.
     pub(crate) fn finish(self, tools: Option<&RawValue>) -> (Vec<u8>, UnhashedInput) {
         let mut bytes = self.bytes;
         let tools = tools.map_or("", RawValue::get);
@@ -70,7 +70,8 @@ impl Conversation {
         self.message.clear_content();
     }
 
-    /// Appends the message that was parsed.
+    /// Appends the message that was parsed, with its tool calls (raw JSON). After the first part
+    /// that is not text, input is only counted: the rest of that message and all later messages.
     fn end_message(&mut self, tool_calls: Option<&RawValue>) {
         let message = &self.message;
         let tool_calls = match tool_calls.map(RawValue::get) {
@@ -105,8 +106,9 @@ impl Message {
         self.unhashed = UnhashedInput::default();
     }
 
-    /// Ends a part whose text was appended to `content` from `start` on. If the part cannot be
-    /// matched, its text is removed and only counted.
+    /// Ends a part whose text, if any, was appended to `content` from `start` on. A part that is
+    /// not text counts as media and ends the content: the text of this part and of all later parts
+    /// is removed from `content`, and its bytes are counted in `unhashed`.
     fn end_part(&mut self, start: usize, is_text: bool) {
         let text_bytes = self.content.len() - start;
         if !is_text {

@@ -95,6 +95,7 @@ impl ApiError {
         Self::new(504, "server_error", Some("worker_timed_out"), message)
     }
 
+    /// Creates an error without `param` and without a time to retry. `kind` is its `type` field.
     fn new(
         status: u16,
         kind: &'static str,

@@ -100,7 +100,8 @@ struct Delta<'d> {
 }
 
 impl<'d> Choice<'d> {
-    /// Returns the part of the choice that is counted.
+    /// Returns the part of the choice that is counted. The `text` of a completion takes precedence
+    /// over the `content` of a chat message.
     fn reduce(&self) -> ChoiceDelta<'d> {
         let delta = self.delta.as_ref().or(self.message.as_ref());
         let text = self.text.or(delta.and_then(|delta| delta.content));

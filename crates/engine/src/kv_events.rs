@@ -96,7 +96,8 @@ pub struct BlockStored {
 
 impl BlockStored {
     /// Returns each block with its tokens; `None` if the numbers of hashes and tokens and the block
-    /// size do not match, so that the tokens cannot be assigned to blocks.
+    /// size do not match, so that the tokens cannot be assigned to blocks. A block size of 0 never
+    /// matches.
     #[must_use]
     pub fn blocks(&self) -> Option<impl ExactSizeIterator<Item = (BlockKey, &[u32])>> {
         let size = usize::try_from(self.block_size).ok()?;
@@ -161,7 +162,8 @@ pub enum Medium {
 }
 
 impl Medium {
-    /// Parses the name that an engine uses; case does not matter.
+    /// Parses the name that an engine uses; case does not matter. An unknown name is
+    /// [`Other`](Self::Other).
     fn from_name(name: &str) -> Self {
         const NAMES: [(&str, Medium); 7] = [
             ("GPU", Medium::Gpu),

@@ -45,7 +45,8 @@ impl<'p> Reader<'p> {
         self.rest.len()
     }
 
-    /// Reads one value; of an array or map only the header.
+    /// Reads one value; of an array or map only the header, whose length is not compared with the
+    /// unread bytes. After an error the position is undefined.
     #[inline]
     pub(crate) fn next(&mut self) -> Result<Value<'p>, Malformed> {
         let [marker] = self.take()?;
@@ -112,7 +113,8 @@ impl<'p> Reader<'p> {
         self.next_skipping_children().map(|_| ())
     }
 
-    /// Skips `pending` values and all values inside them.
+    /// Skips `pending` values and all values inside them. Fails at once if fewer bytes than pending
+    /// values are left.
     fn skip_values(&mut self, mut pending: u64) -> Result<(), Malformed> {
         while pending > 0 {
             // Each value has at least one byte.
@@ -277,6 +279,7 @@ impl Writer {
         self.bytes.extend(number.to_be_bytes());
     }
 
+    /// Writes a nonnegative integer.
     pub(crate) fn unsigned(&mut self, number: u64) {
         let bytes = number.to_be_bytes();
         match number {

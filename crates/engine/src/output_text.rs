@@ -58,7 +58,7 @@ pub enum OutputEnd {
 }
 
 /// Reads the output text in the body of a response that is not streamed. Returns `None` if the body
-/// cannot be parsed.
+/// cannot be parsed. A body without choices, such as an error, has an empty output.
 #[must_use]
 pub fn parse_output_text(body: &[u8]) -> Option<OutputText> {
     let mut output = OutputText::default();
@@ -78,7 +78,8 @@ impl OutputText {
         self.closed = true;
     }
 
-    /// Adds the first choice's part of an event.
+    /// Adds the first choice's part of an event. Reasoning, text that is not a string, and tool
+    /// calls close the output: text after them is ignored.
     pub(crate) fn add(&mut self, event: &Event<'_>) {
         let Some(delta) = event.choices.iter().find(|delta| delta.index == 0) else {
             return;
@@ -99,7 +100,8 @@ impl OutputText {
     }
 
     /// Adds the text of an event that carried `tokens` output tokens, up to the first replacement
-    /// character.
+    /// character. Closes the output at such a character, or before a text with which the output
+    /// would exceed [`MAX_OUTPUT_TEXT_BYTES`].
     fn add_text(&mut self, text: &str, tokens: u32) {
         let known = text.split(REPLACEMENT_CHARACTER).next().unwrap_or_default();
         if self.text.len() + known.len() > MAX_OUTPUT_TEXT_BYTES {
@@ -117,8 +119,12 @@ impl OutputText {
         });
     }
 
-    /// Returns how many of the router's leading ids the engine has cached. `lengths` contains the
-    /// bytes of text that each of these ids stands for.
+    /// Returns how many of the router's leading ids the engine has cached. Counts no id after the
+    /// first known difference between the engine's ids and the router's, and none at all if the
+    /// engine reports another number of tokens and no event shows where the difference is.
+    ///
+    /// `lengths` contains the bytes of text that each of these ids stands for. The list may end
+    /// before the text does; later ids are not counted.
     fn cached_ids(&self, lengths: &[usize], end: OutputEnd) -> usize {
         let generated = match end {
             OutputEnd::Complete(generated) => generated.map(|tokens| tokens as usize),
@@ -235,6 +241,9 @@ impl Continuation {
     /// Returns the sequence of the prompt and of the part of the output that the engine has
     /// certainly cached. Returns `None` if that part fills no further block, or if the output
     /// cannot be tokenised but must be.
+    ///
+    /// `prompt` must be the sequence of the prompt that this continuation was created for.
+    /// `tokenizer` is used only if [`is_token_based`](Self::is_token_based).
     #[must_use]
     pub fn sequence(
         &self,

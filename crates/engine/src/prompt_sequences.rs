@@ -20,7 +20,8 @@ pub struct PromptSequences {
 }
 
 impl PromptSequences {
-    /// Returns the sequences of a body with one prompt and `output_count` outputs.
+    /// Returns the sequences of a body with one prompt and `output_count` outputs, of which there
+    /// must be at least one.
     #[must_use]
     pub fn repeated(prompt: Sequence, output_count: u32) -> Self {
         if output_count == 1 {
@@ -34,8 +35,9 @@ impl PromptSequences {
     }
 
     /// Returns the sequences of a body with `prompt_count` prompts and `outputs_per_prompt` outputs
-    /// of each. `first` and `rest` are the prompts that are hashed; the others contain
-    /// `unhashed_tokens` tokens in total.
+    /// of each; both must be at least 1. `first` and `rest` are the prompts that are hashed. If
+    /// there are other prompts, they contain `unhashed_tokens` tokens in total, and the last
+    /// sequence stands for all of them.
     pub(crate) fn from_prompts(
         first: Sequence,
         rest: Vec<Sequence>,

@@ -22,6 +22,8 @@ pub(crate) struct Prompts {
 }
 
 impl Prompts {
+    /// Counts a text, and keeps it unless [`MAX_BATCH_PROMPTS`] prompts are kept. Of further texts,
+    /// only the length is added to `unhashed`.
     fn add_text(&mut self, text: &str) {
         self.count = self.count.saturating_add(1);
         if self.is_below_limit() {
@@ -31,6 +33,8 @@ impl Prompts {
         }
     }
 
+    /// Counts a prompt of token ids, and keeps it unless [`MAX_BATCH_PROMPTS`] prompts are kept. Of
+    /// further prompts, only the number of tokens is added to `unhashed`.
     fn add_tokens(&mut self, tokens: Vec<u32>) {
         self.count = self.count.saturating_add(1);
         if self.is_below_limit() {

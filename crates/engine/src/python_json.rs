@@ -9,9 +9,10 @@ use serde_json::ser::{CharEscape, Formatter, Serializer};
 
 /// Returns a value as JSON: the filter
 /// `tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
+/// `separators` that are not two strings are ignored.
 ///
 /// # Errors
-/// If an option is unknown, or the value cannot be written as JSON.
+/// If an option is unknown or has another type, or the value cannot be written as JSON.
 pub(crate) fn tojson(value: &Value, options: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = options.get("indent")?;
     let separators: Option<(String, String)> = match options.get::<Option<Value>>("separators")? {

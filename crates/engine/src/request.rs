@@ -146,8 +146,9 @@ impl ApiRequest {
     /// Returns the sequences that the engine runs for this body.
     ///
     /// `ids` are the token ids of the prompts, in the order of [`all_prompts`](Self::all_prompts).
-    /// A prompt without ids is hashed from its own content. `bytes_per_token` is the measured
-    /// length of the engine's tokens in this text; it divides text into blocks.
+    /// A prompt without ids, or after the end of `ids`, is hashed from its own content.
+    /// `bytes_per_token` is the measured length of the engine's tokens in this text; it divides
+    /// text into blocks and converts the unhashed bytes into tokens, which match nothing.
     #[must_use]
     pub fn sequences(
         &self,
@@ -184,7 +185,8 @@ impl ApiRequest {
     }
 
     /// Returns how the output continues the sequence of the prompt. `ids` are the token ids of the
-    /// prompt, if it is hashed as tokens.
+    /// prompt, if it is hashed as tokens. The arguments must agree with those of
+    /// [`sequences`](Self::sequences).
     ///
     /// Returns `None` if the body has several prompts or outputs, if the prompt is not fully
     /// hashed, or if the position of the output is unknown.
@@ -297,6 +299,7 @@ enum Key {
 }
 
 impl<'b> Fields<'b> {
+    /// Creates the fields of a body of which nothing was parsed.
     fn new(endpoint: Endpoint) -> Self {
         Self {
             endpoint,
@@ -329,7 +332,12 @@ impl<'b> Fields<'b> {
         }
     }
 
-    /// Builds the request once all fields were read.
+    /// Builds the request once all fields were read. Optional fields of an unexpected type count as
+    /// missing.
+    ///
+    /// # Errors
+    /// If a chat completion has no `messages`. A missing prompt of another endpoint is an empty
+    /// text.
     fn into_request(self) -> Result<ApiRequest, BodyError> {
         let (prompt, unhashed) = match (self.prompts.first, self.conversation) {
             (Some(prompt), _) => (prompt, self.prompts.unhashed),
@@ -391,7 +399,9 @@ impl<'b> Fields<'b> {
         })
     }
 
-    /// Describes a parse error in terms of the field that was being read.
+    /// Describes the error with which the parse of this body ended. For valid JSON, the description
+    /// names the field that was being read and its valid form, or says that the body must be an
+    /// object. For invalid JSON, `param` is `None`. The description never quotes the body.
     fn explain(&self, error: &serde_json::Error) -> BodyError {
         if !error.is_data() {
             return BodyError {

@@ -41,7 +41,9 @@ pub enum KvEventEndpoint {
 }
 
 impl ServerInfo {
-    /// Parses the body of a response; `None` if it is not the description of an SGLang server.
+    /// Parses the body of a response; `None` if it is not the description of an SGLang server,
+    /// which is a JSON object with a `page_size`. A field of an unexpected type counts as not
+    /// reported.
     #[must_use]
     pub fn parse(body: &[u8]) -> Option<Self> {
         /// The fields as untyped values, so that one field of an unexpected type does not hide the
@@ -73,7 +75,8 @@ impl ServerInfo {
 }
 
 /// Parses the endpoint at which each rank of a vLLM publishes KV events, by rank; `None` if the
-/// body does not contain such a list.
+/// body does not contain such a list. A rank whose endpoint is missing or is not a TCP endpoint has
+/// [`KvEventEndpoint::None`].
 ///
 /// vLLM binds endpoints with a wildcard host and connects to all others. If it bound a port chosen
 /// by the system, it reports that endpoint with its own address. `is_own` returns whether a host is
@@ -109,10 +112,12 @@ pub fn parse_event_sources(
     )
 }
 
-/// Returns the endpoint of an SGLang's KV events.
+/// Returns the endpoint of an SGLang's KV events; [`KvEventEndpoint::None`] if it does not publish
+/// over ZeroMQ, or if the endpoint is not a TCP endpoint.
 ///
-/// `config` is the configuration, which determines how the socket is opened. `described` is the
-/// description that newer releases add, which contains the ports that are in use.
+/// `config` is the configuration, as JSON text or as an object, which determines how the socket is
+/// opened. `described` is the description that newer releases add, which contains the ports that
+/// are in use. These ports take precedence.
 fn read_kv_events(config: &Value, described: &Value) -> KvEventEndpoint {
     let config: Value = match config {
         Value::String(json) => serde_json::from_str(json).unwrap_or_default(),

@@ -102,7 +102,11 @@ impl StreamObserver {
         self.output.take().map(|output| *output)
     }
 
-    /// Processes the next bytes of the stream.
+    /// Processes the next bytes of the stream. An event counts when the blank line that ends it
+    /// arrives.
+    ///
+    /// Returns the increase of the token count, or 0 if a usage report lowered it, and the state of
+    /// the stream as a whole: `done` and `error` remain true.
     pub fn feed(&mut self, bytes: &[u8]) -> Observed {
         let tokens_before = self.tokens;
         // The data of an event that lies completely in `bytes` is parsed without a copy.
@@ -183,7 +187,8 @@ impl StreamObserver {
         self.unread_events
     }
 
-    /// Processes one line. Data that need not be copied is returned through `data_in_place`.
+    /// Processes one line; an empty line ends the event. Data that need not be copied is returned
+    /// through `data_in_place`, which may already contain the data of an earlier line of the event.
     fn take_line<'l>(&mut self, line: &'l [u8], data_in_place: &mut Option<&'l [u8]>) {
         if line.is_empty() {
             return self.end_event(data_in_place.take());
@@ -235,7 +240,8 @@ impl StreamObserver {
         self.line.extend_from_slice(kept);
     }
 
-    /// Buffers a line of data until the event is complete.
+    /// Buffers a line of data until the event is complete. Marks the event as too long, and drops
+    /// the line, if the data would exceed [`MAX_EVENT_BYTES`].
     fn keep_data(&mut self, line: &[u8]) {
         if self.data.len() + line.len() >= MAX_EVENT_BYTES {
             self.event.too_long = true;
@@ -247,7 +253,8 @@ impl StreamObserver {
         self.data.extend_from_slice(line);
     }
 
-    /// Processes a complete event. Its data is in `data_in_place`, or else in the buffer.
+    /// Processes a complete event and prepares for the next one. Its data is in `data_in_place`, or
+    /// else in the buffer. An event without data is ignored.
     fn end_event(&mut self, data_in_place: Option<&[u8]>) {
         let event = std::mem::take(&mut self.event);
         let kept = std::mem::take(&mut self.data);
@@ -261,7 +268,8 @@ impl StreamObserver {
         self.data.clear();
     }
 
-    /// Processes the data of an event whose type was `error` if `is_error`.
+    /// Processes the data of an event whose type was `error` if `is_error`. The data of such an
+    /// event need not be JSON; any other data that cannot be parsed counts as an unread event.
     fn take_data(&mut self, data: &[u8], is_error: bool) {
         if data.trim_ascii() == b"[DONE]" {
             self.done = true;
@@ -275,7 +283,9 @@ impl StreamObserver {
         }
     }
 
-    /// Adds a parsed event to the counts.
+    /// Adds a parsed event to the counts, to the collected text and to the latest usage. A usage
+    /// report for the whole request replaces the token count; a report for one choice can only
+    /// raise it.
     fn take_event(&mut self, event: &Event<'_>) {
         self.error |= event.is_error;
         if let Some(output) = &mut self.output {
@@ -308,7 +318,8 @@ impl StreamObserver {
         }
     }
 
-    /// Returns the progress of a choice, which is created if it is new.
+    /// Returns the progress of a choice, which is created if it is new. Choices after the first
+    /// [`MAX_BATCH_PROMPTS`] share the last of these.
     fn choice(&mut self, index: u32) -> &mut ChoiceProgress {
         let index = (index as usize).min(MAX_BATCH_PROMPTS - 1);
         if self.choices.len() <= index {

@@ -30,7 +30,8 @@ const MONTHS: [&str; 12] = [
     "December",
 ];
 
-/// Formats the current time like Python's `strftime`.
+/// Formats the current time, in UTC, like Python's `strftime`. A clock before 1970 counts as the
+/// start of 1970.
 ///
 /// # Errors
 /// If the format contains an unsupported code.
@@ -39,7 +40,11 @@ pub(crate) fn strftime_now(format: &str) -> Result<String, Error> {
     strftime(format, now.map_or(0, |now| now.as_secs()))
 }
 
-/// Formats a time, given in seconds since 1970.
+/// Formats a time, given in seconds since 1970, in UTC. A `-` after `%` removes the leading zero of
+/// a number.
+///
+/// # Errors
+/// If the format contains an unsupported code.
 fn strftime(format: &str, unix_seconds: u64) -> Result<String, Error> {
     let days = unix_seconds / 86_400;
     let (hour, minute, second) = (

@@ -57,10 +57,12 @@ pub enum TokenizerError {
 }
 
 impl Tokenizer {
-    /// Loads a tokenizer from a model's folder, or from its `tokenizer.json`.
+    /// Loads a tokenizer from a model's folder, or from its `tokenizer.json`. The settings for
+    /// truncation and padding in that file are ignored, as engines do.
     ///
     /// # Errors
-    /// If there is no such file, or the file requires a feature that is not implemented.
+    /// If there is no such file, or the file is invalid or requires a feature that is not
+    /// implemented, such as tokens that match whole words only.
     pub fn load(path: &Path) -> Result<Self, TokenizerError> {
         let file = if path.is_dir() {
             path.join("tokenizer.json")
@@ -100,8 +102,8 @@ impl Tokenizer {
     /// Returns the token ids of a text.
     ///
     /// # Errors
-    /// If the text cannot be tokenised. With most tokenizers that never happens, and it never
-    /// depends on the state of the cache.
+    /// If the text cannot be tokenised, including a panic of the tokenizer library. With most
+    /// tokenizers that never happens, and it never depends on the state of the cache.
     pub fn encode(
         &self,
         text: &str,
@@ -120,6 +122,7 @@ impl Tokenizer {
     }
 
     /// Returns the bytes of text that each id stands for, up to the first special or unknown token.
+    /// From that token on, the list has no entries.
     #[must_use]
     pub fn text_lengths(&self, ids: &[u32]) -> Vec<usize> {
         let lengths = ids.iter().map_while(|&id| {

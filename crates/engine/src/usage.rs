@@ -16,7 +16,8 @@ pub struct Usage {
     pub cached_tokens: Option<u32>,
 }
 
-/// Reads the usage in the body of a response that is not streamed; `None` if there is none.
+/// Reads the usage in the body of a response that is not streamed; `None` if there is none, or the
+/// body is not a JSON object.
 #[must_use]
 pub fn parse_usage(body: &[u8]) -> Option<Usage> {
     #[derive(Deserialize)]
@@ -29,7 +30,8 @@ pub fn parse_usage(body: &[u8]) -> Option<Usage> {
 }
 
 impl Usage {
-    /// Parses a `usage` value; `None` if it is not an object.
+    /// Parses a `usage` value; `None` if it is not an object, or if its `prompt_tokens_details` is
+    /// neither an object nor `null`. A count that is not a nonnegative number is `None`.
     pub(crate) fn read(raw: &RawValue) -> Option<Self> {
         #[derive(Default, Deserialize)]
         #[serde(default)]

@@ -74,7 +74,8 @@ struct RankMetrics {
 }
 
 impl RankMetrics {
-    /// Returns the load; `None` if the metrics do not determine the pinned blocks.
+    /// Returns the load; `None` if the metrics do not determine the pinned blocks. A number of
+    /// requests that is not reported counts as 0.
     fn load(&self) -> Option<EngineLoad> {
         let from_fraction = || Some(self.pinned_fraction? * f64::from(self.cache.blocks?));
         let from_tokens = || Some(self.pinned_tokens? / f64::from(self.cache.block_size?));
@@ -86,7 +87,9 @@ impl RankMetrics {
     }
 }
 
-/// Collects the samples of all ranks, by rank.
+/// Collects the samples of all ranks, by rank. The number of vLLM's blocks is reduced to the blocks
+/// that one rank can use. If an old and a new name of a metric are both present, the value of the
+/// new name is used.
 fn read_ranks(metrics: &str) -> BTreeMap<u32, RankMetrics> {
     let mut ranks = BTreeMap::<u32, RankMetrics>::new();
     let mut vllm_blocks = BTreeMap::<u32, u32>::new();
@@ -151,7 +154,8 @@ struct Sample<'t> {
 }
 
 impl<'t> Sample<'t> {
-    /// Parses a line; `None` if it is not a finite, nonnegative sample of vLLM or SGLang.
+    /// Parses a line; `None` if it is not a finite, nonnegative sample of vLLM or SGLang with
+    /// labels.
     fn read(line: &'t str) -> Option<Self> {
         if !line.starts_with("vllm:") && !line.starts_with("sglang:") {
             return None;
@@ -188,9 +192,9 @@ impl<'t> Sample<'t> {
         (self.value >= 1.0).then_some(self.value as u32)
     }
 
-    /// Returns the rank that the sample belongs to. `None` if the rank is invalid, or if the sample
-    /// covers only part of a rank's load: with priorities, SGLang also reports the requests of each
-    /// priority.
+    /// Returns the rank that the sample belongs to, which is 0 without a label of the rank. `None`
+    /// if the rank is invalid, or if the sample covers only part of a rank's load: with priorities,
+    /// SGLang also reports the requests of each priority.
     fn rank(&self) -> Option<u32> {
         if self
             .label("priority")

@@ -36,6 +36,8 @@ impl GatewayState {
         result.unwrap_or_else(|error| reply::error(&error))
     }
 
+    /// Calls the handler of the request's method and path. The error is the response for the
+    /// client; for an unknown path, a 404.
     async fn try_handle_admin(
         self: Arc<Self>,
         request: Request<Incoming>,
@@ -106,8 +108,9 @@ impl GatewayState {
         reply::json(StatusCode::OK, body.to_string())
     }
 
-    /// Returns one worker: the router's view, and what only the gateway knows of it. The latter is
-    /// `null` while the worker is being removed.
+    /// Returns one worker: the router's view, and the fields that only the gateway knows. The
+    /// latter are `null` while the worker is being removed, and the cache source is then
+    /// `estimated`.
     fn worker_json(&self, worker: &WorkerSnapshot) -> Value {
         let entry = self.workers.get(worker.id);
         let follows_events = entry
@@ -145,8 +148,9 @@ impl GatewayState {
         })
     }
 
-    /// Adds the workers of the body `{"url": "URL[,name=NAME][,ranks=N][,blocks=N]…"}`, a description as
-    /// for `--worker`.
+    /// Adds the workers of the body `{"url": "URL[,name=NAME][,ranks=N][,blocks=N]…"}`, a
+    /// description as for `--worker`. Responds with a 202 before the first health check. Fails with
+    /// a 400 if the description is invalid or the name is taken.
     fn add_worker(self: &Arc<Self>, body: &[u8]) -> Result<Response<Body>, ApiError> {
         #[derive(Deserialize)]
         struct NewWorker {
@@ -173,7 +177,8 @@ impl GatewayState {
     }
 
     /// Drains the worker `name` and removes it once it has no requests. The name of an engine with
-    /// ranks stands for all its ranks.
+    /// ranks stands for all its ranks. Responds with a 202 immediately, or with a 404 if no worker
+    /// has the name.
     fn drain_worker(self: &Arc<Self>, name: &str) -> Result<Response<Body>, ApiError> {
         let mut workers = self.workers.all();
         workers.retain(|worker| worker.config.name == name || worker.config.engine_name() == name);
@@ -191,7 +196,7 @@ impl GatewayState {
         Ok(reply::json(StatusCode::ACCEPTED, body.to_string()))
     }
 
-    /// Waits until no request is booked on the worker, then removes it.
+    /// Waits until no request is booked on the worker, then removes it. There is no time limit.
     async fn remove_when_drained(self: Arc<Self>, id: WorkerId) {
         let has_requests = || {
             let workers = self.router.workers(self.clock.now());
@@ -273,7 +278,7 @@ fn percent_decoded(text: &str) -> String {
 }
 
 /// Returns the endpoint that a body is for: embeddings if it has `input`, completions if it has no
-/// `messages`, and otherwise chat completions.
+/// `messages`, and otherwise chat completions. An unreadable body counts as a chat completion.
 fn endpoint_of(body: &[u8]) -> Endpoint {
     #[derive(Deserialize)]
     struct Fields {
@@ -287,7 +292,8 @@ fn endpoint_of(body: &[u8]) -> Endpoint {
     }
 }
 
-/// Returns a routing decision with the costs of all candidates.
+/// Returns a routing decision with the costs of all candidates. `choice` is the expected choice, as
+/// the actual one can be random.
 fn explanation_json(explanation: &Explanation) -> Value {
     let candidates = explanation.candidates.iter().map(|candidate| {
         json!({

@@ -24,7 +24,9 @@ impl TextRatios {
             .map_or_else(|| BytesPerToken::default().ratio(), BytesPerToken::ratio)
     }
 
-    /// Learns from an engine that counted `prompt_tokens` tokens in a prompt of `prompt_bytes` bytes.
+    /// Learns from an engine that counted `prompt_tokens` tokens in a prompt of `prompt_bytes`
+    /// bytes. Has no effect if one of the numbers is 0, or for a new model if there are
+    /// [`MAX_MODELS`] already.
     pub(crate) fn observe(&self, model: &str, prompt_bytes: usize, prompt_tokens: u32) {
         let mut by_model = self.by_model.lock();
         if !by_model.contains_key(model) {

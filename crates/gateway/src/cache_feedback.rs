@@ -21,8 +21,10 @@ impl RequestContext {
         caches_prefixes && self.continuation.is_some() && !self.worker.events.read().followed
     }
 
-    /// Releases the bookings of the request, whose output ended as `end` says. `output` is its text as
-    /// far as it was collected. A long output is tokenised on another thread first.
+    /// Releases the bookings of the request, whose output ended as `end` says. `output` is its text
+    /// as far as it was collected. A long output is tokenised on another thread first. In that case
+    /// the bookings are released after this function has returned. Without a text, no output is
+    /// stored.
     pub(crate) fn release_bookings(self, output: Option<OutputText>, end: OutputEnd) {
         let Some(output) = output.filter(|output| !output.text().is_empty()) else {
             return self.end_bookings(end);
@@ -51,7 +53,9 @@ impl RequestContext {
         });
     }
 
-    /// Appends the output to the sequence of the booking's prompt, then releases the bookings.
+    /// Appends the output to the sequence of the booking's prompt, then releases the bookings. If
+    /// the place of the output in the sequence is unknown, only releases them. Tokenises on this
+    /// thread.
     fn store_output(mut self, output: &OutputText, end: OutputEnd) {
         let tokenizer = self.shared.tokenizer.as_ref();
         let tokenizer = tokenizer.and_then(|tokenizer| tokenizer.tokenizer(&self.model));

@@ -29,7 +29,8 @@ pub(crate) struct Completion {
 
 impl RequestContext {
     /// Records the end of a response, once: adds it to the recording, counts it, compares the
-    /// predictions with the reported usage, and logs the result.
+    /// predictions with the reported usage, and logs the result. Must be called before the bookings
+    /// are released. Cached tokens of several prompts or outputs are not compared.
     pub(crate) fn record_completion(&mut self, completion: &Completion) {
         let Completion { outcome, usage, .. } = completion;
         if let (Some(recorder), Some(sequences)) = (&self.shared.recorder, self.recorded.take()) {

@@ -62,8 +62,8 @@ pub struct GatewayConfig {
 }
 
 impl GatewayConfig {
-    /// Checks that the tokenizer and the chat template next to it can be loaded, if a tokenizer is
-    /// configured.
+    /// Checks that the tokenizer can be loaded, if one is configured. A missing or invalid chat
+    /// template is logged as a warning and is not an error.
     ///
     /// # Errors
     /// Fails if the tokenizer cannot be used; then a gateway would not start either.
@@ -165,7 +165,7 @@ impl WorkerConfig {
     }
 
     /// Returns the workers that this engine becomes: itself, or one for each rank, named
-    /// `NAME/RANK`.
+    /// `NAME/RANK`. The events of rank r are expected at the configured ports + r.
     #[must_use]
     pub fn workers(&self) -> Vec<Self> {
         let Some(ranks) = self.ranks else {
@@ -191,6 +191,8 @@ impl WorkerConfig {
     }
 
     /// Adds `replay` and `topic` to the event source, and checks that every rank has its port.
+    /// Fails with the problem as text if there is no such port, or if `replay` or `topic` is given
+    /// without an endpoint of events.
     fn complete_events(
         &mut self,
         replay: Option<String>,
@@ -215,7 +217,9 @@ impl WorkerConfig {
         Ok(())
     }
 
-    /// Parses the URL of a description, without options.
+    /// Parses the URL of a description, without options. `http://` may be left out. The name is the
+    /// host and port. Fails with the problem as text if the URL has another scheme, a query or no
+    /// host.
     fn from_url(url: &str) -> Result<Self, String> {
         let with_scheme = if url.contains("://") {
             url.to_owned()

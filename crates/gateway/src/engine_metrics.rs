@@ -11,8 +11,8 @@ use crate::gateway_state::GatewayState;
 use crate::health::get;
 use crate::workers::Worker;
 
-/// Polls a worker's `/metrics` until the worker is removed. Returns immediately if the configuration
-/// sets no interval.
+/// Polls a worker's `/metrics` until the worker is removed. Returns immediately if the
+/// configuration sets no interval. A failed read removes the last value.
 pub(crate) async fn watch_engine_metrics(shared: Arc<GatewayState>, worker: Arc<Worker>) {
     let Some(interval) = shared.config.engine_metrics_interval else {
         return;

@@ -65,7 +65,8 @@ pub(crate) struct Failover<'a> {
 }
 
 impl<'a> Failover<'a> {
-    /// Prepares to send `request`, but not to the workers in `excluded`.
+    /// Prepares to send `request`, but not to the workers in `excluded`. The time that the request
+    /// may spend in the queue and waiting for a free connection, `first_byte_timeout`, begins now.
     pub(crate) fn new(
         shared: &'a GatewayState,
         client: &'a UpstreamClient,
@@ -83,11 +84,14 @@ impl<'a> Failover<'a> {
         }
     }
 
-    /// Sends the request to the booked worker. If that fails and another worker can take over, moves
-    /// the bookings to the next best worker and sends it there.
+    /// Sends the request to the booked worker. If that fails and another worker can take over,
+    /// moves the bookings to the next best worker and sends it there. A 503 counts as a failure,
+    /// but is returned if no other worker can take over; a response with any other status is
+    /// returned as it is.
     ///
     /// # Errors
-    /// Returns the error response for the client if no worker responds.
+    /// Returns the error response for the client if no worker responds or the queue refuses the
+    /// request. `batch` keeps its bookings until it is dropped.
     pub(crate) async fn send(&mut self, batch: &mut Batch) -> Result<UpstreamResponse, ApiError> {
         loop {
             self.wait_in_queue(batch).await?;
@@ -113,8 +117,10 @@ impl<'a> Failover<'a> {
         }
     }
 
-    /// Waits until the router dispatches the request to its worker. Returns immediately if the router
-    /// has no queue.
+    /// Waits until the router dispatches the request to its worker. Returns immediately if the
+    /// router has no queue. Meanwhile the router can move the booking to another worker that is not
+    /// excluded. Fails with a 503 if the queue is full or the deadline passes. Records the waiting
+    /// time of a dispatched request, also if it was not queued.
     async fn wait_in_queue(&self, batch: &mut Batch) -> Result<(), ApiError> {
         let shared = self.shared;
         if shared.config.router.queue_order.is_none() {
@@ -151,8 +157,11 @@ impl<'a> Failover<'a> {
         Ok(())
     }
 
-    /// Sends the request to `worker` once. Waits for the head of the response and, if it is a stream,
-    /// for its first frame: engines send the head before they do anything that can fail.
+    /// Sends the request to `worker` once. Waits for the head of the response and, if it is a
+    /// stream, for its first frame: engines send the head before they do anything that can fail.
+    /// Announces the request to the worker's event status first. After a lost connection, a new
+    /// connection is used. A stream without any frame counts as a lost connection. The caller sets
+    /// the time limit.
     async fn attempt(
         &self,
         worker: &Arc<Worker>,
@@ -193,8 +202,10 @@ impl<'a> Failover<'a> {
         })
     }
 
-    /// Prepares the next attempt after `error`. Fails with the client's error response if there is
-    /// none.
+    /// Prepares the next attempt after `error`. If this machine has no free connection, waits and
+    /// keeps the worker. Otherwise requests a health check of `worker`, and books `batch` on the
+    /// worker of the next attempt. Fails with the client's error response if there is no further
+    /// attempt.
     async fn recover(
         &mut self,
         error: UpstreamError,
@@ -222,7 +233,11 @@ impl<'a> Failover<'a> {
         recovered
     }
 
-    /// Chooses the worker of the next attempt after `worker` failed with `error`.
+    /// Chooses the worker of the next attempt after `worker` failed with `error`. Marks a worker
+    /// that refused the connection as unhealthy and its cache as lost. `Ok` means that `batch` is
+    /// booked there: on another worker or, after the first lost connection, possibly on the same
+    /// one. Fails with the client's error response if the request must not be sent again or no
+    /// worker is left.
     fn retry_after(
         &mut self,
         error: &UpstreamError,
@@ -264,7 +279,9 @@ impl<'a> Failover<'a> {
         }
     }
 
-    /// Waits for connections of this process to be closed. The request keeps its booking.
+    /// Waits for connections of this process to be closed. The request keeps its booking. Waits for
+    /// a fixed time, whether or not a connection was closed. Fails with a 503 once the deadline has
+    /// passed.
     async fn wait_for_local_resources(&self, error: &UpstreamError) -> Result<(), ApiError> {
         if self.shared.clock.now() >= self.deadline {
             let message = format!("The router is out of connections: {error}.");
@@ -275,7 +292,9 @@ impl<'a> Failover<'a> {
         Ok(())
     }
 
-    /// Excludes the booked worker and moves the bookings to the best of the others.
+    /// Excludes the booked worker and moves the bookings to the best of the others. Counts a retry.
+    /// If no other worker can be chosen, fails and the bookings stay where they are, but the worker
+    /// remains excluded.
     fn retry_elsewhere(&mut self, batch: &mut Batch) -> Result<(), RouteError> {
         self.excluded.push(batch.worker());
         batch.reroute(&self.excluded, self.shared.clock.now())?;
@@ -284,9 +303,9 @@ impl<'a> Failover<'a> {
     }
 }
 
-/// Returns the number of prompt tokens that the worker has cached according to its KV events. Returns
-/// `None` if the response cannot verify it: there are no events, there are several prompts, or the
-/// number depends on requests that run at the same time.
+/// Returns the number of prompt tokens that the worker has cached according to its KV events,
+/// trusted or not. Returns `None` if the response cannot verify it: the worker has no event source,
+/// there are several prompts, or the number depends on requests that run at the same time.
 fn predicted_cached_tokens(worker: &Worker, batch: &mut Batch) -> Option<u32> {
     if worker.event_source.borrow().is_none() || batch.prompt_count() > 1 {
         return None;
@@ -305,7 +324,8 @@ fn predicted_cached_tokens(worker: &Worker, batch: &mut Batch) -> Option<u32> {
     is_certain.then(|| blocks.saturating_mul(prompt.block_size().get()))
 }
 
-/// Returns the error response to a request that no worker can take.
+/// Returns the error response to a request that no worker can take: `model_not_found` if no worker
+/// serves the model, and otherwise a 503 with `Retry-After`.
 pub(crate) fn no_worker(error: RouteError) -> ApiError {
     match error {
         RouteError::UnknownModel(model) => ApiError::model_not_found(&model),

@@ -39,6 +39,11 @@ const MAX_PROBE_BYTES: usize = 4 << 20;
 
 /// Checks a worker's health until the worker is removed, and keeps its models, capacity and event
 /// source up to date.
+///
+/// One successful check makes the worker healthy in the router, and [`UNHEALTHY_THRESHOLD`]
+/// failures in a row make it unhealthy. A check without a response is ignored if data arrived from
+/// the worker meanwhile. When a worker responds after a refused connection, its cache state is
+/// cleared.
 pub(crate) async fn watch_worker(shared: Arc<GatewayState>, worker: Arc<Worker>) {
     let mut failures = 0;
     let mut successes = 0;
@@ -148,8 +153,9 @@ impl ProbeError {
     }
 }
 
-/// Sends `GET path` to a worker and returns the body of a 2xx response. The time limit is the
-/// connect timeout, at least 100 ms.
+/// Sends `GET path` to a worker and returns the body of a 2xx response. The request has no headers
+/// of a client, and so no API key. The time limit, for the body too, is the connect timeout, at
+/// least 100 ms. A body over [`MAX_PROBE_BYTES`] is an error.
 pub(crate) async fn get(
     shared: &GatewayState,
     worker: &Worker,

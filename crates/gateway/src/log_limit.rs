@@ -49,7 +49,7 @@ impl LogLimit {
 
     /// Decides whether a line with `key` may be written at `now`. Returns how many lines with this
     /// key were left out since the last one that was written, or `None` if this line has to be left
-    /// out too.
+    /// out and was counted as such. Keys that share a limit share the number too.
     pub(crate) fn admit(&self, key: &str, now: Instant) -> Option<u64> {
         let mut by_key = self.by_key.lock();
         let mut key = key;

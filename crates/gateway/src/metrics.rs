@@ -290,7 +290,8 @@ impl Metrics {
     }
 
     /// Returns the exposition in OpenMetrics text format. The arguments are the router's present
-    /// state, to which the gauges are set first.
+    /// state, to which the gauges are set first. Series of workers that are not in `workers` are
+    /// removed from these gauges.
     pub(crate) fn expose(
         &self,
         workers: &[WorkerSnapshot],
@@ -389,7 +390,8 @@ impl Metrics {
     }
 }
 
-/// Sets a gauge of every worker and removes the series of all others.
+/// Sets a gauge of every worker in `workers` to its `value` and removes all other series of the
+/// gauge.
 fn set_per_worker<N, A: Atomic<N> + Default>(
     gauge: &Family<WorkerLabel, Gauge<N, A>>,
     workers: &[WorkerSnapshot],

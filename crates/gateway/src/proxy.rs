@@ -120,7 +120,10 @@ impl Drop for OutcomeGuard<'_> {
 }
 
 impl GatewayState {
-    /// Handles one request to the public API. `client` is that of the I/O thread.
+    /// Handles one request to the public API. `client` is that of the I/O thread. Errors become
+    /// responses. Counts the outcome of each error response, and of a client that leaves before its
+    /// response begins; [`TrackedBody`] counts the responses of workers. The response has the
+    /// `x-request-id` of the worker, of the client or a new one.
     pub(crate) async fn handle_api(
         self: Arc<Self>,
         client: Arc<UpstreamClient>,
@@ -151,6 +154,13 @@ impl GatewayState {
         response
     }
 
+    /// Responds to `GET /v1/models` and `GET /health` itself, and books and sends every other
+    /// request. A compressed body, or one of an unknown path, is not parsed: the request is routed
+    /// by load alone. `request_id` is used unless the client sent an id.
+    ///
+    /// # Errors
+    /// Returns the error response for the client: the body or a hint is invalid, or no worker
+    /// responded.
     async fn try_handle_api(
         self: &Arc<Self>,
         client: &UpstreamClient,
@@ -206,7 +216,9 @@ impl GatewayState {
         Ok(self.pass_through(response, batch, parsed, arrived_at, request_id))
     }
 
-    /// Returns the routing hints in `headers`.
+    /// Returns the routing hints in `headers`. The tenant is 0 unless the queue order is `fair` and
+    /// the request has the tenant header. Fails with a 400 if the priority or the expected number
+    /// of tokens is not an integer in range.
     fn request_hints(&self, headers: &HeaderMap) -> Result<RequestHints, ApiError> {
         let priority = "an integer; lower values are served first (default 0)";
         let tokens = "an integer: the expected number of output tokens";
@@ -223,7 +235,12 @@ impl GatewayState {
         })
     }
 
-    /// Reads a whole request body, up to the size limit.
+    /// Reads a whole request body, up to the size limit. `headers` are used only to find out
+    /// whether the client waits for `100 Continue` before it sends the body.
+    ///
+    /// # Errors
+    /// Fails with a 413 if the body exceeds the limit, and with a 400 if the client breaks off. A
+    /// separate task discards the rest of a body that is too large.
     pub(crate) async fn read_body(
         &self,
         headers: &HeaderMap,
@@ -250,7 +267,9 @@ impl GatewayState {
         }
     }
 
-    /// Parses a body: a short one on this thread, a long one on a thread for blocking work.
+    /// Parses a body: a short one on this thread, a long one on a thread for blocking work. With a
+    /// tokenizer, the limit for a short body is lower, and a long body waits for a permit. Fails
+    /// with a 400 if the body is invalid or the parser panics. The hints of the result are empty.
     async fn parse_off_thread(
         self: &Arc<Self>,
         endpoint: Endpoint,
@@ -282,7 +301,11 @@ impl GatewayState {
         }
     }
 
-    /// Parses and hashes a body. The hints of the result are empty.
+    /// Parses, tokenises and hashes an uncompressed body on this thread. The hints of the result
+    /// are empty. A request without a model name gets
+    /// [`Workers::only_model`](crate::workers::Workers::only_model), or an empty name if there is
+    /// none. Prompts that cannot be tokenised are hashed as text. With a tokenizer, the text
+    /// prompts are counted in the metrics, even if the caller does not send the request.
     fn parse_request(&self, endpoint: Endpoint, body: &[u8]) -> Result<ParsedRequest, BodyError> {
         let mut request = ApiRequest::parse(endpoint, body)?;
         let names_model = !request.model.is_empty();
@@ -329,7 +352,10 @@ impl GatewayState {
         })
     }
 
-    /// Chooses a worker and books the request there, all prompts and outputs as one batch.
+    /// Chooses a worker and books the request there, all prompts and outputs as one batch. With a
+    /// queue, the request is not dispatched yet: [`Failover::send`] waits for that. Counts the
+    /// prompt tokens and the duration of the decision. If no worker can be chosen, fails with the
+    /// response of [`no_worker`], and books and counts nothing.
     fn route(&self, parsed: &ParsedRequest) -> Result<Batch, ApiError> {
         let started = self.clock.now();
         let batch = self
@@ -347,8 +373,10 @@ impl GatewayState {
         Ok(batch)
     }
 
-    /// Returns the client's response: the worker's, with the gateway's headers and a body that reports
-    /// its tokens to the bookings.
+    /// Returns the client's response: the worker's, with the gateway's headers and a body that
+    /// reports its tokens to the bookings. Removes hop-by-hop headers and counts the predicted
+    /// overlap. `arrived_at` is a time of the gateway's clock; `request_id` is used only in log
+    /// lines.
     fn pass_through(
         self: &Arc<Self>,
         upstream: UpstreamResponse,
@@ -388,8 +416,9 @@ impl GatewayState {
         Response::from_parts(head, Either::Right(body))
     }
 
-    /// Lists the models of all workers. Each entry is as the first worker that serves the model wrote
-    /// it.
+    /// Lists the models of all workers. Each entry is as the first worker that serves the model
+    /// wrote it. Workers are taken in the order in which they were added, unhealthy ones included.
+    /// A worker that has not listed its models yet adds none.
     fn models(&self) -> Response<Body> {
         let mut listed: Vec<(String, String)> = Vec::new();
         for worker in self.workers.all() {
@@ -414,7 +443,12 @@ impl GatewayState {
         reply::whole(status, "text/plain", "")
     }
 
-    /// Returns how a request with this body would be routed now. Books nothing.
+    /// Returns how a request with this body would be routed now. Books nothing. Headers are not
+    /// considered, so the request has the default hints. `body` must be uncompressed; with a
+    /// tokenizer, its prompts count as tokenised.
+    ///
+    /// # Errors
+    /// Returns the error response for the client: the body is invalid, or no worker can be chosen.
     pub(crate) fn explain(
         &self,
         endpoint: Endpoint,
@@ -428,8 +462,9 @@ impl GatewayState {
     }
 }
 
-/// Returns the number in the header `name`, or `None` without that header. `requirement` completes the
-/// error message "Header `name` must be …".
+/// Returns the number in the header `name`, or `None` without that header. Fails with a 400 if the
+/// value is not a number of type `N`. `requirement` completes the error message "Header `name` must
+/// be …".
 fn integer_header<N: FromStr>(
     headers: &HeaderMap,
     name: &'static str,

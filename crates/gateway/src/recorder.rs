@@ -50,7 +50,8 @@ pub(crate) struct Recorder {
 }
 
 impl Recorder {
-    /// Opens the file at `path` for appending, creates it if needed, and starts the thread.
+    /// Opens the file at `path` for appending, creates it if needed, and starts the thread. Fails
+    /// if the file cannot be opened or no thread can be started.
     pub(crate) fn start(path: &Path, metrics: &Metrics) -> io::Result<Self> {
         let file = OpenOptions::new().create(true).append(true).open(path)?;
         let (entries, receiver) = sync_channel(MAX_PENDING_ENTRIES);
@@ -74,7 +75,9 @@ impl Recorder {
     }
 
     /// Queues a request for recording, if it can be replayed: a worker generated output, and the
-    /// lengths of prompt and output are known. Never blocks; a full queue drops the request.
+    /// lengths of prompt and output are known. Never blocks; a full queue drops the request. A
+    /// request that cannot be replayed is ignored, and not counted as dropped. `arrived` is a time
+    /// of the gateway's clock.
     pub(crate) fn record(
         &self,
         arrived: Duration,
@@ -166,7 +169,7 @@ impl Writer {
     }
 
     /// Writes a line for each prompt of a request, and counts it. A sum of output tokens is divided
-    /// equally among the prompts.
+    /// equally among the prompts. Prompts without tokens or without output are left out.
     fn write(&mut self, entry: &Entry) {
         let PromptSequences { first, rest, .. } = &entry.sequences;
         let prompt_count = 1 + rest.len();
@@ -200,7 +203,8 @@ impl Writer {
     }
 
     /// Returns an id for each block of a prompt: its sequence hash, or a new number for a block of
-    /// unknown content.
+    /// unknown content. Each call numbers the blocks of unknown content anew, so they match no
+    /// other block.
     fn hash_ids(&mut self, sequence: &Sequence) -> Vec<u64> {
         let mut ids = sequence.hashes().to_vec();
         let blocks = sequence.tokens().div_ceil(sequence.block_size().get());

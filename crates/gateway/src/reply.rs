@@ -30,8 +30,8 @@ pub(crate) fn json(status: StatusCode, body: impl Into<Bytes>) -> Response<Body>
     whole(status, "application/json", body)
 }
 
-/// Returns an error in the form that OpenAI clients expect, with `Retry-After` in whole seconds if the
-/// error has it.
+/// Returns an error in the form that OpenAI clients expect, with `Retry-After` in whole seconds if
+/// the error has it. An invalid status becomes a 502; a `Retry-After` below one second becomes 1.
 pub(crate) fn error(error: &ApiError) -> Response<Body> {
     let status = StatusCode::from_u16(error.status).unwrap_or(StatusCode::BAD_GATEWAY);
     let mut response = json(status, error.to_json());

@@ -191,8 +191,9 @@ impl Gateway {
         &self.shared.router
     }
 
-    /// Stops accepting connections, waits for running responses to end, and aborts the responses that
-    /// still run after `shutdown_timeout`.
+    /// Stops accepting connections, waits for running responses to end, and aborts the responses
+    /// that still run after `shutdown_timeout`. Then ends the tasks of the workers and finishes the
+    /// recording.
     pub async fn shut_down(self) {
         self.stop.send_replace(true);
         for thread in self.io_threads {
@@ -230,8 +231,9 @@ async fn tick_queue(shared: Weak<GatewayState>) {
     }
 }
 
-/// Starts a thread that serves the API until `stopped` is true. The returned receiver is closed when
-/// the thread ends.
+/// Starts a thread that serves the API until `stopped` is true. The returned receiver is closed
+/// when the thread ends. Fails if the operating system provides no event loop or thread. A later
+/// error is logged and ends the thread.
 fn start_io_thread(
     number: usize,
     listener: std::net::TcpListener,
@@ -264,8 +266,8 @@ fn start_io_thread(
 }
 
 /// Accepts connections and serves their requests with `handle` until `stopped` is true, then waits
-/// at most `timeout` for the connections to end. The remaining connections are closed, which releases
-/// their bookings.
+/// at most `timeout` for the connections to end. The remaining connections are closed, which
+/// releases their bookings. Closes the listener first.
 async fn serve<H, F>(
     listener: TcpListener,
     mut stopped: watch::Receiver<bool>,
@@ -313,7 +315,7 @@ async fn serve<H, F>(
     connections.shutdown().await;
 }
 
-/// Accepts one connection. Retries until that succeeds.
+/// Accepts one connection. Retries until that succeeds; errors are logged, at a limited rate.
 async fn accept(listener: &TcpListener) -> TcpStream {
     loop {
         match listener.accept().await {

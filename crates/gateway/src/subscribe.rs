@@ -63,7 +63,7 @@ const REOPEN_INTERVAL: Duration = Duration::from_secs(60);
 const MAX_CHECKS_WITH_NEWS: u32 = 2;
 
 /// Follows a worker's events until the worker is removed, and starts anew whenever its event source
-/// changes.
+/// changes. Without a source, the cache is estimated.
 pub(crate) async fn follow_events(shared: Arc<GatewayState>, worker: Arc<Worker>) {
     let mut sources = worker.event_source.subscribe();
     let following = async {
@@ -90,7 +90,8 @@ pub(crate) async fn follow_events(shared: Arc<GatewayState>, worker: Arc<Worker>
     shared.metrics.remove_events_live(&worker.config.name);
 }
 
-/// Switches the router to the estimated cache and resets the status of the worker's events.
+/// Switches the router to the estimated cache and resets the status of the worker's events. The
+/// trust in the events is kept: after a revocation, the events of another source are untrusted too.
 fn stop_following(shared: &GatewayState, worker: &Worker) {
     shared
         .router
@@ -102,7 +103,8 @@ fn stop_following(shared: &GatewayState, worker: &Worker) {
 }
 
 /// Waits for the worker's base model, whose name is part of its block hashes. Logs a warning if the
-/// worker was asked for its models and has not listed any within `events_grace`.
+/// worker was asked for its models and has not listed any within `events_grace`. There is no time
+/// limit.
 async fn wait_for_model(shared: &GatewayState, worker: &Worker) -> String {
     let overdue = async {
         worker.until_asked_for_models().await;
@@ -121,7 +123,8 @@ async fn wait_for_model(shared: &GatewayState, worker: &Worker) -> String {
     worker.first_model().await
 }
 
-/// Follows the events at `source` until the future is dropped.
+/// Follows the events at `source` until the future is dropped. Waits for the worker's base model
+/// first.
 async fn follow(shared: &GatewayState, worker: &Worker, source: &EventSource) {
     worker
         .events
@@ -163,7 +166,7 @@ struct Subscription<'s> {
 }
 
 impl Subscription<'_> {
-    /// Connects, follows the events until the connection is lost, and starts again.
+    /// Connects, follows the events until the connection is lost, and starts again. Never returns.
     async fn run(mut self) {
         let mut delay = INITIAL_RECONNECT_DELAY;
         loop {
@@ -189,8 +192,9 @@ impl Subscription<'_> {
         }
     }
 
-    /// Applies what arrives on `feed`. Returns when its connection is lost, seems to be, or has to be
-    /// replaced.
+    /// Applies what arrives on `feed`. Returns when its connection is lost, seems to be, or has to
+    /// be replaced. A socket that binds waits for the next connection instead of returning when one
+    /// is lost.
     async fn listen(&mut self, mut feed: Feed) {
         let grace = self.shared.config.events_grace;
         let mut connected = false;
@@ -256,7 +260,7 @@ impl Subscription<'_> {
     }
 
     /// Prepares the view for a new connection: clears it if the worker lost its cache or serves
-    /// another model.
+    /// another model. Without known models, the model is not compared.
     fn refresh_worker_info(&mut self) {
         self.follower.on_connected();
         if self.worker.take_cache_lost() {
@@ -277,8 +281,8 @@ impl Subscription<'_> {
         }
     }
 
-    /// Applies a live message. If batches are missing before it, they are replayed first, or skipped
-    /// if that fails.
+    /// Applies a live message. If batches are missing before it, they are replayed first, or
+    /// skipped if that fails. Frames that are not an event batch are ignored.
     async fn apply_live(&mut self, frames: &[Bytes]) {
         // Announced before the batches that these requests cause are applied.
         for prompt in self.worker.events.take_sent() {
@@ -314,8 +318,8 @@ impl Subscription<'_> {
         }
     }
 
-    /// Replays what the engine published since the last batch that was applied, or all that it still
-    /// has.
+    /// Replays what the engine published since the last batch that was applied, or all that it
+    /// still has. Has no effect if nothing can be replayed.
     ///
     /// The last batch is requested again: if the replay begins with it, the engine process is still
     /// the same; if not, another process with another cache has taken its place.
@@ -336,6 +340,8 @@ impl Subscription<'_> {
     }
 
     /// Replaces an inexact view by one from a complete replay, if the engine still has all batches.
+    /// Has no effect if the view is exact, the worker has no replay socket, or the next attempt is
+    /// not due. A failed attempt leaves the view as it is.
     async fn rebuild(&mut self) {
         let Some(endpoint) = self.source.replay.as_deref() else {
             return;
@@ -402,8 +408,8 @@ impl Subscription<'_> {
         self.replayed_count(replayed)
     }
 
-    /// Returns the number of batches of a replay that succeeded, and starts a back-off after one that
-    /// failed.
+    /// Returns the number of batches of a replay that succeeded. After one that failed, starts a
+    /// back-off and returns `None`. Logs the first failure and the recovery.
     fn replayed_count(&mut self, replayed: Result<usize, SocketError>) -> Option<usize> {
         let (worker, replay) = (&self.worker.config.name, &self.source.replay);
         match replayed {
@@ -428,7 +434,9 @@ impl Subscription<'_> {
         }
     }
 
-    /// Applies one batch of a replay. Returns whether further batches are useful.
+    /// Applies one batch of a replay. Returns whether further batches are useful: `false` if the
+    /// batch showed that the engine restarted. Then the view is empty and the batch was not
+    /// applied.
     fn apply_replayed(&mut self, message: &Message<'_>) -> bool {
         loop {
             match self.follower.receive(message) {
@@ -448,7 +456,9 @@ impl Subscription<'_> {
         }
     }
 
-    /// Sends the changes of one batch to the router and updates status, trust and metrics.
+    /// Sends the changes of one batch, which the follower has applied, to the router and updates
+    /// status, trust and metrics. A batch without changes counts too. Enters full report mode if
+    /// the view then contains more blocks than the engine has.
     fn publish_delta(&mut self, changes: &[CacheDelta], observed: Observed) {
         self.is_silent = false;
         for delta in changes {
@@ -492,7 +502,8 @@ impl Subscription<'_> {
         );
     }
 
-    /// Records the age of the last batch, by the engine's and this machine's clock.
+    /// Records the age of the last batch in seconds, by the engine's and this machine's clock. Has
+    /// no effect if the engine sends no time. A batch from the future has age 0.
     fn note_lag(&self) {
         let published = self.follower.last().and_then(|last| last.timestamp);
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -520,7 +531,9 @@ impl Subscription<'_> {
         self.worker.events.change(|snapshot| snapshot.gaps += 1);
     }
 
-    /// Continues at batch `to` without the batches from `from` on, which cannot be replayed.
+    /// Continues at batch `to` without the batches from `from` on, which cannot be replayed. Counts
+    /// a loss and logs a warning, unless no batch was applied before. `from` is used only for the
+    /// log.
     fn skip(&mut self, from: u64, to: u64) {
         let joins_late = self.follower.last().is_none();
         if let Some(removed) = self.follower.skip_to(to) {
@@ -543,7 +556,8 @@ impl Subscription<'_> {
         );
     }
 
-    /// Applies the removal of all blocks after the engine was replaced by another process.
+    /// Reports to the router and the status that the engine was replaced by another process.
+    /// `removed` are all blocks of the view, which the follower has cleared before.
     fn handle_restart(&self, removed: &CacheDelta) {
         self.send_delta(removed, Observed::Replayed);
         self.worker.events.change(|snapshot| {

@@ -120,7 +120,8 @@ enum Transition {
 }
 
 impl ModelAgreement {
-    /// Returns how to use the token ids of the next request, and counts the request.
+    /// Returns how to use the token ids of the next request, and counts the request. For a
+    /// suspended model, one in [`SAMPLE_INTERVAL`] requests is to be compared.
     fn next_use(&mut self) -> TokenUse {
         let AgreementState::Suspended {
             requests_since_sample,
@@ -138,7 +139,7 @@ impl ModelAgreement {
     }
 
     /// Records whether one response's count was equal to the gateway's. Returns the change of state
-    /// that follows from it.
+    /// that follows from it. `None` if the state stays the same.
     fn record(&mut self, is_equal: bool) -> Option<Transition> {
         match &mut self.state {
             AgreementState::Active {
@@ -182,7 +183,8 @@ impl ModelAgreement {
 
 impl PromptTokenizer {
     /// Loads a tokenizer from a model folder or a `tokenizer.json`, and the chat template from the
-    /// same folder. A missing or invalid template is logged and not an error.
+    /// same folder. A missing or invalid template is logged and not an error. Fails if the
+    /// tokenizer cannot be loaded.
     pub(crate) fn load(path: &Path) -> Result<Self, TokenizerError> {
         let tokenizer = Tokenizer::load(path)?;
         let folder = if path.is_dir() {
@@ -217,7 +219,8 @@ impl PromptTokenizer {
 
     /// Tokenises the prompts of a request with this `body`, and counts for each text prompt whether
     /// that succeeded. Of a suspended model's requests, tokenises only samples, and returns only
-    /// their count.
+    /// their count. `body` is read only for chats. Prompts that the client sent as token ids are
+    /// neither tokenised nor counted.
     pub(crate) fn encode(
         &self,
         endpoint: Endpoint,
@@ -271,7 +274,9 @@ impl PromptTokenizer {
         }
     }
 
-    /// Renders the chat in `body` with the chat template and tokenises the result.
+    /// Renders the chat in `body` with the chat template and tokenises the result. The error is the
+    /// reason why the chat is matched as text, a label value of `foresee_tokenized_prompts_total`.
+    /// A template error is also logged, once per `model`.
     fn encode_chat(&self, model: &str, body: &[u8]) -> Result<Vec<u32>, &'static str> {
         let template = self.template.as_ref().ok_or("no_template")?;
         let rendered = Chat::parse(body).and_then(|chat| {
@@ -289,7 +294,8 @@ impl PromptTokenizer {
     }
 
     /// Tokenises `text`. `add_special_tokens`: adds the special tokens that the tokenizer frames a
-    /// prompt with; otherwise the text contains them already.
+    /// prompt with; otherwise the text contains them already. The error is the reason why the
+    /// prompt is matched as text, a label value of `foresee_tokenized_prompts_total`.
     fn encode_text(&self, text: &[u8], add_special_tokens: bool) -> Result<Vec<u32>, &'static str> {
         let text = std::str::from_utf8(text).map_err(|_| "not_text")?;
         let special_tokens = if add_special_tokens {
@@ -309,7 +315,9 @@ impl PromptTokenizer {
     }
 
     /// Compares the prompt tokens of one request: `counted` by this tokenizer, `reported` by the
-    /// engine. Suspends or resumes the model if enough counts in a row differ or agree.
+    /// engine. Suspends or resumes the model if enough counts in a row differ or agree. Also counts
+    /// the comparison. Changes of state are logged. A new model is not followed if there are
+    /// [`MAX_MODELS`] already.
     pub(crate) fn compare(&self, model: &str, counted: u32, reported: u32, metrics: &Metrics) {
         let is_equal = counted == reported;
         metrics.record_token_parity(is_equal);
@@ -355,7 +363,7 @@ impl PromptTokenizer {
     }
 
     /// Calls `change` with the agreement of `model` and returns its result. Returns `None` for an
-    /// unknown model if there are [`MAX_MODELS`] already.
+    /// unknown model if there are [`MAX_MODELS`] already. Adds the model if it is new.
     fn with_model<T>(
         &self,
         model: &str,

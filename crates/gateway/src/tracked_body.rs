@@ -44,7 +44,8 @@ enum ResponseReader {
 
 impl ResponseReader {
     /// Returns the reader for a response with this head. `collects_text` says that the text of a
-    /// stream is kept too.
+    /// stream is kept too. Only a stream has use for it: a JSON body is kept whole. Returns
+    /// [`Unread`](Self::Unread) for an error, a compressed response and any other content type.
     fn for_response(head: &response::Parts, collects_text: bool) -> Self {
         let content_type = head.headers.get(CONTENT_TYPE);
         let content_type = content_type.map_or(&b""[..], |value| value.as_bytes());
@@ -119,7 +120,8 @@ pub(crate) struct TrackedBody {
 }
 
 impl TrackedBody {
-    /// Returns whether a response with this head is a successful stream of events.
+    /// Returns whether a response with this head is a successful stream of events. A compressed
+    /// stream is not recognised.
     pub(crate) fn is_stream(head: &response::Parts) -> bool {
         matches!(
             ResponseReader::for_response(head, false),
@@ -127,7 +129,9 @@ impl TrackedBody {
         )
     }
 
-    /// Wraps the body of a response. `first_frame` was already read from it.
+    /// Wraps the body of a response and derives the outcome from the status. `first_frame` was
+    /// already read from the body; it is observed now and passed on first. If the body is complete,
+    /// its end is recorded and the bookings are released at once.
     pub(crate) fn new(
         head: &response::Parts,
         body: Incoming,
@@ -160,7 +164,9 @@ impl TrackedBody {
         tracked
     }
 
-    /// Observes a frame before it is passed on.
+    /// Observes a frame before it is passed on. Trailers, and frames after the recorded end, are
+    /// ignored. Notes the activity of the worker. A JSON body longer than [`MAX_KEPT_BYTES`] is no
+    /// longer read, so its usage remains unknown.
     fn read(&mut self, frame: &Frame<Bytes>) {
         let Some(data) = frame.data_ref() else {
             return;
@@ -191,7 +197,8 @@ impl TrackedBody {
     }
 
     /// Updates each choice's booking to the output tokens observed until `now`, and completes the
-    /// bookings of choices that have finished.
+    /// bookings of choices that have finished. The last booking may stand for several choices, so
+    /// it is not completed here. Has no effect unless the response is read as a stream.
     fn observe_choices(&mut self, now: Duration) {
         let (Some(context), ResponseReader::Events(observer)) = (&mut self.context, &self.reader)
         else {
@@ -211,8 +218,9 @@ impl TrackedBody {
         }
     }
 
-    /// Updates the booking to `total` output tokens at `now`, if it is the only one, and the metrics.
-    /// A lower total than before is a correction by the engine's usage.
+    /// Updates the booking to `total` output tokens at `now`, if it is the only one, and the
+    /// metrics. `total` counts all choices since the start of the response. A lower total than
+    /// before is a correction by the engine's usage, which changes only the booking.
     fn observe_tokens(&mut self, total: u32, now: Duration) {
         let Some(context) = &mut self.context else {
             return;
@@ -270,7 +278,8 @@ impl TrackedBody {
         }
     }
 
-    /// Returns the record of the response's end.
+    /// Returns the record of the response's end. `usage` is that of the engine; `None` if the
+    /// engine reported none.
     fn completion(&self, outcome: Outcome, usage: Option<Usage>) -> Completion {
         Completion {
             outcome,
@@ -282,7 +291,9 @@ impl TrackedBody {
     }
 
     /// Ends a response that the worker completed: learns from its usage, records the completion and
-    /// releases the bookings.
+    /// releases the bookings. They are completed, with the output, only if the outcome is
+    /// [`Outcome::Ok`]; otherwise they are dropped. An error event in a stream makes the outcome a
+    /// worker error. Has no effect if the end was recorded before.
     fn end(&mut self) {
         let Some(mut context) = self.context.take() else {
             return;
@@ -327,8 +338,10 @@ impl TrackedBody {
         }
     }
 
-    /// Ends a response whose connection to the worker was lost. Returns the error event that a stream
-    /// ends with; `None` for other responses.
+    /// Ends a response whose connection to the worker was lost. Returns the error event that a
+    /// stream ends with; `None` for other responses. Records the failure, drops the bookings and
+    /// requests a health check of the worker. Has no effect and returns `None` if the end was
+    /// recorded before.
     fn fail(&mut self, error: &hyper::Error) -> Option<Bytes> {
         let mut context = self.context.take()?;
         let error = UpstreamError::connection_lost(error);
@@ -357,6 +370,8 @@ impl TrackedBody {
 
 impl RequestContext {
     /// Reports the usage to the booking, the bytes-per-token ratios and the tokenizer's comparison.
+    /// Counts that the engine did not report are ignored. Cached tokens reach the booking only if
+    /// [`is_single`](Self::is_single).
     fn learn_from_usage(&mut self, usage: Usage) {
         if let (true, Some(cached)) = (self.is_single, usage.cached_tokens)
             && let Some(booking) = self.batch.booking(0)

@@ -40,7 +40,7 @@ const HOP_BY_HOP: [HeaderName; 9] = [
 ];
 
 /// Removes the headers that a proxy must not pass on: the hop-by-hop headers and all headers that
-/// `Connection` lists.
+/// `Connection` lists. Parts of `Connection` that are not header names are ignored.
 pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     let listed: Vec<HeaderName> = headers
         .get_all(header::CONNECTION)
@@ -71,9 +71,10 @@ pub(crate) struct UpstreamRequest {
 }
 
 impl UpstreamRequest {
-    /// Converts a client's request. `request_id` is added unless the client sent one. `generates`
+    /// Converts a client's request: removes the hop-by-hop headers, `Expect` and `Host`, and sets
+    /// the path `/` if it has none. `request_id` is added unless the client sent one. `generates`
     /// says that the request produces output and changes nothing else, so that it can be repeated
-    /// whatever its method.
+    /// whatever its method. The caller sets `full_report_mode`.
     pub(crate) fn new(
         head: http::request::Parts,
         body: Bytes,
@@ -128,7 +129,8 @@ pub(crate) enum UpstreamError {
 }
 
 impl UpstreamError {
-    /// Classifies an error of establishing a connection, by the I/O error that caused it.
+    /// Classifies an error of establishing a connection, by the I/O error that caused it. Without
+    /// one, the connection counts as refused.
     fn connect(error: &(dyn std::error::Error + 'static)) -> Self {
         let mut cause = Some(error);
         while let Some(error) = cause {
@@ -140,6 +142,8 @@ impl UpstreamError {
         Self::ConnectionRefused(root_cause(error))
     }
 
+    /// Classifies the I/O error of a connection attempt. Every error that is neither a lack of
+    /// local resources nor a timeout counts as a refused connection.
     fn from_io(error: &io::Error) -> Self {
         // These numbers are the same on Linux, macOS and the BSDs. `io::ErrorKind` does not have
         // these errors.
@@ -170,7 +174,8 @@ pub(crate) struct UpstreamClient {
 }
 
 impl UpstreamClient {
-    /// Creates a client that waits at most `connect_timeout` for a connection.
+    /// Creates a client that waits at most `connect_timeout` for a connection. The time until a
+    /// response is not limited.
     pub(crate) fn new(connect_timeout: Duration) -> Self {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
@@ -190,7 +195,8 @@ impl UpstreamClient {
     }
 
     /// Sends the request and waits for the head of the response. Dropping the future, or later the
-    /// body, closes the connection, which tells the engine to stop generating.
+    /// body, closes the connection, which tells the engine to stop generating. A response with any
+    /// status is a success. The caller sets the time limit.
     pub(crate) async fn send(
         &self,
         worker: &Worker,
@@ -210,7 +216,10 @@ impl UpstreamClient {
     }
 }
 
-/// Sends the request with `client`. Adds the header that pins the request to the worker's rank.
+/// Sends the request with `client` and waits for the head of the response. Adds the header that
+/// pins the request to the worker's rank, unless the client named a rank. A response with any
+/// status is a success; every error after the connection was made is
+/// [`UpstreamError::ConnectionLost`].
 async fn send_with(
     client: &Client<HttpConnector, Full<Bytes>>,
     worker: &Worker,

@@ -15,8 +15,11 @@ use crate::health::{ProbeError, get};
 use crate::subscribe::{EventSource, KvEvents};
 use crate::workers::Worker;
 
-/// Asks a worker for its models and its cache capacity. Called before the worker becomes healthy, so
-/// that the first request is routed with them.
+/// Asks a worker for its models and its cache capacity. Called before the worker becomes healthy,
+/// so that the first request is routed with them. A failed request is ignored: the known models and
+/// capacity stay as they are. The capacity is not requested if it is configured, and not set unless
+/// every rank that the worker stands for reports it. A worker owned by `sglang` gets the radix
+/// eviction rule, unless a rule is configured.
 pub(crate) async fn learn_models_and_capacity(shared: &GatewayState, worker: &Worker) {
     if let Ok(body) = get(shared, worker, "/v1/models").await {
         let models = read_models(&body);
@@ -51,8 +54,11 @@ pub(crate) async fn learn_models_and_capacity(shared: &GatewayState, worker: &Wo
     }
 }
 
-/// Asks a worker where it publishes KV events, if its configuration leaves that to discovery. Returns
-/// whether the result is final: the worker responded, even if with an error, or was not asked.
+/// Asks a worker where it publishes KV events, if its configuration leaves that to discovery.
+/// Returns whether the result is final: the worker responded, even if with an error, or was not
+/// asked. Stores a successful result, even `None`, in `worker.event_source`, which restarts the
+/// subscription if the source is new; an error leaves it unchanged. Which request is sent depends
+/// on the owner of the models, so they must be known before.
 pub(crate) async fn discover_event_source(shared: &GatewayState, worker: &Worker) -> bool {
     if worker.config.kv_events != KvEvents::Discovered {
         return true;
@@ -78,7 +84,9 @@ pub(crate) async fn discover_event_source(shared: &GatewayState, worker: &Worker
     }
 }
 
-/// Returns the event source that a vLLM reports, if it reports one for this worker's rank.
+/// Returns the event source that a vLLM reports for this worker's rank. Without a configured rank,
+/// returns it only if the engine reports exactly one source. Fails if the engine does not respond
+/// with 2xx and a readable body.
 async fn discover_vllm_events(
     shared: &GatewayState,
     worker: &Worker,
@@ -97,7 +105,8 @@ async fn discover_vllm_events(
     Ok(endpoint.and_then(|endpoint| source_of(worker, endpoint)))
 }
 
-/// Returns the host of the worker's URL and the addresses that it resolves to.
+/// Returns the host of the worker's URL and the addresses that it resolves to. Returns only the
+/// host if it cannot be resolved.
 async fn hosts_of(worker: &Worker) -> Vec<String> {
     let host = worker.config.authority.host();
     let resolved = tokio::net::lookup_host((host.trim_matches(['[', ']']), 0)).await;
@@ -108,7 +117,10 @@ async fn hosts_of(worker: &Worker) -> Vec<String> {
     addresses.chain([host.to_owned()]).collect()
 }
 
-/// Returns the event source that an SGLang reports, and applies the capacity that it reports.
+/// Returns the event source that an SGLang reports, and applies the capacity that it reports unless
+/// one is configured. `None` if the engine publishes no events, or has several ranks and the worker
+/// stands for all of them. Fails if the engine does not respond with 2xx and a readable body. Logs
+/// a warning if the block size or the number of ranks does not fit.
 async fn discover_sglang_events(
     shared: &GatewayState,
     worker: &Worker,
@@ -137,8 +149,9 @@ fn unreadable_body() -> ProbeError {
     ProbeError::Failed("unexpected response body".to_owned())
 }
 
-/// Returns the address at which the gateway can receive events published at `endpoint`. `None` if
-/// the engine publishes none, or connects to an address instead of binding one.
+/// Returns the address at which the gateway can receive events published at `endpoint`: a wildcard
+/// or loopback host is replaced by the host of the worker's URL. `None` if the engine publishes
+/// none, or connects to an address instead of binding one; the latter is logged.
 fn source_of(worker: &Worker, endpoint: KvEventEndpoint) -> Option<EventSource> {
     let config = &worker.config;
     match endpoint {
@@ -187,7 +200,8 @@ fn source_of(worker: &Worker, endpoint: KvEventEndpoint) -> Option<EventSource> 
 }
 
 /// Sets the capacity of a worker: `blocks` engine blocks of `engine_block_size` tokens. An unknown
-/// block size, or one that is not a multiple of the router's, counts as equal to the router's.
+/// block size, or one that is not a multiple of the router's, counts as equal to the router's. Also
+/// sets the engine block ratio in the router.
 fn set_capacity(
     shared: &GatewayState,
     worker: &Worker,
@@ -205,7 +219,8 @@ fn set_capacity(
     router.set_capacity(worker.id, blocks.saturating_mul(ratio.get()));
 }
 
-/// Warns, once per worker, if the engine's block size is not a multiple of the router's.
+/// Warns, once per worker, if the engine's block size is not a multiple of the router's. An unknown
+/// block size is ignored.
 fn compare_block_size(shared: &GatewayState, worker: &Worker, engine_block_size: Option<u32>) {
     let block_size = shared.config.router.block_size.get();
     let Some(engine_block_size) = engine_block_size.filter(|&size| size % block_size != 0) else {
@@ -224,6 +239,7 @@ fn compare_block_size(shared: &GatewayState, worker: &Worker, engine_block_size:
 }
 
 /// Warns, once per worker, if the engine has another number of ranks than its configuration.
+/// `reported` is the engine's number; a configuration without ranks counts as one rank.
 fn compare_ranks(worker: &Worker, reported: usize) {
     let configured = worker.config.ranks.map_or(1, |ranks| ranks.get() as usize);
     if reported != configured && !worker.rank_warning_logged.swap(true, Ordering::Relaxed) {

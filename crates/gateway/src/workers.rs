@@ -114,7 +114,8 @@ impl Worker {
         self.cache_lost.swap(false, Ordering::Relaxed)
     }
 
-    /// Sets the worker's models. Returns whether their names or hash names changed.
+    /// Sets the worker's models. Returns whether their names or hash names changed. An empty list
+    /// means that the models are unknown. Wakes the tasks that wait for the models.
     fn set_models(&self, models: Vec<(String, Box<RawValue>)>) -> bool {
         let known = !models.is_empty();
         let hash_names = hash_names(&models);
@@ -125,7 +126,8 @@ impl Worker {
         has_changed
     }
 
-    /// Records that the worker was asked for its models and did not list them.
+    /// Records that the worker was asked for its models and did not list them. Has no effect after
+    /// the first request for them, so models that were listed before remain known.
     pub(crate) fn set_models_unknown(&self) {
         self.models_known.send_if_modified(|known| {
             let is_first = known.is_none();
@@ -134,7 +136,8 @@ impl Worker {
         });
     }
 
-    /// Waits until the worker was asked for its models.
+    /// Waits until the worker was asked for its models. Whether it listed any does not matter.
+    /// There is no time limit.
     pub(crate) async fn until_asked_for_models(&self) {
         let mut known = self.models_known.subscribe();
         // The worker owns the sender, so waiting does not fail.
@@ -142,6 +145,7 @@ impl Worker {
     }
 
     /// Returns whether a model of the worker names `engine` as its owner: `vllm` or `sglang`.
+    /// Returns `false` while no models are known.
     pub(crate) fn is_owned_by(&self, engine: &str) -> bool {
         #[derive(Deserialize)]
         struct Model<'m> {
@@ -186,7 +190,8 @@ impl Worker {
         let _ = removed.wait_for(|removed| *removed).await;
     }
 
-    /// Returns the worker's URL for a path and query of a request to the gateway.
+    /// Returns the worker's URL for a path and query of a request to the gateway. The base path of
+    /// the worker's URL is put before `path`. Fails if the result is not a valid URL.
     pub(crate) fn uri(&self, path: &PathAndQuery) -> Result<Uri, http::Error> {
         let path = if self.config.base_path.is_empty() {
             path.clone()
@@ -206,6 +211,8 @@ impl Worker {
 /// A model's hash name is its own name, except for further names of the first model: events do not
 /// contain the name of the base model, so all its names share the first one. Such a name has the
 /// same `root` as the first model and no `parent`; adapters have a `parent`.
+///
+/// If the first model has no `root`, or has a `parent`, every hash name is the model's own name.
 fn hash_names(models: &[(String, Box<RawValue>)]) -> Vec<(String, String)> {
     #[derive(Deserialize)]
     struct ModelCard {
@@ -239,8 +246,10 @@ pub(crate) struct Workers {
 }
 
 impl Workers {
-    /// Adds an engine to the router and to this list: one worker for each rank, all or none. A worker
-    /// can be chosen after its first successful health check.
+    /// Adds an engine to the router and to this list: one worker for each rank, all or none. A
+    /// worker can be chosen after its first successful health check. `prefix_caching` applies to an
+    /// engine whose configuration does not set it. Starts no tasks: [`start_worker_tasks`] does.
+    /// Fails if another engine has the name or the router refuses a worker.
     pub(crate) fn add(
         &self,
         router: &Router,
@@ -266,7 +275,8 @@ impl Workers {
         Ok(added)
     }
 
-    /// Adds one worker to the router and to this list.
+    /// Adds one worker to the router and to this list. The worker is unhealthy and has no models
+    /// yet. `prefix_caching` applies if `config` does not set it.
     fn add_one(
         &self,
         router: &Router,
@@ -308,7 +318,8 @@ impl Workers {
         Ok(worker)
     }
 
-    /// Removes a worker from the router and from this list, and ends its tasks.
+    /// Removes a worker from the router and from this list, and ends its tasks. Responses that it
+    /// still sends are passed on. Has no effect for an unknown id.
     pub(crate) fn remove(&self, router: &Router, id: WorkerId) {
         let removed = self.by_id.write().remove(&id);
         if let Some(worker) = removed {
@@ -325,9 +336,10 @@ impl Workers {
         }
     }
 
-    /// Returns the model of requests that name none: the first model of every worker that has listed
-    /// its models. `None` if the workers' first models differ: then the model depends on the worker,
-    /// which is not chosen yet, and such a request matches only others without a name.
+    /// Returns the model of requests that name none: the first model of every worker that has
+    /// listed its models. `None` if no worker has listed any, or the workers' first models differ:
+    /// then the model depends on the worker, which is not chosen yet, and such a request matches
+    /// only others without a name.
     pub(crate) fn only_model(&self) -> Option<String> {
         self.only_model.read().clone()
     }
@@ -358,9 +370,10 @@ impl Workers {
         self.by_id.read().get(&id).cloned()
     }
 
-    /// Returns the workers of other ranks than the one that a client's [`RANK_HEADER`] names. Returns
-    /// none if that would be all workers: then the request is routed as usual, and the engine reports
-    /// the error.
+    /// Returns the workers of other ranks than the one that a client's [`RANK_HEADER`] names.
+    /// Returns none if that would be all workers: then the request is routed as usual, and the
+    /// engine reports the error. Also returns none if the header is absent or is not a number.
+    /// Workers without a rank are never excluded.
     pub(crate) fn workers_excluded_by_rank(&self, headers: &HeaderMap) -> Vec<WorkerId> {
         let named = headers.get(RANK_HEADER).and_then(|rank| rank.to_str().ok());
         let Some(named) = named.and_then(|rank| rank.trim().parse::<u32>().ok()) else {
@@ -405,11 +418,12 @@ fn find_aliases<'w>(workers: impl Iterator<Item = &'w Arc<Worker>>) -> HashMap<S
     aliases
 }
 
-/// Starts the tasks of a worker, which run until the worker is removed: health checks, KV events and
-/// the engine's own metrics.
+/// Starts the tasks of a worker, which run until the worker is removed: health checks, KV events
+/// and the engine's own metrics. Returns immediately. Must be called once per worker, inside a
+/// tokio runtime.
 ///
-/// Removes the worker's metrics after the last of them has ended, unless another worker has the name
-/// by then.
+/// Removes the worker's metrics after the last of them has ended, unless another worker has the
+/// name by then.
 pub(crate) fn start_worker_tasks(shared: &Arc<GatewayState>, worker: Arc<Worker>) {
     shared.metrics.add_worker(&worker.config.name);
     let tasks = [

@@ -58,7 +58,8 @@ impl Arrivals {
         self.timed.peek().map(|Reverse((time, _))| *time)
     }
 
-    /// Removes a request that is due by `now`, and returns its index in the workload.
+    /// Removes a request that is due by `now`, and returns its index in the workload; `None` if no
+    /// request is due.
     pub fn take_due(&mut self, now: Duration) -> Option<usize> {
         if self.next_due()? > now {
             return None;
@@ -67,7 +68,8 @@ impl Arrivals {
     }
 
     /// Records the end of a request, successful or not. Its slot of the closed loop passes to
-    /// another request, and the requests that follow it become due after their think times.
+    /// another request, and the requests that follow it become due after their think times. Must be
+    /// called once for each request that was taken.
     pub fn on_request_end(&mut self, index: usize, now: Duration) {
         if std::mem::take(&mut self.is_slot_holder[index]) {
             self.fill_slot(now);

@@ -283,6 +283,7 @@ impl FromStr for PolicySpec {
 }
 
 /// Parses a policy with its parameter, without a queue order. `None` if there is no such policy.
+/// The value of a weight is not checked.
 fn parse_kind(name: &str) -> Option<PolicyKind> {
     let number = |prefix| name.strip_prefix(prefix)?.parse().ok();
     if let Some(weight) = number("kv:") {

@@ -111,7 +111,8 @@ impl BlockPool {
         self.blocks[block as usize].references > 0
     }
 
-    /// Adds a reference to a block of the cache.
+    /// Adds a reference to a block of the cache, and removes the block from the free queue if it
+    /// had none.
     pub fn pin(&mut self, block: BlockId) {
         if self.blocks[block as usize].references == 0 {
             self.dequeue_free(block);
@@ -133,7 +134,8 @@ impl BlockPool {
     }
 
     /// Adds `block` to the cache under `hash`. The block must have a reference and must not be in
-    /// the cache.
+    /// the cache. If another block has this hash already, [`find`](Self::find) still returns that
+    /// block.
     pub fn store(&mut self, block: BlockId, hash: SequenceHash) {
         debug_assert!(self.is_pinned(block), "a stored block has a reference");
         debug_assert!(
@@ -174,7 +176,8 @@ impl BlockPool {
         }
     }
 
-    /// Removes `block` from the cache and returns the hash that it had.
+    /// Removes `block` from the cache and returns the hash that it had; `None` if it was not
+    /// cached. Other blocks with this hash stay cached.
     fn evict(&mut self, block: BlockId) -> Option<SequenceHash> {
         let hash = self.blocks[block as usize].hash.take()?;
         let Block {
@@ -196,7 +199,7 @@ impl BlockPool {
         Some(hash)
     }
 
-    /// Appends a block to the tail of the free queue.
+    /// Appends a block to the tail of the free queue. The block must not be in the queue.
     fn enqueue_free(&mut self, block: BlockId) {
         self.blocks[block as usize].older = self.newest_free;
         self.blocks[block as usize].newer = NO_BLOCK;
@@ -208,7 +211,7 @@ impl BlockPool {
         self.free += 1;
     }
 
-    /// Puts a block at the head of the free queue.
+    /// Puts a block at the head of the free queue. The block must not be in the queue.
     fn enqueue_first(&mut self, block: BlockId) {
         self.blocks[block as usize].older = NO_BLOCK;
         self.blocks[block as usize].newer = self.oldest_free;
@@ -220,7 +223,8 @@ impl BlockPool {
         self.free += 1;
     }
 
-    /// Removes a block from the free queue.
+    /// Removes a block from the free queue. The block must be in the queue. Its own links are not
+    /// reset.
     fn dequeue_free(&mut self, block: BlockId) {
         let Block { older, newer, .. } = self.blocks[block as usize];
         match older {

@@ -20,7 +20,8 @@ const BOTTOM: f64 = 34.0;
 /// axis.
 ///
 /// A box reaches from the first to the third quartile, with a bar at the median. A whisker
-/// continues to the 95th percentile. A dot marks the 99th percentile, a ring the mean.
+/// continues to the 95th percentile. A dot marks the 99th percentile, a ring the mean. Values of 0
+/// are drawn at the smallest positive value.
 pub(crate) fn svg(label: &str, distributions: &[(&str, Latency)]) -> String {
     let values = |latency: &Latency| {
         let Latency {
@@ -84,8 +85,8 @@ pub(crate) fn svg(label: &str, distributions: &[(&str, Latency)]) -> String {
     svg
 }
 
-/// Returns round numbers between `smallest` and `largest`. A wider range has fewer of them per
-/// decade.
+/// Returns round numbers between `smallest` and `largest`, which must be positive. A wider range
+/// has fewer of them per decade.
 fn log_ticks(smallest: f64, largest: f64) -> Vec<f64> {
     let powers = smallest.log10().floor() as i32..=largest.log10().ceil() as i32;
     let factors: &[f64] = match largest / smallest {

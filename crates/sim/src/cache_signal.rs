@@ -107,7 +107,8 @@ impl DelayedEvents {
         self.in_transit.front().map(|batch| batch.due)
     }
 
-    /// Sends the events of a step that ended at `now`, unless the batch is lost.
+    /// Sends the events of a step that ended at `now`, unless the batch is lost. An empty list is
+    /// not sent.
     pub(crate) fn send(&mut self, worker: usize, events: Vec<CacheEvent>, now: Duration) {
         let loss = self.loss_fraction;
         if events.is_empty() || (loss > 0.0 && self.rng.random::<f64>() < loss) {
@@ -121,7 +122,8 @@ impl DelayedEvents {
     }
 
     /// Applies all batches that have arrived by `now` to the router. `id` returns the id of a
-    /// worker in the router, or `None` while the worker has not joined.
+    /// worker in the router, or `None` while the worker has not joined. Batches of a worker that
+    /// has not joined are dropped.
     pub(crate) fn deliver(
         &mut self,
         now: Duration,
@@ -143,6 +145,7 @@ impl DelayedEvents {
 
 impl WorkerView {
     /// Applies the events of a batch to the view, and returns the resulting deltas in order.
+    /// Consecutive removals become one delta.
     fn apply(&mut self, events: &[CacheEvent], traffic: &HashedWorkload) -> Vec<CacheDelta> {
         let mut deltas = Vec::new();
         let mut removed = Vec::new();

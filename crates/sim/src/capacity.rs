@@ -90,11 +90,14 @@ const MAX_SEARCH_FACTOR: u32 = 1024;
 /// Finds the capacity of each of `policies` under `traffic`, which has one entry for each seed.
 ///
 /// `fraction` of the requests must meet the SLO. Up to `threads` policies are searched at a time.
-/// `on_step` is called after each replay of a search, with the index of the policy, the rate or the
-/// number of workers, and whether the fraction was reached.
+/// The policy of `config` is ignored. A search for workers starts at the number of engines of
+/// `config` and copies its first engine. `on_step` is called on the thread of the search after all
+/// seeds were replayed at one rate or number of workers, with the index of the policy, the rate or
+/// the number of workers, and whether the fraction was reached.
 ///
 /// # Errors
-/// If the search cannot be run, or a replay fails.
+/// If `fraction` is not above 0 and at most 1, if no workload has a rate in a search for a rate, if
+/// `config` has fleet changes in a search for workers, or if a replay fails.
 pub fn find(
     config: &ReplayConfig,
     policies: &[PolicySpec],
@@ -154,8 +157,8 @@ pub fn find(
     })
 }
 
-/// Returns the mean rate of the traffic in requests per second: all requests, over the time from
-/// the first to the last arrival at a fixed time.
+/// Returns the mean rate of the traffic of all seeds together in requests per second: all requests,
+/// over the time from the first to the last arrival at a fixed time.
 fn mean_rate(traffic: &[Arc<HashedWorkload>]) -> f64 {
     let (mut requests, mut seconds) = (0, 0.0);
     for traffic in traffic {
@@ -176,7 +179,8 @@ struct Search<'a> {
 
 impl Search<'_> {
     /// Returns the highest rate at which the target is met, as a multiple of the traffic's own
-    /// rate; 0 if there is none.
+    /// rate; 0 if there is none. Assumes that a lower rate misses the SLO less often. The result is
+    /// less than 2 × [`MAX_SEARCH_FACTOR`], and 0 below 1 / [`MAX_SEARCH_FACTOR`].
     fn highest_rate(&self, on_step: &dyn Fn(f64, bool)) -> Result<f64, CapacityError> {
         let is_met_at = |rate: f64| {
             let traffic = self.traffic.iter().map(|traffic| traffic.at_rate(rate));
@@ -211,8 +215,9 @@ impl Search<'_> {
         Ok(low)
     }
 
-    /// Returns the smallest number of workers with which the target is met; `None` if there is
-    /// none.
+    /// Returns the smallest number of workers with which the target is met; `None` if
+    /// [`MAX_SEARCH_FACTOR`] times the configured number does not suffice. Assumes that more
+    /// workers miss the SLO less often.
     fn fewest_workers(&self, on_step: &dyn Fn(u32, bool)) -> Result<Option<u32>, CapacityError> {
         let is_met_with = |workers: u32| {
             let config = self.config.with_workers(workers);
@@ -242,7 +247,8 @@ impl Search<'_> {
     }
 
     /// Replays all of the traffic, and returns whether the required fraction of its requests met
-    /// the SLO. Stops early once the fraction cannot be reached any more.
+    /// the SLO. Stops early once the fraction cannot be reached any more. The position of a
+    /// workload in `traffic` is mixed into the seeds of `config`.
     fn meets_target<'t>(
         &self,
         config: &ReplayConfig,

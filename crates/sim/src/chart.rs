@@ -52,7 +52,8 @@ pub(crate) struct Chart<'c> {
 }
 
 impl Chart<'_> {
-    /// Returns the chart as an `<svg>` element.
+    /// Returns the chart as an `<svg>` element. Labels are escaped. The points of the lines, also
+    /// those above the ceiling, determine the end of the horizontal axis; bands do not extend it.
     pub(crate) fn svg(&self) -> String {
         let ceiling = self.ceiling.unwrap_or(f64::INFINITY);
         let lines: Vec<_> = self
@@ -156,7 +157,7 @@ impl Chart<'_> {
 }
 
 /// Returns the part of a line before it first rises above `ceiling`, with the point at which it
-/// crosses the ceiling.
+/// crosses the ceiling. Empty if the first point is above it.
 fn cut_at_ceiling(points: &[(f64, f64)], ceiling: f64) -> Vec<(f64, f64)> {
     let Some(above) = points.iter().position(|point| point.1 > ceiling) else {
         return points.to_vec();
@@ -170,8 +171,8 @@ fn cut_at_ceiling(points: &[(f64, f64)], ceiling: f64) -> Vec<(f64, f64)> {
     kept
 }
 
-/// Returns about `count` or fewer equidistant round numbers. They cover the range from `smallest`
-/// to `largest`.
+/// Returns about `count` or fewer equidistant round numbers, at least two. They cover the range
+/// from `smallest` to `largest`; if that is not finite, a range of length 1.
 pub(crate) fn ticks(smallest: f64, largest: f64, count: f64) -> Vec<f64> {
     let span = largest - smallest;
     let span = if span.is_finite() {

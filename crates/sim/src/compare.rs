@@ -32,10 +32,13 @@ pub struct Case {
 }
 
 /// Replays each workload of `traffic` once under each of `policies`, on up to `threads` threads.
-/// Calls `progress` when a request of a run has ended or has missed the SLO.
+/// Calls `progress` when a request of a run has ended or has missed the SLO. The policy of `config`
+/// is ignored. `progress` may be called from several threads at once. The report's real time is the
+/// time of the whole call.
 ///
 /// # Errors
-/// The error of [`run`](crate::replay::run), if any replay fails.
+/// The error of [`run`](crate::replay::run), if any replay fails. The other replays are still run
+/// to their end.
 pub fn compare(
     config: &ReplayConfig,
     policies: &[PolicySpec],
@@ -58,12 +61,13 @@ pub fn compare(
 
 /// Compares `policies` on each of `cases`, on up to `threads` threads, and returns one report for
 /// each case in their order. Calls `progress` when a request of a run has ended or has missed the
-/// SLO.
+/// SLO, possibly from several threads at once.
 ///
 /// [`Report::real_seconds`] is the total time of the case's runs, divided by the number of threads.
 ///
 /// # Errors
-/// The error of [`run`](crate::replay::run), if any replay fails.
+/// The error of [`run`](crate::replay::run), if any replay fails. The other replays are still run
+/// to their end.
 pub fn compare_all(
     cases: &[Case],
     policies: &[PolicySpec],
@@ -119,7 +123,8 @@ pub fn compare_all(
 }
 
 /// Calls `job` for all indices below `jobs` on up to `threads` threads, and returns the results in
-/// the order of the indices. A panic of a job is passed on to the caller.
+/// the order of the indices. A panic of a job is passed on to the caller. The calling thread is one
+/// of them, so 0 threads count as 1.
 pub(crate) fn on_threads<T: Send>(
     threads: usize,
     jobs: usize,

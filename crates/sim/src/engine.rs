@@ -51,7 +51,8 @@ pub struct EngineConfig {
 
 impl EngineConfig {
     /// Returns the configuration of an engine with the step times, memory and token budget of
-    /// `preset`, and vLLM's defaults otherwise.
+    /// `preset`, and vLLM's defaults otherwise. The engine reuses cached prefixes, records no cache
+    /// events, and has noise seed 0. Memory that does not fill a block is not used.
     #[must_use]
     pub fn from_preset(preset: &Preset, block_size: NonZeroU32) -> Self {
         Self {
@@ -241,10 +242,12 @@ impl Engine {
         }
     }
 
-    /// Adds a request to the end of the waiting queue.
+    /// Adds a request to the end of the waiting queue. A later [`begin_step`](Self::begin_step)
+    /// admits it. The uniqueness of its id is not checked.
     ///
     /// # Errors
-    /// If the request is empty, or larger than the whole KV cache.
+    /// If the prompt or the output is empty, or if both together need more blocks than the engine
+    /// has, free or not. The engine is then unchanged.
     pub fn submit(&mut self, request: EngineRequest) -> Result<(), SubmitError> {
         if request.prompt_tokens == 0 || request.output_tokens == 0 {
             return Err(SubmitError::Empty);
@@ -268,7 +271,8 @@ impl Engine {
     }
 
     /// Removes a running or waiting request, and frees its blocks at once. Returns whether there
-    /// was a request with this id.
+    /// was a request with this id. The request's full blocks stay in the cache. During a step, the
+    /// step keeps its duration, but [`end_step`](Self::end_step) reports no token of the request.
     pub fn abort(&mut self, id: u64) -> bool {
         let has_id = |progress: &RequestProgress| progress.request.id == id;
         if let Some(index) = self.running.iter().position(has_id) {
@@ -286,8 +290,10 @@ impl Engine {
         !self.running.is_empty() || !self.waiting.is_empty()
     }
 
-    /// Schedules a step and allocates its blocks. `None` if the engine has no requests, or if a
-    /// step is in progress.
+    /// Schedules a step: preempts and admits requests, allocates the blocks of the step, and adds
+    /// the blocks that it fills to the cache. `None` if the engine has no requests. A call while a
+    /// step is in progress is an error of the caller: it panics in debug builds and otherwise
+    /// returns `None`.
     pub fn begin_step(&mut self) -> Option<Step> {
         debug_assert!(!self.stepping, "the previous step has ended");
         if self.stepping || !self.has_work() {
@@ -313,7 +319,9 @@ impl Engine {
     }
 
     /// Ends a step: each scheduled request whose known tokens are all computed generates one token.
-    /// Returns the tokens in the order of the requests' admission.
+    /// Returns the tokens in the order of the requests' admission. A request that has generated all
+    /// its tokens leaves the engine, and its full blocks stay in the cache. `_step` must be the
+    /// step in progress; its contents are not used.
     pub fn end_step(&mut self, _step: Step) -> Vec<TokenEvent> {
         self.stepping = false;
         self.totals.steps += 1;
@@ -407,7 +415,7 @@ impl Engine {
     }
 
     /// Schedules running requests until `budget` tokens are spent. Preempts requests if blocks run
-    /// out.
+    /// out. Subtracts the scheduled tokens from `budget` and adds them to `load`.
     fn schedule_running(&mut self, budget: &mut u32, load: &mut BatchLoad) {
         let mut index = 0;
         while index < self.running.len() && *budget > 0 {
@@ -422,7 +430,8 @@ impl Engine {
     }
 
     /// Preempts the running requests that were admitted last until `chunk` tokens of the running
-    /// request at `index` fit. Returns whether that request is still running itself.
+    /// request at `index` fit. Returns whether that request is still running itself. If not, it was
+    /// preempted too.
     fn preempt_until_fits(&mut self, index: usize, chunk: u32) -> bool {
         loop {
             let progress = &self.running[index];
@@ -438,7 +447,8 @@ impl Engine {
     }
 
     /// Frees the blocks of the running request that was admitted last, and returns it to the front
-    /// of the waiting queue.
+    /// of the waiting queue. The request keeps its generated tokens but no computed ones. Its full
+    /// blocks stay in the cache, where it may find them again.
     fn preempt_last(&mut self) {
         let Some(mut preempted) = self.running.pop() else {
             return;
@@ -454,7 +464,9 @@ impl Engine {
     }
 
     /// Admits and schedules waiting requests while they fit into `budget`, the maximum number of
-    /// running requests and free memory.
+    /// running requests and free memory. Stops at the first request that does not fit, so that no
+    /// request overtakes another. Counts a request and its cached tokens only at its first
+    /// admission.
     fn schedule_waiting(&mut self, budget: &mut u32, load: &mut BatchLoad) {
         while *budget > 0 && self.running.len() < self.config.max_num_seqs as usize {
             let Some(first) = self.waiting.front() else {
@@ -489,7 +501,7 @@ impl Engine {
     }
 
     /// Returns the cache hits and the first chunk of a waiting request; `None` if there are not
-    /// enough free blocks for both.
+    /// enough free blocks for both. The maximum number of running requests is not checked.
     fn admission(&self, candidate: &RequestProgress, budget: u32) -> Option<Admission> {
         let known = candidate.known();
         let hits = self.cached_blocks(&candidate.request.hashes, known);
@@ -516,7 +528,7 @@ impl Engine {
     }
 
     /// Returns the number of leading blocks of a sequence of `tokens` tokens with these hashes that
-    /// are cached. At least one token is left to compute.
+    /// are cached. At least one token is left to compute. 0 without prefix caching.
     fn cached_blocks(&self, hashes: &[SequenceHash], tokens: u32) -> usize {
         if !self.config.prefix_caching {
             return 0;
@@ -528,7 +540,9 @@ impl Engine {
     }
 
     /// Schedules `chunk` tokens of the running request at `index`: allocates the missing blocks,
-    /// which must be free, and adds the blocks that the step fills to the cache.
+    /// which must be free, and adds the blocks that the step fills to the cache. A single token
+    /// counts in `load` as a decode step once the request has generated a token. Blocks of unknown
+    /// content are cached too, under keys that no other request finds.
     fn schedule(&mut self, index: usize, chunk: u32, load: &mut BatchLoad) {
         let recording = self.config.cache_events;
         let progress = &mut self.running[index];

@@ -91,6 +91,11 @@ impl ForecastMonitor {
 
     /// Compares what the router knows about a worker at `now` with the truth: the step-time model
     /// of the engine, its speed relative to that, and the decodes that are in progress.
+    ///
+    /// Adds no error of a model that has not learned anything, and none of a decode step while
+    /// nothing is decoded. A decode step known to [`RECOVERED_WITHIN`] ends the recovery from all
+    /// earlier speed changes of the worker. The error of the time to first token is the router's
+    /// own account.
     pub(crate) fn take(
         &mut self,
         now: Duration,
@@ -135,7 +140,8 @@ impl ForecastMonitor {
         }
     }
 
-    /// Adds the router's own account of its output length forecasts.
+    /// Adds the router's own account of its output length forecasts. Ignored before [`MIN_OUTPUTS`]
+    /// outputs.
     pub(crate) fn take_lengths(&mut self, accuracy: OutputLengthAccuracy) {
         if accuracy.outputs >= MIN_OUTPUTS {
             self.output_length.add(accuracy.mean_abs_relative_error);
@@ -144,7 +150,7 @@ impl ForecastMonitor {
     }
 
     /// Returns the mean errors of the run. Speed changes that the router has not learned count
-    /// until `end`.
+    /// until `end`. A mean without samples is 0.
     pub(crate) fn finish(&self, end: Duration) -> ForecastErrors {
         let mut recovery = self.recovery;
         for change in &self.unlearned {

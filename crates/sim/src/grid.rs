@@ -128,8 +128,9 @@ impl Grid {
         }
     }
 
-    /// Compares `policy` with `other` over all rows: a ratio, or a difference as a fraction. `None`
-    /// if a row has no result of either.
+    /// Compares `policy` with `other` over all rows: the mean ratio of the two for times, or the
+    /// mean of `policy` minus `other` for fractions, where 0.01 is one percentage point. `None` if
+    /// a row lacks the result of one of them.
     pub(crate) fn over_rows(&self, measure: GridMeasure, policy: &str, other: &str) -> Option<f64> {
         let pairs = self.rows.iter().map(|row| {
             let mean_of = |policy| Some(row.report.summary_of(measure.name, policy)?.mean);
@@ -148,14 +149,16 @@ impl Grid {
         })
     }
 
-    /// Returns the number of rows in which no policy is significantly better.
+    /// Returns the number of rows in which no policy is significantly better. Rows without a result
+    /// of `policy` do not count.
     pub(crate) fn firsts(&self, measure: GridMeasure, policy: &str) -> usize {
         let reports = self.rows.iter().map(|row| &row.report);
         let summaries = reports.filter_map(|report| report.summary_of(measure.name, policy));
         summaries.filter(|summary| summary.is_first()).count()
     }
 
-    /// Returns the accuracy of the first policy's forecasts: names of the columns, then rows.
+    /// Returns the accuracy of the first policy's forecasts: names of the columns, then rows. A
+    /// cell is empty if the measure has no result.
     pub(crate) fn forecast_errors(&self) -> (Vec<&str>, Vec<(&str, Vec<String>)>) {
         let policy = self.policies.first().map_or("", String::as_str);
         let rows = self.rows.iter().map(|row| {
@@ -169,8 +172,8 @@ impl Grid {
         (columns.to_vec(), rows.collect())
     }
 
-    /// Returns the table of a measure: names of the columns, then rows, among them the comparison
-    /// over all rows.
+    /// Returns the table of a measure: names of the columns, then rows, the last two of which
+    /// compare the policies over all rows. A cell without a result is empty.
     fn table(&self, measure: GridMeasure) -> (Vec<&str>, Vec<(&str, Vec<String>)>) {
         let columns: Vec<&str> = self.policies.iter().map(String::as_str).collect();
         let mut rows: Vec<(&str, Vec<String>)> = Vec::new();

@@ -164,8 +164,11 @@ fn authorize(request: &mut Request<Full<Bytes>>, api_key: Option<&ApiKey>) {
     }
 }
 
-/// Sends a request and waits for the head of its response. A status outside 200 to 299 is a
-/// failure.
+/// Sends a request and waits for the head of its response, without a time limit.
+///
+/// # Errors
+/// If no connection can be opened, if it breaks, or if the status is outside 200 to 299. Only the
+/// failure of a status names the worker.
 pub(crate) async fn send(
     client: &HttpClient,
     request: Request<Full<Bytes>>,
@@ -202,6 +205,9 @@ fn header(headers: &HeaderMap, name: &str) -> Option<String> {
 }
 
 /// Reads a body of at most [`MAX_BODY_BYTES`].
+///
+/// # Errors
+/// [`FailureKind::Reset`] if the body is longer, or if the connection breaks.
 pub(crate) async fn read_whole(body: Incoming) -> Result<Bytes, Failure> {
     let body = Limited::new(body, MAX_BODY_BYTES).collect().await;
     let body = body.map_err(|error| Failure::new(FailureKind::Reset, chain(error.as_ref())))?;
@@ -211,7 +217,8 @@ pub(crate) async fn read_whole(body: Incoming) -> Result<Bytes, Failure> {
 /// Reads an event stream to the end of its body, so that the connection can be used again.
 ///
 /// `on_bytes` is called with each chunk of the body after the observer has read it, and can stop
-/// the reading. A response that reports an error, or ends without `data: [DONE]`, is a failure.
+/// the reading: the result is then [`StreamEnd::Left`], even after an error event. Otherwise a
+/// response that reports an error, or ends without `data: [DONE]`, is a failure.
 pub(crate) async fn read_stream(
     mut body: Incoming,
     observer: &mut StreamObserver,
@@ -241,7 +248,8 @@ pub(crate) async fn read_stream(
     Err(Failure::new(FailureKind::CutShort, message))
 }
 
-/// Returns the beginning of the body of a response with an error status.
+/// Returns the beginning of the body of a response with an error status. If the body cannot be read
+/// or is very long, returns the reason instead.
 async fn error_message(response: Response<Incoming>) -> String {
     const MAX_ERROR_BYTES: usize = 1 << 16;
     let body = Limited::new(response.into_body(), MAX_ERROR_BYTES).collect();

@@ -149,8 +149,12 @@ pub enum LoadError {
     },
 }
 
-/// Sends `workload` and waits for the end of every response. Reports the progress whenever
-/// requests have been sent or have ended. Dropping the future cancels all requests in flight.
+/// Sends `workload` and waits for the end of every response. Reports the progress at the beginning
+/// and whenever requests have been sent or have ended. Dropping the future cancels all requests in
+/// flight.
+///
+/// The first request is sent at once, at the time on the engine's clock at which the workload has
+/// it due. Requests due after `config.duration` are not sent; the outcome does not count them.
 ///
 /// Must be called within a Tokio runtime with I/O and time enabled.
 ///
@@ -212,6 +216,10 @@ struct Load<'a> {
 }
 
 impl<'a> Load<'a> {
+    /// Checks the configuration, and draws which streams are closed early. Nothing is sent yet.
+    ///
+    /// # Errors
+    /// If the speedup, the abort fraction or the address is invalid.
     fn new(config: &'a LoadConfig, workload: &'a Workload) -> Result<Self, LoadError> {
         // Ranges are tested for what they contain, so that NaN is refused too.
         if !(0.001..=1e6).contains(&config.speedup) {
@@ -248,6 +256,7 @@ impl<'a> Load<'a> {
         body::body(&self.workload.requests[index], self.config)
     }
 
+    /// Starts a task that sends a request of the workload at once. Latencies count from `due`.
     fn send(&mut self, index: usize, due: Duration, body: Bytes, clock: Clock) {
         let request = &self.workload.requests[index];
         let request = ClientRequest {
@@ -263,6 +272,10 @@ impl<'a> Load<'a> {
         self.sent += 1;
     }
 
+    /// Records the result of a request, and makes the requests due that waited for its end.
+    ///
+    /// # Panics
+    /// If the request's task panicked.
     fn ended(&mut self, request: Result<Record, JoinError>) {
         match request {
             Ok(record) => {
@@ -275,6 +288,7 @@ impl<'a> Load<'a> {
         }
     }
 
+    /// Returns the counts of requests so far, and the time since the clock was started.
     fn progress(&self, clock: Clock) -> Progress {
         Progress {
             sent: self.sent,
@@ -286,7 +300,11 @@ impl<'a> Load<'a> {
     }
 }
 
-/// Returns the URL of a path below a base URL, which may end with `/v1`.
+/// Returns the URL of a path below a base URL, which may end with `/v1` or a slash. `path` contains
+/// the `/v1`. A base URL without a scheme means `http`.
+///
+/// # Errors
+/// If the scheme is not `http`, or if the result is not a URL.
 fn uri(base: &str, path: &str) -> Result<Uri, LoadError> {
     let address = base.trim_end_matches('/');
     let (scheme, rest) = address.split_once("://").unwrap_or(("http", address));

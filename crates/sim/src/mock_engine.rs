@@ -104,6 +104,9 @@ impl MockEngineConfig {
 ///
 /// # Errors
 /// If the address is in use or cannot be used.
+///
+/// # Panics
+/// If no Tokio runtime with I/O is active.
 pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = match address {
         SocketAddr::V4(_) => TcpSocket::new_v4()?,
@@ -114,7 +117,11 @@ pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-/// Serves until `shutdown` completes. Then all connections are cut, as if the engine had crashed.
+/// Serves until `shutdown` completes. Then all connections are cut, as if the engine had crashed,
+/// and the sockets for KV events are closed. A failure to accept a connection does not end the
+/// server.
+///
+/// `config.engine.cache_events` is ignored: `config.kv_events` decides whether events are produced.
 ///
 /// # Errors
 /// If the configuration is contradictory, or if a socket for KV events cannot be bound.
@@ -177,6 +184,8 @@ struct MockEngine {
 }
 
 impl MockEngine {
+    /// Serves the HTTP/1 requests of one connection until the client or the server closes it.
+    /// Errors of the connection are ignored.
     async fn serve_connection(self: Arc<Self>, stream: TcpStream) {
         // With Nagle's algorithm, each event of a stream would be delayed until the client has
         // acknowledged the previous one. The call fails only on a closed connection.
@@ -205,6 +214,12 @@ impl MockEngine {
         response
     }
 
+    /// Returns the response of the endpoint that the method and path name. `request_id` becomes
+    /// part of the id of a completion; without one, a number is generated.
+    ///
+    /// # Errors
+    /// If the path is unknown, the body is invalid or too large, the engine rejects a request that
+    /// is not streamed, or the engine is shutting down.
     async fn route(
         &self,
         request: Request<Incoming>,
@@ -239,6 +254,10 @@ impl MockEngine {
     }
 }
 
+/// Reads a request body of at most [`MAX_BODY_BYTES`].
+///
+/// # Errors
+/// Status 413 for a larger body, and status 400 if the client does not send the body to its end.
 async fn read_body(request: Request<Incoming>) -> Result<Bytes, ApiError> {
     let body = Limited::new(request.into_body(), MAX_BODY_BYTES).collect();
     match body.await {

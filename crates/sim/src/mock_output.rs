@@ -9,7 +9,8 @@ use crate::prompt::mix;
 /// Splits the bytes of a prompt into tokens of at most four bytes.
 ///
 /// Bytes that no UTF-8 text contains separate the parts of a conversation. Each of these bytes is a
-/// token of its own, so the tokens of a part do not depend on the parts before it.
+/// token of its own, so the tokens of a part do not depend on the parts before it. The last token
+/// of a part is padded with zero bytes.
 #[must_use]
 pub fn tokenize(prompt: &[u8]) -> Vec<u32> {
     let mut tokens = Vec::with_capacity(prompt.len() / 4 + 8);

@@ -5,7 +5,7 @@ use crate::chart::escaped;
 const STYLE: &str = include_str!("page.css");
 
 /// Returns a complete page with a title and an HTML body. `class` is the class of the `body`
-/// element.
+/// element. Only the title is escaped; `body` starts below the heading with the title.
 pub(crate) fn framed(title: &str, class: &str, body: &str) -> String {
     let title = escaped(title);
     format!(

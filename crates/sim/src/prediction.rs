@@ -33,7 +33,8 @@ pub(crate) struct Unallocated {
     pub(crate) unreached_blocks: u64,
 }
 
-/// Counts the blocks of the requests booked on one worker that its engine has not allocated.
+/// Counts the blocks of the requests booked on one worker that its engine has not allocated. Shared
+/// blocks are counted once. They are allocated as soon as one running request has reached them.
 pub(crate) fn unallocated(booked: &[BookedRequest<'_>]) -> Unallocated {
     let all = blocks_of(
         booked
@@ -57,7 +58,7 @@ pub(crate) fn unallocated(booked: &[BookedRequest<'_>]) -> Unallocated {
 }
 
 /// Returns the number of blocks of several requests, with shared blocks counted once. Each request
-/// is given by its shareable blocks and its number of all blocks.
+/// is given by its shareable blocks and its number of all blocks, which must not be smaller.
 fn blocks_of<'a>(requests: impl Iterator<Item = (&'a [SequenceHash], u32)>) -> u64 {
     let mut unshared = 0;
     let mut chains: Vec<&[SequenceHash]> = Vec::new();
@@ -152,6 +153,9 @@ impl Sampler {
     const FIRST_INTERVAL: Duration = Duration::from_millis(10);
     const MAX_SAMPLES: usize = 1024;
 
+    /// Creates a sampler whose first instant is time zero. `workers` is the number of workers over
+    /// which the error is averaged. `keep_instants` selects whether
+    /// [`take_instants`](Self::take_instants) returns anything.
     pub(crate) fn new(workers: usize, keep_instants: bool) -> Self {
         Self {
             interval: Self::FIRST_INTERVAL,
@@ -169,7 +173,8 @@ impl Sampler {
     }
 
     /// Takes a sample at the instant that is due. `workers` has for each worker the router's active
-    /// blocks, the engine's allocated blocks, and the causes of their difference.
+    /// blocks, the engine's allocated blocks, and the causes of their difference. Schedules the
+    /// next instant. After [`MAX_SAMPLES`](Self::MAX_SAMPLES) samples, every second one is dropped.
     pub(crate) fn take(&mut self, workers: impl Iterator<Item = (u64, u32, Unallocated)>) {
         let mut sample = Sample::default();
         let mut instant = Instant {
@@ -211,7 +216,8 @@ impl Sampler {
         self.instants.take().unwrap_or_default()
     }
 
-    /// Returns the mean errors over all samples.
+    /// Returns the mean errors over all samples. Zeros without samples. A worker that has not
+    /// joined the fleet counts as a worker without error.
     pub(crate) fn finish(&self) -> PredictionError {
         let observations = (self.samples.len() * self.workers).max(1) as f64;
         let peak = f64::from(self.peak_blocks.max(1));

@@ -46,12 +46,12 @@ pub struct Progress {
     pub now: Duration,
 }
 
-/// Replays `workload` to its end under the configured policy, and reports the progress whenever
-/// requests have ended or missed the SLO.
+/// Replays `workload` to its end under the configured policy, and calls `progress` after each
+/// instant at which requests have ended or missed the SLO.
 ///
 /// # Errors
-/// If the configuration is invalid. Requests that do not fit into an engine are counted as
-/// rejected.
+/// If the configuration is invalid, or if no worker has joined the fleet when a request arrives.
+/// Requests that do not fit into an engine are counted as rejected.
 pub fn run(
     config: &ReplayConfig,
     workload: &Workload,
@@ -64,11 +64,14 @@ pub fn run(
     })
 }
 
-/// Replays a workload with hashed prompts, to its end or until `progress` returns `Break`. Several
-/// replays can share one hashed workload.
+/// Replays a workload with hashed prompts, to its end or until `progress` returns `Break`.
+/// `progress` is called after each instant at which requests have ended or missed the SLO. After
+/// `Break`, the outcome counts the other requests as unfinished. Several replays can share one
+/// hashed workload, which must have the block size of the configured router.
 ///
 /// # Errors
-/// If the configuration is invalid.
+/// If the configuration is invalid, or if no worker has joined the fleet when a request arrives.
+/// Requests that do not fit into an engine are counted as rejected.
 pub fn run_while(
     config: &ReplayConfig,
     workload: &HashedWorkload,
@@ -162,6 +165,13 @@ struct Replay<'a> {
 }
 
 impl<'a> Replay<'a> {
+    /// Creates the state at time zero, with all workers in the fleet except the ones that join
+    /// later.
+    ///
+    /// # Errors
+    /// If the event loss is not from 0 to 1, a fleet change names an unknown worker, an engine's
+    /// block size is no multiple of the router's, or the router rejects its configuration or a
+    /// worker.
     fn new(config: &'a ReplayConfig, workload: &'a HashedWorkload) -> Result<Self, ReplayError> {
         if let CacheSignal::Events {
             loss_fraction: loss,
@@ -230,7 +240,8 @@ impl<'a> Replay<'a> {
         Ok(replay)
     }
 
-    /// Adds a worker to the router, unless it was added before.
+    /// Adds a worker to the router, unless it was added before. The worker is healthy at once, and
+    /// its cache source follows from the cache signal of the configuration.
     fn add_worker(&mut self, index: usize) -> Result<(), ReplayError> {
         let worker = &mut self.workers[index];
         if worker.id.is_some() {
@@ -283,7 +294,9 @@ impl<'a> Replay<'a> {
         }
     }
 
-    /// Returns the time of the next event; `None` after the last.
+    /// Returns the virtual time, since the start of the replay, of the next event: the end of a
+    /// step, an arrival, a batch of KV events or a fleet change. Does not remove the event. `None`
+    /// means that the replay has ended: fleet changes after the last other event are ignored.
     fn next_event(&self) -> Option<Duration> {
         let step_end = self.step_ends.peek().map(|Reverse((end, _))| *end);
         let arrival = self.arrivals.next_due();
@@ -300,7 +313,8 @@ impl<'a> Replay<'a> {
         Some(self.schedule.next_due().map_or(next, |due| next.min(due)))
     }
 
-    /// Ends the steps that are due and delivers their tokens.
+    /// Ends the steps that are due and delivers their tokens. Sends the KV events of each step
+    /// before its tokens, and marks the engine as ready for another step.
     fn end_steps(&mut self, now: Duration) {
         while let Some(&Reverse((end, index))) = self.step_ends.peek()
             && end <= now
@@ -324,7 +338,9 @@ impl<'a> Replay<'a> {
         }
     }
 
-    /// Reports an output token to the router and records its times.
+    /// Reports an output token to the router and records its times. The first token also ends the
+    /// request's prefill for the baseline and may miss the SLO; the last token completes the
+    /// request.
     fn deliver(&mut self, event: TokenEvent, now: Duration) {
         let request = event.id as usize;
         let Some(flight) = &mut self.in_flight[request] else {
@@ -355,7 +371,9 @@ impl<'a> Replay<'a> {
         }
     }
 
-    /// Completes a request and records its times.
+    /// Completes the booking of a request and records its times. Without KV events, the router
+    /// first learns the cached tokens and the output. Counts a miss of the SLO by the mean gap only
+    /// if the first token met its limit.
     fn on_finished(
         &mut self,
         request: usize,
@@ -399,7 +417,10 @@ impl<'a> Replay<'a> {
         self.last_end = now;
     }
 
-    /// Routes and sends the requests whose arrival is due.
+    /// Routes and sends the requests whose arrival is due. The router may keep them queued.
+    ///
+    /// # Errors
+    /// If no worker has joined the fleet.
     fn admit_arrivals(&mut self, now: Duration) -> Result<(), ReplayError> {
         while let Some(index) = self.arrivals.take_due(now) {
             self.first_arrival.get_or_insert(now);
@@ -422,7 +443,9 @@ impl<'a> Replay<'a> {
         }
     }
 
-    /// Sends a request to its worker, or leaves it queued until the router wakes it.
+    /// Sends a request to its worker, or leaves it queued until the router wakes it. A request that
+    /// does not fit into the engine ends at once, and counts as rejected and as a miss of the SLO.
+    /// Ignores a request that is not in flight.
     fn send(&mut self, index: usize, now: Duration) {
         let Some(flight) = &mut self.in_flight[index] else {
             return;
@@ -460,6 +483,9 @@ impl<'a> Replay<'a> {
     }
 
     /// Chooses a worker for a request, by the baseline or by the router's policy.
+    ///
+    /// # Errors
+    /// If no worker has joined the fleet.
     fn route(&mut self, request: usize, now: Duration) -> Result<Booking, RouteError> {
         let prompt = self.workload.prompt(request);
         let Some(driver) = &mut self.driver else {
@@ -487,7 +513,7 @@ impl<'a> Replay<'a> {
         })
     }
 
-    /// Starts a step on each idle engine that has requests.
+    /// Starts a step on each idle engine in `ready` that has requests, and clears `ready`.
     fn start_steps(&mut self, now: Duration) {
         for index in self.ready.drain(..) {
             let worker = &mut self.workers[index];
@@ -502,8 +528,8 @@ impl<'a> Replay<'a> {
         }
     }
 
-    /// Samples router and engines at the instants before `now`. Their state has not changed since
-    /// the last event.
+    /// Samples router and engines at the instants before `now`, and scrapes the metrics for the
+    /// baseline. The state of router and engines has not changed since the last event.
     fn sample_before(&mut self, now: Duration) {
         if let Some(driver) = &mut self.driver {
             let workers = self.workers.iter();
@@ -543,6 +569,7 @@ impl<'a> Replay<'a> {
     }
 
     /// Compares the router's latency models and output lengths with the engines' actual values.
+    /// `snapshots` are the workers in the router at `now`.
     fn compare_forecasts(&mut self, now: Duration, snapshots: &[WorkerSnapshot]) {
         self.forecast_monitor
             .take_lengths(self.router.output_length_accuracy());
@@ -565,7 +592,8 @@ impl<'a> Replay<'a> {
         }
     }
 
-    /// Returns the results of the run.
+    /// Returns the results of the run. Requests that have not ended count as unfinished, and not as
+    /// goodput.
     fn outcome(mut self) -> Outcome {
         let totals = || self.workers.iter().map(|worker| worker.engine.totals());
         let prompt_tokens: u64 = totals().map(|totals| totals.prompt_tokens).sum();
@@ -618,7 +646,8 @@ impl<'a> Replay<'a> {
 }
 
 /// Returns the hashes of engine blocks of `ratio` router blocks each. The hash of an engine block
-/// is that of its last router block, because a sequence hash covers the whole prefix.
+/// is that of its last router block, because a sequence hash covers the whole prefix. Router blocks
+/// at the end that do not fill an engine block are left out.
 pub(crate) fn coarser_hashes(
     hashes: &[SequenceHash],
     ratio: u32,

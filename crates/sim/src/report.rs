@@ -157,7 +157,8 @@ fn percentile(samples: &mut [f32], fraction: f64) -> f64 {
     f64::from(*sample)
 }
 
-/// Returns the maximum over workers, divided by the mean; 1 is even.
+/// Returns the maximum over workers, divided by the mean; 1 is even. Also 1 if no worker has
+/// anything.
 pub(crate) fn imbalance(by_worker: impl ExactSizeIterator<Item = u64> + Clone) -> f64 {
     let workers = by_worker.len().max(1) as f64;
     let max = by_worker.clone().max().unwrap_or(0) as f64;
@@ -181,6 +182,7 @@ struct Measure {
     value: fn(&Outcome) -> f64,
 }
 
+/// Creates a row of the table. `show` formats a mean, and `value` reads the measure from one run.
 const fn measure(
     name: &'static str,
     better: Better,
@@ -238,7 +240,8 @@ const MEASURES: [Measure; 35] = {
 };
 
 /// Returns every measure of every policy. `outcomes` has `seeds` outcomes of each policy, in the
-/// same order of seeds, so that runs can be compared in pairs.
+/// same order of seeds, so that runs can be compared in pairs. Policies with equal best means are
+/// all the best. The differences are `None` with a single seed.
 pub(crate) fn summarise(outcomes: &[Outcome], seeds: usize) -> Vec<Summary> {
     let mut summary = Vec::new();
     for measure in &MEASURES {
@@ -327,7 +330,8 @@ impl fmt::Display for Report {
 }
 
 impl Report {
-    /// Returns a cell of the table: the mean, and its comparison with the best policy.
+    /// Returns a cell of the table: the mean, and its comparison with the best policy. With a
+    /// single seed, only the mean. `*` marks the best policy, and `≈` a difference within chance.
     fn cell(&self, measure: &Measure, summary: &Summary) -> String {
         let mean = (measure.show)(summary.mean);
         match summary.against_best {

@@ -23,7 +23,7 @@ pub struct Difference {
 }
 
 /// Compares values with those of the best policy, paired by position. Returns `None` for fewer than
-/// two pairs.
+/// two pairs. Values without a counterpart are ignored.
 pub(crate) fn difference(values: &[f64], best: &[f64]) -> Option<Difference> {
     let differences: Vec<f64> = values
         .iter()

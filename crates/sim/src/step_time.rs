@@ -68,7 +68,8 @@ impl StepTimeModel {
         Duration::from_secs_f64(self.mean_seconds(load))
     }
 
-    /// Returns the duration of a step with noise drawn from `rng`.
+    /// Returns the duration of a step with noise drawn from `rng`, which is not used if `noise` is
+    /// 0.
     pub fn sample(&self, load: &BatchLoad, rng: &mut impl Rng) -> Duration {
         let mut seconds = self.mean_seconds(load);
         if self.noise > 0.0 {

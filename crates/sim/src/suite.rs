@@ -66,6 +66,7 @@ enum FleetCondition {
     NoEvents,
 }
 
+/// Creates a scenario without an impairment.
 const fn normal(
     name: &'static str,
     description: &'static str,
@@ -79,6 +80,9 @@ const fn normal(
     }
 }
 
+/// Creates a scenario with an impairment. Its requests are those of Mooncake's conversation trace,
+/// or of the agent workload if the trace is not available, at 70 % of the capacity of the
+/// unimpaired fleet.
 const fn under(
     condition: FleetCondition,
     name: &'static str,
@@ -175,7 +179,8 @@ pub enum SuiteError {
     RequestRate(#[from] InvalidRequestRate),
 }
 
-/// Returns the scenarios with these names, or all scenarios if `names` is empty.
+/// Returns the scenarios with these names, or all scenarios in the order of reports if `names` is
+/// empty. Named scenarios have the order of `names`, and repetitions are kept.
 ///
 /// # Errors
 /// If no scenario has one of the names.
@@ -199,7 +204,8 @@ const SECTION: Duration = Duration::from_secs(20 * 60);
 
 impl Scenario {
     /// Returns the fleet and the requests to replay; `None` if the scenario needs a trace that is
-    /// not available.
+    /// not available. The workload of run `i` has the router's seed plus `i`. The condition of the
+    /// scenario overrides `settings`.
     ///
     /// # Errors
     /// If the entry in [`SCENARIOS`] is invalid.
@@ -257,7 +263,8 @@ impl WorkloadSource {
     }
 
     /// Returns the workload of one run. `run` is the number of the run, which selects the section
-    /// of a trace.
+    /// of a trace. `seed` generates the other workloads and does not affect a trace. A trace that
+    /// is not available yields no requests.
     fn workload(self, traces: &Traces, seed: u64, run: u64) -> Result<Workload, SuiteError> {
         let from_trace = |trace: &Option<Vec<TraceRequest>>, rate, name: &str| {
             let requests = section(trace.as_deref().unwrap_or_default(), SECTION, run);
@@ -281,7 +288,8 @@ impl WorkloadSource {
 }
 
 impl FleetCondition {
-    /// Changes the configuration. `duration` is the time from the first arrival to the last.
+    /// Changes the configuration. `duration` is the time from the first arrival to the last. The
+    /// worker with half the speed is the first one.
     fn apply(self, config: &mut ReplayConfig, duration: Duration) {
         let half_speed = |at| FleetChange {
             at,

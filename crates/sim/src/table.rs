@@ -36,7 +36,7 @@ pub(crate) fn write_table<'a, T: 'a>(
 }
 
 /// Writes a table of cells that are text: for each row a label and one cell for each column.
-/// Columns are as wide as their widest cell.
+/// Columns are as wide as their widest cell. Cells beyond the last column are ignored.
 pub(crate) fn write_cells(
     f: &mut fmt::Formatter<'_>,
     title: &str,

@@ -98,10 +98,12 @@ enum Format {
 }
 
 /// Reads a whole trace. Returns the requests in the order of arrival, whatever the order of the
-/// lines. The first arrival is time zero. Empty lines are skipped.
+/// lines. The first arrival is time zero. Empty lines are skipped. The first other line selects the
+/// format.
 ///
 /// # Errors
-/// If a line is invalid; the error names the line and the field.
+/// If a line cannot be read or is invalid, in which case the error names the line and, for an
+/// invalid value, the field; if the first line has no known format; or if the trace has no request.
 pub fn read(reader: impl BufRead) -> Result<Vec<TraceRequest>, TraceError> {
     let mut requests: Vec<TraceRequest> = Vec::new();
     let mut format = None;
@@ -146,7 +148,8 @@ pub fn read(reader: impl BufRead) -> Result<Vec<TraceRequest>, TraceError> {
 }
 
 /// Keeps the first `max_requests` requests, and of these only the ones that arrive within
-/// `duration` after the first.
+/// `duration` after the first, exclusive. `None` is no limit. `requests` must be in the order of
+/// arrival.
 pub fn truncate(
     requests: &mut Vec<TraceRequest>,
     max_requests: Option<usize>,
@@ -163,7 +166,7 @@ pub fn truncate(
 /// Returns the requests of one section of a trace, with arrivals relative to its start. The trace
 /// is divided into sections of `length`; a rest that is shorter than 0.9 sections is dropped,
 /// unless it is the only section. Numbers count from 0 and continue with the first section after
-/// the last.
+/// the last. `requests` must be in the order of arrival, and `length` must not be zero.
 #[must_use]
 pub fn section(requests: &[TraceRequest], length: Duration, number: u64) -> Vec<TraceRequest> {
     let last = requests
@@ -182,7 +185,10 @@ pub fn section(requests: &[TraceRequest], length: Duration, number: u64) -> Vec<
     shifted.collect()
 }
 
-/// Converts a line to a request. An error is the field and the problem with it.
+/// Converts a line in Mooncake's format to a request. The arrival is the line's timestamp, which
+/// [`read`] later makes relative to the first request. An output of 0 tokens becomes 1 token. An
+/// error is the field and the problem with it: an invalid timestamp, an empty prompt, or a number
+/// of ids that does not match the prompt's length.
 fn check(line: TraceLine) -> Result<TraceRequest, (&'static str, String)> {
     let arrival = Duration::try_from_secs_f64(line.timestamp / 1000.0)
         .map_err(|error| ("timestamp", format!("{} ms: {error}", line.timestamp)))?;

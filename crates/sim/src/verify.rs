@@ -100,6 +100,9 @@ pub enum VerifyError {
 
 /// Runs all phases, and reports the progress after each request. Failed requests are counted.
 ///
+/// Waits for the workers to become healthy before the first phase, and for router and engines to
+/// become idle after the last. Engines that stay busy are no error: the report shows their blocks.
+///
 /// Must be called within a Tokio runtime that has I/O and time enabled.
 ///
 /// # Errors
@@ -133,7 +136,11 @@ pub async fn run(
 }
 
 /// Waits until all workers that may serve the model are healthy. Returns the model, or the first
-/// model of the workers if none is asked for.
+/// model of the workers if none is asked for. Draining workers are ignored.
+///
+/// # Errors
+/// If the router's admin API cannot be read, if no worker may serve the model, or if a worker is
+/// not healthy after [`HEALTHY_TIMEOUT`].
 async fn find_model(reader: &Reader, asked: Option<&str>) -> Result<String, VerifyError> {
     let began = Instant::now();
     loop {
@@ -160,7 +167,8 @@ async fn find_model(reader: &Reader, asked: Option<&str>) -> Result<String, Veri
 }
 
 /// Sends the requests of one phase, `concurrency` at a time, and returns the results. `number` is
-/// the position of the phase; each phase has prompts of its own.
+/// the position of the phase; each phase has prompts of its own. A client pauses after a failure.
+/// The caller sets [`Phase::seconds`].
 async fn run_phase(
     config: &VerifyConfig,
     model: &str,
@@ -208,7 +216,11 @@ async fn run_phase(
     phase.into_inner()
 }
 
-/// Waits until router and engines report no active blocks, and records a last reading.
+/// Waits until router and engines report no active blocks, and records a last reading. Succeeds
+/// also if some still do after [`IDLE_TIMEOUT`], or if an engine's metrics cannot be read.
+///
+/// # Errors
+/// If the router's admin API cannot be read.
 async fn wait_until_idle(reader: &Reader) -> Result<(), String> {
     let waiting = async {
         loop {

@@ -96,7 +96,10 @@ impl Workload {
     }
 
     /// Returns the requests of a trace, at `rate` times its arrival rate. Equal hash ids become
-    /// equal tokens.
+    /// equal tokens. Prompt tokens that no hash id covers are left out, and no prompt contains an
+    /// earlier output.
+    ///
+    /// `trace` must be in order of arrival.
     ///
     /// # Errors
     /// If `rate` is not a positive number, or so small that times exceed the clock's range.
@@ -125,7 +128,7 @@ impl Workload {
     }
 
     /// Returns the workload with the arrival rate of [`Arrival::At`] requests multiplied by `rate`.
-    /// The times that clients think and tools take do not change.
+    /// The times that clients think and tools take do not change, and neither do closed loops.
     ///
     /// # Errors
     /// If `rate` is not a positive number, or so small that times exceed the clock's range.
@@ -150,7 +153,8 @@ impl Workload {
         !self.arrivals_span().is_zero()
     }
 
-    /// Returns the time from the first [`Arrival::At`] request to the last.
+    /// Returns the time from the first [`Arrival::At`] request to the last; zero with fewer than
+    /// two.
     #[must_use]
     pub fn arrivals_span(&self) -> Duration {
         let times = self

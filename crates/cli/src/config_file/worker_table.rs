@@ -28,7 +28,8 @@ const URL: &str = "url";
 /// Returns the value of `--worker` that describes the same worker as the table.
 ///
 /// # Errors
-/// If there is no URL, or a key is unknown or has a value of the wrong type.
+/// If there is no URL, or a key is unknown or has a value of the wrong type or with a comma or a
+/// space. The values themselves are not checked.
 pub(super) fn to_flag(table: &Table) -> anyhow::Result<String> {
     let url = table.get(URL).and_then(Value::as_str);
     let mut flag = url
@@ -64,7 +65,7 @@ pub(super) fn to_flag(table: &Table) -> anyhow::Result<String> {
     Ok(flag)
 }
 
-/// Returns the lines of a `[[worker]]` table that describes the same worker as a value of
+/// Returns the lines of a `[[worker]]` table that describes the same worker as a valid value of
 /// `--worker`. `name` is the worker's name, which the value may omit.
 pub(crate) fn from_flag(flag: &str, name: &str) -> String {
     let mut options = flag.split(',');

@@ -182,9 +182,12 @@ fn write_file(path: &Path, text: &str) -> anyhow::Result<()> {
 
 impl SourceArgs {
     /// Returns the traffic of each seed, with arrivals at `rate` times the traffic's own rate.
+    /// Without a rate, arrivals do not change. Of `router`, only the first seed and the block size
+    /// are used.
     ///
     /// # Errors
-    /// If the trace cannot be read, or `rate` is given and the workload has no arrival rate.
+    /// If the trace cannot be read or is combined with `--rps`, if the workload is invalid, or if
+    /// `rate` is given and the workload has no arrival rate.
     pub(super) fn traffic(
         &self,
         router: &RouterArgs,
@@ -197,7 +200,10 @@ impl SourceArgs {
         }
     }
 
-    /// Returns a trace, which is the same for all seeds.
+    /// Returns the requests of a trace, which are the same for all seeds.
+    ///
+    /// # Errors
+    /// If `--rps` is given, or the trace cannot be read.
     fn trace_traffic(
         &self,
         path: &Path,
@@ -215,7 +221,10 @@ impl SourceArgs {
         Ok(vec![traffic; seeds.get() as usize])
     }
 
-    /// Generates a workload for each seed.
+    /// Generates a workload for each of `seeds` consecutive seeds from the router's seed on.
+    ///
+    /// # Errors
+    /// If the workload is invalid, or `rate` is given and the workload has no arrival rate.
     fn workload_traffic(
         &self,
         router: &RouterArgs,
@@ -240,6 +249,7 @@ impl SourceArgs {
 
 impl FleetArgs {
     /// Returns the configuration of a replay with identical engines and the changes of the fleet.
+    /// The policy in it is a placeholder: a comparison replaces it.
     pub(super) fn config(
         &self,
         router: &RouterArgs,

@@ -61,6 +61,9 @@ enum Quantity {
 }
 
 /// Runs the search for each policy, and prints the report.
+///
+/// # Errors
+/// If the traffic is invalid, the search cannot be run, or the file cannot be written.
 pub(super) fn capacity(args: &CapacityArgs) -> anyhow::Result<()> {
     let comparison = &args.comparison;
     let policies = comparison.policies();

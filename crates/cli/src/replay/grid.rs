@@ -18,8 +18,12 @@ pub(super) struct NamedCase {
     pub(super) case: Case,
 }
 
-/// Replays all cases under all policies. `left_out` lists scenarios that the report mentions as not
-/// replayed, each with the reason.
+/// Replays all cases under all policies, on up to `threads` threads. Returns one row for each case,
+/// in order. `left_out` lists scenarios that the report mentions as not replayed, each with the
+/// reason.
+///
+/// # Errors
+/// If any replay fails.
 pub(super) fn replay(
     named: Vec<NamedCase>,
     policies: &[PolicySpec],

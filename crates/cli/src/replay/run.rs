@@ -32,7 +32,11 @@ pub(crate) struct RunArgs {
     report: ReportArgs,
 }
 
-/// Replays the traffic under each policy, and writes the reports.
+/// Replays the traffic under each policy, and writes the reports. The time series of active blocks
+/// is kept only for the HTML page.
+///
+/// # Errors
+/// If the traffic is invalid, a replay fails, or a file cannot be written.
 pub(super) fn run(args: &RunArgs) -> anyhow::Result<()> {
     let comparison = &args.comparison;
     let policies = comparison.policies();

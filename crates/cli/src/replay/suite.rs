@@ -73,7 +73,11 @@ fn default_policies() -> Vec<PolicySpec> {
     names.filter_map(|name| name.parse().ok()).collect()
 }
 
-/// Replays the selected scenarios whose traces are given, and writes the reports.
+/// Replays the selected scenarios whose traces are given, and writes the reports, which list the
+/// other scenarios as left out.
+///
+/// # Errors
+/// If a trace cannot be read, a replay fails, or a file cannot be written.
 pub(super) fn suite(args: &SuiteArgs) -> anyhow::Result<()> {
     let settings = Settings {
         router: args.router.config(Policy::default()),

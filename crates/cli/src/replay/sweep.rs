@@ -38,6 +38,10 @@ pub(crate) struct SweepArgs {
 }
 
 /// Replays the traffic at each rate under each policy, and writes the reports.
+///
+/// # Errors
+/// If the traffic cannot be read or has no arrival rate to scale, or a rate is not a positive
+/// number.
 pub(super) fn sweep(args: &SweepArgs) -> anyhow::Result<()> {
     let comparison = &args.comparison;
     let config = args

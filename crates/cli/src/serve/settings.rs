@@ -81,8 +81,12 @@ struct ListenArgs {
 }
 
 impl ListenArgs {
-    /// Replaces the address by `--host` and `--port` if one of them is given. As flags, they
-    /// override the variable and the file.
+    /// Replaces the address by `--host` and `--port` if one of them is given; the other one has the
+    /// default of `--listen`. As flags, they override the variable and the file. `matches` must be
+    /// those of the subcommand, as for [`ServeArgs::resolve`].
+    ///
+    /// # Errors
+    /// If `--listen` is also on the command line, or the host has no address.
     fn resolve(mut self, matches: &ArgMatches) -> Result<Self, clap::Error> {
         if self.host.is_none() && self.port.is_none() {
             return Ok(self);
@@ -139,7 +143,8 @@ pub(crate) struct WorkerArgs {
 
 impl WorkerArgs {
     /// Drops the workers of the environment if the command line has workers, because `--worker` and
-    /// `--worker-urls` are one setting.
+    /// `--worker-urls` are one setting. If both flags are on the command line, the workers of both
+    /// are kept. `matches` must be those of the subcommand.
     pub(crate) fn resolve(mut self, matches: &ArgMatches) -> Self {
         let is_flag = |id| matches.value_source(id) == Some(ValueSource::CommandLine);
         match (is_flag("worker"), is_flag("worker_urls")) {
@@ -276,7 +281,8 @@ struct ObservabilityArgs {
 }
 
 impl ServeArgs {
-    /// Resolves settings that several flags can set: the listen address and the workers.
+    /// Resolves settings that several flags can set: the listen address and the workers. `matches`
+    /// must be those of the subcommand.
     ///
     /// # Errors
     /// If flags contradict each other, or a host has no address.

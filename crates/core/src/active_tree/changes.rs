@@ -34,8 +34,9 @@ pub(crate) struct ReusedRun {
 }
 
 impl PinChange {
-    /// Adds a run of `blocks` blocks from `start` on, last released under `free_epoch`. The run
-    /// lies above all runs added before. It extends the last of them if both have the same epoch.
+    /// Adds a run of `blocks` blocks from `start` on, last released under `free_epoch`; no effect
+    /// if `blocks` is 0. The run lies above all runs added before. It extends the last of them if
+    /// both have the same epoch.
     pub(super) fn push_reused(&mut self, start: u32, blocks: u32, free_epoch: u64) {
         match self.reused.last_mut() {
             _ if blocks == 0 => {}

@@ -6,7 +6,8 @@ use super::{EvictChange, NodeId, PrefixTree, UnpinChange, WorkerIndex};
 
 impl PrefixTree {
     /// Evicts up to `wanted` blocks that were released on `worker` under `free_epoch`, from the end
-    /// of `node` towards the root. With `whole_nodes`, for engines that evict whole nodes, a node
+    /// of `node` towards the root. Stops at the first node that the worker pins, does not hold, or
+    /// released under another epoch. With `whole_nodes`, for engines that evict whole nodes, a node
     /// of the engine is always evicted completely, so the result may exceed `wanted`.
     pub(crate) fn evict(
         &mut self,
@@ -52,9 +53,9 @@ impl PrefixTree {
     }
 
     /// Records that a node of the radix tree of `worker`'s engine ends `depth` blocks down the path
-    /// to `node`, and splits the edge there if needed. Returns the node that ends there if this
-    /// boundary is new. Returns `None` if it was known, or if the worker does not hold that part of
-    /// the path.
+    /// to `node`, and splits the edge there if needed. `depth` must not exceed the length of the
+    /// path. Returns the node that ends there if this boundary is new. Returns `None` if it was
+    /// known, if `depth` is 0, or if the worker does not hold that part of the path.
     pub(crate) fn mark_engine_boundary(
         &mut self,
         node: NodeId,

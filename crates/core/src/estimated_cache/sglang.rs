@@ -21,7 +21,7 @@ use crate::active_tree::{PinChange, PrefixTree, WorkerIndex};
 use crate::estimated_cache::{EstimatedCache, EvictionRule};
 
 impl EstimatedCache {
-    /// Sets the eviction rule of the worker's engine.
+    /// Sets the eviction rule of the worker's engine. Blocks in the free queue stay.
     pub(crate) fn set_eviction(&mut self, eviction: EvictionRule) {
         self.eviction = eviction;
     }
@@ -50,9 +50,12 @@ impl EstimatedCache {
     }
 
     /// Marks where SGLang's tree nodes end after a booking pinned a path: at the end of the path,
-    /// and where the path left what was cached or pinned before. The request takes at most the
-    /// first `reusable` blocks from the cache. Returns how many blocks exist twice until the
-    /// request is computed. Does nothing and returns 0 under vLLM's rule.
+    /// and where the path left what was cached or pinned before. A split of a cached node renews
+    /// the last use of its lower part in the free queue. The request takes at most the first
+    /// `reusable` blocks from the cache.
+    ///
+    /// Call after [`reuse`](Self::reuse) of the same pinned runs. Returns how many blocks exist
+    /// twice until the request is computed. Does nothing and returns 0 under vLLM's rule.
     pub(crate) fn mark_engine_boundary(
         &mut self,
         pinned: &PinChange,

@@ -232,8 +232,9 @@ impl EngineBlocks {
         self.table.prefetch(MixedHash::new(engine_hash).key());
     }
 
-    /// Inserts a block, stored once, that [`find`](Self::find) did not find. Returns `None` if
-    /// [`MAX_BLOCKS`] are tracked already.
+    /// Inserts a block, stored once, that [`find`](Self::find) did not find, and counts it as a
+    /// child of `parent`. `parent` is [`NO_BLOCK`] for the first block of a sequence. Returns
+    /// `None`, and changes nothing, if [`MAX_BLOCKS`] are tracked already.
     pub(super) fn insert(
         &mut self,
         lookup: Lookup,
@@ -265,8 +266,8 @@ impl EngineBlocks {
         Some(id)
     }
 
-    /// Stores a tombstone again, with a new parent and sequence hash. Its reachability stays as it
-    /// was.
+    /// Stores the tombstone `id` again, with a new parent and sequence hash, and counts it as a
+    /// child of `parent`. Its reachability stays as it was.
     pub(super) fn restore(&mut self, id: BlockId, parent: BlockId, hash: SequenceHash) {
         self.tombstones.remove(&u64::from(id));
         let block = self.at_mut(id);
@@ -299,9 +300,10 @@ impl EngineBlocks {
         self.increment(STORES, id);
     }
 
-    /// Counts one removal of a stored block. Returns whether it is no longer stored: then it is a
-    /// tombstone, or listed in [`removed`](Self::removed). A parent that was kept only for this
-    /// child is removed too.
+    /// Counts one removal of a stored block, which `lookup` has found. Returns whether it is no
+    /// longer stored: then it is a tombstone, or listed in [`removed`](Self::removed). A parent
+    /// that was kept only for this child is removed too. The recorded reachability of the blocks
+    /// stays as it was.
     pub(super) fn decrement_stores(&mut self, lookup: Lookup) -> bool {
         let id = lookup.id;
         if self.at(id).get(STORES) > 1 {
@@ -336,7 +338,8 @@ impl EngineBlocks {
         true
     }
 
-    /// Removes a block from the table and lists it as removed.
+    /// Removes a block from the table and lists it as removed. Its id and its data stay until
+    /// [`recycle_removed`](Self::recycle_removed).
     fn remove(&mut self, lookup: Lookup) {
         self.table.remove(lookup.index);
         let (id, block) = (lookup.id, self.at(lookup.id));
@@ -355,7 +358,8 @@ impl EngineBlocks {
         &self.removed
     }
 
-    /// Makes the ids of removed blocks available to new ones.
+    /// Makes the ids of removed blocks available to new ones, and empties
+    /// [`removed`](Self::removed).
     pub(super) fn recycle_removed(&mut self) {
         let mut removed = std::mem::take(&mut self.removed);
         for RemovedBlock { id, .. } in removed.drain(..) {
@@ -372,7 +376,7 @@ impl EngineBlocks {
 
     /// Appends the sequence hashes of the ancestors of block `id`, nearest first, up to and
     /// including the last anchor or the first block of the sequence. Below a tombstone, appends the
-    /// lead-in that the tombstone stored.
+    /// lead-in that the tombstone stored. Ends early after [`MAX_LEAD_IN`] blocks.
     pub(super) fn collect_lead_in(&self, id: BlockId, lead_in: &mut Vec<SequenceHash>) {
         let mut descendant = id;
         for _ in 0..MAX_LEAD_IN {
@@ -441,7 +445,9 @@ impl EngineBlocks {
         self.pages.len().saturating_sub(1) * PAGE + last
     }
 
-    /// Returns, by block id, whether the block and all blocks before it are stored.
+    /// Returns, by block id, whether the block and all blocks before it are stored. Visits every
+    /// block. The recorded reachability is neither read nor changed. A block that is its own
+    /// ancestor is not reachable.
     pub(super) fn find_reachable(&self) -> Vec<bool> {
         #[derive(Clone, Copy, PartialEq)]
         enum Visit {

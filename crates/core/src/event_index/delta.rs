@@ -50,7 +50,8 @@ impl<'a> PrefixRun<'a> {
     }
 
     /// Splits the run into runs of at most `max_len` changed blocks, each with a lead-in of its
-    /// own.
+    /// own. `max_len` must not be 0. The lead-in of a later chunk may contain changed blocks of
+    /// earlier ones: apply stored chunks from first to last, removed chunks from last to first.
     pub(crate) fn chunks(self, max_len: usize) -> impl DoubleEndedIterator<Item = Self> {
         (self.changed_from..self.hashes.len())
             .step_by(max_len)
@@ -104,7 +105,8 @@ impl PrefixRuns {
     }
 
     /// Adds a run with the prefixes of a sequence, except the first `prefix_len`, of which a part
-    /// becomes the lead-in.
+    /// becomes the lead-in. The run has no changed prefix if `prefix_len` is the length of `hashes`
+    /// or more.
     pub fn push_suffix(&mut self, hashes: &[SequenceHash], prefix_len: usize) {
         let prefix_len = prefix_len.min(hashes.len());
         let (prefix, suffix) = hashes.split_at(prefix_len);

@@ -34,8 +34,9 @@ struct RatioIndex {
 }
 
 impl EventIndex {
-    /// Applies the delta of one worker, and updates `cached_blocks`, the number of router blocks
-    /// that the worker caches. Worker indices must be dense from 0.
+    /// Applies the delta of one worker, removals first, and updates `cached_blocks`, the running
+    /// number of router blocks that the worker caches. Worker indices must be dense from 0. A delta
+    /// with an engine block ratio of 0 has no effect.
     pub fn update(&mut self, worker: WorkerIndex, delta: &CacheDelta, cached_blocks: &mut u64) {
         for run in delta.removed.iter() {
             self.remove(worker, delta.engine_block_ratio, run, cached_blocks);
@@ -47,6 +48,7 @@ impl EventIndex {
 
     /// Removes the changed blocks of `run` from what `worker` caches, and with each of them all
     /// later blocks of the same stored run. Subtracts them from `cached_blocks`, in router blocks.
+    /// Ignores blocks that the worker does not cache, and an engine block ratio without any blocks.
     pub(crate) fn remove(
         &mut self,
         worker: WorkerIndex,
@@ -63,8 +65,12 @@ impl EventIndex {
         }
     }
 
-    /// Adds the changed blocks of `run` to what `worker` caches, if it caches the lead-in. Adds the
-    /// new ones to `cached_blocks`, in router blocks.
+    /// Records that `worker` caches the changed blocks of `run`. Adds the number of blocks that the
+    /// worker did not cache before to `cached_blocks`, in router blocks. The hashes of `run` are
+    /// those of engine blocks, each of `engine_block_ratio` router blocks.
+    ///
+    /// Adds nothing, without an error, if the worker does not cache the lead-in. Adds only some of
+    /// the blocks when the maximum number of runs is reached.
     pub(crate) fn add(
         &mut self,
         worker: WorkerIndex,
@@ -86,7 +92,8 @@ impl EventIndex {
         *cached_blocks += self.by_ratio[index].add(worker, run) * u64::from(engine_block_ratio);
     }
 
-    /// Removes a worker from the index. Visits every run.
+    /// Removes a worker from the index. Visits every run. The caller resets its own count of the
+    /// worker's cached blocks.
     pub fn remove_worker(&mut self, worker: WorkerIndex) {
         for table in &mut self.by_ratio {
             for run in table.runs.ids() {
@@ -108,9 +115,10 @@ impl EventIndex {
         self.len() == 0
     }
 
-    /// Raises `cached_blocks` of every worker that caches a prefix of `chain`, in router blocks.
-    /// `prefix_matches` is indexed by worker. Returns the largest number of blocks that any worker
-    /// caches.
+    /// Raises `cached_blocks` of every worker that caches a prefix of `chain`, in router blocks; a
+    /// value that is larger already stays. `prefix_matches` is indexed by worker. Returns the
+    /// largest number of router blocks that any worker caches, those beyond the end of
+    /// `prefix_matches` included.
     pub fn match_prefix(&self, chain: &[SequenceHash], prefix_matches: &mut [PrefixMatch]) -> u32 {
         let deepest = self
             .by_ratio
@@ -175,7 +183,8 @@ impl RatioIndex {
         added as u64
     }
 
-    /// Returns the position of the last of `hashes`, if `worker` caches it.
+    /// Returns the position of the last of `hashes`, which begin with an anchor or at the start of
+    /// a sequence. `None` if `worker` does not cache that block, or if `hashes` is empty.
     fn last_cached(&self, worker: WorkerIndex, hashes: &[SequenceHash]) -> Option<BlockPosition> {
         let (mut rest, mut last) = (hashes, None);
         while let Some(&hash) = rest.first() {
@@ -187,8 +196,9 @@ impl RatioIndex {
         last
     }
 
-    /// Returns the position of an anchor that `worker` caches, and the blocks that it caches of the
-    /// run from there on.
+    /// Returns the position of a block in the table of anchors that `worker` caches, and the blocks
+    /// that it caches of the run from there on. `None` if the worker does not cache the block or
+    /// the table does not contain it.
     fn cached_from(
         &self,
         hash: SequenceHash,
@@ -202,7 +212,7 @@ impl RatioIndex {
     }
 
     /// Returns the position of the block `hash` that follows the block `last`, or that starts a
-    /// sequence if `last` is `None`.
+    /// sequence if `last` is `None`. `None` if no worker caches such a block.
     fn next(&self, last: Option<BlockPosition>, hash: SequenceHash) -> Option<BlockPosition> {
         if let Some(last) = last
             && self.runs.tail_at(last).get(1) == Some(&hash)
@@ -283,7 +293,7 @@ impl RatioIndex {
     }
 
     /// Returns the runs that the prompt follows, from the deepest block that any worker caches back
-    /// to its start.
+    /// to its start. Empty if no worker caches the first block.
     fn matched_runs(&self, chain: &[SequenceHash]) -> SmallVec<[MatchedRun; 8]> {
         let mut matched = SmallVec::new();
         let mut deepest =
@@ -314,7 +324,8 @@ impl RatioIndex {
     }
 
     /// Returns the last of the first `blocks` engine blocks of a prompt that any worker caches: its
-    /// number in the prompt and its position.
+    /// number in the prompt, from 0, and its position. `None` if no block is found. Blocks before
+    /// the returned one may be missing: the caller must check them.
     fn deepest_cached(
         &self,
         chain: &[SequenceHash],

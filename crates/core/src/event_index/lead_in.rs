@@ -22,6 +22,8 @@ impl LeadIn {
     }
 
     /// Starts a run in `runs` for changed blocks that follow `parent`, of which `id` is the first.
+    /// The block `id` must be stored with that parent. The caller adds the changed blocks to
+    /// `runs`, then calls [`end`](Self::end).
     pub(super) fn start_run(
         &mut self,
         parent: BlockId,
@@ -48,7 +50,9 @@ impl LeadIn {
     }
 
     /// Adds a run to `runs` for consecutive blocks, which `reversed` lists from the last to the
-    /// first; none if it is empty. Afterwards the lead-in ends with the block before them.
+    /// first; none if it is empty. The blocks may be removed, but not yet recycled, because the
+    /// lead-in is found through their parents. Afterwards the lead-in ends with the block before
+    /// them.
     pub(super) fn emit_reversed<I>(
         &mut self,
         reversed: I,
@@ -72,7 +76,9 @@ impl LeadIn {
         runs.extend(reversed.rev().map(|(_, hash)| hash));
     }
 
-    /// Collects the lead-in of block `id` by walking from parent to parent.
+    /// Collects the lead-in of block `id` by walking from parent to parent. The lead-in of a
+    /// tombstone is the one that the tombstone stored; `to` is `None` afterwards, so it serves for
+    /// one run only.
     fn rebuild_for(&mut self, id: BlockId, blocks: &EngineBlocks) {
         self.hashes.clear();
         blocks.collect_lead_in(id, &mut self.hashes);

@@ -35,7 +35,8 @@ impl OrphanRuns {
         self.runs.is_empty()
     }
 
-    /// Keeps a run until its parent is known. Returns false if the oldest run was dropped for it.
+    /// Keeps a run until its parent, the block with engine hash `parent`, is known. Returns false
+    /// if the oldest run was dropped for it.
     pub(super) fn push(&mut self, parent: u64, engine_hashes: &[u64], tokens: &[u32]) -> bool {
         let is_full = self.runs.len() == MAX_ORPHAN_RUNS || self.tokens > MAX_ORPHAN_TOKENS;
         if is_full && let Some(oldest) = self.runs.pop_front() {
@@ -51,6 +52,7 @@ impl OrphanRuns {
     }
 
     /// Removes and returns the oldest run whose parent is now stored, with the id of the parent.
+    /// `None` if no run has such a parent.
     pub(super) fn take(&mut self, blocks: &EngineBlocks) -> Option<(BlockId, OrphanRun)> {
         let parents = self.runs.iter().map(|run| blocks.find_stored(run.parent));
         let mut parents = parents.enumerate();
@@ -60,8 +62,8 @@ impl OrphanRuns {
         Some((parent, run))
     }
 
-    /// Removes a block from the orphans, with all blocks after it in its run. `block_size` is in
-    /// tokens per engine block.
+    /// Removes a block from the orphans, with all blocks after it in its run; no effect if no run
+    /// contains the block. `block_size` is in tokens per engine block.
     pub(super) fn remove(&mut self, engine_hash: u64, block_size: usize) {
         for run in &mut self.runs {
             if let Some(index) = run

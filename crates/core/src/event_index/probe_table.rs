@@ -105,7 +105,8 @@ impl<E: TableSlot> OrderedHashTable<E> {
     }
 
     /// Inserts an entry at the index that [`find`](Self::find) has just returned as the error,
-    /// before other entries with its key.
+    /// before other entries with its key. May resize the table: all indices returned before are
+    /// invalid.
     pub(super) fn insert(&mut self, mut index: usize, entry: E) {
         if (self.len + 1) * 100 > self.buckets * MAX_LOAD_PERCENT {
             self.resize(self.buckets + self.buckets / 32 + 1);
@@ -126,7 +127,8 @@ impl<E: TableSlot> OrderedHashTable<E> {
         self.len += 1;
     }
 
-    /// Removes the entry at `index`, which must not be empty.
+    /// Removes the entry at `index`, which must not be empty. May resize the table: all indices
+    /// returned before are invalid.
     pub(super) fn remove(&mut self, mut index: usize) {
         // The entries that follow move up, but not above their own bucket.
         while let Some(&next) = self.get(index + 1)
@@ -142,7 +144,8 @@ impl<E: TableSlot> OrderedHashTable<E> {
         }
     }
 
-    /// Rebuilds the table with at least `buckets` buckets.
+    /// Rebuilds the table with `buckets` buckets, or with [`MIN_BUCKETS`] if that is more. All
+    /// indices change.
     fn resize(&mut self, buckets: usize) {
         self.buckets = buckets.max(MIN_BUCKETS);
         let old = std::mem::take(&mut self.entries);

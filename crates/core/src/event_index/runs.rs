@@ -201,7 +201,8 @@ impl Runs {
     }
 
     /// Adds blocks that the index does not know yet, after `parent` or, if that is `None`, at the
-    /// start of a sequence. They count as cached by `worker`. `hashes` must not be empty.
+    /// start of a sequence. They count as cached by `worker`. `hashes` must not be empty. The
+    /// caller adds their anchors.
     ///
     /// Extends the run of `parent` or starts a run, and adds only the blocks that fit into this one
     /// run. Returns the position of the first block and the number of added blocks, at least one.
@@ -238,7 +239,8 @@ impl Runs {
         Some((BlockPosition::new(id, 0), blocks))
     }
 
-    /// Adds a run and returns its id; `None` if there are [`MAX_RUNS`].
+    /// Adds a run and returns its id, reusing that of an empty run if there is one; `None` if there
+    /// are [`MAX_RUNS`]. Its blocks are not added to [`len`](Self::len).
     fn insert(&mut self, run: Run) -> Option<RunId> {
         if let Some(id) = self.free.pop() {
             *self.get_mut(id) = run;
@@ -276,7 +278,9 @@ impl Runs {
         (lost, left.unwrap_or(0))
     }
 
-    /// Removes all blocks of a run except the first `left`. An empty run is free for reuse.
+    /// Removes all blocks of a run except the first `left`, which must include every block that a
+    /// worker caches. An empty run is free for reuse. The caller removes the anchors of the removed
+    /// blocks before.
     pub(super) fn truncate(&mut self, id: RunId, left: usize) {
         let run = self.get_mut(id);
         let old_len = run.hashes.len();

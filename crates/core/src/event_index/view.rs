@@ -50,8 +50,9 @@ pub struct CacheView {
 }
 
 impl CacheView {
-    /// Returns a view of an empty cache. `block_size` is that of the router; the block size of the
-    /// engine must be a multiple of it.
+    /// Returns a view of an empty cache. `block_size` is that of the router, in tokens. The block
+    /// size of the engine must be a multiple of it; otherwise its store events are ignored and the
+    /// view is incomplete.
     #[must_use]
     pub fn new(block_size: NonZeroU32) -> Self {
         Self {
@@ -116,7 +117,8 @@ impl CacheView {
         }
     }
 
-    /// Returns all reachable blocks. No prefix comes before the prefix that it extends.
+    /// Returns all blocks that are recorded as reachable. No prefix comes before the prefix that it
+    /// extends.
     fn reachable_runs(&self) -> PrefixRuns {
         let (mut runs, mut lead_in) = (PrefixRuns::default(), LeadIn::default());
         let mut is_pending = vec![false; self.blocks.ids()];
@@ -142,7 +144,12 @@ impl CacheView {
         }
     }
 
-    /// Adds the blocks of a store event. Returns the blocks that became reachable or unreachable.
+    /// Adds the blocks of a store event. Returns the blocks that became reachable or unreachable. A
+    /// block that is stored already counts one more store.
+    ///
+    /// Blocks after an unknown parent are kept as orphans, up to a limit, and added when their
+    /// parent is stored. An event with inconsistent lengths or another block size than earlier
+    /// events is ignored, and the view is incomplete from then on.
     pub fn store(&mut self, event: &StoredBlocks<'_>) -> CacheDelta {
         if !self.validate(event) {
             self.complete = false;
@@ -174,7 +181,8 @@ impl CacheView {
     }
 
     /// Returns whether hashes, tokens and block size of an event are consistent, and the block size
-    /// is that of earlier events. Sets the engine block ratio if it was unknown.
+    /// is that of earlier events. Sets the engine block ratio if it was unknown and the block size
+    /// is valid, even if hashes and tokens disagree.
     fn validate(&mut self, event: &StoredBlocks<'_>) -> bool {
         let size = event.block_size;
         let engine_block_ratio = size / self.block_size;
@@ -189,7 +197,8 @@ impl CacheView {
     }
 
     /// Counts one removal for each of these blocks. Returns the blocks that became unreachable. If
-    /// the scan budget allows it, this includes blocks below a removed one.
+    /// the scan budget allows it, this includes blocks below a removed one. A block that is not
+    /// stored is removed from the orphans, or ignored.
     pub fn remove(&mut self, engine_hashes: &[u64]) -> CacheDelta {
         let mut delta = self.empty_delta();
         self.prefetch(engine_hashes);
@@ -213,7 +222,8 @@ impl CacheView {
         delta
     }
 
-    /// Adds the blocks that were just removed to `removed`, if they were reachable.
+    /// Adds the blocks that were just removed to `removed`, if they were reachable, and recycles
+    /// the ids of all of them.
     fn emit_removed(&mut self, removed: &mut PrefixRuns) {
         let removed_blocks = self.blocks.removed();
         removed.reserve(removed_blocks.len() + LEAD_IN_RESERVE);
@@ -232,7 +242,8 @@ impl CacheView {
         self.blocks.recycle_removed();
     }
 
-    /// Removes all blocks, and returns the reachable ones. The view is complete afterwards.
+    /// Removes all blocks and orphans, and returns the blocks that were reachable. The view is
+    /// complete afterwards. Block size and engine block ratio stay.
     pub fn clear(&mut self) -> CacheDelta {
         let delta = CacheDelta {
             removed: self.reachable_runs(),
@@ -263,7 +274,10 @@ impl CacheView {
     }
 
     /// Stores a run of blocks after a parent, which is given with its sequence hash and its
-    /// reachability. Blocks that are stored already count one more store.
+    /// reachability, and adds the changes to `delta`. Blocks that are stored already count one more
+    /// store, and the run continues after them. The block size must be [validated](Self::validate).
+    /// When the maximum number of blocks is reached, the rest is dropped and the view is
+    /// incomplete.
     fn append(
         &mut self,
         (mut parent, mut prefix_hash, mut is_reachable): (BlockId, SequenceHash, bool),
@@ -360,7 +374,7 @@ impl CacheView {
     }
 
     /// Adds to `runs` all blocks whose new reachability is `wanted` and whose recorded one is not,
-    /// and records it. `is_reachable` is the new reachability by block id.
+    /// and records it. `is_reachable` is the new reachability by block id, for all ids.
     fn emit_reachability(&mut self, wanted: bool, is_reachable: &[bool], runs: &mut PrefixRuns) {
         for id in (0..is_reachable.len() as BlockId).rev() {
             let mut run = Vec::new();

@@ -78,8 +78,9 @@ impl PhaseModel {
         }
     }
 
-    /// Returns the coefficients for a worker with this speed factor. A factor with few or old
-    /// samples is replaced, in part, by the mean factor of all workers.
+    /// Returns the coefficients for a worker with this speed factor, in seconds. A factor with few
+    /// samples, or without any shortly before `now`, is replaced, in part, by the mean factor of
+    /// all workers.
     fn coefficients_for(&self, factor: &SpeedFactor, now: Duration) -> [f64; 3] {
         let age = now.saturating_sub(factor.updated_at).as_secs_f64();
         let freshness = 1.0 / (1.0 + (age / STALENESS_HALF_LIFE_SECONDS).powi(2));
@@ -91,7 +92,7 @@ impl PhaseModel {
     }
 
     /// Learns from work that took a worker `seconds` and ended at `now`: its speed factor first,
-    /// then the shared coefficients.
+    /// then the shared coefficients. A factor without samples starts at the mean factor.
     fn observe(
         &mut self,
         factor: &mut SpeedFactor,
@@ -206,7 +207,9 @@ pub(crate) struct PrefillWork {
 }
 
 impl PrefillWork {
-    /// Returns the work to compute the last `new_tokens` tokens of a prompt of `prompt_tokens`.
+    /// Returns the work to compute the last `new_tokens` tokens of a prompt of `prompt_tokens`,
+    /// which must not be fewer. Attention pairs are counted for at most [`MAX_ATTENTION_TOKENS`]
+    /// tokens.
     pub(crate) fn new(new_tokens: u32, prompt_tokens: u32) -> Self {
         let (new_tokens, prompt_tokens) = (u64::from(new_tokens), u64::from(prompt_tokens));
         let querying = new_tokens.min(MAX_ATTENTION_TOKENS);
@@ -293,7 +296,8 @@ impl LatencyEstimator {
     }
 
     /// Compares the forecast of a time to first token with the observed time, both since the
-    /// booking.
+    /// booking. Changes only [`ttft_accuracy`](Self::ttft_accuracy), to which an error of more than
+    /// ten times the observed time counts as ten times.
     pub(crate) fn record_ttft_error(&mut self, forecast: Duration, observed: Duration) {
         let error = forecast.as_secs_f64() / observed.as_secs_f64().max(1e-6) - 1.0;
         let accuracy = &mut self.ttft_accuracy;
@@ -309,7 +313,8 @@ impl LatencyEstimator {
     }
 
     /// Returns the latency model of this worker: the shared coefficients, scaled by its speed
-    /// factors.
+    /// factors. `now` decides how much an old speed factor counts. All times in this module are
+    /// since the epoch that the caller of the router chose.
     pub(crate) fn latency_model(&self, shared: &SharedLatencyModel, now: Duration) -> LatencyModel {
         let [prefill_base, prefill_per_token, prefill_per_attention_pair] =
             shared.prefill.coefficients_for(&self.prefill_factor, now);
@@ -339,15 +344,20 @@ impl LatencyEstimator {
         self.mixed_step_seconds
     }
 
-    /// Returns when the latest first token came.
+    /// Returns when the latest prefill step had its first tokens, since the epoch that the caller
+    /// of the router chose; zero if none was observed.
     pub(crate) fn first_token_at(&self) -> Duration {
         self.prefill_step
             .map_or(Duration::ZERO, |step| step.first_token_at)
     }
 
-    /// Learns from the first token, at `now`, of a prompt that was sent at `sent_at`.
-    /// `is_unreliable` means that the prompt may have waited for memory. Returns whether the token
-    /// is the first of its step. The engine has then just started the next step.
+    /// Learns from the first token, at `now`, of a prompt that was sent at `sent_at`, with `work`
+    /// to compute. `is_unreliable` means that the prompt may have waited for memory: its step is
+    /// then not learned from. Returns whether the token is the first of its step. The engine has
+    /// then just started the next step.
+    ///
+    /// A step is learned from, into this estimator and into `shared`, only when the first token of
+    /// the next step comes.
     pub(crate) fn observe_first_token(
         &mut self,
         shared: &mut SharedLatencyModel,
@@ -385,7 +395,8 @@ impl LatencyEstimator {
         true
     }
 
-    /// Learns from a finished prefill step, unless it is unreliable or computed no token.
+    /// Learns from a finished prefill step: batch size, speed factor and shared coefficients. No
+    /// effect if the step is unreliable or computed no token.
     fn fit_prefill(&mut self, shared: &mut SharedLatencyModel, prefill_step: PrefillStep) {
         if prefill_step.is_unreliable || prefill_step.work.new_tokens == 0 {
             return;
@@ -409,10 +420,13 @@ impl LatencyEstimator {
         );
     }
 
-    /// Learns from `tokens` further tokens of a request, the token before them `elapsed` ago.
-    /// `beside_prefill` means that the worker computed prompts meanwhile. The decode batch has
-    /// `requests` requests with `context_tokens` tokens. Returns whether this is the first
-    /// observation of its step; further ones of the same step are ignored.
+    /// Learns from `tokens` further tokens of a request, the token before them `elapsed` ago. The
+    /// decode batch has `requests` requests with `context_tokens` tokens. `beside_prefill` means
+    /// that the worker computed prompts meanwhile: the step then counts only in
+    /// [`mixed_step_seconds`](Self::mixed_step_seconds).
+    ///
+    /// Returns whether this is the first observation of its step. Further ones of the same step are
+    /// ignored, and so are calls without tokens or elapsed time: they return false.
     pub(crate) fn observe_step(
         &mut self,
         shared: &mut SharedLatencyModel,
@@ -445,7 +459,8 @@ impl LatencyEstimator {
     }
 }
 
-/// Moves a speed factor towards the ratio of one sample.
+/// Moves a speed factor towards the ratio of one sample, by a small and limited step. A ratio that
+/// is not positive and finite is ignored.
 fn nudge_towards(factor: &mut f64, sampled: f64) {
     let log_error = (sampled / *factor).ln();
     if log_error.is_finite() {

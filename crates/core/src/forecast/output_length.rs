@@ -67,7 +67,8 @@ impl LengthHistogram {
     }
 
     /// Returns how many outputs were longer than `generated` tokens, and how many tokens they had
-    /// beyond that and within `limit`.
+    /// beyond that and within `limit`, which is a length of the whole output. Both results are
+    /// weighted sums. If `generated` is 0, all outputs count.
     fn survivors(&self, generated: u32, limit: f64) -> (f64, f64) {
         let generated_tokens = f64::from(generated);
         let (mut outputs, mut remaining) = (0.0, 0.0);
@@ -150,7 +151,8 @@ pub(crate) struct OutputLengthModel {
 }
 
 impl OutputLengthModel {
-    /// Returns the accuracy of recent forecasts.
+    /// Returns the accuracy of recent forecasts. Before the first output the bias is 1 and the
+    /// error 0.
     pub(crate) fn accuracy(&self) -> OutputLengthAccuracy {
         let ForecastAccuracy {
             outputs,
@@ -180,7 +182,9 @@ impl OutputLengthModel {
     }
 
     /// Learns from an output of this class that ended after `tokens` tokens. A `truncated` output
-    /// is counted as if it had continued as long as other outputs of this length did.
+    /// is counted as if it had continued as long as other outputs of this length did. A new class
+    /// beyond [`MAX_LENGTH_CLASSES`] replaces the rarest one. The accuracy is recorded separately,
+    /// with [`record_accuracy`](Self::record_accuracy).
     pub(crate) fn observe(&mut self, class: LengthClass, tokens: u32, truncated: bool) {
         let remaining = if truncated {
             self.remaining(class, tokens, None)
@@ -207,14 +211,19 @@ impl OutputLengthModel {
     }
 
     /// Returns the expected number of tokens that an output still generates after `generated`
-    /// tokens, if it ends by itself or at `limit` tokens.
+    /// tokens, if it ends by itself or at `limit` tokens, counted from its start. Returns 0 if the
+    /// limit is reached. An unknown class is forecast from all outputs.
     pub(crate) fn remaining(&self, class: LengthClass, generated: u32, limit: Option<u32>) -> u32 {
         self.remaining_with_hint(class, generated, limit, None)
     }
 
     /// Returns the expected number of tokens that an output still generates after `generated`
-    /// tokens, if it ends by itself or at `limit` tokens. `expected_output_tokens` is the client's
-    /// expectation of the whole output; it counts as the prior of the class.
+    /// tokens, if it ends by itself or at `limit` tokens, counted from its start. Returns 0 if the
+    /// limit is reached.
+    ///
+    /// `expected_output_tokens` is the client's expectation of the whole output; it counts as the
+    /// prior of the class, and is ignored once the output is as long. An unknown class is forecast
+    /// from all outputs.
     pub(crate) fn remaining_with_hint(
         &self,
         class: LengthClass,

@@ -78,7 +78,8 @@ impl<const N: usize> Regression<N> {
     }
 
     /// Learns from work with these features that took `seconds`. A sample that is not finite, or
-    /// whose forecast is zero, is ignored.
+    /// whose forecast is zero, is ignored. A sample that is far off the forecast counts only as a
+    /// smaller error. All coefficients stay nonnegative.
     pub(crate) fn observe(&mut self, features: &[f64; N], seconds: f64) {
         let forecast = self.forecast(features);
         if !(forecast > 0.0 && seconds.is_finite()) {

@@ -21,7 +21,7 @@ pub enum DecodeError {
 /// payload can contain.
 const MIN_EVENT_BYTES: usize = 15;
 
-/// Decodes the payload of one message.
+/// Decodes the payload of one message. Bytes after the batch are ignored.
 ///
 /// Time and memory are bounded by the payload's length, for any contents.
 ///
@@ -77,6 +77,10 @@ impl Part {
         }
     }
 
+    /// Reads a key of a map. Any value other than a known name is [`Unknown`](Self::Unknown).
+    ///
+    /// # Errors
+    /// If the bytes are not MessagePack.
     fn from_name(reader: &mut Reader<'_>) -> Result<Self, Malformed> {
         Ok(match reader.next_skipping_children()? {
             Value::Text(b"ts") => Self::Timestamp,
@@ -87,7 +91,12 @@ impl Part {
         })
     }
 
-    /// Reads the value of the field. After an error the position of the reader is undefined.
+    /// Reads the value of the field into `batch`. A value of an unexpected type is skipped. After
+    /// an error the position of the reader is undefined.
+    ///
+    /// # Errors
+    /// If the bytes are not MessagePack or end too early. `batch` then contains the events before
+    /// the fault.
     fn read(self, reader: &mut Reader<'_>, batch: &mut EventBatch) -> Result<(), Malformed> {
         if self == Self::Events && matches!(reader.peek()?, Value::Array(_)) {
             return read_events(reader, batch);
@@ -105,6 +114,9 @@ impl Part {
 }
 
 /// Reads the list of events. Events that cannot be decoded are counted and skipped.
+///
+/// # Errors
+/// If the end of an event cannot be found. `batch` then contains the events before that one.
 fn read_events(reader: &mut Reader<'_>, batch: &mut EventBatch) -> Result<(), Malformed> {
     let Value::Array(length) = reader.next()? else {
         return Err(Malformed);
@@ -144,7 +156,12 @@ impl From<Malformed> for EventError {
     }
 }
 
-/// Reads one event. After an error the reader may be at any position inside it.
+/// Reads one event, as an array that starts with the tag or as a map. After an error the reader may
+/// be at any position inside it.
+///
+/// # Errors
+/// `Unknown` if the type is unknown. `Malformed` if the type is missing, or a field that identifies
+/// blocks is missing or has another type.
 fn read_event(reader: &mut Reader<'_>) -> Result<Event, EventError> {
     let mut fields = Fields::default();
     match reader.next()? {
@@ -181,6 +198,8 @@ enum Tag {
 }
 
 impl Tag {
+    /// Reads the type of an event. A text that names no known type is the error `Unknown`, any
+    /// other value is `Malformed`.
     fn read(reader: &mut Reader<'_>) -> Result<Self, EventError> {
         match reader.next()? {
             Value::Text(b"BlockStored") => Ok(Self::Stored),
@@ -191,8 +210,8 @@ impl Tag {
         }
     }
 
-    /// Returns the field at a position after the tag in an array. Releases have only added fields
-    /// at the end.
+    /// Returns the field at a position after the tag in an array; `Unknown` for a position after
+    /// the known fields. Releases have only added fields at the end.
     fn field_at(self, position: u32) -> Field {
         const STORED: [Field; 11] = [
             Field::Hashes,
@@ -242,6 +261,7 @@ enum Field {
 }
 
 impl Field {
+    /// Returns the field with this key in a map, for any type of event; `Unknown` if there is none.
     fn from_name(name: &[u8]) -> Self {
         match name {
             b"type" => Self::Tag,
@@ -283,9 +303,10 @@ struct Fields<'p> {
 }
 
 impl<'p> Fields<'p> {
-    /// Reads the value of a field. A field that identifies blocks must have the expected type,
-    /// because otherwise the event would mean other blocks. A field that only describes them may
-    /// have any type.
+    /// Reads the value of a field, which replaces an earlier value of that field. A field that
+    /// identifies blocks must have the expected type, because otherwise the event would mean other
+    /// blocks. A field that only describes them may have any type. Extra keys are skipped here and
+    /// decoded by [`into_event`](Self::into_event).
     fn read(&mut self, field: Field, reader: &mut Reader<'p>) -> Result<(), EventError> {
         match field {
             Field::Tag => self.tag = Some(Tag::read(reader)?),
@@ -331,7 +352,8 @@ impl<'p> Fields<'p> {
         Ok(())
     }
 
-    /// Reads the token ids, which may be a list of ids or of pairs.
+    /// Reads the token ids, which may be a list of ids or of pairs; nil is an empty list. A list of
+    /// both is malformed.
     fn read_tokens(&mut self, reader: &mut Reader<'_>) -> Result<(), Malformed> {
         let count = reader.array_or_nil()?.unwrap_or(0);
         let mut tokens = Vec::with_capacity(count);
@@ -356,7 +378,12 @@ impl<'p> Fields<'p> {
         Ok(())
     }
 
-    /// Builds the event once all fields were read.
+    /// Builds the event once all fields were read. Values of fields that the event type does not
+    /// have are dropped; a missing medium is the GPU.
+    ///
+    /// # Errors
+    /// `Malformed` if the event has no type, no list of hashes although its type requires one, or
+    /// extra keys that are neither a list nor nil.
     fn into_event(mut self) -> Result<Event, EventError> {
         let tag = self.tag.ok_or(EventError::Malformed)?;
         if let Tag::Cleared = tag {
@@ -401,6 +428,7 @@ impl<'p> Fields<'p> {
     }
 }
 
+/// Reads a list of hashes. Nil or any other type is malformed.
 fn read_hashes(reader: &mut Reader<'_>) -> Result<Vec<BlockKey>, Malformed> {
     let count = reader.array_or_nil()?.ok_or(Malformed)?;
     let mut hashes = Vec::with_capacity(count);
@@ -410,6 +438,7 @@ fn read_hashes(reader: &mut Reader<'_>) -> Result<Vec<BlockKey>, Malformed> {
     Ok(hashes)
 }
 
+/// Returns the key of a hash, which must be an integer or a digest that is not empty.
 fn block_key(hash: Value<'_>) -> Result<BlockKey, Malformed> {
     match hash {
         Value::Unsigned(number) => Ok(BlockKey(number)),

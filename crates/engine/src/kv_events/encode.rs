@@ -16,7 +16,9 @@ pub enum Layout {
 /// Encodes a batch as a payload that [`decode_batch`](super::decode_batch) reads.
 ///
 /// Of a [`BlockStored`] only the fields of a plain model are written: hashes, parent, tokens, block
-/// size, adapter, salt and medium. Groups, windows, media and token pairs are left out.
+/// size, adapter, salt and medium. Groups, windows, media and token pairs are left out, and so are
+/// the group of removed blocks and the medium that was cleared. A missing timestamp is written as
+/// 0. The salt is written only for the first block of a sequence.
 #[must_use]
 pub fn encode_batch(batch: &EventBatch, layout: Layout) -> Vec<u8> {
     let mut writer = Writer::default();
@@ -32,6 +34,8 @@ pub fn encode_batch(batch: &EventBatch, layout: Layout) -> Vec<u8> {
     writer.into_bytes()
 }
 
+/// Writes one event with its tag. The group of removed blocks and the medium that was cleared are
+/// left out.
 fn write_event(writer: &mut Writer, event: &Event, layout: Layout) {
     match event {
         Event::Stored(stored) => write_stored(writer, stored, layout),
@@ -46,6 +50,8 @@ fn write_event(writer: &mut Writer, event: &Event, layout: Layout) {
     }
 }
 
+/// Writes the fields of stored blocks that a plain model has. An adapter without a name is written
+/// like the weights of the model.
 fn write_stored(writer: &mut Writer, stored: &BlockStored, layout: Layout) {
     let mut fields = Fields::begin(writer, "BlockStored", 8, layout);
     write_hashes(fields.field("block_hashes"), &stored.hashes);
@@ -73,7 +79,7 @@ fn write_stored(writer: &mut Writer, stored: &BlockStored, layout: Layout) {
 }
 
 /// Writes, for each block, the inputs of its hash besides tokens: the adapter and, for the first
-/// block of a sequence, the salt.
+/// block of a sequence, the salt. Writes nil for the field if there is neither.
 fn write_extra_keys(writer: &mut Writer, stored: &BlockStored) {
     let adapter = match &stored.adapter {
         Adapter::Named(name) => Some(&**name),
@@ -123,7 +129,8 @@ struct Fields<'w> {
 }
 
 impl<'w> Fields<'w> {
-    /// Starts an event of type `tag` with `count` fields.
+    /// Starts an event of type `tag` with `count` fields, which must follow in the order of the
+    /// array layout.
     fn begin(writer: &'w mut Writer, tag: &str, count: usize, layout: Layout) -> Self {
         match layout {
             Layout::Map => {

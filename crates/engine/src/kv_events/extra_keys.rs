@@ -25,7 +25,11 @@ pub(super) struct ExtraKeys {
     pub(super) cache_salt: Option<Box<str>>,
 }
 
-/// Decodes the value of the field.
+/// Decodes the value of the field, in which nil means that no block has extra keys. The number of
+/// entries is not compared with the number of hashes.
+///
+/// # Errors
+/// If the value is neither nil nor a list, or is cut off.
 pub(super) fn read(reader: &mut Reader<'_>, context: Context<'_>) -> Result<ExtraKeys, Malformed> {
     let mut found = ExtraKeys::default();
     let blocks = reader.array_or_nil()?.unwrap_or(0);
@@ -48,8 +52,9 @@ pub(super) fn read(reader: &mut Reader<'_>, context: Context<'_>) -> Result<Extr
     Ok(found)
 }
 
-/// Decodes the keys of one block. A key of unknown form is kept in its encoding: the block depends
-/// on it, so the block must differ from one without that key.
+/// Decodes the keys of one block and appends them to `extras`, without the name of the adapter. A
+/// key of unknown form is kept in its encoding: the block depends on it, so the block must differ
+/// from one without that key.
 fn read_block(
     reader: &mut Reader<'_>,
     block: u32,
@@ -78,7 +83,7 @@ fn read_block(
     Ok(())
 }
 
-/// Decodes one key.
+/// Decodes one key. A key of unknown form is kept in its encoding.
 fn read_key(reader: &mut Reader<'_>) -> Result<ExtraKey, Malformed> {
     let mut ahead = *reader;
     let encoded = reader.raw()?;

@@ -37,10 +37,11 @@ pub enum FrameError {
 /// The sequence number that ends a replay.
 const END_OF_REPLAY: u64 = u64::MAX;
 
-/// Parses the frames that a SUB socket receives: topic, sequence number, payload.
+/// Parses the frames that a SUB socket receives: topic, sequence number, payload. The payload is
+/// not decoded.
 ///
 /// # Errors
-/// If there are not exactly these three frames.
+/// If there are not exactly these three frames, or the sequence number does not have 8 bytes.
 pub fn parse_message<F: AsRef<[u8]>>(frames: &[F]) -> Result<Message<'_>, FrameError> {
     match frames {
         [topic, sequence, payload] => message(topic.as_ref(), sequence.as_ref(), payload.as_ref()),
@@ -80,13 +81,14 @@ pub fn replay_end() -> [Vec<u8>; 4] {
 }
 
 /// Parses a message of a replay, as a DEALER socket receives it: an empty frame, then sequence
-/// number and payload (vLLM up to 0.25, older SGLang), or topic, sequence number and payload.
+/// number and payload (vLLM up to 0.25, older SGLang), or topic, sequence number and payload. The
+/// highest sequence number is the end of the replay, whatever the payload.
 ///
 /// The frames that a REQ socket receives, which removes the empty frame, are parsed as well. A REQ
 /// socket receives only the first message of a replay.
 ///
 /// # Errors
-/// If the frames are neither a batch nor the end of a replay.
+/// If the number of frames is another one, or the sequence number does not have 8 bytes.
 pub fn parse_replay<F: AsRef<[u8]>>(frames: &[F]) -> Result<Replay<'_>, FrameError> {
     let (topic, sequence, payload) = match frames {
         // The first frame is empty or, on a REQ socket, the topic.
@@ -104,6 +106,9 @@ pub fn parse_replay<F: AsRef<[u8]>>(frames: &[F]) -> Result<Replay<'_>, FrameErr
 }
 
 /// Builds a message from its three frames.
+///
+/// # Errors
+/// If the sequence number does not have 8 bytes.
 fn message<'f>(
     topic: &'f [u8],
     sequence: &[u8],

@@ -120,7 +120,8 @@ impl Default for EventTrust {
 }
 
 impl EventTrust {
-    /// Starts to check events that are used from `now` on, without earlier evidence.
+    /// Starts to check events that are used from `now` on, without earlier evidence. Also ends a
+    /// revocation.
     pub(crate) fn begin(&mut self, now: Duration) {
         self.level = TrustLevel::NEW;
         self.last_event_at = now;
@@ -146,7 +147,8 @@ impl EventTrust {
         matches!(self.level, TrustLevel::Revoked { .. })
     }
 
-    /// Records that events arrived from an engine with blocks of `block_tokens` tokens.
+    /// Records that events arrived from an engine with blocks of `block_tokens` tokens. Restarts
+    /// the count of responses without events.
     pub(crate) fn on_event(&mut self, block_tokens: u32, now: Duration) {
         self.block_tokens = block_tokens.max(1);
         self.last_event_at = now;
@@ -161,7 +163,9 @@ impl EventTrust {
     }
 
     /// Compares the prediction for one response with its report. Returns a reason to revoke trust,
-    /// if there is one now.
+    /// if there is one now; the caller decides whether to call [`revoke`](Self::revoke). While
+    /// trust is revoked, the comparison counts towards its restoration and the result is `None`;
+    /// while checking is suspended, nothing is recorded.
     ///
     /// Two kinds of responses are no evidence: nothing predicted and nothing found, which would be
     /// right without events too, and a difference of at most one block.
@@ -203,7 +207,9 @@ impl EventTrust {
 
     /// Records a completed response that does not report its cache hit and for which the engine
     /// computed `tokens` tokens, in blocks of at least `block_tokens` tokens. Returns a reason to
-    /// revoke trust, if there is one now.
+    /// revoke trust, if there is one now. The only reason is [`DistrustReason::NoEvents`]. Nothing
+    /// is recorded unless events are trusted and the tokens fill at least [`MIN_FILLED_BLOCKS`]
+    /// blocks.
     pub(crate) fn record_computed(
         &mut self,
         tokens: u32,
@@ -273,7 +279,8 @@ impl UntrustedIndex {
         self.prefixes.extend(changes.stored.changed());
     }
 
-    /// Returns the number of leading blocks of the prompt with `hash_chain` that are cached.
+    /// Returns the number of leading blocks of the prompt with `hash_chain` that are cached. Counts
+    /// router blocks, and only those of whole engine blocks.
     pub(crate) fn cached_blocks(&self, hash_chain: &[SequenceHash]) -> u32 {
         let ratio = self.engine_block_ratio.max(1);
         let engine_block_ends = hash_chain.iter().skip(ratio - 1).step_by(ratio);

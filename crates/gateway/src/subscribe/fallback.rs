@@ -24,8 +24,8 @@ pub(super) enum ReportedState {
 
 impl Subscription<'_> {
     /// Sets the state of the event stream after a message, a connection or a check. Switches the
-    /// router to the events if they are usable and trusted, and falls back to the estimated cache if
-    /// they have been unusable for long enough.
+    /// router to the events if they are usable and trusted, and falls back to the estimated cache
+    /// if they have been unusable for long enough. Untrusted events remain unused.
     pub(super) fn update_trust(&mut self) {
         if let Some(fault) = self.follower.fault() {
             self.set_state(EventsState::Faulty);
@@ -67,8 +67,9 @@ impl Subscription<'_> {
         self.reported_state = Some(ReportedState::Live);
     }
 
-    /// Switches the router to the estimated cache if events have been unusable for
-    /// `events_grace`. `reason` goes to the log.
+    /// Switches the router to the estimated cache if events have been unusable for `events_grace`.
+    /// If they were usable until now, only starts that period. Has no effect after an earlier
+    /// switch, until events are used again. `reason` goes to the log.
     pub(super) fn fall_back_if_stale(&mut self, reason: &str) {
         let since = *self.unusable_since.get_or_insert_with(Instant::now);
         let grace = self.shared.config.events_grace;
@@ -96,7 +97,8 @@ impl Subscription<'_> {
     }
 
     /// Acts on the evidence that responses gave: undoes repeated stores, revokes trust or restores
-    /// it. Returns whether a new connection may help.
+    /// it. Returns whether a new connection may help: the evidence is that no events arrive. Has no
+    /// effect if there is no new evidence.
     pub(super) fn apply_hit_checks(&mut self) -> bool {
         let events = &self.worker.events;
         match events.take_reason() {
@@ -121,8 +123,9 @@ impl Subscription<'_> {
         false
     }
 
-    /// Revokes trust in the events and switches the router to the estimated cache. A complete replay
-    /// may correct the events, so one is requested as soon as possible.
+    /// Revokes trust in the events and switches the router to the estimated cache. A complete
+    /// replay may correct the events, so one is requested as soon as possible. `reason` goes only
+    /// to the log.
     fn distrust(&mut self, reason: DistrustReason) {
         let (worker, name) = (self.worker, &self.worker.config.name);
         worker.events.with_trust(EventTrust::revoke);
@@ -158,7 +161,8 @@ impl Subscription<'_> {
         self.reported_state = Some(ReportedState::Untrusted);
     }
 
-    /// Ends the distrust of events that have agreed with responses for long enough.
+    /// Ends the distrust of events that have agreed with responses for long enough. The router uses
+    /// them again unless they are faulty or do not arrive.
     fn restore_trust(&mut self) {
         let events = &self.worker.events;
         events.set_untrusted_index(None);

@@ -167,7 +167,8 @@ impl Follower {
         self.repeated_stores.undo(&mut self.view)
     }
 
-    /// Returns why the events cannot be used and what to do about it; `None` if they can.
+    /// Returns why the events cannot be used and what to do about it; `None` if they can. Of
+    /// several faults, returns one.
     pub(super) fn fault(&self) -> Option<String> {
         if let (Some(other), Some(expected)) = (self.other_rank, self.rank) {
             return Some(format!(
@@ -185,8 +186,13 @@ impl Follower {
         (self.unreadable >= MAX_UNREADABLE).then(|| "event batches cannot be decoded".to_owned())
     }
 
-    /// Applies a message if it is the next batch. Otherwise only reports how it relates to the
-    /// batches applied so far.
+    /// Applies a message if it is the next batch; the first has number 0. An undecodable batch
+    /// counts as applied, without changes, and makes the view inexact.
+    ///
+    /// Otherwise applies nothing and returns how the message relates to the batches applied so far.
+    /// After [`Received::Restarted`] the view is empty, and the message can be passed again. A
+    /// message of another rank in the middle of a connection is ignored and becomes a
+    /// [`fault`](Self::fault).
     pub(super) fn receive(&mut self, message: &Message<'_>) -> Received {
         let next = self.last.map_or(0, |last| last.sequence.saturating_add(1));
         let decoded = decode_batch(message.payload);
@@ -235,10 +241,12 @@ impl Follower {
         Received::Applied(self.apply(&batch))
     }
 
-    /// Continues at batch `sequence` although earlier ones are missing.
+    /// Continues at batch `sequence` although earlier ones are missing: that batch is the next, and
+    /// the view is not exact.
     ///
     /// If more batches are missing than blocks are stored, hardly any of the known blocks can still
-    /// be cached, since each batch took some. Then all are removed, and returned.
+    /// be cached, since each batch took some. Then all are removed, and returned. `None` means that
+    /// the known blocks were kept.
     pub(super) fn skip_to(&mut self, sequence: u64) -> Option<CacheDelta> {
         let is_long = self.last.is_some_and(|last| {
             sequence.saturating_sub(last.sequence.saturating_add(1)) > self.view.stored_blocks()
@@ -260,8 +268,9 @@ impl Follower {
     }
 
     /// Starts again for another engine process at the same address, and returns the removed blocks.
-    /// Nothing learned of the previous process is kept. Announced prompts are, because the new
-    /// process may have received them.
+    /// Keeps the model, the configured rank and the announced prompts, because the new process may
+    /// have received them. Nothing else that was learned of the previous process is kept; the next
+    /// batch has number 0.
     pub(super) fn clear(&mut self) -> CacheDelta {
         let removed = self.clear_blocks();
         let fresh = Self::new(
@@ -281,7 +290,8 @@ impl Follower {
         self.view.clear()
     }
 
-    /// Applies the events of a batch and returns the changes that are not empty.
+    /// Applies the events of a batch and returns the changes that are not empty. Malformed or
+    /// missing events make the view inexact.
     fn apply(&mut self, batch: &EventBatch) -> Vec<CacheDelta> {
         let mut changes = Vec::new();
         for event in &batch.events {
@@ -301,7 +311,9 @@ impl Follower {
     }
 
     /// Applies a store event, unless it is of another medium or group, or of an adapter without a
-    /// name, which no request can match.
+    /// name, which no request can match. The first store decides which group is followed. Blocks
+    /// from the first one with extra keys on are left out. A store whose numbers of tokens and
+    /// blocks contradict each other makes the view inexact.
     fn store(&mut self, stored: &BlockStored) -> Vec<CacheDelta> {
         if stored.medium != Medium::Gpu || stored.attention == Attention::Other {
             return Vec::new();
@@ -346,7 +358,8 @@ impl Follower {
         self.repeated_stores.store(&mut self.view, &stored)
     }
 
-    /// Applies a removal event. Returns `None` if it is of another medium or group.
+    /// Applies a removal event. Returns `None` if it is of another medium or group. Unknown blocks
+    /// are ignored.
     fn remove(&mut self, removed: &BlockRemoved) -> Option<CacheDelta> {
         if removed.medium != Medium::Gpu || self.group != Some(removed.group) {
             return None;

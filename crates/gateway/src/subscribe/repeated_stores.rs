@@ -77,7 +77,8 @@ impl RepeatedStores {
         }
     }
 
-    /// Takes the announcement that `stored` fulfils. Returns whether there was one.
+    /// Takes the announcement that `stored` fulfils. Returns whether there was one. A store of more
+    /// than one block fulfils none.
     fn take_expected(&mut self, stored: &StoredBlocks<'_>) -> bool {
         if self.expected.is_empty() || stored.engine_hashes.len() != 1 {
             return false;
@@ -106,8 +107,8 @@ impl RepeatedStores {
         self.excess
     }
 
-    /// Applies a store event to `view` and returns the changes. In full report mode, only the unknown
-    /// blocks of an uncertain store are applied.
+    /// Applies a store event to `view` and returns the changes. In full report mode, only the
+    /// unknown blocks of an uncertain store are applied. The changes can be empty.
     pub(super) fn store(
         &mut self,
         view: &mut CacheView,
@@ -130,7 +131,8 @@ impl RepeatedStores {
         vec![view.store(stored)]
     }
 
-    /// Records an uncertain store of a block that has `copies` copies so far.
+    /// Records an uncertain store of a block that has `copies` copies so far. Has no effect for a
+    /// block without a copy: the store is its first.
     fn note_uncertain(&mut self, engine_hash: u64, copies: u32) {
         if copies == 0 {
             return;
@@ -149,7 +151,8 @@ impl RepeatedStores {
         }
     }
 
-    /// Records that one copy of each block in `engine_hashes` was removed from `view`.
+    /// Records that one copy of each block in `engine_hashes` was removed from `view`. Called after
+    /// the removal. Blocks without uncertain stores are ignored.
     pub(super) fn removed(&mut self, view: &CacheView, engine_hashes: &[u64]) {
         for engine_hash in engine_hashes {
             let Some(block) = self.uncertain.get_mut(engine_hash) else {

@@ -82,7 +82,10 @@ impl Drop for Feed {
 }
 
 impl Feed {
-    /// Opens a SUB socket: connects to the worker, or binds if the worker connects.
+    /// Opens a SUB socket: connects to the worker, or binds if the worker connects. Fails if no
+    /// connection is established in time; a socket that binds does not wait for one. Messages of
+    /// other topics, and messages beyond the limits of the queue, are dropped. Must be called
+    /// inside a tokio runtime.
     pub(super) async fn open(source: &EventSource) -> Result<Self, SocketError> {
         let mut socket = SubSocket::new();
         // Created first, so that it reports the first connection too.
@@ -151,7 +154,8 @@ impl Feed {
     }
 }
 
-/// Removes the socket file of an `ipc://` endpoint, so that it can be bound.
+/// Removes the socket file of an `ipc://` endpoint, so that it can be bound. Has no effect for
+/// other endpoints, or if the path is not a socket.
 ///
 /// A process that is killed leaves the file behind, and binding then fails. libzmq removes the file
 /// before it binds; the crate `zeromq` does not.
@@ -182,6 +186,10 @@ pub(super) fn read_message(frames: &[Bytes]) -> Option<Message<'_>> {
 /// A ROUTER socket drops messages that its peer does not read fast enough; of a thousand batches or
 /// more that includes the end marker. So a replay that breaks off is requested again from the next
 /// missing batch.
+///
+/// The first batch has a higher number than `from` if the engine no longer keeps earlier ones.
+/// Unreadable messages are skipped. If the replay fails, the batches that `accept` has received are
+/// not taken back.
 pub(super) async fn replay(
     endpoint: &str,
     from: u64,

@@ -36,8 +36,8 @@ pub struct EventSource {
 
 impl EventSource {
     /// Returns the addresses of rank `rank`, for an engine whose ranks publish on consecutive ports
-    /// and whose rank 0 publishes here. `None` if an address has no port, or the port would exceed
-    /// 65535.
+    /// and whose rank 0 publishes here. For ranks other than 0, `None` if an address is not
+    /// `tcp://` with a port, or the port would exceed 65535.
     pub(crate) fn for_rank(&self, rank: u32) -> Option<Self> {
         let replay = self.replay.as_deref();
         Some(Self {
@@ -51,7 +51,8 @@ impl EventSource {
     }
 }
 
-/// Returns `endpoint` with `offset` added to its port.
+/// Returns `endpoint` with `offset` added to its port. Offset 0 returns any endpoint unchanged.
+/// Otherwise `None` if the endpoint is not `tcp://HOST:PORT`, or the port would exceed 65535.
 fn offset_port(endpoint: &str, offset: u32) -> Option<String> {
     if offset == 0 {
         return Some(endpoint.to_owned());
@@ -94,7 +95,8 @@ impl FromStr for EventSource {
     }
 }
 
-/// Checks that `endpoint` is an address of ZeroMQ. The error says what to write instead.
+/// Checks that `endpoint` is an address of ZeroMQ. The error says what to write instead. Opens no
+/// connection.
 pub(crate) fn check_endpoint(endpoint: &str) -> Result<(), String> {
     let parsed = endpoint.parse::<Endpoint>();
     parsed.map(|_| ()).map_err(|error| {

@@ -117,7 +117,8 @@ impl EventStatus {
     }
 
     /// Records a prompt that is about to be sent, if it is exactly one engine block: the engine
-    /// stores such a prompt even if it is cached.
+    /// stores such a prompt even if it is cached. Other prompts are ignored, and so is every prompt
+    /// before the first event and while [`MAX_UNSEEN_PROMPTS`] wait.
     pub(crate) fn note_sent(&self, prompt: &Sequence) {
         if prompt.tokens() != self.engine_block_size.load(Ordering::Relaxed) {
             return;
@@ -149,7 +150,8 @@ impl EventStatus {
     }
 
     /// Compares a response's reported cache hit with the prediction, and wakes the subscription if
-    /// trust has to be revoked or restored.
+    /// trust has to be revoked or restored. A check without evidence is ignored. `now` is a time of
+    /// the gateway's clock.
     pub(crate) fn record_hit_check(&self, check: HitCheck, now: Duration) {
         let mut trust = self.trust.lock();
         let reason = trust.record_hit_check(check, now);
@@ -161,7 +163,8 @@ impl EventStatus {
 
     /// Records a response that does not report its cache hit and for which the engine computed
     /// `tokens` tokens, in blocks of at least `block_tokens` tokens. Wakes the subscription if such
-    /// responses should have caused events and none arrived.
+    /// responses should have caused events and none arrived. Must be called only for responses that
+    /// completed.
     pub(crate) fn record_computed(&self, tokens: u32, block_tokens: u32, now: Duration) {
         let mut trust = self.trust.lock();
         if let Some(reason) = trust.record_computed(tokens, block_tokens, now) {

@@ -62,7 +62,8 @@ impl PolicyDriver {
     }
 
     /// Scrapes the metrics of the engines if a scrape is due before `now`. Nothing may have changed
-    /// between that time and `now`. Each engine comes with its engine block ratio.
+    /// between that time and `now`. Each engine comes with its engine block ratio. Does nothing if
+    /// the baseline uses no metrics. `now` is the time since the start of the replay.
     pub(crate) fn scrape_before<'a>(
         &mut self,
         now: Duration,
@@ -84,7 +85,9 @@ impl PolicyDriver {
         }
     }
 
-    /// Chooses a worker by the baseline and books the request there.
+    /// Chooses a worker by the baseline and books the request there. The request counts as a
+    /// pending prefill of the worker until [`prefilled`](Self::prefilled). `engine_state` returns
+    /// the true state of a worker's engine.
     ///
     /// # Errors
     /// If no worker is available.
@@ -164,7 +167,7 @@ impl PolicyDriver {
     }
 
     /// Records that a request's prefill on `worker` is over: the request has its first token, or
-    /// was rejected.
+    /// was rejected. Ignored if `worker` has no such prefill.
     pub(crate) fn prefilled(&mut self, request: usize, worker: usize, now: Duration) {
         if let Some(prefills) = self.prefills.get_mut(worker) {
             prefills.remove(request, now);
@@ -215,7 +218,8 @@ impl PendingPrefills {
         tokens.sum()
     }
 
-    /// Returns the time until all prefills are finished, in seconds.
+    /// Returns the time until all prefills are finished, in seconds. A first prefill that is
+    /// overdue adds no time.
     fn seconds(&self, now: Duration) -> f64 {
         let total: f64 = self.queue.iter().map(|prefill| prefill.seconds).sum();
         let first = self.queue.front().map_or(0.0, |prefill| prefill.seconds);
@@ -225,7 +229,8 @@ impl PendingPrefills {
 }
 
 /// Returns the time in which an idle engine computes `tokens` after `context` cached tokens, in
-/// seconds, by its step-time model without noise.
+/// seconds, by its step-time model without noise. The tokens are computed in chunks of the token
+/// budget. The speed of the worker is not included.
 fn prefill_seconds(engine: &EngineConfig, tokens: u32, mut context: u32) -> f64 {
     let mut remaining = tokens;
     let mut seconds = 0.0;

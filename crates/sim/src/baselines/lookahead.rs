@@ -69,7 +69,7 @@ impl ScheduledRequest {
     }
 
     /// Creates a request that is in an engine already. `shared` is the number of its blocks that
-    /// count for other requests.
+    /// count for other requests. Progress in the current step is kept.
     fn from_state(
         state: &RequestState,
         shared: u32,
@@ -140,7 +140,8 @@ pub(super) struct Lookahead<'a> {
 
 impl<'a> Lookahead<'a> {
     /// Copies the current state of an engine. `shared` returns, for a request id, the number of the
-    /// request's blocks that counted for other requests when it was placed.
+    /// request's blocks that counted for other requests when it was placed. The speed stays
+    /// constant during the simulation.
     pub(super) fn new(state: &EngineState<'a>, shared: impl Fn(u64) -> u32) -> Self {
         let engine = state.engine;
         let config = engine.config();
@@ -176,7 +177,8 @@ impl<'a> Lookahead<'a> {
     }
 
     /// Simulates until no request is left, or none fits. Calls `on_milestone` for the first and the
-    /// last token of each request, with the time since the start in seconds.
+    /// last token of each request, with the time since the start in seconds. A request that never
+    /// fits reaches no further milestone.
     pub(super) fn run(mut self, mut on_milestone: impl FnMut(&ScheduledRequest, Milestone, f64)) {
         if self.running.iter().any(|request| request.scheduled > 0) {
             self.now = self.step_end;
@@ -185,7 +187,8 @@ impl<'a> Lookahead<'a> {
         while self.skip_decode_steps(&mut on_milestone) || self.step(&mut on_milestone) {}
     }
 
-    /// Simulates one step. Returns `false` if no request could be scheduled.
+    /// Simulates one step. Returns `false` if no request could be scheduled. If no request is
+    /// running, the whole memory counts as free.
     fn step(&mut self, on_milestone: &mut impl FnMut(&ScheduledRequest, Milestone, f64)) -> bool {
         if self.running.is_empty() {
             self.free = self.config.blocks;
@@ -206,7 +209,7 @@ impl<'a> Lookahead<'a> {
     }
 
     /// Schedules running requests until `budget` tokens are spent. Returns whether a request was
-    /// preempted.
+    /// preempted. Adds the scheduled tokens to `load`.
     fn schedule_running(&mut self, budget: &mut u32, load: &mut BatchLoad) -> bool {
         let mut has_preempted = false;
         let mut index = 0;
@@ -226,7 +229,8 @@ impl<'a> Lookahead<'a> {
         has_preempted
     }
 
-    /// Returns the running request that was admitted last to the front of the waiting queue.
+    /// Returns the running request that was admitted last to the front of the waiting queue. The
+    /// request frees its blocks and keeps its generated tokens.
     fn preempt_last(&mut self) {
         let Some(mut preempted) = self.running.pop() else {
             return;
@@ -284,7 +288,8 @@ impl<'a> Lookahead<'a> {
     }
 
     /// Ends the current step at the current time: a request with all known tokens computed
-    /// generates one token, and leaves after its last.
+    /// generates one token, and leaves after its last. Calls `on_milestone` for first and last
+    /// tokens.
     fn end_step(&mut self, on_milestone: &mut impl FnMut(&ScheduledRequest, Milestone, f64)) {
         let (now, free) = (self.now, &mut self.free);
         self.running.retain_mut(|request| {
@@ -311,8 +316,9 @@ impl<'a> Lookahead<'a> {
     }
 
     /// Simulates all steps until the next end of a request at once, or as many as fit into memory.
-    /// Returns `false`, and changes nothing, unless all running requests decode and no waiting
-    /// request can be admitted.
+    /// Returns `false`, and changes nothing, unless at least one request is running, all running
+    /// requests decode within the token budget, no waiting request can be admitted, and at least
+    /// one step fits into memory.
     fn skip_decode_steps(
         &mut self,
         on_milestone: &mut impl FnMut(&ScheduledRequest, Milestone, f64),
@@ -356,7 +362,8 @@ impl<'a> Lookahead<'a> {
         true
     }
 
-    /// Returns the number of decode steps, up to `max_steps`, that fit into free memory.
+    /// Returns the number of decode steps, up to `max_steps`, that fit into free memory. 0 if not
+    /// even one fits.
     fn steps_that_fit(&self, max_steps: u32) -> u32 {
         let fits = |steps: u32| {
             let requests = self.running.iter();

@@ -39,8 +39,9 @@ impl Oracle {
         }
     }
 
-    /// Returns the cost of the request on a worker, in seconds. It is infinite if the request does
-    /// not fit there.
+    /// Returns the cost of the request on a worker, in seconds, as [`Oracle`] defines it. The cost
+    /// is infinite if the engine's memory is too small for the request to generate a first token,
+    /// or if `worker` contains no state of the engine.
     fn cost(&self, view: &DecisionView<'_>, worker: &WorkerView<'_>) -> f64 {
         let Some(state) = &worker.engine else {
             return f64::INFINITY;
@@ -83,7 +84,8 @@ struct Reuse {
 }
 
 /// Returns what a request could reuse on an engine. `active` are the leading blocks of the prompt,
-/// in blocks of the router, that requests booked on the worker pin.
+/// in blocks of the router, that requests booked on the worker pin. Both numbers are 0 without
+/// prefix caching.
 fn reuse_on(view: &DecisionView<'_>, state: &EngineState<'_>, active: u32) -> Reuse {
     let engine = state.engine;
     if !engine.config().prefix_caching {

@@ -119,6 +119,7 @@ impl Metrics {
 }
 
 /// Returns the index of the candidate with the smallest cost. Ties are broken evenly at random.
+/// Returns 0 if there are no candidates. A cost of NaN never wins against a number.
 pub(crate) fn argmin<T>(
     candidates: &[T],
     rng: &mut SmallRng,

@@ -52,7 +52,8 @@ impl Engine {
     }
 
     /// Returns how many of the `tokens` tokens of a sequence with these hashes are cached. At least
-    /// one token is left to compute.
+    /// one token is left to compute. `hashes` are those of the engine's blocks. 0 without prefix
+    /// caching.
     #[must_use]
     pub fn cached_tokens(&self, hashes: &[SequenceHash], tokens: u32) -> u32 {
         self.cached_blocks(hashes, tokens) as u32 * self.config.block_size.get()

@@ -94,7 +94,7 @@ impl Grid {
     }
 
     /// Returns charts of the measures over the arrival rate, with a line for each policy. Empty
-    /// unless the rows differ by rate.
+    /// unless there are several rows and all have a rate. Lines of times end at [`CEILING_RATIO`].
     fn by_rate(&self) -> String {
         if self.rows.len() < 2 || self.rows.iter().any(|row| row.rate.is_none()) {
             return String::new();
@@ -152,7 +152,7 @@ impl Grid {
     }
 
     /// Returns a heat map of a measure: a table with a colour for each cell's distance to the best
-    /// in its row.
+    /// in its row. Every row must have a result of every policy. `heading` must be HTML.
     fn heat(&self, measure: GridMeasure, heading: &str) -> String {
         let mut html =
             format!("<h2>{heading}</h2><div class=\"scroll\"><table class=\"heat\"><tr><th>");
@@ -191,7 +191,8 @@ impl Grid {
     }
 
     /// Returns a chart of time to first token over end-to-end latency, with a point for each weight
-    /// of `marginal-delay`. Empty if there are fewer than two weights.
+    /// of `marginal-delay`. Empty if there are fewer than two weights. Policies with another queue
+    /// order than the first policy are left out.
     fn frontier(&self) -> String {
         // Only policies with the queue order of the first policy are comparable.
         let first = self.policies.first();
@@ -253,7 +254,8 @@ impl Grid {
         )
     }
 
-    /// Returns a table of the ablations, compared with `marginal-delay`. Empty if there are none.
+    /// Returns a table of the policies `marginal-delay:no-*`, compared with `marginal-delay`. Empty
+    /// if there are none. Cells are empty if a row has no result of `marginal-delay`.
     fn ablations(&self) -> String {
         let mut rows = String::new();
         for policy in self
@@ -321,8 +323,8 @@ impl Grid {
         html
     }
 
-    /// Returns box plots of a row's latencies. If it is the only row, fractions and active blocks
-    /// follow.
+    /// Returns box plots of a row's latencies with the first seed. If it is the only row, fractions
+    /// and active blocks follow; otherwise the plots are folded under the row's name.
     fn distributions(&self, row: &Row) -> String {
         let seeds = row.report.seeds.max(1);
         let first_seeds = || row.report.outcomes.iter().step_by(seeds);
@@ -360,7 +362,8 @@ impl Grid {
     const LEGEND: &str = "<p class=\"small\">Box: first to third quartile. Bar: median. \
         Ring: mean. Line: up to the 95th percentile. Dot: 99th percentile. Seed 0.</p>";
 
-    /// Returns a table of the measures that have no box plot.
+    /// Returns a table of the measures that have no box plot. A fraction without a result is shown
+    /// as 0.
     fn fractions(&self, row: &Row) -> String {
         let mut html = String::from(
             "<table><tr><th>policy<th>requests within SLO<th><th>cached prompt tokens<th>\
@@ -423,7 +426,8 @@ impl Grid {
 /// Selects a distribution of an outcome.
 type LatencyOf = fn(&Outcome) -> Latency;
 
-/// Returns a cell of a heat map: its colour shows how far the value is from `best`.
+/// Returns a cell of a heat map: its colour shows how far the value is from `best`, the mean of the
+/// row's best policy. Times are shown relative to it, fractions as they are.
 fn cell(measure: GridMeasure, summary: &Summary, best: f64) -> String {
     let (text, limits, distance) = match measure.over_rows {
         OverRows::Ratio => {

@@ -8,8 +8,9 @@ use crate::load::LoadConfig;
 use crate::prompt::{Prompt, VOCABULARY};
 use crate::workload::WorkloadRequest;
 
-/// Returns the body of a request for a stream of the workload's number of tokens. The body depends
-/// on the arguments alone.
+/// Returns the body of a request for a stream with usage at its end and at most the workload's
+/// number of output tokens; exactly this number if `ignore_eos` is set and the server supports it.
+/// The body depends on the arguments alone.
 pub(super) fn body(request: &WorkloadRequest, config: &LoadConfig) -> Bytes {
     let text = text(&request.prompt);
     let question = if config.chat {

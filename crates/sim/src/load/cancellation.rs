@@ -19,7 +19,7 @@ pub(super) enum Cancellation {
 
 impl Cancellation {
     /// Draws whether and when a client closes a stream of `output_tokens`. A client does
-    /// with probability `fraction`.
+    /// with probability `fraction`; `None` means that it reads the stream to its end.
     pub(super) fn draw(fraction: f64, output_tokens: u32, rng: &mut SmallRng) -> Option<Self> {
         const IMPATIENT_FRACTION: f64 = 0.25;
         if rng.random::<f64>() >= fraction {

@@ -79,7 +79,9 @@ pub(super) struct Record {
 }
 
 impl ClientRequest {
-    /// Sends the request and reads the response to its end.
+    /// Sends the request and reads the response to its end, to the planned cancellation, or until
+    /// the target's timeout of real time. The record has the tokens that arrived until then. A
+    /// failure is recorded as its end.
     pub(super) async fn run(self, target: &Target, body: Bytes, clock: Clock) -> Record {
         let sent = clock.now();
         let mut record = Record {
@@ -121,6 +123,10 @@ impl ClientRequest {
 }
 
 impl Record {
+    /// Sends the request and reads its stream into the record.
+    ///
+    /// # Errors
+    /// If the request fails. The record keeps the tokens that arrived before.
     async fn exchange(
         &mut self,
         target: &Target,
@@ -133,6 +139,12 @@ impl Record {
         self.read(opened.body, clock).await
     }
 
+    /// Reads the stream and records tokens and usage. Returns [`StreamEnd::Left`] at the planned
+    /// cancellation: at the first bytes, or after a number of tokens unless the stream ends with
+    /// them.
+    ///
+    /// # Errors
+    /// If the connection breaks, or the stream has an error or is cut short.
     async fn read(&mut self, body: Incoming, clock: Clock) -> Result<StreamEnd, Failure> {
         let mut observer = StreamObserver::new();
         let read = read_stream(body, &mut observer, |_, observer, seen| {
@@ -157,7 +169,10 @@ impl Record {
         read.await
     }
 
-    /// Records tokens that arrived together: the first after a gap, the others without one.
+    /// Records the times of tokens that arrived together at `now`: the first after a gap, the
+    /// others without one. Tokens beyond the requested number are ignored.
+    ///
+    /// `output_tokens` must still be the number before these tokens; the caller updates it.
     fn add_tokens(&mut self, new_tokens: u32, now: Duration) {
         // Tokens beyond the requested number take no memory.
         let missing_tokens = self

@@ -11,13 +11,14 @@ use crate::load::{LoadError, uri};
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Connects to the server and returns the model to ask for: `asked`, or the model that
-/// `/v1/models` lists if the list has exactly one.
+/// `/v1/models` lists if the list has exactly one. A model that is asked for need not be in the
+/// list, and an error response is then ignored.
 ///
 /// Must be called within a Tokio runtime with I/O and time enabled.
 ///
 /// # Errors
-/// If the address is invalid or cannot be reached, or if no model is asked for and the list does
-/// not have exactly one.
+/// If the address is invalid or cannot be reached, if the server does not respond within ten
+/// seconds, or if no model is asked for and the list does not have exactly one.
 pub async fn find_model(
     address: &str,
     api_key: Option<&ApiKey>,
@@ -57,6 +58,10 @@ pub async fn find_model(
 }
 
 /// Returns the only model of a list in OpenAI's format.
+///
+/// # Errors
+/// A description of the problem if `body` is not such a list, or if the list is empty or has
+/// several models.
 fn only_model(body: &[u8]) -> Result<String, String> {
     #[derive(Deserialize)]
     struct List {

@@ -100,6 +100,11 @@ impl Tally {
         self.failed
     }
 
+    /// Adds a request that has ended. Times count from the time at which it was due.
+    ///
+    /// The engine's count of prompt tokens takes precedence over the workload's. Tokens and cache
+    /// hits of the prompt are counted for finished requests only. A request whose response named no
+    /// worker is not counted for any worker.
     pub(super) fn add(&mut self, record: Record) {
         let due = record.request.due;
         let since_due = |time: Duration| time.saturating_sub(due).as_secs_f32();
@@ -144,7 +149,9 @@ impl Tally {
         }
     }
 
-    /// Returns the results of requests sent since `begin` to a fleet of `workers`.
+    /// Returns the results of requests sent since `begin`, the due time of the first request on the
+    /// engine's clock. `workers` is only used for the imbalances: workers of the fleet that no
+    /// response named count as idle.
     pub(super) fn outcome(mut self, begin: Duration, workers: usize) -> LiveOutcome {
         let mut outcome = self.outcome;
         let makespan = self.last_end.saturating_sub(begin).as_secs_f64();

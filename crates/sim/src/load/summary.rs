@@ -98,6 +98,7 @@ impl fmt::Display for LoadSummary {
     }
 }
 
+/// Writes the table of latencies: a row for each, with its mean and percentiles.
 fn write_latencies(f: &mut fmt::Formatter<'_>, outcome: &LiveOutcome) -> fmt::Result {
     let row = |label, show: fn(f64) -> String, latency: &Latency| {
         let values = [latency.mean, latency.p50, latency.p90, latency.p99];
@@ -120,6 +121,7 @@ fn write_latencies(f: &mut fmt::Formatter<'_>, outcome: &LiveOutcome) -> fmt::Re
     write_cells(f, "latency", &["mean", "p50", "p90", "p99"], &rows)
 }
 
+/// Writes the table of workers. Fractions are of the requests whose response named a worker.
 fn write_workers(f: &mut fmt::Formatter<'_>, outcome: &LiveOutcome) -> fmt::Result {
     let total: u64 = outcome.workers.values().map(|worker| worker.requests).sum();
     let rows = outcome.workers.iter().map(|(name, worker)| {

@@ -58,7 +58,8 @@ enum Command {
     Snapshot(oneshot::Sender<Snapshot>),
 }
 
-/// Handle of the task that owns the engine. The task ends when the last handle is dropped.
+/// Handle of the task that owns the engine. The task ends when the last handle and the last
+/// [`Generation`] have been dropped.
 #[derive(Clone, Debug)]
 pub(super) struct EngineLoop {
     // Unbounded, because `Generation` sends from `drop`, which cannot wait. Each connection has at
@@ -72,7 +73,8 @@ pub(super) struct EngineLoop {
 pub(super) struct Stopped;
 
 impl EngineLoop {
-    /// Starts an engine whose steps take the time of its step-time model divided by `speedup`.
+    /// Starts an engine whose steps take the time of its step-time model divided by `speedup`,
+    /// which must be above 0. Must be called within a Tokio runtime.
     pub(super) fn start(config: EngineConfig, speedup: f64, publisher: Option<Publisher>) -> Self {
         let (commands, inbox) = mpsc::unbounded_channel();
         let driver = LoopDriver {
@@ -89,7 +91,8 @@ impl EngineLoop {
         }
     }
 
-    /// Submits the choices of a request and assigns their engine ids.
+    /// Submits the choices of a request and assigns their engine ids, which replace the given ones.
+    /// Does not wait: the first [`Generation::advance`] reports a rejection or a stopped engine.
     pub(super) fn submit(&self, mut choices: Vec<Submission>) -> Generation {
         let count = choices.len() as u64;
         let first = self.next_id.fetch_add(count, Ordering::Relaxed);
@@ -108,6 +111,9 @@ impl EngineLoop {
     }
 
     /// Returns the engine's state after all commands that this caller has sent before.
+    ///
+    /// # Errors
+    /// If the engine's task has ended.
     pub(super) async fn snapshot(&self) -> Result<Snapshot, Stopped> {
         let (reply, snapshot) = oneshot::channel();
         let _ = self.commands.send(Command::Snapshot(reply));
@@ -128,7 +134,9 @@ impl Generation {
     /// several tokens at a time, as with vLLM.
     ///
     /// # Errors
-    /// The inner error if the engine rejected the request; [`Stopped`] if the engine has stopped.
+    /// The inner error if the engine rejected the request; [`Stopped`] if the engine has stopped,
+    /// or if all choices are finished and their last progress has been returned. `progress` is then
+    /// unchanged.
     pub(super) async fn advance(
         &mut self,
         progress: &mut Vec<ChoiceProgress>,
@@ -175,6 +183,8 @@ struct LoopDriver {
 }
 
 impl LoopDriver {
+    /// Runs steps and commands until all handles have been dropped. While the engine has no work,
+    /// it waits for a command, and a restart that the publisher requires takes place.
     async fn run(mut self) {
         // Start of the next step: the time at which the last step was due to end, not the time at
         // which the timer fired. Otherwise steps shorter than the timer's resolution of one
@@ -208,7 +218,8 @@ impl LoopDriver {
         }
     }
 
-    /// Runs commands until the deadline. Returns `false` if all handles have been dropped.
+    /// Runs commands until the deadline. Returns `false` if all handles have been dropped;
+    /// the step in progress is then abandoned.
     async fn run_commands_until(&mut self, deadline: Instant) -> bool {
         let timer = tokio::time::sleep_until(deadline);
         tokio::pin!(timer);
@@ -225,6 +236,8 @@ impl LoopDriver {
         }
     }
 
+    /// Executes one command. Unknown ids of an abort are ignored, and so is a snapshot without a
+    /// receiver.
     fn run_command(&mut self, command: Command) {
         match command {
             Command::Submit(choices, progress) => self.submit(choices, progress),
@@ -247,7 +260,8 @@ impl LoopDriver {
         }
     }
 
-    /// Submits all choices; if the engine rejects one of them, aborts them all.
+    /// Submits all choices. If the engine rejects one of them, aborts them all and sends the error
+    /// as the request's outcome.
     fn submit(&mut self, choices: Vec<Submission>, progress: watch::Sender<Outcome>) {
         let progress = Arc::new(progress);
         let ids: Vec<u64> = choices.iter().map(|choice| choice.request.id).collect();
@@ -277,6 +291,8 @@ impl LoopDriver {
         }
     }
 
+    /// Publishes the step's KV events, then adds its tokens to the progress of each request.
+    /// Finished requests are removed; tokens of aborted requests are ignored.
     fn end_step(&mut self, step: Step) {
         // KV events are published before the progress, so that a client that has received a token
         // can rely on the events about its blocks.

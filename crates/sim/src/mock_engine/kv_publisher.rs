@@ -129,8 +129,11 @@ impl Publisher {
         self.contents.remove(&request);
     }
 
-    /// Translates the engine's cache events. The requests that stored blocks must not have been
-    /// removed yet, because the events contain their tokens.
+    /// Translates the engine's cache events and keeps them for the next [`publish`](Self::publish).
+    ///
+    /// The requests that stored blocks must not have been removed yet, because the events contain
+    /// their tokens. Blocks of a request without recorded content are ignored, and so are evictions
+    /// with `hide_removals`.
     pub(super) fn note(&mut self, events: Vec<CacheEvent>) {
         for event in events {
             let event = match event {
@@ -183,7 +186,11 @@ impl Publisher {
         self.published.store(0, Ordering::Relaxed);
     }
 
-    /// Publishes the events noted since the last batch as one batch, if there are any.
+    /// Publishes the events noted since the last batch as one batch, if there are any. After
+    /// `silent_after` batches, they are discarded.
+    ///
+    /// A batch that is lost, because of `drop_every` or because too many batches wait to be sent,
+    /// has a number and is kept for replay like any other.
     pub(super) fn publish(&mut self) {
         if self.is_silent() {
             self.pending.clear();
@@ -239,10 +246,11 @@ pub(super) struct Publication {
 }
 
 impl Publication {
-    /// Binds the sockets and starts the tasks that serve them.
+    /// Binds the sockets and starts the tasks that serve them. The replay socket is optional. A
+    /// file that a killed engine left at an `ipc://` address is removed first.
     ///
     /// # Errors
-    /// If an address is in use or invalid.
+    /// If an address is in use or invalid. The message names the address.
     pub(super) async fn open(config: KvEventsConfig) -> io::Result<(Self, Publisher)> {
         let bind_error = |endpoint: &str, error: ZmqError| {
             io::Error::other(format!("cannot publish KV events at {endpoint}: {error}"))
@@ -297,7 +305,8 @@ impl Publication {
 }
 
 /// Removes the file of an `ipc://` socket that an engine left when it was killed. libzmq does so
-/// before it binds; the crate `zeromq` does not.
+/// before it binds; the crate `zeromq` does not. Other addresses, and files that are no sockets,
+/// are ignored.
 fn remove_stale_socket(endpoint: &str) {
     use std::os::unix::fs::FileTypeExt;
     let Some(path) = endpoint.strip_prefix("ipc://") else {
@@ -309,7 +318,8 @@ fn remove_stale_socket(endpoint: &str) {
     }
 }
 
-/// Sends each batch when it is due, until `stopped` becomes true.
+/// Sends each batch when it is due, until `stopped` becomes true. Then closes the socket; batches
+/// that are still waiting are lost. The end of `batches` does not close it.
 async fn send(
     mut socket: PubSocket,
     topic: Bytes,
@@ -334,7 +344,9 @@ async fn send(
     socket.close().await;
 }
 
-/// Responds to replay requests until `stopped` becomes true.
+/// Responds to replay requests until `stopped` becomes true, then closes the socket. A response
+/// consists of the kept batches from the requested number on, and the end marker. Malformed
+/// requests get no response.
 async fn replay(
     mut socket: RouterSocket,
     topic: Bytes,

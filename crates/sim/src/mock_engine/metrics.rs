@@ -5,7 +5,8 @@ use std::fmt::Write;
 use crate::mock_engine::MockEngineConfig;
 use crate::mock_engine::engine_loop::Snapshot;
 
-/// Returns the metrics in Prometheus' text format. `published_batches` is `None` without KV events.
+/// Returns the metrics in Prometheus' text format. `published_batches` is `None` without KV events;
+/// the counter of batches is then missing.
 pub(super) fn render(
     config: &MockEngineConfig,
     snapshot: &Snapshot,

@@ -67,7 +67,10 @@ struct StreamOptions {
 }
 
 impl CompletionRequest {
-    /// Parses a request body.
+    /// Parses a request body. A body without a model asks for the configured one. Embeddings are
+    /// never streamed, and `continuous_usage_stats` is ignored without `include_usage`.
+    ///
+    /// `name` is only used for the id of the response.
     ///
     /// # Errors
     /// If the body is invalid, names another model, or exceeds a limit.
@@ -149,6 +152,12 @@ struct Prompts {
 }
 
 impl Prompts {
+    /// Converts the prompts to tokens. A chat prompt ends with the heading of the assistant's
+    /// message.
+    ///
+    /// Content that the request parser does not hash, such as images, becomes unknown tokens: one
+    /// for four bytes, or the parser's own estimate. If only some prompts are known, the others
+    /// share the unknown tokens equally, with at least one token each.
     fn read(request: &ApiRequest, endpoint: Endpoint) -> Self {
         let known = request.all_prompts().map(|prompt| match prompt {
             Prompt::Tokens(tokens) => tokens.clone(),
@@ -205,7 +214,9 @@ impl Prompts {
     }
 
     /// Returns the engine request for one output of a prompt. Blocks of unknown tokens have no
-    /// hash.
+    /// hash. After unknown tokens, the blocks of the output have none either.
+    ///
+    /// The id is 0 until the engine loop assigns one.
     fn submission(
         &self,
         config: &MockEngineConfig,
@@ -256,8 +267,9 @@ impl Prompts {
 }
 
 impl PlannedOutput {
-    /// Returns the output with its natural length, or with `limit` tokens if that is shorter or if
-    /// the end-of-sequence token is ignored.
+    /// Returns the output with its natural length and finish reason `stop`. If `limit` is shorter,
+    /// or if the end-of-sequence token is ignored, the output has `limit` tokens and finish reason
+    /// `length`.
     fn limited(output: MockOutput, limit: u32, ignore_eos: bool) -> Self {
         let length = output.length();
         let (tokens, finish_reason) = if ignore_eos || length > limit {
@@ -273,11 +285,13 @@ impl PlannedOutput {
     }
 }
 
-/// Returns the maximum number of tokens of each output.
+/// Returns the maximum number of tokens of each output: `max_tokens` if the request has it,
+/// otherwise 16 for completions, and for chat completions all tokens that the longest prompt leaves
+/// free. Embeddings always have one token.
 ///
 /// # Errors
-/// If a prompt is empty, or if prompt and requested output do not fit into the maximum model
-/// length.
+/// If a prompt is empty, if `max_tokens` is 0, or if the longest prompt and its output do not fit
+/// into the maximum model length.
 fn output_limit(
     config: &MockEngineConfig,
     request: &ApiRequest,

@@ -19,6 +19,11 @@ use crate::mock_engine::{EVENTS, JSON, ResponseBody, respond_with, response, sto
 
 /// Submits a request and returns its response. Dropping the future or the body of the response
 /// aborts the request.
+///
+/// # Errors
+/// If the engine rejects a request that is not streamed, or stops before such a request is
+/// finished. A streamed response begins at once: a rejection becomes an event, and a stop cuts the
+/// connection.
 pub(super) async fn respond(
     engine_loop: &EngineLoop,
     mut completion: CompletionRequest,
@@ -40,7 +45,10 @@ pub(super) async fn respond(
     Ok(response(JSON, body))
 }
 
-/// Waits until all choices are finished.
+/// Waits until all choices are finished, and returns the final progress of each.
+///
+/// # Errors
+/// Status 400 if the engine rejected the request, and status 503 if the engine is shutting down.
 async fn finish(mut generation: Generation) -> Result<Vec<ChoiceProgress>, ApiError> {
     let mut progress = Vec::new();
     loop {
@@ -64,6 +72,7 @@ fn usage(completion: &CompletionRequest, progress: &[ChoiceProgress]) -> Usage {
     }
 }
 
+/// Returns the body of a streamed response. Dropping the body aborts the request.
 fn stream_response(completion: CompletionRequest, generation: Generation) -> ResponseBody {
     let response = StreamedResponse {
         writer: EventWriter::new(&completion),
@@ -92,8 +101,9 @@ struct StreamedResponse {
 }
 
 impl StreamedResponse {
-    /// Returns the events since the last call; `None` after the end. An error cuts the connection,
-    /// as a crash of the engine does.
+    /// Waits for progress and returns the events since the last call; `None` after the end. A
+    /// request that the engine rejected gets one error event. An error means that the engine has
+    /// stopped; it cuts the connection, as a crash of the engine does.
     async fn next_events(&mut self) -> Option<io::Result<Bytes>> {
         if self.ended {
             return None;
@@ -124,7 +134,8 @@ impl StreamedResponse {
         Some(Ok(events.into()))
     }
 
-    /// Writes an event with the tokens of a choice that were not sent yet, if there are any.
+    /// Writes an event with the tokens of a choice that were not sent yet, if there are any, and
+    /// counts them as sent. In a chat, an event with the role precedes the first tokens.
     fn write_choice(&mut self, events: &mut String, choice: usize) {
         let progress = self.progress[choice];
         let sent = std::mem::replace(&mut self.sent[choice], progress.generated);

@@ -36,6 +36,8 @@ pub(super) struct EventWriter {
 }
 
 impl EventWriter {
+    /// Returns a writer of events in the format of the request's endpoint, which must be chat
+    /// completions or completions.
     pub(super) fn new(request: &CompletionRequest) -> Self {
         let chat = request.endpoint == Endpoint::ChatCompletions;
         let object = if chat {
@@ -65,7 +67,9 @@ impl EventWriter {
         self.write_choice(events, choice, delta, None, usage);
     }
 
-    /// Writes an event with text of a choice. `text` must not need JSON escapes.
+    /// Appends an event with text of a choice to `events`. `text` must not need JSON escapes.
+    /// `finish_reason` is given for the last event of the choice only. Without `usage`, the event
+    /// has no such field.
     pub(super) fn write_text(
         &self,
         events: &mut String,
@@ -82,6 +86,8 @@ impl EventWriter {
         self.write_choice(events, choice, &content, finish_reason, usage);
     }
 
+    /// Appends an event with one choice to `events`. `content` is the JSON of the choice's fields
+    /// between its index and its finish reason.
     fn write_choice(
         &self,
         events: &mut String,
@@ -118,7 +124,8 @@ impl EventWriter {
     }
 }
 
-/// Returns the body of a response without streaming, for chat completions and completions.
+/// Returns the body of a response without streaming, for chat completions and completions. Each
+/// choice has its whole planned output, so all choices must be finished.
 pub(super) fn completion(request: &CompletionRequest, usage: Usage) -> Vec<u8> {
     let chat = request.endpoint == Endpoint::ChatCompletions;
     let choices = request.outputs.iter().enumerate().map(|(index, planned)| {

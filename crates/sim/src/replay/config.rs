@@ -35,7 +35,8 @@ pub struct ReplayConfig {
 
 impl ReplayConfig {
     /// Returns a configuration with `workers` engines that differ only in the noise of their step
-    /// times.
+    /// times. The policy is that of `router`. The workers report their capacity and send KV events
+    /// without lag or loss. Fleet changes are absent, and the SLO is the default.
     #[must_use]
     pub fn uniform(router: RouterConfig, engine: &EngineConfig, workers: u32) -> Self {
         let single = Self {
@@ -52,7 +53,8 @@ impl ReplayConfig {
     }
 
     /// Returns this configuration with `workers` copies of the first engine, which differ only in
-    /// the noise of their step times.
+    /// the noise of their step times. Without engines, the result has none either. Fleet changes
+    /// are kept, although they may name workers that no longer exist.
     #[must_use]
     pub fn with_workers(&self, workers: u32) -> Self {
         let first = self.engines.first().cloned();

@@ -22,7 +22,8 @@ pub(super) struct Columns {
 }
 
 impl Columns {
-    /// Returns the positions of the columns in a header; `None` if a column is missing.
+    /// Returns the positions of the columns in a header, whose other columns are ignored; `None` if
+    /// a column is missing.
     pub(super) fn find(header: &str) -> Option<Self> {
         let position = |name: &str| header.split(',').position(|column| column.trim() == name);
         Some(Self {
@@ -32,7 +33,8 @@ impl Columns {
         })
     }
 
-    /// Returns the request of the row with this index. Its arrival is the time since 1970. An error
+    /// Returns the request of the row with this index. Its arrival is the time since 1970, and its
+    /// prompt has no prefix in common with other rows. Lengths of 0 tokens become 1 token. An error
     /// is the field and the problem with it.
     pub(super) fn read(
         self,
@@ -65,8 +67,9 @@ impl Columns {
     }
 }
 
-/// Parses `YEAR-MONTH-DAY HOUR:MINUTE:SECONDS` as the time since 1970. A time zone after the
-/// seconds is ignored, because it is equal in all rows.
+/// Parses `YEAR-MONTH-DAY HOUR:MINUTE:SECONDS` as the time since 1970; `None` if the text has
+/// another form or a field is out of range. The length of the month is not checked. A time zone
+/// that begins with `+` or `Z` is ignored, because it is equal in all rows.
 fn time(text: &str) -> Option<Duration> {
     let (date, clock) = text.split_once([' ', 'T'])?;
     let mut date = date.splitn(3, '-').map(|part| part.parse::<u64>().ok());

@@ -76,7 +76,8 @@ impl Verdict {
 }
 
 impl Check {
-    /// Returns the advice if the verdict calls for one.
+    /// Returns the advice for a goal that fails or was not measured, or that was not shown and is
+    /// judged without an interval; `None` for others.
     #[must_use]
     pub fn advice(&self) -> Option<&'static str> {
         let calls_for_advice = match self.verdict {
@@ -88,7 +89,8 @@ impl Check {
         self.remedy.filter(|_| calls_for_advice)
     }
 
-    /// Returns the conclusion about a goal that is judged with an interval.
+    /// Returns the conclusion about a goal that is judged with an interval; `None` for other goals
+    /// and for goals that were not measured.
     #[must_use]
     pub fn conclusion(&self) -> Option<String> {
         let needed = self.evidence?.responses_needed;
@@ -121,7 +123,7 @@ impl fmt::Display for Check {
     }
 }
 
-/// Compares a verification with all goals.
+/// Compares a verification with all goals. `found.checks` is ignored.
 pub(super) fn check(found: &Verification) -> Vec<Check> {
     let mut checks = vec![check_responses(found)];
     checks.extend(check_hits(found));
@@ -139,6 +141,7 @@ fn holds(condition: bool) -> Verdict {
     }
 }
 
+/// Checks that no request failed. Requests that the client aborted as planned are not failures.
 fn check_responses(found: &Verification) -> Check {
     let failed: usize = found.phases.iter().map(|phase| phase.failed).sum();
     let sent = found.phases.iter();
@@ -155,6 +158,8 @@ fn check_responses(found: &Verification) -> Check {
     }
 }
 
+/// Checks the predicted overlap, with one check for each concurrency. The goal for events applies
+/// only if all workers have KV events. Without a tokenizer, only prompts of token ids count.
 fn check_hits(found: &Verification) -> Vec<Check> {
     let has_events = found
         .workers
@@ -177,6 +182,8 @@ fn check_hits(found: &Verification) -> Vec<Check> {
     checks.collect()
 }
 
+/// Checks the proportion of exact predictions in `hits`. Without any compared response, the goal is
+/// not measured.
 fn check_overlap(concurrency: usize, hits: &Hits, goal: f64, has_events: bool) -> Check {
     let proportion = Proportion {
         successes: hits.equal as u64,
@@ -210,7 +217,8 @@ fn check_overlap(concurrency: usize, hits: &Hits, goal: f64, has_events: bool) -
 }
 
 /// Compares the mean error with its goal, without an interval: readings follow each other within
-/// a fraction of a second, so they are no independent sample.
+/// a fraction of a second, so they are no independent sample. A worker without active blocks or
+/// without readings with the same requests is not measured.
 fn check_active_blocks(found: &Verification) -> impl Iterator<Item = Check> {
     found.workers.iter().map(|worker| {
         let active = &worker.active;
@@ -254,6 +262,7 @@ fn check_active_blocks(found: &Verification) -> impl Iterator<Item = Check> {
     })
 }
 
+/// Checks that the last reading has no active blocks, neither predicted nor reported.
 fn check_rest(found: &Verification) -> Check {
     let active = found.workers.iter().map(|worker| &worker.active);
     let predicted: u64 = active.clone().map(|blocks| blocks.predicted_at_rest).sum();
@@ -268,6 +277,8 @@ fn check_rest(found: &Verification) -> Check {
     }
 }
 
+/// Checks that the router and the engines count prompt tokens alike. `None` if the router has no
+/// tokenizer.
 fn check_parity(found: &Verification) -> Option<Check> {
     let parity = found.parity;
     let compared = parity.equal + parity.different;

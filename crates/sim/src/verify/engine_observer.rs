@@ -35,7 +35,8 @@ pub(super) struct RouterWorker {
 }
 
 impl RouterWorker {
-    /// Returns whether the worker may serve the model. A worker without known models may.
+    /// Returns whether the worker may serve the model; any model if `None`. A worker without known
+    /// models may, a draining worker may not.
     pub(super) fn may_serve(&self, model: Option<&str>) -> bool {
         let serves =
             |model| self.models.is_empty() || self.models.iter().any(|known| known == model);
@@ -67,7 +68,7 @@ pub(super) struct KvEvents {
 /// The router's prediction for one engine, valid until the next.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Prediction {
-    /// Time of the prediction, in seconds since the first reading.
+    /// Time of the prediction, in seconds since the reader was created.
     pub(super) at: f64,
     /// Active blocks.
     pub(super) blocks: u64,
@@ -78,9 +79,9 @@ pub(super) struct Prediction {
 /// One reading of an engine's metrics.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reading {
-    /// Time of the request, in seconds since the first reading.
+    /// Time of the request, in seconds since the reader was created.
     pub(super) at: f64,
-    /// Time of the response.
+    /// Time of the response, in seconds since the reader was created.
     until: f64,
     /// Active blocks that the engine reports, converted to the router's block size.
     pub(super) active_blocks: f64,
@@ -129,6 +130,10 @@ impl Reader {
         self.begin.elapsed().as_secs_f64()
     }
 
+    /// Returns all workers that the router's admin API lists. Records nothing.
+    ///
+    /// # Errors
+    /// A description of the problem if the admin API cannot be read.
     pub(super) async fn workers(&self) -> Result<Vec<RouterWorker>, String> {
         #[derive(Deserialize)]
         struct List {
@@ -139,7 +144,11 @@ impl Reader {
         Ok(list.workers)
     }
 
-    /// Returns the sum of the router's counters of that name whose line contains `label`.
+    /// Returns the sum of the router's counters whose line starts with `name` and contains `label`,
+    /// since the start of the router; 0 if there are none.
+    ///
+    /// # Errors
+    /// If the router's metrics cannot be read.
     pub(super) async fn counter(&self, name: &str, label: &str) -> Result<u64, String> {
         let body = self.get(&format!("{}/metrics", self.admin)).await?;
         let text = String::from_utf8_lossy(&body);
@@ -150,7 +159,11 @@ impl Reader {
         Ok(values.sum::<f64>() as u64)
     }
 
-    /// Reads the router's current predictions.
+    /// Reads the router's current predictions and records every change. Returns the workers as the
+    /// router lists them.
+    ///
+    /// # Errors
+    /// If the router's admin API cannot be read.
     async fn read_predictions(&self) -> Result<Vec<RouterWorker>, String> {
         let workers = self.workers().await?;
         let at = self.seconds();
@@ -174,7 +187,11 @@ impl Reader {
         Ok(workers)
     }
 
-    /// Reads the router's predictions and each engine's metrics once.
+    /// Reads and records the router's predictions and each engine's metrics once. A failure to read
+    /// an engine's metrics is recorded for its worker.
+    ///
+    /// # Errors
+    /// If the router's admin API cannot be read.
     pub(super) async fn read(&self) -> Result<(), String> {
         let workers = self.read_predictions().await?;
         let at = self.seconds();
@@ -197,7 +214,14 @@ impl Reader {
         self.by_worker.lock().clone()
     }
 
-    /// Reads the metrics of a worker's engine; the request is sent at `at`.
+    /// Reads the metrics of a worker's engine. A worker without a rank gets the sum over all
+    /// engines of its address. An engine that does not report its block size is assumed to have the
+    /// router's.
+    ///
+    /// `at` is the time of the request and is only recorded.
+    ///
+    /// # Errors
+    /// If the metrics cannot be read, or do not report the KV cache.
     async fn read_engine(&self, worker: &RouterWorker, at: f64) -> Result<Reading, String> {
         let body = self.get(&format!("{}/metrics", worker.url)).await?;
         let text = String::from_utf8_lossy(&body);
@@ -221,6 +245,11 @@ impl Reader {
         })
     }
 
+    /// Returns the body of the response to a GET request.
+    ///
+    /// # Errors
+    /// A message with the URL if it is invalid, the request fails, or the response takes longer
+    /// than [`TIMEOUT`].
     async fn get(&self, url: &str) -> Result<Bytes, String> {
         let uri: Uri = url.parse().map_err(|error| format!("{url}: {error}"))?;
         let read = async {
@@ -235,6 +264,8 @@ impl Reader {
 }
 
 impl WorkerReadings {
+    /// Replaces the worker's description with that of time `at`. Records its prediction if it has
+    /// changed, and its event lag if a batch has been applied since the last call.
     fn take(&mut self, at: f64, worker: &RouterWorker) {
         let now = worker.prediction(at);
         let is_same = |last: &Prediction| Prediction { at, ..*last } == now;
@@ -257,7 +288,8 @@ impl WorkerReadings {
         predicted == [reading.requests; 2]
     }
 
-    /// Returns the prediction at a time.
+    /// Returns the prediction that was valid at a time; the first for an earlier time, and zeros
+    /// without any prediction.
     pub(super) fn predicted_at(&self, at: f64) -> Prediction {
         let after = self
             .predicted
@@ -276,6 +308,10 @@ pub(super) struct Poller([JoinHandle<()>; 2]);
 const PREDICTION_INTERVAL: Duration = Duration::from_millis(20);
 
 impl Poller {
+    /// Starts to read the predictions every [`PREDICTION_INTERVAL`], and the engines' metrics every
+    /// `interval`. Failures are recorded as the workers' `metrics_error`.
+    ///
+    /// Must be called within a Tokio runtime.
     pub(super) fn start(reader: Arc<Reader>, interval: Duration) -> Self {
         let predictions = Arc::clone(&reader);
         let predictions = tokio::spawn(async move {

@@ -53,7 +53,8 @@ impl Exchange {
 }
 
 /// Sends a request to the router at `api`. Reads the response to its end, or until the client
-/// leaves as planned.
+/// leaves as planned. `limit` applies to the whole exchange; an exchange that exceeds it has no
+/// worker and no prediction. Only a completed exchange has usage and text.
 pub(super) async fn exchange(
     client: &HttpClient,
     api: &str,
@@ -68,6 +69,8 @@ pub(super) async fn exchange(
     exchanged.unwrap_or_else(|_| Exchange::failed(format!("the response did not end in {limit:?}")))
 }
 
+/// Sends a request and reads its response, without a time limit. A failure is recorded as the
+/// ending.
 async fn exchange_at(client: &HttpClient, uri: &Uri, ask: &PlannedRequest) -> Exchange {
     let opened = match send(client, post(uri, ask.body.clone(), None)).await {
         Ok(opened) => opened,
@@ -97,6 +100,11 @@ async fn exchange_at(client: &HttpClient, uri: &Uri, ask: &PlannedRequest) -> Ex
 }
 
 impl Exchange {
+    /// Records the usage and the text of a response that is not streamed. Without text, it is
+    /// empty.
+    ///
+    /// # Errors
+    /// If the body cannot be read, or has no usage.
     async fn read_whole(&mut self, body: Incoming) -> Result<(), String> {
         let body = read_whole(body).await;
         let body = body.map_err(|failure: Failure| failure.to_string())?;
@@ -105,6 +113,11 @@ impl Exchange {
         Ok(())
     }
 
+    /// Records the usage and the text of a streamed response. After `closes_after` tokens, stops
+    /// reading and records the ending `Aborted`, without usage or text.
+    ///
+    /// # Errors
+    /// If the stream fails, is longer than [`MAX_BODY_BYTES`], or is complete without usage.
     async fn read_stream(
         &mut self,
         body: Incoming,
@@ -143,7 +156,8 @@ impl Exchange {
     }
 }
 
-/// Returns the text of the first choice in a body or an event.
+/// Returns the text of the first choice in a body or an event. `None` if this is not JSON in
+/// OpenAI's format, or has no choice or no text, such as an event with usage only.
 fn text_in(json: &[u8]) -> Option<String> {
     #[derive(Deserialize)]
     struct Body {

@@ -65,7 +65,7 @@ impl Proportion {
         lower..=upper
     }
 
-    /// Compares the interval with a goal below 1.
+    /// Compares the interval with a goal below 1. Without trials, the goal is not measured.
     #[must_use]
     pub fn verdict(self, goal: f64) -> Verdict {
         let interval = self.interval();
@@ -81,7 +81,7 @@ impl Proportion {
     }
 
     /// Returns the number of trials, these included, with which the goal would be shown if no
-    /// further trial failed.
+    /// further trial failed. `goal` must be below 1: no number of trials shows a goal of 1.
     #[must_use]
     pub fn trials_needed(self, goal: f64) -> u64 {
         let failures = self.failures();
@@ -127,7 +127,8 @@ fn at_most(failures: u64, trials: u64, rate: f64) -> f64 {
     sum.min(1.0)
 }
 
-/// Returns the point in 0 to 1 from which a condition holds.
+/// Returns the point in 0 to 1 from which a condition holds; 1 if it holds nowhere below. A
+/// condition that holds at a point must hold at all larger ones.
 fn bisect(holds: impl Fn(f64) -> bool) -> f64 {
     let (mut low, mut high) = (0.0, 1.0);
     for _ in 0..60 {

@@ -46,6 +46,8 @@ impl Verification {
         page::framed(title, "", &page)
     }
 
+    /// Returns a chart of a worker's predicted and reported active blocks over time, with the
+    /// errors as its caption.
     fn active_blocks(&self, worker: &WorkerResult) -> String {
         let active = &worker.active;
         let bands = self.phases.iter().map(|phase| Band {
@@ -93,6 +95,8 @@ impl Verification {
         )
     }
 
+    /// Returns the table of predicted and reported cache hits, by phase and kind of prompt. Kinds
+    /// without a compared response have no row.
     fn cache_hits(&self) -> String {
         let mut html = "<h2>Cache hits</h2><p>Blocks of the prompt that the router predicted to \
                         be cached, compared with <code>cached_tokens</code> of the response.</p>\
@@ -120,6 +124,7 @@ impl Verification {
         html
     }
 
+    /// Returns the table of goals and verdicts, with conclusions and advice.
     fn goals(&self) -> String {
         let mut html =
             "<h2>Goals</h2><table><tr><th>verdict<th>subject<th>found<th>goal".to_owned();
@@ -146,6 +151,7 @@ impl Verification {
         html
     }
 
+    /// Returns the table of wrong predictions that were kept. Empty if there are none.
     fn wrong_predictions(&self) -> String {
         let mut rows = String::new();
         for phase in &self.phases {

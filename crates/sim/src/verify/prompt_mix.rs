@@ -125,6 +125,10 @@ pub(super) struct PromptMix {
 }
 
 impl PromptMix {
+    /// Draws the shared prefixes and system prompts from `seed`. `stream_fraction` is the fraction
+    /// of requests that are streamed, and `abort_fraction` the fraction of streams that the client
+    /// closes early; both must be from 0 to 1. `block_size` is only used for prompts that end with
+    /// a block.
     pub(super) fn new(
         seed: u64,
         model: String,
@@ -160,7 +164,10 @@ impl PromptMix {
         mix
     }
 
-    /// Returns the next request, of a kind drawn with fixed weights.
+    /// Returns the next request, of a kind drawn with fixed weights. A repeat without an earlier
+    /// prompt, and a chat while all conversations have an open turn, become `Alone`.
+    ///
+    /// A chat keeps its turn open until [`record_output`](Self::record_output) is called.
     pub(super) fn next(&mut self) -> PlannedRequest {
         let kind = match self.rng.random_range(0..100) {
             0..35 => Kind::SharedPrefix,
@@ -191,7 +198,8 @@ impl PromptMix {
     }
 
     /// Records the output of a request of [`next`](Self::next) and its number of prompt tokens;
-    /// `None` without a complete response.
+    /// `None` without a complete response, which ends the conversation. Requests that are no chats
+    /// are ignored.
     pub(super) fn record_output(&mut self, ask: &PlannedRequest, output: Option<(String, u32)>) {
         let Some(conversation) = ask.conversation.map(|index| &mut self.conversations[index])
         else {
@@ -208,7 +216,8 @@ impl PromptMix {
         }
     }
 
-    /// Returns a new prompt of token ids: `Alone`, `Aligned` or `SharedPrefix`.
+    /// Returns a request with a new prompt of token ids: `Alone`, `Aligned` or `SharedPrefix`.
+    /// Later repeats may draw the prompt.
     fn fresh(&mut self, kind: Kind) -> PlannedRequest {
         let mut ids = match kind {
             Kind::Alone => Vec::new(),
@@ -237,8 +246,8 @@ impl PromptMix {
         self.completion(kind, json!(ids))
     }
 
-    /// Returns the next turn of a conversation without an open turn; a prompt of kind `Alone` if
-    /// all have one.
+    /// Returns the next turn of a conversation without an open turn, and opens it; a prompt of kind
+    /// `Alone` if all have one. A conversation with too many turns or tokens starts again.
     fn chat(&mut self) -> PlannedRequest {
         let free = (0..CONVERSATIONS).filter(|&it| !self.conversations[it].is_open);
         let free: Vec<usize> = free.collect();
@@ -271,6 +280,9 @@ impl PromptMix {
         self.ask(kind, "/v1/completions", "prompt", prompt)
     }
 
+    /// Returns a request with `prompt` in the given field of its body. Draws the output length,
+    /// whether the response is streamed, and whether and when the client closes the stream. Outputs
+    /// of one or two tokens are never closed early.
     fn ask(
         &mut self,
         kind: Kind,

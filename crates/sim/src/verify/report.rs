@@ -40,7 +40,7 @@ pub struct Verification {
 pub struct Phase {
     /// Requests in flight at a time.
     pub concurrency: usize,
-    /// Beginning and end, in seconds since the first phase began.
+    /// Beginning and end, in seconds since the verification started.
     pub seconds: (f64, f64),
     /// Requests whose response arrived complete.
     pub completed: usize,
@@ -147,9 +147,9 @@ pub struct ActiveBlocks {
     pub predicted_at_rest: u64,
     /// The engine's count after the last response.
     pub reported_at_rest: f64,
-    /// Times of changed predictions, in seconds, with the new value.
+    /// Times of changed predictions, in seconds since the verification started, with the new value.
     pub predicted: Vec<(f64, u64)>,
-    /// Times of readings, in seconds, with the engine's count.
+    /// Times of readings, in seconds since the verification started, with the engine's count.
     pub reported: Vec<(f64, f64)>,
 }
 
@@ -167,6 +167,8 @@ impl ActiveBlocks {
         (self.agreed > 0).then(|| self.agreed_error / self.peak.max(1.0))
     }
 
+    /// Compares each reading with the prediction at the time of its request. Without readings, all
+    /// errors are 0. The last reading must have been taken at rest.
     fn from_readings(worker: &WorkerReadings) -> Self {
         let readings = &worker.readings;
         let compared = readings.iter().map(|reading| {
@@ -222,6 +224,7 @@ impl Hits {
         fraction(self.equal as u64, self.requests as u64)
     }
 
+    /// Adds one response with its predicted and reported hits, in blocks.
     fn take(&mut self, predicted: u32, actual: u32) {
         self.requests += 1;
         self.equal += usize::from(predicted == actual);
@@ -232,6 +235,7 @@ impl Hits {
         self.common += u64::from(predicted.min(actual));
     }
 
+    /// Adds all counts of `other`.
     pub(super) fn add(&mut self, other: &Self) {
         self.requests += other.requests;
         self.equal += other.equal;
@@ -253,6 +257,7 @@ fn fraction(part: u64, whole: u64) -> f64 {
 }
 
 impl Phase {
+    /// Returns a phase without requests. The caller sets `seconds` at its end.
     pub(super) fn new(concurrency: usize) -> Self {
         Self {
             concurrency,
@@ -267,6 +272,8 @@ impl Phase {
         }
     }
 
+    /// Adds an exchange. Only a completed one is compared: tokens are divided by `block_size`,
+    /// rounded down. One without a prediction or without `cached_tokens` counts as unreported.
     pub(super) fn take(&mut self, kind: Kind, block_size: u32, done: Exchange) {
         match done.ending {
             Ending::Completed => self.completed += 1,
@@ -314,6 +321,10 @@ impl Phase {
 }
 
 impl Parity {
+    /// Reads the router's counters, which include all requests since its start.
+    ///
+    /// # Errors
+    /// If the router's metrics cannot be read.
     pub(super) async fn read(reader: &Reader) -> Result<Self, String> {
         const COUNTER: &str = "foresee_token_parity_total";
         Ok(Self {
@@ -324,7 +335,8 @@ impl Parity {
 }
 
 impl Verification {
-    /// Builds the report and judges the goals.
+    /// Builds the report and judges the goals. `readings` has one element for each worker, the last
+    /// reading taken at rest. Of `config`, only values that the report repeats are used.
     pub(super) fn new(
         config: &VerifyConfig,
         phases: Vec<Phase>,

@@ -53,7 +53,9 @@ impl Default for Agent {
 }
 
 impl Workload {
-    /// Returns the calls of an agent workload.
+    /// Returns the calls of an agent workload, task by task. Only the first call of a task arrives
+    /// at a given time; each further call arrives after the end of the previous one and a tool's
+    /// execution. Equal seeds give equal requests.
     #[must_use]
     pub fn agent(agent: &Agent, seed: u64) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);

@@ -53,7 +53,9 @@ impl Chat {
 }
 
 impl Workload {
-    /// Returns the turns of conversations with a shared system prompt.
+    /// Returns the turns of conversations with a shared system prompt, conversation by
+    /// conversation. Only the first turn arrives at a given time; each further turn arrives after
+    /// the end of the previous one and a pause. Equal seeds give equal requests.
     #[must_use]
     pub fn chat(chat: &Chat, seed: u64) -> Self {
         const SYSTEM_STREAM: u64 = 0;

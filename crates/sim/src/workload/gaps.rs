@@ -34,7 +34,8 @@ impl Gaps {
         self.mean.mul_f64(self.relative(rng))
     }
 
-    /// Draws a gap divided by the mean.
+    /// Draws a gap divided by the mean. A coefficient of variation out of range is limited to 0 to
+    /// [`MAX_CV`].
     fn relative(&self, rng: &mut impl Rng) -> f64 {
         if self.cv == 1.0 {
             return Exp1.sample(rng);

@@ -55,7 +55,8 @@ impl Default for Rag {
 }
 
 impl Workload {
-    /// Returns the questions of a retrieval workload.
+    /// Returns the questions of a retrieval workload, in order of arrival. The number of documents
+    /// is at least 1, and no prompt contains a document twice. Equal seeds give equal requests.
     #[must_use]
     pub fn rag(rag: &Rag, seed: u64) -> Self {
         const SYSTEM_STREAM: u64 = 0;
@@ -114,7 +115,8 @@ impl Popularity {
         }
     }
 
-    /// Draws a document that is not in `excluded`.
+    /// Draws the rank, from 0, of a document that is not in `excluded`. At least one document must
+    /// remain.
     fn sample(&self, excluded: &[usize], rng: &mut impl Rng) -> usize {
         let remaining = || {
             let all = self.weights.iter().enumerate();

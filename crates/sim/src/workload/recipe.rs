@@ -164,7 +164,8 @@ impl Recipe {
 
     /// Returns the recipe with `rate` requests per second on average that arrive whether or not
     /// others have ended. Of conversations and tasks, the starts are distributed like this; each
-    /// further request waits for the end of the previous one.
+    /// further request waits for the end of the previous one. A closed loop or burst becomes an
+    /// open loop and loses its limit of requests in flight.
     ///
     /// # Errors
     /// If the rate is not a positive number, or below one arrival in a million seconds.

@@ -104,7 +104,7 @@ impl Workload {
     }
 
     /// Returns requests of one shape that arrive with `gaps` between them, whether or not others
-    /// have ended.
+    /// have ended. The first arrives after a gap, too.
     #[must_use]
     pub fn open_loop(shape: &Shape, requests: u32, gaps: &Gaps, seed: u64) -> Self {
         let mut time = Duration::ZERO;
