@@ -111,6 +111,9 @@ impl Batch {
     /// among all that are not in `excluded`, in one step: see [`Booking::reroute`]. Prompts that
     /// have ended are left out; if all have, the call has no effect.
     ///
+    /// The output tokens observed so far are discarded. A batch of one prompt may be queued again:
+    /// wait for [`poll_dispatch`](Self::poll_dispatch) before it is sent.
+    ///
     /// # Errors
     /// As [`Router::route`](crate::router::Router::route). All bookings then stay where they are.
     pub fn reroute(&mut self, excluded: &[WorkerId], now: Duration) -> Result<(), RouteError> {

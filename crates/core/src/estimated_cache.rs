@@ -315,7 +315,7 @@ impl EstimatedCache {
     /// everything.
     ///
     /// Evictions that the worker's events have not reported yet are added to `pending_evictions`,
-    /// if any prefill is pending.
+    /// if any prefill is pending and the estimate is not disabled.
     pub(crate) fn evict_to_fit(
         &mut self,
         active_blocks: u64,

@@ -220,7 +220,10 @@ impl StreamObserver {
         }
     }
 
-    /// Processes the line in the buffer, which is complete now.
+    /// Processes the buffered line, which is complete now, and clears the buffer.
+    ///
+    /// A field of the line is added to the pending event, which counts only once the blank line after
+    /// it has arrived.
     fn take_kept_line(&mut self) {
         let line = std::mem::take(&mut self.line);
         let mut data = None;

@@ -52,7 +52,8 @@ pub enum InvalidFleetChange {
 impl std::str::FromStr for FleetChange {
     type Err = InvalidFleetChange;
 
-    /// Parses `WORKER:speed=FACTOR[@TIME]` or `WORKER:join@TIME`. Workers are counted from 0.
+    /// Parses `WORKER:speed=FACTOR[@TIME]` or `WORKER:join@TIME`, such as `0:speed=0.5@1m`. Workers
+    /// are counted from 0, the factor is between 0.001 and 1000, and a time needs its unit.
     fn from_str(text: &str) -> Result<Self, InvalidFleetChange> {
         let form = || InvalidFleetChange::Form {
             text: text.to_owned(),
