@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::flags::{EngineArgs, QueueArgs, RouterArgs, WorkloadArgs, policy, workload};
-use crate::output::print;
+use crate::output::{print, write_json};
 use crate::progress;
 use crate::serve::runtime;
 use crate::values::{Fraction, address};
@@ -118,10 +118,7 @@ async fn compare(args: &DemoArgs, workload: &Workload) -> anyhow::Result<()> {
     }
     print(&report)?;
     println!("All bookings are released: no worker has an active block left.");
-    if let Some(path) = &args.json {
-        let json = serde_json::to_string_pretty(&report)?;
-        std::fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
-    }
+    write_json(args.json.as_deref(), &report)?;
     let Some(fleet) = last else {
         return Ok(());
     };

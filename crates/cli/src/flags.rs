@@ -101,6 +101,34 @@ impl QueueArgs {
     }
 }
 
+/// The policy, with the settings of routing and queueing under it.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct RoutingArgs {
+    /// Selects how a worker is chosen for a request
+    #[arg(
+        long,
+        default_value_t = DEFAULTS.router.policy,
+        value_parser = policy(),
+        env = "FORESEE_POLICY",
+        help_heading = "Routing"
+    )]
+    policy: Policy,
+    #[command(flatten)]
+    router: RouterArgs,
+    #[command(flatten)]
+    queue: QueueArgs,
+}
+
+impl RoutingArgs {
+    /// Returns the settings of the router that the flags describe.
+    pub(crate) fn config(&self) -> RouterConfig {
+        RouterConfig {
+            queue_order: self.queue.order(self.policy),
+            ..self.router.config(self.policy)
+        }
+    }
+}
+
 /// A queue order, or `None` for `off`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Queue(pub(crate) Option<QueueOrder>);

@@ -15,6 +15,7 @@ pub mod reference;
 mod replay;
 mod serve;
 mod shell;
+mod trace_file;
 mod values;
 mod verify;
 

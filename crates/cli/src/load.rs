@@ -1,7 +1,5 @@
 //! `foresee load`: sends a workload to an OpenAI-compatible address and measures the responses.
 
-use std::fs::File;
-use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -14,9 +12,10 @@ use foresee_sim::workload::{Arrival, Workload};
 
 use crate::exit::not_carried_out;
 use crate::flags::{WorkloadArgs, workload as workload_name};
-use crate::output::print;
+use crate::output::{print, write_json};
 use crate::progress;
 use crate::serve::runtime;
+use crate::trace_file::read_trace;
 use crate::values::{Fraction, positive_duration};
 
 /// End of the long help.
@@ -196,7 +195,7 @@ fn workload(args: &LoadArgs) -> anyhow::Result<Workload> {
                 shape.rps.is_none(),
                 "a trace has its own arrival times: use --rate to scale them, not --rps"
             );
-            read_trace(path, shape.requests)?
+            trace_workload(path, shape.requests)?
         }
         None => shape.make(&args.workload, args.seed)?,
     };
@@ -217,10 +216,8 @@ fn workload(args: &LoadArgs) -> anyhow::Result<Workload> {
 
 /// Reads the first `max_requests` requests of a trace, or all of them for `None`. The workload is
 /// named after the path.
-fn read_trace(path: &Path, max_requests: Option<u32>) -> anyhow::Result<Workload> {
-    let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let requests = trace::read(BufReader::new(file));
-    let mut requests = requests.with_context(|| format!("in {}", path.display()))?;
+fn trace_workload(path: &Path, max_requests: Option<u32>) -> anyhow::Result<Workload> {
+    let mut requests = read_trace(path)?;
     trace::truncate(&mut requests, max_requests.map(|max| max as usize), None);
     let mut workload = Workload::from_trace(&requests, 1.0)?;
     workload.name = path.display().to_string();
@@ -269,15 +266,13 @@ async fn send(config: &LoadConfig, workload: &Workload) -> anyhow::Result<LiveOu
 /// Writes the text to standard output, and the JSON to the file or, for `-`, to standard output in
 /// place of the text.
 fn write_report(json_path: Option<&Path>, summary: &LoadSummary) -> anyhow::Result<()> {
-    let json = || serde_json::to_string_pretty(summary);
     match json_path {
-        Some(path) if path == Path::new("-") => print(json()? + "\n")?,
-        Some(path) => {
-            print(summary)?;
-            std::fs::write(path, json()?)
-                .with_context(|| format!("cannot write {}", path.display()))?;
+        Some(path) if path == Path::new("-") => {
+            print(serde_json::to_string_pretty(summary)? + "\n")
         }
-        None => print(summary)?,
+        path => {
+            print(summary)?;
+            write_json(path, summary)
+        }
     }
-    Ok(())
 }

@@ -1,11 +1,10 @@
 //! `foresee completions` and `foresee man`.
 
-use std::io::{self, Write};
-
 use anyhow::Context;
 use clap::Args;
 use clap_complete::Shell;
 
+use crate::output::print;
 use crate::{InvalidConfiguration, command};
 
 #[derive(Args, Debug)]
@@ -25,7 +24,7 @@ pub(crate) struct ManArgs {
 pub(crate) fn completions(args: &CompletionsArgs) -> anyhow::Result<()> {
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut command(), "foresee", &mut script);
-    write(&script)
+    print(String::from_utf8_lossy(&script))
 }
 
 /// Prints the manual page of the program or of a subcommand, in roff.
@@ -46,13 +45,5 @@ pub(crate) fn man(args: &ManArgs) -> anyhow::Result<()> {
     let name = page.get_bin_name().unwrap_or("foresee").replace(' ', "-");
     let mut text = Vec::new();
     clap_mangen::Man::new(page.display_name(name.clone()).name(name)).render(&mut text)?;
-    write(&text)
-}
-
-/// Writes to standard output. A pipe that its reader closed early, such as `head`, is no error.
-fn write(text: &[u8]) -> anyhow::Result<()> {
-    match io::stdout().write_all(text) {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        written => written.context("cannot write to standard output"),
-    }
+    print(String::from_utf8_lossy(&text))
 }

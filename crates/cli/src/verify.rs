@@ -7,14 +7,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, anyhow, bail};
 use clap::{ArgMatches, Args};
-use foresee_core::policy::Policy;
-use foresee_core::router::RouterConfig;
 use foresee_gateway::{Gateway, GatewayConfig, raise_open_file_limit};
 use foresee_sim::verify::{self, Lengths, Verdict, VerifyConfig};
 
 use crate::exit::not_carried_out;
-use crate::flags::{DEFAULTS, QueueArgs, RouterArgs, Switch, policy};
-use crate::output::print;
+use crate::flags::{RoutingArgs, Switch};
+use crate::output::{print, write_file, write_json};
 use crate::progress;
 use crate::serve::{PromptArgs, WorkerArgs, runtime};
 use crate::values::{Fraction, positive_duration};
@@ -73,19 +71,8 @@ pub(crate) struct VerifyArgs {
     workers: WorkerArgs,
     #[command(flatten)]
     prompts: PromptArgs,
-    /// Selects how a worker is chosen for a request
-    #[arg(
-        long,
-        default_value_t = DEFAULTS.router.policy,
-        value_parser = policy(),
-        env = "FORESEE_POLICY",
-        help_heading = "Routing"
-    )]
-    policy: Policy,
     #[command(flatten)]
-    routing: RouterArgs,
-    #[command(flatten)]
-    queue: QueueArgs,
+    routing: RoutingArgs,
 }
 
 impl VerifyArgs {
@@ -126,10 +113,7 @@ async fn run(args: VerifyArgs) -> anyhow::Result<Verdict> {
         listen: any_port,
         admin_listen: any_port,
         workers: args.workers.workers(),
-        router: RouterConfig {
-            queue_order: args.queue.order(args.policy),
-            ..args.routing.config(args.policy)
-        },
+        router: args.routing.config(),
         prefix_caching: args.prompts.prefix_caching == Switch::On,
         tokenizer: args.prompts.tokenizer,
         ..GatewayConfig::default()
@@ -186,12 +170,8 @@ async fn run(args: VerifyArgs) -> anyhow::Result<Verdict> {
     }
     print(&verification)?;
     if let Some(path) = &args.html {
-        std::fs::write(path, verification.html())
-            .with_context(|| format!("cannot write {}", path.display()))?;
+        write_file(path, &verification.html())?;
     }
-    if let Some(path) = &args.json {
-        let json = serde_json::to_string_pretty(&verification)?;
-        std::fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
-    }
+    write_json(args.json.as_deref(), &verification)?;
     Ok(verification.verdict())
 }

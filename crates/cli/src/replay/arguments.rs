@@ -1,12 +1,10 @@
 //! Flags and reports that the subcommands of `replay` share.
 
-use std::fs::File;
-use std::io::BufReader;
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 use clap::{Args, ValueEnum};
 use foresee_core::policy::Policy;
 use foresee_sim::baselines::{self, PolicySpec};
@@ -16,12 +14,13 @@ use foresee_sim::grid::Grid;
 use foresee_sim::hashed_workload::HashedWorkload;
 use foresee_sim::replay::ReplayConfig;
 use foresee_sim::slo::{InvalidSlo, Slo};
-use foresee_sim::trace::{self, TraceRequest};
+use foresee_sim::trace;
 use foresee_sim::workload::{NAMED, Workload};
 
 use crate::InvalidConfiguration;
 use crate::flags::{EngineArgs, RouterArgs, WorkloadArgs, workload};
-use crate::output::print;
+use crate::output::{print, write_file, write_json};
+use crate::trace_file::read_trace;
 use crate::values::{Fraction, duration};
 
 /// The traffic to replay.
@@ -167,19 +166,6 @@ impl ReportArgs {
     }
 }
 
-/// Writes a report as JSON to a file, if there is a path.
-pub(super) fn write_json(
-    path: Option<&Path>,
-    report: &impl serde::Serialize,
-) -> anyhow::Result<()> {
-    let Some(path) = path else { return Ok(()) };
-    write_file(path, &serde_json::to_string_pretty(report)?)
-}
-
-fn write_file(path: &Path, text: &str) -> anyhow::Result<()> {
-    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
-}
-
 impl SourceArgs {
     /// Returns the traffic of each seed, with arrivals at `rate` times the traffic's own rate.
     /// Without a rate, arrivals do not change. Of `router`, only the first seed and the block size
@@ -278,12 +264,6 @@ impl SignalArgs {
             },
         }
     }
-}
-
-/// Reads a trace from a file.
-pub(super) fn read_trace(path: &Path) -> anyhow::Result<Vec<TraceRequest>> {
-    let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
-    trace::read(BufReader::new(file)).with_context(|| format!("in {}", path.display()))
 }
 
 /// Returns the number of replays that run at a time.

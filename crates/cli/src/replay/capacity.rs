@@ -6,11 +6,9 @@ use clap::{Args, ValueEnum};
 use foresee_sim::capacity::{self, Target};
 use indicatif::ProgressBar;
 
-use super::arguments::{
-    ComparisonArgs, FleetArgs, SignalArgs, SourceArgs, list_policies, threads, write_json,
-};
+use super::arguments::{ComparisonArgs, FleetArgs, SignalArgs, SourceArgs, list_policies, threads};
 use crate::flags::RouterArgs;
-use crate::output::print;
+use crate::output::{print, write_json};
 use crate::progress;
 use crate::values::Fraction;
 

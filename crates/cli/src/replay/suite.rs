@@ -7,11 +7,10 @@ use foresee_core::policy::Policy;
 use foresee_sim::baselines::{self, PolicySpec};
 use foresee_sim::suite::{self, SCENARIOS, Settings, Traces};
 
-use super::arguments::{
-    ComparisonArgs, ReportArgs, SignalArgs, list_policies, read_trace, threads,
-};
+use super::arguments::{ComparisonArgs, ReportArgs, SignalArgs, list_policies, threads};
 use super::grid::{NamedCase, replay};
 use crate::flags::RouterArgs;
+use crate::trace_file::read_trace;
 use crate::values::Choice;
 
 #[derive(Args, Debug)]

@@ -7,11 +7,9 @@ use std::path::PathBuf;
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory};
-use foresee_core::policy::Policy;
-use foresee_core::router::RouterConfig;
 use foresee_gateway::{GatewayConfig, HeaderName, WorkerConfig};
 
-use crate::flags::{DEFAULTS, QueueArgs, RouterArgs, Switch, policy};
+use crate::flags::{DEFAULTS, RoutingArgs, Switch};
 use crate::values::{
     Size, Workers, address, host_address, positive_duration, worker_urls, workers,
 };
@@ -27,19 +25,8 @@ pub(crate) struct ServeArgs {
     workers: WorkerArgs,
     #[command(flatten)]
     prompts: PromptArgs,
-    /// Selects how a worker is chosen for a request
-    #[arg(
-        long,
-        default_value_t = DEFAULTS.router.policy,
-        value_parser = policy(),
-        env = "FORESEE_POLICY",
-        help_heading = "Routing"
-    )]
-    policy: Policy,
     #[command(flatten)]
-    router: RouterArgs,
-    #[command(flatten)]
-    queue: QueueArgs,
+    routing: RoutingArgs,
     #[command(flatten)]
     queue_limits: QueueLimitArgs,
     #[command(flatten)]
@@ -300,10 +287,7 @@ impl ServeArgs {
             listen: self.listen.listen,
             admin_listen: self.listen.admin_listen,
             workers: self.workers.workers(),
-            router: RouterConfig {
-                queue_order: self.queue.order(self.policy),
-                ..self.router.config(self.policy)
-            },
+            router: self.routing.config(),
             queue_limit: self.queue_limits.queue_limit,
             tenant_header: self.queue_limits.tenant_header,
             prefix_caching: self.prompts.prefix_caching == Switch::On,
