@@ -1,53 +1,5 @@
-//! Fuzzes the decoding of KV events and their application to a cache view. No bytes of an engine
-//! may cause a panic, or yield more values or blocks than the bytes can contain.
-//!
-//! `cargo fuzz run kv_events -s none`, on a stable toolchain too.
+//! Fuzzes the decoding of KV events, and their application to a cache view.
 
 #![no_main]
 
-use std::num::NonZeroU32;
-
-use foresee_core::event_index::{CacheView, StoredBlocks};
-use foresee_engine::kv_events::{BlockKey, Event, decode_batch, parse_message, parse_replay};
-use libfuzzer_sys::fuzz_target;
-
-/// The router's block size, which divides the block sizes of the recorded engines.
-const BLOCK_SIZE: NonZeroU32 = NonZeroU32::new(4).unwrap();
-
-fuzz_target!(|bytes: &[u8]| {
-    let frames: Vec<&[u8]> = bytes.chunks(9).collect();
-    let _ = (parse_message(&frames), parse_replay(&frames));
-    let Ok(batch) = decode_batch(bytes) else {
-        return;
-    };
-    let mut values = batch.malformed as usize + batch.unknown as usize;
-    let mut view = CacheView::new(BLOCK_SIZE);
-    // Events are applied twice, so that removed blocks and orphans of the first pass occur again.
-    for event in batch.events.iter().chain(&batch.events) {
-        match event {
-            Event::Stored(stored) => {
-                values += stored.hashes.len() + stored.tokens.len() + stored.extras.len();
-                let reserved = stored.tokens.capacity().max(stored.hashes.capacity());
-                assert!(reserved <= bytes.len());
-                let hashes: Vec<u64> = stored.hashes.iter().map(|&BlockKey(hash)| hash).collect();
-                view.store(&StoredBlocks {
-                    parent: stored.parent.map(|BlockKey(hash)| hash),
-                    engine_hashes: &hashes,
-                    tokens: &stored.tokens,
-                    block_size: stored.block_size,
-                    salt: 0,
-                });
-            }
-            Event::Removed(removed) => {
-                values += removed.hashes.len();
-                let hashes: Vec<u64> = removed.hashes.iter().map(|&BlockKey(hash)| hash).collect();
-                view.remove(&hashes);
-            }
-            Event::Cleared { .. } => drop(view.clear()),
-        }
-        assert!(view.len() <= bytes.len());
-    }
-    assert!(values <= 2 * bytes.len());
-    assert!(view.clear().removed.len() <= bytes.len());
-    assert!(view.is_empty());
-});
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| foresee_properties::kv_events::check(bytes));

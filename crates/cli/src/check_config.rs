@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use anyhow::Context;
-use clap::{Arg, ArgMatches};
+use clap::{Arg, ArgAction, ArgMatches};
 use foresee_core::router::Router;
 use foresee_core::workers::WorkerSpec;
 use foresee_gateway::{GatewayConfig, WorkerConfig};
@@ -35,9 +35,13 @@ pub(crate) fn check_config(args: ServeArgs, matches: &ArgMatches) -> anyhow::Res
 /// to load, is not checked here.
 ///
 /// # Errors
-/// If a weight is out of range, or two workers have one name.
+/// If a weight is out of range, the admin API would be open to other hosts, two workers have one
+/// name, or an API key of workers cannot be read.
 pub(crate) fn check(config: &GatewayConfig) -> anyhow::Result<()> {
+    config.check_api_keys().context(InvalidConfiguration)?;
     let router = Router::new(config.router.clone()).context(InvalidConfiguration)?;
+    let admin = config.admin.check(&config.admin_listen);
+    admin.context(InvalidConfiguration)?;
     for worker in config.workers.iter().flat_map(WorkerConfig::workers) {
         let spec = WorkerSpec {
             name: worker.name,
@@ -69,9 +73,14 @@ fn effective(config: &GatewayConfig, matches: &ArgMatches) -> anyhow::Result<Str
             "listen" => Some(config.listen.to_string()),
             "queue" => Some(Queue(config.router.queue_order).to_string()),
             "io-threads" => Some(config.io_threads.to_string()),
-            _ => raw(argument, matches),
+            _ => raw(argument, matches).into_iter().next(),
         };
         match value {
+            Some(_) if matches!(argument.get_action(), ArgAction::Append) => {
+                let values = raw(argument, matches).into_iter();
+                let values: Vec<_> = values.map(|value| in_toml(argument, value)).collect();
+                writeln!(text, "{name} = [{}]", values.join(", "))?;
+            }
             Some(value) => writeln!(text, "{name} = {}", in_toml(argument, value))?,
             None => writeln!(text, "# {name} is not set")?,
         }
@@ -104,15 +113,16 @@ fn effective(config: &GatewayConfig, matches: &ArgMatches) -> anyhow::Result<Str
 
 /// Returns whether a key sets workers.
 fn is_worker(name: &str) -> bool {
-    name.starts_with("worker")
+    ["worker", "worker-urls"].contains(&name)
 }
 
-/// Returns the text of a flag's first value, or of its default.
-fn raw(argument: &Arg, matches: &ArgMatches) -> Option<String> {
-    let mut values = matches.get_raw(argument.get_id().as_str())?;
+/// Returns the texts of a flag's values, or of its default.
+fn raw(argument: &Arg, matches: &ArgMatches) -> Vec<String> {
+    let values = matches.get_raw(argument.get_id().as_str());
+    let values = values.into_iter().flatten();
     values
-        .next()
         .map(|value| value.to_string_lossy().into_owned())
+        .collect()
 }
 
 /// Returns a value in the syntax of TOML.

@@ -9,7 +9,9 @@ use clap::Args;
 use foresee_core::policy::Policy;
 use foresee_core::router::RouterConfig;
 use foresee_core::workers::{WorkerSnapshot, WorkerState};
-use foresee_gateway::{Gateway, GatewayConfig, WorkerConfig, raise_open_file_limit};
+use foresee_gateway::{
+    AdminConfig, Gateway, GatewayConfig, ShutdownConfig, WorkerConfig, raise_open_file_limit,
+};
 use foresee_sim::load::{self, LiveOutcome, LiveReport, LoadConfig, NamedOutcome};
 use foresee_sim::mock_engine::{MockEngineConfig, bind, serve};
 use foresee_sim::workload::Workload;
@@ -19,7 +21,7 @@ use tokio::task::JoinSet;
 use crate::flags::{EngineArgs, QueueArgs, RouterArgs, WorkloadArgs, policy, workload};
 use crate::output::{print, write_json};
 use crate::progress;
-use crate::serve::runtime;
+use crate::serve::{AdminAddress, runtime};
 use crate::values::{Fraction, address};
 
 /// Name of the model that the mock engines serve.
@@ -60,8 +62,11 @@ pub(crate) struct DemoArgs {
     #[arg(long, value_name = "HOST:PORT", default_value = ANY_PORT, value_parser = address)]
     listen: SocketAddr,
     /// Sets the address of the router's metrics and admin API
-    #[arg(long, value_name = "HOST:PORT", default_value = ANY_PORT, value_parser = address)]
-    admin_listen: SocketAddr,
+    #[arg(long, value_name = "HOST:PORT|unix:PATH|off", default_value = ANY_PORT)]
+    admin_listen: AdminAddress,
+    /// Accepts an admin API that other hosts can use without a key
+    #[arg(long)]
+    admin_open: bool,
     /// Writes the report as JSON to a file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -172,11 +177,18 @@ impl DemoFleet {
         }
         let gateway = Gateway::start(GatewayConfig {
             listen: args.listen,
-            admin_listen: args.admin_listen,
+            admin_listen: args.admin_listen.listen.clone(),
+            admin: AdminConfig {
+                open: args.admin_open,
+                ..AdminConfig::default()
+            },
             workers,
             router: RouterConfig {
                 queue_order: args.queue.order(policy),
                 ..args.router.config(policy)
+            },
+            shutdown: ShutdownConfig {
+                delay: Duration::ZERO,
             },
             shutdown_timeout: Duration::from_secs(1),
             ..GatewayConfig::default()
@@ -254,13 +266,15 @@ impl DemoFleet {
 
     /// Prints the addresses, with commands to try.
     fn print_addresses(&self) {
-        let (api, admin) = (self.gateway.address(), self.gateway.admin_address());
+        let api = self.gateway.address();
         println!("\nPoint a client at http://{api}/v1, or try:");
         println!(
             "  curl http://{api}/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{{\"model\": \"{MODEL}\", \"stream\": true, \"messages\": [{{\"role\": \"user\", \"content\": \"Hello\"}}]}}'"
         );
-        println!("  curl http://{admin}/admin/workers");
-        println!("  curl http://{admin}/metrics");
+        if let Some(admin) = self.gateway.admin_address() {
+            println!("  curl http://{admin}/admin/workers");
+            println!("  curl http://{admin}/metrics");
+        }
         println!("Press Ctrl-C to stop.");
     }
 

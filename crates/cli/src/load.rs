@@ -175,8 +175,8 @@ fn run(args: &LoadArgs) -> anyhow::Result<LiveOutcome> {
     })
 }
 
-/// Reads the API key from an environment variable.
-fn api_key(name: &str) -> anyhow::Result<ApiKey> {
+/// Reads an API key from an environment variable.
+pub(crate) fn api_key(name: &str) -> anyhow::Result<ApiKey> {
     let key = std::env::var(name)
         .with_context(|| format!("cannot read the API key from the environment variable {name}"))?;
     Ok(ApiKey::new(&key)?)

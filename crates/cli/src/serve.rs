@@ -1,11 +1,20 @@
 //! `foresee serve`: runs the router.
 
+mod admin_args;
+mod client_args;
+mod connections;
+mod health_args;
+mod outlier;
 mod settings;
 
 use anyhow::Context;
-use foresee_gateway::{Gateway, GatewayConfig, StartError, raise_open_file_limit};
-use tokio::signal::unix::{SignalKind, signal};
+use foresee_gateway::{
+    Gateway, GatewayConfig, InheritedListeners, StartError, raise_open_file_limit,
+};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
+pub(crate) use admin_args::AdminAddress;
+pub(crate) use health_args::WorkerAccessArgs;
 pub(crate) use settings::{PromptArgs, ServeArgs, WorkerArgs};
 
 use crate::InvalidConfiguration;
@@ -17,17 +26,24 @@ use crate::check_config::check;
 /// # Errors
 /// If a setting is invalid, or the router cannot start.
 pub(crate) fn serve(args: ServeArgs) -> anyhow::Result<()> {
+    // Removes variables of the environment, so no other thread may run yet.
+    let listeners = InheritedListeners::from_environment()
+        .context("cannot use the sockets of LISTEN_FDS (socket activation)")?;
     let config = args.gateway();
     check(&config)?;
-    runtime()?.block_on(run(config))
+    let runtime = runtime()?;
+    let result = runtime.block_on(run(listeners, config));
+    // A look-up of a host name that hangs occupies a thread, which must not delay the end.
+    runtime.shutdown_background();
+    result
 }
 
-/// Starts the gateway and waits for SIGTERM or SIGINT, then for running requests. A later SIGINT
-/// ends that wait and aborts the requests.
+/// Starts the gateway and waits for SIGTERM or SIGINT, then for the shutdown. A second signal ends the
+/// process at once.
 ///
 /// # Errors
 /// If the gateway cannot start. Errors of the tokenizer are marked as an invalid configuration.
-async fn run(config: GatewayConfig) -> anyhow::Result<()> {
+async fn run(listeners: InheritedListeners, config: GatewayConfig) -> anyhow::Result<()> {
     let open_files = raise_open_file_limit().context("cannot raise the limit of open files")?;
     // A signal that arrives before its handler is installed ends the process, so the handlers are
     // installed before the router listens.
@@ -37,31 +53,44 @@ async fn run(config: GatewayConfig) -> anyhow::Result<()> {
         tracing::warn!("no worker is configured; add workers with POST /admin/workers");
     }
     let (workers, policy) = (config.workers.len(), config.router.policy);
-    let gateway = Gateway::start(config).map_err(|error| match error {
+    let admin = config.admin.clone();
+    let has_inherited_api = listeners.api.is_some();
+    let (delay, limit) = (config.shutdown.delay, config.shutdown_timeout);
+    let gateway = Gateway::start_on(listeners, config).map_err(|error| match error {
         StartError::Tokenizer(_) => anyhow::Error::new(error).context(InvalidConfiguration),
         error => error.into(),
     })?;
     tracing::info!(
-        api = %gateway.address(), admin = %gateway.admin_address(),
-        workers, %policy, open_files, "listening"
+        api = %gateway.address(), admin = %gateway.admin_listen(),
+        workers, %policy, open_files, socket_activation = has_inherited_api, "listening"
     );
-    if !gateway.admin_address().ip().is_loopback() {
+    if admin.is_unprotected(gateway.admin_listen()) {
         tracing::warn!(
-            address = %gateway.admin_address(),
-            "admin API is reachable without authentication: anyone who can connect can add or \
-             remove workers"
+            address = %gateway.admin_listen(),
+            "admin API is open to other hosts without a key: every client that can connect can add \
+             and remove workers; set --admin-key-file"
         );
     }
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    tracing::info!("stopping: accepting no new requests, waiting for running requests");
+    either(&mut terminate, &mut interrupt).await;
+    tracing::info!(
+        accepting_for = ?delay, waiting_for = ?limit,
+        "stopping: readiness checks fail now; a second signal ends the router at once"
+    );
     tokio::select! {
         () = gateway.shut_down() => {}
-        _ = interrupt.recv() => tracing::warn!("interrupted while stopping: aborting running requests"),
+        () = either(&mut terminate, &mut interrupt) => {
+            tracing::warn!("second signal while stopping: aborting running requests");
+        }
     }
     Ok(())
+}
+
+/// Waits for one of two signals.
+async fn either(first: &mut Signal, second: &mut Signal) {
+    tokio::select! {
+        _ = first.recv() => {}
+        _ = second.recv() => {}
+    }
 }
 
 /// Returns the async runtime of a subcommand that serves or sends requests.

@@ -15,6 +15,8 @@ use clap::{Arg, Command, Error};
 use foresee_gateway::WorkerConfig;
 use foresee_sim::duration;
 
+use crate::serve::AdminAddress;
+
 /// Parses a duration with its unit, such as `250ms`.
 pub(crate) fn duration(text: &str) -> Result<humantime::Duration, String> {
     let duration = duration::parse(text).map_err(|error| error.to_string())?;
@@ -286,7 +288,7 @@ impl Kind {
             Self::Duration
         } else if is_any(&[TypeId::of::<Size>()]) {
             Self::Size
-        } else if is_any(&[TypeId::of::<SocketAddr>()]) {
+        } else if is_any(&[TypeId::of::<SocketAddr>(), TypeId::of::<AdminAddress>()]) {
             Self::Address
         } else if is_any(&[TypeId::of::<PathBuf>()]) {
             Self::Path

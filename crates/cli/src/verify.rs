@@ -7,14 +7,15 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, anyhow, bail};
 use clap::{ArgMatches, Args};
-use foresee_gateway::{Gateway, GatewayConfig, raise_open_file_limit};
+use foresee_gateway::{AdminListen, Gateway, GatewayConfig, ShutdownConfig, raise_open_file_limit};
 use foresee_sim::verify::{self, Lengths, Verdict, VerifyConfig};
 
 use crate::exit::not_carried_out;
 use crate::flags::{RoutingArgs, Switch};
+use crate::load::api_key;
 use crate::output::{print, write_file, write_json};
 use crate::progress;
-use crate::serve::{PromptArgs, WorkerArgs, runtime};
+use crate::serve::{PromptArgs, WorkerAccessArgs, WorkerArgs, runtime};
 use crate::values::{Fraction, positive_duration};
 
 #[derive(Args, Debug)]
@@ -61,6 +62,9 @@ pub(crate) struct VerifyArgs {
     /// Sets the URL of the running router's admin API
     #[arg(long, value_name = "URL", requires = "router")]
     router_admin: Option<String>,
+    /// Names the environment variable with the key of the running router's admin API
+    #[arg(long, value_name = "NAME", requires = "router_admin")]
+    router_admin_key_env: Option<String>,
     /// Writes the report as an HTML page with charts to a file
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
@@ -69,6 +73,8 @@ pub(crate) struct VerifyArgs {
     json: Option<PathBuf>,
     #[command(flatten)]
     workers: WorkerArgs,
+    #[command(flatten)]
+    worker_access: WorkerAccessArgs,
     #[command(flatten)]
     prompts: PromptArgs,
     #[command(flatten)]
@@ -111,11 +117,16 @@ async fn run(args: VerifyArgs) -> anyhow::Result<Verdict> {
     let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let gateway_config = GatewayConfig {
         listen: any_port,
-        admin_listen: any_port,
+        admin_listen: AdminListen::Tcp(any_port),
         workers: args.workers.workers(),
+        worker_key: args.worker_access.key_config(),
+        dns: args.worker_access.dns_config(),
         router: args.routing.config(),
         prefix_caching: args.prompts.prefix_caching == Switch::On,
         tokenizer: args.prompts.tokenizer,
+        shutdown: ShutdownConfig {
+            delay: Duration::ZERO,
+        },
         ..GatewayConfig::default()
     };
     let block_size = gateway_config.router.block_size;
@@ -135,13 +146,15 @@ async fn run(args: VerifyArgs) -> anyhow::Result<Verdict> {
         _ => {
             let gateway = Gateway::start(gateway_config)?;
             let api = format!("http://{}", gateway.address());
-            let admin = format!("http://{}", gateway.admin_address());
+            let admin = format!("http://{}", gateway.admin_listen());
             (Some(gateway), api, admin)
         }
     };
+    let admin_key = args.router_admin_key_env.as_deref().map(api_key);
     let config = VerifyConfig {
         api,
         admin,
+        admin_key: admin_key.transpose()?,
         model: args.model,
         block_size: block_size.get(),
         has_tokenizer,

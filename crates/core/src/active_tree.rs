@@ -23,21 +23,22 @@
 //! memory of the tree is therefore proportional to the blocks that workers hold, not to the length
 //! of the prompts that contained them.
 
-use std::collections::HashMap;
-use std::hash::BuildHasherDefault;
 use std::mem;
 use std::sync::Arc;
 
-use slab::Slab;
 use smallvec::SmallVec;
 
-use crate::sequence::{IdentityHasher, SequenceHash};
+use crate::counter::Counter;
+use crate::paged_slab::PagedSlab;
+use crate::sequence::SequenceHash;
 
 mod changes;
 mod eviction;
+mod first_hashes;
 mod node;
 mod worker_sync;
 
+use first_hashes::FirstHashes;
 use node::{Node, NodeHolder};
 use worker_sync::WorkerSync;
 
@@ -101,10 +102,9 @@ pub(crate) struct TreePosition {
 #[derive(Debug, Default)]
 pub(crate) struct PrefixTree {
     /// All nodes, by id.
-    nodes: Slab<Node>,
-    /// Node whose edge starts with a hash. A sequence hash identifies its whole prefix, so one map
-    /// serves all levels.
-    by_first_hash: HashMap<SequenceHash, NodeId, BuildHasherDefault<IdentityHasher>>,
+    nodes: PagedSlab<Node>,
+    /// Node whose edge starts with a hash.
+    by_first_hash: FirstHashes,
     /// Confirmed progress by worker index; shorter than the list of workers if nothing is known of
     /// the last ones.
     worker_sync: Vec<WorkerSync>,
@@ -133,12 +133,13 @@ impl PrefixTree {
                     continue;
                 };
                 let sync = self.worker_sync(holder.worker);
-                if holder.cached_blocks > 0
+                let cached_blocks = sync.cached_blocks(holder);
+                if cached_blocks > 0
                     && (holder.pin_count > 0 || holder.serial_or_epoch > sync.acknowledged_epoch)
                 {
-                    prefix_match.cached_blocks = node.start + holder.cached_blocks.min(edge_blocks);
+                    prefix_match.cached_blocks = node.start + cached_blocks.min(edge_blocks);
                 }
-                let is_fully_cached = holder.cached_blocks == node.len();
+                let is_fully_cached = cached_blocks == node.len();
                 if holder.pin_count > 0
                     && (is_fully_cached || holder.serial_or_epoch <= sync.last_started)
                 {
@@ -163,13 +164,12 @@ impl PrefixTree {
         prefix_matches: &mut [PrefixMatch],
     ) {
         self.visit_path(chain, |node, edge_blocks| {
-            for holder in node
-                .holders
-                .iter()
-                .filter(|holder| holder.cached_blocks > 0)
-            {
-                if let Some(prefix_match) = prefix_matches.get_mut(holder.worker as usize) {
-                    prefix_match.cached_blocks = node.start + holder.cached_blocks.min(edge_blocks);
+            for holder in &node.holders {
+                let cached_blocks = self.worker_sync(holder.worker).cached_blocks(holder);
+                if cached_blocks > 0
+                    && let Some(prefix_match) = prefix_matches.get_mut(holder.worker as usize)
+                {
+                    prefix_match.cached_blocks = node.start + cached_blocks.min(edge_blocks);
                 }
             }
         });
@@ -189,8 +189,8 @@ impl PrefixTree {
             depth: 0,
             best_overlap: 0,
         };
-        while let Some(first) = chain.get(reached.depth as usize)
-            && let Some(&id) = self.by_first_hash.get(first)
+        while let Some(&first) = chain.get(reached.depth as usize)
+            && let Some(id) = self.by_first_hash.get(first)
         {
             let node = &self.nodes[id as usize];
             if node.start != reached.depth {
@@ -228,10 +228,10 @@ impl PrefixTree {
         if node != NO_NODE && position.edge_blocks < self.nodes[node as usize].len() {
             node = self.split(node, position.edge_blocks);
         }
-        if let Some(first) = chain.get(position.depth as usize)
+        if let Some(&first) = chain.get(position.depth as usize)
             // The hash is in use only after a collision of 64-bit hashes. Then the rest of the
             // chain is not tracked.
-            && !self.by_first_hash.contains_key(first)
+            && self.by_first_hash.get(first).is_none()
         {
             node = self.add_leaf(chain, position.depth, node);
         }
@@ -243,6 +243,7 @@ impl PrefixTree {
             newly_pinned: 0,
             reused: SmallVec::new(),
         };
+        let sync = self.worker_sync(worker);
         let mut ancestor = node;
         while ancestor != NO_NODE {
             let node = &mut self.nodes[ancestor as usize];
@@ -250,6 +251,7 @@ impl PrefixTree {
             match node.holder_index(worker) {
                 Ok(index) => {
                     let holder = &mut node.holders[index];
+                    sync.forget_lost(holder);
                     let present_blocks = match holder.pin_count {
                         0 => holder.cached_blocks,
                         _ => length,
@@ -271,6 +273,7 @@ impl PrefixTree {
                             pin_count: 1,
                             cached_blocks: 0,
                             serial_or_epoch: serial,
+                            generation: sync.generation,
                             is_engine_boundary: false,
                         },
                     );
@@ -284,15 +287,20 @@ impl PrefixTree {
     /// Records that `worker`, which pins `node`, has computed every block up to the end of `node`.
     /// No effect for [`NO_NODE`], or if the worker does not hold the node.
     pub(crate) fn mark_cached(&mut self, node: NodeId, worker: WorkerIndex) {
+        let sync = self.worker_sync(worker);
         let mut id = node;
         while id != NO_NODE {
             let node = &mut self.nodes[id as usize];
             let length = node.len();
-            match node.holder_mut(worker) {
-                Some(holder) if holder.cached_blocks < length => holder.cached_blocks = length,
+            let Some(holder) = node.holder_mut(worker) else {
+                return;
+            };
+            if sync.cached_blocks(holder) == length {
                 // A node that is computed completely has only computed nodes above it.
-                _ => return,
+                return;
             }
+            holder.cached_blocks = length;
+            holder.generation = sync.generation;
             id = node.parent;
         }
     }
@@ -303,7 +311,8 @@ impl PrefixTree {
     pub(crate) fn is_cached(&self, node: NodeId, worker: WorkerIndex) -> bool {
         self.nodes.get(node as usize).is_none_or(|node| {
             let holder = node.holder_index(worker).map(|index| node.holders[index]);
-            holder.is_ok_and(|holder| holder.cached_blocks == node.len())
+            let sync = self.worker_sync(worker);
+            holder.is_ok_and(|holder| sync.cached_blocks(&holder) == node.len())
         })
     }
 
@@ -333,6 +342,7 @@ impl PrefixTree {
             still_cached: 0,
             deepest_cached: NO_NODE,
         };
+        let sync = self.worker_sync(worker);
         let mut id = node;
         while id != NO_NODE {
             let node = &mut self.nodes[id as usize];
@@ -344,11 +354,8 @@ impl PrefixTree {
                 );
                 break;
             };
-            debug_assert!(
-                holder.pin_count > 0,
-                "a node was unpinned more often than it was pinned"
-            );
-            holder.pin_count -= 1;
+            sync.forget_lost(holder);
+            holder.pin_count.subtract(1);
             if holder.pin_count == 0 {
                 change.unpinned += length;
                 change.still_cached += holder.cached_blocks;
@@ -364,51 +371,6 @@ impl PrefixTree {
         self.prune_path(node);
         self.trim_leaf(node);
         change
-    }
-
-    /// Removes everything that `worker` holds, pinned or cached, and its progress. Visits every
-    /// node; meant for the removal of a worker.
-    pub(crate) fn remove_worker(&mut self, worker: WorkerIndex) {
-        self.remove_worker_sync(worker);
-        self.retain_holders(worker, |_| false);
-    }
-
-    /// Marks all blocks of `worker` as not computed. Pins stay, and blocks without a pin are
-    /// dropped. Visits every node; meant for a worker that has lost its cache.
-    pub(crate) fn clear_cached(&mut self, worker: WorkerIndex) {
-        self.retain_holders(worker, |holder| {
-            holder.cached_blocks = 0;
-            holder.pin_count > 0
-        });
-    }
-
-    /// Drops blocks cached on `worker` that were freed before the free epoch `epoch`. Pinned blocks
-    /// stay. Visits every node.
-    pub(crate) fn clear_freed_before(&mut self, worker: WorkerIndex, epoch: u64) {
-        // A node is pinned, or was freed, no earlier than the nodes below it. Therefore the
-        // remaining blocks are closed under prefixes.
-        self.retain_holders(worker, |holder| {
-            holder.pin_count > 0 || holder.serial_or_epoch >= epoch
-        });
-    }
-
-    /// Removes `worker` from every node that it holds and for which `keep` returns false, then
-    /// prunes all nodes. `keep` may change the entry.
-    fn retain_holders(
-        &mut self,
-        worker: WorkerIndex,
-        mut keep: impl FnMut(&mut NodeHolder) -> bool,
-    ) {
-        let ids: Vec<NodeId> = self.nodes.iter().map(|(id, _)| id as NodeId).collect();
-        for &id in &ids {
-            let node = &mut self.nodes[id as usize];
-            if node.holder_mut(worker).is_some_and(|holder| !keep(holder)) {
-                node.remove_holder(worker);
-            }
-        }
-        for id in ids {
-            self.prune(id);
-        }
     }
 
     /// Returns the number of nodes, to which the memory of the tree is proportional.
@@ -490,13 +452,13 @@ impl PrefixTree {
         while let Some(node) = self.nodes.get(id as usize)
             && node.holders.is_empty()
             && node.children == 0
+            && let Some(node) = self.nodes.remove(id as usize)
         {
             let parent = node.parent;
-            let node = self.nodes.remove(id as usize);
-            self.by_first_hash.remove(&node.first_hash());
+            self.by_first_hash.remove(node.first_hash());
             self.deferred_drops.push(node.chain);
             if let Some(parent) = self.nodes.get_mut(parent as usize) {
-                parent.children -= 1;
+                parent.children.subtract(1);
                 parent.children_xor ^= id;
             }
             id = parent;
@@ -532,9 +494,11 @@ impl PrefixTree {
         if !covered && upper.len() + lower.len() > MAX_COPIED_HASHES {
             return;
         }
-        let upper = self.nodes.remove(upper_id as usize);
+        let Some(upper) = self.nodes.remove(upper_id as usize) else {
+            return;
+        };
         let lower = &mut self.nodes[lower_id as usize];
-        self.by_first_hash.remove(&lower.first_hash());
+        self.by_first_hash.remove(lower.first_hash());
         if !covered {
             let joined = [upper.edge(), lower.edge()].concat().into();
             self.deferred_drops

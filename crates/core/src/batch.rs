@@ -2,28 +2,35 @@
 //!
 //! The engine treats each prompt as a request of its own, so each has a booking of its own. The
 //! worker is the one where the sum of their costs is least; a prefix that several prompts share
-//! counts once. Choosing the worker and booking all prompts there is one step.
+//! counts once. Choosing the worker and booking the prompts there is one critical section for a few
+//! prompts, and several for many, so that no other decision waits for the whole of it.
 
+mod costs;
+
+use std::num::NonZeroU32;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use smallvec::SmallVec;
 
-use crate::active_tree::{PrefixMatch, PrefixTree, WorkerIndex};
+use crate::active_tree::{PrefixMatch, PrefixTree};
 use crate::booking::Booking;
 use crate::booking_record::BookingId;
-use crate::kv_cost::KvCost;
-use crate::marginal_delay::MarginalDelay;
-use crate::policy::{CostSource, Decision, Load};
-use crate::request::{Request, RouteError};
+use crate::critical_section::{CriticalSection, SharedState};
+use crate::policy::Decision;
+use crate::request::{Explanation, PreparedRequest, RouteError, SelectError, check_block_size};
 use crate::sequence::Sequence;
-use crate::state::{State, unlock};
 use crate::workers::WorkerId;
+pub(crate) use costs::BatchCosts;
+use costs::Evaluation;
 
-/// Maximum number of prompts that are booked in one step. The step takes as long as routing that
-/// many single requests, and holds the router's lock all the time. A caller with more prompts books
-/// the rest as one prompt of [unknown content](Sequence::unhashed).
+/// Maximum number of prompts of a batch. Routing it takes as long as routing that many single
+/// requests. A caller with more prompts books the rest as one prompt of
+/// [unknown content](Sequence::unhashed).
 pub const MAX_BATCH_PROMPTS: usize = 64;
+
+/// Number of prompts that one critical section books or releases.
+const MAX_BOOKED_PER_LOCK: usize = 8;
 
 /// Bookings of one body with several prompts, all on one worker. Dropping it releases all of them.
 #[derive(Debug)]
@@ -62,15 +69,39 @@ impl Batch {
         &self.decision
     }
 
+    /// Returns the longest time to first token that was predicted for a prompt that has not ended:
+    /// see [`Booking::predicted_ttft`].
+    #[must_use]
+    pub fn predicted_ttft(&self) -> Duration {
+        let bookings = self.bookings.iter().flatten();
+        let predicted = bookings.map(Booking::predicted_ttft);
+        predicted.max().unwrap_or_default()
+    }
+
     /// Returns the number of prompts in the body, including the ones that have ended.
     #[must_use]
     pub fn prompt_count(&self) -> usize {
         self.bookings.len()
     }
 
+    /// Returns the bookings of the prompts that have not ended.
+    pub(crate) fn active_bookings(&mut self) -> impl Iterator<Item = &mut Booking> {
+        self.bookings.iter_mut().flatten()
+    }
+
     /// Returns the booking of the prompt with this index, unless it has ended.
     pub fn booking(&mut self, prompt: usize) -> Option<&mut Booking> {
         self.bookings.get_mut(prompt)?.as_mut()
+    }
+
+    /// Returns the predicted time from the booking to the first byte of the response: see
+    /// [`Booking::predicted_first_byte`]. `None` for several prompts.
+    #[must_use]
+    pub fn predicted_first_byte(&self) -> Option<Duration> {
+        match self.bookings.as_slice() {
+            [Some(booking)] => booking.predicted_first_byte(),
+            _ => None,
+        }
     }
 
     /// Polls for the dispatch of the batch: see [`Booking::poll_dispatch`]. Always `Ready` for
@@ -108,7 +139,7 @@ impl Batch {
     }
 
     /// Releases all bookings and books the prompts again on the worker that the policy chooses
-    /// among all that are not in `excluded`, in one step: see [`Booking::reroute`]. Prompts that
+    /// among all that are not in `excluded`: see [`Booking::reroute`]. Prompts that
     /// have ended are left out; if all have, the call has no effect.
     ///
     /// The output tokens observed so far are discarded. A batch of one prompt may be queued again:
@@ -128,51 +159,59 @@ impl Batch {
             return Ok(());
         };
         let requests = bookings.iter().map(|booking| booking.request(excluded));
-        let batch = BatchRequest::new(requests.collect());
-        let mut state = shared.lock();
-        state.advance_to(now);
-        let costs = state.batch_costs(&batch);
-        self.worker = state.select_for_batch(&batch, &costs)?;
-        for booking in &bookings {
-            state.release_for_rebooking(booking.id());
-        }
-        // Computed again: the blocks that the bookings themselves pinned no longer count as overlap.
-        let costs = state.batch_costs(&batch);
-        self.decision = costs.decision(self.worker);
-        let booked = state.book_batch(self.worker, &batch);
-        unlock(state);
+        let batch = BatchRequest::from_prepared(requests.collect());
+        let ids: Vec<BookingId> = bookings.iter().map(|booking| booking.id()).collect();
+        let (worker, decision, booked) = shared
+            .rebook_batch(&batch, &ids, now)
+            .map_err(|error| error.for_model(batch.requests[0].model))?;
+        (self.worker, self.decision) = (worker, decision);
         for (booking, (id, decision)) in bookings.iter_mut().zip(booked) {
-            booking.rebind(id, self.worker, decision);
+            booking.rebind(id, worker, decision);
         }
         Ok(())
     }
 }
 
+/// Booking and decision of each prompt of a batch, in the order of the prompts.
+type BookedPrompts = Vec<(BookingId, Decision)>;
+
 /// Requests that one worker must take together, with the prefixes that they share.
 #[derive(Debug)]
 pub(crate) struct BatchRequest<'a> {
     /// One request for each prompt. Only their prompts differ.
-    requests: Vec<Request<'a>>,
+    requests: Vec<PreparedRequest<'a>>,
     /// For each request, the number of leading blocks that an earlier request has as well.
     shared_with_earlier: Vec<u32>,
 }
 
 impl<'a> BatchRequest<'a> {
     /// Returns `request` and a copy of it for each of the `further` prompts.
-    pub(crate) fn from_request(request: &Request<'a>, further: &'a [Sequence]) -> Self {
-        debug_assert!(
-            further.len() < MAX_BATCH_PROMPTS,
-            "a batch has at most MAX_BATCH_PROMPTS prompts"
-        );
-        let further = further.iter().map(|sequence| Request {
-            prompt: sequence,
-            ..*request
-        });
-        Self::new(std::iter::once(*request).chain(further).collect())
+    ///
+    /// # Errors
+    /// [`RouteError::TooManyPrompts`] for more than [`MAX_BATCH_PROMPTS`] prompts,
+    /// [`RouteError::BlockSizeMismatch`] if a prompt has another block size than `block_size`.
+    pub(crate) fn new(
+        request: PreparedRequest<'a>,
+        further: &'a [Sequence],
+        block_size: NonZeroU32,
+    ) -> Result<Self, RouteError> {
+        if further.len() >= MAX_BATCH_PROMPTS {
+            return Err(RouteError::TooManyPrompts {
+                prompts: further.len() + 1,
+                limit: MAX_BATCH_PROMPTS,
+            });
+        }
+        for prompt in further {
+            check_block_size(prompt, block_size)?;
+        }
+        let further = further.iter().map(|prompt| request.with_prompt(prompt));
+        Ok(Self::from_prepared(
+            std::iter::once(request).chain(further).collect(),
+        ))
     }
 
     /// Computes the prefixes that the requests share. Does not need the router's lock.
-    fn new(requests: Vec<Request<'a>>) -> Self {
+    fn from_prepared(requests: Vec<PreparedRequest<'a>>) -> Self {
         // Pins the prompts one after the other on a single worker that starts empty.
         let mut tree = PrefixTree::default();
         let shared_with_earlier = requests.iter().map(|request| {
@@ -189,105 +228,95 @@ impl<'a> BatchRequest<'a> {
     }
 
     /// Returns one request for each prompt.
-    pub(crate) fn requests(&self) -> &[Request<'a>] {
+    pub(crate) fn requests(&self) -> &[PreparedRequest<'a>] {
         &self.requests
     }
 }
 
-/// Costs of a batch on each worker, by worker index.
-#[derive(Debug)]
-pub(crate) struct BatchCosts {
-    /// Costs in blocks, summed over the prompts.
-    pub(crate) costs: Vec<KvCost>,
-    /// Costs in seconds, summed over the prompts.
-    pub(crate) delays: Vec<MarginalDelay>,
-    /// Weighted sums of `delays`: the numbers that the marginal-delay policy minimises.
-    pub(crate) objective: Vec<f64>,
-    /// Prefix matches, summed over the prompts.
-    pub(crate) prefix_matches: Vec<PrefixMatch>,
-}
-
-impl BatchCosts {
-    /// Returns the decision to place the batch on `worker`.
-    pub(crate) fn decision(&self, worker: WorkerId) -> Decision {
-        let best = self.costs.iter().map(|cost| cost.overlap_blocks).max();
-        Decision {
-            cost: self.costs[worker.index as usize],
-            prefix_match: self.prefix_matches[worker.index as usize],
-            best_overlap_blocks: best.unwrap_or(0),
-        }
-    }
-}
-
-impl State {
-    /// Returns the costs of the batch on every worker, with its prompts booked one after the other.
-    /// Each prompt waits for the prefills of the prompts before it. Workers that cannot be chosen
-    /// have entries too. Books nothing.
-    pub(crate) fn batch_costs(&self, batch: &BatchRequest<'_>) -> BatchCosts {
-        let idle_cost = |load: &Load| KvCost::idle(load.projected_blocks());
-        let mut batch_costs = BatchCosts {
-            costs: self.workers.loads.iter().map(idle_cost).collect(),
-            delays: vec![MarginalDelay::default(); self.workers.index_len()],
-            objective: vec![0.0; self.workers.index_len()],
-            prefix_matches: vec![PrefixMatch::default(); self.workers.index_len()],
-        };
-        for (request, &shared) in batch.requests.iter().zip(&batch.shared_with_earlier) {
-            let assessment = self.assess(request);
-            let cost_input = self.kv_cost_input(request);
-            let profile = self.request_profile(request, &assessment);
-            for (index, &own_match) in assessment.prefix_matches().iter().enumerate() {
-                let worker = self.workers.by_index(index as WorkerIndex);
-                let mut prefix_match = own_match;
-                if worker.is_some_and(|worker| worker.prefix_caching) {
-                    prefix_match.active_blocks = prefix_match.active_blocks.max(shared);
-                }
-                batch_costs.costs[index].add(cost_input, prefix_match);
-                let mut delay =
-                    self.workers
-                        .marginal_delay(&profile, index as WorkerIndex, prefix_match);
-                // Each prompt also waits for the prefills of the prompts before it.
-                delay.queue_wait += batch_costs.delays[index].prefill;
-                batch_costs.objective[index] += profile.total(&delay);
-                batch_costs.delays[index] += delay;
-                let sum = &mut batch_costs.prefix_matches[index];
-                sum.cached_blocks = sum.cached_blocks.saturating_add(prefix_match.cached_blocks);
-                sum.active_blocks = sum.active_blocks.saturating_add(prefix_match.active_blocks);
-            }
-        }
-        batch_costs
-    }
-
-    /// Chooses the worker for the whole batch. Books nothing.
+impl SharedState {
+    /// Chooses one worker for a batch that arrives now, and books every prompt there as sent.
     ///
     /// # Errors
-    /// As [`select_with_costs`](Self::select_with_costs).
-    pub(crate) fn select_for_batch(
-        &mut self,
+    /// As [`State::select_with_costs`](crate::state::State::select_with_costs).
+    pub(crate) fn route_batch(
+        &self,
         batch: &BatchRequest<'_>,
-        batch_costs: &BatchCosts,
-    ) -> Result<WorkerId, RouteError> {
-        // The model and the exclusions are equal for all prompts. Consistent hashing uses the first
-        // prompt.
-        self.select_with_costs(
-            &batch.requests[0],
-            CostSource::Precomputed(&batch_costs.costs, &batch_costs.objective),
-        )
+        now: Duration,
+    ) -> Result<Batch, SelectError> {
+        let (costs, mut state) = self.batch_costs(batch, now, Evaluation::Shortlist);
+        let worker = state.select_for_batch(batch, &costs)?;
+        let (booked, mut state) = self.book_batch(state, worker, batch);
+        state.record_batch_arrival(&batch.requests[0], booked.iter().map(|(id, _)| *id));
+        drop(state);
+        let booked = booked.into_iter().zip(batch.requests());
+        let bookings = booked.map(|((id, decision), request)| {
+            Booking::new(self.clone(), id, worker, decision, request)
+        });
+        Ok(Batch::new(bookings, worker, costs.decision(worker)))
+    }
+
+    /// Books a batch again, whose bookings are `ids`, on the worker that the policy chooses now.
+    /// Returns that worker, the decision, and an entry per prompt.
+    ///
+    /// # Errors
+    /// As [`State::select_with_costs`](crate::state::State::select_with_costs). The bookings then stay where they are.
+    fn rebook_batch(
+        &self,
+        batch: &BatchRequest<'_>,
+        ids: &[BookingId],
+        now: Duration,
+    ) -> Result<(WorkerId, Decision, BookedPrompts), SelectError> {
+        let (costs, mut state) = self.batch_costs(batch, now, Evaluation::Shortlist);
+        let worker = state.select_for_batch(batch, &costs)?;
+        for (number, &id) in ids.iter().enumerate() {
+            if number > 0 && number.is_multiple_of(MAX_BOOKED_PER_LOCK) {
+                state.unlock_fair();
+                state = self.lock();
+            }
+            state.release_for_rebooking(id);
+        }
+        drop(state);
+        // Computed again: the blocks that the bookings themselves pinned no longer count as overlap.
+        let (costs, state) = self.batch_costs(batch, now, Evaluation::Only(worker.index));
+        let (booked, state) = self.book_batch(state, worker, batch);
+        drop(state);
+        Ok((worker, costs.decision(worker), booked))
+    }
+
+    /// Returns the decision that would be made for the batch now, without making it.
+    ///
+    /// # Errors
+    /// As [`State::select_with_costs`](crate::state::State::select_with_costs).
+    pub(crate) fn explain_batch(
+        &self,
+        batch: &BatchRequest<'_>,
+        now: Duration,
+    ) -> Result<Explanation, SelectError> {
+        let (costs, state) = self.batch_costs(batch, now, Evaluation::All);
+        state.explain(batch, &costs)
     }
 
     /// Books all prompts of the batch on `worker`, as dispatched. Returns an entry per prompt, in
-    /// their order. Does not count the arrival in the queue's state: see
-    /// [`record_batch_arrival`](Self::record_batch_arrival).
-    pub(crate) fn book_batch(
-        &mut self,
+    /// their order. Many prompts are booked in several critical sections: the first is `state`, the
+    /// last is returned. Does not count the arrival in the queue's state: see
+    /// [`record_batch_arrival`](crate::state::State::record_batch_arrival).
+    fn book_batch<'a>(
+        &'a self,
+        mut state: CriticalSection<'a>,
         worker: WorkerId,
         batch: &BatchRequest<'_>,
-    ) -> Vec<(BookingId, Decision)> {
-        let book = |request| {
+    ) -> (BookedPrompts, CriticalSection<'a>) {
+        let mut booked = Vec::with_capacity(batch.requests.len());
+        for (number, request) in batch.requests.iter().enumerate() {
+            if number > 0 && number.is_multiple_of(MAX_BOOKED_PER_LOCK) {
+                state.unlock_fair();
+                state = self.lock();
+            }
             // Assessed one by one, so that each prompt matches the blocks of those before it.
-            let ticket = self.ticket(request);
-            let assessment = self.assess_ignoring_queue(request, ticket);
-            self.book(worker, &assessment, request)
-        };
-        batch.requests.iter().map(book).collect()
+            let ticket = state.ticket(request);
+            let assessment = state.assess_ignoring_queue(request, ticket);
+            booked.push(state.book(worker, &assessment, request));
+        }
+        (booked, state)
     }
 }

@@ -8,10 +8,11 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use crate::booking_record::BookingId;
+use crate::critical_section::SharedState;
 use crate::policy::Decision;
-use crate::request::{Request, RouteError};
+use crate::request::{PreparedRequest, Request, RouteError, SelectError};
 use crate::sequence::Sequence;
-use crate::state::{SharedState, State, unlock};
+use crate::state::State;
 use crate::workers::WorkerId;
 
 /// Everything that one routed request occupies on one worker. Dropping it releases all of that.
@@ -27,6 +28,7 @@ pub struct Booking {
     worker: WorkerId,
     decision: Decision,
     model: Box<str>,
+    model_hash: u64,
     prompt: Sequence,
     max_tokens: Option<u32>,
     ignore_eos: bool,
@@ -35,6 +37,7 @@ pub struct Booking {
     is_streaming: bool,
     priority: i32,
     tenant: u64,
+    only_worker: Option<WorkerId>,
     /// Prompt followed by output, once the caller has reported the content of the output.
     output_sequence: Option<Sequence>,
 }
@@ -46,7 +49,7 @@ impl Booking {
         id: BookingId,
         worker: WorkerId,
         decision: Decision,
-        request: &Request<'_>,
+        request: &PreparedRequest<'_>,
     ) -> Self {
         Self {
             state,
@@ -54,6 +57,7 @@ impl Booking {
             worker,
             decision,
             model: request.model.into(),
+            model_hash: request.model_hash(),
             prompt: request.prompt.clone(),
             max_tokens: request.max_tokens,
             ignore_eos: request.ignore_eos,
@@ -62,6 +66,7 @@ impl Booking {
             is_streaming: request.is_streaming,
             priority: request.priority,
             tenant: request.tenant,
+            only_worker: request.only_worker,
             output_sequence: None,
         }
     }
@@ -77,8 +82,8 @@ impl Booking {
     }
 
     /// Returns the request that was booked, with these excluded workers.
-    pub(crate) fn request<'a>(&'a self, excluded: &'a [WorkerId]) -> Request<'a> {
-        Request {
+    pub(crate) fn request<'a>(&'a self, excluded: &'a [WorkerId]) -> PreparedRequest<'a> {
+        let request = Request {
             model: &self.model,
             prompt: &self.prompt,
             max_tokens: self.max_tokens,
@@ -89,7 +94,11 @@ impl Booking {
             priority: self.priority,
             tenant: self.tenant,
             excluded_workers: excluded,
-        }
+            only_worker: self.only_worker,
+            // A request that is booked again has lost its reason to prefer a worker.
+            preferred_worker: None,
+        };
+        PreparedRequest::with_model_hash(request, self.model_hash)
     }
 
     /// Points the handle at a new booking of the same request, after the old one was released.
@@ -109,6 +118,28 @@ impl Booking {
     #[must_use]
     pub fn decision(&self) -> &Decision {
         &self.decision
+    }
+
+    /// Returns the predicted time from the booking to the first byte of the response: to the first
+    /// token of a stream, or to the end of an output that has a limit of tokens and reaches it.
+    /// `None` for a response that is not streamed and has no limit: its length is not known well
+    /// enough. Also `None` if the booking has ended.
+    #[must_use]
+    pub fn predicted_first_byte(&self) -> Option<Duration> {
+        self.state.lock().predicted_first_byte(self.id)
+    }
+
+    /// Returns the time to first token that was predicted when the request was last booked: queued
+    /// or, later, sent to its present worker. The prediction is not updated while the request runs.
+    /// Zero if the worker was removed.
+    #[must_use]
+    pub fn predicted_ttft(&self) -> Duration {
+        let state = self.state.lock();
+        state.get_record(self.id).map_or(Duration::ZERO, |record| {
+            record
+                .predicted_first_token_at
+                .saturating_sub(record.booked_at)
+        })
     }
 
     /// Returns the prompt of the request.
@@ -142,9 +173,7 @@ impl Booking {
         if state.is_dispatching(self.id) {
             self.dispatch(&mut state);
         }
-        let poll = state.poll_dispatch(self.id, context);
-        unlock(state);
-        poll
+        state.poll_dispatch(self.id, context)
     }
 
     /// Marks the request as sent, if it is queued.
@@ -166,7 +195,6 @@ impl Booking {
             state = self.state.lock();
         }
         observe(&mut state, self.id);
-        unlock(state);
     }
 
     /// Records that the worker generated the first output token, so the prompt is computed. Calls
@@ -222,9 +250,13 @@ impl Booking {
     /// effect. Has no effect while the request is queued, or if the worker's cache source is
     /// events.
     pub fn on_cached_tokens(&mut self, tokens: u32) {
-        let mut state = self.state.lock();
-        state.observe_cached_tokens(self.id, &self.prompt, tokens);
-        unlock(state);
+        let has_lost_blocks =
+            self.state
+                .lock()
+                .observe_cached_tokens(self.id, &self.prompt, tokens);
+        if has_lost_blocks {
+            self.state.evict_lost_blocks(self.worker);
+        }
     }
 
     /// Releases everything on the present worker and books the same request on `worker`, in one
@@ -259,23 +291,36 @@ impl Booking {
         worker: Option<WorkerId>,
     ) -> Result<(), RouteError> {
         let request = self.request(excluded);
+        let (id, worker, decision) = self
+            .book_again(&request, now, worker)
+            .map_err(|error| error.for_model(request.model))?;
+        self.rebind(id, worker, decision);
+        Ok(())
+    }
+
+    /// Releases the booking and books `request`, the same request, again. See
+    /// [`rebook`](Self::rebook).
+    fn book_again(
+        &self,
+        request: &PreparedRequest<'_>,
+        now: Duration,
+        worker: Option<WorkerId>,
+    ) -> Result<(BookingId, WorkerId, Decision), SelectError> {
         let mut state = self.state.lock();
         state.advance_to(now);
         let ticket = state.record(self.id).map(|record| record.ticket);
-        let ticket = ticket.unwrap_or_else(|| state.ticket(&request));
-        let assessment = state.assess_with_ticket(&request, ticket);
+        let ticket = ticket.unwrap_or_else(|| state.ticket(request));
+        let assessment = state.assess_with_ticket(request, ticket);
         let chosen = match worker {
             Some(worker) if state.workers.get(worker).is_some() => worker,
-            Some(_) => return Err(RouteError::NoWorker(request.model.to_owned())),
-            None => state.select_worker(&request, &assessment)?,
+            Some(_) => return Err(SelectError::NoWorker),
+            None => state.select_worker(request, &assessment)?,
         };
         state.release_for_rebooking(self.id);
         // Assessed again: the blocks that the booking itself pinned no longer count as overlap.
-        let assessment = state.assess_with_ticket(&request, ticket);
-        let (id, decision) = state.book_or_enqueue(chosen, &assessment, &request, now);
-        unlock(state);
-        self.rebind(id, chosen, decision);
-        Ok(())
+        let assessment = state.assess_with_ticket(request, ticket);
+        let (id, decision) = state.book_or_enqueue(chosen, &assessment, request, now);
+        Ok((id, chosen, decision))
     }
 
     /// Releases the booking of a request that ended normally. In contrast to a mere drop, the
@@ -293,7 +338,6 @@ impl Drop for Booking {
     fn drop(&mut self) {
         let mut state = self.state.lock();
         state.release(self.id, self.output_sequence.as_ref());
-        unlock(state);
     }
 }
 

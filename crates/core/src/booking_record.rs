@@ -6,6 +6,7 @@ use std::time::Duration;
 use crate::active_tree::NodeId;
 use crate::forecast::output_length::LengthClass;
 use crate::hit_audit::ExpectedHit;
+use crate::outlier::ReportedResult;
 use crate::pending_work::RequestWork;
 use crate::queue::{QueueKey, QueueTicket};
 use crate::sglang_admission::OutputReservation;
@@ -104,6 +105,8 @@ pub(crate) struct BookingRecord {
     pub(crate) last_known: KnownProgress,
     /// Cache hit that was expected at the booking; `None` once the worker has reported its hit.
     pub(crate) expected_hit: Option<ExpectedHit>,
+    /// Result that the caller has reported of the exchange with the worker.
+    pub(crate) reported: ReportedResult,
 }
 
 impl BookingRecord {

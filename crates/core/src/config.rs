@@ -2,6 +2,7 @@
 
 use std::num::NonZeroU32;
 
+use crate::outlier::OutlierConfig;
 use crate::policy::Policy;
 use crate::queue::QueueOrder;
 
@@ -37,6 +38,12 @@ pub struct RouterConfig {
     /// Order in which requests wait at the router until their worker has prefill slack and memory
     /// for them. `None` dispatches every request on arrival.
     pub queue_order: Option<QueueOrder>,
+    /// Outlier ejection, failure charge and warm-up limit.
+    pub outlier: OutlierConfig,
+    /// Maximum number of queued requests. A request that would have to be queued beyond it is
+    /// refused. `None` sets no limit. A request that was booked before, and is booked again or
+    /// moved, may be queued in any case.
+    pub queue_limit: Option<usize>,
     /// Seed of every random choice.
     pub seed: u64,
 }
@@ -50,6 +57,8 @@ impl Default for RouterConfig {
             temperature: 0.0,
             block_size: DEFAULT_BLOCK_SIZE,
             queue_order: Policy::default().default_queue(),
+            outlier: OutlierConfig::default(),
+            queue_limit: None,
             seed: 0,
         }
     }
@@ -73,10 +82,12 @@ pub(crate) const MAX_WEIGHT: f64 = 1e6;
 
 /// Error for a setting that is outside its range.
 #[derive(Debug, thiserror::Error, PartialEq)]
-#[error("`{field}` is {value}: it must be a number from 0 to {MAX_WEIGHT}")]
+#[error("`{field}` is {value}: it must be a number from 0 to {max}")]
 pub struct ConfigError {
     /// Name of the setting on the command line.
     pub field: &'static str,
     /// Rejected value.
     pub value: f64,
+    /// Largest value that is accepted.
+    pub max: f64,
 }

@@ -24,7 +24,7 @@ use crate::booking_record::BookingId;
 use crate::estimated_cache::EvictionRule;
 use crate::policy::Decision;
 use crate::queue::{QueueOrder, QueueTicket};
-use crate::request::Request;
+use crate::request::{PreparedRequest, SelectError};
 use crate::sglang_admission::OutputReservation;
 use crate::state::{RequestAssessment, State};
 use crate::workers::{Worker, WorkerId, WorkerState, duration_from_secs_saturating};
@@ -43,15 +43,40 @@ const REBALANCE_INTERVAL: Duration = Duration::from_millis(25);
 impl State {
     /// Books a request that has just arrived on `worker`: dispatched if the worker can take it now,
     /// and queued otherwise.
+    ///
+    /// # Errors
+    /// [`SelectError::QueueFull`] if it would have to be queued and the queue limit is reached.
     pub(crate) fn book_on_arrival(
         &mut self,
         worker: WorkerId,
         assessment: &RequestAssessment,
-        request: &Request<'_>,
-    ) -> (BookingId, Decision) {
-        let (id, decision) = self.book_or_enqueue(worker, assessment, request, self.now);
+        request: &PreparedRequest<'_>,
+    ) -> Result<(BookingId, Decision), SelectError> {
+        let can_dispatch = self.can_dispatch_now(worker, assessment, request);
+        if let Some(limit) = self.config.queue_limit
+            && !can_dispatch
+            && self.queue.queued_total >= limit
+        {
+            return Err(SelectError::QueueFull { limit });
+        }
+        let (id, decision) = match can_dispatch {
+            true => self.book_dispatched(worker, assessment, request),
+            false => self.enqueue(worker, assessment, request, self.now),
+        };
+        self.try_dispatch_next(worker.index);
         self.record_arrival(&assessment.ticket, std::iter::once(id));
-        (id, decision)
+        Ok((id, decision))
+    }
+
+    /// Books a request on `worker` as sent to it now, and counts the dispatch.
+    fn book_dispatched(
+        &mut self,
+        worker: WorkerId,
+        assessment: &RequestAssessment,
+        request: &PreparedRequest<'_>,
+    ) -> (BookingId, Decision) {
+        self.queue.on_dispatch(&assessment.ticket);
+        self.book(worker, assessment, request)
     }
 
     /// Records the arrival of a batch that was dispatched at once. `first` is the request with its
@@ -59,7 +84,7 @@ impl State {
     /// [`book_batch`](Self::book_batch), under the same lock.
     pub(crate) fn record_batch_arrival(
         &mut self,
-        first: &Request<'_>,
+        first: &PreparedRequest<'_>,
         bookings: impl Iterator<Item = BookingId>,
     ) {
         let ticket = self.ticket(first);
@@ -108,12 +133,11 @@ impl State {
         &mut self,
         worker: WorkerId,
         assessment: &RequestAssessment,
-        request: &Request<'_>,
+        request: &PreparedRequest<'_>,
         rebalance_not_before: Duration,
     ) -> (BookingId, Decision) {
         let booked = if self.can_dispatch_now(worker, assessment, request) {
-            self.queue.on_dispatch(&assessment.ticket);
-            self.book(worker, assessment, request)
+            self.book_dispatched(worker, assessment, request)
         } else {
             self.enqueue(worker, assessment, request, rebalance_not_before)
         };
@@ -123,14 +147,14 @@ impl State {
 
     /// Returns whether a new request can be sent to the worker at once: no other request is queued
     /// for it, it has prefill slack, and the request fits its memory. Always true if the router has
-    /// no queue, and otherwise false if the worker was removed.
+    /// no queue or the request is a trial, and otherwise false if the worker was removed.
     fn can_dispatch_now(
         &self,
         worker: WorkerId,
         assessment: &RequestAssessment,
-        request: &Request<'_>,
+        request: &PreparedRequest<'_>,
     ) -> bool {
-        if self.config.queue_order.is_none() {
+        if self.config.queue_order.is_none() || assessment.is_trial {
             return true;
         }
         let Some(pending_work) = self.workers.pending_work.get(worker.index as usize) else {
@@ -156,7 +180,10 @@ impl State {
         }
         let queue = &self.workers.pending_work[index as usize].queue;
         if queue.is_empty() {
-            return self.rebalance_from_longest_queue(index);
+            if self.workers.restriction(index, self.now).is_none() {
+                self.rebalance_from_longest_queue(index);
+            }
+            return;
         }
         if queue.dispatching.is_some() {
             return;
@@ -177,13 +204,15 @@ impl State {
         }
     }
 
-    /// Returns whether the worker at `index` exists, is not unhealthy, and has a prefill backlog
-    /// shorter than [`DISPATCH_AHEAD_SECONDS`].
+    /// Returns whether the worker at `index` exists, is not unhealthy, has no backpressure, and has a
+    /// prefill backlog shorter than [`DISPATCH_AHEAD_SECONDS`].
     fn has_prefill_slack(&self, index: WorkerIndex) -> bool {
         let Some(worker) = self.workers.by_index(index) else {
             return false;
         };
-        if worker.state() == WorkerState::Unhealthy {
+        if worker.state() == WorkerState::Unhealthy
+            || self.workers.has_backpressure(index, self.now)
+        {
             return false;
         }
         let pending_work = &self.workers.pending_work[index as usize];
@@ -246,14 +275,7 @@ impl State {
     /// model: requests of other models could not move to it. Has no effect if no request is queued
     /// there, or before the `rebalance_not_before` of that request. The caller checks the slack.
     fn rebalance_from_longest_queue(&mut self, index: WorkerIndex) {
-        let latency_model = self.workers.pending_work[index as usize].latency_model;
-        let same_model = self
-            .workers
-            .pending_work
-            .iter()
-            .filter(|pending_work| pending_work.latency_model == latency_model);
-        let longest = same_model.max_by_key(|pending_work| pending_work.queue.totals().requests);
-        let Some(id) = longest.and_then(|pending_work| pending_work.queue.first()) else {
+        let Some(id) = self.workers.first_of_longest_queue(index) else {
             return;
         };
         let now = self.now;
@@ -263,31 +285,8 @@ impl State {
         }
     }
 
-    /// Offers a new choice to all requests in the queue of a worker that is about to be removed,
-    /// and no longer counts them as queued. Must be called before
-    /// [`Workers::remove`](crate::workers::Workers::remove), which clears the queue. Has no effect
-    /// if the worker was removed.
-    pub(crate) fn drop_worker_queue(&mut self, worker: WorkerId) {
-        self.offer_rebalance_to_all(worker);
-        if let Some((pending_work, _)) = self.workers.pending_work_mut(worker) {
-            self.queue.queued_total -= pending_work.queue.totals().requests as usize;
-        }
-    }
-
-    /// Offers a new choice to all requests in the worker's queue, because the worker accepts no
-    /// more requests. Has no effect if the worker was removed.
-    pub(crate) fn offer_rebalance_to_all(&mut self, worker: WorkerId) {
-        let Some((pending_work, _)) = self.workers.pending_work_mut(worker) else {
-            return;
-        };
-        let ids: Vec<BookingId> = pending_work.queue.bookings().collect();
-        for id in ids {
-            self.offer_rebalance(id);
-        }
-    }
-
     /// Lets a queued request choose a worker again when it is polled next, and wakes its task.
-    fn offer_rebalance(&mut self, id: BookingId) {
+    pub(crate) fn offer_rebalance(&mut self, id: BookingId) {
         if let Some(queued) = self.record(id).and_then(|record| record.queued.as_mut()) {
             queued.rebalance_offered = true;
             let waker = queued.waker.take();
@@ -344,7 +343,7 @@ impl State {
     pub(crate) fn rebalance(
         &mut self,
         id: BookingId,
-        request: &Request<'_>,
+        request: &PreparedRequest<'_>,
     ) -> Option<(BookingId, WorkerId, Decision)> {
         // Does not dispatch the next request of the queue: this one may return to it.
         let (current, ticket) = self.remove_booking(id)?;
@@ -368,7 +367,7 @@ impl State {
     pub(crate) fn dispatch(
         &mut self,
         id: BookingId,
-        request: &Request<'_>,
+        request: &PreparedRequest<'_>,
     ) -> Option<(BookingId, WorkerId, Decision)> {
         self.record(id).filter(|record| record.queued.is_some())?;
         let (worker, ticket) = self.remove_booking(id)?;
@@ -395,8 +394,7 @@ impl State {
     /// its worker either. Returns the worker and the queue ticket, or `None` if the booking has
     /// ended. Dispatches no other request.
     fn remove_booking(&mut self, id: BookingId) -> Option<(WorkerId, QueueTicket)> {
-        self.record(id)?;
-        let record = self.bookings.remove(id.index);
+        let record = self.remove_record(id)?;
         let (worker, ticket, now) = (record.worker, record.ticket, self.now);
         if let Some((pending_work, _)) = self.workers.pending_work_mut(worker) {
             let arrival = (record.booked_at, record.predicted_prefill_seconds);
@@ -407,7 +405,7 @@ impl State {
     }
 
     /// Returns whether a queued request should move from `current` to `chosen`: if `current` is not
-    /// healthy, or if the move reduces the cost to [`MAX_MIGRATION_COST_RATIO`] of what it is. The
+    /// healthy or has backpressure, or if the move reduces the cost to [`MAX_MIGRATION_COST_RATIO`] of what it is. The
     /// request must not be booked at the time, or its own booking would count in the cost of
     /// `current`.
     fn is_worth_moving(
@@ -415,10 +413,12 @@ impl State {
         current: WorkerId,
         chosen: WorkerId,
         assessment: &RequestAssessment,
-        request: &Request<'_>,
+        request: &PreparedRequest<'_>,
     ) -> bool {
         let state = self.workers.get(current).map(Worker::state);
-        if state != Some(WorkerState::Healthy) {
+        if state != Some(WorkerState::Healthy)
+            || self.workers.has_backpressure(current.index, self.now)
+        {
             return true;
         }
         let profile = self.request_profile(request, assessment);

@@ -22,6 +22,7 @@ use smallvec::SmallVec;
 
 use crate::active_tree::{EvictChange, NodeId, PrefixTree, ReusedRun, UnpinChange, WorkerIndex};
 use crate::capacity::{Capacity, CapacitySource};
+use crate::counter::Counter;
 use crate::hit_audit::{AuditResult, ExpectedHit, ExpectedRun, HitAudit, ReportedHit};
 use crate::pending_evictions::PendingEvictions;
 use crate::sequence::SequenceHash;
@@ -49,6 +50,11 @@ impl EvictionRule {
         }
     }
 }
+
+/// Maximum number of entries of the free queue from which one call of
+/// [`EstimatedCache::evict_to_fit`] evicts blocks. A call takes part of a critical section. More are
+/// evicted only for a prompt that displaces hundreds of others, or if the capacity shrinks.
+const MAX_EVICTIONS_PER_CALL: usize = 64;
 
 /// Number of evicted runs that are remembered, to detect that the engine still had one of them.
 const MAX_GHOSTS: usize = 1024;
@@ -95,7 +101,7 @@ impl FreedRequest {
         self.unknown_output -= output;
         let remaining = want.saturating_sub(output);
         let mut evicted = tree.evict(self.node, worker, self.epoch, remaining, whole_leaves);
-        self.reusable -= evicted.blocks;
+        self.reusable.subtract(evicted.blocks);
         evicted.blocks += output;
         match evicted.resume_at {
             Some(node) => self.node = node,
@@ -135,8 +141,12 @@ pub(crate) struct EstimatedCache {
     /// Blocks that SGLang frees for its requests in addition to the blocks that they take. Always
     /// counted; used under [`EvictionRule::SglangRadix`] only.
     headroom: u64,
-    /// Freed requests in ascending order of their free epochs.
+    /// Freed requests in ascending order of their free epochs. Entries up to the epoch `lost_until`
+    /// are lost: they count in none of the totals, and wait for
+    /// [`evict_lost`](Self::evict_lost).
     free_queue: VecDeque<FreedRequest>,
+    /// Latest free epoch whose blocks the worker has lost.
+    lost_until: u64,
     /// Blocks in the free queue that a request can hit.
     reusable_blocks: u64,
     /// All blocks in the free queue: reusable blocks, unknown output and duplicates.
@@ -162,6 +172,7 @@ impl EstimatedCache {
             pending_prefills: 0,
             headroom: 0,
             free_queue: VecDeque::new(),
+            lost_until: 0,
             reusable_blocks: 0,
             free_blocks: 0,
             last_epoch: 0,
@@ -222,7 +233,7 @@ impl EstimatedCache {
             self.pending_prefills > 0,
             "every booking that leaves prefill has entered it"
         );
-        self.pending_prefills -= 1;
+        self.pending_prefills.subtract(1);
         self.pending_prefills == 0
     }
 
@@ -232,14 +243,45 @@ impl EstimatedCache {
     }
 
     /// Empties the cache and forgets what was learned from hits and misses. The capacity, the
-    /// headroom and the count of pending prefills stay. The caller clears the worker's blocks in
-    /// the tree.
+    /// headroom and the count of pending prefills stay. The caller records the loss in the tree with
+    /// [`PrefixTree::lose_cached`], and then calls [`evict_lost`](Self::evict_lost).
     pub(crate) fn clear(&mut self) {
-        self.free_queue.clear();
+        self.lost_until = self.last_epoch;
         self.reusable_blocks = 0;
         self.free_blocks = 0;
         self.ghosts.clear();
         self.hit_audit = HitAudit::default();
+    }
+
+    /// Removes lost blocks from the free queue and from the tree, of at most `max_entries` entries
+    /// of the queue. Returns whether some are left.
+    pub(crate) fn evict_lost(
+        &mut self,
+        max_entries: usize,
+        worker: WorkerIndex,
+        tree: &mut PrefixTree,
+    ) -> bool {
+        for _ in 0..max_entries {
+            let Some(front) = self.lost_front() else {
+                return false;
+            };
+            let evicted = tree.evict(front.node, worker, front.epoch, u32::MAX, true);
+            match evicted.resume_at {
+                Some(node) => front.node = node,
+                None => {
+                    self.free_queue.pop_front();
+                }
+            }
+        }
+        self.lost_front().is_some()
+    }
+
+    /// Returns the first entry of the free queue, if it is lost.
+    fn lost_front(&mut self) -> Option<&mut FreedRequest> {
+        let lost_until = self.lost_until;
+        self.free_queue
+            .front_mut()
+            .filter(|front| front.epoch <= lost_until)
     }
 
     /// Returns the latest free epoch.
@@ -267,7 +309,7 @@ impl EstimatedCache {
             0
         };
         for run in runs {
-            self.reusable_blocks -= u64::from(run.blocks);
+            self.reusable_blocks.subtract(run.blocks.into());
             let Some(entry) = self.freed_at_mut(run.freed_epoch) else {
                 debug_assert!(
                     false,
@@ -277,9 +319,9 @@ impl EstimatedCache {
             };
             let duplicates = recomputed.min(run.blocks);
             recomputed -= duplicates;
-            entry.reusable -= run.blocks;
+            entry.reusable.subtract(run.blocks);
             entry.duplicates += duplicates;
-            self.free_blocks -= u64::from(run.blocks - duplicates);
+            self.free_blocks.subtract((run.blocks - duplicates).into());
         }
     }
 
@@ -316,13 +358,16 @@ impl EstimatedCache {
     ///
     /// Evictions that the worker's events have not reported yet are added to `pending_evictions`,
     /// if any prefill is pending and the estimate is not disabled.
+    ///
+    /// Returns whether everything fits. If not, the next call continues: one call evicts blocks of
+    /// at most [`MAX_EVICTIONS_PER_CALL`] entries of the free queue.
     pub(crate) fn evict_to_fit(
         &mut self,
         active_blocks: u64,
         worker: WorkerIndex,
         tree: &mut PrefixTree,
         pending_evictions: &mut PendingEvictions,
-    ) {
+    ) -> bool {
         let is_disabled = self.is_disabled();
         let capacity = if is_disabled {
             0
@@ -333,14 +378,26 @@ impl EstimatedCache {
         let whole_leaves = self.eviction == EvictionRule::SglangRadix;
         let headroom = if whole_leaves { self.headroom } else { 0 };
         let max_free_blocks = u64::from(capacity).saturating_sub(active_blocks + headroom);
-        while self.free_blocks > max_free_blocks
-            && let Some(front) = self.free_queue.front_mut()
-        {
+        let mut evictions = 0;
+        while self.free_blocks > max_free_blocks {
+            evictions += 1;
+            if evictions > MAX_EVICTIONS_PER_CALL {
+                return false;
+            }
+            if self.lost_front().is_some() {
+                self.evict_lost(1, worker, tree);
+                continue;
+            }
+            let Some(front) = self.free_queue.front_mut() else {
+                break;
+            };
             let want = u32::try_from(self.free_blocks - max_free_blocks).unwrap_or(u32::MAX);
             let reusable_before = front.reusable;
             let evicted = front.evict(want, whole_leaves, worker, tree);
-            self.reusable_blocks -= u64::from(reusable_before - front.reusable);
-            self.free_blocks -= u64::from(evicted.blocks);
+            let reusable_after = front.reusable;
+            self.reusable_blocks
+                .subtract(reusable_before.saturating_sub(reusable_after).into());
+            self.free_blocks.subtract(evicted.blocks.into());
             self.evicted_total += u64::from(evicted.blocks);
             if let Some(shallowest) = evicted.shallowest
                 && records_evictions
@@ -356,6 +413,7 @@ impl EstimatedCache {
             }
         }
         self.compact();
+        true
     }
 
     /// Remembers an evicted run that begins with `shallowest`; no effect if that is `None` or the
@@ -377,7 +435,8 @@ impl EstimatedCache {
     /// whose blocks were all pinned again stays until it reaches the front. Every other entry has
     /// at least one block, so most entries of an overlong queue are empty.
     fn compact(&mut self) {
-        if self.free_queue.len() > 2 * self.capacity.blocks() as usize + 64 {
+        let max_len = 2 * self.capacity.blocks() as usize + 64;
+        if self.free_queue.len() > max_len && self.lost_front().is_none() {
             self.free_queue.retain(|entry| entry.blocks() > 0);
         }
     }
@@ -450,16 +509,24 @@ impl EstimatedCache {
         Some(self.evicted_total - ghost.evicted_total)
     }
 
-    /// Removes what was freed before the free epoch `epoch`, because the worker has lost it. The
-    /// caller does the same in the tree with [`PrefixTree::clear_freed_before`].
+    /// Forgets what was freed before the free epoch `epoch`, because the worker has lost it. The
+    /// caller records the loss in the tree with [`PrefixTree::lose_freed_before`], and then calls
+    /// [`evict_lost`](Self::evict_lost). Adds up the entries of the free queue that are lost.
     pub(crate) fn forget_freed_before(&mut self, epoch: u64) {
-        self.free_queue.retain(|entry| entry.epoch >= epoch);
-        let reusable = self
+        let lost_before = self.lost_until;
+        let lost_entries = self
             .free_queue
             .iter()
-            .map(|entry| u64::from(entry.reusable));
-        self.reusable_blocks = reusable.sum();
-        self.free_blocks = self.free_queue.iter().map(FreedRequest::blocks).sum();
+            .skip_while(|entry| entry.epoch <= lost_before)
+            .take_while(|entry| entry.epoch < epoch);
+        let (mut reusable_blocks, mut free_blocks) = (0, 0);
+        for entry in lost_entries {
+            reusable_blocks += u64::from(entry.reusable);
+            free_blocks += entry.blocks();
+        }
+        self.reusable_blocks.subtract(reusable_blocks);
+        self.free_blocks.subtract(free_blocks);
+        self.lost_until = lost_before.max(epoch.saturating_sub(1));
         self.ghosts.clear();
     }
 }

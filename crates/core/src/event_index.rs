@@ -35,6 +35,7 @@ mod view;
 pub(crate) use delta::PrefixRun;
 pub use delta::PrefixRuns;
 pub use index::EventIndex;
+pub(crate) use index::{RemovalCursor, RemovalStep};
 pub use view::CacheView;
 
 /// Consecutive blocks of one sequence that an engine stored in its prefix cache.

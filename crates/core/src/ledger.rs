@@ -5,15 +5,16 @@
 
 use std::time::Duration;
 
-use slab::Slab;
-
 use crate::active_tree::{NO_NODE, WorkerIndex};
 use crate::booking_record::{BookingId, BookingRecord, KnownProgress, QueuedState};
+use crate::counter::Counter;
 use crate::forecast::latency::PrefillWork;
 use crate::hit_audit::{AuditResult, ReportedHit};
+use crate::outlier::{ExchangeResult, ReportedResult};
+use crate::paged_slab::PagedSlab;
 use crate::pending_work::RequestWork;
 use crate::policy::Decision;
-use crate::request::Request;
+use crate::request::PreparedRequest;
 use crate::sequence::Sequence;
 use crate::sglang_admission::OutputReservation;
 use crate::state::{RequestAssessment, State};
@@ -26,7 +27,7 @@ const MIN_STEPS_FOR_LATENCY_SAMPLE: u32 = 16;
 /// Returns the record of a booking, unless the booking has ended. For callers that borrow other
 /// parts of the [`State`] at the same time.
 pub(crate) fn find_record(
-    bookings: &mut Slab<BookingRecord>,
+    bookings: &mut PagedSlab<BookingRecord>,
     id: BookingId,
 ) -> Option<&mut BookingRecord> {
     let record = bookings.get_mut(id.index)?;
@@ -34,6 +35,28 @@ pub(crate) fn find_record(
 }
 
 impl State {
+    /// Returns the predicted time from a booking to the first byte of its response: see
+    /// [`Booking::predicted_first_byte`](crate::booking::Booking::predicted_first_byte). The decode
+    /// steps are predicted for the present decode batch.
+    pub(crate) fn predicted_first_byte(&self, id: BookingId) -> Option<Duration> {
+        let record = self.get_record(id)?;
+        let first_token = record
+            .predicted_first_token_at
+            .saturating_sub(record.booked_at);
+        if record.is_streaming {
+            return Some(first_token);
+        }
+        let pending_work = self.workers.pending_work(record.worker)?;
+        let latency_model = pending_work
+            .latency
+            .latency_model(self.workers.latency_model(pending_work), self.now);
+        let (requests, context_tokens) = pending_work.decode_load();
+        let step =
+            latency_model.decode_step_seconds(f64::from(requests.max(1)), context_tokens as f64);
+        let output = duration_from_secs_saturating(step * f64::from(record.max_tokens?));
+        Some(first_token.saturating_add(output))
+    }
+
     /// Returns the record of a booking, unless the booking has ended.
     pub(crate) fn get_record(&self, id: BookingId) -> Option<&BookingRecord> {
         let record = self.bookings.get(id.index)?;
@@ -45,6 +68,13 @@ impl State {
         find_record(&mut self.bookings, id)
     }
 
+    /// Removes the record of a booking and returns it, unless the booking has ended. The caller
+    /// [undoes](Self::undo) what is in it.
+    pub(crate) fn remove_record(&mut self, id: BookingId) -> Option<BookingRecord> {
+        self.record(id)?;
+        self.bookings.remove(id.index)
+    }
+
     /// Books a request on `worker`, as sent to it now. The state must not have changed since
     /// `assessment` was made. If the worker was removed, the booking occupies nothing. Does not
     /// check slack, memory or health.
@@ -52,7 +82,7 @@ impl State {
         &mut self,
         worker: WorkerId,
         assessment: &RequestAssessment,
-        request: &Request<'_>,
+        request: &PreparedRequest<'_>,
     ) -> (BookingId, Decision) {
         let (mut record, decision) = self.build_record(worker, assessment, request);
         let (prompt, now) = (request.prompt, self.now);
@@ -143,7 +173,7 @@ impl State {
         &mut self,
         worker: WorkerId,
         assessment: &RequestAssessment,
-        request: &Request<'_>,
+        request: &PreparedRequest<'_>,
         rebalance_not_before: Duration,
     ) -> (BookingId, Decision) {
         let (mut record, decision) = self.build_record(worker, assessment, request);
@@ -179,8 +209,7 @@ impl State {
             waker: None,
         }));
         let id = self.insert(record);
-        if let Some((pending_work, _)) = self.workers.pending_work_mut(worker) {
-            pending_work.queue.insert(key, id, work, memory);
+        if self.workers.enqueue(worker, key, id, work, memory) {
             self.queue.queued_total += 1;
         }
         (id, decision)
@@ -193,7 +222,7 @@ impl State {
         &mut self,
         worker: WorkerId,
         assessment: &RequestAssessment,
-        request: &Request<'_>,
+        request: &PreparedRequest<'_>,
     ) -> (BookingRecord, Decision) {
         let decision = self.decision(worker.index, assessment, request);
         self.last_booking_serial += 1;
@@ -238,6 +267,7 @@ impl State {
             predicted_prefill_seconds: 0.0,
             queued: None,
             expected_hit: None,
+            reported: ReportedResult::Unknown,
         };
         (record, decision)
     }
@@ -287,7 +317,7 @@ impl State {
     }
 
     /// Records that the worker has computed the prompt, because its output is reported. Learns from
-    /// the time of the first token if the response is streamed. Calls after the first have no
+    /// the time of the first token if the response is streamed, and reports a success. Calls after the first have no
     /// effect. The request must be dispatched. Dispatches the worker's next request if this ends
     /// the prefill. Has no effect if the booking has ended.
     pub(crate) fn on_first_token(&mut self, id: BookingId, now: Duration) {
@@ -324,6 +354,7 @@ impl State {
             is_prefill_finished = pending_work.finish_prefill(&mut record.work);
         }
         let worker = record.worker;
+        self.report(id, ExchangeResult::Success);
         if self.workers.get(worker).is_some() {
             self.tree.mark_cached(node, worker.index);
             if is_prefill_finished {
@@ -442,8 +473,9 @@ impl State {
             }
         }
         if let Some((worker, load)) = self.workers.get_mut(worker) {
-            load.active_blocks = load.active_blocks + u64::from(blocks) - u64::from(blocks_before);
-            load.context_tokens = load.context_tokens + context_tokens - context_before;
+            load.active_blocks
+                .replace(blocks_before.into(), blocks.into());
+            load.context_tokens.replace(context_before, context_tokens);
             worker
                 .estimated_cache
                 .change_headroom(headroom_before, headroom);
@@ -504,20 +536,26 @@ impl State {
     /// Compares the `tokens` tokens of the prompt that the worker found in its cache with the
     /// expected hit, and corrects the estimated cache. Has no effect if the cache source is events.
     /// Only the first call for a dispatched booking has an effect; `tokens` is rounded down to
-    /// whole blocks.
-    pub(crate) fn observe_cached_tokens(&mut self, id: BookingId, prompt: &Sequence, tokens: u32) {
+    /// whole blocks. Returns whether the worker has lost blocks, which the caller evicts:
+    /// see [`evict_lost_blocks`](crate::critical_section::SharedState::evict_lost_blocks).
+    pub(crate) fn observe_cached_tokens(
+        &mut self,
+        id: BookingId,
+        prompt: &Sequence,
+        tokens: u32,
+    ) -> bool {
         let Some(record) = self.record(id) else {
-            return;
+            return false;
         };
         let (worker, block_size) = (record.worker, record.block_size);
         let Some(expected_hit) = record.expected_hit.take() else {
-            return;
+            return false;
         };
         let Some((worker, load)) = self.workers.get_mut(worker) else {
-            return;
+            return false;
         };
         if worker.estimated_cache.is_event_tracked() {
-            return;
+            return false;
         }
         let next_block = prompt
             .hashes()
@@ -527,14 +565,16 @@ impl State {
             blocks: tokens / block_size,
             is_estimate: prompt.is_text_based(),
         };
+        let has_lost_blocks;
         match worker
             .estimated_cache
             .audit_hit(&expected_hit, reported_hit, next_block)
         {
-            AuditResult::Consistent => {}
+            AuditResult::Consistent => has_lost_blocks = false,
             AuditResult::CacheLostBefore(epoch) => {
+                has_lost_blocks = true;
                 worker.estimated_cache.forget_freed_before(epoch);
-                self.tree.clear_freed_before(worker.id.index, epoch);
+                self.tree.lose_freed_before(worker.id.index, epoch);
             }
         }
         worker.estimated_cache.evict_to_fit(
@@ -543,6 +583,7 @@ impl State {
             &mut self.tree,
             &mut self.pending_evictions,
         );
+        has_lost_blocks
     }
 
     /// Releases a booking and dispatches the worker's next request. The blocks that the request
@@ -550,8 +591,7 @@ impl State {
     /// makes the blocks of the output findable too; it is ignored unless the prefill was confirmed.
     /// Has no effect if the booking has ended already.
     pub(crate) fn release(&mut self, id: BookingId, output_sequence: Option<&Sequence>) {
-        let exists = self.record(id).is_some();
-        let Some(record) = exists.then(|| self.bookings.remove(id.index)) else {
+        let Some(record) = self.remove_record(id) else {
             return;
         };
         let index = record.worker.index;
@@ -576,7 +616,7 @@ impl State {
                 .replace(reservation, OutputReservation::default());
         }
         let Some((worker, load)) = self.workers.get_mut(record.worker) else {
-            return;
+            return self.unpin_from_removed_worker(&record);
         };
         let index = worker.id.index;
         let cache = &mut worker.estimated_cache;
@@ -584,9 +624,9 @@ impl State {
             self.pending_evictions.mark_all_started(index);
         }
         cache.change_headroom(record.headroom(), 0);
-        load.requests -= 1;
-        load.context_tokens -= record.context_tokens();
-        load.active_blocks -= u64::from(record.unshared_blocks());
+        load.requests.subtract(1);
+        load.context_tokens.subtract(record.context_tokens());
+        load.active_blocks.subtract(record.unshared_blocks().into());
         if !worker.prefix_caching {
             return;
         }
@@ -618,15 +658,15 @@ impl State {
             // The new path includes that of the prompt, so this unpin releases nothing, unless
             // hashes collide.
             let unpinned = self.tree.unpin(node, index, epoch);
-            worker.pinned_blocks -= u64::from(unpinned.unpinned);
-            load.active_blocks -= u64::from(unpinned.unpinned);
+            worker.pinned_blocks.subtract(unpinned.unpinned.into());
+            load.active_blocks.subtract(unpinned.unpinned.into());
             cache.push_freed(unpinned, 0, epoch);
             epoch = cache.next_epoch();
             node = pinned.node;
         }
         let unpinned = self.tree.unpin(node, index, epoch);
-        worker.pinned_blocks -= u64::from(unpinned.unpinned);
-        load.active_blocks -= u64::from(unpinned.unpinned);
+        worker.pinned_blocks.subtract(unpinned.unpinned.into());
+        load.active_blocks.subtract(unpinned.unpinned.into());
         cache.push_freed(unpinned, unknown_output_blocks, epoch);
         if cache.is_event_tracked() {
             self.tree.limit_unacknowledged(index, epoch);
@@ -642,17 +682,18 @@ impl State {
     /// Removes a queued booking from the queue of its worker, from the worker's load and from the
     /// tree of queued prefixes. Has no effect if the worker was removed.
     fn dequeue(&mut self, record: &BookingRecord, queued: &QueuedState) {
+        if self.workers.get(record.worker).is_none() {
+            return self.unpin_from_removed_worker(record);
+        }
         let mut queued_blocks = 0;
-        if let Some((pending_work, _)) = self.workers.pending_work_mut(record.worker)
-            && let Some(blocks) = pending_work.queue.remove(queued.key)
-        {
-            self.queue.queued_total -= 1;
+        if let Some(blocks) = self.workers.dequeue(record.worker, queued.key) {
+            self.queue.queued_total.subtract(1);
             queued_blocks = blocks;
         }
         if let Some((worker, load)) = self.workers.get_mut(record.worker) {
-            load.requests -= 1;
-            load.context_tokens -= record.context_tokens();
-            load.queued_blocks -= queued_blocks;
+            load.requests.subtract(1);
+            load.context_tokens.subtract(record.context_tokens());
+            load.queued_blocks.subtract(queued_blocks);
             self.queued_prefixes.unpin(record.node, worker.id.index, 0);
         }
     }

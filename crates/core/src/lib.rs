@@ -21,6 +21,8 @@
 //! | [`sequence`] | What is a prompt, and how is it hashed? |
 //! | [`event_index`] | How do KV events become knowledge about caches? |
 //! | [`policy`], [`kv_cost`], [`marginal_delay`] | By which rule, and by which cost, is a worker chosen? |
+//! | [`outlier`] | Which workers get no requests because they failed or refused earlier ones? |
+//! | [`retry_budget`] | May a failed request be sent again? |
 //! | [`queue`] | Which requests wait at the router, and which is sent next? |
 //!
 //! What happens inside, in the order of reading:
@@ -28,7 +30,7 @@
 //! | module | question |
 //! |---|---|
 //! | `config`, `request`, `cache_source` | Which types do callers of the router pass and receive? |
-//! | `state` | What is behind the router's lock, and how is a decision made? |
+//! | `critical_section`, `state` | How does the lock work, what is behind it, and how is a decision made? |
 //! | `active_tree`, `prefix_matches` | Which blocks do the requests of each worker pin? |
 //! | `estimated_cache` | Which blocks does a worker without KV events still cache? |
 //! | `pending_evictions` | Which cached blocks will be evicted before a new request runs? |
@@ -38,6 +40,8 @@
 //! | `replication` | When should an idle worker compute a popular prefix once more? |
 //! | `booking_record`, `ledger` | What does a booking add to its worker, and when is it subtracted? |
 //! | `progress_estimator` | How far is a request whose response is not streamed? |
+//! | `removal` | How is everything that a worker held removed without a pause? |
+//! | `counter`, `paged_slab` | How are sums of bookings and values with ids stored? |
 //! | `dispatch`, `sglang_admission` | When is a queued request sent, and does it fit the worker's memory? |
 //!
 //! # Example
@@ -77,12 +81,15 @@
 //! ```
 
 mod active_tree;
+mod affinity;
 pub mod batch;
 pub mod booking;
 mod booking_record;
 mod cache_source;
 mod capacity;
 mod config;
+mod counter;
+mod critical_section;
 mod dispatch;
 mod estimated_cache;
 pub mod event_index;
@@ -91,14 +98,18 @@ mod hit_audit;
 pub mod kv_cost;
 mod ledger;
 pub mod marginal_delay;
+pub mod outlier;
+mod paged_slab;
 mod pending_evictions;
 mod pending_work;
 pub mod policy;
 mod prefix_matches;
 mod progress_estimator;
 pub mod queue;
+mod removal;
 mod replication;
 mod request;
+pub mod retry_budget;
 pub mod router;
 pub mod sequence;
 mod sglang_admission;

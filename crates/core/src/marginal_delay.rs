@@ -16,6 +16,9 @@
 //! | `decode_slowdown_caused` | `(κn + κc (s + O/2)) Σ both_j / (1 − ρ)` | slowdown of each other output by this one, while both decode |
 //! | `future_arrivals` | `λ x (V + x/2) / (1 − ρ) + min(M, λ M²/2)` | requests that arrive meanwhile (Hyytiä, Penttinen and Aalto, 2012: the size-aware value function of M/G/1) |
 //!
+//! A worker that has failed requests recently costs their [failure charge](crate::outlier) in
+//! addition.
+//!
 //! - `κn` and `κc`: time that a request and a context token add to a decode step
 //!   ([`LatencyModel`]).
 //! - `λ` and `ρ`: arrival rate of the worker, and the fraction of its time that prefills take. No
@@ -69,6 +72,8 @@ pub struct MarginalDelay {
     pub decode_slowdown_caused: f64,
     /// Delay of requests that will arrive later.
     pub future_arrivals: f64,
+    /// Time that requests would have taken which the worker failed recently. Decays.
+    pub failure_charge: f64,
 }
 
 impl MarginalDelay {
@@ -88,6 +93,7 @@ impl MarginalDelay {
             + self.prefill_stall_caused
             + self.decode_slowdown_caused
             + self.future_arrivals
+            + self.failure_charge
     }
 }
 
@@ -100,6 +106,7 @@ impl std::ops::AddAssign for MarginalDelay {
         self.prefill_stall_caused += other.prefill_stall_caused;
         self.decode_slowdown_caused += other.decode_slowdown_caused;
         self.future_arrivals += other.future_arrivals;
+        self.failure_charge += other.failure_charge;
     }
 }
 

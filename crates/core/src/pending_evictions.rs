@@ -42,6 +42,15 @@ struct WorkerEvictions {
 }
 
 impl WorkerEvictions {
+    /// Removes the run of the earliest booking.
+    fn drop_oldest(&mut self) {
+        if let Some((serial, hash)) = self.fifo.pop_front()
+            && self.caused_by.get(&hash) == Some(&serial)
+        {
+            self.caused_by.remove(&hash);
+        }
+    }
+
     /// Returns how many leading blocks of `chain` will survive the pending evictions. `None` means
     /// that no pending eviction lowers the number that events list.
     ///
@@ -78,12 +87,12 @@ impl PendingEvictions {
     }
 
     /// Adds the eviction of a run that begins with `shallowest`, caused by the booking that was
-    /// [noted](Self::note_booking) last. If the worker has too many pending runs, all of them are
+    /// [noted](Self::note_booking) last. If the worker has too many pending runs, the oldest is
     /// dropped first.
     pub(crate) fn push(&mut self, worker: WorkerIndex, shallowest: SequenceHash) {
         let runs = self.by_worker.entry(worker).or_default();
         if runs.fifo.len() == MAX_PENDING_RUNS {
-            *runs = WorkerEvictions::default();
+            runs.drop_oldest();
         }
         runs.caused_by.insert(shallowest, self.latest_booking);
         runs.fifo.push_back((self.latest_booking, shallowest));
@@ -103,13 +112,10 @@ impl PendingEvictions {
         for hash in hashes {
             runs.caused_by.remove(&hash);
         }
-        while let Some(&(serial, hash)) = runs.fifo.front()
+        while let Some(&(serial, _)) = runs.fifo.front()
             && serial <= runs.last_started
         {
-            runs.fifo.pop_front();
-            if runs.caused_by.get(&hash) == Some(&serial) {
-                runs.caused_by.remove(&hash);
-            }
+            runs.drop_oldest();
         }
         if runs.caused_by.is_empty() {
             self.by_worker.remove(&worker);
@@ -180,6 +186,11 @@ mod tests {
             pending.push(7, hash);
             assert!(pending.by_worker[&7].fifo.len() <= MAX_PENDING_RUNS);
             assert!(pending.by_worker[&7].caused_by.contains_key(&hash));
+            let oldest = hash.saturating_sub(MAX_PENDING_RUNS as u64 - 1);
+            assert!(
+                pending.by_worker[&7].caused_by.contains_key(&oldest),
+                "only the oldest runs are dropped"
+            );
         }
         pending.acknowledge(7, 0..3 * MAX_PENDING_RUNS as u64);
         assert!(pending.by_worker.is_empty());

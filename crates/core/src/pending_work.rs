@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use crate::counter::Counter;
 use crate::forecast::latency::{LatencyEstimator, LatencyModel, PrefillWork};
 use crate::queue::{PrefillTotals, QueueTicket, WorkerQueue};
 use crate::sglang_admission::OutputReserve;
@@ -69,9 +70,9 @@ impl DecodeBucket {
     }
 
     fn subtract(&mut self, work: &RequestWork) {
-        self.requests -= 1;
-        self.remaining_tokens -= u64::from(work.remaining_tokens);
-        self.context_tokens -= work.context_tokens;
+        self.requests.subtract(1);
+        self.remaining_tokens.subtract(work.remaining_tokens.into());
+        self.context_tokens.subtract(work.context_tokens);
     }
 }
 
@@ -129,9 +130,9 @@ pub(crate) struct PendingWork {
     last_started: (u64, Duration),
     /// Speed of this worker relative to its latency model.
     pub(crate) latency: LatencyEstimator,
-    /// Index of the [latency model](crate::forecast::latency::SharedLatencyModel) that this worker
-    /// shares with similar workers.
-    pub(crate) latency_model: usize,
+    /// Index of the group of workers with which this worker shares a
+    /// [latency model](crate::forecast::latency::SharedLatencyModel).
+    pub(crate) latency_group: usize,
     /// Recent arrivals of requests at this worker.
     pub(crate) arrival_rate: ArrivalRate,
     /// Memory that SGLang reserves for outputs.
@@ -141,10 +142,10 @@ pub(crate) struct PendingWork {
 }
 
 impl PendingWork {
-    /// Returns the pending work of an idle worker that uses the latency model with this index.
-    pub(crate) fn new(latency_model: usize) -> Self {
+    /// Returns the pending work of an idle worker in the latency group with this index.
+    pub(crate) fn new(latency_group: usize) -> Self {
         Self {
-            latency_model,
+            latency_group,
             ..Self::default()
         }
     }

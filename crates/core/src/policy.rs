@@ -7,6 +7,7 @@ mod probabilities;
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
 use rand::Rng;
 use rand::rngs::SmallRng;
@@ -147,7 +148,7 @@ pub(crate) enum CostSource<'a> {
 
 /// Workers to choose from, with their costs.
 pub(crate) struct CandidateSet<'a> {
-    /// Workers that are healthy and serve the model.
+    /// Workers that are healthy, serve the model and are not passed over.
     pub(crate) eligible: &'a [WorkerIndex],
     /// Workers that are ruled out for this request.
     pub(crate) excluded: &'a [WorkerIndex],
@@ -157,6 +158,8 @@ pub(crate) struct CandidateSet<'a> {
     pub(crate) costs: CostSource<'a>,
     /// Sequence hashes of the prompt's blocks, for consistent hashing.
     pub(crate) hashes: &'a [SequenceHash],
+    /// Time of the decision, to which failure charges have decayed.
+    pub(crate) now: Duration,
 }
 
 /// Number of prompt tokens that consistent hashing uses.
@@ -202,14 +205,25 @@ impl CandidateSet<'_> {
     /// delay under all others.
     fn policy_cost(&self, policy: Policy, worker: WorkerIndex) -> f64 {
         match policy {
-            Policy::Kv => self.kv_cost(worker).total,
+            Policy::Kv => self.charged_kv_cost(worker).total,
             _ => self.marginal_delay(worker, f64::INFINITY),
         }
     }
 
-    /// Returns the number of requests on a worker.
-    fn requests(&self, worker: WorkerIndex) -> u32 {
-        self.workers.loads[worker as usize].requests
+    /// Returns the KV cost of the request on a worker, with the worker's failure charge in its
+    /// total.
+    pub(crate) fn charged_kv_cost(&self, worker: WorkerIndex) -> KvCost {
+        let cost = self.kv_cost(worker);
+        KvCost {
+            total: cost.total + self.workers.outliers.charge(worker, self.now).blocks,
+            ..cost
+        }
+    }
+
+    /// Returns the number of requests on a worker, those of its failure charge included.
+    fn requests(&self, worker: WorkerIndex) -> f64 {
+        f64::from(self.workers.loads[worker as usize].requests)
+            + self.workers.outliers.charge(worker, self.now).requests
     }
 
     /// Chooses a worker. Returns `None` if every eligible worker is excluded, or there is none.
@@ -264,6 +278,11 @@ impl CandidateSet<'_> {
     /// ties.
     fn argmin_kv_cost(&self, rng: &mut SmallRng) -> Option<WorkerIndex> {
         let loads = &self.workers.loads;
+        if self.workers.outliers.has_charges() {
+            return self.argmin_kv_cost_by(rng, |index| {
+                Some(self.charged_kv_cost(index as WorkerIndex))
+            });
+        }
         match self.costs {
             CostSource::Computed(input, _, prefix_matches) => {
                 self.argmin_kv_cost_by(rng, |index| {
@@ -432,12 +451,11 @@ impl CandidateSet<'_> {
     /// is `None` only if there is no worker.
     fn bounded_consistent_hash(&self, key: SequenceHash) -> Option<WorkerIndex> {
         let count = self.worker_indices().count();
-        let total_requests: u64 = self
+        let total_requests: f64 = self
             .worker_indices()
-            .map(|worker| u64::from(self.requests(worker)))
+            .map(|worker| self.requests(worker))
             .sum();
-        let bound = (CONSISTENT_HASH_LOAD_FACTOR * (total_requests + 1) as f64 / count as f64)
-            .ceil() as u32;
+        let bound = (CONSISTENT_HASH_LOAD_FACTOR * (total_requests + 1.0) / count as f64).ceil();
         self.worker_indices()
             .filter(|&worker| self.requests(worker) < bound)
             .max_by_key(|&worker| rendezvous(key, self.workers.loads[worker as usize].name_hash))

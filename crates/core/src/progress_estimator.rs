@@ -19,6 +19,10 @@ use crate::workers::{WorkerId, duration_from_secs_saturating};
 /// Minimum time between two updates of the estimate for one request.
 const MIN_UPDATE_INTERVAL: Duration = Duration::from_millis(1);
 
+/// Maximum number of estimates that are updated at once. An update after a long pause covers all of
+/// the pause, so no estimate falls behind for longer than a few calls.
+const MAX_UPDATES_PER_CALL: usize = 64;
+
 /// Requests whose progress is estimated.
 #[derive(Debug, Default)]
 pub(crate) struct ProgressEstimator {
@@ -185,13 +189,18 @@ impl State {
         self.set_output_tokens(id, output_tokens);
     }
 
-    /// Advances the state to `now`, unless it is at a later time already, and applies all updates of
-    /// estimates that are due.
+    /// Advances the state to `now`, unless it is at a later time already, and applies the updates of
+    /// estimates that are due: at most [`MAX_UPDATES_PER_CALL`], the earliest first. The next call
+    /// applies further ones.
     pub(crate) fn advance_to(&mut self, now: Duration) {
         self.now = self.now.max(now);
-        while let Some(&Reverse((due, id))) = self.progress.next_updates.peek()
-            && due <= self.now
-        {
+        for _ in 0..MAX_UPDATES_PER_CALL {
+            let Some(&Reverse((due, id))) = self.progress.next_updates.peek() else {
+                return;
+            };
+            if due > self.now {
+                return;
+            }
             self.progress.next_updates.pop();
             if let Some(next) = self.update_estimate(id) {
                 self.progress.next_updates.push(Reverse((next, id)));
@@ -243,7 +252,7 @@ impl State {
             self.on_prefill_finished(worker, serial);
         }
         self.set_output_tokens(id, total);
-        // The lower bound ends the loop of `advance_to`, however fast the worker is.
+        // The lower bound keeps the updates of a fast worker apart.
         let pause = duration_from_secs_saturating(step_seconds)
             .saturating_mul(tokens_to_next_block)
             .max(MIN_UPDATE_INTERVAL);

@@ -13,6 +13,7 @@ use std::time::Duration;
 use smallvec::SmallVec;
 
 use crate::booking_record::BookingId;
+use crate::counter::Counter;
 use crate::forecast::latency::PrefillWork;
 use crate::sglang_admission::OutputReservation;
 use crate::workers::duration_from_secs_saturating;
@@ -138,9 +139,17 @@ impl QueueTicket {
     }
 }
 
-/// Maximum number of tenants with a finish tag. At the limit, tags that have passed are dropped
-/// first; a new tenant then gets no tag if none had passed.
+/// Maximum number of tenants with a finish tag of their own. At the limit, tags that have passed are
+/// dropped first. If none had passed, a new tenant shares a tag with others.
 const MAX_TENANTS: usize = 4096;
+
+/// Number of finish tags that tenants beyond [`MAX_TENANTS`] share.
+const SHARED_TAGS: usize = 1024;
+
+/// Returns the index of the shared finish tag of a tenant.
+fn shared_tag_of(tenant: u64) -> usize {
+    (tenant.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32) as usize % SHARED_TAGS
+}
 
 /// State that all worker queues share.
 #[derive(Debug, Default)]
@@ -152,6 +161,11 @@ pub(crate) struct QueuePolicyState {
     /// Virtual time at which the latest request of each tenant ends. A tenant whose tag has passed
     /// may be missing.
     tenant_finish_tags: HashMap<u64, Duration>,
+    /// Virtual times at which the latest requests of tenants without a tag of their own end. Empty
+    /// until there is such a tenant.
+    shared_finish_tags: Box<[Duration]>,
+    /// Virtual time for which tags that had passed were last dropped.
+    dropped_until: Duration,
     /// Largest start tag of any dispatched request. Tags before it have passed.
     virtual_time: Duration,
     /// Tasks to wake when the router's lock is released.
@@ -172,11 +186,13 @@ impl QueuePolicyState {
         tenant: u64,
         now: Duration,
     ) -> QueueTicket {
-        let finish_tag = self
-            .tenant_finish_tags
-            .get(&tenant)
-            .copied()
-            .unwrap_or_default();
+        let finish_tag = match self.tenant_finish_tags.get(&tenant) {
+            Some(&finish_tag) => finish_tag,
+            None => {
+                let shared_tag = self.shared_finish_tags.get(shared_tag_of(tenant));
+                shared_tag.copied().unwrap_or_default()
+            }
+        };
         QueueTicket {
             order,
             priority,
@@ -189,7 +205,8 @@ impl QueuePolicyState {
 
     /// Counts the arrival of a request that is predicted to take `service_time` of its worker.
     /// Under [`QueueOrder::FairByTenant`] the tenant's finish tag becomes the ticket's start tag
-    /// plus `service_time`, unless there are [`MAX_TENANTS`] other tags. Other orders ignore
+    /// plus `service_time`. If there are [`MAX_TENANTS`] other tags, that is a tag which the tenant
+    /// shares: a new tenant must not overtake the others at every request. Other orders ignore
     /// `service_time`.
     pub(crate) fn on_arrival(&mut self, ticket: &QueueTicket, service_time: Duration) {
         self.arrivals += 1;
@@ -197,15 +214,25 @@ impl QueuePolicyState {
             return;
         }
         let has_tag = self.tenant_finish_tags.contains_key(&ticket.tenant);
-        if !has_tag && self.tenant_finish_tags.len() >= MAX_TENANTS {
-            let virtual_time = self.virtual_time;
+        let virtual_time = self.virtual_time;
+        if !has_tag
+            && self.tenant_finish_tags.len() >= MAX_TENANTS
+            && self.dropped_until < virtual_time
+        {
+            self.dropped_until = virtual_time;
             self.tenant_finish_tags
                 .retain(|_, finish_tag| *finish_tag > virtual_time);
         }
+        let finish_tag = ticket.start_tag.saturating_add(service_time);
         if has_tag || self.tenant_finish_tags.len() < MAX_TENANTS {
-            let finish_tag = ticket.start_tag.saturating_add(service_time);
             self.tenant_finish_tags.insert(ticket.tenant, finish_tag);
+            return;
         }
+        if self.shared_finish_tags.is_empty() {
+            self.shared_finish_tags = vec![Duration::ZERO; SHARED_TAGS].into();
+        }
+        let shared_tag = &mut self.shared_finish_tags[shared_tag_of(ticket.tenant)];
+        *shared_tag = finish_tag.max(*shared_tag);
     }
 
     /// Records the dispatch of a request, which advances the virtual time.
@@ -213,6 +240,15 @@ impl QueuePolicyState {
         self.virtual_time = self.virtual_time.max(ticket.start_tag);
     }
 }
+
+/// Maximum number of requests that are considered for dispatch at once. The queue is searched at
+/// every token of its worker, so a search must not take longer in a longer queue.
+///
+/// If none of these requests fits, a smaller one further back is not found, and waits until one of
+/// them leaves the queue or memory becomes free. Under
+/// [`ShortestPrefillFirst`](QueueOrder::ShortestPrefillFirst) the first requests tend to be the
+/// smallest.
+const MAX_BACKFILL_CANDIDATES: usize = 32;
 
 /// Number of prompts, and their prefill work.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -232,7 +268,7 @@ impl std::ops::AddAssign for PrefillTotals {
 
 impl std::ops::SubAssign for PrefillTotals {
     fn sub_assign(&mut self, other: Self) {
-        self.requests -= other.requests;
+        self.requests.subtract(other.requests);
         self.work -= other.work;
     }
 }
@@ -282,16 +318,17 @@ impl WorkerQueue {
     /// Returns the request to dispatch next, and whether it fits the worker's memory. `fits`
     /// decides that from the blocks and the possible output of a request.
     ///
-    /// Among the requests of the highest priority, this is the first that fits or whose backfill
-    /// window has passed. Returns `None` if the queue is empty or there is no such request, even if
-    /// one of lower priority fits. Ignores [`dispatching`](Self::dispatching).
+    /// Among the first [`MAX_BACKFILL_CANDIDATES`] requests of the highest priority, this is the
+    /// first that fits or whose backfill window has passed. Returns `None` if the queue is empty or
+    /// there is no such request, even if a later one, or one of lower priority, fits. Ignores
+    /// [`dispatching`](Self::dispatching).
     pub(crate) fn next_dispatchable(
         &self,
         now: Duration,
         fits: impl Fn(u64, OutputReservation) -> bool,
     ) -> Option<(QueueKey, BookingId, bool)> {
         let priority = self.entries.front()?.key.priority;
-        let entries = self.entries.iter();
+        let entries = self.entries.iter().take(MAX_BACKFILL_CANDIDATES);
         let mut highest_priority = entries.take_while(|entry| entry.key.priority == priority);
         highest_priority.find_map(|entry| {
             let does_fit = fits(entry.blocks, entry.output_reservation);
@@ -301,6 +338,20 @@ impl WorkerQueue {
                 does_fit,
             ))
         })
+    }
+
+    /// Returns the keys and bookings of all requests after the one with the key `after`, or of all
+    /// requests if that is `None`, by ascending key.
+    pub(crate) fn after(
+        &self,
+        after: Option<QueueKey>,
+    ) -> impl Iterator<Item = (QueueKey, BookingId)> {
+        let start = after.map_or(0, |after| {
+            self.entries.partition_point(|entry| entry.key <= after)
+        });
+        self.entries
+            .range(start..)
+            .map(|entry| (entry.key, entry.booking))
     }
 
     /// Returns all bookings, by ascending key.
@@ -485,6 +536,55 @@ mod tests {
         queue.virtual_time = at(5.0);
         arrive(&mut queue, QueueOrder::FairByTenant, u64::MAX, 1.0, 0.0);
         assert_eq!(queue.tenant_finish_tags.len(), 1);
+    }
+
+    #[test]
+    fn a_tenant_beyond_the_limit_does_not_overtake_itself_or_others() {
+        let mut queue = QueuePolicyState::default();
+        for tenant in 0..MAX_TENANTS as u64 {
+            arrive(&mut queue, QueueOrder::FairByTenant, tenant, 1.0, 0.0);
+        }
+        let mut keys = (0..3)
+            .map(|_| arrive(&mut queue, QueueOrder::FairByTenant, u64::MAX, 1.0, 0.0).order_tag);
+        let tags = [keys.next(), keys.next(), keys.next()];
+        assert_eq!(tags, [0.0, 1.0, 2.0].map(|tag| Some(at(tag))));
+        // The shared tag has passed once the tenant's requests are served.
+        queue.virtual_time = at(5.0);
+        let key = arrive(&mut queue, QueueOrder::FairByTenant, u64::MAX, 1.0, 0.0);
+        assert_eq!(key.order_tag, at(5.0));
+    }
+
+    #[test]
+    fn a_limited_number_of_requests_is_considered_for_dispatch() {
+        let insert = |queue: &mut WorkerQueue, serial: u64, blocks: u64| {
+            let ticket = QueuePolicyState::default().ticket(
+                QueueOrder::ShortestPrefillFirst,
+                0,
+                0,
+                at(serial as f64),
+            );
+            let booking = BookingId { serial, index: 0 };
+            let memory = (blocks, OutputReservation::default());
+            queue.insert(
+                ticket.queue_key(1.0),
+                booking,
+                PrefillWork::default(),
+                memory,
+            );
+        };
+        for (large_requests, is_found) in [
+            (MAX_BACKFILL_CANDIDATES - 1, true),
+            (MAX_BACKFILL_CANDIDATES, false),
+        ] {
+            let mut queue = WorkerQueue::default();
+            for serial in 0..large_requests as u64 {
+                insert(&mut queue, serial, 50);
+            }
+            insert(&mut queue, large_requests as u64, 5);
+            let next = queue.next_dispatchable(at(0.0), |blocks, _| blocks <= 9);
+            let serial = next.map(|(_, booking, _)| booking.serial);
+            assert_eq!(serial, is_found.then_some(large_requests as u64));
+        }
     }
 
     proptest! {

@@ -15,7 +15,7 @@ use std::hash::BuildHasherDefault;
 
 use crate::active_tree::{PrefixMatch, WorkerIndex};
 use crate::policy::Policy;
-use crate::request::Request;
+use crate::request::PreparedRequest;
 use crate::sequence::{IdentityHasher, SequenceHash};
 use crate::state::{RequestAssessment, State};
 use crate::workers::WorkerId;
@@ -91,7 +91,7 @@ impl State {
         &mut self,
         chosen: WorkerId,
         assessment: &RequestAssessment,
-        request: &Request<'_>,
+        request: &PreparedRequest<'_>,
     ) -> Option<WorkerId> {
         let (prefix, blocks) = self.replication_prefix(assessment, request)?;
         if overlap(chosen.index, assessment, request) < blocks {
@@ -113,7 +113,7 @@ impl State {
         &self,
         chosen: WorkerId,
         assessment: &RequestAssessment,
-        request: &Request<'_>,
+        request: &PreparedRequest<'_>,
     ) -> Option<WorkerId> {
         let (prefix, blocks) = self.replication_prefix(assessment, request)?;
         if overlap(chosen.index, assessment, request) < blocks {
@@ -130,7 +130,7 @@ impl State {
     fn replication_prefix(
         &self,
         assessment: &RequestAssessment,
-        request: &Request<'_>,
+        request: &PreparedRequest<'_>,
     ) -> Option<(SequenceHash, u32)> {
         if self.config.policy != Policy::MarginalDelay || self.config.temperature > 0.0 {
             return None;
@@ -149,7 +149,7 @@ impl State {
         blocks: u32,
         chosen: WorkerId,
         assessment: &RequestAssessment,
-        request: &Request<'_>,
+        request: &PreparedRequest<'_>,
     ) -> Option<ReplicationOffer> {
         let overlap = |worker| overlap(worker, assessment, request);
         let is_idle = |worker: WorkerIndex| self.workers.loads[worker as usize].requests == 0;
@@ -157,11 +157,16 @@ impl State {
             return None;
         }
         let excluded = self.excluded(request);
-        let idle_candidates = self.workers.eligible(request.model)?.iter().copied();
+        let has_restrictions = self.workers.has_restrictions();
+        let is_passed_over = |worker: WorkerIndex| {
+            has_restrictions && self.workers.restriction(worker, self.now).is_some()
+        };
+        let idle_candidates = self.workers.eligible(request.model_name())?.iter().copied();
         let idle_candidates = idle_candidates.filter(|&worker| {
             is_idle(worker)
                 && overlap(worker) < blocks
                 && !excluded.contains(&worker)
+                && !is_passed_over(worker)
                 && self
                     .workers
                     .by_index(worker)
@@ -192,7 +197,11 @@ impl State {
 }
 
 /// Returns the number of blocks of the request that the worker need not compute.
-fn overlap(worker: WorkerIndex, assessment: &RequestAssessment, request: &Request<'_>) -> u32 {
+fn overlap(
+    worker: WorkerIndex,
+    assessment: &RequestAssessment,
+    request: &PreparedRequest<'_>,
+) -> u32 {
     let prefix_match = assessment.prefix_matches()[worker as usize];
     prefix_match
         .overlap()

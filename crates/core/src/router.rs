@@ -7,6 +7,7 @@
 //! should not go backwards.
 
 use std::num::NonZeroU32;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::active_tree::WorkerIndex;
@@ -15,19 +16,26 @@ use crate::booking::Booking;
 pub use crate::cache_source::{CacheSource, Observed};
 use crate::config::MAX_WEIGHT;
 pub use crate::config::{ConfigError, RouterConfig};
+pub use crate::critical_section::LockObserver;
+use crate::critical_section::SharedState;
 use crate::estimated_cache::EvictionRule;
 use crate::event_index::{CacheDelta, PrefixRun};
 use crate::forecast::output_length::OutputLengthAccuracy;
-pub use crate::request::{Candidate, Explanation, Request, RouteError};
+pub use crate::request::{Candidate, Explanation, MAX_MODEL_NAME_BYTES, Request, RouteError};
+use crate::request::{ModelName, PreparedRequest, SelectError};
 use crate::sequence::Sequence;
-use crate::state::{SharedState, State, unlock, unlock_fair};
+use crate::state::State;
 use crate::workers::{
     Worker, WorkerError, WorkerId, WorkerSnapshot, WorkerSpec, WorkerState, Workers,
+    distinct_models,
 };
 
 /// Hashes of a cache delta that are applied in one critical section. 64 take about two
 /// microseconds, so a waiting thread acquires the lock by spinning and does not go to sleep.
 const MAX_HASHES_PER_LOCK: usize = 64;
+
+/// Number of workers that one critical section visits when all are to be visited.
+const MAX_WORKERS_PER_LOCK: usize = 32;
 
 /// A part of a cache delta that is small enough for one critical section.
 enum DeltaChunk<'a> {
@@ -47,20 +55,49 @@ impl Router {
     /// Returns a router without workers.
     ///
     /// # Errors
-    /// [`ConfigError`] if a weight or the temperature is negative, not a number, or above 10⁶.
+    /// [`ConfigError`] if a weight or the temperature is negative, not a number, or above 10⁶, or if
+    /// a failure rate or a fraction of workers is not from 0 to 1.
     pub fn new(config: RouterConfig) -> Result<Self, ConfigError> {
-        for (field, value) in [
-            ("overlap-weight", config.overlap_weight),
-            ("ttft-weight", config.ttft_weight),
-            ("temperature", config.temperature),
+        Self::with_observer(config, None)
+    }
+
+    /// Returns a router like [`new`](Self::new) whose lock is observed, for measurements.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    #[doc(hidden)]
+    pub fn with_lock_observer(
+        config: RouterConfig,
+        observer: Arc<dyn LockObserver>,
+    ) -> Result<Self, ConfigError> {
+        Self::with_observer(config, Some(observer))
+    }
+
+    /// Checks `config`, and returns a router without workers.
+    fn with_observer(
+        config: RouterConfig,
+        observer: Option<Arc<dyn LockObserver>>,
+    ) -> Result<Self, ConfigError> {
+        let outlier = &config.outlier;
+        for (field, value, max) in [
+            ("overlap-weight", config.overlap_weight, MAX_WEIGHT),
+            ("ttft-weight", config.ttft_weight, MAX_WEIGHT),
+            ("temperature", config.temperature, MAX_WEIGHT),
+            ("ejection-failure-rate", outlier.failure_rate, 1.0),
+            ("max-ejected-fraction", outlier.max_ejected_fraction, 1.0),
         ] {
-            if !(0.0..=MAX_WEIGHT).contains(&value) {
-                return Err(ConfigError { field, value });
+            if !(0.0..=max).contains(&value) {
+                return Err(ConfigError { field, value, max });
             }
         }
         Ok(Self {
-            state: SharedState::new(State::new(config)),
+            state: SharedState::new(State::new(config), observer),
         })
+    }
+
+    /// Returns the state that all handles of this router share.
+    pub(crate) fn shared(&self) -> &SharedState {
+        &self.state
     }
 
     /// Adds a worker. It is unhealthy until [`set_healthy`](Self::set_healthy) changes that.
@@ -70,29 +107,27 @@ impl Router {
     /// workers.
     pub fn add_worker(&self, spec: WorkerSpec) -> Result<WorkerId, WorkerError> {
         let shares_within_step = spec.eviction == EvictionRule::VllmLru;
+        let models = distinct_models(spec.models.clone());
         let mut state = self.state.lock();
-        let id = state.workers.add(spec)?;
+        let now = state.now;
+        let id = state.workers.add(&spec, models, now)?;
+        // An ejected worker of unknown models may be the only one for a model of the new one.
+        state.workers.enforce_ejection_limit(now);
         state
             .tree
             .set_intra_step_sharing(id.index, shares_within_step);
+        state.queued_prefixes.set_intra_step_sharing(id.index, true);
         Ok(id)
     }
 
     /// Removes a worker with all its bookings and returns whether it existed. A [`Booking`] that
     /// outlives its worker releases nothing. Requests in its queue choose another worker when they
     /// are polled next. `false` means that it was removed before.
+    ///
+    /// The worker disappears at once. Its blocks and bookings are then removed in many critical
+    /// sections, so that no decision waits for the whole of it.
     pub fn remove_worker(&self, id: WorkerId) -> bool {
-        let mut state = self.state.lock();
-        state.drop_worker_queue(id);
-        let known = state.workers.remove(id);
-        if known {
-            state.tree.remove_worker(id.index);
-            state.queued_prefixes.remove_worker(id.index);
-            state.event_index.remove_worker(id.index);
-            state.pending_evictions.clear(id.index);
-        }
-        unlock(state);
-        known
+        self.state.remove_worker(id)
     }
 
     /// Sets whether a worker can be chosen.
@@ -105,44 +140,55 @@ impl Router {
         self.update_worker(id, |workers| workers.set_draining(id, draining));
     }
 
-    /// Applies a state change, then revisits the worker's queue: a healthy worker is sent its next
-    /// request; requests queued for a worker that accepts none are offered to other workers. Has no
-    /// effect if the worker was removed.
+    /// Applies a state change, then revisits queues. A healthy worker is sent its next request. If
+    /// the state has changed, requests queued for workers that accept none choose again: those of
+    /// this worker if it accepts none any more, and those of all others if it does from now on. Has
+    /// no effect if the worker was removed.
     fn update_worker(&self, id: WorkerId, change: impl FnOnce(&mut Workers)) {
         let mut state = self.state.lock();
+        let now = state.now;
+        let before = state.workers.get(id).map(Worker::state);
         change(&mut state.workers);
-        match state.workers.get(id).map(Worker::state) {
-            Some(WorkerState::Healthy) => state.try_dispatch_next(id.index),
-            _ => state.offer_rebalance_to_all(id),
+        state.workers.enforce_ejection_limit(now);
+        let after = state.workers.get(id).map(Worker::state);
+        if matches!(after, Some(WorkerState::Healthy | WorkerState::Ejected)) {
+            state.try_dispatch_next(id.index);
         }
-        unlock(state);
+        drop(state);
+        match after {
+            Some(_) if before == after => {}
+            Some(WorkerState::Healthy | WorkerState::Ejected) => {
+                self.state.offer_stranded_requests();
+            }
+            Some(_) => self.state.offer_queue_to_others(id),
+            None => {}
+        }
     }
 
     /// Sets the models that a worker serves. An empty list means that they are unknown.
     pub fn set_models(&self, id: WorkerId, models: Vec<String>) {
-        self.state.lock().workers.set_models(id, models);
+        let models = distinct_models(models);
+        let mut state = self.state.lock();
+        let now = state.now;
+        state.workers.set_models(id, models);
+        state.workers.enforce_ejection_limit(now);
     }
 
     /// Sets a worker's cache capacity, in the router's blocks, as reported by its engine. Replaces
-    /// a configured or learned capacity, and evicts what no longer fits from the estimated cache.
-    /// Has no effect if the worker was removed.
+    /// a configured or learned capacity, and evicts what no longer fits from the estimated cache,
+    /// if that is much, in several critical sections. Has no effect if the worker was removed.
     pub fn set_capacity(&self, id: WorkerId, blocks: u32) {
         let mut guard = self.state.lock();
         let state = &mut *guard;
-        if let Some((worker, load)) = state.workers.get_mut(id) {
+        if let Some((worker, _)) = state.workers.get_mut(id) {
             worker.estimated_cache.set_capacity(blocks);
-            worker.estimated_cache.evict_to_fit(
-                load.active_blocks,
-                id.index,
-                &mut state.tree,
-                &mut state.pending_evictions,
-            );
             let capacity = worker.estimated_capacity();
             if let Some((pending_work, _)) = state.workers.pending_work_mut(id) {
                 pending_work.capacity = capacity;
             }
         }
-        unlock(guard);
+        drop(guard);
+        self.state.evict_to_fit(id);
     }
 
     /// Sets how many router blocks one block of the worker's engine holds.
@@ -171,10 +217,11 @@ impl Router {
         let mut state = self.state.lock();
         if let Some((worker, _)) = state.workers.get_mut(id) {
             worker.estimated_cache.clear();
-            state.tree.clear_cached(id.index);
+            state.tree.lose_cached(id.index);
             state.pending_evictions.clear(id.index);
         }
-        unlock(state);
+        drop(state);
+        self.state.evict_lost_blocks(id);
     }
 
     /// Selects where a worker's cache contents come from: its KV events, applied with
@@ -186,24 +233,35 @@ impl Router {
     /// while the events still list them. Has no effect if the worker was removed or has this source
     /// already.
     pub fn set_cache_source(&self, id: WorkerId, source: CacheSource) {
-        let mut state = self.state.lock();
-        if let Some((worker, _)) = state.workers.get_mut(id)
-            && worker.cache_source() != source
-        {
-            let cache = &mut worker.estimated_cache;
-            cache.clear();
-            cache.set_event_tracked(source == CacheSource::Events);
-            worker.event_cached_blocks = 0;
-            let acknowledged_epoch = match source {
-                CacheSource::Events => cache.last_epoch(),
-                CacheSource::Estimated => 0,
-            };
-            state.tree.clear_cached(id.index);
-            state.tree.acknowledge(id.index, acknowledged_epoch);
-            state.event_index.remove_worker(id.index);
-            state.pending_evictions.clear(id.index);
+        let mut guard = self.state.lock();
+        let state = &mut *guard;
+        let Some((worker, _)) = state.workers.get_mut(id) else {
+            return;
+        };
+        if worker.cache_source() == source {
+            return;
         }
-        unlock(state);
+        let cache = &mut worker.estimated_cache;
+        cache.clear();
+        cache.set_event_tracked(source == CacheSource::Events);
+        worker.event_cached_blocks = 0;
+        let acknowledged_epoch = match source {
+            CacheSource::Events => cache.last_epoch(),
+            CacheSource::Estimated => 0,
+        };
+        state.tree.lose_cached(id.index);
+        state.tree.acknowledge(id.index, acknowledged_epoch);
+        state.pending_evictions.clear(id.index);
+        // Only a worker that used events has blocks in the event index.
+        let cursor = match source {
+            CacheSource::Events => None,
+            CacheSource::Estimated => Some(state.event_index.lose_worker(id.index)),
+        };
+        drop(guard);
+        self.state.evict_lost_blocks(id);
+        if let Some(cursor) = cursor {
+            self.state.remove_lost_events(id.index, cursor);
+        }
     }
 
     /// Applies a change of a worker's cache that its KV events reported. Has no effect on a worker
@@ -275,7 +333,7 @@ impl Router {
         }
         // An event stream without pauses would otherwise take the lock again before a waiting
         // thread wakes up.
-        unlock_fair(guard);
+        guard.unlock_fair();
     }
 
     /// Returns the number of distinct blocks that KV events reported as cached by some worker.
@@ -290,29 +348,47 @@ impl Router {
     ///
     /// # Errors
     /// [`RouteError::UnknownModel`] if the models of all workers are known and none serves this
-    /// one. [`RouteError::NoWorker`] if every worker that may serve it is unhealthy, draining or
-    /// excluded, or if the router has no workers.
+    /// one, or if its name is too long. [`RouteError::Backpressure`] if workers could be chosen were
+    /// it not for their backpressure. [`RouteError::NoWorker`] if every worker that may serve it is
+    /// unhealthy, draining or excluded, or if the router has no workers.
+    /// [`RouteError::QueueFull`] if the request would have to be queued and the
+    /// [queue limit](RouterConfig::queue_limit) is reached. [`RouteError::BlockSizeMismatch`] if the
+    /// prompt has another block size than the router.
     pub fn route(&self, request: &Request<'_>, now: Duration) -> Result<Booking, RouteError> {
+        let request = PreparedRequest::new(request, self.state.block_size())?;
+        self.book_on_arrival(&request, now)
+            .map_err(|error| error.for_model(request.model))
+    }
+
+    /// Chooses a worker for the request and books it there, in one critical section.
+    fn book_on_arrival(
+        &self,
+        request: &PreparedRequest<'_>,
+        now: Duration,
+    ) -> Result<Booking, SelectError> {
         let mut state = self.state.lock();
         state.advance_to(now);
         let (worker, assessment) = state.choose(request)?;
-        let (id, decision) = state.book_on_arrival(worker, &assessment, request);
+        let (id, decision) = state.book_on_arrival(worker, &assessment, request)?;
         // Cloned under the lock, because the reference count shares a cache line with it.
         let shared = self.state.clone();
-        unlock(state);
+        drop(state);
         Ok(Booking::new(shared, id, worker, decision, request))
     }
 
-    /// Chooses one worker for a request with several prompts and books every prompt there, in one
-    /// step.
+    /// Chooses one worker for a request with several prompts and books every prompt there.
     ///
     /// `request` has the first prompt, `further` the others: fewer than
     /// [`MAX_BATCH_PROMPTS`](crate::batch::MAX_BATCH_PROMPTS). With several prompts, all are booked
     /// as sent at once. Without `further` prompts, the request may be queued, as by
     /// [`route`](Self::route).
     ///
+    /// A few prompts are chosen for and booked in one critical section. Many take several of them,
+    /// and decisions in between see a part of the batch.
+    ///
     /// # Errors
-    /// As [`route`](Self::route).
+    /// As [`route`](Self::route). [`RouteError::TooManyPrompts`] if there are more prompts than
+    /// [`MAX_BATCH_PROMPTS`](crate::batch::MAX_BATCH_PROMPTS).
     pub fn route_batch(
         &self,
         request: &Request<'_>,
@@ -324,21 +400,11 @@ impl Router {
             let (worker, decision) = (booking.worker(), *booking.decision());
             return Ok(Batch::new(std::iter::once(booking), worker, decision));
         }
-        let batch = BatchRequest::from_request(request, further);
-        let mut state = self.state.lock();
-        state.advance_to(now);
-        let costs = state.batch_costs(&batch);
-        let worker = state.select_for_batch(&batch, &costs)?;
-        let booked = state.book_batch(worker, &batch);
-        state.record_batch_arrival(request, booked.iter().map(|(id, _)| *id));
-        unlock(state);
-        let bookings = booked
-            .into_iter()
-            .zip(batch.requests())
-            .map(|((id, decision), request)| {
-                Booking::new(self.state.clone(), id, worker, decision, request)
-            });
-        Ok(Batch::new(bookings, worker, costs.decision(worker)))
+        let request = PreparedRequest::new(request, self.state.block_size())?;
+        let batch = BatchRequest::new(request, further, self.state.block_size())?;
+        self.state
+            .route_batch(&batch, now)
+            .map_err(|error| error.for_model(request.model))
     }
 
     /// Returns the costs that [`route`](Self::route) would compare. Books nothing and draws no
@@ -362,22 +428,40 @@ impl Router {
         further: &[Sequence],
         now: Duration,
     ) -> Result<Explanation, RouteError> {
-        let batch = BatchRequest::from_request(request, further);
-        let mut state = self.state.lock();
-        state.advance_to(now);
-        let explanation = state.explain(&batch);
-        unlock(state);
-        explanation
+        let request = PreparedRequest::new(request, self.state.block_size())?;
+        let batch = BatchRequest::new(request, further, self.state.block_size())?;
+        self.state
+            .explain_batch(&batch, now)
+            .map_err(|error| error.for_model(request.model))
     }
 
-    /// Returns a snapshot of every worker.
+    /// Returns a snapshot of every worker. Many workers are read in several critical sections, so
+    /// requests may be booked in between.
     #[must_use]
     pub fn workers(&self, now: Duration) -> Vec<WorkerSnapshot> {
-        let mut state = self.state.lock();
-        state.advance_to(now);
-        let snapshots = state.workers.snapshot(state.now);
-        unlock(state);
-        snapshots
+        let worker_count = self.state.lock().workers.index_len();
+        // Allocated without the lock.
+        let mut snapshots = Vec::with_capacity(worker_count);
+        let mut next = 0;
+        loop {
+            let mut state = self.state.lock();
+            state.advance_to(now);
+            let part = next..next + MAX_WORKERS_PER_LOCK;
+            next = part.end;
+            state.workers.snapshot(part, state.now, &mut snapshots);
+            if next >= state.workers.index_len() {
+                return snapshots;
+            }
+            state.unlock_fair();
+        }
+    }
+
+    /// Returns whether a worker is ejected: see [`outlier`](crate::outlier). `false` if it was
+    /// removed.
+    #[must_use]
+    pub fn is_ejected(&self, id: WorkerId) -> bool {
+        let state = self.state.lock();
+        state.workers.get(id).is_some_and(Worker::is_ejected)
     }
 
     /// Returns whether at least one worker can be chosen.
@@ -386,7 +470,7 @@ impl Router {
         let state = self.state.lock();
         state
             .workers
-            .eligible("")
+            .eligible(ModelName::ANY)
             .is_some_and(|eligible| !eligible.is_empty())
     }
 
@@ -403,14 +487,24 @@ impl Router {
     /// not stream, for instance, is only forecast. Without queued requests the call has no effect,
     /// and `now` is ignored.
     pub fn tick(&self, now: Duration) {
-        let mut state = self.state.lock();
-        if state.queue.queued_total > 0 {
-            state.advance_to(now);
-            for worker in 0..state.workers.index_len() as WorkerIndex {
-                state.try_dispatch_next(worker);
+        let mut next = 0;
+        loop {
+            let mut state = self.state.lock();
+            if state.queue.queued_total == 0 {
+                return;
             }
+            state.advance_to(now);
+            let end = state.workers.index_len();
+            let part = next..end.min(next + MAX_WORKERS_PER_LOCK);
+            next = part.end;
+            for worker in part {
+                state.try_dispatch_next(worker as WorkerIndex);
+            }
+            if next == end {
+                return;
+            }
+            state.unlock_fair();
         }
-        unlock(state);
     }
 
     /// Returns how accurate the forecasts of output lengths were.

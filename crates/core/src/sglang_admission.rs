@@ -11,6 +11,8 @@
 //! A prompt that waits inside SGLang may lose the cached blocks that it would have hit, and its
 //! admission time is unknown. So it waits in the [router's queue](crate::queue) instead.
 
+use crate::counter::Counter;
+
 /// Largest number of output tokens that SGLang reserves for one request.
 const CLIP_MAX_NEW_TOKENS: u32 = 4096;
 
@@ -69,8 +71,8 @@ impl OutputReserve {
     /// Replaces the reservation of one request.
     pub(crate) fn replace(&mut self, old: OutputReservation, new: OutputReservation) {
         let total = &mut self.reserved;
-        total.exact = total.exact + new.exact - old.exact;
-        total.upper_bound = total.upper_bound + new.upper_bound - old.upper_bound;
+        total.exact.replace(old.exact, new.exact);
+        total.upper_bound.replace(old.upper_bound, new.upper_bound);
     }
 
     /// Counts `tokens` new output tokens of one of `running_requests` decoding requests.

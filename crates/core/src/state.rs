@@ -5,47 +5,29 @@
 //! is released.
 
 use std::sync::Arc;
-use std::task::Waker;
 use std::time::Duration;
 
-use parking_lot::{Mutex, MutexGuard};
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
-use slab::Slab;
 use smallvec::SmallVec;
 
-use crate::active_tree::{HashChain, PrefixMatch, PrefixTree, TreePosition, WorkerIndex};
-use crate::batch::BatchRequest;
+use crate::active_tree::{PrefixMatch, PrefixTree, TreePosition, WorkerIndex};
+use crate::batch::{BatchCosts, BatchRequest};
 use crate::booking_record::BookingRecord;
 use crate::config::RouterConfig;
 use crate::event_index::EventIndex;
 use crate::forecast::output_length::{LengthClass, OutputLengthModel};
 use crate::kv_cost::KvCostInput;
 use crate::marginal_delay::RequestProfile;
+use crate::paged_slab::PagedSlab;
 use crate::pending_evictions::PendingEvictions;
 use crate::policy::{CandidateSet, CostSource, Decision};
 use crate::prefix_matches::PrefixMatches;
 use crate::progress_estimator::ProgressEstimator;
 use crate::queue::{QueuePolicyState, QueueTicket};
 use crate::replication::ReplicationRegret;
-use crate::request::{Candidate, Explanation, Request, RouteError};
+use crate::request::{Candidate, Explanation, PassedOver, PreparedRequest, SelectError};
 use crate::workers::{WorkerId, Workers};
-
-/// State of a router, shared by its handles and its bookings.
-#[derive(Clone, Debug)]
-pub(crate) struct SharedState(Arc<Mutex<State>>);
-
-impl SharedState {
-    /// Puts `state` behind a lock.
-    pub(crate) fn new(state: State) -> Self {
-        Self(Arc::new(Mutex::new(state)))
-    }
-
-    /// Starts a critical section. It should end with [`unlock`].
-    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock()
-    }
-}
 
 /// State of a router: everything behind its lock.
 #[derive(Debug)]
@@ -64,7 +46,7 @@ pub(crate) struct State {
     /// Evictions that bookings will cause and that events have not confirmed.
     pub(crate) pending_evictions: PendingEvictions,
     /// Records of all bookings.
-    pub(crate) bookings: Slab<BookingRecord>,
+    pub(crate) bookings: PagedSlab<BookingRecord>,
     /// Forecast of output lengths.
     pub(crate) output_length: OutputLengthModel,
     /// Progress of requests whose responses are not streamed.
@@ -83,28 +65,6 @@ pub(crate) struct State {
     pub(crate) now: Duration,
 }
 
-/// Ends a critical section, then drops unused hash chains and wakes tasks. Both happen without the
-/// lock: the chains may be large allocations, and the tasks may take the lock.
-pub(crate) fn unlock(state: MutexGuard<'_, State>) {
-    unlock_by(state, drop);
-}
-
-/// Ends a critical section like [`unlock`], and passes the lock on to a thread that waits for it.
-/// For sections that follow each other without a pause, which could keep the lock otherwise.
-pub(crate) fn unlock_fair(state: MutexGuard<'_, State>) {
-    unlock_by(state, MutexGuard::unlock_fair);
-}
-
-/// Ends a critical section by calling `unlock`.
-fn unlock_by<'a>(mut state: MutexGuard<'a, State>, unlock: impl FnOnce(MutexGuard<'a, State>)) {
-    let active_chains: SmallVec<[HashChain; 4]> = std::mem::take(&mut state.tree.deferred_drops);
-    let queued_chains = std::mem::take(&mut state.queued_prefixes.deferred_drops);
-    let wakers = std::mem::take(&mut state.queue.pending_wakers);
-    unlock(state);
-    drop((active_chains, queued_chains));
-    wakers.into_iter().for_each(Waker::wake);
-}
-
 /// Properties of one request that a decision reads.
 #[derive(Debug)]
 pub(crate) struct RequestAssessment {
@@ -117,12 +77,19 @@ pub(crate) struct RequestAssessment {
     pub(crate) expected_output_tokens: u32,
     /// Queue ticket, which decides how many queued requests this one overtakes.
     pub(crate) ticket: QueueTicket,
+    /// Whether the request is the trial of an ejected worker, which is sent at once.
+    pub(crate) is_trial: bool,
 }
 
 impl RequestAssessment {
     /// Returns the prefix match of the prompt on each worker, by worker index.
     pub(crate) fn prefix_matches(&self) -> &[PrefixMatch] {
         &self.prefix_matches
+    }
+
+    /// Returns the prefix match of the prompt on each worker, by worker index.
+    pub(crate) fn into_prefix_matches(self) -> PrefixMatches {
+        self.prefix_matches
     }
 }
 
@@ -131,13 +98,13 @@ impl State {
     pub(crate) fn new(config: RouterConfig) -> Self {
         Self {
             rng: SmallRng::seed_from_u64(config.seed),
+            workers: Workers::new(config.outlier.clone()),
             config,
-            workers: Workers::default(),
             tree: PrefixTree::default(),
             queued_prefixes: PrefixTree::default(),
             event_index: EventIndex::default(),
             pending_evictions: PendingEvictions::default(),
-            bookings: Slab::new(),
+            bookings: PagedSlab::default(),
             output_length: OutputLengthModel::default(),
             progress: ProgressEstimator::default(),
             last_booking_serial: 0,
@@ -149,7 +116,7 @@ impl State {
     }
 
     /// Returns the queue ticket of a request that arrives now.
-    pub(crate) fn ticket(&self, request: &Request<'_>) -> QueueTicket {
+    pub(crate) fn ticket(&self, request: &PreparedRequest<'_>) -> QueueTicket {
         let order = self.config.queue_order.unwrap_or_default();
         self.queue
             .ticket(order, request.priority, request.tenant, self.now)
@@ -157,7 +124,7 @@ impl State {
 
     /// Assesses a request that arrives now: its prefix match on every worker, its expected output
     /// and its queue ticket.
-    pub(crate) fn assess(&self, request: &Request<'_>) -> RequestAssessment {
+    pub(crate) fn assess(&self, request: &PreparedRequest<'_>) -> RequestAssessment {
         self.assess_with_ticket(request, self.ticket(request))
     }
 
@@ -166,7 +133,7 @@ impl State {
     /// requests will pin count as active.
     pub(crate) fn assess_with_ticket(
         &self,
-        request: &Request<'_>,
+        request: &PreparedRequest<'_>,
         ticket: QueueTicket,
     ) -> RequestAssessment {
         let mut assessment = self.assess_ignoring_queue(request, ticket);
@@ -192,7 +159,7 @@ impl State {
     /// not count as active.
     pub(crate) fn assess_ignoring_queue(
         &self,
-        request: &Request<'_>,
+        request: &PreparedRequest<'_>,
         ticket: QueueTicket,
     ) -> RequestAssessment {
         let mut prefix_matches = PrefixMatches::new(self.workers.index_len());
@@ -223,34 +190,12 @@ impl State {
                 request.expected_output_tokens,
             ),
             ticket,
+            is_trial: false,
         }
     }
 
-    /// Returns the workers among which a policy chooses for this request.
-    ///
-    /// # Errors
-    /// [`RouteError::UnknownModel`] if the models of all workers are known and none serves this one.
-    fn candidates<'a>(
-        &'a self,
-        request: &Request<'a>,
-        costs: CostSource<'a>,
-        excluded: &'a [WorkerIndex],
-    ) -> Result<CandidateSet<'a>, RouteError> {
-        let eligible = self
-            .workers
-            .eligible(request.model)
-            .ok_or_else(|| RouteError::UnknownModel(request.model.to_owned()))?;
-        Ok(CandidateSet {
-            eligible,
-            excluded,
-            workers: &self.workers,
-            costs,
-            hashes: request.prompt.hashes(),
-        })
-    }
-
     /// Returns the properties of a request on which its cost in blocks depends.
-    pub(crate) fn kv_cost_input(&self, request: &Request<'_>) -> KvCostInput {
+    pub(crate) fn kv_cost_input(&self, request: &PreparedRequest<'_>) -> KvCostInput {
         KvCostInput {
             blocks: request.prompt.blocks(),
             max_reusable_blocks: request.prompt.max_reusable_blocks(),
@@ -261,7 +206,7 @@ impl State {
     /// Returns the properties of a request on which its marginal delay depends.
     pub(crate) fn request_profile(
         &self,
-        request: &Request<'_>,
+        request: &PreparedRequest<'_>,
         assessment: &RequestAssessment,
     ) -> RequestProfile {
         let prompt = request.prompt;
@@ -284,7 +229,7 @@ impl State {
         &self,
         index: WorkerIndex,
         assessment: &RequestAssessment,
-        request: &Request<'_>,
+        request: &PreparedRequest<'_>,
     ) -> Decision {
         let cost_input = self.kv_cost_input(request);
         let projected_blocks = self.workers.loads[index as usize].projected_blocks();
@@ -300,7 +245,7 @@ impl State {
     }
 
     /// Returns the indices of the excluded workers that still exist.
-    pub(crate) fn excluded(&self, request: &Request<'_>) -> SmallVec<[WorkerIndex; 4]> {
+    pub(crate) fn excluded(&self, request: &PreparedRequest<'_>) -> SmallVec<[WorkerIndex; 4]> {
         request
             .excluded_workers
             .iter()
@@ -308,21 +253,30 @@ impl State {
             .collect()
     }
 
-    /// Chooses a worker for a request that arrives now: the policy's choice, or an idle worker to
-    /// which its prefix is replicated. Returns the worker and the assessment on which the choice is
+    /// Chooses a worker for a request that arrives now: an ejected worker whose trial is due, the
+    /// policy's choice, or an idle worker to which its prefix is replicated. Returns the worker and the assessment on which the choice is
     /// based. Books nothing, but adds the regret of this request to its prefix.
     ///
     /// # Errors
     /// As [`select_with_costs`](Self::select_with_costs).
     pub(crate) fn choose(
         &mut self,
-        request: &Request<'_>,
-    ) -> Result<(WorkerId, RequestAssessment), RouteError> {
-        let assessment = self.assess(request);
+        request: &PreparedRequest<'_>,
+    ) -> Result<(WorkerId, RequestAssessment), SelectError> {
+        let mut assessment = self.assess(request);
+        let now = self.now;
+        if let Some(worker) = self.workers.take_due_trial(request, now) {
+            assessment.is_trial = true;
+            return Ok((worker, assessment));
+        }
         let selected = self.select_worker(request, &assessment)?;
-        let worker = self
-            .replicate_to(selected, &assessment, request)
-            .unwrap_or(selected);
+        let worker = match self.preferred_worker(selected, &assessment, request) {
+            Some(preferred) => preferred,
+            None if request.only_worker.is_some() => selected,
+            None => self
+                .replicate_to(selected, &assessment, request)
+                .unwrap_or(selected),
+        };
         Ok((worker, assessment))
     }
 
@@ -333,9 +287,9 @@ impl State {
     /// As [`select_with_costs`](Self::select_with_costs).
     pub(crate) fn select_worker(
         &mut self,
-        request: &Request<'_>,
+        request: &PreparedRequest<'_>,
         assessment: &RequestAssessment,
-    ) -> Result<WorkerId, RouteError> {
+    ) -> Result<WorkerId, SelectError> {
         let cost_input = self.kv_cost_input(request);
         let profile = self.request_profile(request, assessment);
         let costs = CostSource::Computed(cost_input, profile, &assessment.prefix_matches);
@@ -346,19 +300,27 @@ impl State {
     /// the round-robin cursor if it succeeds.
     ///
     /// # Errors
-    /// [`RouteError::UnknownModel`] if the models of all workers are known and none serves this
-    /// one. [`RouteError::NoWorker`] if no worker that may serve it can be chosen.
+    /// As [`Workers::selectable`], and [`SelectError::NoWorker`] if no worker that may serve the
+    /// request can be chosen.
     pub(crate) fn select_with_costs(
         &mut self,
-        request: &Request<'_>,
+        request: &PreparedRequest<'_>,
         costs: CostSource<'_>,
-    ) -> Result<WorkerId, RouteError> {
+    ) -> Result<WorkerId, SelectError> {
         let excluded = self.excluded(request);
+        let eligible = self.workers.selectable(request, &excluded, self.now)?;
         // Works on a copy: a failed decision draws no random number, and the candidates borrow
         // `self`.
         let mut rng = self.rng.clone();
-        let worker = self
-            .candidates(request, costs, &excluded)?
+        let candidates = CandidateSet {
+            eligible: &eligible,
+            excluded: &excluded,
+            workers: &self.workers,
+            costs,
+            hashes: request.prompt.hashes(),
+            now: self.now,
+        };
+        let worker = candidates
             .select(
                 self.config.policy,
                 self.config.temperature,
@@ -368,26 +330,33 @@ impl State {
             )
             .and_then(|index| self.workers.by_index(index))
             .map(|worker| worker.id)
-            .ok_or_else(|| RouteError::NoWorker(request.model.to_owned()))?;
+            .ok_or(SelectError::NoWorker)?;
         self.rng = rng;
         self.round_robin_cursor += 1;
         Ok(worker)
     }
 
-    /// Returns the decision that would be made for the batch now, without making it. Replication is
-    /// considered for a single prompt only.
+    /// Returns the decision that would be made now for the batch with these costs, without making
+    /// it. Replication is considered for a single prompt only.
     ///
     /// # Errors
     /// As [`select_with_costs`](Self::select_with_costs).
-    pub(crate) fn explain(&self, batch: &BatchRequest<'_>) -> Result<Explanation, RouteError> {
+    pub(crate) fn explain(
+        &self,
+        batch: &BatchRequest<'_>,
+        batch_costs: &BatchCosts,
+    ) -> Result<Explanation, SelectError> {
         let request = &batch.requests()[0];
-        let batch_costs = self.batch_costs(batch);
         let excluded = self.excluded(request);
-        let candidate_set = self.candidates(
-            request,
-            CostSource::Precomputed(&batch_costs.costs, &batch_costs.objective),
-            &excluded,
-        )?;
+        let eligible = self.workers.selectable(request, &excluded, self.now)?;
+        let candidate_set = CandidateSet {
+            eligible: &eligible,
+            excluded: &excluded,
+            workers: &self.workers,
+            costs: CostSource::Precomputed(&batch_costs.costs, &batch_costs.objective),
+            hashes: request.prompt.hashes(),
+            now: self.now,
+        };
         let probabilities = candidate_set.selection_probabilities(
             self.config.policy,
             self.config.temperature,
@@ -401,7 +370,7 @@ impl State {
                 let load = self.workers.loads[index as usize];
                 Some(Candidate {
                     id: worker.id,
-                    name: worker.name.clone(),
+                    name: Arc::clone(&worker.name),
                     requests: load.requests,
                     active_blocks: load.projected_blocks(),
                     prefix_match: batch_costs.prefix_matches[index as usize],
@@ -412,7 +381,7 @@ impl State {
             })
             .collect();
         if candidates.is_empty() {
-            return Err(RouteError::NoWorker(request.model.to_owned()));
+            return Err(SelectError::NoWorker);
         }
         candidates.sort_unstable_by_key(|candidate| candidate.id);
         let mut explanation = Explanation {
@@ -421,6 +390,8 @@ impl State {
             ttft_weight: self.config.ttft_weight,
             temperature: self.config.temperature,
             replicates_prefix_to: None,
+            trial_on: self.workers.due_trial(request, self.now),
+            passed_over: self.passed_over(request, &candidates),
             candidates,
         };
         if let ([request], Some(chosen)) = (batch.requests(), explanation.expected_choice()) {
@@ -429,5 +400,40 @@ impl State {
                 self.peek_replication(chosen.id, &assessment, request);
         }
         Ok(explanation)
+    }
+
+    /// Returns the eligible workers that are neither excluded nor candidates, with the reason.
+    fn passed_over(
+        &self,
+        request: &PreparedRequest<'_>,
+        candidates: &[Candidate],
+    ) -> Vec<PassedOver> {
+        if !self.workers.has_restrictions() {
+            return Vec::new();
+        }
+        let excluded = self.excluded(request);
+        let is_candidate = |id| {
+            let known = candidates.binary_search_by_key(&id, |candidate| candidate.id);
+            known.is_ok()
+        };
+        let eligible = self
+            .workers
+            .eligible(request.model_name())
+            .unwrap_or_default();
+        let mut passed_over: Vec<PassedOver> = eligible
+            .iter()
+            .filter(|index| !excluded.contains(index))
+            .filter_map(|&index| {
+                let worker = self.workers.by_index(index)?;
+                Some(PassedOver {
+                    id: worker.id,
+                    name: worker.name.clone(),
+                    restriction: self.workers.restriction(index, self.now)?,
+                })
+            })
+            .filter(|worker| !is_candidate(worker.id))
+            .collect();
+        passed_over.sort_unstable_by_key(|worker| worker.id);
+        passed_over
     }
 }

@@ -1,20 +1,33 @@
 //! Workers: their state, what they serve, their loads, and which of them are eligible for a model.
 
-use std::collections::HashMap;
+mod eligibility;
+mod latency_groups;
+mod snapshot;
+
+use std::collections::HashSet;
 use std::mem;
 use std::num::NonZeroU32;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rapidhash::v3::{DEFAULT_RAPID_SECRETS, rapidhash_v3_seeded};
 
 use crate::active_tree::{PrefixMatch, WorkerIndex};
+use crate::booking_record::BookingId;
 use crate::cache_source::CacheSource;
 use crate::capacity::CapacitySource;
 use crate::estimated_cache::{EstimatedCache, EvictionRule};
-use crate::forecast::latency::{LatencyAccuracy, LatencyModel, SharedLatencyModel};
+use crate::forecast::latency::{PrefillWork, SharedLatencyModel};
 use crate::marginal_delay::{MarginalDelay, RequestProfile};
+use crate::outlier::{OutlierConfig, Outliers};
 use crate::pending_work::PendingWork;
 use crate::policy::Load;
+use crate::queue::QueueKey;
+use crate::request::ModelName;
+use crate::sglang_admission::OutputReservation;
+use eligibility::Eligibility;
+use latency_groups::LatencyGroups;
+pub use snapshot::WorkerSnapshot;
 
 /// Identity of one worker. Never reused: a worker that is removed and added again, even under the
 /// same name, gets another id. Ids are ordered by when the workers were added.
@@ -50,6 +63,8 @@ pub enum WorkerState {
     Healthy,
     /// Cannot be chosen, because its health check fails. Requests that run there stay booked.
     Unhealthy,
+    /// Gets no requests but trials, because it failed too often: see [`outlier`](crate::outlier).
+    Ejected,
     /// Cannot be chosen. Finishes the requests that it has.
     Draining,
 }
@@ -61,54 +76,10 @@ impl WorkerState {
         match self {
             Self::Healthy => "healthy",
             Self::Unhealthy => "unhealthy",
+            Self::Ejected => "ejected",
             Self::Draining => "draining",
         }
     }
-}
-
-/// State of one worker at one instant.
-#[derive(Clone, Debug)]
-pub struct WorkerSnapshot {
-    /// Worker id.
-    pub id: WorkerId,
-    /// Worker name.
-    pub name: String,
-    /// Whether the worker can be chosen.
-    pub state: WorkerState,
-    /// Models that the worker serves; empty while they are unknown.
-    pub models: Vec<String>,
-    /// Number of requests booked on the worker, queued ones included.
-    pub requests: u32,
-    /// Number of those requests that are queued at the router.
-    pub queued_requests: u32,
-    /// KV blocks pinned by the requests that were sent to the worker; shared ones count once.
-    pub active_blocks: u64,
-    /// KV blocks that the queued requests will pin in addition.
-    pub queued_blocks: u64,
-    /// Prompt and output tokens of all booked requests; shared ones count each time.
-    pub context_tokens: u64,
-    /// Booked prompt tokens that the worker has not computed yet, as predicted. Tokens of queued
-    /// requests are included, cached tokens are not.
-    pub prefill_tokens: u64,
-    /// KV blocks in the worker's prefix cache, pinned or not, according to its cache source.
-    pub cached_blocks: u64,
-    /// Source of the worker's cache contents.
-    pub cache_source: CacheSource,
-    /// Number of KV blocks of the worker.
-    pub capacity_blocks: u32,
-    /// Source of that number.
-    pub capacity_source: CapacitySource,
-    /// Rule by which the engine selects the blocks that it evicts.
-    pub eviction: EvictionRule,
-    /// Latency model of the worker, as learned.
-    pub latency: LatencyModel,
-    /// Predicted time until all booked prompts are computed, queued ones included.
-    pub prefill_backlog: Duration,
-    /// Predicted time between two output tokens of one request, with the present decode batch.
-    pub inter_token_latency: Duration,
-    /// Accuracy of the predicted times to first token: the number of predictions that were compared
-    /// with the observed time, and their mean absolute relative error.
-    pub ttft_accuracy: LatencyAccuracy,
 }
 
 /// Reason why a worker was not added.
@@ -128,20 +99,19 @@ pub enum WorkerError {
 /// Maximum number of workers of one router.
 pub const MAX_WORKERS: usize = 4096;
 
-/// Maximum number of shared latency models.
-const MAX_LATENCY_MODELS: usize = 256;
-
 /// Worker, apart from its load and its pending work.
 #[derive(Debug)]
 pub(crate) struct Worker {
     pub(crate) id: WorkerId,
-    pub(crate) name: String,
-    /// Models that the worker serves; empty while they are unknown.
-    models: Vec<String>,
+    pub(crate) name: Arc<str>,
+    /// Models that the worker serves, each once; empty while they are unknown.
+    models: Arc<[String]>,
     /// Whether its health check succeeds.
     healthy: bool,
     /// Whether it only finishes the requests that it has.
     draining: bool,
+    /// Whether it is ejected: a copy of what its outlier record says.
+    ejected: bool,
     /// Whether its engine has a prefix cache.
     pub(crate) prefix_caching: bool,
     /// Estimate of its prefix cache, which also contains its capacity and its eviction rule.
@@ -186,13 +156,37 @@ impl Worker {
         }
     }
 
-    /// Returns the state of the worker. Draining takes precedence over the health check.
+    /// Returns the state of the worker. Draining takes precedence over the health check, which takes
+    /// precedence over ejection.
     pub(crate) fn state(&self) -> WorkerState {
-        match (self.draining, self.healthy) {
-            (true, _) => WorkerState::Draining,
-            (false, true) => WorkerState::Healthy,
-            (false, false) => WorkerState::Unhealthy,
+        match (self.draining, self.healthy, self.ejected) {
+            (true, ..) => WorkerState::Draining,
+            (false, false, _) => WorkerState::Unhealthy,
+            (false, true, true) => WorkerState::Ejected,
+            (false, true, false) => WorkerState::Healthy,
         }
+    }
+
+    /// Returns whether the worker is eligible, apart from the model: healthy and not draining.
+    pub(crate) fn is_accepting(&self) -> bool {
+        self.healthy && !self.draining
+    }
+
+    /// Returns whether the worker is ejected.
+    pub(crate) fn is_ejected(&self) -> bool {
+        self.ejected
+    }
+
+    /// Returns whether the worker may serve `model`. An empty name stands for any model.
+    pub(crate) fn serves(&self, model: &str) -> bool {
+        model.is_empty()
+            || self.models.is_empty()
+            || self.models.iter().any(|served| served == model)
+    }
+
+    /// Returns the models that the worker serves; empty while they are unknown.
+    pub(crate) fn models(&self) -> &[String] {
+        &self.models
     }
 }
 
@@ -207,42 +201,70 @@ pub(crate) struct Workers {
     /// Pending work by worker index. Apart from `workers`, so that a decision over hundreds of
     /// workers reads little memory.
     pub(crate) pending_work: Vec<PendingWork>,
-    /// Latency models, each with the model name for which it is learned and shared by all workers
-    /// whose first model has that name. Never shrinks; bounded by [`MAX_LATENCY_MODELS`], after
-    /// which workers of further models share the first entry.
-    latency_models: Vec<(String, SharedLatencyModel)>,
+    /// Latency models, each shared by the workers that run one model, and the longest of the queues
+    /// of those workers.
+    latency_groups: LatencyGroups,
     /// Workers that can be chosen, by model.
-    eligible: Eligible,
+    eligibility: Eligibility,
+    /// Indices of removed workers that are not free yet, because parts of the state still refer to
+    /// them.
+    retiring: Vec<WorkerIndex>,
     /// Engine block ratios above 1. A list, because most fleets have none.
     engine_block_ratios: Vec<EngineBlockRatio>,
+    /// Recent failures, ejections and backpressure of each worker.
+    pub(crate) outliers: Outliers,
     /// Number of workers that were ever added.
     generations: u64,
 }
 
-/// Workers that can be chosen, by model.
-#[derive(Debug, Default)]
-struct Eligible {
-    /// All workers that can be chosen.
-    all: Vec<WorkerIndex>,
-    /// Workers that can be chosen for each model that any worker, healthy or not, is known to
-    /// serve. Workers of unknown models are included.
-    by_model: HashMap<String, Vec<WorkerIndex>>,
-    /// Workers that can be chosen and whose models are unknown. They may serve any model.
-    model_unknown: Vec<WorkerIndex>,
+/// Worker that was removed, to be dropped without the lock.
+#[derive(Debug)]
+pub(crate) struct RemovedWorker {
+    pub(crate) worker: Worker,
+    pub(crate) pending_work: PendingWork,
+}
+
+/// Returns `models` without repeated names, in their order.
+pub(crate) fn distinct_models(models: Vec<String>) -> Arc<[String]> {
+    let mut known = HashSet::new();
+    let is_first: Vec<bool> = models.iter().map(|model| known.insert(model)).collect();
+    let distinct = models.iter().zip(is_first);
+    distinct
+        .filter(|(_, is_first)| *is_first)
+        .map(|(model, _)| model.clone())
+        .collect()
 }
 
 impl Workers {
-    /// Adds a worker, unhealthy at first, at the smallest free index. An index, but not an id, may
-    /// have belonged to a removed worker.
+    /// Returns an empty fleet with these settings of outlier ejection.
+    pub(crate) fn new(config: OutlierConfig) -> Self {
+        Self {
+            outliers: Outliers::new(config),
+            ..Self::default()
+        }
+    }
+
+    /// Adds a worker at `now`, unhealthy at first, at the smallest free index. An index, but not an
+    /// id, may have belonged to a removed worker. `models` are the [distinct](distinct_models)
+    /// models of `spec`.
     ///
     /// # Errors
     /// [`WorkerError::NameTaken`] if a present worker has the name, [`WorkerError::TooMany`] at
     /// [`MAX_WORKERS`].
-    pub(crate) fn add(&mut self, spec: WorkerSpec) -> Result<WorkerId, WorkerError> {
-        if self.iter().any(|worker| worker.name == spec.name) {
-            return Err(WorkerError::NameTaken(spec.name));
+    pub(crate) fn add(
+        &mut self,
+        spec: &WorkerSpec,
+        models: Arc<[String]>,
+        now: Duration,
+    ) -> Result<WorkerId, WorkerError> {
+        if self.iter().any(|worker| *worker.name == *spec.name) {
+            return Err(WorkerError::NameTaken(spec.name.clone()));
         }
-        let index = match self.workers.iter().position(Option::is_none) {
+        let is_free = |index: usize, worker: &Option<Worker>| {
+            worker.is_none() && !self.retiring.contains(&(index as WorkerIndex))
+        };
+        let mut indexed = self.workers.iter().enumerate();
+        let index = match indexed.position(|(index, worker)| is_free(index, worker)) {
             Some(free) => free,
             None if self.workers.len() == MAX_WORKERS => {
                 return Err(WorkerError::TooMany(MAX_WORKERS));
@@ -263,35 +285,52 @@ impl Workers {
             name_hash: rapidhash_v3_seeded(spec.name.as_bytes(), &DEFAULT_RAPID_SECRETS),
             ..Load::default()
         };
-        self.pending_work[index] = PendingWork::new(self.latency_model_for(&spec.models));
+        self.pending_work[index] = PendingWork::new(self.latency_groups.join(&models));
+        self.eligibility.add_worker(&models);
         self.workers[index] = Some(Worker {
             id,
-            name: spec.name,
-            models: spec.models,
+            name: spec.name.as_str().into(),
+            models,
             healthy: false,
             draining: false,
+            ejected: false,
             prefix_caching: spec.prefix_caching,
             estimated_cache: EstimatedCache::new(spec.eviction, spec.capacity_blocks),
             pinned_blocks: 0,
             event_cached_blocks: 0,
         });
-        self.rebuild_eligibility();
+        self.outliers.start(id.index, now);
         Ok(id)
     }
 
-    /// Removes a worker and returns whether it existed. Clears its load and its pending work. The
-    /// caller removes it from the trees and indexes of cached blocks.
-    pub(crate) fn remove(&mut self, id: WorkerId) -> bool {
-        if self.get(id).is_none() {
-            return false;
-        }
-        self.workers[id.index as usize] = None;
-        self.loads[id.index as usize] = Load::default();
-        self.pending_work[id.index as usize] = PendingWork::default();
+    /// Removes a worker and returns it, unless it was removed before. Clears its load and its
+    /// pending work. The caller removes everything else that refers to its index, and then calls
+    /// [`free_index`](Self::free_index).
+    pub(crate) fn remove(&mut self, id: WorkerId) -> Option<RemovedWorker> {
+        self.get(id)?;
+        let index = id.index as usize;
+        let worker = self.workers[index].take()?;
+        self.loads[index] = Load::default();
+        let pending_work = mem::take(&mut self.pending_work[index]);
         self.engine_block_ratios
             .retain(|entry| entry.worker != id.index);
-        self.rebuild_eligibility();
-        true
+        self.outliers.forget(id.index);
+        self.eligibility
+            .set_eligible(id.index, &worker.models, false);
+        self.eligibility.remove_worker(&worker.models);
+        let queue_length = pending_work.queue.totals().requests;
+        self.latency_groups
+            .leave(pending_work.latency_group, id.index, queue_length);
+        self.retiring.push(id.index);
+        Some(RemovedWorker {
+            worker,
+            pending_work,
+        })
+    }
+
+    /// Frees the index of a removed worker, to which nothing refers any longer.
+    pub(crate) fn free_index(&mut self, index: WorkerIndex) {
+        self.retiring.retain(|&retiring| retiring != index);
     }
 
     /// Rounds prefix matches down to whole engine blocks, on workers whose engine blocks are larger
@@ -375,17 +414,67 @@ impl Workers {
     ) -> Option<(&mut PendingWork, &mut SharedLatencyModel)> {
         self.get(id)?;
         let pending_work = self.pending_work.get_mut(id.index as usize)?;
-        let (_, shared_model) = self.latency_models.get_mut(pending_work.latency_model)?;
+        let shared_model = self
+            .latency_groups
+            .latency_model_mut(pending_work.latency_group)?;
         Some((pending_work, shared_model))
     }
 
     /// Returns the shared latency model of the worker with this pending work.
     pub(crate) fn latency_model(&self, pending_work: &PendingWork) -> &SharedLatencyModel {
-        &self.latency_models[pending_work.latency_model].1
+        self.latency_groups
+            .latency_model(pending_work.latency_group)
+    }
+
+    /// Adds a booking to the queue of a worker: see
+    /// [`WorkerQueue::insert`](crate::queue::WorkerQueue::insert). Returns whether the worker
+    /// exists.
+    pub(crate) fn enqueue(
+        &mut self,
+        id: WorkerId,
+        key: QueueKey,
+        booking: BookingId,
+        work: PrefillWork,
+        memory: (u64, OutputReservation),
+    ) -> bool {
+        let Some((pending_work, _)) = self.pending_work_mut(id) else {
+            return false;
+        };
+        pending_work.queue.insert(key, booking, work, memory);
+        let (group, length) = (
+            pending_work.latency_group,
+            pending_work.queue.totals().requests,
+        );
+        self.latency_groups
+            .set_queue_length(group, id.index, length.saturating_sub(1), length);
+        true
+    }
+
+    /// Removes the booking with this key from the queue of a worker. Returns its KV blocks: see
+    /// [`WorkerQueue::remove`](crate::queue::WorkerQueue::remove). `None` if the worker does not
+    /// exist or the key is not queued there.
+    pub(crate) fn dequeue(&mut self, id: WorkerId, key: QueueKey) -> Option<u64> {
+        let (pending_work, _) = self.pending_work_mut(id)?;
+        let blocks = pending_work.queue.remove(key)?;
+        let (group, length) = (
+            pending_work.latency_group,
+            pending_work.queue.totals().requests,
+        );
+        self.latency_groups
+            .set_queue_length(group, id.index, length + 1, length);
+        Some(blocks)
+    }
+
+    /// Returns the first booking of the longest queue among the workers that share the latency
+    /// model of the worker at `index`. `None` if no request is queued there.
+    pub(crate) fn first_of_longest_queue(&self, index: WorkerIndex) -> Option<BookingId> {
+        let group = self.pending_work.get(index as usize)?.latency_group;
+        let longest = self.latency_groups.longest_queue(group)?;
+        self.pending_work.get(longest as usize)?.queue.first()
     }
 
     /// Returns the marginal delay of a request on the worker at `index`, where its prompt has this
-    /// prefix match. The delay on the index of a removed worker is that on an empty one. Panics if
+    /// prefix match, the failure charge included. The delay on the index of a removed worker is that on an empty one. Panics if
     /// no worker ever had the index.
     pub(crate) fn marginal_delay(
         &self,
@@ -398,7 +487,11 @@ impl Workers {
         let latency_model = pending_work
             .latency
             .latency_model(self.latency_model(pending_work), profile.now);
-        profile.marginal_delay(&latency_model, pending_work, load, prefix_match)
+        let delay = profile.marginal_delay(&latency_model, pending_work, load, prefix_match);
+        MarginalDelay {
+            failure_charge: self.outliers.charge(index, profile.now).seconds,
+            ..delay
+        }
     }
 
     /// Returns the total marginal delay of a request on the worker at `index` if it is below
@@ -412,33 +505,15 @@ impl Workers {
         index: WorkerIndex,
         prefix_match: PrefixMatch,
     ) -> f64 {
+        if self.outliers.has_charges() {
+            return profile.total(&self.marginal_delay(profile, index, prefix_match));
+        }
         let pending_work = &self.pending_work[index as usize];
         let load = self.loads[index as usize];
         let latency_model = pending_work
             .latency
             .latency_model(self.latency_model(pending_work), profile.now);
         profile.total_or_lower_bound(cutoff, &latency_model, pending_work, load, prefix_match)
-    }
-
-    /// Returns the index of the latency model for workers that serve these models. Only the first
-    /// name counts: engines list the model that they run before its LoRA adapters, which come and
-    /// go. Adds a latency model for an unknown name, or returns the first one at
-    /// [`MAX_LATENCY_MODELS`]. Workers of unknown models share one.
-    fn latency_model_for(&mut self, models: &[String]) -> usize {
-        let model = models.first().map(String::as_str).unwrap_or_default();
-        let known = self
-            .latency_models
-            .iter()
-            .position(|(name, _)| name == model);
-        match known {
-            Some(index) => index,
-            None if self.latency_models.len() < MAX_LATENCY_MODELS => {
-                self.latency_models
-                    .push((model.to_owned(), SharedLatencyModel::default()));
-                self.latency_models.len() - 1
-            }
-            None => 0,
-        }
     }
 
     /// Returns the worker at `index`, if there is one.
@@ -467,125 +542,76 @@ impl Workers {
         self.update(id, |worker| &mut worker.draining, draining);
     }
 
+    /// Sets whether the worker at `index` is ejected. Eligibility does not depend on it.
+    pub(crate) fn set_ejected(&mut self, index: WorkerIndex, ejected: bool) {
+        if let Some(Some(worker)) = self.workers.get_mut(index as usize) {
+            worker.ejected = ejected;
+        }
+    }
+
     /// Sets the models that a worker serves, and the latency model that belongs to them. A change
     /// of the latency model resets the factors that the worker has learned relative to it. Has no
     /// effect if the worker was removed.
-    pub(crate) fn set_models(&mut self, id: WorkerId, models: Vec<String>) {
-        let latency_model = self.latency_model_for(&models);
-        if let Some((pending_work, _)) = self.pending_work_mut(id)
-            && pending_work.latency_model != latency_model
-        {
-            pending_work.latency_model = latency_model;
+    pub(crate) fn set_models(&mut self, id: WorkerId, models: Arc<[String]>) {
+        let Some((worker, _)) = self.get_mut(id) else {
+            return;
+        };
+        if worker.models == models {
+            return;
+        }
+        let is_eligible = worker.is_accepting();
+        let old_models = mem::replace(&mut worker.models, Arc::clone(&models));
+        self.eligibility.set_eligible(id.index, &old_models, false);
+        self.eligibility.remove_worker(&old_models);
+        self.eligibility.add_worker(&models);
+        self.eligibility
+            .set_eligible(id.index, &models, is_eligible);
+        let pending_work = &mut self.pending_work[id.index as usize];
+        let old_group = pending_work.latency_group;
+        let queue_length = pending_work.queue.totals().requests;
+        // Joins first, so that a group with this worker only is not replaced by its own.
+        let group = self.latency_groups.join(&models);
+        self.latency_groups.leave(old_group, id.index, queue_length);
+        self.latency_groups
+            .set_queue_length(group, id.index, 0, queue_length);
+        if group != old_group {
+            pending_work.latency_group = group;
             pending_work.latency.reset_factors();
         }
-        self.update(id, |worker| &mut worker.models, models);
     }
 
-    /// Sets one field of a worker. Rebuilds eligibility only if the value changed, because health
-    /// checks mostly repeat what is known.
-    fn update<T: PartialEq>(&mut self, id: WorkerId, field: fn(&mut Worker) -> &mut T, new: T) {
-        if let Some((worker, _)) = self.get_mut(id)
-            && mem::replace(field(worker), new) != *field(worker)
-        {
-            self.rebuild_eligibility();
+    /// Sets one field of a worker that decides whether it can be chosen.
+    fn update<T>(&mut self, id: WorkerId, field: fn(&mut Worker) -> &mut T, new: T) {
+        let Some((worker, _)) = self.get_mut(id) else {
+            return;
+        };
+        let was_eligible = worker.is_accepting();
+        *field(worker) = new;
+        let is_eligible = worker.is_accepting();
+        if was_eligible != is_eligible {
+            let models = Arc::clone(&worker.models);
+            self.eligibility
+                .set_eligible(id.index, &models, is_eligible);
         }
     }
 
-    /// Returns the indices of the workers that can be chosen for `model`; an empty name stands for
-    /// any model. Returns `None` if there are workers, the models of all are known, and `model` is
+    /// Returns the indices of the workers that can be chosen for `model`, ejected ones included; an
+    /// empty name stands for any model. Returns `None` if there are workers, the models of all are known, and `model` is
     /// none of them. The slice is empty if every worker that may serve the model is unhealthy or
     /// draining, or if there are no workers. Indices ascend.
-    pub(crate) fn eligible(&self, model: &str) -> Option<&[WorkerIndex]> {
-        if model.is_empty() {
-            return Some(&self.eligible.all);
-        }
-        match self.eligible.by_model.get(model) {
-            Some(indices) => Some(indices),
-            None => {
-                let unknown = self.iter().any(|worker| worker.models.is_empty());
-                (unknown || self.iter().next().is_none())
-                    .then_some(self.eligible.model_unknown.as_slice())
-            }
-        }
+    pub(crate) fn eligible(&self, model: ModelName<'_>) -> Option<&[WorkerIndex]> {
+        self.eligibility.eligible(model)
     }
 
-    /// Computes which workers can be chosen for which model. The result is stored, because
-    /// decisions read it far more often than it changes. Must be called after every change of a
-    /// worker's state or models.
-    fn rebuild_eligibility(&mut self) {
-        let mut eligible = Eligible::default();
-        for worker in self.iter() {
-            for model in &worker.models {
-                eligible.by_model.entry(model.clone()).or_default();
-            }
-        }
-        for worker in self.iter() {
-            if worker.state() != WorkerState::Healthy {
-                continue;
-            }
-            let index = worker.id.index;
-            eligible.all.push(index);
-            for model in &worker.models {
-                // A worker may list one model twice.
-                if let Some(indices) = eligible.by_model.get_mut(model)
-                    && indices.last() != Some(&index)
-                {
-                    indices.push(index);
-                }
-            }
-            if worker.models.is_empty() {
-                eligible.model_unknown.push(index);
-                eligible
-                    .by_model
-                    .values_mut()
-                    .for_each(|indices| indices.push(index));
-            }
-        }
-        self.eligible = eligible;
-    }
-
-    /// Returns a snapshot of every worker, by ascending index. Forecasts are made for `now`, a time
-    /// of the router's clock.
-    pub(crate) fn snapshot(&self, now: Duration) -> Vec<WorkerSnapshot> {
-        self.iter()
-            .map(|worker| {
-                let load = self.loads[worker.id.index as usize];
-                let pending_work = &self.pending_work[worker.id.index as usize];
-                let latency_model = pending_work
-                    .latency
-                    .latency_model(self.latency_model(pending_work), now);
-                let (requests, context_tokens) = pending_work.decode_load();
-                let step_seconds = latency_model
-                    .decode_step_seconds(f64::from(requests.max(1)), context_tokens as f64);
-                WorkerSnapshot {
-                    id: worker.id,
-                    name: worker.name.clone(),
-                    state: worker.state(),
-                    models: worker.models.clone(),
-                    requests: load.requests,
-                    queued_requests: pending_work.queue.totals().requests,
-                    active_blocks: load.active_blocks,
-                    queued_blocks: load.queued_blocks,
-                    context_tokens: load.context_tokens,
-                    prefill_tokens: pending_work.prefill_backlog_tokens(&latency_model, now),
-                    cached_blocks: if worker.estimated_cache.is_event_tracked() {
-                        worker.event_cached_blocks
-                    } else {
-                        worker.pinned_blocks + worker.estimated_cache.cached_blocks()
-                    },
-                    cache_source: worker.cache_source(),
-                    capacity_blocks: worker.estimated_cache.capacity(),
-                    capacity_source: worker.estimated_cache.capacity_source(),
-                    eviction: worker.estimated_cache.eviction(),
-                    prefill_backlog: duration_from_secs_saturating(
-                        pending_work.prefill_backlog_seconds(&latency_model, now),
-                    ),
-                    inter_token_latency: duration_from_secs_saturating(step_seconds),
-                    ttft_accuracy: pending_work.latency.ttft_accuracy(),
-                    latency: latency_model,
-                }
-            })
-            .collect()
+    /// Returns the models that a worker may serve: all known ones if its own are unknown.
+    pub(crate) fn models_of<'a>(
+        &'a self,
+        worker: &'a Worker,
+    ) -> impl Iterator<Item = ModelName<'a>> {
+        let known = worker.models.is_empty();
+        let known = known.then(|| self.eligibility.models());
+        let own = worker.models.iter().map(|model| ModelName::new(model));
+        own.chain(known.into_iter().flatten())
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! Engines normalise messages first: vLLM keeps the fields that it knows, joins the parts of a
 //! content into one text (or turns a text into parts, if the template reads parts), and parses tool
-//! arguments from their JSON. This module does the same.
+//! arguments from their JSON. This module does the same. Requests of the Responses and Messages
+//! APIs are converted to this form first, as engines do.
 
 use std::collections::BTreeMap;
 
@@ -10,74 +11,43 @@ use minijinja::Value;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-use crate::chat_template::{ContentFormat, TemplateError};
+use crate::chat_message::{FINAL_MESSAGE_SENTINEL, Message, TemplateForm};
 
-/// The fields of a chat completion's body that affect the prompt.
-#[derive(Debug, Deserialize)]
+use crate::chat_tool::{keep_tool_order, normalize_tool, order_tool_call};
+use crate::conversion::Dialect;
+use crate::template_error::TemplateError;
+
+/// The parts of a body that affect the prompt.
+#[derive(Debug, Default, Deserialize)]
 pub struct Chat {
-    messages: Vec<Message>,
+    pub(crate) messages: Vec<Message>,
     #[serde(default)]
-    tools: Option<Vec<Value>>,
+    pub(crate) tools: Option<Vec<Value>>,
     #[serde(default)]
-    documents: Option<Value>,
+    pub(crate) documents: Option<Value>,
     #[serde(default)]
-    reasoning_effort: Option<Value>,
+    pub(crate) reasoning_effort: Option<Value>,
+    /// Whether the request turns reasoning off by Anthropic's `thinking`. Which effort this stands
+    /// for depends on the template.
+    #[serde(skip)]
+    pub(crate) disables_thinking: bool,
+    /// The engine that renders the chat.
+    #[serde(skip)]
+    pub(crate) dialect: Dialect,
+    /// Read only for SGLang, which offers the model only the tools that this choice allows.
     #[serde(default)]
-    add_generation_prompt: Option<bool>,
+    pub(crate) tool_choice: Option<Value>,
     #[serde(default)]
-    continue_final_message: Option<bool>,
+    pub(crate) add_generation_prompt: Option<bool>,
     #[serde(default)]
-    add_special_tokens: Option<bool>,
+    pub(crate) continue_final_message: Option<bool>,
     #[serde(default)]
-    chat_template: Option<IgnoredAny>,
+    pub(crate) add_special_tokens: Option<bool>,
     #[serde(default)]
-    chat_template_kwargs: Option<BTreeMap<String, Value>>,
+    pub(crate) chat_template: Option<IgnoredAny>,
+    #[serde(default)]
+    pub(crate) chat_template_kwargs: Option<BTreeMap<String, Value>>,
 }
-
-/// The fields of a message that affect the prompt.
-#[derive(Debug, Deserialize)]
-struct Message {
-    role: String,
-    #[serde(default)]
-    content: Option<Content>,
-    #[serde(default)]
-    tool_calls: Option<Vec<Value>>,
-    #[serde(default, alias = "reasoning_content")]
-    reasoning: Option<String>,
-    #[serde(default)]
-    tool_call_id: Option<Value>,
-    #[serde(default)]
-    name: Option<String>,
-    #[serde(default)]
-    tools: Option<Value>,
-}
-
-/// The content of a message.
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum Content {
-    Text(String),
-    Parts(Vec<Part>),
-}
-
-/// One part of a content: a bare string or an object with a type.
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum Part {
-    Bare(String),
-    Typed {
-        #[serde(rename = "type")]
-        kind: String,
-        #[serde(default)]
-        text: Option<String>,
-        #[serde(default)]
-        refusal: Option<String>,
-    },
-}
-
-/// Text that is appended to the message to be continued, so that its end can be found in the
-/// rendered text.
-const FINAL_MESSAGE_SENTINEL: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
 
 impl Chat {
     /// Parses the body of a chat completion.
@@ -85,14 +55,26 @@ impl Chat {
     /// # Errors
     /// If the body is not a chat completion, or contains its own template.
     pub fn parse(body: &[u8]) -> Result<Self, TemplateError> {
-        let chat: Self =
+        let mut chat: Self =
             serde_json::from_slice(body).map_err(|error| TemplateError::Chat(error.to_string()))?;
         if chat.chat_template.is_some() {
             return Err(TemplateError::Chat(
                 "the request contains its own `chat_template`".to_owned(),
             ));
         }
+        for message in &mut chat.messages {
+            for call in message.tool_calls.iter_mut().flatten() {
+                *call = order_tool_call(call);
+            }
+        }
         Ok(chat)
+    }
+
+    /// Returns the chat as an engine of this dialect renders it.
+    #[must_use]
+    pub fn rendered_by(mut self, dialect: Dialect) -> Self {
+        self.dialect = dialect;
+        self
     }
 
     /// Returns whether the engine adds special tokens to the rendered text, in addition to those
@@ -109,34 +91,89 @@ impl Chat {
 
     /// Returns the variables of the template, including those of `chat_template_kwargs`, which the
     /// fields of the body override. `tools` and `documents` are always defined, and
-    /// `add_generation_prompt` is true by default.
+    /// `add_generation_prompt` is true by default. A reasoning effort also defines
+    /// `enable_thinking`. `form` is the form of a chat that the template expects, and
+    /// `disabled_effort` the effort that stands for disabled thinking.
     ///
     /// # Errors
     /// If a message contains a part that is not text.
     pub(crate) fn variables(
         &self,
-        format: ContentFormat,
+        form: TemplateForm,
+        disabled_effort: &'static str,
     ) -> Result<BTreeMap<String, Value>, TemplateError> {
+        let is_vllm = self.dialect == Dialect::Vllm;
         let mut messages = Vec::with_capacity(self.messages.len());
         for (index, message) in self.messages.iter().enumerate() {
             let continued = self.continues_final_message() && index + 1 == self.messages.len();
-            messages.push(message.normalize(format, continued)?);
+            messages.push(message.normalize(form.content, self.dialect, continued)?);
+        }
+        let has_developer = self
+            .messages
+            .iter()
+            .any(|message| message.role == "developer");
+        if is_vllm && has_developer && !form.has_developer_role {
+            messages = developer_to_system(messages);
+        }
+        if !is_vllm && self.add_generation_prompt.is_none() && !self.continues_final_message() {
+            end_with_user(&mut messages);
         }
         let mut variables = self.chat_template_kwargs.clone().unwrap_or_default();
-        let tools = self.tools.as_ref().map(|tools| {
-            let tools: Vec<Value> = tools.iter().map(normalize_tool).collect();
-            Value::from(tools)
-        });
+        let tools = self.offered_tools().map(Value::from);
         let mut set = |name: &str, value| variables.insert(name.to_owned(), value);
         set("messages", Value::from(messages));
         set("tools", tools.into());
         set("documents", self.documents.clone().into());
         let generation_prompt = self.add_generation_prompt.unwrap_or(true);
         set("add_generation_prompt", generation_prompt.into());
-        if let Some(effort) = &self.reasoning_effort {
-            set("reasoning_effort", effort.clone());
+        let effort = match self.disables_thinking {
+            true if is_vllm => Some(Value::from(disabled_effort)),
+            _ => self.reasoning_effort.clone(),
+        };
+        let effort = effort.filter(|effort| !effort.is_none());
+        let has_effort = effort.is_some();
+        let thinks = match &effort {
+            _ if self.disables_thinking && !is_vllm => false,
+            Some(effort) => effort.as_str() != Some("none"),
+            None => true,
+        };
+        if let Some(effort) = effort {
+            // `auto` leaves the effort to the template.
+            if effort.as_str() != Some("auto") {
+                set("reasoning_effort", effort);
+            }
+        }
+        if is_vllm && has_effort {
+            variables
+                .entry("enable_thinking".to_owned())
+                .or_insert(thinks.into());
+        } else if !thinks {
+            // SGLang sets the options of all families of models.
+            for option in ["thinking", "enable_thinking"] {
+                variables.entry(option.to_owned()).or_insert(thinks.into());
+            }
         }
         Ok(variables)
+    }
+
+    /// Returns the tools in the form in which the template receives them; `None` if there are none.
+    fn offered_tools(&self) -> Option<Vec<Value>> {
+        let tools = self.tools.as_ref()?;
+        match self.dialect {
+            Dialect::Vllm => Some(tools.iter().map(normalize_tool).collect()),
+            Dialect::Sglang => {
+                let choice = self.tool_choice.clone().unwrap_or_default();
+                let function = choice.get_attr("function").unwrap_or_default();
+                let chosen = function.get_attr("name").unwrap_or_default();
+                let tools = tools.iter().map(keep_tool_order).filter(|tool| {
+                    let function = tool.get_attr("function").unwrap_or_default();
+                    chosen.is_undefined()
+                        || function.get_attr("name").is_ok_and(|name| name == chosen)
+                });
+                let tools: Vec<Value> = tools.collect();
+                (!tools.is_empty() && choice.as_str() != Some("none")).then_some(tools)
+            }
+        }
     }
 
     /// Cuts the rendered text at the end of the message to be continued. Returns the text unchanged
@@ -171,159 +208,56 @@ impl Chat {
     }
 }
 
-impl Message {
-    /// Returns the message as vLLM passes it to a template that expects `format`: fields that do
-    /// not belong to the message's role are left out. `continued` appends the sentinel that marks
-    /// the end of the message.
-    ///
-    /// # Errors
-    /// If the message contains a part that is not text.
-    fn normalize(&self, format: ContentFormat, continued: bool) -> Result<Value, TemplateError> {
-        let mut texts = match &self.content {
-            None => Vec::new(),
-            Some(Content::Text(text)) => vec![text.clone()],
-            Some(Content::Parts(parts)) => {
-                let texts = parts.iter().map(Part::text);
-                texts.collect::<Result<_, _>>()?
-            }
-        };
-        if format == ContentFormat::Text {
-            texts.retain(|text| !text.is_empty());
-        }
-        if continued {
-            match texts.last_mut() {
-                Some(last) => last.push_str(FINAL_MESSAGE_SENTINEL),
-                None => texts.push(FINAL_MESSAGE_SENTINEL.to_owned()),
-            }
-        }
-        // vLLM joins the parts of a tool message in either case.
-        let content = if format == ContentFormat::Text || self.role == "tool" {
-            Value::from(texts.join("\n"))
-        } else {
-            let part = |text| Value::from_pairs([("type", Value::from("text")), ("text", text)]);
-            texts.into_iter().map(|text| part(text.into())).collect()
-        };
-        let mut fields = vec![("role", Value::from(&self.role)), ("content", content)];
-        match self.role.as_str() {
-            "assistant" => {
-                if let Some(calls) = self.tool_calls.as_ref().filter(|calls| !calls.is_empty()) {
-                    let calls: Vec<Value> = calls.iter().map(normalize_tool_call).collect();
-                    fields.push(("tool_calls", calls.into()));
-                }
-                if let Some(reasoning) = &self.reasoning {
-                    fields.push(("reasoning", reasoning.into()));
-                    fields.push(("reasoning_content", reasoning.into()));
-                }
-            }
-            "tool" => {
-                if let Some(id) = &self.tool_call_id {
-                    fields.push(("tool_call_id", id.clone()));
-                }
-            }
-            "developer" => fields.push(("tools", self.tools.clone().into())),
-            _ => {}
-        }
-        if let Some(name) = &self.name {
-            fields.push(("name", name.into()));
-        }
-        Ok(Value::from_pairs(fields))
-    }
-}
-
-impl Part {
-    /// Returns the text of the part, which is empty if its field is missing.
-    ///
-    /// # Errors
-    /// If the part is not text.
-    fn text(&self) -> Result<String, TemplateError> {
-        match self {
-            Self::Bare(text) => Ok(text.clone()),
-            Self::Typed {
-                kind,
-                text,
-                refusal,
-            } => match kind.as_str() {
-                "text" | "input_text" | "output_text" => Ok(text.clone().unwrap_or_default()),
-                "refusal" => Ok(refusal.clone().unwrap_or_default()),
-                // Only the engine knows how many tokens an image or a sound takes.
-                _ => Err(TemplateError::Media(kind.clone())),
-            },
-        }
-    }
-}
-
-/// Returns a tool in which the fields of OpenAI's schema come first and are all present, followed
-/// by its other fields.
-fn normalize_tool(tool: &Value) -> Value {
-    let function = tool.get_attr("function").unwrap_or_default();
-    let fields = ["name", "description", "parameters"];
-    let described = with_fields_first(&function, &fields.map(|field| (field, Value::from(()))));
-    let defaults = [("type", Value::from("function")), ("function", described)];
-    let tool = with_fields_first(tool, &defaults);
-    replace_field(&tool, "function", |_| defaults[1].1.clone())
-}
-
-/// Returns a tool call whose arguments are an object. The request may contain them as an object or
-/// as JSON text; anything else becomes an empty object. A call without `function` is returned
-/// unchanged.
-fn normalize_tool_call(call: &Value) -> Value {
-    replace_field(call, "function", |function| {
-        let arguments = function.get_attr("arguments").unwrap_or_default();
-        let parsed = match arguments.as_str() {
-            Some(json) => serde_json::from_str(json).unwrap_or_default(),
-            None => arguments,
-        };
-        let object = match parsed.kind() {
-            minijinja::value::ValueKind::Map => parsed,
-            _ => Value::from_pairs(Vec::<(&str, Value)>::new()),
-        };
-        let function = with_fields_first(function, &[]);
-        let mut fields = map_entries(&replace_field(&function, "arguments", |_| object.clone()));
-        if !fields
-            .iter()
-            .any(|(key, _)| key.as_str() == Some("arguments"))
-        {
-            fields.push(("arguments".into(), object));
-        }
-        Value::from_pairs(fields)
-    })
-}
-
-/// Returns the keys and values of a map, in order; none if the value is not a map.
-fn map_entries(map: &Value) -> Vec<(Value, Value)> {
-    let Ok(keys) = map.try_iter() else {
-        return Vec::new();
+/// Gives the last message the role `user`, if it is an assistant message with a text. SGLang does
+/// this unless the request says how the output starts.
+fn end_with_user(messages: &mut [Value]) {
+    let Some(last) = messages.last_mut() else {
+        return;
     };
-    keys.map(|key| {
-        let value = map.get_item(&key).unwrap_or_default();
-        (key, value)
-    })
-    .collect()
-}
-
-/// Returns the map with the value of `name` replaced by `new(value)`, if the map has that key.
-fn replace_field(map: &Value, name: &str, new: impl Fn(&Value) -> Value) -> Value {
-    let replaced = map_entries(map).into_iter().map(|(key, value)| {
-        let value = match key.as_str() {
-            Some(key) if key == name => new(&value),
-            _ => value,
-        };
-        (key, value)
-    });
-    Value::from_pairs(replaced)
-}
-
-/// Returns the map with the fields of `defaults` first, in that order. A field that is missing in
-/// the map has its default value.
-fn with_fields_first(map: &Value, defaults: &[(&str, Value)]) -> Value {
-    let given = map_entries(map);
-    let is_first = |key: &Value| defaults.iter().any(|(name, _)| key.as_str() == Some(*name));
-    let mut fields: Vec<(Value, Value)> = Vec::with_capacity(given.len() + defaults.len());
-    for (name, default) in defaults {
-        let found = given.iter().find(|(key, _)| key.as_str() == Some(*name));
-        let value = found.map_or(default, |(_, value)| value);
-        fields.push(((*name).into(), value.clone()));
+    let field = |name| last.get_attr(name).unwrap_or_default();
+    let (role, content) = (field("role"), field("content"));
+    if role.as_str() == Some("assistant") && content.as_str().is_some() {
+        *last = Value::from_pairs([("role", Value::from("user")), ("content", content)]);
     }
-    fields.extend(given.into_iter().filter(|(key, _)| !is_first(key)));
-    Value::from_pairs(fields)
+}
+
+/// Gives developer messages the role `system`, and joins all system messages to one at the start if
+/// there are others than the first message. vLLM does this for a template that does not name the
+/// role `developer`.
+fn developer_to_system(messages: Vec<Value>) -> Vec<Value> {
+    let field = |message: &Value, name| message.get_attr(name).unwrap_or_default();
+    let is_system = |message: &Value| {
+        let role = field(message, "role");
+        matches!(role.as_str(), Some("system" | "developer"))
+    };
+    let converted = messages
+        .into_iter()
+        .map(|message| match is_system(&message) {
+            true => Value::from_pairs([
+                ("role", Value::from("system")),
+                ("content", field(&message, "content")),
+            ]),
+            false => message,
+        });
+    let converted: Vec<Value> = converted.collect();
+    if !converted.iter().skip(1).any(is_system) {
+        return converted;
+    }
+    let (system, others): (Vec<Value>, Vec<Value>) = converted.into_iter().partition(is_system);
+    let texts = system.iter().map(|message| {
+        let content = field(message, "content");
+        match content.as_str() {
+            Some(text) => text.to_owned(),
+            None => {
+                let parts = content.try_iter().into_iter().flatten();
+                let texts =
+                    parts.filter_map(|part| field(&part, "text").as_str().map(str::to_owned));
+                texts.collect::<Vec<_>>().join("\n")
+            }
+        }
+    });
+    let texts: Vec<String> = texts.filter(|text| !text.is_empty()).collect();
+    let merged = [("role", "system"), ("content", &texts.join("\n\n"))];
+    let merged = Value::from_pairs(merged.map(|(key, value)| (key, Value::from(value))));
+    std::iter::once(merged).chain(others).collect()
 }

@@ -10,8 +10,11 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind};
 use serde::Deserialize;
 
 use crate::chat::Chat;
+use crate::chat_message::{ContentFormat, Message, TemplateForm};
+use crate::conversion::Dialect;
 use crate::python_json::tojson;
 use crate::strftime::strftime_now;
+pub use crate::template_error::TemplateError;
 use crate::tokenizer::SpecialToken;
 
 /// A model's compiled chat templates, and the special tokens that they may print.
@@ -21,42 +24,14 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     /// Texts of special tokens, by the name of the template variable, such as `bos_token`.
     special_tokens: BTreeMap<String, Value>,
-    /// Form of a message's content that each template expects, by the template's name.
-    formats: BTreeMap<String, ContentFormat>,
-}
-
-/// The form of a message's content that a template expects.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum ContentFormat {
-    /// A text.
-    Text,
-    /// A list of parts.
-    Parts,
-}
-
-/// Why a chat cannot be rendered.
-#[derive(Debug, thiserror::Error)]
-pub enum TemplateError {
-    /// The model's folder contains no template.
-    #[error("model has no chat template")]
-    Missing,
-    /// A file of the model cannot be parsed.
-    #[error("cannot parse {file}: {reason}")]
-    File {
-        /// The file, in the model's folder.
-        file: &'static str,
-        /// The error of the JSON parser.
-        reason: String,
-    },
-    /// The template cannot be compiled, or it rejects the chat.
-    #[error("chat template failed: {0}")]
-    Template(#[from] Error),
-    /// The chat contains a part that only an engine can turn into tokens. Holds the part's type.
-    #[error("chat contains a part of type `{0}`, which has no text")]
-    Media(String),
-    /// The request cannot be rendered, possibly because it is invalid. Holds the reason.
-    #[error("cannot render the chat: {0}")]
-    Chat(String),
+    /// Form of a chat that each template expects, by the template's name.
+    forms: BTreeMap<String, TemplateForm>,
+    /// Whether a template rejects a system message that is not the first.
+    rejects_later_system: bool,
+    /// Whether a template prints a system message that is not the first.
+    prints_later_system: bool,
+    /// The reasoning effort that stands for disabled thinking: `none` or `low`.
+    disabled_effort: &'static str,
 }
 
 /// The fields of `tokenizer_config.json` that rendering needs.
@@ -145,7 +120,8 @@ impl ChatTemplate {
     }
 
     /// Compiles templates, given as name and source, in an environment that behaves like the Jinja
-    /// of `transformers`. Detects the content format of each template.
+    /// of `transformers`. Detects the form of a chat that each
+    /// template expects.
     ///
     /// # Errors
     /// If a template is invalid.
@@ -154,15 +130,7 @@ impl ChatTemplate {
         special_tokens: BTreeMap<String, Value>,
     ) -> Result<Self, TemplateError> {
         let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder()
-            .trim_blocks(true)
-            .lstrip_blocks(true)
-            .build()?;
-        environment.set_syntax(syntax);
-        environment.set_auto_escape_callback(|_| AutoEscape::None);
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_filter("tojson", tojson);
+        set_up(&mut environment)?;
         environment.add_function("strftime_now", |format: &str| strftime_now(format));
         environment.add_function(
             "raise_exception",
@@ -170,16 +138,57 @@ impl ChatTemplate {
                 Err(Error::new(ErrorKind::InvalidOperation, reason))
             },
         );
-        let mut formats = BTreeMap::new();
+        let mut forms = BTreeMap::new();
+        let used = || templates.iter().filter(|(name, _)| is_used(name));
+        let probes: Vec<Option<bool>> = used()
+            .map(|(_, source)| probe_later_system(source))
+            .collect();
         for (name, source) in templates {
             let source = remove_generation_tags(&source);
-            formats.insert(name.clone(), ContentFormat::detect(&source));
+            forms.insert(name.clone(), TemplateForm::detect(&source));
             environment.add_template_owned(name, source)?;
         }
-        Ok(Self {
+        let mut template = Self {
             environment,
             special_tokens,
-            formats,
+            forms,
+            rejects_later_system: probes.contains(&None),
+            prints_later_system: probes.iter().all(|probe| *probe == Some(true)),
+            disabled_effort: "none",
+        };
+        if !template.distinguishes_effort_none() {
+            template.disabled_effort = "low";
+        }
+        Ok(template)
+    }
+
+    /// Returns whether the engine moves the texts of all system messages of a Messages request to
+    /// the first message: vLLM if the template rejects any other system message, SGLang also if the
+    /// template ignores it.
+    #[must_use]
+    pub fn needs_leading_system(&self, dialect: Dialect) -> bool {
+        match dialect {
+            Dialect::Vllm => self.rejects_later_system,
+            Dialect::Sglang => !self.prints_later_system,
+        }
+    }
+
+    /// Returns whether the effort `none` renders another prompt than each effort of Anthropic's API.
+    /// vLLM uses the effort `low` for disabled thinking if it does not.
+    fn distinguishes_effort_none(&self) -> bool {
+        let rendered = |effort: &str| {
+            let chat = Chat {
+                messages: vec![Message::of_text("user", "Hi")],
+                reasoning_effort: Some(effort.into()),
+                ..Chat::default()
+            };
+            self.render(&chat).ok()
+        };
+        let efforts = ["low", "medium", "high", "xhigh", "max"];
+        rendered("none").is_some_and(|none| {
+            efforts
+                .iter()
+                .all(|effort| rendered(effort).as_ref() != Some(&none))
         })
     }
 
@@ -191,17 +200,71 @@ impl ChatTemplate {
     /// chat continues its last message and the rendered text does not contain that message, or if
     /// the model has only templates with other names.
     pub fn render(&self, chat: &Chat) -> Result<String, TemplateError> {
-        let name = if chat.has_tools() && self.formats.contains_key(WITH_TOOLS) {
+        let name = if chat.has_tools() && self.forms.contains_key(WITH_TOOLS) {
             WITH_TOOLS
         } else {
             DEFAULT
         };
-        let format = *self.formats.get(name).ok_or(TemplateError::Missing)?;
+        let form = *self.forms.get(name).ok_or(TemplateError::Missing)?;
         let mut variables = self.special_tokens.clone();
-        variables.extend(chat.variables(format)?);
+        variables.extend(chat.variables(form, self.disabled_effort)?);
         let template = self.environment.get_template(name)?;
         let rendered = template.render(Value::from_pairs(variables))?;
         chat.cut_at_final_message(rendered)
+    }
+}
+
+/// Returns whether the template with this name can be used to render a prompt.
+fn is_used(name: &str) -> bool {
+    matches!(name, DEFAULT | WITH_TOOLS)
+}
+
+/// Returns whether a template prints a system message that is not the first; `None` if it rejects
+/// the message. As in the engines' own tests, the template is rendered without the functions and
+/// special tokens that it has otherwise.
+fn probe_later_system(source: &str) -> Option<bool> {
+    const SENTINEL: &str = "LATER_SYSTEM_TAG";
+    let message = |(role, content)| Value::from_pairs([("role", role), ("content", content)]);
+    let messages = [
+        ("system", "t"),
+        ("user", "t"),
+        ("system", SENTINEL),
+        ("user", "t"),
+    ];
+    let variables = [
+        ("messages", messages.into_iter().map(message).collect()),
+        ("add_generation_prompt", Value::from(false)),
+    ];
+    let render = || {
+        let mut environment = Environment::new();
+        set_up(&mut environment)?;
+        environment.render_str(source, Value::from_pairs(variables))
+    };
+    render().ok().map(|text| text.contains(SENTINEL))
+}
+
+/// Sets the syntax, the methods and the filters that every template may use.
+fn set_up(environment: &mut Environment<'_>) -> Result<(), Error> {
+    let syntax = SyntaxConfig::builder()
+        .trim_blocks(true)
+        .lstrip_blocks(true)
+        .build()?;
+    environment.set_syntax(syntax);
+    environment.set_auto_escape_callback(|_| AutoEscape::None);
+    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.add_filter("tojson", tojson);
+    Ok(())
+}
+
+impl TemplateForm {
+    /// Returns the form of a chat that a template expects.
+    fn detect(source: &str) -> Self {
+        Self {
+            content: ContentFormat::detect(source),
+            has_developer_role: ["\"developer\"", "'developer'"]
+                .iter()
+                .any(|name| source.contains(name)),
+        }
     }
 }
 

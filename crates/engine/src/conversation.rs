@@ -11,8 +11,10 @@ use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
+use crate::chat_message::{self, strip_billing_header};
 use crate::loose_value::{AppendText, LooseValue};
-use crate::request::UnhashedInput;
+use crate::media::hash_media;
+use crate::prompt::UnhashedInput;
 
 /// Starts a message; followed by its role.
 const MESSAGE_MARK: u8 = 0xFF;
@@ -50,9 +52,47 @@ struct Message {
     content_ended: bool,
     /// Size of the parts that are not in `content`.
     unhashed: UnhashedInput,
+    /// Hash of the first image or other media part of the conversation.
+    media_hash: Option<u64>,
 }
 
 impl Conversation {
+    /// Returns the conversation of messages that were converted from another API. Their tool calls
+    /// are written in compact JSON.
+    pub(crate) fn of_messages(messages: &[chat_message::Message]) -> Self {
+        let mut conversation = Self::default();
+        for message in messages {
+            conversation.start_message();
+            let current = &mut conversation.message;
+            current.role.extend_from_slice(message.role.as_bytes());
+            match &message.content {
+                None => {}
+                Some(chat_message::Content::Text(text)) => {
+                    current.content.extend_from_slice(text.as_bytes());
+                }
+                Some(chat_message::Content::Parts(parts)) => {
+                    for part in parts {
+                        let start = current.content.len();
+                        let text = part.text();
+                        current
+                            .content
+                            .extend_from_slice(text.unwrap_or_default().as_bytes());
+                        current.end_part(start, text.is_some());
+                    }
+                }
+            }
+            let calls = message.tool_calls.as_ref();
+            let calls = calls.map(|calls| serde_json::to_string(calls).unwrap_or_default());
+            conversation.end_message(calls.as_deref());
+        }
+        conversation
+    }
+
+    /// Returns the hash of the first image or other media part.
+    pub(crate) fn media_hash(&self) -> Option<u64> {
+        self.message.media_hash
+    }
+
     /// Returns the canonical bytes, which start with `tools` (raw JSON), and the size of the input
     /// that cannot be matched. Tools that are `null` or an empty list add no bytes.
     pub(crate) fn finish(self, tools: Option<&RawValue>) -> (Vec<u8>, UnhashedInput) {
@@ -71,10 +111,16 @@ impl Conversation {
     }
 
     /// Appends the message that was parsed, with its tool calls (raw JSON). After the first part
-    /// that is not text, input is only counted: the rest of that message and all later messages.
-    fn end_message(&mut self, tool_calls: Option<&RawValue>) {
-        let message = &self.message;
-        let tool_calls = match tool_calls.map(RawValue::get) {
+    /// that is not text, input is only counted: the rest of that message and all later messages. A
+    /// system message is appended without the line that changes with each request.
+    fn end_message(&mut self, tool_calls: Option<&str>) {
+        let message = &mut self.message;
+        if message.role == b"system" {
+            let text = std::str::from_utf8(&message.content).unwrap_or_default();
+            let kept = strip_billing_header(text).map_or(0, str::len);
+            message.content.drain(..text.len() - kept);
+        }
+        let tool_calls = match tool_calls {
             None | Some("null" | "[]") => "",
             Some(raw) => raw,
         };
@@ -194,7 +240,7 @@ impl<'de> Visitor<'de> for OneMessage<'_> {
                 }
             }
         }
-        self.0.end_message(tool_calls);
+        self.0.end_message(tool_calls.map(RawValue::get));
         Ok(())
     }
 }
@@ -263,6 +309,12 @@ struct Part<'m>(&'m mut Message);
 #[serde(field_identifier, rename_all = "snake_case")]
 enum PartKey {
     Text,
+    Uuid,
+    ImageUrl,
+    VideoUrl,
+    AudioUrl,
+    InputAudio,
+    File,
     #[serde(other)]
     Other,
 }
@@ -293,6 +345,8 @@ impl<'de> Visitor<'de> for Part<'_> {
         let start = self.0.content.len();
         // A part with a `text` string is text, whatever its `type`.
         let mut is_text = false;
+        // The client's id of an image takes precedence over its data.
+        let (mut id, mut media) = (None, None);
         while let Some(key) = object.next_key()? {
             match key {
                 PartKey::Text => {
@@ -300,10 +354,19 @@ impl<'de> Visitor<'de> for Part<'_> {
                     let text = object.next_value_seed(AppendText(&mut self.0.content))?;
                     is_text = matches!(text, LooseValue::Text(_));
                 }
+                PartKey::Uuid => id = object.next_value::<Option<&RawValue>>()?,
+                PartKey::ImageUrl
+                | PartKey::VideoUrl
+                | PartKey::AudioUrl
+                | PartKey::InputAudio
+                | PartKey::File => media = object.next_value::<Option<&RawValue>>()?,
                 PartKey::Other => {
                     object.next_value::<IgnoredAny>()?;
                 }
             }
+        }
+        if let (false, None, Some(media)) = (is_text, self.0.media_hash, id.or(media)) {
+            self.0.media_hash = Some(hash_media(media));
         }
         self.0.end_part(start, is_text);
         Ok(())

@@ -1,5 +1,12 @@
 //! One event of a streamed response: the deltas of its choices, and the usage or error it reports.
+//!
+//! This file parses the events of chat and text completions, its submodules those of other APIs.
 
+mod messages;
+mod responses;
+mod sglang;
+
+use std::borrow::Cow;
 use std::fmt;
 use std::marker::PhantomData;
 
@@ -8,19 +15,60 @@ use serde::de::{Deserializer, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 use smallvec::SmallVec;
 
+use crate::endpoint::Endpoint;
 use crate::loose_value::LooseValue;
 use crate::usage::Usage;
+
+/// The form of an API's events.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum EventFormat {
+    /// Chunks with `choices`, as of chat completions; the stream ends with `[DONE]`.
+    #[default]
+    Choices,
+    /// The typed events of OpenAI's Responses API.
+    Responses,
+    /// The typed events of Anthropic's Messages API.
+    Messages,
+    /// The states of the output that SGLang's `/generate` sends; the stream ends with `[DONE]`.
+    Sglang,
+}
+
+impl From<Endpoint> for EventFormat {
+    fn from(endpoint: Endpoint) -> Self {
+        match endpoint {
+            Endpoint::Responses => Self::Responses,
+            Endpoint::Messages | Endpoint::MessagesCountTokens => Self::Messages,
+            Endpoint::SglangGenerate => Self::Sglang,
+            _ => Self::Choices,
+        }
+    }
+}
+
+/// The choices that a usage report of an event covers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum UsageScope {
+    /// All choices of the response.
+    #[default]
+    Response,
+    /// The choices of the event.
+    Choice,
+}
 
 /// The contents of one event's data, or of the body of a response that is not streamed.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Event<'d> {
-    /// Deltas of the choices. If there are none, `usage` is that of the whole request, otherwise
-    /// that of one choice.
+    /// Deltas of the choices.
     pub(crate) choices: SmallVec<[ChoiceDelta<'d>; 1]>,
     /// Token counts, if the event reports any.
     pub(crate) usage: Option<Usage>,
+    /// The choices that `usage` covers.
+    pub(crate) usage_scope: UsageScope,
     /// Whether the engine reports an error.
     pub(crate) is_error: bool,
+    /// Whether the response is complete: no event follows that matters.
+    pub(crate) is_last: bool,
+    /// Id of the response, if the event is the first one of a Responses stream.
+    pub(crate) response_id: Option<Cow<'d, str>>,
 }
 
 /// The part of one event that belongs to one choice.
@@ -46,14 +94,50 @@ pub(crate) struct ChoiceDelta<'d> {
 
 impl<'d> Event<'d> {
     /// Parses an event's data; `None` if it is not a JSON object of this form.
-    pub(crate) fn parse(data: &'d [u8]) -> Option<Self> {
+    pub(crate) fn parse(format: EventFormat, data: &'d [u8]) -> Option<Self> {
+        match format {
+            EventFormat::Choices => Self::parse_choices(data),
+            EventFormat::Responses => responses::parse(data),
+            EventFormat::Messages => messages::parse(data),
+            EventFormat::Sglang => sglang::parse(data),
+        }
+    }
+
+    /// Parses the body of a response that is not streamed, as if it were one event; `None` if it is
+    /// not a JSON object of this form.
+    pub(crate) fn parse_body(format: EventFormat, body: &'d [u8]) -> Option<Self> {
+        match format {
+            EventFormat::Responses => responses::parse_body(body),
+            EventFormat::Messages => messages::parse_body(body),
+            EventFormat::Choices | EventFormat::Sglang => Self::parse(format, body),
+        }
+    }
+
+    /// Creates an event that adds one delta to the only choice.
+    fn of_delta(delta: ChoiceDelta<'d>) -> Self {
+        Self {
+            choices: SmallVec::from_buf([delta]),
+            ..Self::default()
+        }
+    }
+
+    /// Parses a chunk with `choices`. Its usage is that of the whole response if it has no choices,
+    /// otherwise that of one choice.
+    fn parse_choices(data: &'d [u8]) -> Option<Self> {
         let fields: Fields<'_> = serde_json::from_slice(data).ok()?;
+        let choices = fields.choices.unwrap_or_default().0;
         Some(Self {
-            choices: fields.choices.unwrap_or_default().0,
+            usage_scope: match choices.is_empty() {
+                true => UsageScope::Response,
+                false => UsageScope::Choice,
+            },
+            choices,
             usage: fields.usage.and_then(Usage::read),
             // Older vLLM releases put the fields of an error at the top level.
             is_error: fields.error.is_present()
                 || fields.object.is_some_and(|raw| raw.get() == r#""error""#),
+            is_last: false,
+            response_id: None,
         })
     }
 }
@@ -97,6 +181,11 @@ struct Delta<'d> {
     reasoning_content: LooseValue,
     reasoning: LooseValue,
     tool_calls: LooseValue,
+}
+
+/// Returns the text of a raw JSON string without escapes; the raw JSON of any other value.
+fn plain_text(raw: Option<&RawValue>) -> &str {
+    raw.map_or("", |raw| raw.get().trim_matches('"'))
 }
 
 impl<'d> Choice<'d> {

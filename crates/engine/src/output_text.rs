@@ -16,6 +16,7 @@ use std::num::NonZeroU32;
 use foresee_core::sequence::{PartialBlock, Sequence};
 use serde_json::value::RawValue;
 
+use crate::endpoint::Endpoint;
 use crate::event::Event;
 use crate::tokenizer::{SpecialTokens, Tokenizer};
 
@@ -57,12 +58,20 @@ pub enum OutputEnd {
     Abandoned,
 }
 
-/// Reads the output text in the body of a response that is not streamed. Returns `None` if the body
-/// cannot be parsed. A body without choices, such as an error, has an empty output.
+/// Reads the output text in the body of a chat or text completion that is not streamed. Returns
+/// `None` if the body cannot be parsed. A body without choices, such as an error, has an empty
+/// output.
 #[must_use]
 pub fn parse_output_text(body: &[u8]) -> Option<OutputText> {
+    parse_output_text_for(Endpoint::ChatCompletions, body)
+}
+
+/// Reads the output text in the body of a response of this API that is not streamed. Returns `None`
+/// if the body cannot be parsed.
+#[must_use]
+pub fn parse_output_text_for(endpoint: Endpoint, body: &[u8]) -> Option<OutputText> {
     let mut output = OutputText::default();
-    output.add(&Event::parse(body)?);
+    output.add(&Event::parse_body(endpoint.into(), body)?);
     Some(output)
 }
 

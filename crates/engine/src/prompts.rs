@@ -6,7 +6,7 @@ use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, Seq
 
 use foresee_core::batch::MAX_BATCH_PROMPTS;
 
-use crate::request::{Prompt, UnhashedInput};
+use crate::prompt::{Prompt, UnhashedInput};
 
 /// The prompts of a body: the first ones in full, the others only by size.
 #[derive(Debug, Default)]
@@ -42,6 +42,18 @@ impl Prompts {
         } else {
             self.unhashed.tokens += tokens.len();
         }
+    }
+
+    /// Returns the size of all prompts.
+    pub(crate) fn size(&self) -> UnhashedInput {
+        let mut size = self.unhashed;
+        for prompt in self.first.iter().chain(&self.rest) {
+            match prompt {
+                Prompt::Text(text) => size.bytes += text.len(),
+                Prompt::Tokens(tokens) => size.tokens += tokens.len(),
+            }
+        }
+        size
     }
 
     /// Returns whether another prompt may be kept.

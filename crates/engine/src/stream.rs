@@ -7,8 +7,9 @@ use foresee_core::batch::MAX_BATCH_PROMPTS;
 use memchr::{memchr, memchr2};
 use smallvec::SmallVec;
 
+use crate::endpoint::Endpoint;
 use crate::error::ApiError;
-use crate::event::Event;
+use crate::event::{Event, EventFormat, UsageScope};
 use crate::output_text::OutputText;
 use crate::usage::Usage;
 
@@ -16,12 +17,15 @@ use crate::usage::Usage;
 /// one token.
 pub const MAX_EVENT_BYTES: usize = 1 << 20;
 
+/// Maximum length of a response id or session key that is kept, in bytes.
+pub const MAX_ID_BYTES: usize = 256;
+
 /// The effect of a chunk of bytes, and the state of the stream after it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Observed {
     /// Output tokens that the chunk added to the count.
     pub new_tokens: u32,
-    /// Whether the stream has reported that it is complete (`[DONE]`).
+    /// Whether the stream has reported that it is complete.
     pub done: bool,
     /// Whether the stream has reported an error.
     pub error: bool,
@@ -40,9 +44,12 @@ pub struct ChoiceProgress {
 ///
 /// An event counts as one token for each choice to which it adds text, reasoning or tool calls.
 /// Token ids and counts that the engine reports take precedence, because several tokens may share
-/// an event.
+/// an event. The typed events of the Responses and Messages APIs are reduced to the same counts, as
+/// one choice.
 #[derive(Debug, Default)]
 pub struct StreamObserver {
+    /// The form of the events.
+    format: EventFormat,
     /// The unfinished line at the end of the bytes so far, truncated if it is too long.
     line: Vec<u8>,
     /// Data of the current event, as far as it had to be copied from earlier chunks or lines.
@@ -57,7 +64,7 @@ pub struct StreamObserver {
     choices: SmallVec<[ChoiceProgress; 1]>,
     /// The engine's latest usage report.
     usage: Option<Usage>,
-    /// Whether `[DONE]` was received.
+    /// Whether the mark of the end was received.
     done: bool,
     /// Whether an error was reported.
     error: bool,
@@ -65,6 +72,8 @@ pub struct StreamObserver {
     unread_events: u32,
     /// Text of the first choice, if it is collected.
     output: Option<Box<OutputText>>,
+    /// Id of the response, if its API stores responses.
+    response_id: Option<String>,
 }
 
 /// An event whose end, a blank line, has not been received yet.
@@ -81,7 +90,7 @@ struct OpenEvent {
 }
 
 impl StreamObserver {
-    /// Creates an observer for a stream of which nothing was received.
+    /// Creates an observer for a stream of chat or text completions of which nothing was received.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -90,8 +99,16 @@ impl StreamObserver {
     /// Creates an observer that also collects the text of the first choice.
     #[must_use]
     pub fn collecting() -> Self {
+        Self::for_endpoint(Endpoint::ChatCompletions, true)
+    }
+
+    /// Creates an observer for a stream of this API of which nothing was received. `collects_text`:
+    /// it also collects the text of the first choice.
+    #[must_use]
+    pub fn for_endpoint(endpoint: Endpoint, collects_text: bool) -> Self {
         Self {
-            output: Some(Box::default()),
+            format: endpoint.into(),
+            output: collects_text.then(Box::default),
             ..Self::default()
         }
     }
@@ -161,7 +178,9 @@ impl StreamObserver {
         self.usage
     }
 
-    /// Returns whether the stream has reported that it is complete (`[DONE]`).
+    /// Returns whether the stream has reported that it is complete: by `[DONE]`, by
+    /// `response.completed`, `response.incomplete` or `response.failed` of the Responses API, by
+    /// `message_stop` of the Messages API, or by an `error` event of these two.
     #[must_use]
     pub fn is_done(&self) -> bool {
         self.done
@@ -171,6 +190,14 @@ impl StreamObserver {
     #[must_use]
     pub fn has_error(&self) -> bool {
         self.error
+    }
+
+    /// Returns the id of the response, by which a later request can refer to it; `None` unless the
+    /// stream is one of the Responses API and its first event was received. Ids longer than
+    /// [`MAX_ID_BYTES`] are ignored.
+    #[must_use]
+    pub fn response_id(&self) -> Option<&str> {
+        self.response_id.as_deref()
     }
 
     /// Returns whether the bytes so far end inside an event. That event must be ended with a blank
@@ -279,7 +306,7 @@ impl StreamObserver {
             return;
         }
         self.error |= is_error;
-        match Event::parse(data) {
+        match Event::parse(self.format, data) {
             Some(event) => self.take_event(&event),
             None if is_error => {}
             None => self.take_unreadable(),
@@ -291,6 +318,14 @@ impl StreamObserver {
     /// raise it.
     fn take_event(&mut self, event: &Event<'_>) {
         self.error |= event.is_error;
+        self.done |= event.is_last;
+        if let Some(id) = event
+            .response_id
+            .as_deref()
+            .filter(|id| id.len() <= MAX_ID_BYTES)
+        {
+            self.response_id = Some(id.to_owned());
+        }
         if let Some(output) = &mut self.output {
             output.add(event);
         }
@@ -303,21 +338,21 @@ impl StreamObserver {
         let Some(usage) = event.usage else {
             return;
         };
-        self.usage = Some(usage);
+        self.usage = Some(usage.or(self.usage));
         let Some(reported) = usage.completion_tokens else {
             return;
         };
-        // Usage in an event with choices covers one choice only. It can prove that the total is too
-        // low, but not that it is too high, because other choices may account for the difference.
-        match event.choices.as_slice() {
-            [] => self.tokens = reported,
-            [delta] => {
+        // Usage of one choice can prove that the total is too low, but not that it is too high,
+        // because other choices may account for the difference.
+        match (event.usage_scope, event.choices.as_slice()) {
+            (UsageScope::Response, _) => self.tokens = reported,
+            (UsageScope::Choice, [delta]) => {
                 let choice = self.choice(delta.index);
                 choice.tokens = choice.tokens.max(reported);
                 let tokens = self.choices.iter().map(|choice| choice.tokens);
                 self.tokens = self.tokens.max(tokens.fold(0, u32::saturating_add));
             }
-            _ => self.tokens = self.tokens.max(reported),
+            (UsageScope::Choice, _) => self.tokens = self.tokens.max(reported),
         }
     }
 
@@ -341,12 +376,18 @@ impl StreamObserver {
     }
 }
 
-/// Returns the bytes that end a broken stream: the error as an event, then `[DONE]`. If the stream
-/// broke inside an event ([`StreamObserver::is_mid_event`]), send a blank line first.
+/// Reads the id of a stored response in a body of the Responses API that is not streamed; `None` if
+/// there is none, or it is longer than [`MAX_ID_BYTES`].
+#[must_use]
+pub fn parse_response_id(body: &[u8]) -> Option<String> {
+    let event = Event::parse_body(Endpoint::Responses.into(), body)?;
+    let id = event.response_id?;
+    (id.len() <= MAX_ID_BYTES).then(|| id.into_owned())
+}
+
+/// Returns the bytes that end a broken stream of a chat or text completion; see
+/// [`ApiError::to_stream_event`] for the other APIs.
 #[must_use]
 pub fn error_event(error: &ApiError) -> Vec<u8> {
-    let mut event = b"data: ".to_vec();
-    event.extend_from_slice(&error.to_json());
-    event.extend_from_slice(b"\n\ndata: [DONE]\n\n");
-    event
+    error.to_stream_event(Endpoint::ChatCompletions)
 }

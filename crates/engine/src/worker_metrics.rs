@@ -79,8 +79,10 @@ impl RankMetrics {
     fn load(&self) -> Option<EngineLoad> {
         let from_fraction = || Some(self.pinned_fraction? * f64::from(self.cache.blocks?));
         let from_tokens = || Some(self.pinned_tokens? / f64::from(self.cache.block_size?));
-        Some(EngineLoad {
-            active_blocks: from_fraction().or_else(from_tokens)?,
+        let active_blocks = from_fraction().or_else(from_tokens)?;
+        // The product of two finite numbers can be infinite.
+        active_blocks.is_finite().then_some(EngineLoad {
+            active_blocks,
             running: self.running.unwrap_or(0.0) as u32,
             waiting: self.waiting.unwrap_or(0.0) as u32,
         })
@@ -234,6 +236,14 @@ impl<'t> Iterator for Labels<'t> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn an_infinite_number_of_blocks_is_not_a_load() {
+        let text = "sglang:num_pages{x=\"\"} 3\nvllm:kv_cache_usage_perc{x=\"\"} 1e308\n";
+        assert_eq!(EngineLoad::parse(text), []);
+        let text = text.replace("1e308", "0.5");
+        assert_eq!(EngineLoad::parse(&text)[0].1.active_blocks, 1.5);
+    }
 
     #[test]
     fn a_cache_described_in_labels_is_parsed() {

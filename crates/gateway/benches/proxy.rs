@@ -117,6 +117,9 @@ async fn measure() {
             listen: "127.0.0.1:0".parse().unwrap(),
             admin_listen: "127.0.0.1:0".parse().unwrap(),
             workers: vec![address.trim().parse().unwrap()],
+            shutdown: foresee_gateway::ShutdownConfig {
+                delay: Duration::ZERO,
+            },
             ..GatewayConfig::default()
         })
         .unwrap();

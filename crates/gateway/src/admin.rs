@@ -1,83 +1,164 @@
 //! Admin listener: workers and their state, explanations of routing decisions, health and metrics.
 //!
+//! `settings` and `listener` say where it listens, `access` which requests it accepts, `drain` how
+//! workers leave, and `explain` how a request would be routed.
+//!
 //! `docs/api.md` describes the paths and all JSON fields.
+
+mod access;
+mod body;
+mod drain;
+mod explain;
+mod key;
+mod listener;
+mod settings;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use foresee_core::router::{CacheSource, Explanation};
-use foresee_core::workers::{WorkerId, WorkerSnapshot};
+use foresee_core::outlier::OutlierSnapshot;
+use foresee_core::router::CacheSource;
+use foresee_core::workers::{WorkerError, WorkerSnapshot, WorkerState};
 use foresee_engine::error::ApiError;
 use foresee_engine::request::Endpoint;
-use http::{Method, Request, Response, StatusCode};
+use http::header::{ACCEPT, WWW_AUTHENTICATE};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
 use hyper::body::Incoming;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tokio::sync::Semaphore;
 
-use crate::config::WorkerConfig;
 use crate::gateway_state::GatewayState;
+use crate::log_limit::warn_limited;
+use crate::metrics::{OPEN_METRICS, PROMETHEUS_TEXT, gauge_value, prometheus_text};
 use crate::reply::{self, Body};
+use crate::shutdown::shutting_down;
 use crate::subscribe::KvEvents;
-use crate::workers::{Worker, start_worker_tasks};
+use crate::workers::Worker;
+use crate::workers::tasks::start_worker_tasks;
+use crate::workers::worker_config::WorkerConfig;
+use access::refusal;
+use drain::{PendingRemovals, timeout_of};
+use explain::MAX_CONCURRENT_EXPLANATIONS;
 
-/// Content type of the metrics.
-const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+pub use key::{AdminKey, KeyError};
+pub(crate) use listener::AdminListener;
+pub use settings::{AdminConfig, AdminListen, UnprotectedAdmin};
 
-/// Time between two checks of a draining worker.
-const DRAIN_POLL_INTERVAL: Duration = Duration::from_millis(50);
+/// Maximum size of a request body, except for explanations.
+const MAX_BODY_BYTES: usize = 1 << 20;
+
+/// State of the admin API.
+#[derive(Debug)]
+pub(crate) struct AdminState {
+    /// Workers that are removed once they have no requests.
+    removals: PendingRemovals,
+    /// Permits of concurrent explanations.
+    explanations: Semaphore,
+}
+
+impl AdminState {
+    /// Creates the state of a gateway that removes no worker.
+    pub(crate) fn new() -> Self {
+        Self {
+            removals: PendingRemovals::default(),
+            explanations: Semaphore::new(MAX_CONCURRENT_EXPLANATIONS),
+        }
+    }
+}
 
 impl GatewayState {
-    /// Handles one request to the admin API.
+    /// Handles one request to the admin listener. Errors become responses. A request that is refused
+    /// for its host, origin, key or content type is logged.
     pub(crate) async fn handle_admin(
         self: Arc<Self>,
         request: Request<Incoming>,
     ) -> Response<Body> {
         let result = self.try_handle_admin(request).await;
-        result.unwrap_or_else(|error| reply::error(&error))
+        result.unwrap_or_else(|error| {
+            let mut response = reply::error(Endpoint::Other, &error);
+            if error.status == 401 {
+                let challenge = HeaderValue::from_static("Bearer");
+                response.headers_mut().insert(WWW_AUTHENTICATE, challenge);
+            }
+            response
+        })
     }
 
-    /// Calls the handler of the request's method and path. The error is the response for the
+    /// Checks that the request may be handled, and calls the handler of its method and path. `HEAD`
+    /// is handled like `GET`; the connection leaves out the body. The error is the response for the
     /// client; for an unknown path, a 404.
     async fn try_handle_admin(
         self: Arc<Self>,
         request: Request<Incoming>,
     ) -> Result<Response<Body>, ApiError> {
         let (head, body) = request.into_parts();
+        let listen = &self.config.admin_listen;
+        if let Err(error) = self.config.admin.check_request(listen, &head) {
+            warn_limited!(
+                key: error.code.unwrap_or(""),
+                status = error.status, code = error.code, method = %head.method,
+                path = head.uri.path(),
+                "refused a request to the admin listener"
+            );
+            return Err(error);
+        }
         let path = head.uri.path();
-        match (&head.method, path) {
+        let method = match head.method {
+            Method::HEAD => &Method::GET,
+            ref method => method,
+        };
+        match (method, path) {
             (&Method::GET, "/health/live") => {
                 Ok(reply::whole(StatusCode::OK, "text/plain", "ok\n"))
             }
+            (&Method::GET, "/health/ready") if self.shutdown.has_begun() => Err(shutting_down()),
             (&Method::GET, "/health/ready") if self.router.is_ready() => {
                 Ok(reply::whole(StatusCode::OK, "text/plain", "ok\n"))
             }
             (&Method::GET, "/health/ready") => {
                 Err(ApiError::unavailable("Not ready: no worker is healthy."))
             }
-            (&Method::GET, "/metrics") => self.expose_metrics(),
+            (&Method::GET, "/metrics") => self.expose_metrics(&head.headers),
             (&Method::GET, "/admin/workers") => Ok(self.list_workers()),
             (&Method::POST, "/admin/workers") => {
-                let body = self.read_body(&head.headers, body).await?;
+                let body = body::read(&head.headers, body, MAX_BODY_BYTES).await?;
                 self.add_worker(&body)
             }
             (&Method::POST, "/admin/explain") => {
-                let body = self.read_body(&head.headers, body).await?;
-                let explanation = self.explain(endpoint_of(&body), &body)?;
-                Ok(reply::json(
-                    StatusCode::OK,
-                    explanation_json(&explanation).to_string(),
-                ))
+                self.respond_explanation(&head.headers, body).await
             }
-            (method, path) => match path.strip_prefix("/admin/workers/") {
-                Some(name) if method == Method::DELETE => self.drain_worker(&percent_decoded(name)),
-                _ => Err(ApiError::path_not_found(method.as_str(), path)),
-            },
+            _ => self.change_worker(&head.method, path, head.uri.query()),
         }
     }
 
-    /// Returns the metrics in OpenMetrics text format.
-    fn expose_metrics(&self) -> Result<Response<Body>, ApiError> {
+    /// Handles the paths below `/admin/workers/`, which name a worker. Their requests have no body;
+    /// one that is sent is ignored. Fails with a 404 for any other path.
+    fn change_worker(
+        self: &Arc<Self>,
+        method: &Method,
+        path: &str,
+        query: Option<&str>,
+    ) -> Result<Response<Body>, ApiError> {
+        let not_found = || ApiError::path_not_found(method.as_str(), path);
+        let rest = path.strip_prefix("/admin/workers/").ok_or_else(not_found)?;
+        match *method {
+            Method::DELETE => self.remove_when_drained(&percent_decoded(rest), timeout_of(query)?),
+            Method::POST => match rest.rsplit_once('/') {
+                Some((name, "drain")) => self.set_draining(&percent_decoded(name), true),
+                Some((name, "undrain")) => self.set_draining(&percent_decoded(name), false),
+                _ => Err(not_found()),
+            },
+            _ => Err(not_found()),
+        }
+    }
+
+    /// Returns the metrics in OpenMetrics text format if the client accepts it, and otherwise in
+    /// the older text format of Prometheus.
+    fn expose_metrics(&self, headers: &HeaderMap) -> Result<Response<Body>, ApiError> {
         let workers = self.router.workers(self.clock.now());
+        let body_bytes = self.bodies.bytes_in_flight() as u64;
+        self.metrics.request_body_bytes.set(gauge_value(body_bytes));
         let text = self.metrics.expose(
             &workers,
             self.router.output_length_accuracy(),
@@ -85,7 +166,16 @@ impl GatewayState {
             self.router.prefix_tree_nodes(),
         );
         let text = text.map_err(|error| ApiError::unavailable(error.to_string()))?;
-        Ok(reply::whole(StatusCode::OK, METRICS_TYPE, text))
+        let accepts_open_metrics = headers
+            .get_all(ACCEPT)
+            .iter()
+            .filter_map(|accepted| accepted.to_str().ok())
+            .any(|accepted| accepted.contains("application/openmetrics-text"));
+        Ok(if accepts_open_metrics {
+            reply::whole(StatusCode::OK, OPEN_METRICS, text)
+        } else {
+            reply::whole(StatusCode::OK, PROMETHEUS_TEXT, prometheus_text(&text))
+        })
     }
 
     /// Returns all workers, and the accuracy of the output length model.
@@ -121,12 +211,18 @@ impl GatewayState {
         } else {
             CacheSource::Estimated
         };
+        let time_left = self.admin.removals.time_left(worker.id, self.clock.now());
         json!({
-            "name": worker.name,
+            "name": *worker.name,
             "url": entry.as_ref().map(|entry| entry.config.url()),
+            "address": entry.as_ref().and_then(|entry| entry.address.resolved_ip()),
             "rank": entry.as_ref().and_then(|entry| entry.config.rank),
             "state": worker.state.as_str(),
-            "models": worker.models,
+            "draining": worker.state == WorkerState::Draining,
+            "drain_deadline_seconds": time_left.map(|time| time.as_secs_f64()),
+            "health": entry.as_ref().map(|entry| entry.health_status()),
+            "models": *worker.models,
+            "outlier": outlier_json(&worker.outlier, self.clock.now()),
             "requests": worker.requests,
             "queued_requests": worker.queued_requests,
             "active_blocks": worker.active_blocks,
@@ -150,7 +246,8 @@ impl GatewayState {
 
     /// Adds the workers of the body `{"url": "URL[,name=NAME][,ranks=N][,blocks=N]…"}`, a
     /// description as for `--worker`. Responds with a 202 before the first health check. Fails with
-    /// a 400 if the description is invalid or the name is taken.
+    /// a 400 if the description is invalid, with a 403 if only the operator of the router's host
+    /// may configure it, and with a 409 if the name is taken or there are too many workers.
     fn add_worker(self: &Arc<Self>, body: &[u8]) -> Result<Response<Body>, ApiError> {
         #[derive(Deserialize)]
         struct NewWorker {
@@ -161,54 +258,87 @@ impl GatewayState {
                 format!("The body must be {{\"url\": \"http://HOST:PORT[,name=NAME][,blocks=N]\"}}: {error}.");
             ApiError::bad_request(message, Some("url"))
         })?;
-        let config: WorkerConfig = new
-            .url
-            .parse()
-            .map_err(|error| ApiError::bad_request(format!("{error}"), Some("url")))?;
+        let config: WorkerConfig = new.url.parse().map_err(|error| {
+            let message = format!("The description in `url` is invalid: {error}.");
+            ApiError::bad_request(message, Some("url"))
+        })?;
+        if config.api_key_file.is_some() {
+            // Such a request could send any file of this machine to a server of its choice.
+            let message = "`api-key-file` is not accepted here: name the file with --worker or \
+                           --worker-api-key-file, which apply when the router starts.";
+            return Err(ApiError::bad_request(message, Some("url")));
+        }
+        check_event_endpoints(&config)?;
         let added = self
             .workers
             .add(&self.router, &config, self.config.prefix_caching)
-            .map_err(|error| ApiError::bad_request(error.to_string(), Some("url")))?;
+            .map_err(|error| conflict(&error))?;
         for worker in added {
             start_worker_tasks(self, worker);
         }
         let body = json!({ "name": config.name });
         Ok(reply::json(StatusCode::ACCEPTED, body.to_string()))
     }
+}
 
-    /// Drains the worker `name` and removes it once it has no requests. The name of an engine with
-    /// ranks stands for all its ranks. Responds with a 202 immediately, or with a 404 if no worker
-    /// has the name.
-    fn drain_worker(self: &Arc<Self>, name: &str) -> Result<Response<Body>, ApiError> {
-        let mut workers = self.workers.all();
-        workers.retain(|worker| worker.config.name == name || worker.config.engine_name() == name);
-        if workers.is_empty() {
-            return Err(ApiError {
-                status: 404,
-                ..ApiError::bad_request(format!("No worker is named `{name}`."), None)
-            });
-        }
-        for worker in workers {
-            self.router.set_draining(worker.id, true);
-            tokio::spawn(Arc::clone(self).remove_when_drained(worker.id));
-        }
-        let body = json!({ "name": name, "state": "draining" });
-        Ok(reply::json(StatusCode::ACCEPTED, body.to_string()))
+/// Returns the error response for a worker that cannot be added to the present workers.
+fn conflict(error: &WorkerError) -> ApiError {
+    let (code, message) = match error {
+        WorkerError::NameTaken(name) => (
+            "worker_exists",
+            format!(
+                "A worker named `{name}` exists already. Give this one another name with `name=`, \
+                 or remove that one first."
+            ),
+        ),
+        WorkerError::TooMany(count) => (
+            "too_many_workers",
+            format!("There are {count} workers already, which is the limit. Remove one first."),
+        ),
+    };
+    ApiError {
+        param: Some("url"),
+        ..refusal(409, code, message)
     }
+}
 
-    /// Waits until no request is booked on the worker, then removes it. There is no time limit.
-    async fn remove_when_drained(self: Arc<Self>, id: WorkerId) {
-        let has_requests = || {
-            let workers = self.router.workers(self.clock.now());
-            workers
-                .iter()
-                .any(|worker| worker.id == id && worker.requests > 0)
-        };
-        while has_requests() {
-            tokio::time::sleep(DRAIN_POLL_INTERVAL).await;
-        }
-        self.workers.remove(&self.router, id);
-    }
+/// Checks that a worker that is added over HTTP has only `tcp://` endpoints that the router connects
+/// to. Other endpoints would open a port or a file on the router's host. Fails with a 403.
+fn check_event_endpoints(config: &WorkerConfig) -> Result<(), ApiError> {
+    let KvEvents::At(source) = &config.kv_events else {
+        return Ok(());
+    };
+    let is_remote = |endpoint: &str| endpoint.starts_with("tcp://");
+    let field = match &source.replay {
+        _ if source.binds || !is_remote(&source.endpoint) => "kv-events",
+        Some(replay) if !is_remote(replay) => "replay",
+        _ => return Ok(()),
+    };
+    let message = format!(
+        "`{field}` must be `tcp://HOST:PORT` for a worker that is added over HTTP. Configure an \
+         endpoint with `bind:` or `ipc:` by --worker at the start of the router."
+    );
+    Err(ApiError {
+        param: Some("url"),
+        ..refusal(403, "endpoint_not_allowed", message)
+    })
+}
+
+/// Returns what a worker's past results say about it. Times are seconds from `now`.
+fn outlier_json(outlier: &OutlierSnapshot, now: Duration) -> Value {
+    let seconds_until = |at: Option<Duration>| at.map(|at| at.saturating_sub(now).as_secs_f64());
+    json!({
+        "ejected": outlier.is_ejected,
+        "half_open": outlier.is_half_open,
+        "ejections": outlier.ejections,
+        "ejected_seconds": seconds_until(outlier.ejected_until),
+        "next_trial_seconds": seconds_until(outlier.next_trial_at),
+        "failure_rate": outlier.failure_rate,
+        "consecutive_failures": outlier.consecutive_failures,
+        "charge_seconds": outlier.charge_seconds,
+        "backpressure_seconds": seconds_until(outlier.backpressure_until),
+        "warming_up": outlier.is_warming_up,
+    })
 }
 
 /// Returns a worker's latency model, and the accuracy of its forecasts.
@@ -275,58 +405,4 @@ fn percent_decoded(text: &str) -> String {
         };
     }
     String::from_utf8_lossy(&decoded).into_owned()
-}
-
-/// Returns the endpoint that a body is for: embeddings if it has `input`, completions if it has no
-/// `messages`, and otherwise chat completions. An unreadable body counts as a chat completion.
-fn endpoint_of(body: &[u8]) -> Endpoint {
-    #[derive(Deserialize)]
-    struct Fields {
-        messages: Option<serde::de::IgnoredAny>,
-        input: Option<serde::de::IgnoredAny>,
-    }
-    match serde_json::from_slice(body) {
-        Ok(Fields { input: Some(_), .. }) => Endpoint::Embeddings,
-        Ok(Fields { messages: None, .. }) => Endpoint::Completions,
-        _ => Endpoint::ChatCompletions,
-    }
-}
-
-/// Returns a routing decision with the costs of all candidates. `choice` is the expected choice, as
-/// the actual one can be random.
-fn explanation_json(explanation: &Explanation) -> Value {
-    let candidates = explanation.candidates.iter().map(|candidate| {
-        json!({
-            "worker": candidate.name,
-            "requests": candidate.requests,
-            "active_blocks": candidate.active_blocks,
-            "overlap_blocks": candidate.cost.overlap_blocks,
-            "overlap_cached_blocks": candidate.prefix_match.cached_blocks,
-            "overlap_active_blocks": candidate.prefix_match.active_blocks,
-            "prefill_blocks": candidate.cost.prefill_blocks,
-            "active_blocks_if_placed": candidate.cost.active_blocks,
-            "cost": candidate.cost.total,
-            "delay_seconds": {
-                "queue_wait": candidate.delay.queue_wait,
-                "prefill": candidate.delay.prefill,
-                "decode": candidate.delay.decode,
-                "decode_slowdown": candidate.delay.decode_slowdown,
-                "prefill_stall_caused": candidate.delay.prefill_stall_caused,
-                "decode_slowdown_caused": candidate.delay.decode_slowdown_caused,
-                "future_arrivals": candidate.delay.future_arrivals,
-            },
-            "probability": candidate.probability,
-        })
-    });
-    let choice = explanation.expected_choice();
-    let choice = choice.map(|candidate| &candidate.name);
-    json!({
-        "policy": explanation.policy.to_string(),
-        "overlap_weight": explanation.overlap_weight,
-        "ttft_weight": explanation.ttft_weight,
-        "temperature": explanation.temperature,
-        "choice": choice,
-        "replicates_prefix_to": choice.filter(|_| explanation.replicates_prefix_to.is_some()),
-        "candidates": candidates.collect::<Vec<_>>(),
-    })
 }

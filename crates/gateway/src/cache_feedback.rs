@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use foresee_engine::output_text::{OutputEnd, OutputText};
 
-use crate::proxy::MAX_INLINE_TOKENIZE_BYTES;
-use crate::tracked_body::RequestContext;
+use crate::placement::parsed_request::MAX_INLINE_TOKENIZE_BYTES;
+use crate::placement::response_observer::RequestContext;
 
 impl RequestContext {
     /// Returns whether the text of the output should be collected: the worker shares blocks between
@@ -22,9 +22,9 @@ impl RequestContext {
     }
 
     /// Releases the bookings of the request, whose output ended as `end` says. `output` is its text
-    /// as far as it was collected. A long output is tokenised on another thread first. In that case
-    /// the bookings are released after this function has returned. Without a text, no output is
-    /// stored.
+    /// as far as it was collected. A long output is tokenised in the pool for parsing first. In that
+    /// case the bookings are released after this function has returned; as abandoned, if the pool
+    /// is busy. Without a text, no output is stored.
     pub(crate) fn release_bookings(self, output: Option<OutputText>, end: OutputEnd) {
         let Some(output) = output.filter(|output| !output.text().is_empty()) else {
             return self.end_bookings(end);
@@ -40,16 +40,14 @@ impl RequestContext {
         let Ok(runtime) = tokio::runtime::Handle::try_current() else {
             return;
         };
+        let shared = Arc::clone(&self.shared);
         runtime.spawn(async move {
-            let shared = Arc::clone(&self.shared);
-            let permit = match &shared.tokenizer {
-                Some(tokenizer) => tokenizer.permit().await,
-                None => None,
-            };
-            tokio::task::spawn_blocking(move || {
-                let _permit = permit;
-                self.store_output(&output, end);
-            });
+            let storing = shared
+                .parse_pool
+                .run(move || self.store_output(&output, end));
+            if let Err(error) = storing.await {
+                tracing::debug!(%error, "an output was not stored in the estimated cache");
+            }
         });
     }
 

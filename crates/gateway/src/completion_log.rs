@@ -9,8 +9,8 @@ use std::time::Duration;
 use foresee_engine::usage::Usage;
 
 use crate::metrics::Outcome;
+use crate::placement::response_observer::RequestContext;
 use crate::subscribe::HitCheck;
-use crate::tracked_body::RequestContext;
 
 /// How a response ended.
 #[derive(Debug)]

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use foresee_engine::worker_metrics::EngineLoad;
 
 use crate::gateway_state::GatewayState;
-use crate::health::get;
 use crate::workers::Worker;
+use crate::workers::query::get;
 
 /// Polls a worker's `/metrics` until the worker is removed. Returns immediately if the
 /// configuration sets no interval. A failed read removes the last value.

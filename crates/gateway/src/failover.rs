@@ -1,8 +1,10 @@
-//! Sends one request until a worker responds: which failures are retried on another worker, which mark
-//! a worker as failed, and when the request is given up.
+//! Sends one request until a worker responds: which failures are retried on another worker, what each
+//! attempt says about its worker, and when the request is given up.
 //!
 //! Until the first byte of a response nothing has been passed on to the client, so another worker can
-//! take over, and the bookings move with the request.
+//! take over, and the bookings move with the request. A retry sends the request a second time, so
+//! the number of retries is bounded for each request and, by a budget, for all requests together. A
+//! connection that was not established sent nothing: choosing another worker then is not a retry.
 
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -11,11 +13,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use foresee_core::batch::Batch;
+use foresee_core::outlier::ExchangeResult;
 use foresee_core::policy::Decision;
-use foresee_core::router::RouteError;
+use foresee_core::retry_budget::RetryBudget;
 use foresee_core::workers::WorkerId;
 use foresee_engine::error::ApiError;
-use http::{Response, StatusCode};
+use http::header::{CONTENT_TYPE, RETRY_AFTER};
+use http::{HeaderMap, Response, StatusCode, response};
 use http_body_util::BodyExt;
 use hyper::body::{Body as _, Frame, Incoming};
 
@@ -25,22 +29,36 @@ use crate::tracked_body::TrackedBody;
 use crate::upstream::{UpstreamClient, UpstreamError, UpstreamRequest};
 use crate::workers::Worker;
 
-/// Maximum number of workers that may lose the connection over one request. A request that crashes
-/// engines must not reach all of them.
-const MAX_CONNECTION_LOSSES: usize = 3;
+/// Maximum number of times that one request is sent again. A request that crashes engines must not
+/// reach all of them.
+const MAX_RETRIES: u32 = 2;
+
+/// Retries that are allowed for each request of the last ten seconds.
+const RETRY_RATIO: f64 = 0.2;
+
+/// Retries per second that are allowed in addition, so that a quiet fleet can retry.
+const RETRIES_PER_SECOND: f64 = 3.0;
 
 /// Time to wait for connections to be closed when the system can open no more.
 const LOCAL_EXHAUSTION_DELAY: Duration = Duration::from_millis(20);
 
-/// Value of `Retry-After` if no worker is available.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// Multiple of the predicted time to the first byte after which a worker counts as hanging.
+const FIRST_BYTE_FACTOR: u32 = 10;
+
+/// Longest `Retry-After` of a worker that is honoured.
+const MAX_BACKPRESSURE: Duration = Duration::from_secs(300);
+
+/// Returns the budget that all requests of a gateway share.
+pub(crate) fn new_retry_budget() -> RetryBudget {
+    RetryBudget::new(RETRY_RATIO, RETRIES_PER_SECOND)
+}
 
 /// Response of a worker of which nothing has been passed on yet.
 #[derive(Debug)]
 pub(crate) struct UpstreamResponse {
     pub(crate) worker: Arc<Worker>,
     pub(crate) response: Response<Incoming>,
-    /// The first frame of a stream, which was read to verify that the worker produces output.
+    /// The first frame of the body, which was read to verify that the worker produces output.
     pub(crate) first_frame: Option<Frame<Bytes>>,
     /// Prompt tokens that the worker has cached according to its KV events; `None` if the response
     /// cannot verify that number.
@@ -57,37 +75,54 @@ pub(crate) struct Failover<'a> {
     excluded: Vec<WorkerId>,
     /// Number of requests sent so far.
     attempts: u32,
+    /// Number of times that the request was sent again.
+    retries: u32,
     /// Number of connections that were lost after the request was sent.
-    connection_losses: usize,
-    /// Time by the gateway's clock until which the request may wait in the queue or for a
-    /// connection.
+    connection_losses: u32,
+    /// Time by the gateway's clock until which the request may wait: in the queue, for a connection
+    /// and for the first byte, all attempts together.
     deadline: Duration,
 }
 
+/// Why no further attempt is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum NoRetry {
+    /// The request changes state, or has been sent again as often as it may be.
+    NotRepeatable,
+    /// The retry budget is used up.
+    OverBudget,
+    /// No other worker can be chosen.
+    NoOtherWorker,
+}
+
 impl<'a> Failover<'a> {
-    /// Prepares to send `request`, but not to the workers in `excluded`. The time that the request
-    /// may spend in the queue and waiting for a free connection, `first_byte_timeout`, begins now.
+    /// Prepares to send a request that arrived at `arrived_at`, but not to the workers in
+    /// `excluded`. Adds the request to the retry budget. The first byte of the response must arrive
+    /// within `first_byte_timeout` of the arrival, all attempts and the queue included.
     pub(crate) fn new(
         shared: &'a GatewayState,
         client: &'a UpstreamClient,
         request: &'a UpstreamRequest,
         excluded: &[WorkerId],
+        arrived_at: Duration,
     ) -> Self {
+        shared.retry_budget.lock().on_request(shared.clock.now());
         Self {
             shared,
             client,
             request,
             excluded: excluded.to_vec(),
             attempts: 0,
+            retries: 0,
             connection_losses: 0,
-            deadline: shared.clock.now() + shared.config.first_byte_timeout,
+            deadline: arrived_at + shared.config.first_byte_timeout,
         }
     }
 
     /// Sends the request to the booked worker. If that fails and another worker can take over,
-    /// moves the bookings to the next best worker and sends it there. A 503 counts as a failure,
-    /// but is returned if no other worker can take over; a response with any other status is
-    /// returned as it is.
+    /// moves the bookings to the next best worker and sends it there. A 429 and a 5xx count as
+    /// failures, but are returned if no other worker can take over; a response with any other
+    /// status is returned as it is.
     ///
     /// # Errors
     /// Returns the error response for the client if no worker responds or the queue refuses the
@@ -97,30 +132,35 @@ impl<'a> Failover<'a> {
             self.wait_in_queue(batch).await?;
             let Some(worker) = self.shared.workers.get(batch.worker()) else {
                 // The worker was removed after it was chosen.
-                self.retry_elsewhere(batch).map_err(no_worker)?;
+                self.choose_another(batch)?;
                 continue;
             };
-            let limit = self.shared.config.first_byte_timeout;
+            let limit = self.attempt_limit(batch)?;
             self.attempts += 1;
             let attempt = tokio::time::timeout(limit, self.attempt(&worker, batch)).await;
-            match attempt.unwrap_or(Err(UpstreamError::TimedOut(limit))) {
-                // The worker cannot serve now. If no other worker can, the client gets its response.
-                Ok(response) if response.response.status() == StatusCode::SERVICE_UNAVAILABLE => {
-                    worker.probe_now.notify_one();
-                    if self.retry_elsewhere(batch).is_err() {
-                        return Ok(response);
+            let error = match attempt.unwrap_or(Err(UpstreamError::TimedOut(limit))) {
+                Ok(response) => match result_of_head(&response.response) {
+                    ExchangeResult::Success => return Ok(response),
+                    result => {
+                        batch.report(result, self.shared.clock.now());
+                        self.note_ejection(&worker);
+                        match self.retry(batch) {
+                            Ok(()) => continue,
+                            // No other worker can take over: the client gets this response.
+                            Err(_) => return Ok(response),
+                        }
                     }
-                }
-                Ok(response) => return Ok(response),
-                Err(error) => self.recover(error, &worker, batch).await?,
-            }
+                },
+                Err(error) => error,
+            };
+            self.recover(&error, &worker, batch).await?;
         }
     }
 
     /// Waits until the router dispatches the request to its worker. Returns immediately if the
     /// router has no queue. Meanwhile the router can move the booking to another worker that is not
-    /// excluded. Fails with a 503 if the queue is full or the deadline passes. Records the waiting
-    /// time of a dispatched request, also if it was not queued.
+    /// excluded. Fails with a 429 if the deadline passes. Records the waiting time of a dispatched
+    /// request, also if it was not queued.
     async fn wait_in_queue(&self, batch: &mut Batch) -> Result<(), ApiError> {
         let shared = self.shared;
         if shared.config.router.queue_order.is_none() {
@@ -134,20 +174,15 @@ impl<'a> Failover<'a> {
             .await
             .is_pending()
         {
-            let limit = shared.config.queue_limit.unwrap_or(usize::MAX);
-            if shared.router.queued_requests() > limit {
-                return Err(unavailable(format!(
-                    "The queue is full: {limit} requests are waiting (--queue-limit). Try again shortly."
-                )));
-            }
             let max_wait = self.deadline.saturating_sub(started);
             let dispatched = tokio::time::timeout(max_wait, poll_fn(poll)).await;
             dispatched.map_err(|_| {
                 let seconds = max_wait.as_secs();
-                unavailable(format!(
+                ApiError::queue_timeout(format!(
                     "The request was queued for {seconds} s and no worker could take it."
                 ))
             })?;
+            shared.drain_rate.record(shared.clock.now());
         }
         let queued_for = shared.clock.now().saturating_sub(started);
         shared
@@ -157,11 +192,27 @@ impl<'a> Failover<'a> {
         Ok(())
     }
 
-    /// Sends the request to `worker` once. Waits for the head of the response and, if it is a
-    /// stream, for its first frame: engines send the head before they do anything that can fail.
-    /// Announces the request to the worker's event status first. After a lost connection, a new
-    /// connection is used. A stream without any frame counts as a lost connection. The caller sets
-    /// the time limit.
+    /// Returns how long the next attempt may take until its first byte: a multiple of the predicted
+    /// time, within bounds, and not beyond the deadline of the request. Fails with a 504 if the
+    /// deadline has passed.
+    fn attempt_limit(&self, batch: &Batch) -> Result<Duration, ApiError> {
+        let left = self.deadline.saturating_sub(self.shared.clock.now());
+        if left.is_zero() {
+            return Err(self.timed_out());
+        }
+        let Some(predicted) = batch.predicted_first_byte() else {
+            return Ok(left);
+        };
+        let limit = predicted.saturating_mul(FIRST_BYTE_FACTOR);
+        Ok(limit
+            .max(self.shared.config.min_first_byte_timeout)
+            .min(left))
+    }
+
+    /// Sends the request to `worker` once. Waits for the head of the response and, if the response
+    /// is a success, for the first frame of its body: engines send the head before they do anything
+    /// that can fail. Announces the request to the worker's event status first. After a lost
+    /// connection, a new connection is used. The caller sets the time limit.
     async fn attempt(
         &self,
         worker: &Arc<Worker>,
@@ -182,18 +233,13 @@ impl<'a> Failover<'a> {
                 .await?
         };
         let (head, mut body) = response.into_parts();
-        let mut first_frame = None;
-        if TrackedBody::is_stream(&head) && !body.is_end_stream() {
-            first_frame = match body.frame().await {
-                Some(Ok(frame)) => Some(frame),
-                Some(Err(error)) => return Err(UpstreamError::connection_lost(&error)),
-                None => {
-                    return Err(UpstreamError::ConnectionLost(
-                        "the stream was empty".to_owned(),
-                    ));
-                }
-            };
-        }
+        let is_stream = TrackedBody::is_stream(&head);
+        let has_stream = is_stream && !body.is_end_stream();
+        let first_frame = if has_stream || self.must_have_body(&head) {
+            read_first_frame(&head, &mut body, is_stream).await?
+        } else {
+            None
+        };
         Ok(UpstreamResponse {
             worker: Arc::clone(worker),
             response: Response::from_parts(head, body),
@@ -202,33 +248,49 @@ impl<'a> Failover<'a> {
         })
     }
 
+    /// Returns whether a response with this head is unusable without a body: a success of a request
+    /// whose result is the body.
+    fn must_have_body(&self, head: &response::Parts) -> bool {
+        self.request.expects_result && head.status == StatusCode::OK
+    }
+
     /// Prepares the next attempt after `error`. If this machine has no free connection, waits and
-    /// keeps the worker. Otherwise requests a health check of `worker`, and books `batch` on the
-    /// worker of the next attempt. Fails with the client's error response if there is no further
-    /// attempt.
+    /// keeps the worker. Otherwise reports the failure to the router, requests a health check of
+    /// `worker`, and books `batch` on the worker of the next attempt. Fails with the client's error
+    /// response if there is no further attempt.
     async fn recover(
         &mut self,
-        error: UpstreamError,
+        error: &UpstreamError,
         worker: &Worker,
         batch: &mut Batch,
     ) -> Result<(), ApiError> {
-        if let UpstreamError::LocalExhaustion(_) = error {
-            return self.wait_for_local_resources(&error).await;
+        match error {
+            UpstreamError::LocalExhaustion(_) => {
+                return self.wait_for_local_resources(error).await;
+            }
+            UpstreamError::Unsendable(_) => {
+                let message = format!("The request {error}.");
+                return Err(ApiError::bad_request(message, None));
+            }
+            // The client's patience ended, which says nothing about the worker.
+            UpstreamError::TimedOut(_) if self.is_past_deadline() => return Err(self.timed_out()),
+            _ => {}
         }
         let name = &worker.config.name;
         let attempt = self.attempts;
+        batch.report(ExchangeResult::Failure, self.shared.clock.now());
+        self.note_ejection(worker);
         worker.probe_now.notify_one();
-        let recovered = self.retry_after(&error, worker, batch);
-        if recovered.is_ok() {
-            warn_limited!(
+        let recovered = self.retry_after(error, worker, batch);
+        match &recovered {
+            Ok(()) => warn_limited!(
                 key: name, worker = %name, attempt, %error,
                 "upstream request failed; retrying"
-            );
-        } else {
-            warn_limited!(
+            ),
+            Err(_) => warn_limited!(
                 key: name, worker = %name, attempt, %error,
                 "upstream request failed; no further attempt"
-            );
+            ),
         }
         recovered
     }
@@ -244,63 +306,166 @@ impl<'a> Failover<'a> {
         worker: &Worker,
         batch: &mut Batch,
     ) -> Result<(), ApiError> {
-        let name = &worker.config.name;
         match error {
-            UpstreamError::Unsendable(_) | UpstreamError::LocalExhaustion(_) => {
-                let message = format!("The request {error}.");
-                Err(ApiError::bad_request(message, None))
-            }
-            UpstreamError::TimedOut(_) => Err(ApiError::timed_out(format!(
-                "Worker {name} failed: {error}."
-            ))),
             UpstreamError::ConnectionRefused(_) => {
                 worker.mark_gone();
                 self.shared.router.set_healthy(worker.id, false);
-                self.retry_elsewhere(batch).map_err(no_worker)
+                self.choose_another(batch)
             }
             // The delay may be this machine's, so the health check decides about the worker.
-            UpstreamError::Unreachable(_) => self.retry_elsewhere(batch).map_err(no_worker),
-            UpstreamError::ConnectionLost(_) => {
-                self.connection_losses += 1;
-                let may_repeat =
-                    self.request.is_repeatable && self.connection_losses < MAX_CONNECTION_LOSSES;
-                if may_repeat && self.retry_elsewhere(batch).is_ok() {
-                    return Ok(());
+            UpstreamError::Unreachable(_) => self.choose_another(batch),
+            _ => {
+                let is_loss = matches!(error, UpstreamError::ConnectionLost(_));
+                self.connection_losses += u32::from(is_loss);
+                match self.retry(batch) {
+                    Ok(()) => Ok(()),
+                    // The worker may have closed an idle connection just as the request was sent.
+                    // If it is the only worker, it gets a second attempt, on a fresh connection.
+                    Err(NoRetry::NoOtherWorker) if is_loss && self.connection_losses == 1 => Ok(()),
+                    Err(reason) => Err(self.worker_failed(worker, error, reason)),
                 }
-                // The worker may have closed an idle connection just as the request was sent. If it
-                // is the only worker, it gets a second attempt, on a fresh connection.
-                if may_repeat && self.connection_losses == 1 {
-                    return Ok(());
-                }
-                let message =
-                    format!("Worker {name} failed ({error}) and no other worker took over.");
-                Err(ApiError::bad_gateway(message))
             }
         }
+    }
+
+    /// Moves the bookings to another worker to send the request again, within the retry budget.
+    /// Counts the retry. If it fails, the bookings stay where they are, but the worker remains
+    /// excluded.
+    fn retry(&mut self, batch: &mut Batch) -> Result<(), NoRetry> {
+        if !self.request.is_repeatable || self.retries == MAX_RETRIES {
+            return Err(NoRetry::NotRepeatable);
+        }
+        let now = self.shared.clock.now();
+        let mut budget = self.shared.retry_budget.lock();
+        if !budget.allows_retry(now) {
+            self.shared.metrics.retries_over_budget.inc();
+            return Err(NoRetry::OverBudget);
+        }
+        self.excluded.push(batch.worker());
+        batch
+            .reroute(&self.excluded, now)
+            .map_err(|_| NoRetry::NoOtherWorker)?;
+        let _ = budget.try_retry(now);
+        self.retries += 1;
+        self.shared.metrics.retries.inc();
+        Ok(())
+    }
+
+    /// Excludes the booked worker, to which nothing was sent, and moves the bookings to the best of
+    /// the others. If no other worker can be chosen, fails with the client's error response, and
+    /// the bookings stay where they are.
+    fn choose_another(&mut self, batch: &mut Batch) -> Result<(), ApiError> {
+        self.excluded.push(batch.worker());
+        let moved = batch.reroute(&self.excluded, self.shared.clock.now());
+        moved.map_err(|error| self.shared.refusal(&error))
     }
 
     /// Waits for connections of this process to be closed. The request keeps its booking. Waits for
     /// a fixed time, whether or not a connection was closed. Fails with a 503 once the deadline has
     /// passed.
     async fn wait_for_local_resources(&self, error: &UpstreamError) -> Result<(), ApiError> {
-        if self.shared.clock.now() >= self.deadline {
-            let message = format!("The router is out of connections: {error}.");
-            return Err(unavailable(message));
+        if self.is_past_deadline() {
+            return Err(self.shared.out_of_connections());
         }
         tracing::debug!(%error, "out of connections; waiting for others to be closed");
         tokio::time::sleep(LOCAL_EXHAUSTION_DELAY).await;
         Ok(())
     }
 
-    /// Excludes the booked worker and moves the bookings to the best of the others. Counts a retry.
-    /// If no other worker can be chosen, fails and the bookings stay where they are, but the worker
-    /// remains excluded.
-    fn retry_elsewhere(&mut self, batch: &mut Batch) -> Result<(), RouteError> {
-        self.excluded.push(batch.worker());
-        batch.reroute(&self.excluded, self.shared.clock.now())?;
-        self.shared.metrics.retries.inc();
-        Ok(())
+    /// Notes whether the router has ejected the worker because of its latest failure.
+    fn note_ejection(&self, worker: &Worker) {
+        worker.note_ejection(&self.shared.router, &self.shared.metrics);
     }
+
+    /// Returns whether the request may wait no longer.
+    fn is_past_deadline(&self) -> bool {
+        self.shared.clock.now() >= self.deadline
+    }
+
+    /// Returns the response to a request whose deadline has passed.
+    fn timed_out(&self) -> ApiError {
+        let limit = self.shared.config.first_byte_timeout;
+        ApiError::timed_out(format!(
+            "No response began within {limit:?} (--first-byte-timeout)."
+        ))
+    }
+
+    /// Returns the response to a request that `worker` failed with `error` and that is not sent
+    /// again for `reason`. Names the worker only if clients may see workers.
+    fn worker_failed(&self, worker: &Worker, error: &UpstreamError, reason: NoRetry) -> ApiError {
+        let failed = match error {
+            UpstreamError::TimedOut(_) => "The worker did not begin its response in time",
+            _ => "The worker failed before its response began",
+        };
+        let why = match reason {
+            NoRetry::NotRepeatable => "the request is not sent again",
+            NoRetry::OverBudget => "too many requests are being sent again already",
+            NoRetry::NoOtherWorker => "no other worker can take over",
+        };
+        let mut message = format!("{failed}, and {why}.");
+        if self.shared.config.expose_worker_header {
+            message += &format!(" Worker {}: {error}.", worker.config.name);
+        }
+        match error {
+            UpstreamError::TimedOut(_) => ApiError::timed_out(message),
+            _ => ApiError::bad_gateway(message),
+        }
+    }
+}
+
+/// Returns what the head of a response says about its worker. A 4xx other than 429 is the client's
+/// error, and a 501 says that the engine does not have the function.
+fn result_of_head(response: &Response<Incoming>) -> ExchangeResult {
+    match response.status() {
+        StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
+            ExchangeResult::Backpressure {
+                retry_after: retry_after(response.headers()),
+            }
+        }
+        StatusCode::NOT_IMPLEMENTED | StatusCode::HTTP_VERSION_NOT_SUPPORTED => {
+            ExchangeResult::Success
+        }
+        status if status.is_server_error() => ExchangeResult::Failure,
+        _ => ExchangeResult::Success,
+    }
+}
+
+/// Returns the `Retry-After` of a response if it is a number of seconds, at most
+/// [`MAX_BACKPRESSURE`]. A date is ignored.
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let value = headers.get(RETRY_AFTER)?.to_str().ok()?;
+    let seconds = value.trim().parse().ok()?;
+    Some(Duration::from_secs(seconds).min(MAX_BACKPRESSURE))
+}
+
+/// Reads the first frame of a response that has to have a body.
+///
+/// # Errors
+/// If the connection is lost or the body is empty, or if it is not of the type that the head says:
+/// an error page of a web server, or a JSON type without JSON.
+async fn read_first_frame(
+    head: &response::Parts,
+    body: &mut Incoming,
+    is_stream: bool,
+) -> Result<Option<Frame<Bytes>>, UpstreamError> {
+    let frame = match body.frame().await {
+        Some(Ok(frame)) => frame,
+        Some(Err(error)) => return Err(UpstreamError::connection_lost(&error)),
+        None => return Err(UpstreamError::UnusableResponse("its body is empty")),
+    };
+    let content_type = head.headers.get(CONTENT_TYPE);
+    let content_type = content_type.map_or(&b""[..], |value| value.as_bytes());
+    if content_type.starts_with(b"text/html") {
+        return Err(UpstreamError::UnusableResponse("it is a web page"));
+    }
+    let is_json = !is_stream && content_type.starts_with(b"application/json");
+    let first_byte = frame
+        .data_ref()
+        .and_then(|data| data.trim_ascii_start().first().copied());
+    if is_json && first_byte.is_some_and(|byte| !b"{[".contains(&byte)) {
+        return Err(UpstreamError::UnusableResponse("its body is not JSON"));
+    }
+    Ok(Some(frame))
 }
 
 /// Returns the number of prompt tokens that the worker has cached according to its KV events,
@@ -324,21 +489,22 @@ fn predicted_cached_tokens(worker: &Worker, batch: &mut Batch) -> Option<u32> {
     is_certain.then(|| blocks.saturating_mul(prompt.block_size().get()))
 }
 
-/// Returns the error response to a request that no worker can take: `model_not_found` if no worker
-/// serves the model, and otherwise a 503 with `Retry-After`.
-pub(crate) fn no_worker(error: RouteError) -> ApiError {
-    match error {
-        RouteError::UnknownModel(model) => ApiError::model_not_found(&model),
-        RouteError::NoWorker(_) => {
-            unavailable(format!("{error}: none is healthy. Try again shortly."))
-        }
-    }
-}
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+    use proptest::prelude::*;
 
-/// Returns a 503 with `Retry-After`.
-fn unavailable(message: String) -> ApiError {
-    ApiError {
-        retry_after: Some(RETRY_AFTER),
-        ..ApiError::unavailable(message)
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_retry_after_is_a_bounded_number_of_seconds_or_ignored(
+            text in prop_oneof!["[ ]?[0-9]{1,25}[ ]?", "[ -~]{0,30}"],
+        ) {
+            let headers = HeaderMap::from_iter([(RETRY_AFTER, HeaderValue::from_str(&text).unwrap())]);
+            let seconds: Option<u64> = text.trim().parse().ok();
+            let expected = seconds.map(|seconds| Duration::from_secs(seconds).min(MAX_BACKPRESSURE));
+            prop_assert_eq!(retry_after(&headers), expected);
+        }
     }
 }

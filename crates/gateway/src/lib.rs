@@ -3,35 +3,53 @@
 //!
 //! A request passes these modules in order:
 //!
-//! 1. `proxy` reads and parses it and books it on a worker.
-//! 2. `failover` waits in the router's queue and sends it, to another worker if one fails.
-//! 3. `upstream` writes it to the worker over a pooled connection.
-//! 4. `tracked_body` passes the response on and reports its tokens to the booking.
-//! 5. `completion_log` records how the response ended, and `cache_feedback` what it left in the
+//! 1. `accept` admits its connection, `connection` and `client_socket` carry it and its response,
+//!    and `request_body` reads its body.
+//! 2. `proxy` finds the inference path that it calls; `client_headers` takes the hints from its
+//!    headers.
+//! 3. `placement` parses, tokenises and hashes its body, a long one on a thread of `parse_pool`, and
+//!    books it on a worker.
+//! 4. `failover` waits in the router's queue and sends it, to another worker if one fails; `refusals`
+//!    are the responses to a request that cannot be placed.
+//! 5. `upstream` writes it to the worker over a pooled connection.
+//! 6. `tracked_body` passes the response on, and `placement` reports its tokens to the booking.
+//! 7. `completion_log` records how the response ended, and `cache_feedback` what it left in the
 //!    worker's cache. Dropping the response's body releases the booking.
 //!
-//! Tasks that run independently of requests: `health` checks workers, `worker_info` asks them for
-//! models and capacity, `subscribe` follows their KV events, and `engine_metrics` reads their
-//! own metrics. `workers` has the list of workers, `admin` and `metrics` report the state,
-//! `recorder` writes a trace of the requests, and `server` starts and stops everything.
+//! Tasks that run independently of requests, started by `workers::tasks`: `workers::health` checks
+//! workers, `workers::resolve` looks up their host names, `worker_info` asks them for models and
+//! capacity, `subscribe` follows their KV events, and `engine_metrics` reads their own metrics.
+//! `workers` has the list of workers, `admin` and `metrics` report the state, `recorder` writes a
+//! trace of the requests, `server` starts and stops everything, and `shutdown` has the phases in
+//! which it stops.
 
+mod accept;
 mod admin;
 mod bytes_per_token;
 mod cache_feedback;
+mod client_headers;
+mod client_socket;
 mod clock;
 mod completion_log;
 mod config;
+mod connection;
+mod drain_rate;
 mod engine_metrics;
 mod failover;
 mod gateway_state;
-mod health;
 mod listen;
 mod log_limit;
 mod metrics;
+mod parse_pool;
+mod pass_through;
+mod placement;
 mod proxy;
 mod recorder;
+mod refusals;
 mod reply;
+mod request_body;
 mod server;
+mod shutdown;
 mod subscribe;
 mod tokenization;
 mod tracked_body;
@@ -39,9 +57,20 @@ mod upstream;
 mod worker_info;
 mod workers;
 
-pub use config::{GatewayConfig, WorkerConfig, WorkerConfigError, default_io_threads};
+pub use admin::{AdminConfig, AdminKey, AdminListen, KeyError, UnprotectedAdmin};
+pub use client_headers::ClientTrust;
+pub use config::{GatewayConfig, default_io_threads};
+pub use connection::ConnectionConfig;
 pub use http::HeaderName;
-pub use listen::raise_open_file_limit;
+pub use ipnet::IpNet;
+pub use listen::{InheritedListeners, raise_open_file_limit};
 pub use metrics::{LabelInfo, MetricInfo, metric_reference, metrics_page};
+pub use pass_through::{InvalidPath, PassThroughPath};
+pub use request_body::RequestBodyConfig;
 pub use server::{Gateway, StartError};
+pub use shutdown::ShutdownConfig;
 pub use subscribe::{EventSource, KvEvents};
+pub use workers::api_key::{ApiKeyError, ApiKeySource, WorkerKeyConfig};
+pub use workers::health_config::{HealthConfig, HealthMethod, HealthPath};
+pub use workers::resolve::{DnsConfig, Resolver};
+pub use workers::worker_config::{WorkerConfig, WorkerConfigError};

@@ -5,6 +5,7 @@
 
 mod declaration;
 mod page;
+mod prometheus_text;
 
 use std::cmp::Ordering;
 use std::fmt;
@@ -26,6 +27,7 @@ use declaration::{
 };
 pub use declaration::{LabelInfo, MetricInfo};
 pub use page::metrics_page;
+pub(crate) use prometheus_text::{OPEN_METRICS, PROMETHEUS_TEXT, prometheus_text};
 
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +44,8 @@ pub(crate) enum Outcome {
     Unavailable,
     /// The client disconnected before the end of the response.
     ClientLeft,
+    /// The gateway shut down before the end of the response.
+    ShutDown,
 }
 
 impl Outcome {
@@ -54,6 +58,7 @@ impl Outcome {
             Self::WorkerFailed => "worker_failed",
             Self::Unavailable => "unavailable",
             Self::ClientLeft => "client_left",
+            Self::ShutDown => "shut_down",
         }
     }
 }
@@ -74,6 +79,7 @@ const OUTCOME: &[LabelInfo] = &[LabelInfo {
         Outcome::WorkerFailed.as_str(),
         Outcome::Unavailable.as_str(),
         Outcome::ClientLeft.as_str(),
+        Outcome::ShutDown.as_str(),
     ],
 }];
 const OVERLAP_KIND: &[LabelInfo] = &[LabelInfo {
@@ -110,6 +116,8 @@ declare_metrics! {
         "Requests that ended, by outcome";
     pub(crate) retries: Counter, "requests", NO_LABEL,
         "Requests sent again to another worker before the first byte of a response";
+    pub(crate) retries_over_budget: Counter, "requests", NO_LABEL,
+        "Requests that were not sent again because the retry budget was used up";
     pub(crate) decision_duration_seconds: Histogram = histogram(1e-6, 17), "seconds", NO_LABEL,
         "Time of one routing decision";
     pub(crate) queue_duration_seconds: Histogram = histogram(1e-3, 20), "seconds", NO_LABEL,
@@ -122,6 +130,12 @@ declare_metrics! {
         "Prompt tokens routed, counted or estimated by the router";
     pub(crate) output_tokens: Counter, "tokens", NO_LABEL,
         "Output tokens observed in responses";
+    pub(crate) client_connections: Gauge, "connections", NO_LABEL,
+        "Open connections of clients to the API";
+    pub(crate) refused_connections: Counter, "connections", NO_LABEL,
+        "Connections of clients refused because of --max-connections";
+    pub(crate) request_body_bytes: Gauge, "bytes", NO_LABEL,
+        "Bytes of request bodies in memory or announced, bounded by --max-body-bytes-in-flight";
     bookings: Gauge, "bookings", NO_LABEL,
         "Bookings: prompts and outputs of the requests that are queued or running";
     prefix_tree_nodes: Gauge, "nodes", NO_LABEL,
@@ -148,6 +162,14 @@ declare_metrics! {
         "Whether the worker can be chosen";
     pub(crate) probe_failures: CounterByWorker, "health checks", WORKER,
         "Failed health checks";
+    pub(crate) dns_failures: CounterByWorker, "look-ups", WORKER,
+        "Failed look-ups of the worker's host name; the last address stays in use";
+    worker_ejected: GaugeByWorker, "0 or 1", WORKER,
+        "Whether the worker gets only trials, because it failed more often than its peers";
+    pub(crate) worker_ejections: CounterByWorker, "times", WORKER,
+        "Times that the worker was ejected";
+    worker_failure_charge_seconds: FloatGaugeByWorker, "seconds", WORKER,
+        "Seconds that the worker's recent failures add to its cost";
     worker_requests: GaugeByWorker, "requests", WORKER,
         "Requests booked on the worker, queued ones included";
     worker_queued_requests: GaugeByWorker, "requests", WORKER,
@@ -323,6 +345,9 @@ impl Metrics {
         set(&self.worker_up, |worker| {
             u64::from(worker.state == WorkerState::Healthy)
         });
+        set(&self.worker_ejected, |worker| {
+            worker.outlier.is_ejected.into()
+        });
         set(&self.worker_requests, |worker| worker.requests.into());
         set(&self.worker_queued_requests, |worker| {
             worker.queued_requests.into()
@@ -342,6 +367,9 @@ impl Metrics {
         let set = |gauge: &FloatGaugeByWorker, value: fn(&WorkerSnapshot) -> f64| {
             set_per_worker(gauge, workers, value);
         };
+        set(&self.worker_failure_charge_seconds, |worker| {
+            worker.outlier.charge_seconds
+        });
         set(&self.worker_inter_token_latency_seconds, |worker| {
             worker.inter_token_latency.as_secs_f64()
         });
@@ -400,12 +428,12 @@ fn set_per_worker<N, A: Atomic<N> + Default>(
     gauge.clear();
     for worker in workers {
         gauge
-            .get_or_create(&[("worker", worker.name.clone())])
+            .get_or_create(&[("worker", worker.name.to_string())])
             .set(value(worker));
     }
 }
 
 /// Converts a count to a gauge's type; the largest value stands for all that are larger.
-fn gauge_value(count: u64) -> i64 {
+pub(crate) fn gauge_value(count: u64) -> i64 {
     i64::try_from(count).unwrap_or(i64::MAX)
 }

@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use foresee_engine::error::ApiError;
+use foresee_engine::request::Endpoint;
 use http::header::{CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderValue, Response, StatusCode};
 use http_body_util::{Either, Full};
@@ -30,16 +31,22 @@ pub(crate) fn json(status: StatusCode, body: impl Into<Bytes>) -> Response<Body>
     whole(status, "application/json", body)
 }
 
-/// Returns an error in the form that OpenAI clients expect, with `Retry-After` in whole seconds if
-/// the error has it. An invalid status becomes a 502; a `Retry-After` below one second becomes 1.
-pub(crate) fn error(error: &ApiError) -> Response<Body> {
+/// Returns an error in the form that clients of `endpoint` expect. With a time to retry, it has
+/// `Retry-After` in whole seconds, rounded up and at least 1, and `retry-after-ms`; with advice for
+/// clients' libraries, `x-should-retry`. An invalid status becomes a 502.
+pub(crate) fn error(endpoint: Endpoint, error: &ApiError) -> Response<Body> {
     let status = StatusCode::from_u16(error.status).unwrap_or(StatusCode::BAD_GATEWAY);
-    let mut response = json(status, error.to_json());
+    let mut response = json(status, error.to_json_for(endpoint));
+    let headers = response.headers_mut();
     if let Some(after) = error.retry_after {
-        let seconds = after.as_secs().max(1);
-        response
-            .headers_mut()
-            .insert(RETRY_AFTER, HeaderValue::from(seconds));
+        let seconds = after.as_secs_f64().ceil().max(1.0) as u64;
+        headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
+        let milliseconds = u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
+        headers.insert("retry-after-ms", HeaderValue::from(milliseconds));
+    }
+    if let Some(should_retry) = error.should_retry {
+        let advice = if should_retry { "true" } else { "false" };
+        headers.insert("x-should-retry", HeaderValue::from_static(advice));
     }
     response
 }

@@ -6,51 +6,49 @@
 //! own. A request stays on the thread that accepted it, so its events wake no other thread. For a
 //! stream of small events, wake-ups would be most of the cost.
 
-use std::convert::Infallible;
-use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use foresee_core::router::{ConfigError, Router};
+use foresee_core::router::{ConfigError, Router, RouterConfig};
 use foresee_core::workers::WorkerError;
 use foresee_engine::tokenizer::TokenizerError;
-use http::{Request, Response};
-use hyper::body::Incoming;
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::GracefulShutdown;
-use socket2::{SockRef, TcpKeepalive};
-use tokio::net::{TcpListener, TcpStream};
+use futures_util::future::join_all;
+use parking_lot::Mutex;
+use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
-use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::MissedTickBehavior;
+use tokio::task::JoinHandle;
+use tokio::time::{MissedTickBehavior, timeout};
 
+use crate::accept::{ConnectionLimit, ConnectionSettings, serve};
+use crate::admin::{AdminListen, AdminListener, AdminState, UnprotectedAdmin};
 use crate::bytes_per_token::TextRatios;
 use crate::clock::Clock;
 use crate::config::GatewayConfig;
+use crate::drain_rate::DrainRate;
+use crate::failover::new_retry_budget;
 use crate::gateway_state::{GatewayState, RequestIds};
-use crate::listen::listen;
-use crate::log_limit::warn_limited;
+use crate::listen::{InheritedListeners, Listener, default_max_connections};
 use crate::metrics::Metrics;
+use crate::parse_pool::ParsePool;
+use crate::placement::affinity::Affinity;
 use crate::recorder::Recorder;
-use crate::reply::Body;
+use crate::request_body::RequestBodies;
+use crate::shutdown::{ShutdownPhase, ShutdownSignal};
 use crate::tokenization::PromptTokenizer;
-use crate::upstream::{KEEPALIVE, UpstreamClient};
-use crate::workers::{Workers, start_worker_tasks};
-
-/// Maximum time in which a client may send the head of a request.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// Time to wait after a failed `accept`. The usual cause is that no file descriptor is left; some may
-/// be closed in that time.
-const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(10);
+use crate::upstream::UpstreamClient;
+use crate::workers::Workers;
+use crate::workers::api_key::ApiKeyError;
+use crate::workers::tasks::start_worker_tasks;
 
 /// Time between two calls of the router's [`tick`](Router::tick), which dispatches queued requests.
 const TICK_INTERVAL: Duration = Duration::from_millis(10);
+
+/// Maximum time in which aborted responses, and the admin listener, may end before their connections
+/// are closed.
+const ABORT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Why a gateway did not start.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +61,17 @@ pub enum StartError {
         /// Error of the operating system.
         error: io::Error,
     },
+    /// The admin listener cannot be opened.
+    #[error("cannot listen on {listen} for the admin API: {error}")]
+    ListenAdmin {
+        /// The address.
+        listen: AdminListen,
+        /// Error of the operating system.
+        error: io::Error,
+    },
+    /// The admin listener would accept requests of other hosts without a key.
+    #[error(transparent)]
+    UnprotectedAdmin(#[from] UnprotectedAdmin),
     /// The operating system provides no thread or event loop.
     #[error("cannot start an I/O thread: {0}")]
     Thread(io::Error),
@@ -80,6 +89,9 @@ pub enum StartError {
     /// The tokenizer cannot be used.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// An API key of workers cannot be used.
+    #[error(transparent)]
+    ApiKey(#[from] ApiKeyError),
     /// A worker cannot be added.
     #[error(transparent)]
     Worker(#[from] WorkerError),
@@ -91,33 +103,59 @@ pub struct Gateway {
     shared: Arc<GatewayState>,
     /// Address of the API's listener.
     address: SocketAddr,
-    /// Address of the admin listener.
-    admin_address: SocketAddr,
-    /// Set to `true` to stop all listeners.
-    stop: watch::Sender<bool>,
+    /// Where the admin listener listens.
+    admin_listen: AdminListen,
+    /// Connections of the API.
+    connections: ConnectionSettings,
     /// Receivers that are closed when their I/O threads end.
     io_threads: Vec<oneshot::Receiver<()>>,
-    /// Task that serves the admin listener.
-    admin: JoinHandle<()>,
+    /// Set to `true` to stop the admin listener, after the API's.
+    stop_admin: watch::Sender<bool>,
+    /// Task that serves the admin listener, if there is one.
+    admin: Option<JoinHandle<()>>,
 }
 
 impl Gateway {
     /// Starts the listeners and the tasks of the workers. Must run inside a tokio runtime.
     ///
     /// # Errors
-    /// Fails if an address cannot be bound, the tokenizer cannot be loaded, the recording cannot be
-    /// written, a setting is out of range, or two workers have the same name.
+    /// Fails if an address cannot be bound, the admin API would be open to other hosts, the tokenizer
+    /// cannot be loaded, the recording cannot be written, an API key of workers cannot be read, a
+    /// setting is out of range, or two workers have the same name.
     pub fn start(config: GatewayConfig) -> Result<Self, StartError> {
+        Self::start_on(InheritedListeners::default(), config)
+    }
+
+    /// Starts the listeners, with `inherited` sockets where there are any, and the tasks of the
+    /// workers. Must run inside a tokio runtime.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start). Also fails if an inherited socket cannot be used.
+    pub fn start_on(
+        inherited: InheritedListeners,
+        config: GatewayConfig,
+    ) -> Result<Self, StartError> {
+        config.check_api_keys()?;
         // Loading takes seconds, so it happens before the first connection is accepted.
         let tokenizer = config
             .tokenizer
             .as_deref()
             .map(PromptTokenizer::load)
             .transpose()?;
-        let bind = |address| listen(address).map_err(|error| StartError::Listen { address, error });
-        let (api, admin) = (bind(config.listen)?, bind(config.admin_listen)?);
-        let address = api.local_addr().unwrap_or(config.listen);
-        let admin_address = admin.local_addr().unwrap_or(config.admin_listen);
+        let api = Listener::open(inherited.api, config.listen);
+        let api = api.map_err(|error| StartError::Listen {
+            address: config.listen,
+            error,
+        })?;
+        let address = api.socket.local_addr().unwrap_or(config.listen);
+        let admin = AdminListener::open(inherited.admin, &config.admin_listen);
+        let admin = admin.map_err(|error| StartError::ListenAdmin {
+            listen: config.admin_listen.clone(),
+            error,
+        })?;
+        let admin_listen = admin.as_ref().and_then(|admin| admin.address().ok());
+        let admin_listen = admin_listen.unwrap_or(AdminListen::Off);
+        config.admin.check(&admin_listen)?;
         let metrics = Metrics::new();
         let record = config.record.as_deref();
         let recorder = record.map(|path| {
@@ -127,15 +165,25 @@ impl Gateway {
             })
         });
         let shared = Arc::new(GatewayState {
-            router: Router::new(config.router.clone())?,
-            workers: Workers::default(),
+            router: Router::new(RouterConfig {
+                queue_limit: config.queue_limit,
+                ..config.router.clone()
+            })?,
+            workers: Workers::new(config.worker_key.clone()),
             probe_client: UpstreamClient::new(config.connect_timeout),
             metrics,
             clock: Clock::start(),
             text_ratios: TextRatios::default(),
             tokenizer,
+            retry_budget: Mutex::new(new_retry_budget()),
+            drain_rate: DrainRate::default(),
+            affinity: Affinity::default(),
             request_ids: RequestIds::new(),
+            admin: AdminState::new(),
             recorder: recorder.transpose()?,
+            bodies: RequestBodies::new(config.max_body_bytes, config.bodies),
+            parse_pool: ParsePool::new(),
+            shutdown: Arc::new(ShutdownSignal::new()),
             config,
         });
         let mut workers = Vec::new();
@@ -143,32 +191,27 @@ impl Gateway {
             let prefix_caching = shared.config.prefix_caching;
             workers.extend(shared.workers.add(&shared.router, engine, prefix_caching)?);
         }
-        let (stop, stopped) = watch::channel(false);
-        let api = api.into_std().map_err(StartError::Thread)?;
-        let io_threads = (0..shared.config.io_threads.get())
-            .map(|number| {
-                let api = api.try_clone()?;
-                start_io_thread(number, api, Arc::clone(&shared), stopped.clone())
-            })
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(StartError::Thread)?;
+        let connections = api_connections(&shared);
+        let io_threads =
+            start_io_threads(api, &shared, &connections).map_err(StartError::Thread)?;
         for worker in workers {
             start_worker_tasks(&shared, worker);
         }
         if shared.config.router.queue_order.is_some() {
             tokio::spawn(tick_queue(Arc::downgrade(&shared)));
         }
+        let (stop_admin, stopped) = watch::channel(false);
         let admin_state = Arc::clone(&shared);
-        let timeout = shared.config.shutdown_timeout;
-        let admin = tokio::spawn(serve(admin, stopped, timeout, move |request| {
-            Arc::clone(&admin_state).handle_admin(request)
-        }));
+        let handle_admin = move |request| Arc::clone(&admin_state).handle_admin(request);
+        let admin =
+            admin.map(|admin| tokio::spawn(admin.serve(stopped, ABORT_TIMEOUT, handle_admin)));
         Ok(Self {
             shared,
             address,
-            admin_address,
-            stop,
+            admin_listen,
+            connections,
             io_threads,
+            stop_admin,
             admin,
         })
     }
@@ -179,10 +222,20 @@ impl Gateway {
         self.address
     }
 
-    /// Returns the address that the admin API listens on.
+    /// Returns the TCP address that the admin listener listens on; `None` if it is off or listens
+    /// on a Unix socket.
     #[must_use]
-    pub fn admin_address(&self) -> SocketAddr {
-        self.admin_address
+    pub fn admin_address(&self) -> Option<SocketAddr> {
+        match self.admin_listen {
+            AdminListen::Tcp(address) => Some(address),
+            AdminListen::Off | AdminListen::Unix(_) => None,
+        }
+    }
+
+    /// Returns where the admin listener listens, with the port that the operating system chose.
+    #[must_use]
+    pub fn admin_listen(&self) -> &AdminListen {
+        &self.admin_listen
     }
 
     /// Returns the router, for inspection.
@@ -191,16 +244,35 @@ impl Gateway {
         &self.shared.router
     }
 
-    /// Stops accepting connections, waits for running responses to end, and aborts the responses
-    /// that still run after `shutdown_timeout`. Then ends the tasks of the workers and finishes the
-    /// recording.
+    /// Shuts down in the order of [`ShutdownPhase`]: makes the readiness checks fail, accepts no
+    /// connection after `shutdown.delay`, and ends the responses that still run after
+    /// `shutdown_timeout`, streams with an error event. The admin listener ends last. Then ends the
+    /// tasks of the workers and finishes the recording.
+    ///
+    /// Dropping the future stops the shutdown where it is.
     pub async fn shut_down(self) {
-        self.stop.send_replace(true);
-        for thread in self.io_threads {
-            // Nothing is ever sent. The error says that the thread has ended.
-            let _ = thread.await;
+        let shutdown = &self.shared.shutdown;
+        shutdown.advance(ShutdownPhase::Announced);
+        tokio::time::sleep(self.shared.config.shutdown.delay).await;
+        shutdown.advance(ShutdownPhase::Draining);
+        // Nothing is ever sent. An error says that the thread has ended.
+        let mut io_threads = join_all(self.io_threads);
+        let limit = self.shared.config.shutdown_timeout;
+        if timeout(limit, &mut io_threads).await.is_err() {
+            tracing::warn!(
+                timeout = ?limit, connections = self.connections.limit.open(),
+                "ending responses that still run after the shutdown timeout"
+            );
+            shutdown.advance(ShutdownPhase::Aborting);
+            if timeout(ABORT_TIMEOUT, &mut io_threads).await.is_err() {
+                shutdown.advance(ShutdownPhase::Closed);
+                io_threads.await;
+            }
         }
-        if let Err(error) = self.admin.await {
+        self.stop_admin.send_replace(true);
+        if let Some(admin) = self.admin
+            && let Err(error) = admin.await
+        {
             tracing::error!(%error, "the admin listener panicked");
         }
         for worker in self.shared.workers.all() {
@@ -231,25 +303,67 @@ async fn tick_queue(shared: Weak<GatewayState>) {
     }
 }
 
-/// Starts a thread that serves the API until `stopped` is true. The returned receiver is closed
-/// when the thread ends. Fails if the operating system provides no event loop or thread. A later
-/// error is logged and ends the thread.
+/// Returns the limits and the shutdown of the API's connections.
+fn api_connections(shared: &GatewayState) -> ConnectionSettings {
+    let config = shared.config.connections;
+    let limit = ConnectionLimit::new(
+        config
+            .max_connections
+            .unwrap_or_else(default_max_connections),
+        shared.metrics.client_connections.clone(),
+        shared.metrics.refused_connections.clone(),
+    );
+    ConnectionSettings {
+        config,
+        limit: Arc::new(limit),
+        shutdown: Arc::clone(&shared.shutdown),
+    }
+}
+
+/// Starts the threads that serve the API. Each returned receiver is closed when its thread ends. Fails
+/// if the operating system provides no event loop or thread.
+fn start_io_threads(
+    listener: Listener,
+    shared: &Arc<GatewayState>,
+    connections: &ConnectionSettings,
+) -> io::Result<Vec<oneshot::Receiver<()>>> {
+    let socket = listener.socket.into_std()?;
+    let start = |number| {
+        let (socket, is_inherited) = (socket.try_clone()?, listener.is_inherited);
+        start_io_thread(
+            number,
+            socket,
+            is_inherited,
+            Arc::clone(shared),
+            connections.clone(),
+        )
+    };
+    (0..shared.config.io_threads.get()).map(start).collect()
+}
+
+/// Starts a thread that serves the API until its shutdown. The returned receiver is closed when the
+/// thread ends. Fails if the operating system provides no event loop or thread. A later error is
+/// logged and ends the thread.
 fn start_io_thread(
     number: usize,
-    listener: std::net::TcpListener,
+    socket: std::net::TcpListener,
+    is_inherited: bool,
     shared: Arc<GatewayState>,
-    stopped: watch::Receiver<bool>,
+    connections: ConnectionSettings,
 ) -> io::Result<oneshot::Receiver<()>> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
     let (running, ended) = oneshot::channel::<()>();
     let serve_api = async move {
-        let listener = TcpListener::from_std(listener)?;
-        let timeout = shared.config.shutdown_timeout;
+        let socket = TcpListener::from_std(socket)?;
+        let listener = Listener {
+            socket,
+            is_inherited,
+        };
         let client = Arc::new(UpstreamClient::new(shared.config.connect_timeout));
         let handle = move |request| Arc::clone(&shared).handle_api(Arc::clone(&client), request);
-        serve(listener, stopped, timeout, handle).await;
+        serve(listener, connections, handle).await;
         Ok::<(), io::Error>(())
     };
     std::thread::Builder::new()
@@ -263,81 +377,4 @@ fn start_io_thread(
             drop(running);
         })?;
     Ok(ended)
-}
-
-/// Accepts connections and serves their requests with `handle` until `stopped` is true, then waits
-/// at most `timeout` for the connections to end. The remaining connections are closed, which
-/// releases their bookings. Closes the listener first.
-async fn serve<H, F>(
-    listener: TcpListener,
-    mut stopped: watch::Receiver<bool>,
-    timeout: Duration,
-    handle: H,
-) where
-    H: Fn(Request<Incoming>) -> F + Clone + Send + 'static,
-    F: Future<Output = Response<Body>> + Send + 'static,
-{
-    let graceful = GracefulShutdown::new();
-    let mut connections = JoinSet::new();
-    let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new())
-        .header_read_timeout(HEADER_TIMEOUT);
-    loop {
-        let stream = tokio::select! {
-            _ = stopped.wait_for(|stopped| *stopped) => break,
-            accepted = accept(&listener) => accepted,
-        };
-        let handle = handle.clone();
-        let service = service_fn(move |request| {
-            let response = handle(request);
-            async move { Ok::<_, Infallible>(response.await) }
-        });
-        let connection = http.serve_connection(TokioIo::new(stream), service);
-        let connection = graceful.watch(connection);
-        connections.spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "connection to a client ended early");
-            }
-        });
-        // Removes the tasks of connections that have ended.
-        while connections.try_join_next().is_some() {}
-    }
-    drop(listener);
-    if tokio::time::timeout(timeout, graceful.shutdown())
-        .await
-        .is_err()
-    {
-        tracing::warn!(
-            ?timeout,
-            "closing connections that still run after the shutdown timeout"
-        );
-    }
-    connections.shutdown().await;
-}
-
-/// Accepts one connection. Retries until that succeeds; errors are logged, at a limited rate.
-async fn accept(listener: &TcpListener) -> TcpStream {
-    loop {
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                // Without TCP_NODELAY, small events would wait for the acknowledgement of earlier
-                // ones. Without keepalive, a client that vanished would keep its booking until the
-                // gateway writes to it.
-                let keepalive = TcpKeepalive::new().with_time(KEEPALIVE);
-                let socket = SockRef::from(&stream);
-                let set = stream.set_nodelay(true);
-                if let Err(error) = set.and_then(|()| socket.set_tcp_keepalive(&keepalive)) {
-                    tracing::debug!(%error, "cannot set a TCP option");
-                }
-                return stream;
-            }
-            Err(error) => {
-                warn_limited!(
-                    key: "", %error,
-                    "cannot accept a connection; if files are the limit, raise `ulimit -n`"
-                );
-                tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
-            }
-        }
-    }
 }

@@ -117,7 +117,7 @@ async fn wait_for_model(shared: &GatewayState, worker: &Worker) -> String {
     warn_limited!(
         key: &worker.config.name, worker = %worker.config.name,
         "ignoring KV events: GET {}/v1/models returned no models. The model name is needed to match \
-         blocks; let the engine list its models there without an API key",
+         blocks; set --worker-api-key-file if the engine requires an API key",
         worker.config.url()
     );
     worker.first_model().await

@@ -8,14 +8,13 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::Arc;
 
-use foresee_engine::chat::Chat;
 use foresee_engine::chat_template::{ChatTemplate, TemplateError};
+use foresee_engine::conversion::Dialect;
+use foresee_engine::prompt_encoder::{EncodeError, PromptEncoder};
 use foresee_engine::request::{ApiRequest, Endpoint, Prompt};
-use foresee_engine::tokenizer::{SpecialTokens, Tokenizer, TokenizerError};
+use foresee_engine::tokenizer::{Tokenizer, TokenizerError};
 use parking_lot::Mutex;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::log_limit::warn_limited;
 use crate::metrics::Metrics;
@@ -49,8 +48,6 @@ pub(crate) struct PromptTokenizer {
     template: Option<ChatTemplate>,
     /// Agreement of each model's counts.
     models: Mutex<HashMap<String, ModelAgreement>>,
-    /// One permit per processor. More concurrent tokenising would only delay the I/O threads.
-    permits: Arc<Semaphore>,
 }
 
 /// The token ids of a request's prompts.
@@ -203,27 +200,22 @@ impl PromptTokenizer {
                 None
             }
         };
-        let processors = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Self {
             tokenizer,
             template,
             models: Mutex::default(),
-            permits: Arc::new(Semaphore::new(processors)),
         })
     }
 
-    /// Waits for a permit to tokenise a long prompt, of which there is one per processor.
-    pub(crate) async fn permit(&self) -> Option<OwnedSemaphorePermit> {
-        Arc::clone(&self.permits).acquire_owned().await.ok()
-    }
-
-    /// Tokenises the prompts of a request with this `body`, and counts for each text prompt whether
+    /// Tokenises the prompts of a request with this `body`, as engines of this dialect do, and counts
+    /// for each text prompt whether
     /// that succeeded. Of a suspended model's requests, tokenises only samples, and returns only
     /// their count. `body` is read only for chats. Prompts that the client sent as token ids are
     /// neither tokenised nor counted.
     pub(crate) fn encode(
         &self,
         endpoint: Endpoint,
+        dialect: Dialect,
         request: &ApiRequest,
         body: &[u8],
         metrics: &Metrics,
@@ -232,8 +224,8 @@ impl PromptTokenizer {
         let mut token_count = Some(0_u32);
         let encoded = request.all_prompts().map(|prompt| {
             let ids = match prompt {
-                Prompt::Text(text) if token_use != TokenUse::Skip => {
-                    Some(self.encode_prompt(endpoint, request, text, body))
+                Prompt::Text(_) if token_use != TokenUse::Skip => {
+                    Some(self.encode_prompt(endpoint, dialect, request, prompt, body))
                 }
                 Prompt::Text(_) => Some(Err("suspended")),
                 _ => None,
@@ -258,53 +250,33 @@ impl PromptTokenizer {
         TokenizedPrompts { ids, token_count }
     }
 
-    /// Tokenises one prompt. `text` is the prompt of a text completion or embedding; a chat is
-    /// rendered from `body`. The error is the reason why the prompt is matched as text.
+    /// Tokenises one prompt of a request whose body is `body`, as engines of this dialect do. The
+    /// error is the reason why the prompt is matched as text, a label value of
+    /// `foresee_tokenized_prompts_total`. A template error is also logged, once per model.
     fn encode_prompt(
         &self,
         endpoint: Endpoint,
+        dialect: Dialect,
         request: &ApiRequest,
-        text: &[u8],
+        prompt: &Prompt,
         body: &[u8],
     ) -> Result<Vec<u32>, &'static str> {
-        if endpoint == Endpoint::ChatCompletions {
-            self.encode_chat(&request.model, body)
-        } else {
-            self.encode_text(text, request.add_special_tokens.unwrap_or(true))
-        }
-    }
-
-    /// Renders the chat in `body` with the chat template and tokenises the result. The error is the
-    /// reason why the chat is matched as text, a label value of `foresee_tokenized_prompts_total`.
-    /// A template error is also logged, once per `model`.
-    fn encode_chat(&self, model: &str, body: &[u8]) -> Result<Vec<u32>, &'static str> {
-        let template = self.template.as_ref().ok_or("no_template")?;
-        let rendered = Chat::parse(body).and_then(|chat| {
-            let text = template.render(&chat)?;
-            Ok((text, chat.adds_special_tokens()))
-        });
-        match rendered {
-            Ok((text, add_special_tokens)) => self.encode_text(text.as_bytes(), add_special_tokens),
-            Err(TemplateError::Media(_)) => Err("media"),
-            Err(error) => {
-                self.log_template_error_once(model, &error);
-                Err("not_rendered")
-            }
-        }
-    }
-
-    /// Tokenises `text`. `add_special_tokens`: adds the special tokens that the tokenizer frames a
-    /// prompt with; otherwise the text contains them already. The error is the reason why the
-    /// prompt is matched as text, a label value of `foresee_tokenized_prompts_total`.
-    fn encode_text(&self, text: &[u8], add_special_tokens: bool) -> Result<Vec<u32>, &'static str> {
-        let text = std::str::from_utf8(text).map_err(|_| "not_text")?;
-        let special_tokens = if add_special_tokens {
-            SpecialTokens::Add
-        } else {
-            SpecialTokens::AlreadyPresent
+        let encoder = PromptEncoder {
+            tokenizer: &self.tokenizer,
+            template: self.template.as_ref(),
+            dialect,
         };
-        let encoded = self.tokenizer.encode(text, special_tokens);
-        encoded.map_err(|_| "not_encoded")
+        let encoded = encoder.encode(endpoint, request, prompt, body);
+        encoded.map_err(|error| match error {
+            EncodeError::NoTemplate => "no_template",
+            EncodeError::Template(TemplateError::Media(_)) => "media",
+            EncodeError::Template(error) => {
+                self.log_template_error_once(&request.model, &error);
+                "not_rendered"
+            }
+            EncodeError::NotText => "not_text",
+            EncodeError::Tokenizer(_) => "not_encoded",
+        })
     }
 
     /// Returns the tokenizer, or `None` if `model` is suspended.
@@ -393,13 +365,21 @@ fn likely_cause(counted: u32, reported: u32) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use foresee_engine::tokenizer::SpecialTokens;
+
     use super::*;
 
     const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../engine/tests/tiny_model");
 
     fn tokenize(tokenizer: &PromptTokenizer, endpoint: Endpoint, body: &str) -> TokenizedPrompts {
         let request = ApiRequest::parse(endpoint, body.as_bytes()).unwrap();
-        tokenizer.encode(endpoint, &request, body.as_bytes(), &Metrics::new())
+        tokenizer.encode(
+            endpoint,
+            Dialect::Vllm,
+            &request,
+            body.as_bytes(),
+            &Metrics::new(),
+        )
     }
 
     fn encode(tokenizer: &PromptTokenizer, endpoint: Endpoint, body: &str) -> Option<Vec<u32>> {

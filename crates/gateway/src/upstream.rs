@@ -20,8 +20,20 @@ use crate::workers::{RANK_HEADER, Worker};
 /// to close.
 const IDLE_CONNECTION_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// Time without traffic after which TCP checks whether the other end of a connection still exists.
-pub(crate) const KEEPALIVE: Duration = Duration::from_secs(30);
+/// Time without traffic after which TCP checks whether the other end of a connection still exists,
+/// and time between two such checks.
+pub(crate) const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Number of failed checks after which TCP closes a connection.
+pub(crate) const KEEPALIVE_RETRIES: u32 = 3;
+
+/// Time for which sent data may stay unacknowledged before TCP closes the connection. Without it,
+/// Linux retransmits to a machine that vanished for about a quarter of an hour.
+pub(crate) const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Size of the buffer into which a response is read. Each running stream has one, and the events of a
+/// stream are much smaller.
+const READ_BUFFER_BYTES: usize = 5 << 10;
 
 /// Maximum number of idle connections per worker: about as many as a burst leaves open.
 const IDLE_CONNECTIONS: usize = 1024;
@@ -41,7 +53,13 @@ const HOP_BY_HOP: [HeaderName; 9] = [
 
 /// Removes the headers that a proxy must not pass on: the hop-by-hop headers and all headers that
 /// `Connection` lists. Parts of `Connection` that are not header names are ignored.
+///
+/// Also removes `Content-Length` if `Transfer-Encoding` is present, because the latter decides how
+/// long the body is (RFC 9112, section 6.3).
 pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    if headers.contains_key(header::TRANSFER_ENCODING) {
+        headers.remove(header::CONTENT_LENGTH);
+    }
     let listed: Vec<HeaderName> = headers
         .get_all(header::CONNECTION)
         .iter()
@@ -68,18 +86,21 @@ pub(crate) struct UpstreamRequest {
     /// Whether the request asks the engine to list the cached blocks that it finds in its KV events
     /// (full report mode).
     pub(crate) full_report_mode: bool,
+    /// Whether the result is the body of the response, so that a success without one is a failure.
+    pub(crate) expects_result: bool,
 }
 
 impl UpstreamRequest {
     /// Converts a client's request: removes the hop-by-hop headers, `Expect` and `Host`, and sets
-    /// the path `/` if it has none. `request_id` is added unless the client sent one. `generates`
-    /// says that the request produces output and changes nothing else, so that it can be repeated
-    /// whatever its method. The caller sets `full_report_mode`.
+    /// the path `/` if it has none. `request_id` is added unless the client sent one.
+    /// `is_computation` says that the request computes a result and changes nothing else, so that
+    /// it can be repeated whatever its method. The caller sets `full_report_mode`
+    /// and `expects_result`.
     pub(crate) fn new(
         head: http::request::Parts,
         body: Bytes,
         request_id: HeaderValue,
-        generates: bool,
+        is_computation: bool,
     ) -> Self {
         let mut headers = head.headers;
         strip_hop_by_hop(&mut headers);
@@ -89,12 +110,13 @@ impl UpstreamRequest {
         headers.entry("x-request-id").or_insert(request_id);
         let path = head.uri.into_parts().path_and_query;
         Self {
-            is_repeatable: generates || head.method.is_idempotent(),
+            is_repeatable: is_computation || head.method.is_idempotent(),
             method: head.method,
             path: path.unwrap_or(PathAndQuery::from_static("/")),
             headers,
             body,
             full_report_mode: false,
+            expects_result: false,
         }
     }
 
@@ -108,10 +130,11 @@ impl UpstreamRequest {
 /// Why a worker did not respond.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum UpstreamError {
-    /// Nothing was sent: no process listens at the worker's address.
+    /// Nothing was sent: no process listens at the worker's address, so its cache is gone.
     #[error("cannot connect: {0}")]
     ConnectionRefused(String),
-    /// Nothing was sent: no connection was established in time.
+    /// Nothing was sent: the name could not be resolved, there is no route, or no connection was
+    /// established in time. The process and its cache may well exist.
     #[error("cannot connect: {0}")]
     Unreachable(String),
     /// Nothing was sent: this machine has no free file descriptor or port. Not the worker's fault.
@@ -123,6 +146,13 @@ pub(crate) enum UpstreamError {
     /// The first byte of a response did not arrive in time.
     #[error("no response within {0:?}")]
     TimedOut(Duration),
+    /// A response that had begun was not continued in time.
+    #[error("no data for {0:?}")]
+    Silent(Duration),
+    /// The worker responded with success, but not with a response to this request: an empty body,
+    /// a body of another type, or a transfer coding that the gateway cannot decode.
+    #[error("unusable response: {0}")]
+    UnusableResponse(&'static str),
     /// The request cannot be written as HTTP.
     #[error("cannot be forwarded: {0}")]
     Unsendable(#[from] http::Error),
@@ -130,7 +160,7 @@ pub(crate) enum UpstreamError {
 
 impl UpstreamError {
     /// Classifies an error of establishing a connection, by the I/O error that caused it. Without
-    /// one, the connection counts as refused.
+    /// one, the worker counts as unreachable.
     fn connect(error: &(dyn std::error::Error + 'static)) -> Self {
         let mut cause = Some(error);
         while let Some(error) = cause {
@@ -139,12 +169,13 @@ impl UpstreamError {
             }
             cause = error.source();
         }
-        Self::ConnectionRefused(root_cause(error))
+        Self::Unreachable(root_cause(error))
     }
 
-    /// Classifies the I/O error of a connection attempt. Every error that is neither a lack of
-    /// local resources nor a timeout counts as a refused connection.
-    fn from_io(error: &io::Error) -> Self {
+    /// Classifies the I/O error of a connection attempt. Only a refused connection says that no
+    /// process listens. A host name that cannot be resolved, an unreachable network, a timeout and a
+    /// reset do not: the worker may still run, with its cache.
+    pub(crate) fn from_io(error: &io::Error) -> Self {
         // These numbers are the same on Linux, macOS and the BSDs. `io::ErrorKind` does not have
         // these errors.
         const ENFILE: i32 = 23;
@@ -153,8 +184,8 @@ impl UpstreamError {
             (_, Some(ENFILE | EMFILE)) | (io::ErrorKind::AddrNotAvailable, _) => {
                 Self::LocalExhaustion(error.to_string())
             }
-            (io::ErrorKind::TimedOut, _) => Self::Unreachable(error.to_string()),
-            _ => Self::ConnectionRefused(error.to_string()),
+            (io::ErrorKind::ConnectionRefused, _) => Self::ConnectionRefused(error.to_string()),
+            _ => Self::Unreachable(error.to_string()),
         }
     }
 
@@ -180,12 +211,17 @@ impl UpstreamClient {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(connect_timeout));
-        connector.set_keepalive(Some(KEEPALIVE));
+        connector.set_keepalive(Some(KEEPALIVE_INTERVAL));
+        connector.set_keepalive_interval(Some(KEEPALIVE_INTERVAL));
+        connector.set_keepalive_retries(Some(KEEPALIVE_RETRIES));
+        #[cfg(any(target_os = "android", target_os = "fuchsia", target_os = "linux"))]
+        connector.set_tcp_user_timeout(Some(TCP_USER_TIMEOUT));
         let client = |idle_connections| {
             Client::builder(TokioExecutor::new())
                 .pool_timer(TokioTimer::new())
                 .pool_idle_timeout(IDLE_CONNECTION_TIMEOUT)
                 .pool_max_idle_per_host(idle_connections)
+                .http1_read_buf_exact_size(READ_BUFFER_BYTES)
                 .build(connector.clone())
         };
         Self {
@@ -229,16 +265,37 @@ async fn send_with(
     *request.method_mut() = upstream_request.method.clone();
     *request.uri_mut() = worker.uri(&upstream_request.path)?;
     *request.headers_mut() = upstream_request.headers.clone();
+    if let Some(host) = worker.address.host_header() {
+        // The URL has the address that the host name was resolved to.
+        request.headers_mut().insert(header::HOST, host.clone());
+    }
+    if let Some(authorization) = worker.authorization_for_clients() {
+        let header = request.headers_mut().entry(header::AUTHORIZATION);
+        header.or_insert(authorization);
+    }
     if let Some(rank) = &worker.rank_header {
         // A request whose client named a rank was routed to that rank.
         let header = request.headers_mut().entry(RANK_HEADER);
         header.or_insert_with(|| rank.clone());
     }
     match client.request(request).await {
+        Ok(response) if has_unknown_coding(response.headers()) => Err(
+            UpstreamError::UnusableResponse("it has a transfer coding other than chunked"),
+        ),
         Ok(response) => Ok(response),
         Err(error) if error.is_connect() => Err(UpstreamError::connect(&error)),
         Err(error) => Err(UpstreamError::connection_lost(&error)),
     }
+}
+
+/// Returns whether a message has a transfer coding other than `chunked`, which the gateway does not
+/// decode.
+pub(crate) fn has_unknown_coding(headers: &HeaderMap) -> bool {
+    let codings = headers.get_all(header::TRANSFER_ENCODING);
+    let mut codings = codings
+        .iter()
+        .flat_map(|value| value.as_bytes().split(|&byte| byte == b','));
+    codings.any(|coding| !coding.trim_ascii().eq_ignore_ascii_case(b"chunked"))
 }
 
 /// Returns the text of the innermost error. The outer errors say only that something failed.
@@ -252,7 +309,92 @@ fn root_cause(error: &dyn std::error::Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        /// Headers as a client or an engine may send them. A hop-by-hop header or a listed one never
+        /// remains, and all others keep their values and their order.
+        #[test]
+        fn only_headers_of_the_message_are_passed_on(
+            lines in prop::collection::vec(
+                (
+                    "(connection|te|trailer|transfer-encoding|content-length|upgrade|keep-alive|x-a|x-b)",
+                    prop_oneof![
+                        "((chunked|gzip|close|x-a|X-B|content-length|5|;q=1)?[ ,]{0,2}){0,4}",
+                        "[ -~]{0,12}",
+                    ],
+                ),
+                0..8,
+            ),
+        ) {
+            let lines: Vec<(HeaderName, HeaderValue)> = lines
+                .iter()
+                .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()))
+                .collect();
+            let mut all = HeaderMap::new();
+            for (name, value) in lines {
+                all.append(name, value);
+            }
+            let mut after = all.clone();
+            strip_hop_by_hop(&mut after);
+            let connection = all.get_all(header::CONNECTION).iter();
+            let connection: Vec<String> = connection
+                .map(|value| value.to_str().unwrap().to_ascii_lowercase())
+                .collect();
+            let is_listed = |name: &HeaderName| {
+                let mut listed = connection.iter().flat_map(|value| value.split(','));
+                listed.any(|listed| listed.trim() == name.as_str())
+            };
+            for name in all.keys() {
+                let is_length = name == header::CONTENT_LENGTH;
+                let is_removed = HOP_BY_HOP.contains(name)
+                    || is_listed(name)
+                    || is_length && all.contains_key(header::TRANSFER_ENCODING);
+                let left: Vec<_> = after.get_all(name).iter().collect();
+                let expected: Vec<_> = match is_removed {
+                    true => Vec::new(),
+                    false => all.get_all(name).iter().collect(),
+                };
+                prop_assert_eq!(left, expected, "{}", name);
+            }
+            prop_assert!(!has_unknown_coding(&after));
+            let mut again = after.clone();
+            strip_hop_by_hop(&mut again);
+            prop_assert_eq!(again, after);
+        }
+
+        #[test]
+        fn any_coding_beside_chunked_is_unknown(codings in "((chunked|Chunked|gzip|x)[ ]?[,]?[ ]?){0,4}") {
+            let headers = HeaderMap::from_iter([(header::TRANSFER_ENCODING, codings.parse().unwrap())]);
+            let is_known = codings
+                .split(',')
+                .all(|coding| coding.trim().eq_ignore_ascii_case("chunked"));
+            prop_assert_eq!(has_unknown_coding(&headers), !is_known);
+        }
+    }
+
+    #[test]
+    fn only_a_refused_connection_says_that_the_process_is_gone() {
+        let refused = io::Error::from(io::ErrorKind::ConnectionRefused);
+        let refused = UpstreamError::from_io(&refused);
+        assert!(matches!(refused, UpstreamError::ConnectionRefused(_)));
+        for kind in [
+            io::ErrorKind::HostUnreachable,
+            io::ErrorKind::NetworkUnreachable,
+            io::ErrorKind::TimedOut,
+            io::ErrorKind::ConnectionReset,
+            io::ErrorKind::NotFound,
+            io::ErrorKind::Other,
+        ] {
+            let error = UpstreamError::from_io(&io::Error::from(kind));
+            assert!(matches!(error, UpstreamError::Unreachable(_)), "{kind:?}");
+        }
+        let unknown = std::fmt::Error;
+        let unknown = UpstreamError::connect(&unknown);
+        assert!(matches!(unknown, UpstreamError::Unreachable(_)));
+    }
 
     #[test]
     fn hop_by_hop_headers_are_not_passed_on() {
@@ -271,5 +413,24 @@ mod tests {
         let mut left: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
         left.sort_unstable();
         assert_eq!(left, ["authorization", "x-custom"]);
+    }
+
+    #[test]
+    fn content_length_is_dropped_beside_a_transfer_coding_and_other_codings_are_found() {
+        let mut headers = HeaderMap::new();
+        headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static("5"));
+        strip_hop_by_hop(&mut headers);
+        assert!(headers.contains_key(header::CONTENT_LENGTH));
+        let coding = |value: &'static str| {
+            let value = HeaderValue::from_static(value);
+            HeaderMap::from_iter([(header::TRANSFER_ENCODING, value)])
+        };
+        headers.extend(coding("chunked"));
+        strip_hop_by_hop(&mut headers);
+        assert!(headers.is_empty());
+        assert!(!has_unknown_coding(&coding("Chunked")));
+        for unknown in ["gzip", "gzip, chunked", "chunked, identity", "xchunked", ""] {
+            assert!(has_unknown_coding(&coding(unknown)), "{unknown}");
+        }
     }
 }

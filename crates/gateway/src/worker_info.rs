@@ -7,51 +7,72 @@ use std::sync::atomic::Ordering;
 use foresee_core::EvictionRule;
 use foresee_engine::server_info::{KvEventEndpoint, ServerInfo, parse_event_sources};
 use foresee_engine::worker_metrics::CacheConfig;
+use http::StatusCode;
 use serde::Deserialize;
 use serde_json::value::RawValue;
+use tokio::time::timeout;
 
 use crate::gateway_state::GatewayState;
-use crate::health::{ProbeError, get};
+use crate::log_limit::warn_limited;
 use crate::subscribe::{EventSource, KvEvents};
 use crate::workers::Worker;
+use crate::workers::query::{QueryError, get};
 
-/// Asks a worker for its models and its cache capacity. Called before the worker becomes healthy,
-/// so that the first request is routed with them. A failed request is ignored: the known models and
-/// capacity stay as they are. The capacity is not requested if it is configured, and not set unless
-/// every rank that the worker stands for reports it. A worker owned by `sglang` gets the radix
-/// eviction rule, unless a rule is configured.
-pub(crate) async fn learn_models_and_capacity(shared: &GatewayState, worker: &Worker) {
-    if let Ok(body) = get(shared, worker, "/v1/models").await {
-        let models = read_models(&body);
-        let names = models.iter().map(|(name, _)| name.clone()).collect();
-        shared.router.set_models(worker.id, names);
-        shared.workers.set_models(worker, models);
-        if worker.config.eviction.is_none() && worker.is_owned_by("sglang") {
-            shared
-                .router
-                .set_eviction(worker.id, EvictionRule::SglangRadix);
-        }
-    } else {
-        worker.set_models_unknown();
-    }
-    if worker.config.blocks.is_none()
-        && let Ok(body) = get(shared, worker, "/metrics").await
-    {
-        let ranks = CacheConfig::parse(&String::from_utf8_lossy(&body));
-        if ranks.is_empty() {
+/// Asks a worker for its models. Called before the worker becomes healthy, so that the first request
+/// is routed with them. A failed request is ignored: the known models stay as they are. A worker
+/// owned by `sglang` gets the radix eviction rule, unless a rule is configured.
+pub(crate) async fn learn_models(shared: &GatewayState, worker: &Worker) {
+    let body = match get(shared, worker, "/v1/models").await {
+        Ok(body) => body,
+        Err(error) => {
+            if let Some(status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN)) =
+                error.status()
+            {
+                warn_limited!(
+                    key: &worker.config.name, worker = %worker.config.name,
+                    status = status.as_u16(),
+                    "worker refuses the request for its models; set --worker-api-key-file, or \
+                     api-key-file= of the worker, to a file with the engine's API key"
+                );
+            }
+            worker.set_models_unknown();
             return;
         }
-        compare_ranks(worker, ranks.len());
-        let engine_block_size = ranks.iter().find_map(|(_, cache)| cache.block_size);
-        let is_ours = |rank: u32| worker.config.rank.is_none_or(|ours| ours == rank);
-        let ours = ranks.iter().filter(|(rank, _)| is_ours(*rank));
-        let blocks: Option<Vec<u32>> = ours.map(|(_, cache)| cache.blocks).collect();
-        if let Some(blocks) = blocks.filter(|blocks| !blocks.is_empty()) {
-            let total = blocks.into_iter().fold(0, u32::saturating_add);
-            set_capacity(shared, worker, total, engine_block_size);
-        }
-        compare_block_size(shared, worker, engine_block_size);
+    };
+    let models = read_models(&body);
+    let names = models.iter().map(|(name, _)| name.clone()).collect();
+    shared.router.set_models(worker.id, names);
+    shared.workers.set_models(worker, models);
+    if worker.config.eviction.is_none() && worker.is_owned_by("sglang") {
+        shared
+            .router
+            .set_eviction(worker.id, EvictionRule::SglangRadix);
     }
+}
+
+/// Asks a worker for its cache capacity, unless it is configured. The capacity stays as it is if the
+/// request fails, or if a rank that the worker stands for does not report it.
+pub(crate) async fn learn_capacity(shared: &GatewayState, worker: &Worker) {
+    if worker.config.blocks.is_some() {
+        return;
+    }
+    let Ok(body) = get(shared, worker, "/metrics").await else {
+        return;
+    };
+    let ranks = CacheConfig::parse(&String::from_utf8_lossy(&body));
+    if ranks.is_empty() {
+        return;
+    }
+    compare_ranks(worker, ranks.len());
+    let engine_block_size = ranks.iter().find_map(|(_, cache)| cache.block_size);
+    let is_ours = |rank: u32| worker.config.rank.is_none_or(|ours| ours == rank);
+    let ours = ranks.iter().filter(|(rank, _)| is_ours(*rank));
+    let blocks: Option<Vec<u32>> = ours.map(|(_, cache)| cache.blocks).collect();
+    if let Some(blocks) = blocks.filter(|blocks| !blocks.is_empty()) {
+        let total = blocks.into_iter().fold(0, u32::saturating_add);
+        set_capacity(shared, worker, total, engine_block_size);
+    }
+    compare_block_size(shared, worker, engine_block_size);
 }
 
 /// Asks a worker where it publishes KV events, if its configuration leaves that to discovery.
@@ -79,8 +100,8 @@ pub(crate) async fn discover_event_source(shared: &GatewayState, worker: &Worker
             });
             true
         }
-        Err(ProbeError::Status(_) | ProbeError::Failed(_)) => true,
-        Err(ProbeError::NoResponse(_) | ProbeError::ConnectionRefused(_)) => false,
+        Err(QueryError::Status(_) | QueryError::Failed(_)) => true,
+        Err(QueryError::NoResponse(_) | QueryError::ConnectionRefused(_)) => false,
     }
 }
 
@@ -90,9 +111,9 @@ pub(crate) async fn discover_event_source(shared: &GatewayState, worker: &Worker
 async fn discover_vllm_events(
     shared: &GatewayState,
     worker: &Worker,
-) -> Result<Option<EventSource>, ProbeError> {
+) -> Result<Option<EventSource>, QueryError> {
     let body = get(shared, worker, "/kv_event_sources").await?;
-    let own_hosts = hosts_of(worker).await;
+    let own_hosts = hosts_of(shared, worker).await;
     let is_own = |host: &str| own_hosts.iter().any(|own| own == host);
     let mut sources = parse_event_sources(&body, is_own).ok_or_else(unreadable_body)?;
     let endpoint = match worker.config.rank {
@@ -106,15 +127,17 @@ async fn discover_vllm_events(
 }
 
 /// Returns the host of the worker's URL and the addresses that it resolves to. Returns only the
-/// host if it cannot be resolved.
-async fn hosts_of(worker: &Worker) -> Vec<String> {
-    let host = worker.config.authority.host();
-    let resolved = tokio::net::lookup_host((host.trim_matches(['[', ']']), 0)).await;
-    let addresses = resolved
-        .into_iter()
-        .flatten()
-        .map(|address| address.ip().to_string());
-    addresses.chain([host.to_owned()]).collect()
+/// host if it cannot be resolved in time.
+async fn hosts_of(shared: &GatewayState, worker: &Worker) -> Vec<String> {
+    let host = worker.config.authority.host().to_owned();
+    if let Some(address) = worker.address.resolved_ip() {
+        return vec![host, address.to_string()];
+    }
+    let look_up = tokio::net::lookup_host((worker.config.host(), 0));
+    let resolved = timeout(shared.config.dns.timeout, look_up).await;
+    let resolved = resolved.into_iter().flatten().flatten();
+    let addresses = resolved.map(|address| address.ip().to_string());
+    addresses.chain([host]).collect()
 }
 
 /// Returns the event source that an SGLang reports, and applies the capacity that it reports unless
@@ -124,10 +147,10 @@ async fn hosts_of(worker: &Worker) -> Vec<String> {
 async fn discover_sglang_events(
     shared: &GatewayState,
     worker: &Worker,
-) -> Result<Option<EventSource>, ProbeError> {
+) -> Result<Option<EventSource>, QueryError> {
     let config = &worker.config;
     let mut response = get(shared, worker, "/server_info").await;
-    if matches!(response, Err(ProbeError::Status(_) | ProbeError::Failed(_))) {
+    if matches!(response, Err(QueryError::Status(_) | QueryError::Failed(_))) {
         response = get(shared, worker, "/get_server_info").await;
     }
     let info = ServerInfo::parse(&response?).ok_or_else(unreadable_body)?;
@@ -145,8 +168,8 @@ async fn discover_sglang_events(
 }
 
 /// Returns the error for a response that is not in the expected format.
-fn unreadable_body() -> ProbeError {
-    ProbeError::Failed("unexpected response body".to_owned())
+fn unreadable_body() -> QueryError {
+    QueryError::Failed("unexpected response body".to_owned())
 }
 
 /// Returns the address at which the gateway can receive events published at `endpoint`: a wildcard
@@ -185,9 +208,9 @@ fn source_of(worker: &Worker, endpoint: KvEventEndpoint) -> Option<EventSource> 
                 "[::1]",
             ];
             let host = if local_hosts.contains(&host.as_str()) {
-                config.authority.host()
+                worker.address.url_host()
             } else {
-                &host
+                host
             };
             Some(EventSource {
                 endpoint: format!("tcp://{host}:{port}"),

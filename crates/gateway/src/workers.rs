@@ -1,14 +1,27 @@
 //! The gateway's record of each worker: its address, its models and its state, by the worker's id in
 //! the router.
 
+pub(crate) mod address;
+pub(crate) mod api_key;
+pub(crate) mod health;
+pub(crate) mod health_config;
+mod health_record;
+mod health_state;
+pub(crate) mod query;
+pub(crate) mod resolve;
+pub(crate) mod tasks;
+pub(crate) mod worker_config;
+
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use foresee_core::router::Router;
 use foresee_core::workers::{WorkerError, WorkerId, WorkerSpec};
+use foresee_engine::conversion::Dialect;
 use http::uri::{PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderValue, Uri};
 use parking_lot::{Mutex, RwLock};
@@ -17,11 +30,14 @@ use serde::de::IgnoredAny;
 use serde_json::value::RawValue;
 use tokio::sync::{Notify, watch};
 
-use crate::config::WorkerConfig;
-use crate::engine_metrics::watch_engine_metrics;
-use crate::gateway_state::GatewayState;
-use crate::health::watch_worker;
-use crate::subscribe::{EventSource, EventStatus, KvEvents, follow_events};
+use crate::log_limit::warn_limited;
+use crate::metrics::Metrics;
+use crate::subscribe::{EventSource, EventStatus, KvEvents};
+use crate::workers::address::WorkerAddress;
+use crate::workers::api_key::{WorkerKey, WorkerKeyConfig};
+use crate::workers::health_record::HealthRecord;
+pub(crate) use crate::workers::health_record::HealthStatus;
+use crate::workers::worker_config::WorkerConfig;
 
 /// Header that pins a request to one data-parallel rank of an engine, for vLLM and SGLang alike.
 pub(crate) const RANK_HEADER: &str = "x-data-parallel-rank";
@@ -33,6 +49,12 @@ pub(crate) struct Worker {
     pub(crate) id: WorkerId,
     /// Configuration, with defaults filled in.
     pub(crate) config: WorkerConfig,
+    /// Where connections go.
+    pub(crate) address: WorkerAddress,
+    /// API key of the gateway's own requests.
+    pub(crate) key: WorkerKey,
+    /// Results of the health checks.
+    pub(crate) health: HealthRecord,
     /// Value of the response header that names this worker.
     pub(crate) header: HeaderValue,
     /// Value of [`RANK_HEADER`] for requests to this worker; `None` if its address has no ranks.
@@ -41,6 +63,8 @@ pub(crate) struct Worker {
     pub(crate) models: RwLock<Vec<(String, Box<RawValue>)>>,
     /// Name of each model, with the name that is part of its blocks' hashes.
     hash_names: RwLock<Vec<(String, String)>>,
+    /// Name of each model, with the longest context that the worker reports for it.
+    context_limits: RwLock<Vec<(String, Option<u32>)>>,
     /// Requests a health check before the next interval.
     pub(crate) probe_now: Notify,
     /// Status of the worker's KV events.
@@ -58,6 +82,8 @@ pub(crate) struct Worker {
     pub(crate) resubscribe: Notify,
     /// Whether the worker has listed its models; `None` until it was asked.
     models_known: watch::Sender<Option<bool>>,
+    /// Whether the router had ejected the worker when that was last noted.
+    is_ejected: AtomicBool,
     /// Whether the worker was removed, which ends its tasks.
     removed: watch::Sender<bool>,
     /// Capacity that the engine reported, in engine blocks; 0 if it reported none.
@@ -101,6 +127,42 @@ impl Worker {
         self.gone.store(true, Ordering::Relaxed);
     }
 
+    /// Returns whether the worker refused a connection and has not responded since.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Relaxed)
+    }
+
+    /// Returns the results of the health checks as the admin API shows them.
+    pub(crate) fn health_status(&self) -> HealthStatus {
+        self.health.status(Instant::now(), self.next_check_in())
+    }
+
+    /// Returns the time until the next health check; zero if one is running or overdue.
+    pub(crate) fn next_check_in(&self) -> Duration {
+        self.health.next_check_in(Instant::now())
+    }
+
+    /// Returns the `authorization` of a client's request that has none; `None` unless the
+    /// configuration shares the worker's key with clients.
+    pub(crate) fn authorization_for_clients(&self) -> Option<HeaderValue> {
+        self.key.authorization_for_clients()
+    }
+
+    /// Sends later connections to `ip`, one of the addresses of the worker's host name, those to
+    /// KV events included if they have the same host.
+    pub(crate) fn resolve_to(&self, ip: IpAddr) {
+        self.address.resolve_to(ip);
+        if let KvEvents::At(source) = &self.config.kv_events {
+            let host = self.config.authority.host();
+            let source = Some(source.with_host(host, &self.address.url_host()));
+            self.event_source.send_if_modified(|known| {
+                let is_new = *known != source;
+                *known = source;
+                is_new
+            });
+        }
+    }
+
     /// Records that the worker responded. Returns whether it had refused a connection since the last
     /// call.
     pub(crate) fn note_reachable(&self) -> bool {
@@ -114,13 +176,16 @@ impl Worker {
         self.cache_lost.swap(false, Ordering::Relaxed)
     }
 
-    /// Sets the worker's models. Returns whether their names or hash names changed. An empty list
-    /// means that the models are unknown. Wakes the tasks that wait for the models.
+    /// Sets the worker's models. Returns whether their names, hash names or longest contexts changed.
+    /// An empty list means that the models are unknown. Wakes the tasks that wait for the models.
     fn set_models(&self, models: Vec<(String, Box<RawValue>)>) -> bool {
         let known = !models.is_empty();
         let hash_names = hash_names(&models);
         let before = std::mem::replace(&mut *self.hash_names.write(), hash_names);
-        let has_changed = before != *self.hash_names.read();
+        let mut has_changed = before != *self.hash_names.read();
+        let limits = context_limits(&models);
+        let before = std::mem::replace(&mut *self.context_limits.write(), limits);
+        has_changed |= before != *self.context_limits.read();
         *self.models.write() = models;
         self.models_known.send_replace(Some(known));
         has_changed
@@ -178,9 +243,40 @@ impl Worker {
         self.models.read().first().map(|(model, _)| model.clone())
     }
 
+    /// Compares the worker's ejection in the router with the last one that was noted, and logs and
+    /// counts a change.
+    pub(crate) fn note_ejection(&self, router: &Router, metrics: &Metrics) {
+        let is_ejected = router.is_ejected(self.id);
+        if self.is_ejected.swap(is_ejected, Ordering::Relaxed) == is_ejected {
+            return;
+        }
+        let name = &self.config.name;
+        if is_ejected {
+            let label = [("worker", name.clone())];
+            metrics.worker_ejections.get_or_create(&label).inc();
+            warn_limited!(
+                key: name, worker = %name,
+                "worker ejected: it fails more often than its peers; one request at a time is sent as \
+                 a trial. Read the engine's log"
+            );
+        } else {
+            tracing::info!(worker = %name, "worker is no longer ejected");
+        }
+    }
+
+    /// Returns whether the worker was ejected when that was last noted.
+    pub(crate) fn was_ejected(&self) -> bool {
+        self.is_ejected.load(Ordering::Relaxed)
+    }
+
     /// Marks the worker as removed, which ends its tasks.
     pub(crate) fn remove(&self) {
         self.removed.send_replace(true);
+    }
+
+    /// Returns whether the worker is removed.
+    pub(crate) fn is_removed(&self) -> bool {
+        *self.removed.borrow()
     }
 
     /// Waits until the worker is removed.
@@ -190,8 +286,9 @@ impl Worker {
         let _ = removed.wait_for(|removed| *removed).await;
     }
 
-    /// Returns the worker's URL for a path and query of a request to the gateway. The base path of
-    /// the worker's URL is put before `path`. Fails if the result is not a valid URL.
+    /// Returns the URL of a connection to the worker, for a path and query of a request to the
+    /// gateway. Its host is the resolved address, if the gateway resolves the worker's host name; the
+    /// base path of the worker's URL is put before `path`. Fails if the result is not a valid URL.
     pub(crate) fn uri(&self, path: &PathAndQuery) -> Result<Uri, http::Error> {
         let path = if self.config.base_path.is_empty() {
             path.clone()
@@ -200,7 +297,7 @@ impl Worker {
         };
         Uri::builder()
             .scheme(Scheme::HTTP)
-            .authority(self.config.authority.clone())
+            .authority(self.address.authority())
             .path_and_query(path)
             .build()
     }
@@ -235,17 +332,48 @@ fn hash_names(models: &[(String, Box<RawValue>)]) -> Vec<(String, String)> {
         .collect()
 }
 
+/// Returns the name of each model with its `max_model_len`: the longest context, in tokens, that the
+/// engine accepts. `None` if the entry has none, as those of adapters.
+fn context_limits(models: &[(String, Box<RawValue>)]) -> Vec<(String, Option<u32>)> {
+    #[derive(Deserialize)]
+    struct ModelCard {
+        max_model_len: Option<u32>,
+    }
+    let limit_of = |entry: &RawValue| {
+        let card: ModelCard = serde_json::from_str(entry.get()).ok()?;
+        card.max_model_len.filter(|limit| *limit > 0)
+    };
+    models
+        .iter()
+        .map(|(name, entry)| (name.clone(), limit_of(entry)))
+        .collect()
+}
+
 /// All workers of a gateway, by id. The router decides which of them can be chosen.
 #[derive(Debug, Default)]
 pub(crate) struct Workers {
     by_id: RwLock<HashMap<WorkerId, Arc<Worker>>>,
     /// First model of all workers, if they agree; see [`only_model`](Self::only_model).
     only_model: RwLock<Option<String>>,
+    /// Dialect of all workers; see [`dialect`](Self::dialect).
+    dialect: RwLock<Dialect>,
     /// Hash name of each model whose hash name differs from its name.
     aliases: RwLock<HashMap<String, String>>,
+    /// Longest context of each model; see [`context_limit`](Self::context_limit).
+    context_limits: RwLock<HashMap<String, u32>>,
+    /// Key of workers whose description names none.
+    default_key: WorkerKeyConfig,
 }
 
 impl Workers {
+    /// Creates an empty list, for workers with this API key unless their description names one.
+    pub(crate) fn new(default_key: WorkerKeyConfig) -> Self {
+        Self {
+            default_key,
+            ..Self::default()
+        }
+    }
+
     /// Adds an engine to the router and to this list: one worker for each rank, all or none. A
     /// worker can be chosen after its first successful health check. `prefix_caching` applies to an
     /// engine whose configuration does not set it. Starts no tasks: [`start_worker_tasks`] does.
@@ -261,6 +389,17 @@ impl Workers {
         if self.by_id.read().values().any(has_same_name) {
             return Err(WorkerError::NameTaken(engine.engine_name().to_owned()));
         }
+        self.add_ranks(router, engine, prefix_caching)
+    }
+
+    /// Adds the workers of one address of an engine: one worker for each rank, all or none, as
+    /// [`add`](Self::add) does. The engine may have workers at other addresses.
+    pub(crate) fn add_ranks(
+        &self,
+        router: &Router,
+        engine: &WorkerConfig,
+        prefix_caching: bool,
+    ) -> Result<Vec<Arc<Worker>>, WorkerError> {
         let mut added = Vec::new();
         for config in engine.workers() {
             match self.add_one(router, config, prefix_caching) {
@@ -298,16 +437,25 @@ impl Workers {
                 KvEvents::At(source) => Some(source.clone()),
                 KvEvents::Discovered | KvEvents::Off => None,
             }),
+            address: WorkerAddress::new(&config),
+            key: WorkerKey::load(
+                config.api_key_file.as_deref(),
+                &self.default_key,
+                &config.name,
+            ),
+            health: HealthRecord::default(),
             config,
             rank_warning_logged: AtomicBool::new(false),
             block_size_warning_logged: AtomicBool::new(false),
             models: RwLock::default(),
             hash_names: RwLock::default(),
+            context_limits: RwLock::default(),
             probe_now: Notify::new(),
             events: EventStatus::default(),
             engine_active_blocks: Mutex::default(),
             resubscribe: Notify::new(),
             models_known: watch::Sender::new(None),
+            is_ejected: AtomicBool::new(false),
             removed: watch::Sender::new(false),
             capacity_blocks: AtomicU32::new(0),
             last_activity: AtomicU64::new(0),
@@ -351,18 +499,63 @@ impl Workers {
         self.aliases.read().get(model).cloned()
     }
 
-    /// Computes `only_model` and `aliases` again. They are stored because models change rarely and
+    /// Returns the longest context of `model`, in tokens, on any worker. Every engine refuses a longer
+    /// prompt. `None` if a worker that serves the model reports no limit, or none serves it.
+    pub(crate) fn context_limit(&self, model: &str) -> Option<u32> {
+        self.context_limits.read().get(model).copied()
+    }
+
+    /// Computes `only_model`, `dialect`, `aliases` and `context_limits` again. They are stored because models change rarely and
     /// every request reads them.
     fn compare_models(&self) {
         // Locked throughout: of two concurrent calls, the later one sees all changes.
         let mut only_model = self.only_model.write();
         let workers = self.by_id.read();
         *self.aliases.write() = find_aliases(workers.values());
+        *self.context_limits.write() = find_context_limits(workers.values());
+        let mut known = workers
+            .values()
+            .filter(|worker| worker.known_first_model().is_some())
+            .peekable();
+        let is_sglang = known.peek().is_some() && known.all(|worker| worker.is_owned_by("sglang"));
+        *self.dialect.write() = if is_sglang {
+            Dialect::Sglang
+        } else {
+            Dialect::Vllm
+        };
         let mut models = workers
             .values()
             .filter_map(|worker| worker.known_first_model());
         let first = models.next();
         *only_model = first.filter(|first| models.all(|model| model == *first));
+    }
+
+    /// Returns the engine whose conversion of requests to chats is followed: SGLang's if all workers
+    /// that list models are SGLang's.
+    pub(crate) fn dialect(&self) -> Dialect {
+        *self.dialect.read()
+    }
+
+    /// Returns the names of the models that any worker serves, healthy or not, each once.
+    pub(crate) fn served_models(&self) -> Vec<String> {
+        let mut names = Vec::new();
+        for worker in self.all() {
+            for (name, _) in worker.models.read().iter() {
+                if !names.contains(name) {
+                    names.push(name.clone());
+                }
+            }
+        }
+        names
+    }
+
+    /// Returns the entry of a model as the first worker that serves it wrote it.
+    pub(crate) fn model_entry(&self, model: &str) -> Option<String> {
+        self.all().iter().find_map(|worker| {
+            let models = worker.models.read();
+            let (_, entry) = models.iter().find(|(name, _)| name == model)?;
+            Some(entry.get().to_owned())
+        })
     }
 
     /// Returns a worker by id.
@@ -418,36 +611,18 @@ fn find_aliases<'w>(workers: impl Iterator<Item = &'w Arc<Worker>>) -> HashMap<S
     aliases
 }
 
-/// Starts the tasks of a worker, which run until the worker is removed: health checks, KV events
-/// and the engine's own metrics. Returns immediately. Must be called once per worker, inside a
-/// tokio runtime.
-///
-/// Removes the worker's metrics after the last of them has ended, unless another worker has the
-/// name by then.
-pub(crate) fn start_worker_tasks(shared: &Arc<GatewayState>, worker: Arc<Worker>) {
-    shared.metrics.add_worker(&worker.config.name);
-    let tasks = [
-        tokio::spawn(watch_worker(Arc::clone(shared), Arc::clone(&worker))),
-        tokio::spawn(follow_events(Arc::clone(shared), Arc::clone(&worker))),
-        tokio::spawn(watch_engine_metrics(
-            Arc::clone(shared),
-            Arc::clone(&worker),
-        )),
-    ];
-    let shared = Arc::clone(shared);
-    tokio::spawn(async move {
-        for task in tasks {
-            // A task that panicked has ended too.
-            let _ = task.await;
+/// Returns the longest context of each model on any worker, if all workers that serve the model
+/// report one.
+fn find_context_limits<'w>(workers: impl Iterator<Item = &'w Arc<Worker>>) -> HashMap<String, u32> {
+    let mut limits = HashMap::<String, Option<u32>>::new();
+    for worker in workers {
+        for (name, limit) in worker.context_limits.read().iter() {
+            let known = limits.entry(name.clone()).or_insert(*limit);
+            *known = known.zip(*limit).map(|(known, limit)| known.max(limit));
         }
-        let name = &worker.config.name;
-        if !shared
-            .workers
-            .all()
-            .iter()
-            .any(|other| other.config.name == *name)
-        {
-            shared.metrics.remove_worker(name);
-        }
-    });
+    }
+    limits
+        .into_iter()
+        .filter_map(|(name, limit)| Some((name, limit?)))
+        .collect()
 }

@@ -27,6 +27,7 @@ mod view;
 use std::fmt;
 use std::str::FromStr;
 
+use foresee_core::outlier::OutlierConfig;
 use foresee_core::policy::Policy;
 use foresee_core::queue::QueueOrder;
 use foresee_core::router::RouterConfig;
@@ -209,6 +210,9 @@ impl PolicySpec {
                 WeightOverride::Overlap(weight) => settings.overlap_weight = weight,
                 WeightOverride::TimeToFirstToken(weight) => settings.ttft_weight = weight,
             }
+        } else {
+            // The baselines are compared by their costs alone.
+            settings.outlier = OutlierConfig::disabled();
         }
         settings
     }

@@ -10,7 +10,7 @@
 //! | [`engine`] | scheduling of an engine |
 //! | [`prompt`], [`trace`], [`workload`] | the requests that clients send |
 //! | [`arrivals`] | the times at which the requests are sent |
-//! | [`hashed_workload`], [`cache_signal`], [`fleet_changes`] | what the router sees of requests, of caches, and of a changing fleet |
+//! | [`hashed_workload`], [`cache_signal`], [`fleet_changes`], [`faults`] | what the router sees of requests, of caches, and of a changing or failing fleet |
 //! | [`replay`] | a workload, the engines and the router on one virtual clock |
 //! | [`baselines`] | policies of other routers, in place of the router's own |
 //! | [`prediction`], [`forecast_error`] | how accurate the router's predictions were |
@@ -35,6 +35,7 @@ mod chart;
 pub mod compare;
 pub mod duration;
 pub mod engine;
+pub mod faults;
 pub mod fleet_changes;
 pub mod forecast_error;
 pub mod grid;

@@ -6,6 +6,8 @@
 //! them.
 
 mod config;
+mod failover;
+mod measure;
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -17,7 +19,7 @@ use std::time::Duration;
 use foresee_core::booking::Booking;
 use foresee_core::router::{CacheSource, Request, RouteError, Router};
 use foresee_core::sequence::SequenceHash;
-use foresee_core::workers::{WorkerId, WorkerSnapshot, WorkerSpec};
+use foresee_core::workers::{WorkerId, WorkerSpec};
 
 use crate::arrivals::Arrivals;
 use crate::baselines::driver::{ArrivingRequest, EngineState, PolicyDriver};
@@ -26,12 +28,12 @@ use crate::engine::{Engine, EngineConfig, EngineRequest, Step, TokenEvent};
 use crate::fleet_changes::{Change, FleetSchedule};
 use crate::forecast_error::ForecastMonitor;
 use crate::hashed_workload::HashedWorkload;
-use crate::prediction::{BookedRequest, Sampler, unallocated};
+use crate::prediction::Sampler;
 use crate::ready_wakers::ReadyWakers;
-use crate::report::{Goodput, Latency, Outcome, imbalance};
-use crate::step_time::BatchLoad;
+use crate::report::Outcome;
 use crate::workload::Workload;
 pub use config::{ReplayConfig, ReplayError};
+use failover::Failover;
 
 /// State of a running replay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +86,7 @@ pub fn run_while(
         replay.change_fleet(now)?;
         replay.deliver_cache_events(now);
         replay.end_steps(now);
+        replay.fail_due_attempts(now);
         replay.admit_arrivals(now)?;
         replay.dispatch_woken(now);
         replay.start_steps(now);
@@ -125,6 +128,10 @@ struct RequestInFlight {
     last_token: Duration,
     /// Output tokens so far.
     generated: u32,
+    /// Number of workers that have failed the request.
+    attempt: u32,
+    /// These workers.
+    excluded: Vec<WorkerId>,
 }
 
 /// State of a replay.
@@ -149,6 +156,8 @@ struct Replay<'a> {
     in_flight: Vec<Option<RequestInFlight>>,
     /// Queued requests that the router has woken.
     ready_wakers: ReadyWakers,
+    /// Requests that may fail, and what became of the failed ones.
+    failover: Failover,
     /// Requests that have ended, rejected ones included.
     ended: usize,
     rejected: usize,
@@ -192,6 +201,12 @@ impl<'a> Replay<'a> {
                 workers,
             });
         }
+        if let Some(fault) = config.faults.iter().find(|fault| fault.worker >= workers) {
+            return Err(ReplayError::NoSuchWorker {
+                worker: fault.worker,
+                workers,
+            });
+        }
         let engines = config.engines.iter();
         let has_events = config.cache_signal != CacheSignal::Estimated;
         let workers = engines.map(|engine| new_worker(engine, has_events, workload.block_size()));
@@ -201,11 +216,15 @@ impl<'a> Replay<'a> {
             Some(policy) => policy.settings(&config.router),
             None => config.router.clone(),
         };
+        let driver = policy.and_then(|spec| spec.driver(config.router.seed));
+        if driver.is_some() && !config.faults.is_empty() {
+            return Err(ReplayError::FaultsUnderBaseline);
+        }
         let mut replay = Self {
             config,
             workload,
             router: Router::new(settings)?,
-            driver: policy.and_then(|spec| spec.driver(config.router.seed)),
+            driver,
             by_id: HashMap::new(),
             arrivals: Arrivals::new(workload.workload()),
             schedule: FleetSchedule::new(&config.changes),
@@ -219,6 +238,7 @@ impl<'a> Replay<'a> {
             ready: Vec::new(),
             in_flight: workload.workload().requests.iter().map(|_| None).collect(),
             ready_wakers: ReadyWakers::default(),
+            failover: Failover::default(),
             ended: 0,
             rejected: 0,
             missed: 0,
@@ -295,7 +315,7 @@ impl<'a> Replay<'a> {
     }
 
     /// Returns the virtual time, since the start of the replay, of the next event: the end of a
-    /// step, an arrival, a batch of KV events or a fleet change. Does not remove the event. `None`
+    /// step, an arrival, a batch of KV events, a failure or a fleet change. Does not remove the event. `None`
     /// means that the replay has ended: fleet changes after the last other event are ignored.
     fn next_event(&self) -> Option<Duration> {
         let step_end = self.step_ends.peek().map(|Reverse((end, _))| *end);
@@ -304,10 +324,12 @@ impl<'a> Replay<'a> {
             .delayed_events
             .as_ref()
             .and_then(DelayedEvents::next_due);
+        let failure = self.next_failure();
         let next = step_end
             .into_iter()
             .chain(arrival)
             .chain(cache_event)
+            .chain(failure)
             .min()?;
         // Fleet changes after the last other event have no effect.
         Some(self.schedule.next_due().map_or(next, |due| next.min(due)))
@@ -424,20 +446,27 @@ impl<'a> Replay<'a> {
     fn admit_arrivals(&mut self, now: Duration) -> Result<(), ReplayError> {
         while let Some(index) = self.arrivals.take_due(now) {
             self.first_arrival.get_or_insert(now);
+            self.count_arrival(now);
             self.in_flight[index] = Some(RequestInFlight {
                 booking: self.route(index, now)?,
                 arrival: now,
                 first_token: None,
                 last_token: now,
                 generated: 0,
+                attempt: 0,
+                excluded: Vec::new(),
             });
             self.send(index, now);
         }
         Ok(())
     }
 
-    /// Sends the queued requests that the router has woken.
+    /// Sends the queued requests that the router has woken. With worker faults, lets the router
+    /// look for workers that can take one first: a worker that hangs gives no other occasion.
     fn dispatch_woken(&mut self, now: Duration) {
+        if !self.config.faults.is_empty() {
+            self.router.tick(now);
+        }
         while let Some(index) = self.ready_wakers.take() {
             self.send(index, now);
         }
@@ -454,18 +483,26 @@ impl<'a> Replay<'a> {
         let mut context = Context::from_waker(&waker);
         if flight
             .booking
-            .poll_dispatch(&mut context, &[], now)
+            .poll_dispatch(&mut context, &flight.excluded, now)
             .is_pending()
         {
             return;
         }
-        let chosen = self.by_id[&flight.booking.worker()];
+        let (chosen, prompt_tokens) = (
+            self.by_id[&flight.booking.worker()],
+            flight.booking.prompt().tokens(),
+        );
+        let is_served = self.begin_attempt(index, chosen, now);
         let worker = &mut self.workers[chosen];
+        if !is_served {
+            worker.requests += 1;
+            return;
+        }
         let hashes = self.workload.longest_known(index).hashes();
         let submitted = worker.engine.submit(EngineRequest {
             id: index as u64,
             hashes: coarser_hashes(hashes, worker.engine_block_ratio.get()).collect(),
-            prompt_tokens: flight.booking.prompt().tokens(),
+            prompt_tokens,
             output_tokens: self.workload.request(index).output_tokens,
         });
         if submitted.is_ok() {
@@ -525,122 +562,6 @@ impl<'a> Replay<'a> {
                 self.step_ends.push(Reverse((end, index)));
                 worker.step = Some(step);
             }
-        }
-    }
-
-    /// Samples router and engines at the instants before `now`, and scrapes the metrics for the
-    /// baseline. The state of router and engines has not changed since the last event.
-    fn sample_before(&mut self, now: Duration) {
-        if let Some(driver) = &mut self.driver {
-            let workers = self.workers.iter();
-            let engines = workers.map(|worker| (&worker.engine, worker.engine_block_ratio.get()));
-            driver.scrape_before(now, engines);
-        }
-        while let Some(instant) = self.sampler.due_before(now) {
-            let snapshots = self.router.workers(instant);
-            self.compare_forecasts(instant, &snapshots);
-            let flights = &self.in_flight;
-            let workers = &self.workers;
-            let block_size = self.workload.block_size().get();
-            let samples = snapshots.iter().filter_map(|snapshot| {
-                let worker = &workers[*self.by_id.get(&snapshot.id)?];
-                let (engine, ratio) = (&worker.engine, worker.engine_block_ratio.get());
-                let booked: Vec<BookedRequest<'_>> = engine
-                    .in_flight()
-                    .filter_map(|request| {
-                        let flight = flights[request.id as usize].as_ref()?;
-                        let sequence = flight.booking.prompt();
-                        let shareable = engine.config().prefix_caching;
-                        Some(BookedRequest {
-                            hashes: if shareable { sequence.hashes() } else { &[] },
-                            blocks: (sequence.tokens() + flight.generated).div_ceil(block_size),
-                            engine_blocks: request.running.then_some(request.blocks * ratio),
-                        })
-                    })
-                    .collect();
-                Some((
-                    snapshot.active_blocks,
-                    engine.pinned_blocks() * ratio,
-                    unallocated(&booked),
-                ))
-            });
-            self.sampler.take(samples);
-        }
-    }
-
-    /// Compares the router's latency models and output lengths with the engines' actual values.
-    /// `snapshots` are the workers in the router at `now`.
-    fn compare_forecasts(&mut self, now: Duration, snapshots: &[WorkerSnapshot]) {
-        self.forecast_monitor
-            .take_lengths(self.router.output_length_accuracy());
-        for snapshot in snapshots {
-            let Some(&index) = self.by_id.get(&snapshot.id) else {
-                continue;
-            };
-            let worker = &self.workers[index];
-            let mut decodes = BatchLoad::default();
-            for request in worker.engine.in_flight() {
-                if let Some(flight) = &self.in_flight[request.id as usize]
-                    && flight.generated > 0
-                {
-                    decodes.add_decode(flight.booking.prompt().tokens() + flight.generated);
-                }
-            }
-            let actual = (&worker.engine.config().step_time, worker.speed);
-            self.forecast_monitor
-                .take(now, index, snapshot, actual, &decodes);
-        }
-    }
-
-    /// Returns the results of the run. Requests that have not ended count as unfinished, and not as
-    /// goodput.
-    fn outcome(mut self) -> Outcome {
-        let totals = || self.workers.iter().map(|worker| worker.engine.totals());
-        let prompt_tokens: u64 = totals().map(|totals| totals.prompt_tokens).sum();
-        let cached_tokens: u64 = totals().map(|totals| totals.cached_tokens).sum();
-        let output_tokens: u64 = totals().map(|totals| totals.output_tokens).sum();
-        let predicted = self.router.workers(self.last_end);
-        let predicted: u64 = predicted.iter().map(|worker| worker.active_blocks).sum();
-        let pinned = self
-            .workers
-            .iter()
-            .map(|worker| u64::from(worker.engine.pinned_blocks()));
-        let first_arrival = self.first_arrival.unwrap_or_default();
-        let makespan = self.last_end.saturating_sub(first_arrival);
-        let requests = self.workload.workload().requests.len();
-        let unfinished = requests - self.ended;
-        let within_slo = self.ended.saturating_sub(self.missed);
-        Outcome {
-            policy: match &self.config.policy {
-                Some(policy) => policy.to_string(),
-                None => self.config.router.policy.to_string(),
-            },
-            seed: self.config.router.seed,
-            finished: self.end_to_end.len(),
-            rejected: self.rejected,
-            unfinished,
-            goodput: Goodput {
-                fraction: within_slo as f64 / requests.max(1) as f64,
-                per_second: within_slo as f64 / makespan.as_secs_f64().max(1e-9),
-            },
-            makespan: makespan.as_secs_f64(),
-            output_tokens_per_second: output_tokens as f64 / makespan.as_secs_f64().max(1e-9),
-            prompt_tokens,
-            cached_tokens,
-            hit_fraction: cached_tokens as f64 / prompt_tokens.max(1) as f64,
-            preemptions: totals().map(|totals| totals.preemptions).sum(),
-            computed_imbalance: imbalance(
-                totals().map(|totals| totals.prompt_tokens - totals.cached_tokens),
-            ),
-            request_imbalance: imbalance(self.workers.iter().map(|worker| worker.requests)),
-            leaked_blocks: predicted + pinned.sum::<u64>(),
-            prediction: self.sampler.finish(),
-            forecast_errors: self.forecast_monitor.finish(self.last_end),
-            active_blocks: self.sampler.take_instants(),
-            time_to_first_token: Latency::of(&mut self.times_to_first_token),
-            inter_token_latency: Latency::of(&mut self.inter_token_latencies),
-            time_per_output_token: Latency::of(&mut self.times_per_output_token),
-            end_to_end: Latency::of(&mut self.end_to_end),
         }
     }
 }

@@ -60,6 +60,8 @@ pub struct Outcome {
     pub finished: usize,
     /// Requests that do not fit into the KV cache of their engine.
     pub rejected: usize,
+    /// Results of worker faults.
+    pub faults: FaultOutcome,
     /// Requests that did not end. Any number other than 0 is a fault of the router or the
     /// simulator, unless the replay was stopped early.
     pub unfinished: usize,
@@ -100,6 +102,23 @@ pub struct Outcome {
     /// Active blocks over time; empty if they were not kept.
     #[serde(skip)]
     pub active_blocks: Vec<Instant>,
+}
+
+/// Failed requests of one run, and the recovery of workers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct FaultOutcome {
+    /// Requests that failed and were not retried with success: all attempts failed, or the retry
+    /// budget was spent.
+    pub lost: usize,
+    /// Of these, the ones later than 10 s after the start of the first fault.
+    pub lost_late: usize,
+    /// Requests sent to workers, retries included.
+    pub sent_to_workers: u64,
+    /// Requests sent to a worker from 60 s to 120 s after the end of its fault, divided by the mean
+    /// over workers: the smallest such share of any fault. `None` if no fault ends early enough.
+    pub recovered_share: Option<f64>,
+    /// Workers that are ejected when the last request ends.
+    pub ejected_at_end: usize,
 }
 
 /// Requests within an [`Slo`].
@@ -198,7 +217,7 @@ const fn measure(
 }
 
 #[rustfmt::skip]
-const MEASURES: [Measure; 35] = {
+const MEASURES: [Measure; 37] = {
     use Better::{Higher, Lower, Neither};
     [
         measure("TTFT mean, s", Lower, SECONDS, |it| it.time_to_first_token.mean),
@@ -222,6 +241,8 @@ const MEASURES: [Measure; 35] = {
         measure("prefix hits, % of tokens", Higher, PERCENT, |it| it.hit_fraction),
         measure("preemptions", Lower, COUNT, |it| it.preemptions as f64),
         measure("rejected", Neither, COUNT, |it| it.rejected as f64),
+        measure("lost", Neither, COUNT, |it| it.faults.lost as f64),
+        measure("sent to workers", Neither, COUNT, |it| it.faults.sent_to_workers as f64),
         measure("unfinished", Neither, COUNT, |it| it.unfinished as f64),
         measure("worst/mean computed tokens", Neither, RATIO, |it| it.computed_imbalance),
         measure("worst/mean requests", Neither, RATIO, |it| it.request_imbalance),

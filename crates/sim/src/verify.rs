@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use crate::http::client;
+use crate::http::{ApiKey, client};
 use engine_observer::{Poller, Reader};
 use exchange::{Ending, exchange};
 use prompt_mix::PromptMix;
@@ -50,6 +50,8 @@ pub struct VerifyConfig {
     pub api: String,
     /// The router's admin API.
     pub admin: String,
+    /// Key of the admin API, if it needs one.
+    pub admin_key: Option<ApiKey>,
     /// The model to ask for. `None` means the first that the workers serve.
     pub model: Option<String>,
     /// The router's tokens per block.
@@ -111,7 +113,7 @@ pub async fn run(
     config: &VerifyConfig,
     progress: impl Fn(Progress),
 ) -> Result<Verification, VerifyError> {
-    let reader = Arc::new(Reader::new(config.admin.clone(), config.block_size));
+    let reader = Arc::new(Reader::new(config));
     let model = find_model(&reader, config.model.as_deref()).await?;
     let poller = Poller::start(Arc::clone(&reader), config.sample_interval);
     let mut phases = Vec::new();

@@ -6,7 +6,7 @@ use toml::{Table, Value};
 use crate::values::nearest;
 
 /// Options of `--worker`; the keys of the table are the same, with `_` or `-`.
-const OPTIONS: [&str; 8] = [
+const OPTIONS: [&str; 11] = [
     "name",
     "ranks",
     "blocks",
@@ -15,10 +15,13 @@ const OPTIONS: [&str; 8] = [
     "kv-events",
     "replay",
     "topic",
+    "health-path",
+    "api-key-file",
+    "resolve",
 ];
 
 /// Options that may be booleans in TOML.
-const SWITCHES: [&str; 2] = ["prefix-caching", "kv-events"];
+const SWITCHES: [&str; 3] = ["prefix-caching", "kv-events", "resolve"];
 /// Options that may be integers in TOML.
 const NUMBERS: [&str; 2] = ["ranks", "blocks"];
 
@@ -52,7 +55,11 @@ pub(super) fn to_flag(table: &Table) -> anyhow::Result<String> {
         let text = match value {
             Value::String(text) => text.clone(),
             Value::Integer(number) => number.to_string(),
-            Value::Boolean(true) if option == "prefix-caching" => "on".to_owned(),
+            Value::Boolean(true)
+                if SWITCHES.contains(&option.as_str()) && option != "kv-events" =>
+            {
+                "on".to_owned()
+            }
             Value::Boolean(false) if SWITCHES.contains(&option.as_str()) => "off".to_owned(),
             other => bail!("key `{key}` cannot be {other}"),
         };
@@ -96,12 +103,14 @@ mod tests {
     #[test]
     fn a_worker_table_keeps_its_options_as_a_flag() {
         let flag = "http://a:1,name=x,ranks=2,blocks=7,prefix-caching=off,eviction=radix,\
-                    kv-events=tcp://a:5557,replay=tcp://a:5657,topic=12";
+                    kv-events=tcp://a:5557,replay=tcp://a:5657,topic=12,\
+                    health-path=none,api-key-file=/run/key,resolve=off";
         let text = from_flag(flag, "x");
         let file: Table = text.parse().unwrap();
         let table = file["worker"][0].as_table().unwrap();
         assert_eq!(table["ranks"].as_integer(), Some(2));
         assert_eq!(table["topic"].as_str(), Some("12"));
+        assert_eq!(table["resolve"].as_bool(), Some(false));
         let again = to_flag(table).unwrap();
         let sorted = |flag: &str| {
             let mut parts: Vec<_> = flag.split(',').map(str::to_owned).collect();

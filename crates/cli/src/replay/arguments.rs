@@ -9,6 +9,7 @@ use clap::{Args, ValueEnum};
 use foresee_core::policy::Policy;
 use foresee_sim::baselines::{self, PolicySpec};
 use foresee_sim::cache_signal::CacheSignal;
+use foresee_sim::faults::{InvalidFault, WorkerFault};
 use foresee_sim::fleet_changes::{FleetChange, InvalidFleetChange};
 use foresee_sim::grid::Grid;
 use foresee_sim::hashed_workload::HashedWorkload;
@@ -68,6 +69,14 @@ pub(super) struct FleetArgs {
     /// adds worker 7 to the fleet after 60 s.
     #[arg(long, value_name = "WORKER:CHANGE[@TIME]", value_parser = change)]
     fleet_change: Vec<FleetChange>,
+    /// Lets one worker fail or hang for a while; repeat it for more faults
+    ///
+    /// 3:fail-fast@60s-300s fails every request that is sent to worker 3 between 60 s and 300 s.
+    /// fail-half fails every second one, fail-slow fails each after 20 s, and hang never responds.
+    /// Without an end the fault stays. The router retries as `serve` does; only its own policies
+    /// can be replayed with faults.
+    #[arg(long, value_name = "WORKER:KIND@START[-END]", value_parser = fault)]
+    fault: Vec<WorkerFault>,
     /// Sets the tokens per block of the engines, a multiple of --block-size [default: --block-size]
     #[arg(long, value_name = "TOKENS")]
     engine_block_size: Option<NonZeroU32>,
@@ -248,6 +257,7 @@ impl FleetArgs {
         let mut config = ReplayConfig::uniform(settings, &engine, self.workers);
         config.slo = slo;
         config.changes.clone_from(&self.fleet_change);
+        config.faults.clone_from(&self.fault);
         config.cache_signal = signal.cache_signal();
         config
     }
@@ -286,6 +296,11 @@ fn slo(text: &str) -> Result<Slo, InvalidSlo> {
 
 /// Parses `--fleet-change`.
 fn change(text: &str) -> Result<FleetChange, InvalidFleetChange> {
+    text.parse()
+}
+
+/// Parses `--fault`.
+fn fault(text: &str) -> Result<WorkerFault, InvalidFault> {
     text.parse()
 }
 

@@ -7,9 +7,15 @@ use std::path::PathBuf;
 use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory};
+use foresee_core::router::RouterConfig;
 use foresee_gateway::{GatewayConfig, HeaderName, WorkerConfig};
 
+use super::admin_args::AdminArgs;
+use super::client_args::ClientArgs;
+use super::connections::ConnectionArgs;
+use super::outlier::OutlierArgs;
 use crate::flags::{DEFAULTS, RoutingArgs, Switch};
+use crate::serve::health_args::{HealthArgs, WorkerAccessArgs};
 use crate::values::{
     Size, Workers, address, host_address, positive_duration, worker_urls, workers,
 };
@@ -22,15 +28,27 @@ pub(crate) struct ServeArgs {
     #[command(flatten)]
     listen: ListenArgs,
     #[command(flatten)]
+    admin: AdminArgs,
+    #[command(flatten)]
     workers: WorkerArgs,
+    #[command(flatten)]
+    worker_access: WorkerAccessArgs,
+    #[command(flatten)]
+    health: HealthArgs,
     #[command(flatten)]
     prompts: PromptArgs,
     #[command(flatten)]
     routing: RoutingArgs,
     #[command(flatten)]
+    outlier: OutlierArgs,
+    #[command(flatten)]
     queue_limits: QueueLimitArgs,
     #[command(flatten)]
+    clients: ClientArgs,
+    #[command(flatten)]
     limits: LimitArgs,
+    #[command(flatten)]
+    connections: ConnectionArgs,
     #[command(flatten)]
     observability: ObservabilityArgs,
 }
@@ -56,15 +74,6 @@ struct ListenArgs {
     /// Sets the port of --listen alone
     #[arg(long)]
     port: Option<u16>,
-    /// Sets the address of metrics, health checks and the admin API; keep it private
-    #[arg(
-        long,
-        default_value_t = DEFAULTS.admin_listen,
-        value_name = "HOST:PORT",
-        value_parser = address,
-        env = "FORESEE_ADMIN_LISTEN"
-    )]
-    admin_listen: SocketAddr,
 }
 
 impl ListenArgs {
@@ -100,7 +109,8 @@ pub(crate) struct WorkerArgs {
     /// Adds a worker by its URL, with options after commas; repeat it for more workers
     ///
     /// Options: name=NAME, ranks=N, blocks=N, prefix-caching=on|off, eviction=queue|radix,
-    /// kv-events=tcp://HOST:PORT|off, replay=tcp://HOST:PORT, topic=TOPIC.
+    /// kv-events=tcp://HOST:PORT|off, replay=tcp://HOST:PORT, topic=TOPIC, health-path=PATH|none,
+    /// api-key-file=FILE, resolve=on|off.
     ///
     /// ranks=N makes N workers of an engine with N data-parallel ranks, named NAME/0 and so on;
     /// rank r publishes and replays at PORT + r. Without kv-events, the router follows the events
@@ -108,6 +118,9 @@ pub(crate) struct WorkerArgs {
     /// kv-events=bind:tcp://*:PORT if the engine connects to the router. eviction=radix is for
     /// engines that evict as SGLang does; an engine whose models are owned by `sglang` has it by
     /// default.
+    ///
+    /// The router looks up a host name in intervals; each of its addresses is a worker. With
+    /// resolve=off, the name is one worker and is looked up for each connection.
     ///
     /// In FORESEE_WORKER, white space separates workers.
     #[arg(
@@ -213,7 +226,7 @@ struct LimitArgs {
         env = "FORESEE_PROBE_INTERVAL"
     )]
     probe_interval: humantime::Duration,
-    /// Sets how long a worker may take to accept a connection or to respond to a health check
+    /// Sets how long a worker may take to accept a connection
     #[arg(
         long,
         default_value_t = DEFAULTS.connect_timeout.into(),
@@ -222,7 +235,7 @@ struct LimitArgs {
         env = "FORESEE_CONNECT_TIMEOUT"
     )]
     connect_timeout: humantime::Duration,
-    /// Sets how long a worker may take until the first byte of its response
+    /// Sets how long a request may take until the first byte of its response, queueing included
     #[arg(
         long,
         default_value_t = DEFAULTS.first_byte_timeout.into(),
@@ -231,6 +244,27 @@ struct LimitArgs {
         env = "FORESEE_FIRST_BYTE_TIMEOUT"
     )]
     first_byte_timeout: humantime::Duration,
+    /// Sets the least time until the first byte after which a worker counts as hanging
+    ///
+    /// A worker gets ten times the predicted time if that is longer. The request is then sent to
+    /// another worker.
+    #[arg(
+        long,
+        default_value_t = DEFAULTS.min_first_byte_timeout.into(),
+        value_name = "DURATION",
+        value_parser = positive_duration,
+        env = "FORESEE_MIN_FIRST_BYTE_TIMEOUT"
+    )]
+    min_first_byte_timeout: humantime::Duration,
+    /// Sets how long a worker may be silent in the middle of its response
+    #[arg(
+        long,
+        default_value_t = DEFAULTS.stream_idle_timeout.into(),
+        value_name = "DURATION",
+        value_parser = positive_duration,
+        env = "FORESEE_STREAM_IDLE_TIMEOUT"
+    )]
+    stream_idle_timeout: humantime::Duration,
     /// Sets how long running responses may take to end at shutdown
     #[arg(
         long,
@@ -268,13 +302,14 @@ struct ObservabilityArgs {
 }
 
 impl ServeArgs {
-    /// Resolves settings that several flags can set: the listen address and the workers. `matches`
-    /// must be those of the subcommand.
+    /// Resolves settings that several flags can set, the listen address and the workers, and reads
+    /// the keys of the admin listener. `matches` must be those of the subcommand.
     ///
     /// # Errors
-    /// If flags contradict each other, or a host has no address.
+    /// If flags contradict each other, a host has no address, or a key cannot be read.
     pub(crate) fn resolve(mut self, matches: &ArgMatches) -> Result<Self, clap::Error> {
         self.listen = self.listen.resolve(matches)?;
+        self.admin = self.admin.resolve()?;
         self.workers = self.workers.resolve(matches);
         Ok(self)
     }
@@ -283,24 +318,36 @@ impl ServeArgs {
     /// [`resolve`](Self::resolve) first: `--host` and `--port` have no effect here. Without
     /// `--queue`, the policy decides the queue order.
     pub(crate) fn gateway(self) -> GatewayConfig {
-        GatewayConfig {
+        let connections = self.connections;
+        let mut config = GatewayConfig {
             listen: self.listen.listen,
-            admin_listen: self.listen.admin_listen,
+            admin_listen: self.admin.listen(),
+            admin: self.admin.config(),
             workers: self.workers.workers(),
-            router: self.routing.config(),
+            router: RouterConfig {
+                outlier: self.outlier.config(),
+                ..self.routing.config()
+            },
             queue_limit: self.queue_limits.queue_limit,
             tenant_header: self.queue_limits.tenant_header,
             prefix_caching: self.prompts.prefix_caching == Switch::On,
             tokenizer: self.prompts.tokenizer,
             max_body_bytes: self.limits.max_body_size.0,
             probe_interval: self.limits.probe_interval.into(),
+            health: self.health.config(),
+            worker_key: self.worker_access.key_config(),
+            dns: self.worker_access.dns_config(),
             engine_metrics_interval: self.observability.engine_metrics_interval.map(Into::into),
             record: self.observability.record,
             connect_timeout: self.limits.connect_timeout.into(),
             first_byte_timeout: self.limits.first_byte_timeout.into(),
+            min_first_byte_timeout: self.limits.min_first_byte_timeout.into(),
+            stream_idle_timeout: self.limits.stream_idle_timeout.into(),
             shutdown_timeout: self.limits.shutdown_timeout.into(),
             io_threads: self.limits.io_threads.unwrap_or(DEFAULTS.io_threads),
             ..GatewayConfig::default()
-        }
+        };
+        self.clients.apply(&mut config);
+        connections.apply_to(config)
     }
 }

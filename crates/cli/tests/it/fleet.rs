@@ -201,6 +201,7 @@ fn foresee(arguments: &[&str]) -> Command {
 #[tokio::test]
 async fn serve_exits_with_success_on_sigterm() {
     let mut child = foresee(&["serve", "--listen", ANY_PORT, "--admin-listen", ANY_PORT])
+        .args(["--shutdown-delay", "0s"])
         .spawn()
         .unwrap();
     // The signal handlers are installed before the line is logged.

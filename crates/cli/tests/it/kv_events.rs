@@ -134,6 +134,9 @@ impl Fleet {
                 queue_order: None,
                 ..RouterConfig::default()
             },
+            shutdown: foresee_gateway::ShutdownConfig {
+                delay: Duration::ZERO,
+            },
             ..GatewayConfig::default()
         });
         Self {
@@ -232,11 +235,16 @@ fn follows_events(worker: &Value) -> bool {
 }
 
 /// Sends a request and returns the head and the body of the response, whose status must be 200.
-async fn http(address: SocketAddr, method: &str, path: &str, body: &str) -> (String, String) {
-    let mut stream = TcpStream::connect(address).await.unwrap();
+async fn http(
+    address: impl Into<Option<SocketAddr>>,
+    method: &str,
+    path: &str,
+    body: &str,
+) -> (String, String) {
+    let mut stream = TcpStream::connect(address.into().unwrap()).await.unwrap();
     let length = body.len();
     let request = format!(
-        "{method} {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\
+        "{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\
          content-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
     );
     stream.write_all(request.as_bytes()).await.unwrap();

@@ -8,5 +8,6 @@ mod load;
 mod ports;
 mod record;
 mod replay;
+mod restart;
 mod settings;
 mod verify;

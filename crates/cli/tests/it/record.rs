@@ -33,6 +33,7 @@ async fn record(workload: &Workload, path: &Path) -> LiveOutcome {
 
     let mut child = Command::new(env!("CARGO_BIN_EXE_foresee"))
         .args(["serve", "--listen", ANY_PORT, "--admin-listen", ANY_PORT])
+        .args(["--shutdown-delay", "0s"])
         .args(["--worker", &worker, "--record", path.to_str().unwrap()])
         .stderr(Stdio::piped())
         .spawn()

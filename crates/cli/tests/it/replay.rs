@@ -113,6 +113,12 @@ fn errors_for_invalid_flags_name_the_remedy() {
         (&["--slo", "tpot=1s"], "itl=60ms"),
         (&["--fleet-change", "9:speed=2"], "there are 8"),
         (&["--fleet-change", "0:speed=fast"], "WORKER:speed=FACTOR"),
+        (&["--fault", "9:hang@1s"], "there are 8"),
+        (&["--fault", "0:explode@1s"], "fail-fast, fail-half"),
+        (
+            &["--fault", "0:hang@1s", "--policy", "dynamo"],
+            "change --policy",
+        ),
         (&["--engine-block-size", "24"], "--block-size"),
         (&["--event-loss-fraction", "2"], "between 0 and 1"),
         (&["--trace", "/nowhere/x.jsonl"], "/nowhere/x.jsonl"),

@@ -244,6 +244,81 @@ fn the_listen_address_cannot_be_set_twice() {
     assert_eq!(settings["listen"].as_str(), Some("0.0.0.0:9000"));
 }
 
+#[test]
+fn the_admin_listener_is_off_a_socket_or_an_address() {
+    for (given, expected) in [
+        ("off", "off"),
+        ("unix:/run/admin.sock", "unix:/run/admin.sock"),
+        ("127.0.0.1:1", "127.0.0.1:1"),
+    ] {
+        let settings = effective(&[("FORESEE_ADMIN_LISTEN", given)], &[]);
+        assert_eq!(settings["admin-listen"].as_str(), Some(expected));
+    }
+    let file = ConfigFile::new(
+        "admin-listen = \":1\"\nadmin-open = true\nadmin-host = [\"a.example\", \"b\"]\n",
+    );
+    let settings = effective(&[], &["--config", file.path()]);
+    assert_eq!(settings["admin-open"].as_bool(), Some(true));
+    let hosts = settings["admin-host"].as_array().unwrap();
+    assert_eq!(hosts.len(), 2);
+    let settings = effective(&[("FORESEE_ADMIN_HOST", "a,b,c")], &[]);
+    assert_eq!(settings["admin-host"].as_array().unwrap().len(), 3);
+
+    for flags in [
+        &["--admin-listen", "8081"][..],
+        &["--admin-listen", "unix:"],
+        &["--admin-host", "http://a"],
+        &["--admin-host", "a:8081"],
+    ] {
+        assert_eq!(check(&[], flags).status.code(), Some(2), "{flags:?}");
+    }
+}
+
+#[test]
+fn an_admin_api_for_other_hosts_needs_a_key_or_permission() {
+    let public = ["--admin-listen", ":1"];
+    let output = check(&[], &public);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    for remedy in ["--admin-key-file", "loopback", "--admin-open"] {
+        assert!(error.contains(remedy), "{error}");
+    }
+    effective(&[], &[&public[..], &["--admin-open"]].concat());
+    effective(&[("FORESEE_ADMIN_OPEN", "on")], &public);
+    let key = ConfigFile::new("s3cret\n");
+    effective(
+        &[],
+        &[&public[..], &["--admin-key-file", key.path()]].concat(),
+    );
+    effective(&[("FORESEE_ADMIN_KEY_FILE", key.path())], &public);
+    let from_variable = printed(&[("FORESEE_ADMIN_KEY", "s3cret")], &public);
+    assert!(!from_variable.contains("s3cret"), "{from_variable}");
+
+    let two_words = ConfigFile::new("two words\n");
+    let both = [
+        ("FORESEE_ADMIN_KEY", "s3cret"),
+        ("FORESEE_ADMIN_KEY_FILE", key.path()),
+    ];
+    for (variables, part) in [
+        (&both[..], "both set"),
+        (&[("FORESEE_ADMIN_KEY", "")], "FORESEE_ADMIN_KEY"),
+        (
+            &[("FORESEE_ADMIN_KEY_FILE", "/no/such/file")],
+            "/no/such/file",
+        ),
+        (
+            &[("FORESEE_METRICS_KEY_FILE", two_words.path())],
+            "visible ASCII",
+        ),
+    ] {
+        let output = check(variables, &[]);
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{error}");
+        assert!(error.contains(part), "{part} in {error}");
+        assert!(!error.contains("s3cret"), "{error}");
+    }
+}
+
 /// Reads the examples of the documentation.
 #[test]
 fn documented_files_are_valid() {
@@ -266,4 +341,44 @@ fn documented_files_are_valid() {
         count += 1;
     }
     assert_eq!(count, 2);
+}
+
+#[test]
+fn health_checks_and_keys_of_workers_are_settings() {
+    let key = ConfigFile::new("sk-secret\n");
+    let text = format!(
+        "health-path = \"/ping\"\nhealthy_threshold = 3\nhealth-timeout = \"500ms\"\n\
+         worker-api-key-file = \"{0}\"\n\n\
+         [[worker]]\nurl = \"http://gpu1:8000\"\nhealth_path = \"none\"\nresolve = false\n\
+         api_key_file = \"{0}\"\n",
+        key.path()
+    );
+    let file = ConfigFile::new(&text);
+    let flags = ["--config", file.path(), "--unhealthy-threshold", "5"];
+    let text = printed(&[("FORESEE_WORKER_API_KEY", "sk-other")], &flags);
+    assert!(!text.contains("sk-"), "{text}");
+    let settings: toml::Table = text.parse().unwrap();
+    assert_eq!(settings["health-path"].as_str(), Some("/ping"));
+    assert_eq!(settings["healthy-threshold"].as_integer(), Some(3));
+    assert_eq!(settings["unhealthy-threshold"].as_integer(), Some(5));
+    assert_eq!(settings["health-timeout"].as_str(), Some("500ms"));
+    assert_eq!(settings["worker-api-key-file"].as_str(), Some(key.path()));
+    let worker = &settings["worker"][0];
+    assert_eq!(worker["health_path"].as_str(), Some("none"));
+    assert_eq!(worker["resolve"].as_bool(), Some(false));
+    assert_eq!(worker["api_key_file"].as_str(), Some(key.path()));
+}
+
+#[test]
+fn a_key_that_cannot_be_used_is_an_invalid_configuration() {
+    let flags = ["--worker-api-key-file", "/nonexistent/key"];
+    let missing = check(&[], &flags);
+    assert_eq!(missing.status.code(), Some(2));
+    let error = String::from_utf8(missing.stderr).unwrap();
+    assert!(error.contains("/nonexistent/key"), "{error}");
+
+    let invalid = check(&[("FORESEE_WORKER_API_KEY", "sk secret")], &[]);
+    assert_eq!(invalid.status.code(), Some(2));
+    let error = String::from_utf8(invalid.stderr).unwrap();
+    assert!(!error.contains("secret"), "{error}");
 }

@@ -4,10 +4,13 @@ use std::mem;
 
 use super::{EvictChange, NodeId, PrefixTree, UnpinChange, WorkerIndex};
 
+/// Maximum number of nodes that one call of [`PrefixTree::evict`] visits.
+const MAX_NODES_PER_EVICTION: u32 = 64;
+
 impl PrefixTree {
     /// Evicts up to `wanted` blocks that were released on `worker` under `free_epoch`, from the end
     /// of `node` towards the root. Stops at the first node that the worker pins, does not hold, or
-    /// released under another epoch. With `whole_nodes`, for engines that evict whole nodes, a node
+    /// released under another epoch, or after [`MAX_NODES_PER_EVICTION`] nodes. With `whole_nodes`, for engines that evict whole nodes, a node
     /// of the engine is always evicted completely, so the result may exceed `wanted`.
     pub(crate) fn evict(
         &mut self,
@@ -23,9 +26,15 @@ impl PrefixTree {
             resume_at: None,
         };
         let mut id = node;
+        let mut visited_nodes = 0;
         while let Some(node) = self.nodes.get_mut(id as usize)
             && let Some(holder) = node.holder_freed_at(worker, free_epoch)
         {
+            if visited_nodes == MAX_NODES_PER_EVICTION {
+                change.resume_at = Some(id);
+                return change;
+            }
+            visited_nodes += 1;
             if whole_nodes && holder.is_engine_boundary && change.blocks >= wanted {
                 change.resume_at = Some(id);
                 return change;

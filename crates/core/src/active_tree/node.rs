@@ -17,6 +17,9 @@ pub(super) struct NodeHolder {
     /// of the unpin that released it. One field for both, because every node has one of these per
     /// worker.
     pub(super) serial_or_epoch: u64,
+    /// Value of [`WorkerSync::generation`](super::worker_sync::WorkerSync::generation) for which
+    /// `cached_blocks` is true.
+    pub(super) generation: u16,
     /// Whether a node of the engine's own radix tree ends with this edge. Relevant only for engines
     /// that evict whole nodes.
     pub(super) is_engine_boundary: bool,
@@ -101,6 +104,7 @@ impl Node {
                 .zip(&child.holders)
                 .all(|(upper, lower)| {
                     upper.worker == lower.worker
+                        && upper.generation == lower.generation
                         && upper.pin_count == lower.pin_count
                         && (upper.pin_count > 0 || upper.serial_or_epoch == lower.serial_or_epoch)
                         && (upper.cached_blocks == self.len() || lower.cached_blocks == 0)

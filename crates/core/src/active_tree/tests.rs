@@ -24,6 +24,8 @@ enum Operation {
     ClearCached(WorkerIndex),
     /// Drops the cached blocks of all but the latest `.1` frees.
     ClearFreedBefore(WorkerIndex, u64),
+    /// Evicts lost blocks of up to `.1` entries of the free queue.
+    EvictLost(WorkerIndex, usize),
 }
 
 struct Pin {
@@ -70,7 +72,8 @@ impl Harness {
                 let chain = HashChain::from(hashes);
                 let mut prefix_matches = vec![PrefixMatch::default(); WORKERS as usize];
                 let position = self.tree.match_prefix(&chain, &mut prefix_matches);
-                let change = self.tree.pin(position, &chain, worker, 0);
+                // Serials of bookings begin at 1.
+                let change = self.tree.pin(position, &chain, worker, 1);
                 self.pinned[worker as usize] += u64::from(change.newly_pinned);
                 let cache = &mut self.caches[worker as usize];
                 cache.reuse(&change.reused, 0);
@@ -105,22 +108,45 @@ impl Harness {
                 self.evict_to_fit(worker);
             }
             Operation::RemoveWorker(worker) => {
-                self.tree.remove_worker(worker);
+                self.tree.retire_worker(worker);
+                self.assert_nothing_matches(worker);
+                let pins = self.pins.iter_mut().filter(|pin| pin.worker == worker);
+                for pin in pins.filter(|pin| !pin.removed) {
+                    self.tree.unpin(pin.node, worker, 0);
+                    pin.removed = true;
+                }
+                let cache = &mut self.caches[worker as usize];
+                cache.clear();
+                while cache.evict_lost(1, worker, &mut self.tree) {}
+                let is_held = |(_, node): (usize, &Node)| node.holder_index(worker).is_ok();
+                assert!(!self.tree.nodes.iter().any(is_held));
                 self.caches[worker as usize] = estimated_cache_of(worker, 20);
                 self.pinned[worker as usize] = 0;
-                let pins = self.pins.iter_mut().filter(|pin| pin.worker == worker);
-                pins.for_each(|pin| pin.removed = true);
+                self.tree.set_intra_step_sharing(worker, true);
             }
             Operation::ClearCached(worker) => {
-                self.tree.clear_cached(worker);
+                self.tree.lose_cached(worker);
                 self.caches[worker as usize].clear();
+            }
+            Operation::EvictLost(worker, max_entries) => {
+                let cache = &mut self.caches[worker as usize];
+                cache.evict_lost(max_entries, worker, &mut self.tree);
             }
             Operation::ClearFreedBefore(worker, kept_epochs) => {
                 let cache = &mut self.caches[worker as usize];
                 let epoch = cache.next_epoch().saturating_sub(kept_epochs);
-                self.tree.clear_freed_before(worker, epoch);
+                self.tree.lose_freed_before(worker, epoch);
                 cache.forget_freed_before(epoch);
             }
+        }
+    }
+
+    /// Asserts that no block of `worker` matches any live chain.
+    fn assert_nothing_matches(&self, worker: WorkerIndex) {
+        for (_, node) in self.tree.nodes.iter() {
+            let mut prefix_matches = vec![PrefixMatch::default(); WORKERS as usize];
+            self.tree.match_prefix(&node.chain, &mut prefix_matches);
+            assert_eq!(prefix_matches[worker as usize], PrefixMatch::default());
         }
     }
 
@@ -135,19 +161,16 @@ impl Harness {
 
     fn evict_to_fit(&mut self, worker: WorkerIndex) {
         let active = self.pinned[worker as usize];
-        self.caches[worker as usize].evict_to_fit(
-            active,
-            worker,
-            &mut self.tree,
-            &mut PendingEvictions::default(),
-        );
+        let pending_evictions = &mut PendingEvictions::default();
+        let cache = &mut self.caches[worker as usize];
+        while !cache.evict_to_fit(active, worker, &mut self.tree, pending_evictions) {}
     }
 
     /// Asserts all invariants. With `collision_free`, no hash stands for two prefixes, so every
     /// node must be found by its first hash.
     fn check(&self, collision_free: bool) {
         let mut children: HashMap<NodeId, Vec<NodeId>> = HashMap::new();
-        for (id, node) in &self.tree.nodes {
+        for (id, node) in self.tree.nodes.iter() {
             assert!(node.start < node.end && node.offset <= node.start);
             assert_eq!(node.edge().len(), node.len() as usize);
             let id = id as NodeId;
@@ -160,37 +183,42 @@ impl Harness {
                 assert_eq!((node.parent, node.start), (NO_NODE, 0));
             }
             if collision_free {
-                assert_eq!(self.tree.by_first_hash.get(&node.first_hash()), Some(&id));
+                assert_eq!(self.tree.by_first_hash.get(node.first_hash()), Some(id));
             }
         }
-        for (hash, &id) in &self.tree.by_first_hash {
+        for (hash, &id) in self.tree.by_first_hash.iter() {
             assert_eq!(self.tree.nodes[id as usize].first_hash(), *hash);
         }
-        for (id, node) in &self.tree.nodes {
+        for (id, node) in self.tree.nodes.iter() {
             let child_ids = children.remove(&(id as NodeId)).unwrap_or_default();
             assert_eq!(child_ids.len(), node.children as usize);
             let xor = child_ids.iter().fold(0, |xor, child| xor ^ child);
             assert_eq!(xor, node.children_xor);
             for child in child_ids {
                 for child_holder in &self.tree.nodes[child as usize].holders {
-                    if child_holder.pin_count == 0 && child_holder.cached_blocks == 0 {
+                    let sync = self.tree.worker_sync(child_holder.worker);
+                    let child_cached = sync.cached_blocks(child_holder);
+                    if child_holder.pin_count == 0 && child_cached == 0 {
                         continue;
                     }
                     let holder = &node.holders[node.holder_index(child_holder.worker).unwrap()];
                     assert!(holder.pin_count >= child_holder.pin_count);
-                    assert!(child_holder.cached_blocks == 0 || holder.cached_blocks == node.len());
+                    assert!(child_cached == 0 || sync.cached_blocks(holder) == node.len());
                 }
             }
         }
         for worker in 0..WORKERS {
             let mut pinned = 0;
             let mut cached = 0;
-            for (_, node) in &self.tree.nodes {
+            for (_, node) in self.tree.nodes.iter() {
                 if let Ok(index) = node.holder_index(worker) {
                     let holder = &node.holders[index];
                     assert!(holder.cached_blocks <= node.len());
                     match holder.pin_count {
-                        0 => cached += u64::from(holder.cached_blocks),
+                        0 => {
+                            let sync = self.tree.worker_sync(worker);
+                            cached += u64::from(sync.cached_blocks(holder));
+                        }
                         _ => pinned += u64::from(node.len()),
                     }
                 }
@@ -221,9 +249,11 @@ impl Harness {
         for worker in 0..WORKERS {
             self.apply(Operation::Capacity(worker, 0));
             self.check(false);
+            self.apply(Operation::EvictLost(worker, usize::MAX));
+            self.check(false);
         }
         assert_eq!(self.tree.len(), 0);
-        assert!(self.tree.by_first_hash.is_empty());
+        assert_eq!(self.tree.by_first_hash.iter().count(), 0);
     }
 }
 
@@ -257,6 +287,7 @@ fn operations(
         2 => (worker.clone(), 0..60_u32).prop_map(|(worker, blocks)| Operation::Capacity(worker, blocks)),
         1 => worker.clone().prop_map(Operation::RemoveWorker),
         1 => worker.clone().prop_map(Operation::ClearCached),
+        3 => (worker.clone(), 1..4_usize).prop_map(|(worker, max)| Operation::EvictLost(worker, max)),
         1 => (worker, 0..6_u64).prop_map(|(worker, kept_epochs)| Operation::ClearFreedBefore(worker, kept_epochs)),
     ];
     prop::collection::vec(operation, 1..150)

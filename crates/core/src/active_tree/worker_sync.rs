@@ -1,5 +1,6 @@
 //! Confirmed progress of each worker, which decides the blocks of the tree that a request can hit.
 
+use super::node::NodeHolder;
 use super::{PrefixTree, WorkerIndex};
 
 /// Confirmed progress of one worker.
@@ -14,6 +15,30 @@ pub(super) struct WorkerSync {
     /// blocks. [`SHARES_WITHIN_STEP`] for an engine that shares blocks between the requests that it
     /// starts in one step.
     pub(super) last_started: u64,
+    /// Blocks that were freed under this epoch or before are lost: they are not cached, although
+    /// the tree may still list them.
+    pub(super) lost_until: u64,
+    /// Number of times that the worker lost all its cached blocks, modulo 2¹⁶. The cached blocks of
+    /// a holder with another number are lost.
+    pub(super) generation: u16,
+}
+
+impl WorkerSync {
+    /// Returns the number of leading blocks that the worker still caches of the edge of `holder`,
+    /// which must be that of this worker.
+    #[inline]
+    pub(super) fn cached_blocks(self, holder: &NodeHolder) -> u32 {
+        let is_lost = holder.generation != self.generation
+            || (holder.pin_count == 0 && holder.serial_or_epoch <= self.lost_until);
+        if is_lost { 0 } else { holder.cached_blocks }
+    }
+
+    /// Removes lost blocks from `holder`, so that all its fields are true again.
+    #[inline]
+    pub(super) fn forget_lost(self, holder: &mut NodeHolder) {
+        holder.cached_blocks = self.cached_blocks(holder);
+        holder.generation = self.generation;
+    }
 }
 
 /// Value of `last_started` for an engine that shares blocks within a scheduling step (vLLM): a
@@ -29,6 +54,8 @@ impl Default for WorkerSync {
         Self {
             acknowledged_epoch: 0,
             last_started: SHARES_WITHIN_STEP,
+            lost_until: 0,
+            generation: 0,
         }
     }
 }
@@ -84,8 +111,29 @@ impl PrefixTree {
         self.worker_sync(worker).last_started
     }
 
-    /// Resets the progress of `worker`, because another worker may reuse its index.
-    pub(super) fn remove_worker_sync(&mut self, worker: WorkerIndex) {
-        *self.worker_sync_mut(worker) = WorkerSync::default();
+    /// Records that `worker` has lost all cached blocks, pinned or not. None of them matches any
+    /// more. Pins stay. The caller evicts the unpinned blocks from the tree afterwards, in parts:
+    /// see [`EstimatedCache::evict_lost`](crate::estimated_cache::EstimatedCache::evict_lost).
+    pub(crate) fn lose_cached(&mut self, worker: WorkerIndex) {
+        let sync = self.worker_sync_mut(worker);
+        sync.generation = sync.generation.wrapping_add(1);
+    }
+
+    /// Records that `worker` has lost the unpinned blocks that were freed before the free epoch
+    /// `epoch`. None of them matches any more; the caller evicts them afterwards, in parts.
+    pub(crate) fn lose_freed_before(&mut self, worker: WorkerIndex, epoch: u64) {
+        let sync = self.worker_sync_mut(worker);
+        sync.lost_until = sync.lost_until.max(epoch.saturating_sub(1));
+    }
+
+    /// Records that `worker` is removed: nothing that it holds matches any more. The caller
+    /// afterwards releases its pins and evicts its unpinned blocks, in parts, and only then reuses
+    /// its index, beginning with [`set_intra_step_sharing`](Self::set_intra_step_sharing).
+    pub(crate) fn retire_worker(&mut self, worker: WorkerIndex) {
+        self.lose_cached(worker);
+        let sync = self.worker_sync_mut(worker);
+        (sync.acknowledged_epoch, sync.lost_until) = (0, 0);
+        // No booking has this serial or a smaller one, so no pinned block counts as active.
+        sync.last_started = 0;
     }
 }

@@ -18,6 +18,7 @@
 //! it.
 
 use crate::active_tree::{PinChange, PrefixTree, WorkerIndex};
+use crate::counter::Counter;
 use crate::estimated_cache::{EstimatedCache, EvictionRule};
 
 impl EstimatedCache {
@@ -34,7 +35,7 @@ impl EstimatedCache {
     /// Replaces what a request contributes to the headroom: the blocks that SGLang frees for it in
     /// addition to the blocks that it takes.
     pub(crate) fn change_headroom(&mut self, old: u32, new: u32) {
-        self.headroom = self.headroom + u64::from(new) - u64::from(old);
+        self.headroom.replace(old.into(), new.into());
     }
 
     /// Returns how many blocks SGLang frees in addition to the headroom for a prompt with
@@ -73,9 +74,9 @@ impl EstimatedCache {
                 && let Some(tail) =
                     tree.refresh_split_tail(upper_edge, entry.node, worker, entry.epoch, new_epoch)
             {
-                entry.reusable -= tail.still_cached;
-                self.reusable_blocks -= u64::from(tail.still_cached);
-                self.free_blocks -= u64::from(tail.still_cached);
+                entry.reusable.subtract(tail.still_cached);
+                self.reusable_blocks.subtract(tail.still_cached.into());
+                self.free_blocks.subtract(tail.still_cached.into());
                 self.push_freed(tail, 0, new_epoch);
             }
         }

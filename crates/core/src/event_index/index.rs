@@ -3,6 +3,7 @@
 use smallvec::SmallVec;
 
 use crate::active_tree::{PrefixMatch, WorkerIndex};
+use crate::counter::Counter;
 use crate::event_index::CacheDelta;
 use crate::event_index::anchors::AnchorTable;
 use crate::event_index::delta::{PrefixRun, is_anchor};
@@ -20,7 +21,38 @@ use crate::sequence::SequenceHash;
 pub struct EventIndex {
     /// One table per engine block ratio. Most fleets have one.
     by_ratio: SmallVec<[RatioIndex; 1]>,
+    /// Number of workers whose lost blocks are being removed: see
+    /// [`lose_worker`](Self::lose_worker).
+    removals: u32,
 }
+
+/// Maximum number of runs that one call of [`EventIndex::remove_lost`] visits.
+const MAX_RUNS_PER_REMOVAL: usize = if cfg!(test) { 1 } else { 256 };
+/// Number of blocks after which one call of [`EventIndex::remove_lost`] visits no further run.
+const MAX_BLOCKS_PER_REMOVAL: usize = 512;
+
+/// How far the lost blocks of a worker are removed from the index.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct RemovalCursor {
+    /// Tables with a smaller engine block ratio are done.
+    engine_block_ratio: u32,
+    /// Runs with a smaller id are done in the table with that ratio.
+    run: RunId,
+}
+
+/// Result of one step of the removal of a worker's lost blocks.
+#[derive(Debug)]
+pub(crate) enum RemovalStep {
+    /// Blocks may be left. The next step continues here.
+    Continue(RemovalCursor),
+    /// No blocks are left. The tables that have become empty are to be dropped without the lock,
+    /// because they are large.
+    Done(UnusedTables),
+}
+
+/// Tables of an index that contain no block any more.
+#[derive(Debug)]
+pub(crate) struct UnusedTables(#[expect(dead_code, reason = "only dropped")] Vec<RatioIndex>);
 
 /// Index of all engines with one block size.
 #[derive(Debug)]
@@ -61,7 +93,7 @@ impl EventIndex {
             .iter_mut()
             .find(|table| table.engine_block_ratio == engine_block_ratio)
         {
-            *cached_blocks -= table.remove(worker, run) * u64::from(engine_block_ratio);
+            cached_blocks.subtract(table.remove(worker, run) * u64::from(engine_block_ratio));
         }
     }
 
@@ -95,12 +127,58 @@ impl EventIndex {
     /// Removes a worker from the index. Visits every run. The caller resets its own count of the
     /// worker's cached blocks.
     pub fn remove_worker(&mut self, worker: WorkerIndex) {
-        for table in &mut self.by_ratio {
-            for run in table.runs.ids() {
-                table.remove_from(BlockPosition::new(run, 0), worker);
-            }
+        let mut cursor = self.lose_worker(worker);
+        while let RemovalStep::Continue(next) = self.remove_lost(worker, cursor) {
+            cursor = next;
         }
-        self.by_ratio.retain(|table| table.runs.len() > 0);
+    }
+
+    /// Makes a worker lose all its blocks at once: none of them matches any more. The caller resets
+    /// its own count of the worker's cached blocks, and removes the lost blocks from the index with
+    /// [`remove_lost`](Self::remove_lost), beginning at the returned cursor. Meanwhile the worker
+    /// may store blocks again.
+    pub(crate) fn lose_worker(&mut self, worker: WorkerIndex) -> RemovalCursor {
+        for table in &mut self.by_ratio {
+            table.runs.lose_worker(worker);
+        }
+        self.removals += 1;
+        RemovalCursor::default()
+    }
+
+    /// Removes a part of the blocks that a worker has [lost](Self::lose_worker). One call visits at
+    /// most [`MAX_RUNS_PER_REMOVAL`] runs, and so takes part of a critical section.
+    pub(crate) fn remove_lost(
+        &mut self,
+        worker: WorkerIndex,
+        cursor: RemovalCursor,
+    ) -> RemovalStep {
+        let remaining_tables = self
+            .by_ratio
+            .iter_mut()
+            .filter(|table| table.engine_block_ratio >= cursor.engine_block_ratio);
+        if let Some(table) = remaining_tables.min_by_key(|table| table.engine_block_ratio) {
+            let engine_block_ratio = table.engine_block_ratio;
+            let from = match engine_block_ratio == cursor.engine_block_ratio {
+                true => cursor.run,
+                false => 0,
+            };
+            let next = match table.remove_lost(worker, from) {
+                Some(run) => RemovalCursor {
+                    engine_block_ratio,
+                    run,
+                },
+                None => RemovalCursor {
+                    engine_block_ratio: engine_block_ratio.saturating_add(1),
+                    run: 0,
+                },
+            };
+            return RemovalStep::Continue(next);
+        }
+        self.removals.subtract(1);
+        let tables = std::mem::take(&mut self.by_ratio).into_iter();
+        let (used, unused): (Vec<_>, Vec<_>) = tables.partition(|table| table.runs.len() > 0);
+        self.by_ratio = used.into();
+        RemovalStep::Done(UnusedTables(unused))
     }
 
     /// Returns the number of prefixes that some worker caches, in engine blocks.
@@ -120,10 +198,11 @@ impl EventIndex {
     /// largest number of router blocks that any worker caches, those beyond the end of
     /// `prefix_matches` included.
     pub fn match_prefix(&self, chain: &[SequenceHash], prefix_matches: &mut [PrefixMatch]) -> u32 {
+        let has_lost_blocks = self.removals > 0;
         let deepest = self
             .by_ratio
             .iter()
-            .map(|table| table.match_prefix(chain, prefix_matches));
+            .map(|table| table.match_prefix(chain, prefix_matches, has_lost_blocks));
         deepest.max().unwrap_or(0)
     }
 }
@@ -249,8 +328,33 @@ impl RatioIndex {
     /// worker lost.
     fn remove_from(&mut self, position: BlockPosition, worker: WorkerIndex) -> u64 {
         let (lost, left) = self.runs.truncate_holder(position, worker);
-        let run = position.run();
+        self.forget_blocks(position.run(), left);
+        lost as u64
+    }
+
+    /// Removes a worker that has lost its blocks from the runs with ids from `from` on, and forgets
+    /// blocks that no worker caches any longer. Returns the id at which to continue; `None` if
+    /// there is no further run.
+    fn remove_lost(&mut self, worker: WorkerIndex, from: RunId) -> Option<RunId> {
+        let end = self.runs.ids().end;
+        let stop = end.min(from.saturating_add(MAX_RUNS_PER_REMOVAL as RunId));
+        let mut forgotten_blocks = 0;
+        for run in from..stop {
+            if self.runs.remove_lost(run, worker) {
+                forgotten_blocks += self.forget_blocks(run, self.runs.max_cached(run));
+            }
+            if forgotten_blocks >= MAX_BLOCKS_PER_REMOVAL {
+                return Some(run + 1);
+            }
+        }
+        (stop < end).then_some(stop)
+    }
+
+    /// Removes all blocks of a run except the first `left`, which must include every block that a
+    /// worker caches. Returns the number of removed blocks.
+    fn forget_blocks(&mut self, run: RunId, left: usize) -> usize {
         let unused = self.runs.tail(run, left);
+        let count = unused.len();
         for &hash in unused.iter().filter(|&&hash| is_anchor(hash)) {
             self.anchors.prefetch(hash);
         }
@@ -261,25 +365,36 @@ impl RatioIndex {
             }
         }
         self.runs.truncate(run, left);
-        lost as u64
+        count
     }
 
     /// Raises `cached_blocks` of every worker that caches a prefix of `chain`. Returns the largest
-    /// number of router blocks that any worker caches.
-    fn match_prefix(&self, chain: &[SequenceHash], prefix_matches: &mut [PrefixMatch]) -> u32 {
-        let matched_runs = self.matched_runs(chain);
+    /// number of router blocks that any worker caches. `has_lost_blocks` is whether some holders of
+    /// runs may have lost their blocks.
+    fn match_prefix(
+        &self,
+        chain: &[SequenceHash],
+        prefix_matches: &mut [PrefixMatch],
+        has_lost_blocks: bool,
+    ) -> u32 {
+        let matched_runs = self.matched_runs(chain, has_lost_blocks);
         let mut deeper_holders = 0;
+        let mut deepest = 0;
         for matched in &matched_runs {
             let holders = self.runs.get(matched.run).holders();
             // Every worker that caches a deeper run also caches this one. Equally many holders are
-            // therefore the same workers.
-            if holders.len() == deeper_holders {
+            // therefore the same workers, unless the lost blocks of a worker are partly removed.
+            if holders.len() == deeper_holders && !has_lost_blocks {
                 continue;
             }
             deeper_holders = holders.len();
             let (start, end) = (matched.start as u32, matched.end as u32);
             for holder in holders {
+                if has_lost_blocks && !self.runs.is_current(holder) {
+                    continue;
+                }
                 let blocks = end.min(start + u32::from(holder.blocks));
+                deepest = deepest.max(blocks);
                 if let Some(prefix_match) = prefix_matches.get_mut(holder.worker as usize) {
                     prefix_match.cached_blocks = prefix_match
                         .cached_blocks
@@ -287,17 +402,20 @@ impl RatioIndex {
                 }
             }
         }
-        matched_runs
-            .first()
-            .map_or(0, |run| run.end as u32 * self.engine_block_ratio)
+        deepest * self.engine_block_ratio
     }
 
     /// Returns the runs that the prompt follows, from the deepest block that any worker caches back
     /// to its start. Empty if no worker caches the first block.
-    fn matched_runs(&self, chain: &[SequenceHash]) -> SmallVec<[MatchedRun; 8]> {
+    /// `has_lost_blocks` is whether some holders of runs may have lost their blocks.
+    fn matched_runs(
+        &self,
+        chain: &[SequenceHash],
+        has_lost_blocks: bool,
+    ) -> SmallVec<[MatchedRun; 8]> {
         let mut matched = SmallVec::new();
-        let mut deepest =
-            self.deepest_cached(chain, chain.len() / self.engine_block_ratio as usize);
+        let blocks = chain.len() / self.engine_block_ratio as usize;
+        let mut deepest = self.deepest_cached(chain, blocks, has_lost_blocks);
         while let Some((mut last, mut position)) = deepest {
             matched.clear();
             let start = loop {
@@ -318,7 +436,7 @@ impl RatioIndex {
             };
             // A worker removed a block and has not yet removed the blocks after it. Only the prompt
             // up to that block can match.
-            deepest = self.deepest_cached(chain, start);
+            deepest = self.deepest_cached(chain, start, has_lost_blocks);
         }
         matched
     }
@@ -330,7 +448,10 @@ impl RatioIndex {
         &self,
         chain: &[SequenceHash],
         blocks: usize,
+        has_lost_blocks: bool,
     ) -> Option<(usize, BlockPosition)> {
+        // A block that was lost and stored again may have two positions.
+        let is_cached = |position: BlockPosition| !has_lost_blocks || self.runs.is_cached(position);
         let mut deepest = None;
         // The last anchor that any worker caches lies in this range.
         let (mut low, mut high) = (0, blocks);
@@ -344,7 +465,7 @@ impl RatioIndex {
             let found = anchor.map(|block| {
                 (
                     block,
-                    self.anchors.find(self.block_hash(chain, block), |_| true),
+                    self.anchors.find(self.block_hash(chain, block), is_cached),
                 )
             });
             match found {
@@ -426,6 +547,10 @@ mod tests {
         /// Removes a prefix and everything that continues it, in the given order.
         Remove(Vec<u32>, Order),
         RemoveWorker,
+        /// Makes the worker lose all blocks, whose removal begins.
+        LoseWorker,
+        /// Continues each removal by one run.
+        RemoveLost,
     }
 
     fn order() -> impl Strategy<Value = Order> {
@@ -441,6 +566,8 @@ mod tests {
             8 => prompt().prop_map(Step::Add),
             8 => (prompt(), order()).prop_map(|(prompt, order)| Step::Remove(prompt, order)),
             1 => Just(Step::RemoveWorker),
+            1 => Just(Step::LoseWorker),
+            4 => Just(Step::RemoveLost),
         ]
     }
 
@@ -457,6 +584,7 @@ mod tests {
             let mut index = EventIndex::default();
             let mut models: [BTreeSet<Vec<u32>>; WORKERS] = Default::default();
             let mut cached_blocks = [0; WORKERS];
+            let mut removals: Vec<(WorkerIndex, RemovalCursor)> = Vec::new();
             for (worker, step, probe) in steps {
                 let (worker_index, model) = (worker as WorkerIndex, &mut models[worker]);
                 match step {
@@ -492,6 +620,20 @@ mod tests {
                         index.remove_worker(worker_index);
                         cached_blocks[worker] = 0;
                     }
+                    Step::LoseWorker => {
+                        model.clear();
+                        removals.push((worker_index, index.lose_worker(worker_index)));
+                        cached_blocks[worker] = 0;
+                    }
+                    Step::RemoveLost => {
+                        removals.retain_mut(|(worker, cursor)| match index.remove_lost(*worker, *cursor) {
+                            RemovalStep::Continue(next) => {
+                                *cursor = next;
+                                true
+                            }
+                            RemovalStep::Done(_) => false,
+                        });
+                    }
                 }
                 let mut prefix_matches = [PrefixMatch::default(); WORKERS];
                 let deepest = index.match_prefix(&hashes(&probe), &mut prefix_matches);
@@ -505,7 +647,9 @@ mod tests {
                 }
                 prop_assert_eq!(deepest as usize, expected_deepest);
                 let prefixes: BTreeSet<&Vec<u32>> = models.iter().flatten().collect();
-                prop_assert_eq!(index.len(), prefixes.len());
+                // Blocks that are lost and not removed yet are still counted.
+                prop_assert!(index.len() == prefixes.len() || !removals.is_empty());
+                prop_assert!(index.len() >= prefixes.len());
                 for table in &index.by_ratio {
                     let anchored = table.runs.ids().map(|run| {
                         let blocks = table.runs.tail_at(BlockPosition::new(run, 0)).iter();

@@ -64,6 +64,8 @@ pub(super) struct Holder {
     pub(super) worker: WorkerIndex,
     /// Number of leading blocks of the run that the worker caches; at least one.
     pub(super) blocks: u16,
+    /// Generation of the worker: see [`Runs::lose_worker`].
+    generation: u16,
 }
 
 /// Run of consecutive blocks.
@@ -89,10 +91,13 @@ impl Run {
         &self.holders
     }
 
-    /// Returns the number of leading blocks that `worker` caches.
-    fn cached_by(&self, worker: WorkerIndex) -> usize {
-        let found = self.search(worker);
-        found.map_or(0, |index| usize::from(self.holders[index].blocks))
+    /// Returns the number of leading blocks that `worker`, in this generation, caches.
+    fn cached_by(&self, worker: WorkerIndex, generation: u16) -> usize {
+        let found = self.search(worker).map(|index| self.holders[index]);
+        found
+            .ok()
+            .filter(|holder| holder.generation == generation)
+            .map_or(0, |holder| usize::from(holder.blocks))
     }
 
     /// Returns the index of `worker` in `holders`, or the index at which to insert it.
@@ -101,10 +106,15 @@ impl Run {
             .binary_search_by_key(&worker, |holder| holder.worker)
     }
 
-    /// Sets the number of leading blocks that `worker` caches; 0 removes the worker.
-    fn set_cached(&mut self, worker: WorkerIndex, blocks: usize) {
-        let blocks = blocks as u16;
-        match (self.search(worker), blocks) {
+    /// Sets the number of leading blocks that `worker`, in this generation, caches; 0 removes the
+    /// worker.
+    fn set_cached(&mut self, worker: WorkerIndex, blocks: usize, generation: u16) {
+        let holder = Holder {
+            worker,
+            blocks: blocks as u16,
+            generation,
+        };
+        match (self.search(worker), holder.blocks) {
             (Ok(index), 0) => {
                 self.holders.remove(index);
                 if self.holders.is_empty() {
@@ -112,9 +122,9 @@ impl Run {
                     self.holders = SmallVec::new();
                 }
             }
-            (Ok(index), _) => self.holders[index].blocks = blocks,
+            (Ok(index), _) => self.holders[index] = holder,
             (Err(_), 0) => {}
-            (Err(index), _) => self.holders.insert(index, Holder { worker, blocks }),
+            (Err(index), _) => self.holders.insert(index, holder),
         }
     }
 
@@ -137,12 +147,65 @@ pub(super) struct Runs {
     free: Vec<RunId>,
     /// Number of blocks in all runs.
     len: usize,
+    /// Number of times that each worker has [lost](Self::lose_worker) all its blocks, modulo 2¹⁶,
+    /// by worker index; 0 beyond the end. A holder with another number caches nothing.
+    generations: Vec<u16>,
 }
 
 impl Runs {
     /// Returns the number of blocks that some worker caches.
     pub(super) fn len(&self) -> usize {
         self.len
+    }
+
+    /// Returns the present generation of a worker.
+    fn generation(&self, worker: WorkerIndex) -> u16 {
+        self.generations
+            .get(worker as usize)
+            .copied()
+            .unwrap_or_default()
+    }
+
+    /// Makes a worker lose all its blocks at once. They are still listed in their runs, as those of
+    /// an earlier generation, until [`remove_lost`](Self::remove_lost) of each run.
+    pub(super) fn lose_worker(&mut self, worker: WorkerIndex) {
+        let len = self.generations.len().max(worker as usize + 1);
+        self.generations.resize(len, 0);
+        let generation = &mut self.generations[worker as usize];
+        *generation = generation.wrapping_add(1);
+    }
+
+    /// Returns whether the worker of `holder` has not lost the blocks since.
+    pub(super) fn is_current(&self, holder: &Holder) -> bool {
+        holder.generation == self.generation(holder.worker)
+    }
+
+    /// Returns whether a worker that has not lost its blocks caches the block at `position`.
+    pub(super) fn is_cached(&self, position: BlockPosition) -> bool {
+        let holders = self.get(position.run()).holders.iter();
+        let mut current = holders.filter(|holder| self.is_current(holder));
+        current.any(|holder| usize::from(holder.blocks) > position.block())
+    }
+
+    /// Removes a worker that has lost its blocks from the holders of a run, and returns whether it
+    /// was one.
+    pub(super) fn remove_lost(&mut self, id: RunId, worker: WorkerIndex) -> bool {
+        let generation = self.generation(worker);
+        let run = self.get_mut(id);
+        let is_lost = run
+            .search(worker)
+            .is_ok_and(|index| run.holders[index].generation != generation);
+        if is_lost {
+            run.set_cached(worker, 0, generation);
+        }
+        is_lost
+    }
+
+    /// Returns how many leading blocks of a run any worker caches, lost ones included.
+    pub(super) fn max_cached(&self, id: RunId) -> usize {
+        let holders = self.get(id).holders.iter();
+        let cached = holders.map(|holder| usize::from(holder.blocks));
+        cached.max().unwrap_or(0)
     }
 
     /// Returns all ids that have been used, those of empty runs included.
@@ -178,7 +241,7 @@ impl Runs {
         worker: WorkerIndex,
     ) -> &[SequenceHash] {
         let run = self.get(position.run());
-        let cached = position.block()..run.cached_by(worker);
+        let cached = position.block()..run.cached_by(worker, self.generation(worker));
         run.hashes.get(cached).unwrap_or_default()
     }
 
@@ -191,12 +254,13 @@ impl Runs {
         blocks: usize,
         worker: WorkerIndex,
     ) -> usize {
+        let generation = self.generation(worker);
         let run = self.get_mut(position.run());
-        let (cached, end) = (run.cached_by(worker), position.block() + blocks);
+        let (cached, end) = (run.cached_by(worker, generation), position.block() + blocks);
         if cached < position.block() || cached >= end {
             return 0;
         }
-        run.set_cached(worker, end);
+        run.set_cached(worker, end, generation);
         end - cached
     }
 
@@ -214,13 +278,17 @@ impl Runs {
         hashes: &[SequenceHash],
         worker: WorkerIndex,
     ) -> Option<(BlockPosition, usize)> {
+        let generation = self.generation(worker);
         if let Some(parent) = parent {
             let run = self.get_mut(parent.run());
             let len = run.hashes.len();
-            if parent.block() + 1 == len && len < MAX_RUN_BLOCKS && run.cached_by(worker) == len {
+            if parent.block() + 1 == len
+                && len < MAX_RUN_BLOCKS
+                && run.cached_by(worker, generation) == len
+            {
                 let blocks = hashes.len().min(MAX_RUN_BLOCKS - len);
                 run.extend(&hashes[..blocks]);
-                run.set_cached(worker, len + blocks);
+                run.set_cached(worker, len + blocks, generation);
                 self.len += blocks;
                 return Some((parent.plus(1), blocks));
             }
@@ -229,6 +297,7 @@ impl Runs {
         let holder = Holder {
             worker,
             blocks: blocks as u16,
+            generation,
         };
         let id = self.insert(Run {
             hashes: hashes[..blocks].to_vec(),
@@ -265,17 +334,15 @@ impl Runs {
         position: BlockPosition,
         worker: WorkerIndex,
     ) -> (usize, usize) {
+        let generation = self.generation(worker);
         let run = self.get_mut(position.run());
-        let lost = run.cached_by(worker).saturating_sub(position.block());
+        let lost = run
+            .cached_by(worker, generation)
+            .saturating_sub(position.block());
         if lost > 0 {
-            run.set_cached(worker, position.block());
+            run.set_cached(worker, position.block(), generation);
         }
-        let left = run
-            .holders
-            .iter()
-            .map(|holder| usize::from(holder.blocks))
-            .max();
-        (lost, left.unwrap_or(0))
+        (lost, self.max_cached(position.run()))
     }
 
     /// Removes all blocks of a run except the first `left`, which must include every block that a

@@ -17,6 +17,7 @@
 
 use std::time::Duration;
 
+use crate::counter::Counter;
 use crate::forecast::regression::Regression;
 
 /// Initial prefill coefficients: roughly an 8B model on a small GPU. They no longer matter after
@@ -233,7 +234,7 @@ impl std::ops::AddAssign for PrefillWork {
 
 impl std::ops::SubAssign for PrefillWork {
     fn sub_assign(&mut self, other: Self) {
-        self.new_tokens -= other.new_tokens;
+        self.new_tokens.subtract(other.new_tokens);
         self.attention_pairs = self.attention_pairs.wrapping_sub(other.attention_pairs);
     }
 }

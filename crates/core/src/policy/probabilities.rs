@@ -20,7 +20,7 @@ impl CandidateSet<'_> {
                 normalized(self.softmax_weights(policy, temperature).collect())
             }
             Policy::Kv => self.uniform_over_minimum(|worker| {
-                let cost = self.kv_cost(worker);
+                let cost = self.charged_kv_cost(worker);
                 (cost.total, f64::from(cost.prefill_blocks))
             }),
             Policy::MarginalDelay => self.uniform_over_minimum(|worker| {
@@ -30,13 +30,13 @@ impl CandidateSet<'_> {
             }),
             Policy::Random => self.uniform_over_minimum(|_| (0.0, 0.0)),
             Policy::LeastRequests => {
-                self.uniform_over_minimum(|worker| (f64::from(self.requests(worker)), 0.0))
+                self.uniform_over_minimum(|worker| (self.requests(worker), 0.0))
             }
             Policy::PowerOfTwo => self.power_of_two_probabilities(),
             Policy::RoundRobin => self.certainly(self.round_robin(round_robin_cursor)),
             Policy::ConsistentHash => match self.consistent_hash_key(block_size) {
                 Some(key) => self.certainly(self.bounded_consistent_hash(key)),
-                None => self.uniform_over_minimum(|worker| (f64::from(self.requests(worker)), 0.0)),
+                None => self.uniform_over_minimum(|worker| (self.requests(worker), 0.0)),
             },
         }
     }
@@ -76,7 +76,7 @@ impl CandidateSet<'_> {
             .iter()
             .map(|&worker| self.requests(worker))
             .collect();
-        sorted.sort_unstable();
+        sorted.sort_unstable_by(f64::total_cmp);
         let pairs = (workers.len() * workers.len().saturating_sub(1)).max(1) as f64;
         let probability = |worker: WorkerIndex| {
             if workers.len() == 1 {
@@ -107,6 +107,8 @@ fn normalized(mut weights: Vec<(WorkerIndex, f64)>) -> Vec<(WorkerIndex, f64)> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::time::Duration;
+
     use rand::SeedableRng;
     use rand::rngs::SmallRng;
 
@@ -123,7 +125,7 @@ mod tests {
                 name: index.to_string(),
                 ..WorkerSpec::default()
             };
-            eligible.push(workers.add(spec).unwrap().index);
+            eligible.push(workers.add(&spec, [].into(), Duration::ZERO).unwrap().index);
         }
         let costs = vec![KvCost::idle(0); delays.len()];
         check(&CandidateSet {
@@ -132,6 +134,7 @@ mod tests {
             workers: &workers,
             costs: CostSource::Precomputed(&costs, delays),
             hashes: &[],
+            now: Duration::ZERO,
         })
     }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use crate::naive::{BLOCK_SIZE, NaiveWorker};
 use foresee_core::batch::{Batch, MAX_BATCH_PROMPTS};
+use foresee_core::outlier::OutlierConfig;
 use foresee_core::policy::Policy;
 use foresee_core::router::{Request, RouteError, Router, RouterConfig};
 use foresee_core::sequence::Sequence;
@@ -23,6 +24,7 @@ fn router() -> Router {
         policy: Policy::Kv,
         block_size: BLOCK_SIZE,
         queue_order: None,
+        outlier: OutlierConfig::disabled(),
         ..RouterConfig::default()
     };
     Router::new(config).unwrap()

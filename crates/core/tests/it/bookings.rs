@@ -9,6 +9,7 @@ use std::time::Duration;
 use crate::naive::{BLOCK_SIZE, NaiveWorker};
 use foresee_core::booking::Booking;
 use foresee_core::event_index::{CacheDelta, PrefixRuns};
+use foresee_core::outlier::OutlierConfig;
 use foresee_core::router::{CacheSource, Observed, Request, RouteError, Router, RouterConfig};
 use foresee_core::sequence::Sequence;
 use foresee_core::workers::{WorkerId, WorkerSpec};
@@ -218,6 +219,7 @@ impl Pair {
             block_size: BLOCK_SIZE,
             seed,
             queue_order: None,
+            outlier: OutlierConfig::disabled(),
             ..RouterConfig::default()
         };
         let mut pair = Self {

@@ -2,10 +2,13 @@
 
 mod batches;
 mod bookings;
+mod bounds;
 mod event_index;
 mod hit_audit;
 mod lifetimes;
 mod naive;
+mod outlier;
+mod outlier_limits;
 mod pending_evictions;
 mod progress_estimator;
 mod queue;

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use foresee_core::EvictionRule;
 use foresee_core::booking::Booking;
+use foresee_core::outlier::OutlierConfig;
 use foresee_core::queue::QueueOrder;
 use foresee_core::router::{Request, Router, RouterConfig};
 use foresee_core::sequence::{Sequence, prefix_salt};
@@ -71,6 +72,7 @@ impl Fleet {
     fn with_spec(spec: WorkerSpec, order: QueueOrder, workers: usize) -> Self {
         let router = Router::new(RouterConfig {
             queue_order: Some(order),
+            outlier: OutlierConfig::disabled(),
             ..RouterConfig::default()
         });
         let mut fleet = Self {

@@ -7,6 +7,7 @@ use std::sync::Barrier;
 use std::time::Duration;
 
 use foresee_core::booking::Booking;
+use foresee_core::outlier::OutlierConfig;
 use foresee_core::policy::Policy;
 use foresee_core::router::{ConfigError, Request, RouteError, Router, RouterConfig};
 use foresee_core::sequence::Sequence;
@@ -45,6 +46,7 @@ fn ids(router: &Router) -> Vec<WorkerId> {
 fn config_with(change: impl FnOnce(&mut RouterConfig)) -> RouterConfig {
     let mut config = RouterConfig {
         queue_order: None,
+        outlier: OutlierConfig::disabled(),
         ..RouterConfig::default()
     };
     change(&mut config);
@@ -475,7 +477,7 @@ fn settings_outside_their_range_are_rejected() {
         let error = Router::new(config).err().unwrap();
         assert_eq!(error.field, "overlap-weight");
         let config = config_with(|config| config.temperature = bad);
-        let ConfigError { field, value } = Router::new(config).err().unwrap();
+        let ConfigError { field, value, .. } = Router::new(config).err().unwrap();
         assert_eq!((field, value.to_bits()), ("temperature", bad.to_bits()));
     }
 }

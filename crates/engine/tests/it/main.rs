@@ -1,8 +1,14 @@
 //! Integration tests of the wire formats.
 
+mod api_requests;
+mod api_streams;
 mod chats;
+mod decompress;
 mod kv_events;
+mod multipart;
 mod output_text;
+mod parity;
+mod paths;
 mod render;
 mod requests;
 mod server_info;

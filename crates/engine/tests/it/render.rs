@@ -33,7 +33,7 @@ fn count() -> usize {
 }
 
 /// Sends a request. Returns the status and the body of the response.
-fn post(address: &str, path: &str, body: &str) -> (u16, Value) {
+pub(crate) fn post(address: &str, path: &str, body: &str) -> (u16, Value) {
     let mut stream = TcpStream::connect(address).unwrap();
     let length = body.len();
     let head = format!(

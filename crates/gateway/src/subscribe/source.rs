@@ -35,6 +35,21 @@ pub struct EventSource {
 }
 
 impl EventSource {
+    /// Returns the source with the host `to` in place of the host `from`. Addresses with another host
+    /// are kept, and so is an address that the gateway binds.
+    pub(crate) fn with_host(&self, from: &str, to: &str) -> Self {
+        let replay = self.replay.as_deref();
+        Self {
+            endpoint: if self.binds {
+                self.endpoint.clone()
+            } else {
+                replace_host(&self.endpoint, from, to)
+            },
+            replay: replay.map(|endpoint| replace_host(endpoint, from, to)),
+            ..self.clone()
+        }
+    }
+
     /// Returns the addresses of rank `rank`, for an engine whose ranks publish on consecutive ports
     /// and whose rank 0 publishes here. For ranks other than 0, `None` if an address is not
     /// `tcp://` with a port, or the port would exceed 65535.
@@ -48,6 +63,17 @@ impl EventSource {
             },
             ..self.clone()
         })
+    }
+}
+
+/// Returns `endpoint` with the host `to` if its host is `from`; otherwise unchanged.
+fn replace_host(endpoint: &str, from: &str, to: &str) -> String {
+    let parts = endpoint
+        .strip_prefix("tcp://")
+        .and_then(|address| address.rsplit_once(':'));
+    match parts {
+        Some((host, port)) if host.eq_ignore_ascii_case(from) => format!("tcp://{to}:{port}"),
+        _ => endpoint.to_owned(),
     }
 }
 
@@ -110,5 +136,27 @@ impl fmt::Display for EventSource {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let bind = if self.binds { "bind:" } else { "" };
         write!(formatter, "{bind}{}", self.endpoint)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_host_of_the_worker_is_replaced_and_others_are_kept() {
+        let mut source: EventSource = "tcp://gpu1:5557".parse().unwrap();
+        source.replay = Some("tcp://GPU1:5558".to_owned());
+        let resolved = source.with_host("gpu1", "[2001:db8::7]");
+        assert_eq!(resolved.endpoint, "tcp://[2001:db8::7]:5557");
+        assert_eq!(resolved.replay.as_deref(), Some("tcp://[2001:db8::7]:5558"));
+        for kept in [
+            "tcp://gpu12:5557",
+            "ipc:///tmp/gpu1",
+            "bind:tcp://gpu1:5557",
+        ] {
+            let source: EventSource = kept.parse().unwrap();
+            assert_eq!(source.with_host("gpu1", "10.0.0.7"), source);
+        }
     }
 }

@@ -12,9 +12,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use foresee_core::outlier::OutlierConfig;
 use foresee_core::policy::Policy;
 use foresee_core::workers::{WorkerSnapshot, WorkerState};
-use foresee_gateway::{Gateway, GatewayConfig};
+use foresee_gateway::{ClientTrust, Gateway, GatewayConfig, ShutdownConfig};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -74,6 +75,14 @@ struct Scripted {
     metrics: Mutex<String>,
     server_info: Mutex<Option<String>>,
     event_sources: Mutex<Option<String>>,
+    /// Method and path of health checks.
+    health_check: Mutex<String>,
+    /// Value of `authorization` without which the gateway's own requests get a 401.
+    required_authorization: Mutex<Option<String>>,
+    /// Whether requests of metrics get no response.
+    hangs_on_metrics: AtomicBool,
+    /// Heads of the gateway's own requests.
+    own_requests: Mutex<Vec<Head>>,
     requests: mpsc::UnboundedSender<Exchange>,
     running: Mutex<Vec<AbortHandle>>,
 }
@@ -84,7 +93,12 @@ impl FakeWorker {
     }
 
     pub(crate) async fn serving(models: &[&str]) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::at("127.0.0.1:0".parse().unwrap(), models).await
+    }
+
+    /// Starts a worker that listens at `address`.
+    pub(crate) async fn at(address: SocketAddr, models: &[&str]) -> Self {
+        let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap();
         let (requests, received) = mpsc::unbounded_channel();
         let models: Vec<Value> = models.iter().map(|id| json!({ "id": id })).collect();
@@ -96,6 +110,10 @@ impl FakeWorker {
             metrics: Mutex::default(),
             server_info: Mutex::default(),
             event_sources: Mutex::default(),
+            health_check: Mutex::new("GET /health".to_owned()),
+            required_authorization: Mutex::default(),
+            hangs_on_metrics: AtomicBool::new(false),
+            own_requests: Mutex::default(),
             requests,
             running: Mutex::default(),
         });
@@ -144,6 +162,32 @@ impl FakeWorker {
 
     pub(crate) fn set_healthy(&self, healthy: bool) {
         self.shared.healthy.store(healthy, Ordering::SeqCst);
+    }
+
+    /// Sets the method and path of health checks.
+    pub(crate) fn set_health_check(&self, request: &str) {
+        request.clone_into(&mut self.shared.health_check.lock());
+    }
+
+    /// Makes the worker refuse the gateway's own requests without this value of `authorization`.
+    pub(crate) fn require_authorization(&self, value: &str) {
+        *self.shared.required_authorization.lock() = Some(value.to_owned());
+    }
+
+    /// Makes the worker accept requests of metrics and never respond to them.
+    pub(crate) fn hang_on_metrics(&self) {
+        self.shared.hangs_on_metrics.store(true, Ordering::SeqCst);
+    }
+
+    /// Returns the first line and the value of a header, of each request that the gateway has sent on
+    /// its own.
+    pub(crate) fn own_requests(&self, header: &str) -> Vec<(String, Option<String>)> {
+        let requests = self.shared.own_requests.lock();
+        let shown = requests.iter().map(|head| {
+            let value = head.get(header).map(str::to_owned);
+            (head.first_line.clone(), value)
+        });
+        shown.collect()
     }
 
     pub(crate) fn set_model_list(&self, list: &str) {
@@ -207,6 +251,12 @@ impl Scripted {
             // Ends when the gateway closes the connection, or with a request of a client.
             while let Ok(head) = connection.head().await {
                 let body = connection.body(&head, false).await.unwrap();
+                if head.first_line.starts_with("GET /metrics ")
+                    && shared.hangs_on_metrics.load(Ordering::SeqCst)
+                {
+                    let _ = connection.fill().await;
+                    return;
+                }
                 let Some(response) = shared.own_response(&head) else {
                     let worker = Arc::clone(&shared);
                     let exchange = Exchange {
@@ -228,8 +278,9 @@ impl Scripted {
 
     /// Returns the response, if the request is one that gateways send on their own.
     fn own_response(&self, head: &Head) -> Option<Vec<u8>> {
+        let health_check = self.health_check.lock().clone() + " HTTP/1.1";
         let (status, body) = match head.first_line.as_str() {
-            "GET /health HTTP/1.1" => {
+            line if line == health_check => {
                 self.probes.fetch_add(1, Ordering::SeqCst);
                 let healthy = self.healthy.load(Ordering::SeqCst);
                 let status = if healthy { "200 OK" } else { "500 Not Well" };
@@ -243,6 +294,12 @@ impl Scripted {
             "GET /server_info HTTP/1.1" => ("404 Not Found", String::new()),
             _ => return None,
         };
+        self.own_requests.lock().push(head.clone());
+        let required = self.required_authorization.lock();
+        let is_refused = required.is_some() && head.get("authorization") != required.as_deref();
+        if is_refused {
+            return Some(whole("401 Unauthorized", "application/json", ""));
+        }
         Some(whole(status, "application/json", body))
     }
 }
@@ -353,7 +410,7 @@ impl Exchange {
 // HTTP, parsed without a library
 
 /// Head of an HTTP message.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Head {
     pub(crate) first_line: String,
     pub(crate) headers: Vec<(String, String)>,
@@ -570,7 +627,7 @@ impl Client {
 /// Returns an encoded request.
 pub(crate) fn http(method: &str, path: &str, body: impl AsRef<[u8]>) -> Vec<u8> {
     let body = body.as_ref();
-    let mut request = format!("{method} {path} HTTP/1.1\r\nhost: gateway\r\n");
+    let mut request = format!("{method} {path} HTTP/1.1\r\nhost: localhost\r\n");
     if !body.is_empty() {
         let length = body.len();
         request += &format!("content-type: application/json\r\ncontent-length: {length}\r\n");
@@ -578,13 +635,15 @@ pub(crate) fn http(method: &str, path: &str, body: impl AsRef<[u8]>) -> Vec<u8> 
     [request.as_bytes(), b"\r\n", body].concat()
 }
 
-/// Sends one request on a connection of its own and returns the response.
+/// Sends one request on a connection of its own and returns the response. Panics without an address,
+/// as a gateway without an admin listener has none.
 pub(crate) async fn call(
-    address: SocketAddr,
+    address: impl Into<Option<SocketAddr>>,
     method: &str,
     path: &str,
     body: impl AsRef<[u8]>,
 ) -> ClientResponse {
+    let address = address.into().expect("an address");
     let mut client = Client::sending(address, http(method, path, body)).await;
     client.response().await
 }
@@ -607,12 +666,21 @@ pub(crate) fn config(workers: &[&FakeWorker]) -> GatewayConfig {
         admin_listen: "127.0.0.1:0".parse().unwrap(),
         probe_interval: PROBE_INTERVAL,
         connect_timeout: Duration::from_secs(1),
+        shutdown: ShutdownConfig {
+            delay: Duration::ZERO,
+        },
         shutdown_timeout: Duration::from_secs(2),
         io_threads: NonZeroUsize::MIN.saturating_add(1),
+        expose_worker_header: true,
+        client_trust: ClientTrust {
+            control_headers: true,
+            proxies: Vec::new(),
+        },
         ..GatewayConfig::default()
     };
     config.router.policy = Policy::RoundRobin;
     config.router.queue_order = None;
+    config.router.outlier = OutlierConfig::disabled();
     config.workers = workers
         .iter()
         .zip('a'..)
@@ -642,7 +710,7 @@ pub(crate) fn workers(gateway: &Gateway) -> HashMap<String, WorkerSnapshot> {
     let snapshots = gateway.router().workers(Duration::ZERO);
     let by_name = snapshots
         .into_iter()
-        .map(|worker| (worker.name.clone(), worker));
+        .map(|worker| (worker.name.to_string(), worker));
     by_name.collect()
 }
 
@@ -683,9 +751,15 @@ pub(crate) async fn until_released(gateway: &Gateway) {
     until("all bookings to be released", || has_no_bookings(gateway)).await;
 }
 
+/// Reads the metrics in OpenMetrics text format.
 pub(crate) async fn metrics(gateway: &Gateway) -> String {
-    let response = call(gateway.admin_address(), "GET", "/metrics", "").await;
+    let request = "GET /metrics HTTP/1.1\r\nhost: localhost\r\n\
+                   accept: application/openmetrics-text;version=1.0.0,text/plain;q=0.5\r\n\r\n";
+    let mut client = Client::sending(gateway.admin_address().unwrap(), request).await;
+    let response = client.response().await;
     assert_eq!(response.status(), 200);
+    let content_type = response.head.get("content-type").unwrap();
+    assert!(content_type.starts_with("application/openmetrics-text"));
     response.text().to_owned()
 }
 

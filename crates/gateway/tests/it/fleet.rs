@@ -273,7 +273,8 @@ async fn a_worker_joins_and_serves() {
     assert_eq!(serving_worker(&gateway, &mut [&mut worker]).await, "new");
 
     let response = admin(&gateway, "POST", "/admin/workers", &body).await;
-    let error = response.error(400);
+    let error = response.error(409);
+    assert_eq!(error["code"], "worker_exists");
     assert!(
         error["message"].as_str().unwrap().contains("`new`"),
         "{error}"
@@ -522,7 +523,4 @@ async fn metrics_have_their_documented_names() {
     }
     assert_eq!(value(&text, active), Some(0.0));
     assert_eq!(value(&text, "foresee_bookings"), Some(0.0));
-    let response = call(gateway.admin_address(), "GET", "/metrics", "").await;
-    let content_type = response.head.get("content-type").unwrap();
-    assert!(content_type.starts_with("application/openmetrics-text"));
 }

@@ -1,18 +1,26 @@
 //! Integration tests of the gateway, over real sockets.
 
 mod abort_soak;
+mod admin;
+mod admin_drain;
 mod batches;
 mod cache_feedback;
+mod connections;
 mod failures;
 mod fake_worker;
 mod fidelity;
 mod fleet;
+mod health;
+mod host_names;
 mod metrics_docs;
+mod misbehaving_workers;
+mod paths;
 mod queue;
 mod ranks;
 mod shutdown;
 mod streaming;
 mod tokens;
+mod worker_keys;
 
 /// Folder of a tokenizer and chat template small enough for the repository.
 const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../engine/tests/tiny_model");

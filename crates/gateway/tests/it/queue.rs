@@ -136,7 +136,7 @@ async fn a_full_queue_refuses_requests_until_one_leaves() {
     let waiting = send(&gateway, "b", "").await;
     until_queued(&gateway, 1).await;
     let refused = send(&gateway, "c", "").await.response().await;
-    refused.error(503);
+    refused.error(429);
     assert!(refused.head.get("retry-after").is_some());
     drop(waiting);
     until_queued(&gateway, 0).await;

@@ -121,7 +121,7 @@ async fn all_ranks_of_an_engine_join_and_leave_together() {
     // The name is taken, for an engine with ranks and for one without.
     for taken in [",ranks=2", ""] {
         let url = json!({ "url": engine.spec("gpu") + taken }).to_string();
-        admin("POST", "/admin/workers", &url).await.error(400);
+        admin("POST", "/admin/workers", &url).await.error(409);
     }
     let response = admin("DELETE", "/admin/workers/gpu/1", "").await;
     assert_eq!(response.status(), 202);
@@ -136,7 +136,7 @@ async fn all_ranks_of_an_engine_join_and_leave_together() {
     let url = json!({ "url": engine.spec("other/1") }).to_string();
     assert_eq!(admin("POST", "/admin/workers", &url).await.status(), 202);
     let url = json!({ "url": engine.spec("other") + ",ranks=2" }).to_string();
-    admin("POST", "/admin/workers", &url).await.error(400);
+    admin("POST", "/admin/workers", &url).await.error(409);
     assert_eq!(
         workers(&gateway).len(),
         2,

@@ -84,7 +84,7 @@ impl CompletionRequest {
         let fields: EngineFields = serde_json::from_slice(body)
             .map_err(|error| ApiError::bad_request(error.to_string(), None))?;
         if !request.model.is_empty() && request.model != config.model {
-            return Err(ApiError::model_not_found(&request.model));
+            return Err(ApiError::model_not_found(&request.model, &[]));
         }
         if fields.stream_options.is_some() && !request.stream {
             let message = "Stream options can only be defined when `stream=True`.";
@@ -313,7 +313,7 @@ fn output_limit(
         // One step computes the prompt; its output token stands for the embedding.
         Endpoint::Embeddings => Some(1),
         Endpoint::Completions => request.max_tokens.or(Some(16)),
-        Endpoint::ChatCompletions => request.max_tokens,
+        _ => request.max_tokens,
     };
     if free_tokens == 0 || asked.is_some_and(|asked| asked > free_tokens) {
         let requested = u64::from(longest) + u64::from(asked.unwrap_or(1));

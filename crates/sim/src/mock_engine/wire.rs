@@ -207,8 +207,8 @@ pub(super) fn models(model: &str, max_model_len: u32) -> Vec<u8> {
 fn id(request: &CompletionRequest) -> String {
     let prefix = match request.endpoint {
         Endpoint::ChatCompletions => "chatcmpl",
-        Endpoint::Completions => "cmpl",
         Endpoint::Embeddings => "embd",
+        _ => "cmpl",
     };
     format!("{prefix}-{}", request.name)
 }

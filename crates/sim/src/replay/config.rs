@@ -8,6 +8,7 @@ use foresee_core::workers::WorkerError;
 use crate::baselines::PolicySpec;
 use crate::cache_signal::CacheSignal;
 use crate::engine::EngineConfig;
+use crate::faults::WorkerFault;
 use crate::fleet_changes::FleetChange;
 use crate::prompt::mix;
 use crate::slo::Slo;
@@ -27,6 +28,8 @@ pub struct ReplayConfig {
     pub cache_signal: CacheSignal,
     /// Changes of the fleet during the replay.
     pub changes: Vec<FleetChange>,
+    /// Faults of workers during the replay. Only for the router's own policies.
+    pub faults: Vec<WorkerFault>,
     /// Limits that decide which requests count as goodput.
     pub slo: Slo,
     /// Whether the outcome has each worker's active blocks over time.
@@ -36,7 +39,7 @@ pub struct ReplayConfig {
 impl ReplayConfig {
     /// Returns a configuration with `workers` engines that differ only in the noise of their step
     /// times. The policy is that of `router`. The workers report their capacity and send KV events
-    /// without lag or loss. Fleet changes are absent, and the SLO is the default.
+    /// without lag or loss. Fleet changes and faults are absent, and the SLO is the default.
     #[must_use]
     pub fn uniform(router: RouterConfig, engine: &EngineConfig, workers: u32) -> Self {
         let single = Self {
@@ -46,6 +49,7 @@ impl ReplayConfig {
             policy: None,
             cache_signal: CacheSignal::default(),
             changes: Vec::new(),
+            faults: Vec::new(),
             slo: Slo::default(),
             keep_active_blocks: false,
         };
@@ -108,14 +112,19 @@ pub enum ReplayError {
         /// Tokens per block of the router.
         router: NonZeroU32,
     },
-    /// A fleet change names a worker that does not exist.
-    #[error("fleet change for worker {worker}: there are {workers} workers, counted from 0")]
+    /// A fleet change or a fault names a worker that does not exist.
+    #[error(
+        "fleet change or fault of worker {worker}: there are {workers} workers, counted from 0"
+    )]
     NoSuchWorker {
         /// Index of the worker.
         worker: usize,
         /// Number of workers.
         workers: usize,
     },
+    /// Worker faults are combined with a policy that is not one of the router's own.
+    #[error("worker faults are simulated for the router's own policies only: change --policy")]
+    FaultsUnderBaseline,
     /// The fraction of lost event batches is out of range.
     #[error("the event loss is {loss}: it must be from 0 to 1")]
     Loss {

@@ -83,7 +83,9 @@ fn time(text: &str) -> Option<Duration> {
         && (1..=12).contains(&month)
         && (1..=31).contains(&day)
         && hour < 24
-        && minute < 60;
+        && minute < 60
+        // 60 is a leap second.
+        && (0.0..61.0).contains(&second);
     if !is_valid {
         return None;
     }
@@ -135,6 +137,8 @@ mod tests {
         ] {
             assert_eq!(days_since_1970(date.0, date.1, date.2), days);
         }
+        assert_eq!(time("2024-05-10 00:00:18446744073709549568"), None);
+        assert_eq!(time("2024-05-10 00:00:61"), None);
         let zoned = time("2024-05-10 00:00:00.009930+00:00").unwrap();
         assert_eq!(zoned.subsec_micros(), 9930);
     }

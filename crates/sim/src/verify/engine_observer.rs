@@ -12,7 +12,8 @@ use serde::Deserialize;
 use tokio::task::JoinHandle;
 use tokio::time::{Interval, MissedTickBehavior};
 
-use crate::http::{HttpClient, client, get, read_whole, send};
+use super::VerifyConfig;
+use crate::http::{ApiKey, HttpClient, client, get, read_whole, send};
 
 /// Limit for the time of one response.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -109,6 +110,8 @@ pub(super) struct WorkerReadings {
 pub(super) struct Reader {
     client: HttpClient,
     admin: String,
+    /// Key of the admin API; engines do not get it.
+    admin_key: Option<ApiKey>,
     /// The router's tokens per block.
     block_size: u32,
     begin: Instant,
@@ -116,11 +119,12 @@ pub(super) struct Reader {
 }
 
 impl Reader {
-    pub(super) fn new(admin: String, block_size: u32) -> Self {
+    pub(super) fn new(config: &VerifyConfig) -> Self {
         Self {
             client: client(),
-            admin,
-            block_size,
+            admin: config.admin.clone(),
+            admin_key: config.admin_key.clone(),
+            block_size: config.block_size,
             begin: Instant::now(),
             by_worker: Mutex::default(),
         }
@@ -139,7 +143,7 @@ impl Reader {
         struct List {
             workers: Vec<RouterWorker>,
         }
-        let body = self.get(&format!("{}/admin/workers", self.admin)).await?;
+        let body = self.get_from_router("/admin/workers").await?;
         let list: List = serde_json::from_slice(&body).map_err(|error| error.to_string())?;
         Ok(list.workers)
     }
@@ -150,7 +154,7 @@ impl Reader {
     /// # Errors
     /// If the router's metrics cannot be read.
     pub(super) async fn counter(&self, name: &str, label: &str) -> Result<u64, String> {
-        let body = self.get(&format!("{}/metrics", self.admin)).await?;
+        let body = self.get_from_router("/metrics").await?;
         let text = String::from_utf8_lossy(&body);
         let lines = text
             .lines()
@@ -223,7 +227,7 @@ impl Reader {
     /// # Errors
     /// If the metrics cannot be read, or do not report the KV cache.
     async fn read_engine(&self, worker: &RouterWorker, at: f64) -> Result<Reading, String> {
-        let body = self.get(&format!("{}/metrics", worker.url)).await?;
+        let body = self.get(&format!("{}/metrics", worker.url), None).await?;
         let text = String::from_utf8_lossy(&body);
         let mut engines = EngineLoad::parse(&text);
         engines.retain(|(rank, _)| worker.rank.is_none_or(|own_rank| own_rank == *rank));
@@ -245,15 +249,24 @@ impl Reader {
         })
     }
 
-    /// Returns the body of the response to a GET request.
+    /// Returns the body of the admin API's response to a GET request of `path`.
+    ///
+    /// # Errors
+    /// As for [`get`](Self::get).
+    async fn get_from_router(&self, path: &str) -> Result<Bytes, String> {
+        let url = format!("{}{path}", self.admin);
+        self.get(&url, self.admin_key.as_ref()).await
+    }
+
+    /// Returns the body of the response to a GET request with `key`.
     ///
     /// # Errors
     /// A message with the URL if it is invalid, the request fails, or the response takes longer
     /// than [`TIMEOUT`].
-    async fn get(&self, url: &str) -> Result<Bytes, String> {
+    async fn get(&self, url: &str, key: Option<&ApiKey>) -> Result<Bytes, String> {
         let uri: Uri = url.parse().map_err(|error| format!("{url}: {error}"))?;
         let read = async {
-            let opened = send(&self.client, get(&uri, None)).await?;
+            let opened = send(&self.client, get(&uri, key)).await?;
             read_whole(opened.body).await
         };
         match tokio::time::timeout(TIMEOUT, read).await {

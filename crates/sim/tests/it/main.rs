@@ -3,6 +3,7 @@
 mod conditions;
 mod engine;
 mod estimated_cache;
+mod faults;
 mod guard;
 mod load;
 mod mock_engine;

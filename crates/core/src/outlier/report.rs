@@ -1,0 +1,229 @@
+//! Reports of the results of exchanges, and their effects.
+
+use std::time::Duration;
+
+use super::{ExchangeResult, FailureCharge, ReportedResult};
+use crate::batch::Batch;
+use crate::booking::Booking;
+use crate::booking_record::BookingId;
+use crate::router::Router;
+use crate::state::State;
+use crate::workers::WorkerId;
+
+/// Part of the charge of a failure that a soft failure adds.
+const SOFT_FAILURE_CHARGE: f64 = 0.5;
+
+impl Booking {
+    /// Reports how the exchange with the worker of this booking ended, or how far it succeeded.
+    ///
+    /// Must be called before the booking is released or moved: a failure charges the worker with
+    /// the time that this request would have taken. Of several reports the first counts, except that a
+    /// failure replaces an earlier success. The first token reports a success by itself. Has no
+    /// effect if the worker was removed, or if the request was sent before the worker recovered
+    /// from an ejection or restarted.
+    pub fn report(&mut self, result: ExchangeResult, now: Duration) {
+        let shared = self.shared();
+        let mut state = shared.lock();
+        state.advance_to(now);
+        let restricted = state.report(self.id(), result);
+        drop(state);
+        if let Some(worker) = restricted {
+            shared.offer_queue_to_others(worker);
+        }
+    }
+}
+
+impl Batch {
+    /// Reports how the exchange with the worker of this batch ended, once for all prompts: see
+    /// [`Booking::report`]. A failure charges the worker with every prompt that has not ended.
+    pub fn report(&mut self, result: ExchangeResult, now: Duration) {
+        let mut bookings = self.active_bookings();
+        let Some(shared) = bookings.next().map(|booking| booking.shared().clone()) else {
+            return;
+        };
+        drop(bookings);
+        let ids: Vec<BookingId> = self.active_bookings().map(|booking| booking.id()).collect();
+        let mut state = shared.lock();
+        state.advance_to(now);
+        let restricted = state.report_batch(&ids, result);
+        drop(state);
+        if let Some(worker) = restricted {
+            shared.offer_queue_to_others(worker);
+        }
+    }
+}
+
+impl Router {
+    /// Reports the result of an exchange for which there is no booking any more, as if its request
+    /// had been sent now. A failure charges nothing. Has no effect if the worker was removed.
+    pub fn report(&self, worker: WorkerId, result: ExchangeResult, now: Duration) {
+        let mut state = self.shared().lock();
+        state.advance_to(now);
+        let now = state.now;
+        let mut reported = ReportedResult::Unknown;
+        let is_restricted =
+            state.apply_result(worker, result, &mut reported, now, FailureCharge::default());
+        drop(state);
+        if is_restricted {
+            self.shared().offer_queue_to_others(worker);
+        }
+    }
+
+    /// Forgets all failures of a worker, its ejection and its backpressure, because its engine was
+    /// restarted. The worker is warming up again. Results of requests that were sent before are
+    /// ignored. Has no effect if the worker was removed.
+    pub fn reset_outlier(&self, worker: WorkerId, now: Duration) {
+        let mut state = self.shared().lock();
+        state.advance_to(now);
+        if state.workers.get(worker).is_some() {
+            let now = state.now;
+            state.workers.outliers.start(worker.index, now);
+            state.workers.set_ejected(worker.index, false);
+            state.try_dispatch_next(worker.index);
+        }
+    }
+}
+
+impl State {
+    /// Applies the result of the exchange of one booking. Returns its worker if the worker takes no
+    /// more requests because of it: the caller offers its queue to others. Has no effect if the
+    /// booking has ended.
+    pub(crate) fn report(&mut self, id: BookingId, result: ExchangeResult) -> Option<WorkerId> {
+        let charge = self.failure_charge(id, result);
+        let record = self.get_record(id)?;
+        let (worker, sent_at, mut reported) = (record.worker, record.booked_at, record.reported);
+        let is_restricted = self.apply_result(worker, result, &mut reported, sent_at, charge);
+        if let Some(record) = self.record(id) {
+            record.reported = reported;
+        }
+        is_restricted.then_some(worker)
+    }
+
+    /// Applies one result for several bookings on one worker, and returns what
+    /// [`report`](Self::report) returns. Has no effect if all have ended.
+    fn report_batch(&mut self, ids: &[BookingId], result: ExchangeResult) -> Option<WorkerId> {
+        let (&first, further) = ids.split_first()?;
+        let restricted = self.report(first, result);
+        for &id in further {
+            let charge = self.failure_charge(id, result);
+            let now = self.now;
+            let Some(record) = self.record(id) else {
+                continue;
+            };
+            let (worker, previous) = (record.worker, record.reported);
+            if previous == ReportedResult::Final {
+                continue;
+            }
+            record.reported = match result {
+                ExchangeResult::Success => ReportedResult::Success {
+                    consecutive_before: 0,
+                },
+                _ => ReportedResult::Final,
+            };
+            if charge.requests > 0.0 && self.workers.get(worker).is_some() {
+                self.workers.outliers.add_charge(worker.index, charge, now);
+            }
+        }
+        restricted
+    }
+
+    /// Returns the charge that a failed booking adds to the cost of its worker: the time to first token that
+    /// was predicted for it and the decode of its output, or the time that the failure took if that
+    /// is longer; the blocks that it would have occupied and computed; and one request. Zero if the
+    /// result is no failure.
+    fn failure_charge(&self, id: BookingId, result: ExchangeResult) -> FailureCharge {
+        let factor = match result {
+            ExchangeResult::Failure => 1.0,
+            ExchangeResult::SoftFailure => SOFT_FAILURE_CHARGE,
+            ExchangeResult::Success | ExchangeResult::Backpressure { .. } => {
+                return FailureCharge::default();
+            }
+        };
+        let Some(record) = self.get_record(id) else {
+            return FailureCharge::default();
+        };
+        let ttft = record
+            .predicted_first_token_at
+            .saturating_sub(record.booked_at);
+        let elapsed = self.now.saturating_sub(record.booked_at);
+        let decode = self
+            .workers
+            .pending_work(record.worker)
+            .map_or(0.0, |pending_work| {
+                let model = pending_work
+                    .latency
+                    .latency_model(self.workers.latency_model(pending_work), self.now);
+                let (requests, context_tokens) = pending_work.decode_load();
+                let step =
+                    model.decode_step_seconds(f64::from(requests.max(1)), context_tokens as f64);
+                f64::from(record.expected_output_tokens) * step
+            });
+        let uncached_blocks = record.work.work.new_tokens as f64 / f64::from(record.block_size);
+        FailureCharge {
+            seconds: (ttft.as_secs_f64() + decode).max(elapsed.as_secs_f64()),
+            blocks: self.config.overlap_weight * uncached_blocks + f64::from(record.blocks()),
+            requests: 1.0,
+        }
+        .scaled(factor)
+    }
+
+    /// Applies a result of a request that was sent to `worker` at `sent_at`, and changes `reported`
+    /// accordingly. Returns whether the worker takes no more requests because of it. Dispatches
+    /// to a worker that takes requests again.
+    fn apply_result(
+        &mut self,
+        worker: WorkerId,
+        result: ExchangeResult,
+        reported: &mut ReportedResult,
+        sent_at: Duration,
+        charge: FailureCharge,
+    ) -> bool {
+        let (now, index) = (self.now, worker.index);
+        if self.workers.get(worker).is_none() || *reported == ReportedResult::Final {
+            return false;
+        }
+        let outliers = &mut self.workers.outliers;
+        if result == ExchangeResult::Success {
+            outliers.end_warm_up(index);
+        }
+        let Some((record, config)) = outliers.record_mut(index) else {
+            return false;
+        };
+        let previous = *reported;
+        if result != ExchangeResult::Success {
+            *reported = ReportedResult::Final;
+        }
+        if record.is_stale(sent_at) {
+            return false;
+        }
+        match result {
+            ExchangeResult::Success => {
+                if previous != ReportedResult::Unknown {
+                    return false;
+                }
+                *reported = record.on_success(sent_at, now);
+                if record.ejection.is_some() {
+                    record.close(now);
+                    self.workers.set_ejected(index, false);
+                    self.try_dispatch_next(index);
+                }
+            }
+            ExchangeResult::Failure | ExchangeResult::SoftFailure => {
+                match record.ejection {
+                    // A failed trial that was sent after the end of the ejection.
+                    Some(ejection) if ejection.ends_at <= sent_at => record.eject(config, now),
+                    Some(_) => {}
+                    None => record.on_failure(result, previous, now),
+                }
+                outliers.add_charge(index, charge, now);
+                return self.workers.eject_if_outlier(index, now);
+            }
+            ExchangeResult::Backpressure { retry_after } => {
+                record.on_backpressure(retry_after, now);
+                outliers.restrict(index);
+                return true;
+            }
+        }
+        false
+    }
+}

@@ -1,0 +1,266 @@
+//! Accepts the connections of one listener, up to a maximum number, and serves them until a shutdown
+//! ends them.
+
+use std::future::Future;
+use std::io;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use foresee_engine::error::ApiError;
+use http::{Request, Response};
+use hyper::body::Incoming;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use crate::client_socket::set_tcp_options;
+use crate::connection::{ConnectionConfig, serve_connection};
+use crate::listen::Listener;
+use crate::log_limit::warn_limited;
+use crate::reply::Body;
+use crate::shutdown::{ShutdownPhase, ShutdownSignal};
+
+/// Time to wait after a failed `accept`. The usual cause is that no file descriptor is left; some may
+/// be closed in that time.
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(10);
+
+/// Maximum number of connections above the limit that get a response at a time. Further ones are
+/// closed without a response.
+const MAX_REFUSALS: usize = 256;
+
+/// Maximum time to tell a client that its connection is one too many.
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Number of connections of a listener, and its maximum.
+#[derive(Debug)]
+pub(crate) struct ConnectionLimit {
+    max: usize,
+    open: AtomicUsize,
+    /// Number of refusals that are being sent.
+    refusals: AtomicUsize,
+    /// Gauge of the open connections, for the metrics.
+    open_gauge: Gauge,
+    /// Counts the connections above the maximum.
+    refused_counter: Counter,
+}
+
+/// Place of one connection, which dropping it returns.
+#[derive(Debug)]
+struct Place {
+    limit: Arc<ConnectionLimit>,
+    /// Whether the connection is served, as opposed to refused.
+    is_served: bool,
+}
+
+impl ConnectionLimit {
+    /// Creates a limit of `max` connections that reports to these metrics.
+    pub(crate) fn new(max: usize, open_gauge: Gauge, refused_counter: Counter) -> Self {
+        Self {
+            max,
+            open: AtomicUsize::new(0),
+            refusals: AtomicUsize::new(0),
+            open_gauge,
+            refused_counter,
+        }
+    }
+
+    /// Returns the number of connections that are served.
+    pub(crate) fn open(&self) -> usize {
+        self.open.load(Ordering::Relaxed)
+    }
+
+    /// Takes a place for a new connection, to serve it or else to refuse it. Returns `None` if there
+    /// is no place for either. Counts a connection that is not served.
+    fn take(self: &Arc<Self>) -> Option<Place> {
+        let limit = Arc::clone(self);
+        if increment_below(&self.open, self.max) {
+            self.open_gauge.inc();
+            return Some(Place {
+                limit,
+                is_served: true,
+            });
+        }
+        self.refused_counter.inc();
+        increment_below(&self.refusals, MAX_REFUSALS).then_some(Place {
+            limit,
+            is_served: false,
+        })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if self.is_served {
+            self.limit.open.fetch_sub(1, Ordering::Relaxed);
+            self.limit.open_gauge.dec();
+        } else {
+            self.limit.refusals.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Adds 1 to a number below `max`. Returns whether it did.
+fn increment_below(number: &AtomicUsize, max: usize) -> bool {
+    let add = |number: usize| (number < max).then_some(number + 1);
+    number
+        .fetch_update(Ordering::Relaxed, Ordering::Relaxed, add)
+        .is_ok()
+}
+
+/// Limits and shutdown of the connections of one listener.
+#[derive(Clone, Debug)]
+pub(crate) struct ConnectionSettings {
+    pub(crate) config: ConnectionConfig,
+    pub(crate) limit: Arc<ConnectionLimit>,
+    pub(crate) shutdown: Arc<ShutdownSignal>,
+}
+
+impl ConnectionSettings {
+    /// Serves a new connection with `handle`, or refuses it if there are too many. Adds its task to
+    /// `connections`.
+    fn admit<H, F>(&self, stream: TcpStream, handle: &H, connections: &mut JoinSet<()>)
+    where
+        H: Fn(Request<Incoming>) -> F + Clone + Send + 'static,
+        F: Future<Output = Response<Body>> + Send + 'static,
+    {
+        set_tcp_options(&stream, self.config.write_timeout);
+        let Some(place) = self.limit.take() else {
+            return;
+        };
+        if place.is_served {
+            let shutdown = Arc::clone(&self.shutdown);
+            let handle = handle.clone();
+            connections.spawn(serve_connection(
+                stream,
+                self.config,
+                shutdown,
+                handle,
+                place,
+            ));
+            return;
+        }
+        let max = self.limit.max;
+        warn_limited!(key: "", max, "too many client connections; raise --max-connections");
+        connections.spawn(async move {
+            let _place = place;
+            let _ = timeout(REFUSAL_TIMEOUT, refuse(stream)).await;
+        });
+    }
+}
+
+/// Accepts connections and serves their requests with `handle` until the phase
+/// [`Draining`](ShutdownPhase::Draining), then waits for the connections to end. In the phase
+/// [`Closed`](ShutdownPhase::Closed), closes the remaining ones, which releases their bookings.
+pub(crate) async fn serve<H, F>(listener: Listener, settings: ConnectionSettings, handle: H)
+where
+    H: Fn(Request<Incoming>) -> F + Clone + Send + 'static,
+    F: Future<Output = Response<Body>> + Send + 'static,
+{
+    let mut connections = JoinSet::new();
+    let mut draining = pin!(settings.shutdown.reached(ShutdownPhase::Draining));
+    loop {
+        tokio::select! {
+            biased;
+            () = draining.as_mut() => break,
+            // Frees the tasks of connections that have ended.
+            Some(_) = connections.join_next() => {}
+            stream = accept(&listener.socket) => {
+                settings.admit(stream, &handle, &mut connections);
+            }
+        }
+    }
+    // The next process accepts the connections that wait at an inherited socket. At a socket of this
+    // process, they would be reset.
+    if !listener.is_inherited {
+        match accept_waiting(listener.socket) {
+            Ok(waiting) => {
+                for stream in waiting {
+                    settings.admit(stream, &handle, &mut connections);
+                }
+            }
+            Err(error) => tracing::debug!(%error, "cannot accept the last connections"),
+        }
+    }
+    let ended = async { while connections.join_next().await.is_some() {} };
+    tokio::select! {
+        () = ended => {}
+        () = settings.shutdown.reached(ShutdownPhase::Closed) => {}
+    }
+    connections.shutdown().await;
+}
+
+/// Accepts one connection. Retries until that succeeds; errors are logged, at a limited rate.
+async fn accept(listener: &TcpListener) -> TcpStream {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => return stream,
+            Err(error) => {
+                warn_limited!(
+                    key: "", %error,
+                    "cannot accept a connection; if files are the limit, raise `ulimit -n`"
+                );
+                tokio::time::sleep(ACCEPT_RETRY_DELAY).await;
+            }
+        }
+    }
+}
+
+/// Closes the listener, and returns the connections that waited to be accepted, up to the first
+/// error.
+fn accept_waiting(listener: TcpListener) -> io::Result<Vec<TcpStream>> {
+    let listener = listener.into_std()?;
+    let mut waiting = Vec::new();
+    while let Ok((stream, _)) = listener.accept() {
+        stream.set_nonblocking(true)?;
+        waiting.push(TcpStream::from_std(stream)?);
+    }
+    Ok(waiting)
+}
+
+/// Responds with a 503 before the client's request is read, then closes the connection once the client
+/// has closed it. The caller sets the time limit.
+async fn refuse(mut stream: TcpStream) -> io::Result<()> {
+    let error = ApiError {
+        code: Some("too_many_connections"),
+        ..ApiError::unavailable("The router has too many connections. Try again shortly.")
+    };
+    let body = error.to_json();
+    let head = format!(
+        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n\
+         content-length: {}\r\nretry-after: 1\r\nconnection: close\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(&[head.as_bytes(), &body].concat()).await?;
+    stream.shutdown().await?;
+    let mut discarded = [0; 1024];
+    while stream.read(&mut discarded).await? > 0 {}
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_bounded_and_returned() {
+        let gauge = Gauge::default();
+        let counter = Counter::default();
+        let limit = Arc::new(ConnectionLimit::new(2, gauge.clone(), counter.clone()));
+        let served = [limit.take().unwrap(), limit.take().unwrap()];
+        assert!(served.iter().all(|place| place.is_served));
+        assert_eq!((limit.open(), gauge.get()), (2, 2));
+        let refused: Vec<Place> = (0..MAX_REFUSALS).map(|_| limit.take().unwrap()).collect();
+        assert!(refused.iter().all(|place| !place.is_served));
+        assert!(limit.take().is_none());
+        assert_eq!(counter.get(), MAX_REFUSALS as u64 + 1);
+        drop(served);
+        drop(refused);
+        assert_eq!((limit.open(), gauge.get()), (0, 0));
+        assert!(limit.take().unwrap().is_served);
+    }
+}

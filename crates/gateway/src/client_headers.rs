@@ -1,0 +1,243 @@
+//! Headers of a client's request: the routing hints in them, and what is passed on to a worker.
+//!
+//! Hints can take capacity from other clients: a priority jumps the queue, and a rank pins a worker.
+//! From clients that are not trusted, hints are ignored or clamped, and control headers are not
+//! passed on to engines.
+
+use std::fmt;
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
+use std::net::{IpAddr, SocketAddr};
+use std::str::FromStr;
+
+use foresee_core::queue::QueueOrder;
+use foresee_core::workers::WorkerId;
+use foresee_engine::error::ApiError;
+use http::header::{ACCEPT_ENCODING, FORWARDED, HOST, HeaderName, VIA};
+use http::{HeaderMap, HeaderValue};
+use ipnet::IpNet;
+
+use crate::gateway_state::GatewayState;
+use crate::workers::RANK_HEADER;
+
+/// Request header with the priority in the queue: lower values are dispatched first; the default is 0.
+const PRIORITY_HEADER: &str = "x-foresee-priority";
+
+/// Request header with the expected number of output tokens.
+const EXPECTED_TOKENS_HEADER: &str = "x-foresee-expected-tokens";
+
+/// Prefix of the headers that control the router.
+const CONTROL_PREFIX: &str = "x-foresee-";
+
+/// Request headers by which engines let a client control scheduling.
+const ENGINE_CONTROL_HEADERS: [&str; 3] = [RANK_HEADER, "x-vllm-priority", "x-smg-priority"];
+
+/// Addresses of the proxies that a request passed through, the client's first.
+const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+/// Scheme that the client used.
+const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+/// Host that the client asked for.
+const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+
+/// Name of the gateway in `Via`.
+const VIA_ENTRY: &str = "1.1 foresee";
+
+/// Trust in the headers of clients.
+#[derive(Clone, Debug, Default)]
+pub struct ClientTrust {
+    /// Whether hints and control headers of clients are used: priority, expected tokens, rank.
+    pub control_headers: bool,
+    /// Networks of proxies whose `X-Forwarded-*` headers are kept. From all others, they are
+    /// replaced.
+    pub proxies: Vec<IpNet>,
+}
+
+/// Address of the client's end of a connection, as an extension of each request.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PeerAddress(pub(crate) SocketAddr);
+
+/// Routing hints from the headers of a request.
+#[derive(Debug, Default)]
+pub(crate) struct RequestHints {
+    /// Number of output tokens that the client expects.
+    pub(crate) expected_output_tokens: Option<u32>,
+    /// Priority in the queue; lower values are dispatched first.
+    pub(crate) priority: i32,
+    /// Hash of the tenant, for the queue order `fair`. All requests without the tenant header are
+    /// one tenant.
+    pub(crate) tenant: u64,
+    /// Workers that the client excluded by naming another data-parallel rank.
+    pub(crate) excluded_workers: Vec<WorkerId>,
+}
+
+impl GatewayState {
+    /// Returns the routing hints in `headers`. The tenant is 0 unless the queue order is `fair` and
+    /// the request has the tenant header. From clients that are not trusted, the priority is at
+    /// least 0 and the other hints are ignored. Fails with a 400 if the priority or the expected
+    /// number of tokens is not an integer in range.
+    pub(crate) fn request_hints(&self, headers: &HeaderMap) -> Result<RequestHints, ApiError> {
+        let priority = "an integer; lower values are served first (default 0)";
+        let tokens = "an integer: the expected number of output tokens";
+        let tenant = match self.config.router.queue_order {
+            Some(QueueOrder::FairByTenant) => headers.get(&self.config.tenant_header),
+            _ => None,
+        };
+        let hasher = BuildHasherDefault::<DefaultHasher>::default();
+        let hints = RequestHints {
+            expected_output_tokens: integer_header(headers, EXPECTED_TOKENS_HEADER, tokens)?,
+            priority: integer_header(headers, PRIORITY_HEADER, priority)?.unwrap_or_default(),
+            tenant: tenant.map_or(0, |tenant| hasher.hash_one(tenant)),
+            excluded_workers: Vec::new(),
+        };
+        Ok(if self.config.client_trust.control_headers {
+            RequestHints {
+                excluded_workers: self.workers.workers_excluded_by_rank(headers),
+                ..hints
+            }
+        } else {
+            RequestHints {
+                expected_output_tokens: None,
+                priority: hints.priority.max(0),
+                ..hints
+            }
+        })
+    }
+
+    /// Changes the headers of a client at `peer` into the headers for a worker. Removes control
+    /// headers of clients that are not trusted, and `Accept-Encoding` if the response `is_observed`:
+    /// a compressed response cannot be. Adds `Via` and `X-Forwarded-*`.
+    pub(crate) fn forward_headers(
+        &self,
+        headers: &mut HeaderMap,
+        peer: Option<SocketAddr>,
+        is_observed: bool,
+    ) {
+        if !self.config.client_trust.control_headers {
+            let is_control = |name: &HeaderName| {
+                let name = name.as_str();
+                name.starts_with(CONTROL_PREFIX) || ENGINE_CONTROL_HEADERS.contains(&name)
+            };
+            let control: Vec<HeaderName> = headers
+                .keys()
+                .filter(|name| is_control(name))
+                .cloned()
+                .collect();
+            for name in control {
+                headers.remove(name);
+            }
+        }
+        if is_observed {
+            headers.remove(ACCEPT_ENCODING);
+        }
+        let peer = peer.map(|peer| peer.ip().to_canonical());
+        let proxies = &self.config.client_trust.proxies;
+        let is_proxy = peer.is_some_and(|peer| proxies.iter().any(|net| net.contains(&peer)));
+        add_forwarding(headers, peer, is_proxy);
+    }
+}
+
+/// Adds `Via` and the `X-Forwarded-*` headers of this hop. The values that the request came with are
+/// kept if `keeps_earlier`, and replaced otherwise. Has to be called before `Host` is removed.
+fn add_forwarding(headers: &mut HeaderMap, peer: Option<IpAddr>, keeps_earlier: bool) {
+    if !keeps_earlier {
+        for name in [FORWARDED_FOR, FORWARDED_PROTO, FORWARDED_HOST, FORWARDED] {
+            headers.remove(name);
+        }
+    }
+    if let Some(peer) = peer {
+        append(headers, FORWARDED_FOR, &peer);
+    }
+    headers
+        .entry(FORWARDED_PROTO)
+        .or_insert(HeaderValue::from_static("http"));
+    if let Some(host) = headers.get(HOST).cloned() {
+        headers.entry(FORWARDED_HOST).or_insert(host);
+    }
+    append(headers, VIA, &VIA_ENTRY);
+}
+
+/// Appends an entry to a header whose value is a list. Several lines of the header become one.
+fn append(headers: &mut HeaderMap, name: HeaderName, entry: &dyn fmt::Display) {
+    let mut list = Vec::new();
+    for value in headers.get_all(&name) {
+        list.extend_from_slice(value.as_bytes());
+        list.extend_from_slice(b", ");
+    }
+    list.extend_from_slice(entry.to_string().as_bytes());
+    if let Ok(value) = HeaderValue::from_bytes(&list) {
+        headers.insert(name, value);
+    }
+}
+
+/// Returns the number in the header `name`, or `None` without that header. Fails with a 400 if the
+/// value is not a number of type `N`. `requirement` completes the error message "Header `name` must
+/// be …".
+fn integer_header<N: FromStr>(
+    headers: &HeaderMap,
+    name: &'static str,
+    requirement: &str,
+) -> Result<Option<N>, ApiError> {
+    let Some(value) = headers.get(name) else {
+        return Ok(None);
+    };
+    let number = value
+        .to_str()
+        .ok()
+        .and_then(|text| text.trim().parse().ok());
+    let invalid = || {
+        let message = format!("Header `{name}` must be {requirement}.");
+        ApiError::bad_request(message, Some(name))
+    };
+    number.map(Some).ok_or_else(invalid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for (name, value) in pairs {
+            headers.append(*name, HeaderValue::from_static(value));
+        }
+        headers
+    }
+
+    fn values(headers: &HeaderMap, name: &str) -> Vec<String> {
+        let values = headers.get_all(name).iter();
+        values
+            .map(|value| value.to_str().unwrap().to_owned())
+            .collect()
+    }
+
+    const SENT: &[(&str, &str)] = &[
+        ("host", "api.example"),
+        ("via", "1.1 cdn"),
+        ("via", "1.1 lb"),
+        ("x-forwarded-for", "203.0.113.9"),
+        ("x-forwarded-proto", "https"),
+        ("x-forwarded-host", "front.example"),
+        ("forwarded", "for=203.0.113.9"),
+    ];
+
+    #[test]
+    fn a_trusted_proxys_forwarding_headers_are_extended() {
+        let mut sent = headers(SENT);
+        add_forwarding(&mut sent, Some("10.0.0.2".parse().unwrap()), true);
+        assert_eq!(values(&sent, "x-forwarded-for"), ["203.0.113.9, 10.0.0.2"]);
+        assert_eq!(values(&sent, "x-forwarded-proto"), ["https"]);
+        assert_eq!(values(&sent, "x-forwarded-host"), ["front.example"]);
+        assert_eq!(values(&sent, "via"), ["1.1 cdn, 1.1 lb, 1.1 foresee"]);
+        assert_eq!(values(&sent, "forwarded"), ["for=203.0.113.9"]);
+    }
+
+    #[test]
+    fn a_clients_own_forwarding_headers_are_replaced() {
+        let mut sent = headers(SENT);
+        add_forwarding(&mut sent, Some("10.0.0.2".parse().unwrap()), false);
+        assert_eq!(values(&sent, "x-forwarded-for"), ["10.0.0.2"]);
+        assert_eq!(values(&sent, "x-forwarded-proto"), ["http"]);
+        assert_eq!(values(&sent, "x-forwarded-host"), ["api.example"]);
+        assert_eq!(values(&sent, "via"), ["1.1 cdn, 1.1 lb, 1.1 foresee"]);
+        assert!(values(&sent, "forwarded").is_empty());
+    }
+}
