@@ -33,7 +33,7 @@ pub(crate) const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Size of the buffer into which a response is read. Each running stream has one, and the events of a
 /// stream are much smaller.
-const READ_BUFFER_BYTES: usize = 5 << 10;
+const READ_BUFFER_BYTES: usize = 4 << 10;
 
 /// Maximum number of idle connections per worker: about as many as a burst leaves open.
 const IDLE_CONNECTIONS: usize = 1024;
