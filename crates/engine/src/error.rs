@@ -52,12 +52,6 @@ impl ApiError {
         Self::new(401, kind, Some("invalid_api_key"), message)
     }
 
-    /// Returns a 403: the client may not do this, whatever key it sends.
-    #[must_use]
-    pub fn forbidden(message: impl Into<String>) -> Self {
-        Self::new(403, "permission_error", Some("forbidden"), message)
-    }
-
     /// Returns a 404: no worker serves the model. The message lists the models that are `served`, at
     /// most 20 of them.
     #[must_use]
@@ -98,17 +92,6 @@ impl ApiError {
     #[must_use]
     pub fn request_timeout(message: impl Into<String>) -> Self {
         Self::new(408, INVALID_REQUEST, Some("request_timeout"), message)
-    }
-
-    /// Returns a 409: the change contradicts the present state, such as a name that is taken.
-    #[must_use]
-    pub fn conflict(message: impl Into<String>, param: Option<&'static str>) -> Self {
-        Self {
-            param,
-            // Clients' libraries retry a 409, and this one ends only when the client changes it.
-            should_retry: Some(false),
-            ..Self::new(409, INVALID_REQUEST, Some("conflict"), message)
-        }
     }
 
     /// Returns a 413: the body is longer than `limit` bytes.
@@ -161,27 +144,14 @@ impl ApiError {
         Self::new(429, OVERLOADED, Some("queue_timeout"), message)
     }
 
-    /// Returns a 431: the request's head is longer than the router accepts.
-    #[must_use]
-    pub fn header_fields_too_large(message: impl Into<String>) -> Self {
-        Self::new(
-            431,
-            INVALID_REQUEST,
-            Some("header_fields_too_large"),
-            message,
-        )
-    }
-
-    /// Returns a 501: the body has a transfer coding other than `chunked`.
-    #[must_use]
-    pub fn unsupported_transfer_coding(message: impl Into<String>) -> Self {
-        Self::not_implemented("unsupported_transfer_coding", message)
-    }
-
     /// Returns a 501: the client requests another protocol, such as WebSocket, on the connection.
     #[must_use]
     pub fn upgrade_not_supported(message: impl Into<String>) -> Self {
-        Self::not_implemented("upgrade_not_supported", message)
+        Self {
+            // No retry changes it, although clients' libraries retry a 5xx.
+            should_retry: Some(false),
+            ..Self::new(501, INVALID_REQUEST, Some("upgrade_not_supported"), message)
+        }
     }
 
     /// Returns a 502: the worker failed, or its response cannot be parsed.
@@ -206,30 +176,10 @@ impl ApiError {
         }
     }
 
-    /// Returns a 503: the router stops and accepts no further requests.
-    #[must_use]
-    pub fn shutting_down(message: impl Into<String>) -> Self {
-        Self::new(503, "server_error", Some("shutting_down"), message)
-    }
-
-    /// Returns a 503: the bodies that the router holds have reached their limit in bytes.
-    #[must_use]
-    pub fn too_many_bytes(message: impl Into<String>) -> Self {
-        Self::new(503, OVERLOADED, Some("too_many_bytes"), message)
-    }
-
     /// Returns a 504: the worker did not respond in time.
     #[must_use]
     pub fn timed_out(message: impl Into<String>) -> Self {
         Self::new(504, "server_error", Some("worker_timed_out"), message)
-    }
-
-    /// Returns a 501, which no retry changes.
-    fn not_implemented(code: &'static str, message: impl Into<String>) -> Self {
-        Self {
-            should_retry: Some(false),
-            ..Self::new(501, INVALID_REQUEST, Some(code), message)
-        }
     }
 
     /// Creates an error without `param` and without a time to retry. `kind` is its `type` field.
@@ -310,7 +260,7 @@ impl ApiError {
     /// Returns the body in Anthropic's form, whose types follow from the status.
     fn anthropic_body(&self) -> serde_json::Value {
         let kind = match (self.status, self.kind) {
-            (429 | 503, OVERLOADED) | (503, _) => "overloaded_error",
+            (429, OVERLOADED) | (503, _) => "overloaded_error",
             (429, _) => "rate_limit_error",
             (401, _) => "authentication_error",
             (403, _) => "permission_error",
@@ -374,29 +324,22 @@ mod tests {
         let statuses = [
             ApiError::bad_request("", None),
             ApiError::unauthorized(""),
-            ApiError::forbidden(""),
             ApiError::model_not_found("", &[]),
             ApiError::path_not_found("GET", "/"),
             ApiError::request_timeout(""),
-            ApiError::conflict("", None),
             ApiError::body_too_large(1),
             ApiError::overloaded("", second),
             ApiError::capacity_exceeded("", None),
             ApiError::queue_timeout(""),
-            ApiError::header_fields_too_large(""),
-            ApiError::unsupported_transfer_coding(""),
             ApiError::upgrade_not_supported(""),
             ApiError::bad_gateway(""),
             ApiError::unavailable(""),
             ApiError::no_worker("", None),
-            ApiError::shutting_down(""),
-            ApiError::too_many_bytes(""),
             ApiError::timed_out(""),
         ];
         let statuses = statuses.each_ref().map(|error| error.status);
         let expected = [
-            400, 401, 403, 404, 404, 408, 409, 413, 429, 429, 429, 431, 501, 501, 502, 503, 503,
-            503, 503, 504,
+            400, 401, 404, 404, 408, 413, 429, 429, 429, 501, 502, 503, 503, 504,
         ];
         assert_eq!(statuses, expected);
     }
@@ -408,7 +351,8 @@ mod tests {
         let full = ApiError::capacity_exceeded("", Some(second));
         assert_eq!(full.retry_after, Some(second));
         assert_eq!(ApiError::queue_timeout("").retry_after, None);
-        assert_eq!(ApiError::conflict("", None).should_retry, Some(false));
+        let upgrade = ApiError::upgrade_not_supported("");
+        assert_eq!(upgrade.should_retry, Some(false));
         assert_eq!(ApiError::queue_timeout("").should_retry, None);
     }
 
@@ -443,7 +387,6 @@ mod tests {
         let kinds = [
             ApiError::bad_request("", None),
             ApiError::unauthorized(""),
-            ApiError::forbidden(""),
             ApiError::request_timeout(""),
             ApiError::body_too_large(1),
             ApiError::overloaded("", second),
@@ -458,7 +401,6 @@ mod tests {
             [
                 "invalid_request_error",
                 "authentication_error",
-                "permission_error",
                 "invalid_request_error",
                 "request_too_large",
                 "rate_limit_error",

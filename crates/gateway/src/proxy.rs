@@ -73,15 +73,14 @@ impl GatewayState {
     ) -> Response<Body> {
         let request_id = self.request_ids.next();
         let client_request_id = request.headers().get("x-request-id").cloned();
-        let method = request.method().as_str();
-        let path = paths::find(method, request.uri().path());
-        let endpoint = path.map_or(Endpoint::Other, |path| path.endpoint);
+        let call = self.find_call(&request);
+        let endpoint = call.as_ref().map_or(Endpoint::Other, |call| call.endpoint);
         let mut guard = OutcomeGuard(Some(&self.metrics));
         let connection = request.extensions().get::<ConnectionHandle>();
         let result = if connection.is_some_and(ConnectionHandle::is_too_late) {
             Err(shutting_down())
         } else {
-            let handled = self.try_handle_api(&client, request, request_id.clone());
+            let handled = self.try_handle_api(&client, request, call, request_id.clone());
             self.shutdown.unless_aborting(handled).await
         };
         guard.0 = None;
@@ -110,7 +109,8 @@ impl GatewayState {
     }
 
     /// Responds to the model list and to `GET /health` itself, and books and sends every request
-    /// that calls an inference path. `request_id` is used unless the client sent an id.
+    /// that calls an inference path. `call` is the inference that the path names, and `request_id` is
+    /// used unless the client sent an id.
     ///
     /// # Errors
     /// Returns the error response for the client: the path is not served, the body or a hint is
@@ -119,6 +119,7 @@ impl GatewayState {
         self: &Arc<Self>,
         client: &UpstreamClient,
         request: Request<Incoming>,
+        call: Result<Call, ApiError>,
         request_id: HeaderValue,
     ) -> Result<Response<Body>, ApiError> {
         let arrived_at = self.clock.now();
@@ -127,7 +128,7 @@ impl GatewayState {
         if let Some(response) = self.own_response(&head)? {
             return Ok(response);
         }
-        let call = self.find_call(&head)?;
+        let call = call?;
         // The permit lives as long as the body: until the response begins.
         let RequestBody {
             bytes: body,
@@ -181,8 +182,8 @@ impl GatewayState {
     /// # Errors
     /// Fails with a 404 if the path is neither in the path table nor one of the operator's, and with
     /// a 405 if only the method is not.
-    fn find_call(&self, head: &request::Parts) -> Result<Call, ApiError> {
-        let (method, path) = (head.method.as_str(), head.uri.path());
+    fn find_call(&self, request: &Request<Incoming>) -> Result<Call, ApiError> {
+        let (method, path) = (request.method().as_str(), request.uri().path());
         if let Some(found) = paths::find(method, path) {
             return Ok(Call {
                 endpoint: found.endpoint,

@@ -242,16 +242,12 @@ fn body_timed_out(idle_timeout: Duration) -> ApiError {
         "The request body is incomplete: nothing arrived for {} s (--body-idle-timeout).",
         idle_timeout.as_secs_f64()
     );
-    ApiError {
-        status: 408,
-        code: Some("request_timeout"),
-        ..ApiError::bad_request(message, None)
-    }
+    ApiError::request_timeout(message)
 }
 
 /// Reads and discards the rest of a refused body. Most clients read no response before they have sent
 /// the whole body, and closing the connection earlier would lose the response.
-async fn discard(mut body: Incoming) {
+pub(crate) async fn discard(mut body: Incoming) {
     let rest = async { while let Some(Ok(_)) = body.frame().await {} };
     // After the timeout the body is dropped, which closes the connection.
     let _ = timeout(DISCARD_TIMEOUT, rest).await;

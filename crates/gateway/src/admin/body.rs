@@ -9,13 +9,10 @@ use http::header::EXPECT;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::{Body as _, Incoming};
 
-use super::access::refusal;
+use crate::request_body::discard;
 
 /// Maximum time in which a client may send a body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// Maximum time in which a client may send the rest of a body that was refused.
-const DISCARD_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Reads a whole body of at most `limit` bytes. `headers` say whether the client waits for
 /// `100 Continue` before it sends the body.
@@ -49,15 +46,7 @@ pub(super) async fn read(
         }
         Err(_) => {
             let message = format!("The request body did not arrive within {BODY_TIMEOUT:?}.");
-            Err(refusal(408, "request_timeout", message))
+            Err(ApiError::request_timeout(message))
         }
     }
-}
-
-/// Reads and discards the rest of a refused body. Most clients read no response before they have
-/// sent the whole body, and closing the connection earlier would lose the response.
-async fn discard(mut body: Incoming) {
-    let rest = async { while let Some(Ok(_)) = body.frame().await {} };
-    // After the timeout the body is dropped, which closes the connection.
-    let _ = tokio::time::timeout(DISCARD_TIMEOUT, rest).await;
 }
