@@ -271,8 +271,17 @@ impl Router {
     ///
     /// A large delta is applied in several critical sections, so that no decision waits for the
     /// whole of it. A decision in between sees the cache partly updated.
+    ///
+    /// Pass an empty delta for events that change nothing, such as repeated stores: they show that
+    /// the engine has not evicted what earlier bookings were expected to evict.
     pub fn apply_cache_delta(&self, id: WorkerId, delta: &CacheDelta, observed: Observed) {
         let ratio = delta.engine_block_ratio;
+        if delta.removed.is_empty() && delta.stored.is_empty() {
+            let mut state = self.state.lock();
+            state
+                .pending_evictions
+                .acknowledge(id.index, std::iter::empty());
+        }
         for run in delta.removed.iter() {
             // Tails first, so that the blocks that stay form a prefix.
             for chunk in run.chunks(MAX_HASHES_PER_LOCK).rev() {

@@ -464,6 +464,9 @@ impl Subscription<'_> {
         for delta in changes {
             self.send_delta(delta, observed);
         }
+        if changes.is_empty() {
+            self.send_delta(&CacheDelta::default(), observed);
+        }
         let (block_size, now) = (self.follower.engine_block_size(), self.shared.clock.now());
         let events = &self.worker.events;
         events.set_engine_block_size(block_size);

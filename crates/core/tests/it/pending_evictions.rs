@@ -291,6 +291,26 @@ fn pending_evictions_end_when_all_bookings_have_started() {
 }
 
 #[test]
+fn events_without_changes_end_pending_evictions_too() {
+    let worker = EventWorker::with_capacity(Some(10));
+    let cached = prompt(1, 6);
+    worker.serve(&cached);
+    let no_change = || {
+        let observed = Observed::Live(NOW);
+        worker
+            .router
+            .apply_cache_delta(worker.id, &CacheDelta::default(), observed);
+    };
+    let mut waiting = worker.book(&prompt(2, 6));
+    no_change();
+    assert_eq!(worker.cached_blocks(&cached), 3, "the request waits");
+    waiting.on_first_token(NOW);
+    assert_eq!(worker.cached_blocks(&cached), 3, "events lag");
+    no_change();
+    assert_eq!(worker.cached_blocks(&cached), 6);
+}
+
+#[test]
 fn just_released_blocks_are_cached_before_events_report_them() {
     let worker = EventWorker::with_capacity(Some(20));
     let (prompt_only, with_output) = (prompt(1, 4), prompt(1, 6));

@@ -67,7 +67,6 @@ async fn events_that_stop_are_untrusted_until_they_agree_with_responses_again() 
 
 /// The engine does not report evictions, so that its events claim blocks that are no longer cached.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "pending evictions stay until events confirm them, so predictions remain right and nothing contradicts the events"]
 async fn events_that_claim_evicted_blocks_are_untrusted() {
     let engine = Engine::start(engine_of(
         48,
