@@ -112,9 +112,9 @@ impl Batch {
         context: &mut Context<'_>,
         excluded: &[WorkerId],
         now: Duration,
-    ) -> Poll<()> {
+    ) -> Poll<Result<(), RouteError>> {
         let [Some(booking)] = self.bookings.as_mut_slice() else {
-            return Poll::Ready(());
+            return Poll::Ready(Ok(()));
         };
         let poll = booking.poll_dispatch(context, excluded, now);
         (self.worker, self.decision) = (booking.worker(), *booking.decision());

@@ -156,24 +156,33 @@ impl Booking {
     /// and no other one can be chosen. While the result is `Pending`, the task of `context` is
     /// woken when it must poll again. Only the latest `context` is kept. `excluded` replaces the
     /// excluded workers of the routed request.
+    ///
+    /// # Errors
+    /// Fails once the worker accepts no more requests and no other one can be chosen. The request
+    /// stays queued, but a caller that polls again is not woken before another worker can be
+    /// chosen.
     pub fn poll_dispatch(
         &mut self,
         context: &mut Context<'_>,
         excluded: &[WorkerId],
         now: Duration,
-    ) -> Poll<()> {
+    ) -> Poll<Result<(), RouteError>> {
         let shared = self.state.clone();
         let mut state = shared.lock();
         state.advance_to(now);
         if state.take_rebalance_offer(self.id)
-            && let Some((id, worker, decision)) = state.rebalance(self.id, &self.request(excluded))
+            && let Some(moved) = state.rebalance(self.id, &self.request(excluded))
         {
-            self.rebind(id, worker, decision);
+            self.rebind(moved.id, moved.worker, moved.decision);
+            if let Some(error) = moved.stranded {
+                drop(state);
+                return Poll::Ready(Err(error.for_model(self.request(excluded).model)));
+            }
         }
         if state.is_dispatching(self.id) {
             self.dispatch(&mut state);
         }
-        state.poll_dispatch(self.id, context)
+        state.poll_dispatch(self.id, context).map(Ok)
     }
 
     /// Marks the request as sent, if it is queued.

@@ -40,6 +40,16 @@ const MAX_MIGRATION_COST_RATIO: f64 = 0.5;
 /// Minimum time between two offers of a new choice to the same request.
 const REBALANCE_INTERVAL: Duration = Duration::from_millis(25);
 
+/// A queued request after a new choice.
+pub(crate) struct Rebalanced {
+    pub(crate) id: BookingId,
+    pub(crate) worker: WorkerId,
+    pub(crate) decision: Decision,
+    /// Why no worker can be chosen, if the present one accepts no requests either. The request is
+    /// then queued for the present worker.
+    pub(crate) stranded: Option<SelectError>,
+}
+
 impl State {
     /// Books a request that has just arrived on `worker`: dispatched if the worker can take it now,
     /// and queued otherwise.
@@ -338,27 +348,34 @@ impl State {
     /// Books a queued request again: on the worker that the policy chooses now, if that is worth a
     /// move, and otherwise on its present worker. The request keeps its queue ticket. Returns
     /// `None` if the booking does not exist. The request must be queued, and `id` is invalid
-    /// afterwards. The new booking may be dispatched at once. If no worker can be chosen, the
-    /// present worker stays.
+    /// afterwards. The new booking may be dispatched at once.
     pub(crate) fn rebalance(
         &mut self,
         id: BookingId,
         request: &PreparedRequest<'_>,
-    ) -> Option<(BookingId, WorkerId, Decision)> {
+    ) -> Option<Rebalanced> {
         // Does not dispatch the next request of the queue: this one may return to it.
         let (current, ticket) = self.remove_booking(id)?;
         let assessment = self.assess_with_ticket(request, ticket);
-        let chosen = match self.select_worker(request, &assessment) {
+        let selected = self.select_worker(request, &assessment);
+        let chosen = match selected {
             Ok(chosen) if self.is_worth_moving(current, chosen, &assessment, request) => chosen,
             _ => current,
         };
+        let is_accepting = self.workers.get(current).is_some_and(Worker::is_accepting);
+        let stranded = selected.err().filter(|_| !is_accepting);
         let rebalance_not_before = self.now.saturating_add(REBALANCE_INTERVAL);
         let (id, decision) =
             self.book_or_enqueue(chosen, &assessment, request, rebalance_not_before);
         if chosen != current {
             self.try_dispatch_next(current.index);
         }
-        Some((id, chosen, decision))
+        Some(Rebalanced {
+            id,
+            worker: chosen,
+            decision,
+            stranded,
+        })
     }
 
     /// Books a queued request as sent to its worker, with the prefix match of this time. Returns

@@ -159,8 +159,8 @@ impl<'a> Failover<'a> {
 
     /// Waits until the router dispatches the request to its worker. Returns immediately if the
     /// router has no queue. Meanwhile the router can move the booking to another worker that is not
-    /// excluded. Fails with a 429 if the deadline passes. Records the waiting time of a dispatched
-    /// request, also if it was not queued.
+    /// excluded. Fails with a 429 if the deadline passes, and with a 503 once no worker can take the
+    /// request. Records the waiting time of a dispatched request, also if it was not queued.
     async fn wait_in_queue(&self, batch: &mut Batch) -> Result<(), ApiError> {
         let shared = self.shared;
         if shared.config.router.queue_order.is_none() {
@@ -170,20 +170,24 @@ impl<'a> Failover<'a> {
         let mut poll = |context: &mut Context<'_>| {
             batch.poll_dispatch(context, &self.excluded, shared.clock.now())
         };
-        if poll_fn(|context| Poll::Ready(poll(context)))
-            .await
-            .is_pending()
-        {
-            let max_wait = self.deadline.saturating_sub(started);
-            let dispatched = tokio::time::timeout(max_wait, poll_fn(poll)).await;
-            dispatched.map_err(|_| {
-                let seconds = max_wait.as_secs();
-                ApiError::queue_timeout(format!(
-                    "The request was queued for {seconds} s and no worker could take it."
-                ))
-            })?;
-            shared.drain_rate.record(shared.clock.now());
-        }
+        let dispatched = match poll_fn(|context| Poll::Ready(poll(context))).await {
+            Poll::Ready(dispatched) => dispatched,
+            Poll::Pending => {
+                let max_wait = self.deadline.saturating_sub(started);
+                let dispatched = tokio::time::timeout(max_wait, poll_fn(poll)).await;
+                let dispatched = dispatched.map_err(|_| {
+                    let seconds = max_wait.as_secs();
+                    ApiError::queue_timeout(format!(
+                        "The request was queued for {seconds} s and no worker could take it."
+                    ))
+                })?;
+                if dispatched.is_ok() {
+                    shared.drain_rate.record(shared.clock.now());
+                }
+                dispatched
+            }
+        };
+        dispatched.map_err(|error| shared.refusal(&error))?;
         let queued_for = shared.clock.now().saturating_sub(started);
         shared
             .metrics

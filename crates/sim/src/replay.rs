@@ -13,7 +13,7 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 use std::num::NonZeroU32;
 use std::ops::ControlFlow;
-use std::task::Context;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use foresee_core::booking::Booking;
@@ -474,6 +474,7 @@ impl<'a> Replay<'a> {
 
     /// Sends a request to its worker, or leaves it queued until the router wakes it. A request that
     /// does not fit into the engine ends at once, and counts as rejected and as a miss of the SLO.
+    /// One that no worker can take is lost.
     /// Ignores a request that is not in flight.
     fn send(&mut self, index: usize, now: Duration) {
         let Some(flight) = &mut self.in_flight[index] else {
@@ -481,12 +482,13 @@ impl<'a> Replay<'a> {
         };
         let waker = self.ready_wakers.waker(index);
         let mut context = Context::from_waker(&waker);
-        if flight
+        let poll = flight
             .booking
-            .poll_dispatch(&mut context, &flight.excluded, now)
-            .is_pending()
-        {
-            return;
+            .poll_dispatch(&mut context, &flight.excluded, now);
+        match poll {
+            Poll::Pending => return,
+            Poll::Ready(Ok(())) => {}
+            Poll::Ready(Err(_)) => return self.lose(index, now),
         }
         let (chosen, prompt_tokens) = (
             self.by_id[&flight.booking.worker()],

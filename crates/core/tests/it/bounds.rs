@@ -60,7 +60,7 @@ impl WakeCount {
     }
 }
 
-fn poll(booking: &mut Booking, wakes: &Arc<WakeCount>) -> Poll<()> {
+fn poll(booking: &mut Booking, wakes: &Arc<WakeCount>) -> Poll<Result<(), RouteError>> {
     let waker = Waker::from(Arc::clone(wakes));
     booking.poll_dispatch(&mut Context::from_waker(&waker), &[], NOW)
 }
@@ -166,11 +166,39 @@ fn only_a_change_of_state_wakes_the_queue() {
     wakes.take();
     router.set_healthy(id, false);
     assert_eq!(wakes.take(), queued);
-    assert_eq!(poll_all(), queued, "no other worker can take them");
+    assert_eq!(poll_all(), 0, "no other worker can take them");
+    assert_eq!(router.queued_requests(), queued);
+    assert_eq!(poll_all(), queued, "the error is returned once");
     for _ in 0..3 {
         router.set_healthy(id, false);
     }
     assert_eq!(wakes.take(), 0);
+}
+
+#[test]
+fn a_queued_request_is_refused_once_no_worker_can_take_it() {
+    let router = router(|config| config.queue_order = Some(QueueOrder::Fcfs));
+    let id = add_worker(&router, "a", &["m"]);
+    let wakes = Arc::new(WakeCount::default());
+    let sequences: Vec<Sequence> = (0..2).map(|seed| prompt(seed, 50_000)).collect();
+    let request = |index: usize| Request {
+        model: "m",
+        ..Request::new(&sequences[index])
+    };
+    let sent = router.route(&request(0), NOW).unwrap();
+    let mut queued = router.route(&request(1), NOW).unwrap();
+    assert!(poll(&mut queued, &wakes).is_pending());
+    router.set_draining(id, true);
+    assert_eq!(wakes.take(), 1);
+    let refused = RouteError::NoWorker("m".to_owned());
+    assert_eq!(poll(&mut queued, &wakes), Poll::Ready(Err(refused)));
+    assert_eq!(router.queued_requests(), 1);
+    // A caller that waits on is woken when the worker accepts requests again.
+    assert!(poll(&mut queued, &wakes).is_pending());
+    router.set_draining(id, false);
+    drop(sent);
+    assert!(wakes.take() > 0);
+    assert_eq!(poll(&mut queued, &wakes), Poll::Ready(Ok(())));
 }
 
 /// Idle workers take requests from the queues of workers with the same first model only. Requests
@@ -194,6 +222,10 @@ fn requests_of_an_unhealthy_worker_choose_again_when_another_becomes_healthy() {
         })
         .collect();
     router.set_healthy(first, false);
+    for booking in &mut bookings {
+        // Fails once; a caller that polls again waits on.
+        let _ = poll(booking, &wakes);
+    }
     let queued: Vec<usize> = (0..bookings.len())
         .filter(|&index| poll(&mut bookings[index], &wakes).is_pending())
         .collect();

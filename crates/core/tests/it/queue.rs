@@ -135,8 +135,12 @@ impl Fleet {
         let task = &mut self.tasks[index];
         let waker = Waker::from(Arc::clone(&task.wake_flag));
         let mut context = Context::from_waker(&waker);
-        let poll = task.booking.poll_dispatch(&mut context, &[], self.now);
-        let is_sent = poll == Poll::Ready(());
+        let mut poll = task.booking.poll_dispatch(&mut context, &[], self.now);
+        if matches!(poll, Poll::Ready(Err(_))) {
+            // These tasks wait on when no worker can take their requests.
+            poll = task.booking.poll_dispatch(&mut context, &[], self.now);
+        }
+        let is_sent = poll == Poll::Ready(Ok(()));
         assert!(is_sent || !task.is_sent, "a sent request stays sent");
         task.is_sent = is_sent;
     }

@@ -187,6 +187,24 @@ async fn requests_queued_for_an_unhealthy_worker_move_to_another() {
 }
 
 #[tokio::test]
+async fn requests_queued_for_the_only_worker_are_refused_when_it_dies() {
+    let mut worker = FakeWorker::start().await;
+    let gateway = gateway_with(queueing(&[&worker], QueueOrder::Fcfs)).await;
+    let mut running = send(&gateway, "a", "").await;
+    let exchange = worker.request().await;
+    let mut queued = send(&gateway, "b", "").await;
+    until_queued(&gateway, 1).await;
+    worker.die().await;
+    exchange.reset();
+    for client in [&mut running, &mut queued] {
+        let response = client.response().await;
+        response.error(503);
+        assert!(response.head.get("retry-after").is_some(), "{response:?}");
+    }
+    until_released(&gateway).await;
+}
+
+#[tokio::test]
 async fn the_time_in_the_queue_is_limited_by_the_first_byte_timeout() {
     let mut worker = FakeWorker::start().await;
     let mut config = queueing(&[&worker], QueueOrder::Fcfs);

@@ -147,6 +147,11 @@ impl Replay<'_> {
         if is_retried {
             return self.send(index, now);
         }
+        self.lose(index, now);
+    }
+
+    /// Ends a request without a response.
+    pub(super) fn lose(&mut self, index: usize, now: Duration) {
         self.in_flight[index] = None;
         self.failover.lost += 1;
         let first_start = self.config.faults.iter().map(|fault| fault.from).min();
