@@ -1,5 +1,6 @@
 //! Integration tests of the gateway, over real sockets.
 
+mod abort_phases;
 mod abort_soak;
 mod admin;
 mod admin_drain;

@@ -60,6 +60,29 @@ async fn token_counts_of_engines_are_compared_with_the_tokenizers() {
 }
 
 #[tokio::test]
+async fn a_prompt_longer_than_the_models_context_occupies_no_blocks() {
+    let mut worker = FakeWorker::start().await;
+    let card = json!({ "id": MODEL, "max_model_len": 100 });
+    worker.set_model_list(&json!({ "object": "list", "data": [card] }).to_string());
+    let mut config = config(&[&worker]);
+    config.tokenizer = Some(Path::new(TINY).to_owned());
+    let gateway = gateway_with(config).await;
+    for (words, has_blocks) in [(50, true), (500, false)] {
+        let request = http("POST", CHAT, chat(&"one ".repeat(words), false));
+        let mut client = Client::sending(gateway.address(), request).await;
+        // The engine decides: it gets the request in any case.
+        let exchange = worker.request().await;
+        let shown = worker_json(&gateway, "a").await.unwrap();
+        assert_eq!(shown["active_blocks"] != 0, has_blocks, "{words} words");
+        exchange
+            .respond(whole("400 Bad Request", "application/json", "{}"))
+            .await;
+        assert_eq!(client.response().await.status(), 400);
+        until_released(&gateway).await;
+    }
+}
+
+#[tokio::test]
 async fn an_unreadable_tokenizer_fails_the_start() {
     let mut config = config(&[]);
     config.tokenizer = Some(Path::new("/nowhere").to_owned());
