@@ -14,8 +14,11 @@ const PAGE: usize = 1 << PAGE_BITS;
 /// Values by id. Ids of removed values are reused.
 #[derive(Debug)]
 pub(crate) struct PagedSlab<T> {
-    /// Pages, each allocated once for [`PAGE`] values.
+    /// Pages, each allocated at once for [`PAGE`] values. Of the pages without values, all but one
+    /// are not allocated.
     pages: Vec<Slab<T>>,
+    /// Whether an allocated page has no values.
+    has_spare_page: bool,
     /// Indices of the pages that are not full.
     with_room: Vec<usize>,
     /// Number of values.
@@ -26,6 +29,7 @@ impl<T> Default for PagedSlab<T> {
     fn default() -> Self {
         Self {
             pages: Vec::new(),
+            has_spare_page: false,
             with_room: Vec::new(),
             len: 0,
         }
@@ -38,12 +42,17 @@ impl<T> PagedSlab<T> {
         let page_index = match self.with_room.last() {
             Some(&page_index) => page_index,
             None => {
-                self.pages.push(Slab::with_capacity(PAGE));
+                self.pages.push(Slab::new());
                 self.with_room.push(self.pages.len() - 1);
                 self.pages.len() - 1
             }
         };
         let page = &mut self.pages[page_index];
+        match page.capacity() {
+            0 => *page = Slab::with_capacity(PAGE),
+            _ if page.is_empty() => self.has_spare_page = false,
+            _ => {}
+        }
         let index = page.insert(value);
         if page.len() == PAGE {
             self.with_room.pop();
@@ -59,6 +68,12 @@ impl<T> PagedSlab<T> {
         let value = page.try_remove(id % PAGE)?;
         if was_full {
             self.with_room.push(id >> PAGE_BITS);
+        }
+        if page.is_empty() {
+            match self.has_spare_page {
+                true => *page = Slab::new(),
+                false => self.has_spare_page = true,
+            }
         }
         self.len -= 1;
         Some(value)
@@ -147,6 +162,9 @@ mod tests {
                 prop_assert_eq!(slab.len(), model.len());
                 prop_assert!(slab.iter().map(|(id, value)| (id, *value)).eq(model.clone()));
                 prop_assert!(model.keys().all(|&id| id < slab.id_end()));
+                let is_spare = |page: &&Slab<u64>| page.is_empty() && page.capacity() > 0;
+                let spare_pages = slab.pages.iter().filter(is_spare).count();
+                prop_assert_eq!(spare_pages, usize::from(slab.has_spare_page));
             }
         }
     }
