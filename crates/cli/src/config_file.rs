@@ -8,7 +8,7 @@
 mod worker_table;
 
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, anyhow, bail};
 use clap::parser::ValueSource;
@@ -46,7 +46,9 @@ pub(crate) fn merge(arguments: Vec<OsString>, matches: ArgMatches) -> anyhow::Re
     };
     let from_file = || format!("in {}", path.display());
     let mut expanded = arguments;
-    let flags = flags(&path, name, settings)
+    let flags = std::fs::read_to_string(&path)
+        .context("cannot read the file")
+        .and_then(|text| flags(&text, name, settings))
         .with_context(from_file)
         .context(InvalidConfiguration)?;
     expanded.extend(flags);
@@ -61,14 +63,12 @@ pub(crate) fn merge(arguments: Vec<OsString>, matches: ArgMatches) -> anyhow::Re
     })
 }
 
-/// Returns the settings of the file as flags. A setting that a flag or a variable sets is checked
-/// for its key and type, and left out. `settings` are the matches of `subcommand`.
+/// Returns the settings in the text of a file as flags. A setting that a flag or a variable sets is
+/// checked for its key and type, and left out. `settings` are the matches of `subcommand`.
 ///
 /// # Errors
-/// If the file cannot be read or is not TOML, a key is unknown or given twice, or a value has the
-/// wrong type.
-fn flags(path: &Path, subcommand: &str, settings: &ArgMatches) -> anyhow::Result<Vec<OsString>> {
-    let text = std::fs::read_to_string(path).context("cannot read the file")?;
+/// If the text is not TOML, a key is unknown or given twice, or a value has the wrong type.
+fn flags(text: &str, subcommand: &str, settings: &ArgMatches) -> anyhow::Result<Vec<OsString>> {
     let table: Table = text.parse().context("the file is not valid TOML")?;
     let mut program = command();
     program.build();
@@ -94,6 +94,17 @@ fn flags(path: &Path, subcommand: &str, settings: &ArgMatches) -> anyhow::Result
         seen.push(name);
     }
     Ok(flags)
+}
+
+/// Returns the settings of `serve` in the text of a configuration file as flags, without those that
+/// an environment variable sets. The values of the flags are not checked.
+///
+/// # Errors
+/// If the text is not TOML, a key is unknown or given twice, or a value has the wrong type.
+pub fn config_file_flags(text: &str) -> anyhow::Result<Vec<OsString>> {
+    let settings = command().try_get_matches_from(["foresee", "serve"])?;
+    let (name, settings) = settings.subcommand().context("`serve` is missing")?;
+    flags(text, name, settings)
 }
 
 /// Returns the flags of a subcommand that the file accepts as keys, with their names.

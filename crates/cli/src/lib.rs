@@ -25,6 +25,7 @@ use std::process::ExitCode;
 
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
+pub use crate::config_file::config_file_flags;
 use crate::logging::LogArgs;
 
 /// Exit code of a failure.

@@ -1,7 +1,8 @@
 //! Admin listener: workers and their state, explanations of routing decisions, health and metrics.
 //!
-//! `settings` and `listener` say where it listens, `access` which requests it accepts, `drain` how
-//! workers leave, and `explain` how a request would be routed.
+//! `settings` and `listener` say where it listens, `access` which requests it accepts, `new_worker`
+//! which workers may be added, `drain` how workers leave, and `explain` how a request would be
+//! routed.
 //!
 //! `docs/api.md` describes the paths and all JSON fields.
 
@@ -11,6 +12,7 @@ mod drain;
 mod explain;
 mod key;
 mod listener;
+mod new_worker;
 mod settings;
 
 use std::borrow::Cow;
@@ -26,7 +28,6 @@ use http::header::{ACCEPT, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
 use hyper::body::Incoming;
 use percent_encoding::percent_decode_str;
-use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
 
@@ -38,13 +39,13 @@ use crate::shutdown::shutting_down;
 use crate::subscribe::KvEvents;
 use crate::workers::Worker;
 use crate::workers::tasks::start_worker_tasks;
-use crate::workers::worker_config::WorkerConfig;
 use access::refusal;
 use drain::{PendingRemovals, timeout_of};
 use explain::MAX_CONCURRENT_EXPLANATIONS;
 
 pub use key::{AdminKey, KeyError};
 pub(crate) use listener::AdminListener;
+pub use new_worker::parse_new_worker;
 pub use settings::{AdminConfig, AdminListen, UnprotectedAdmin};
 
 /// Maximum size of a request body, except for explanations.
@@ -246,31 +247,11 @@ impl GatewayState {
         })
     }
 
-    /// Adds the workers of the body `{"url": "URL[,name=NAME][,ranks=N][,blocks=N]…"}`, a
-    /// description as for `--worker`. Responds with a 202 before the first health check. Fails with
-    /// a 400 if the description is invalid, with a 403 if only the operator of the router's host
-    /// may configure it, and with a 409 if the name is taken or there are too many workers.
+    /// Adds the workers that the body describes. Responds with a 202 before the first health check.
+    /// Fails as [`parse_new_worker`] does, and with a 409 if the name is taken or there are too many
+    /// workers.
     fn add_worker(self: &Arc<Self>, body: &[u8]) -> Result<Response<Body>, ApiError> {
-        #[derive(Deserialize)]
-        struct NewWorker {
-            url: String,
-        }
-        let new: NewWorker = serde_json::from_slice(body).map_err(|error| {
-            let message =
-                format!("The body must be {{\"url\": \"http://HOST:PORT[,name=NAME][,blocks=N]\"}}: {error}.");
-            ApiError::bad_request(message, Some("url"))
-        })?;
-        let config: WorkerConfig = new.url.parse().map_err(|error| {
-            let message = format!("The description in `url` is invalid: {error}.");
-            ApiError::bad_request(message, Some("url"))
-        })?;
-        if config.api_key_file.is_some() {
-            // Such a request could send any file of this machine to a server of its choice.
-            let message = "`api-key-file` is not accepted here: name the file with --worker or \
-                           --worker-api-key-file, which apply when the router starts.";
-            return Err(ApiError::bad_request(message, Some("url")));
-        }
-        check_event_endpoints(&config)?;
+        let config = parse_new_worker(body)?;
         let added = self
             .workers
             .add(&self.router, &config, self.config.prefix_caching)
@@ -302,28 +283,6 @@ fn conflict(error: &WorkerError) -> ApiError {
         param: Some("url"),
         ..refusal(409, code, message)
     }
-}
-
-/// Checks that a worker that is added over HTTP has only `tcp://` endpoints that the router connects
-/// to. Other endpoints would open a port or a file on the router's host. Fails with a 403.
-fn check_event_endpoints(config: &WorkerConfig) -> Result<(), ApiError> {
-    let KvEvents::At(source) = &config.kv_events else {
-        return Ok(());
-    };
-    let is_remote = |endpoint: &str| endpoint.starts_with("tcp://");
-    let field = match &source.replay {
-        _ if source.binds || !is_remote(&source.endpoint) => "kv-events",
-        Some(replay) if !is_remote(replay) => "replay",
-        _ => return Ok(()),
-    };
-    let message = format!(
-        "`{field}` must be `tcp://HOST:PORT` for a worker that is added over HTTP. Configure an \
-         endpoint with `bind:` or `ipc:` by --worker at the start of the router."
-    );
-    Err(ApiError {
-        param: Some("url"),
-        ..refusal(403, "endpoint_not_allowed", message)
-    })
 }
 
 /// Returns what a worker's past results say about it. Times are seconds from `now`.

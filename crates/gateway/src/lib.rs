@@ -57,7 +57,7 @@ mod upstream;
 mod worker_info;
 mod workers;
 
-pub use admin::{AdminConfig, AdminKey, AdminListen, KeyError, UnprotectedAdmin};
+pub use admin::{AdminConfig, AdminKey, AdminListen, KeyError, UnprotectedAdmin, parse_new_worker};
 pub use client_headers::ClientTrust;
 pub use config::{GatewayConfig, default_io_threads};
 pub use connection::ConnectionConfig;

@@ -11,10 +11,12 @@
 //! - The size of the result is bounded by the size of the input.
 //! - A result that is formatted and parsed again is equal.
 
+pub mod config_files;
 pub mod decompress;
 pub mod engine_reports;
 pub mod kv_events;
 pub mod multipart;
+pub mod new_workers;
 pub mod request_bodies;
 pub mod response_bodies;
 mod slow_events;
@@ -32,7 +34,11 @@ pub struct Target {
 }
 
 /// All fuzz targets.
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 11] = [
+    Target {
+        name: "config_files",
+        check: config_files::check,
+    },
     Target {
         name: "decompress",
         check: decompress::check,
@@ -48,6 +54,10 @@ pub const TARGETS: [Target; 9] = [
     Target {
         name: "multipart",
         check: multipart::check,
+    },
+    Target {
+        name: "new_workers",
+        check: new_workers::check,
     },
     Target {
         name: "request_bodies",

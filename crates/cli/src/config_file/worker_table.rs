@@ -38,6 +38,7 @@ pub(super) fn to_flag(table: &Table) -> anyhow::Result<String> {
     let mut flag = url
         .context("key `url` is missing, such as url = \"http://gpu1:8000\"")?
         .to_owned();
+    check_separators(URL, &flag)?;
     for (key, value) in table.iter().filter(|(key, _)| *key != URL) {
         let option = key.replace('_', "-");
         if !OPTIONS.contains(&option.as_str()) {
@@ -63,13 +64,19 @@ pub(super) fn to_flag(table: &Table) -> anyhow::Result<String> {
             Value::Boolean(false) if SWITCHES.contains(&option.as_str()) => "off".to_owned(),
             other => bail!("key `{key}` cannot be {other}"),
         };
-        ensure!(
-            !text.contains([',', ' ']),
-            "key `{key}` cannot contain a comma or a space"
-        );
+        check_separators(key, &text)?;
         flag.push_str(&format!(",{option}={text}"));
     }
     Ok(flag)
+}
+
+/// Checks that a value contains no separator of options or of workers.
+fn check_separators(key: &str, text: &str) -> anyhow::Result<()> {
+    ensure!(
+        !text.contains([',', ' ', '\t', '\n']),
+        "key `{key}` cannot contain a comma or a space"
+    );
+    Ok(())
 }
 
 /// Returns the lines of a `[[worker]]` table that describes the same worker as a valid value of

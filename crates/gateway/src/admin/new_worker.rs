@@ -1,0 +1,61 @@
+//! Workers that are added over HTTP: the body of `POST /admin/workers`.
+
+use foresee_engine::error::ApiError;
+use serde::Deserialize;
+
+use super::access::refusal;
+use crate::subscribe::KvEvents;
+use crate::workers::worker_config::WorkerConfig;
+
+/// Parses the body `{"url": "URL[,name=NAME][,ranks=N][,blocks=N]…"}`, whose `url` is a description
+/// as for `--worker`.
+///
+/// # Errors
+/// Fails with a 400 if the body or the description is invalid or names a file with a key, and with a
+/// 403 if only the operator of the router's host may configure such a worker.
+pub fn parse_new_worker(body: &[u8]) -> Result<WorkerConfig, ApiError> {
+    #[derive(Deserialize)]
+    struct NewWorker {
+        url: String,
+    }
+    let new: NewWorker = serde_json::from_slice(body).map_err(|error| {
+        let message = format!(
+            "The body must be {{\"url\": \"http://HOST:PORT[,name=NAME][,blocks=N]\"}}: {error}."
+        );
+        ApiError::bad_request(message, Some("url"))
+    })?;
+    let config: WorkerConfig = new.url.parse().map_err(|error| {
+        let message = format!("The description in `url` is invalid: {error}.");
+        ApiError::bad_request(message, Some("url"))
+    })?;
+    if config.api_key_file.is_some() {
+        // Such a request could send any file of this machine to a server of its choice.
+        let message = "`api-key-file` is not accepted here: name the file with --worker or \
+                       --worker-api-key-file, which apply when the router starts.";
+        return Err(ApiError::bad_request(message, Some("url")));
+    }
+    check_event_endpoints(&config)?;
+    Ok(config)
+}
+
+/// Checks that a worker that is added over HTTP has only `tcp://` endpoints that the router connects
+/// to. Other endpoints would open a port or a file on the router's host. Fails with a 403.
+fn check_event_endpoints(config: &WorkerConfig) -> Result<(), ApiError> {
+    let KvEvents::At(source) = &config.kv_events else {
+        return Ok(());
+    };
+    let is_remote = |endpoint: &str| endpoint.starts_with("tcp://");
+    let field = match &source.replay {
+        _ if source.binds || !is_remote(&source.endpoint) => "kv-events",
+        Some(replay) if !is_remote(replay) => "replay",
+        _ => return Ok(()),
+    };
+    let message = format!(
+        "`{field}` must be `tcp://HOST:PORT` for a worker that is added over HTTP. Configure an \
+         endpoint with `bind:` or `ipc:` by --worker at the start of the router."
+    );
+    Err(ApiError {
+        param: Some("url"),
+        ..refusal(403, "endpoint_not_allowed", message)
+    })
+}
