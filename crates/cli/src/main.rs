@@ -2,10 +2,11 @@
 
 use std::process::ExitCode;
 
-// The proxy makes many small allocations on one thread and frees them on another.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() -> ExitCode {
+    // Returns freed memory to the system while the program is idle. Not supported everywhere.
+    let _ = tikv_jemalloc_ctl::background_thread::write(true);
     foresee_cli::run()
 }

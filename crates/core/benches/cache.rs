@@ -19,10 +19,10 @@ use foresee_core::event_index::{CacheDelta, CacheView, EventIndex, PrefixRuns, S
 use foresee_core::router::{CacheSource, Observed, Request, Router, RouterConfig};
 use foresee_core::sequence::Sequence;
 use foresee_core::workers::{WorkerId, WorkerSpec};
-use mimalloc::MiMalloc;
+use tikv_jemallocator::Jemalloc;
 
 #[global_allocator]
-static ALLOCATOR: Cap<MiMalloc> = Cap::new(MiMalloc, usize::MAX);
+static ALLOCATOR: Cap<Jemalloc> = Cap::new(Jemalloc, usize::MAX);
 
 fn main() {
     // Measurements that are not a time per operation run first, unless benchmarks are selected by

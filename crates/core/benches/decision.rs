@@ -20,7 +20,7 @@ use foresee_core::workers::WorkerSpec;
 
 // The allocator of the program: hash chains are allocated by one thread and may be freed by another.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() {
     divan::main();

@@ -31,7 +31,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 // The allocator of the program.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 const WORKERS: usize = 512;
 const BLOCKS_PER_WORKER: usize = 9216;

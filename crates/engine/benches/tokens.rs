@@ -22,7 +22,7 @@ use foresee_engine::tokenizer::{SpecialTokens, Tokenizer};
 
 // The allocator of the released program.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() {
     divan::main();
