@@ -1,5 +1,5 @@
-//! Benchmark of the proxy: CPU time of the gateway's process per request, and its memory after many
-//! different prompts. Run with `cargo bench -p foresee-gateway`.
+//! Benchmark of the proxy: CPU time of the gateway's process per request, its memory after many
+//! different prompts, and its memory with many open streams and after them. Run with `cargo bench -p foresee-gateway`.
 //!
 //! Two child processes of this program act as the worker and the clients, so that their CPU time is
 //! not counted. The first argument is the role. Both use a minimal HTTP implementation over keep-alive
@@ -9,22 +9,35 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use foresee_core::queue::QueueOrder;
+use foresee_core::router::RouterConfig;
 use foresee_core::workers::WorkerState;
-use foresee_gateway::{Gateway, GatewayConfig};
+use foresee_gateway::{Gateway, GatewayConfig, raise_open_file_limit};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
 
 /// Number of connections of the clients.
 const CONNECTIONS: usize = 32;
 /// Number of events of one stream.
 const EVENTS: usize = 16;
+/// Number of streams that are open at once. Each takes two of the gateway's open files.
+const OPEN_STREAMS: usize = 9_000;
+/// Number of requests at once while the streams are opened.
+const OPENING_AT_ONCE: usize = 200;
+/// Time after the end of the streams at which memory is measured again.
+const IDLE_TIME: Duration = Duration::from_secs(60);
 
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 fn main() {
+    // As the program does.
+    let _ = tikv_jemalloc_ctl::background_thread::write(true);
+    raise_open_file_limit().unwrap();
     let mut arguments = std::env::args().skip(1);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -38,7 +51,11 @@ fn main() {
             let requests = arguments.next().unwrap().parse().unwrap();
             runtime.block_on(clients(address, kind, requests));
         }
-        _ => runtime.block_on(measure()),
+        Some("open-streams") => runtime.block_on(hold_streams(arguments.next().unwrap())),
+        _ => runtime.block_on(async {
+            measure().await;
+            measure_open_streams().await;
+        }),
     }
 }
 
@@ -110,23 +127,7 @@ async fn measure() {
         ("2 KB chat, 16 events 1 ms apart", Kind::SlowStream, 20_000),
         ("28 KB chat, distinct prompts", Kind::Distinct, 100_000),
     ] {
-        let (mut worker, mut output) = spawn(&["worker"]);
-        let mut address = String::new();
-        output.read_line(&mut address).unwrap();
-        let gateway = Gateway::start(GatewayConfig {
-            listen: "127.0.0.1:0".parse().unwrap(),
-            admin_listen: "127.0.0.1:0".parse().unwrap(),
-            workers: vec![address.trim().parse().unwrap()],
-            shutdown: foresee_gateway::ShutdownConfig {
-                delay: Duration::ZERO,
-            },
-            ..GatewayConfig::default()
-        })
-        .unwrap();
-        let healthy = || gateway.router().workers(Duration::ZERO)[0].state == WorkerState::Healthy;
-        while !healthy() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        let (mut worker, gateway) = start(RouterConfig::default().queue_order).await;
         // Opens connections and fills caches before the measurement.
         run_clients(&gateway, kind, 2_000).await;
         let (cpu, memory, start) = (cpu_time(), resident_bytes(), Instant::now());
@@ -149,6 +150,63 @@ async fn measure() {
         worker.kill().unwrap();
         worker.wait().unwrap();
     }
+}
+
+/// Measures memory before, with and after [`OPEN_STREAMS`] streams that are open at once.
+async fn measure_open_streams() {
+    // The one worker would not be sent that many requests at once.
+    let (mut worker, gateway) = start(None).await;
+    run_clients(&gateway, Kind::Stream, 2_000).await;
+    let before = resident_bytes();
+    let (mut clients, mut output) = spawn(&["open-streams", &gateway.address().to_string()]);
+    let mut line = String::new();
+    output.read_line(&mut line).unwrap();
+    assert_eq!(line, "open\n", "some streams could not be opened");
+    assert_eq!(gateway.router().booking_count(), OPEN_STREAMS);
+    let open = resident_bytes();
+    clients.kill().unwrap();
+    clients.wait().unwrap();
+    while gateway.router().booking_count() > 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    tokio::time::sleep(IDLE_TIME).await;
+    println!(
+        "{OPEN_STREAMS} open streams: {:.1} kB each; memory before, with and {} s after them: {:.1} MB, {:.1} MB, {:.1} MB",
+        (open - before) as f64 / OPEN_STREAMS as f64 / 1e3,
+        IDLE_TIME.as_secs(),
+        before as f64 / 1e6,
+        open as f64 / 1e6,
+        resident_bytes() as f64 / 1e6,
+    );
+    gateway.shut_down().await;
+    worker.kill().unwrap();
+    worker.wait().unwrap();
+}
+
+/// Starts a worker as a child process and a gateway in front of it.
+async fn start(queue_order: Option<QueueOrder>) -> (Child, Gateway) {
+    let (worker, mut output) = spawn(&["worker"]);
+    let mut address = String::new();
+    output.read_line(&mut address).unwrap();
+    let gateway = Gateway::start(GatewayConfig {
+        listen: "127.0.0.1:0".parse().unwrap(),
+        admin_listen: "127.0.0.1:0".parse().unwrap(),
+        workers: vec![address.trim().parse().unwrap()],
+        shutdown: foresee_gateway::ShutdownConfig {
+            delay: Duration::ZERO,
+        },
+        router: RouterConfig {
+            queue_order,
+            ..RouterConfig::default()
+        },
+        ..GatewayConfig::default()
+    })
+    .unwrap();
+    let healthy = || gateway.router().workers(Duration::ZERO)[0].state == WorkerState::Healthy;
+    while !healthy() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    (worker, gateway)
 }
 
 async fn run_clients(gateway: &Gateway, kind: Kind, requests: usize) {
@@ -221,6 +279,12 @@ async fn respond(stream: &mut TcpStream) -> Option<()> {
         let head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n";
         stream.write_all(head.as_bytes()).await.ok()?;
         let is_slow = memchr::memmem::find(&body, br#""gap_ms":1"#).is_some();
+        if memchr::memmem::find(&body, br#""hold":true"#).is_some() {
+            stream.write_all(b"c\r\ndata: {}\n\n  \r\n").await.ok()?;
+            // Until the gateway closes the connection.
+            let _ = stream.read_u8().await;
+            return None;
+        }
         for event in 0..EVENTS {
             let data = if event + 1 == EVENTS {
                 "data: [DONE]\n\n".to_owned()
@@ -275,6 +339,41 @@ async fn clients(address: String, kind: Kind, requests: usize) {
     for task in tasks {
         task.await.unwrap();
     }
+}
+
+/// Opens [`OPEN_STREAMS`] streams, prints `open` after the first event of the last one, and keeps them
+/// open until the process is killed.
+async fn hold_streams(address: String) {
+    let permits = Arc::new(Semaphore::new(OPENING_AT_ONCE));
+    let tasks: Vec<_> = (0..OPEN_STREAMS)
+        .map(|number| {
+            let (permits, address) = (Arc::clone(&permits), address.clone());
+            tokio::spawn(async move {
+                let _permit = permits.acquire().await.unwrap();
+                let body = Kind::Stream
+                    .body(number)
+                    .replacen('{', r#"{"hold":true,"#, 1);
+                let request = format!(
+                    "POST /v1/chat/completions HTTP/1.1\r\nhost: {address}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+                    body.len()
+                );
+                let mut stream = TcpStream::connect(&address).await.unwrap();
+                stream.write_all(request.as_bytes()).await.unwrap();
+                let mut bytes = Vec::new();
+                while memchr::memmem::find(&bytes, b"data: ").is_none() {
+                    assert_ne!(stream.read_buf(&mut bytes).await.unwrap(), 0);
+                }
+                stream
+            })
+        })
+        .collect();
+    let mut streams = Vec::new();
+    for task in tasks {
+        streams.push(task.await.unwrap());
+    }
+    println!("open");
+    std::io::stdout().flush().unwrap();
+    std::future::pending::<()>().await;
 }
 
 /// Reads one whole HTTP message: with chunked encoding, up to the last chunk. Returns its head and body,
