@@ -9,8 +9,7 @@ use foresee_core::batch::Batch;
 use foresee_core::outlier::ExchangeResult;
 use foresee_engine::error::ApiError;
 use foresee_engine::output_text::{Continuation, OutputEnd, OutputText, parse_output_text_for};
-use foresee_engine::request::Endpoint;
-use foresee_engine::request::PromptSequences;
+use foresee_engine::request::{Endpoint, PromptSequences};
 use foresee_engine::stream::{StreamObserver, parse_response_id};
 use foresee_engine::usage::{Usage, parse_usage};
 use http::HeaderValue;
@@ -361,7 +360,8 @@ impl ResponseObserver {
                 let output = context
                     .wants_text()
                     .then(|| parse_output_text_for(context.endpoint, &body));
-                let id = parse_response_id(&body);
+                let has_id = context.endpoint == Endpoint::Responses;
+                let id = has_id.then(|| parse_response_id(&body)).flatten();
                 (parse_usage(&body), output.flatten(), id)
             }
             ResponseReader::Events(observer) => {
