@@ -4,16 +4,14 @@ use std::fmt::Write as _;
 
 use anyhow::Context;
 use clap::{Arg, ArgAction, ArgMatches};
-use foresee_core::router::Router;
-use foresee_core::workers::WorkerSpec;
 use foresee_gateway::{GatewayConfig, WorkerConfig};
 use toml::Value;
 
 use crate::config_file::{from_flag, keys};
 use crate::flags::Queue;
 use crate::output::print;
-use crate::serve::ServeArgs;
-use crate::values::Kind;
+use crate::serve::{ServeArgs, check_settings};
+use crate::value_kind::Kind;
 use crate::{InvalidConfiguration, command};
 
 /// Checks all settings and prints them as a file for `--config`. No socket is opened and no worker
@@ -24,31 +22,10 @@ use crate::{InvalidConfiguration, command};
 /// If a setting is invalid, or the tokenizer cannot be loaded.
 pub(crate) fn check_config(args: ServeArgs, matches: &ArgMatches) -> anyhow::Result<()> {
     let config = args.gateway();
-    check(&config)?;
+    check_settings(&config)?;
     config.check_tokenizer().context(InvalidConfiguration)?;
     print(effective(&config, matches)?)?;
     eprintln!("Configuration is valid.");
-    Ok(())
-}
-
-/// Checks settings that the parser of a single flag cannot check. The tokenizer, which takes long
-/// to load, is not checked here.
-///
-/// # Errors
-/// If a weight is out of range, the admin API would be open to other hosts, two workers have one
-/// name, or an API key of workers cannot be read.
-pub(crate) fn check(config: &GatewayConfig) -> anyhow::Result<()> {
-    config.check_api_keys().context(InvalidConfiguration)?;
-    let router = Router::new(config.router.clone()).context(InvalidConfiguration)?;
-    let admin = config.admin.check(&config.admin_listen);
-    admin.context(InvalidConfiguration)?;
-    for worker in config.workers.iter().flat_map(WorkerConfig::workers) {
-        let spec = WorkerSpec {
-            name: worker.name,
-            ..WorkerSpec::default()
-        };
-        router.add_worker(spec).context(InvalidConfiguration)?;
-    }
     Ok(())
 }
 

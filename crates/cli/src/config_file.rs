@@ -17,7 +17,8 @@ use toml::{Table, Value};
 
 pub(crate) use worker_table::from_flag;
 
-use crate::values::{Kind, nearest};
+use crate::value_kind::Kind;
+use crate::values::nearest;
 use crate::{CONFIGURED, InvalidConfiguration, command};
 
 /// Flags that the file does not accept as keys.

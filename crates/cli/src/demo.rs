@@ -18,10 +18,11 @@ use foresee_sim::workload::Workload;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use crate::admin_address::AdminAddress;
 use crate::flags::{EngineArgs, QueueArgs, RouterArgs, WorkloadArgs, policy, workload};
 use crate::output::{print, write_json};
 use crate::progress;
-use crate::serve::{AdminAddress, runtime};
+use crate::serve::runtime;
 use crate::values::{Fraction, address};
 
 /// Name of the model that the mock engines serve.

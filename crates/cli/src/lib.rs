@@ -1,6 +1,7 @@
 //! The command line of Foresee: reads flags, environment and configuration file, and calls the
 //! other crates.
 
+mod admin_address;
 mod check_config;
 mod config_file;
 mod demo;
@@ -16,6 +17,7 @@ mod replay;
 mod serve;
 mod shell;
 mod trace_file;
+mod value_kind;
 mod values;
 mod verify;
 

@@ -7,7 +7,7 @@ use clap::{Arg, ArgAction, Command};
 
 use crate::command;
 use crate::config_file::is_key;
-use crate::values::Kind;
+use crate::value_kind::Kind;
 
 /// The hand-written part of the page, with a marker where each generated part belongs.
 const TEMPLATE: &str = include_str!("../../../docs/configuration.in.md");

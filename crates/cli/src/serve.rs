@@ -8,17 +8,17 @@ mod outlier;
 mod settings;
 
 use anyhow::Context;
+use foresee_core::router::Router;
+use foresee_core::workers::WorkerSpec;
 use foresee_gateway::{
-    Gateway, GatewayConfig, InheritedListeners, StartError, raise_open_file_limit,
+    Gateway, GatewayConfig, InheritedListeners, StartError, WorkerConfig, raise_open_file_limit,
 };
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-pub(crate) use admin_args::AdminAddress;
 pub(crate) use health_args::WorkerAccessArgs;
 pub(crate) use settings::{PromptArgs, ServeArgs, WorkerArgs};
 
 use crate::InvalidConfiguration;
-use crate::check_config::check;
 
 /// Checks the configuration and runs the router until a signal stops it. `args` must be
 /// [resolved](ServeArgs::resolve).
@@ -30,12 +30,33 @@ pub(crate) fn serve(args: ServeArgs) -> anyhow::Result<()> {
     let listeners = InheritedListeners::from_environment()
         .context("cannot use the sockets of LISTEN_FDS (socket activation)")?;
     let config = args.gateway();
-    check(&config)?;
+    check_settings(&config)?;
     let runtime = runtime()?;
     let result = runtime.block_on(run(listeners, config));
     // A look-up of a host name that hangs occupies a thread, which must not delay the end.
     runtime.shutdown_background();
     result
+}
+
+/// Checks settings that the parser of a single flag cannot check. The tokenizer, which takes long
+/// to load, is not checked here.
+///
+/// # Errors
+/// If a weight is out of range, the admin API would be open to other hosts, two workers have one
+/// name, or an API key of workers cannot be read.
+pub(crate) fn check_settings(config: &GatewayConfig) -> anyhow::Result<()> {
+    config.check_api_keys().context(InvalidConfiguration)?;
+    let router = Router::new(config.router.clone()).context(InvalidConfiguration)?;
+    let admin = config.admin.check(&config.admin_listen);
+    admin.context(InvalidConfiguration)?;
+    for worker in config.workers.iter().flat_map(WorkerConfig::workers) {
+        let spec = WorkerSpec {
+            name: worker.name,
+            ..WorkerSpec::default()
+        };
+        router.add_worker(spec).context(InvalidConfiguration)?;
+    }
+    Ok(())
 }
 
 /// Starts the gateway and waits for SIGTERM or SIGINT, then for the shutdown. A second signal ends the

@@ -9,7 +9,7 @@ use crate::active_tree::WorkerIndex;
 use crate::policy::Policy;
 use crate::request::PreparedRequest;
 use crate::state::{RequestAssessment, State};
-use crate::workers::WorkerId;
+use crate::worker_id::WorkerId;
 
 /// Returns the part of `eligible` that consists of `only`, or all of it if `only` is `None`.
 pub(crate) fn restrict(eligible: &[WorkerIndex], only: Option<WorkerIndex>) -> &[WorkerIndex] {

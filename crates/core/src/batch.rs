@@ -15,12 +15,12 @@ use smallvec::SmallVec;
 
 use crate::active_tree::{PrefixMatch, PrefixTree};
 use crate::booking::Booking;
-use crate::booking_record::BookingId;
+use crate::booking_id::BookingId;
 use crate::critical_section::{CriticalSection, SharedState};
 use crate::policy::Decision;
 use crate::request::{Explanation, PreparedRequest, RouteError, SelectError, check_block_size};
 use crate::sequence::Sequence;
-use crate::workers::WorkerId;
+use crate::worker_id::WorkerId;
 pub(crate) use costs::BatchCosts;
 use costs::Evaluation;
 

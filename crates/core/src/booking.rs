@@ -7,13 +7,13 @@
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use crate::booking_record::BookingId;
+use crate::booking_id::BookingId;
 use crate::critical_section::SharedState;
 use crate::policy::Decision;
 use crate::request::{PreparedRequest, Request, RouteError, SelectError};
 use crate::sequence::Sequence;
 use crate::state::State;
-use crate::workers::WorkerId;
+use crate::worker_id::WorkerId;
 
 /// Everything that one routed request occupies on one worker. Dropping it releases all of that.
 ///

@@ -10,17 +10,7 @@ use crate::outlier::ReportedResult;
 use crate::pending_work::RequestWork;
 use crate::queue::{QueueKey, QueueTicket};
 use crate::sglang_admission::OutputReservation;
-use crate::workers::WorkerId;
-
-/// Key of a booking record. A slab index is reused after its booking ended. The serial is never
-/// reused, so a stale id finds no record instead of another booking's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct BookingId {
-    /// Number of the booking, counted over all workers.
-    pub(crate) serial: u64,
-    /// Index of the record in the slab.
-    pub(crate) index: usize,
-}
+use crate::worker_id::WorkerId;
 
 /// State of a booking whose request is queued at the router.
 #[derive(Debug)]

@@ -20,14 +20,16 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use crate::active_tree::WorkerIndex;
-use crate::booking_record::BookingId;
+use crate::booking_id::BookingId;
 use crate::estimated_cache::EvictionRule;
 use crate::policy::Decision;
 use crate::queue::{QueueOrder, QueueTicket};
 use crate::request::{PreparedRequest, SelectError};
 use crate::sglang_admission::OutputReservation;
 use crate::state::{RequestAssessment, State};
-use crate::workers::{Worker, WorkerId, WorkerState, duration_from_secs_saturating};
+use crate::time::duration_from_secs_saturating;
+use crate::worker_id::WorkerId;
+use crate::workers::{Worker, WorkerState};
 
 /// Largest prefill backlog, in seconds, with which a worker has prefill slack. It must exceed the
 /// time that a request takes to reach the worker, so that the worker does not run idle.

@@ -6,7 +6,8 @@
 use std::time::Duration;
 
 use crate::active_tree::{NO_NODE, WorkerIndex};
-use crate::booking_record::{BookingId, BookingRecord, KnownProgress, QueuedState};
+use crate::booking_id::BookingId;
+use crate::booking_record::{BookingRecord, KnownProgress, QueuedState};
 use crate::counter::Counter;
 use crate::forecast::latency::PrefillWork;
 use crate::hit_audit::{AuditResult, ReportedHit};
@@ -18,7 +19,8 @@ use crate::request::PreparedRequest;
 use crate::sequence::Sequence;
 use crate::sglang_admission::OutputReservation;
 use crate::state::{RequestAssessment, State};
-use crate::workers::{WorkerId, duration_from_secs_saturating};
+use crate::time::duration_from_secs_saturating;
+use crate::worker_id::WorkerId;
 
 /// Minimum number of decode steps for which the total time of a response that is not streamed is a
 /// sample of decode time. With fewer steps, prefill is too large a part of it.

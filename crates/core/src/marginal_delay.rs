@@ -50,8 +50,8 @@ use std::time::Duration;
 
 use crate::active_tree::PrefixMatch;
 use crate::forecast::latency::{LatencyModel, PrefillWork};
+use crate::load::Load;
 use crate::pending_work::{DECODE_BUCKETS, DecodeBucket, PendingWork, QueueWait};
-use crate::policy::Load;
 use crate::queue::QueueTicket;
 
 /// Marginal delay of one placement, part by part, in seconds.

@@ -9,12 +9,14 @@ use std::hash::BuildHasherDefault;
 use std::time::Duration;
 
 use crate::active_tree::WorkerIndex;
-use crate::booking_record::{BookingId, KnownProgress};
+use crate::booking_id::BookingId;
+use crate::booking_record::KnownProgress;
 use crate::event_index::PrefixRun;
 use crate::ledger::find_record;
 use crate::sequence::{IdentityHasher, Sequence, SequenceHash};
 use crate::state::State;
-use crate::workers::{WorkerId, duration_from_secs_saturating};
+use crate::time::duration_from_secs_saturating;
+use crate::worker_id::WorkerId;
 
 /// Minimum time between two updates of the estimate for one request.
 const MIN_UPDATE_INTERVAL: Duration = Duration::from_millis(1);

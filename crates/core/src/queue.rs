@@ -12,11 +12,11 @@ use std::time::Duration;
 
 use smallvec::SmallVec;
 
-use crate::booking_record::BookingId;
+use crate::booking_id::BookingId;
 use crate::counter::Counter;
 use crate::forecast::latency::PrefillWork;
 use crate::sglang_admission::OutputReservation;
-use crate::workers::duration_from_secs_saturating;
+use crate::time::duration_from_secs_saturating;
 
 /// Order in which queued requests of equal priority are sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

@@ -6,14 +6,16 @@
 //! passes the lock on after each part. Decisions in between see nothing of what is being removed.
 
 use crate::active_tree::{NO_NODE, WorkerIndex};
-use crate::booking_record::{BookingId, BookingRecord};
+use crate::booking_id::BookingId;
+use crate::booking_record::BookingRecord;
 use crate::cache_source::CacheSource;
 use crate::counter::Counter;
 use crate::critical_section::SharedState;
 use crate::event_index::{RemovalCursor, RemovalStep};
 use crate::queue::QueueKey;
 use crate::state::State;
-use crate::workers::{RemovedWorker, Worker, WorkerId};
+use crate::worker_id::WorkerId;
+use crate::workers::{RemovedWorker, Worker};
 
 /// Number of freed requests, or of queued ones, that one critical section handles.
 const MAX_REQUESTS_PER_LOCK: usize = 32;

@@ -18,7 +18,7 @@ use crate::policy::Policy;
 use crate::request::PreparedRequest;
 use crate::sequence::{IdentityHasher, SequenceHash};
 use crate::state::{RequestAssessment, State};
-use crate::workers::WorkerId;
+use crate::worker_id::WorkerId;
 
 /// Maximum number of prefixes in each of the two generations of regret.
 const MAX_PREFIXES: usize = 4096;

@@ -5,16 +5,15 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rapidhash::v3::{DEFAULT_RAPID_SECRETS, rapidhash_v3_seeded};
-
 use crate::active_tree::PrefixMatch;
 use crate::forecast::output_length::LengthClass;
 use crate::kv_cost::KvCost;
 use crate::marginal_delay::MarginalDelay;
+use crate::model_name::{ModelName, hash_model_name};
 use crate::outlier::Restriction;
 use crate::policy::Policy;
 use crate::sequence::Sequence;
-use crate::workers::WorkerId;
+use crate::worker_id::WorkerId;
 
 /// Maximum length of a model name, in bytes. A request with a longer name is refused, because the
 /// name would be compared and copied at every step.
@@ -92,35 +91,6 @@ impl SelectError {
             Self::QueueFull { limit } => RouteError::QueueFull { limit },
         }
     }
-}
-
-/// Model name of a request, with its hash.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct ModelName<'a> {
-    /// At most [`MAX_MODEL_NAME_BYTES`]; empty for any model.
-    pub(crate) name: &'a str,
-    /// [`hash_model_name`] of the name.
-    pub(crate) hash: u64,
-}
-
-impl<'a> ModelName<'a> {
-    /// Returns a name with its hash, which takes time proportional to the name.
-    pub(crate) fn new(name: &'a str) -> Self {
-        Self {
-            name,
-            hash: hash_model_name(name),
-        }
-    }
-}
-
-impl ModelName<'static> {
-    /// Name that stands for any model.
-    pub(crate) const ANY: Self = Self { name: "", hash: 0 };
-}
-
-/// Returns the hash of a model name.
-pub(crate) fn hash_model_name(name: &str) -> u64 {
-    rapidhash_v3_seeded(name.as_bytes(), &DEFAULT_RAPID_SECRETS)
 }
 
 /// Request to be routed.

@@ -21,13 +21,14 @@ use crate::critical_section::SharedState;
 use crate::estimated_cache::EvictionRule;
 use crate::event_index::{CacheDelta, PrefixRun};
 use crate::forecast::output_length::OutputLengthAccuracy;
+use crate::model_name::ModelName;
 pub use crate::request::{Candidate, Explanation, MAX_MODEL_NAME_BYTES, Request, RouteError};
-use crate::request::{ModelName, PreparedRequest, SelectError};
+use crate::request::{PreparedRequest, SelectError};
 use crate::sequence::Sequence;
 use crate::state::State;
+use crate::worker_id::WorkerId;
 use crate::workers::{
-    Worker, WorkerError, WorkerId, WorkerSnapshot, WorkerSpec, WorkerState, Workers,
-    distinct_models,
+    Worker, WorkerError, WorkerSnapshot, WorkerSpec, WorkerState, Workers, distinct_models,
 };
 
 /// Hashes of a cache delta that are applied in one critical section. 64 take about two

@@ -27,7 +27,8 @@ use crate::progress_estimator::ProgressEstimator;
 use crate::queue::{QueuePolicyState, QueueTicket};
 use crate::replication::ReplicationRegret;
 use crate::request::{Candidate, Explanation, PassedOver, PreparedRequest, SelectError};
-use crate::workers::{WorkerId, Workers};
+use crate::worker_id::WorkerId;
+use crate::workers::Workers;
 
 /// State of a router: everything behind its lock.
 #[derive(Debug)]

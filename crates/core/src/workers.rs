@@ -13,31 +13,23 @@ use std::time::Duration;
 use rapidhash::v3::{DEFAULT_RAPID_SECRETS, rapidhash_v3_seeded};
 
 use crate::active_tree::{PrefixMatch, WorkerIndex};
-use crate::booking_record::BookingId;
+use crate::booking_id::BookingId;
 use crate::cache_source::CacheSource;
 use crate::capacity::CapacitySource;
 use crate::estimated_cache::{EstimatedCache, EvictionRule};
 use crate::forecast::latency::{PrefillWork, SharedLatencyModel};
+use crate::load::Load;
 use crate::marginal_delay::{MarginalDelay, RequestProfile};
+use crate::model_name::ModelName;
 use crate::outlier::{OutlierConfig, Outliers};
 use crate::pending_work::PendingWork;
-use crate::policy::Load;
 use crate::queue::QueueKey;
-use crate::request::ModelName;
 use crate::sglang_admission::OutputReservation;
 use eligibility::Eligibility;
 use latency_groups::LatencyGroups;
 pub use snapshot::WorkerSnapshot;
 
-/// Identity of one worker. Never reused: a worker that is removed and added again, even under the
-/// same name, gets another id. Ids are ordered by when the workers were added.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct WorkerId {
-    /// Number of the worker, counted over all that were ever added.
-    pub(crate) generation: u64,
-    /// Position in the router's arrays, reused after removal.
-    pub(crate) index: WorkerIndex,
-}
+pub use crate::worker_id::WorkerId;
 
 /// Description of a worker, for [`Router::add_worker`](crate::router::Router::add_worker).
 #[derive(Clone, Debug, Default)]
@@ -613,10 +605,4 @@ impl Workers {
         let own = worker.models.iter().map(|model| ModelName::new(model));
         own.chain(known.into_iter().flatten())
     }
-}
-
-/// Converts a forecast in seconds. Returns `Duration::MAX` if it is too long for a duration, and
-/// also if it is negative or not a number.
-pub(crate) fn duration_from_secs_saturating(seconds: f64) -> Duration {
-    Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
 }

@@ -9,9 +9,10 @@
 //! Goals for proportions are judged with 95 % confidence intervals. A verdict is therefore one of
 //! "holds", "fails", and "not shown": too few responses to decide.
 
-mod checks;
+mod check;
 mod engine_observer;
 mod exchange;
+mod goals;
 mod interval;
 mod page;
 mod prompt_mix;
@@ -28,7 +29,7 @@ use engine_observer::{Poller, Reader};
 use exchange::{Ending, exchange};
 use prompt_mix::PromptMix;
 
-pub use checks::{Check, Evidence};
+pub use check::{Check, Evidence};
 pub use interval::{Proportion, Verdict};
 pub use prompt_mix::{Kind, Lengths};
 pub use report::{ActiveBlocks, Difference, Hits, Parity, Phase, Verification, WorkerResult};
@@ -129,12 +130,9 @@ pub async fn run(
         .await
         .map_err(VerifyError::Router)?;
     let parity = Parity::read(&reader).await.map_err(VerifyError::Router)?;
-    Ok(Verification::new(
-        config,
-        phases,
-        parity,
-        &reader.readings(),
-    ))
+    let mut verification = Verification::new(config, phases, parity, &reader.readings());
+    verification.checks = goals::check(&verification);
+    Ok(verification)
 }
 
 /// Waits until all workers that may serve the model are healthy. Returns the model, or the first

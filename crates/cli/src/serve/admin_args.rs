@@ -1,15 +1,13 @@
 //! Flags of the admin listener.
 
-use std::fmt;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory};
 use foresee_gateway::{AdminConfig, AdminKey, AdminListen};
 
-use crate::flags::{DEFAULTS, Switch};
-use crate::values::address;
+use crate::admin_address::AdminAddress;
+use crate::flags::Switch;
 
 /// Variable with the admin key. There is no flag for the key itself, because other users of the
 /// machine can read command lines.
@@ -124,50 +122,6 @@ impl AdminArgs {
             metrics_key: self.metrics_key,
             open: self.admin_open == Switch::On,
         }
-    }
-}
-
-/// Value of `--admin-listen`.
-#[derive(Clone, Debug)]
-pub(crate) struct AdminAddress {
-    /// Where to listen.
-    pub(crate) listen: AdminListen,
-    /// Host as it was given, if it is a name or an address.
-    host: Option<String>,
-}
-
-impl Default for AdminAddress {
-    fn default() -> Self {
-        Self {
-            listen: DEFAULTS.admin_listen.clone(),
-            host: None,
-        }
-    }
-}
-
-impl FromStr for AdminAddress {
-    type Err = String;
-
-    /// Parses `off`, `unix:PATH`, `HOST:PORT` or `:PORT`. A host name is resolved once, here.
-    fn from_str(text: &str) -> Result<Self, String> {
-        if text == "off" || text.starts_with("unix:") {
-            return Ok(Self {
-                listen: text.parse()?,
-                host: None,
-            });
-        }
-        let address = address(text).map_err(|error| format!("{error}; or unix:PATH, or off"))?;
-        let host = text.rsplit_once(':').map(|(host, _)| host.to_owned());
-        Ok(Self {
-            listen: AdminListen::Tcp(address),
-            host: host.filter(|host| !host.is_empty()),
-        })
-    }
-}
-
-impl fmt::Display for AdminAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.listen.fmt(f)
     }
 }
 

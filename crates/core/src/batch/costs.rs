@@ -9,12 +9,13 @@ use crate::active_tree::{PrefixMatch, WorkerIndex};
 use crate::batch::BatchRequest;
 use crate::critical_section::{CriticalSection, SharedState};
 use crate::kv_cost::{KvCost, KvCostInput};
+use crate::load::Load;
 use crate::marginal_delay::{MarginalDelay, RequestProfile};
-use crate::policy::{CostSource, Decision, Load, Policy};
+use crate::policy::{CostSource, Decision, Policy};
 use crate::request::SelectError;
 use crate::sequence::Sequence;
 use crate::state::State;
-use crate::workers::WorkerId;
+use crate::worker_id::WorkerId;
 
 /// Number of delays after which a critical section ends. A delay takes about a tenth of a
 /// microsecond.

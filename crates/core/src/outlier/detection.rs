@@ -7,8 +7,10 @@ use super::record::{FailureCharge, OutlierRecord};
 use super::{OutlierConfig, Restriction};
 use crate::active_tree::WorkerIndex;
 use crate::affinity::restrict;
-use crate::request::{ModelName, PreparedRequest, SelectError};
-use crate::workers::{Worker, WorkerId, Workers};
+use crate::model_name::ModelName;
+use crate::request::{PreparedRequest, SelectError};
+use crate::worker_id::WorkerId;
+use crate::workers::{Worker, Workers};
 
 /// Smallest difference between the failure rate of an outlier and the median of its peers.
 const MIN_EXCESS_FAILURE_RATE: f64 = 0.3;

@@ -5,10 +5,10 @@ use std::time::Duration;
 use super::{ExchangeResult, FailureCharge, ReportedResult};
 use crate::batch::Batch;
 use crate::booking::Booking;
-use crate::booking_record::BookingId;
+use crate::booking_id::BookingId;
 use crate::router::Router;
 use crate::state::State;
-use crate::workers::WorkerId;
+use crate::worker_id::WorkerId;
 
 /// Part of the charge of a failure that a soft failure adds.
 const SOFT_FAILURE_CHARGE: f64 = 0.5;

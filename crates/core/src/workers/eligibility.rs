@@ -6,7 +6,8 @@ use std::hash::BuildHasherDefault;
 use smallvec::SmallVec;
 
 use crate::active_tree::WorkerIndex;
-use crate::request::{ModelName, hash_model_name};
+use crate::model_name::ModelName;
+use crate::model_name::hash_model_name;
 use crate::sequence::IdentityHasher;
 
 /// Workers that can be chosen, by model. Stored, because decisions read it far more often than it

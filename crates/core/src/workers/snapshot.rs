@@ -4,12 +4,13 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{WorkerId, WorkerState, Workers, duration_from_secs_saturating};
+use super::{WorkerId, WorkerState, Workers};
 use crate::cache_source::CacheSource;
 use crate::capacity::CapacitySource;
 use crate::estimated_cache::EvictionRule;
 use crate::forecast::latency::{LatencyAccuracy, LatencyModel};
 use crate::outlier::OutlierSnapshot;
+use crate::time::duration_from_secs_saturating;
 
 /// State of one worker at one instant.
 #[derive(Clone, Debug)]

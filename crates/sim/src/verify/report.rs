@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::report::Latency;
 use crate::verify::VerifyConfig;
-use crate::verify::checks::{Check, check, grouped};
+use crate::verify::check::{Check, grouped};
 use crate::verify::engine_observer::{Reader, WorkerReadings};
 use crate::verify::exchange::{Ending, Exchange};
 use crate::verify::interval::Verdict;
@@ -335,7 +335,7 @@ impl Parity {
 }
 
 impl Verification {
-    /// Builds the report and judges the goals. `readings` has one element for each worker, the last
+    /// Builds the report without the verdicts on the goals. `readings` has one element for each worker, the last
     /// reading taken at rest. Of `config`, only values that the report repeats are used.
     pub(super) fn new(
         config: &VerifyConfig,
@@ -357,7 +357,7 @@ impl Verification {
                 metrics_error: readings.metrics_error.clone(),
             }
         });
-        let mut verification = Self {
+        Self {
             block_size: config.block_size,
             seed: config.seed,
             has_tokenizer: config.has_tokenizer,
@@ -365,9 +365,7 @@ impl Verification {
             workers: workers.collect(),
             parity,
             checks: Vec::new(),
-        };
-        verification.checks = check(&verification);
-        verification
+        }
     }
 
     /// Returns the verdict over all goals: `NotMeasured` if no response allowed a comparison of
