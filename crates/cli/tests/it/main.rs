@@ -4,6 +4,7 @@ mod command_line;
 mod configuration;
 mod fleet;
 mod kv_events;
+mod layout;
 mod load;
 mod ports;
 mod record;
