@@ -8,6 +8,7 @@ use crate::forecast::output_length::LengthClass;
 use crate::hit_audit::ExpectedHit;
 use crate::outlier::ReportedResult;
 use crate::pending_work::RequestWork;
+use crate::prefix_state::Occupancy;
 use crate::queue::{QueueKey, QueueTicket};
 use crate::sglang_admission::OutputReservation;
 use crate::worker_id::WorkerId;
@@ -113,10 +114,12 @@ impl BookingRecord {
         u32::try_from(whole).unwrap_or(u32::MAX)
     }
 
-    /// Returns the blocks that no other request can share: the partial block of the prompt, and the
-    /// blocks of the output.
-    pub(crate) fn unshared_blocks(&self) -> u32 {
-        self.blocks() - self.hashed_blocks
+    /// Returns what the request occupies on its worker now.
+    pub(crate) fn occupancy(&self) -> Occupancy {
+        Occupancy {
+            blocks: self.blocks(),
+            headroom: self.headroom(),
+        }
     }
 
     /// Returns the largest number of output tokens that an estimate may assume. A request that has
@@ -146,7 +149,7 @@ impl BookingRecord {
     /// latest such check was before the step that generated the last token. At that time the KV of
     /// all but the last two output tokens was stored. So the result is one engine block, or none
     /// if one of the last two tokens started a block.
-    pub(crate) fn headroom(&self) -> u32 {
+    fn headroom(&self) -> u32 {
         let blocks_at_check = self.blocks_after(self.output_tokens.saturating_sub(2));
         blocks_at_check
             .saturating_add(self.engine_block_ratio)

@@ -11,9 +11,7 @@ use std::sync::Arc;
 use std::task::Waker;
 
 use parking_lot::{Mutex, MutexGuard};
-use smallvec::SmallVec;
 
-use crate::active_tree::HashChain;
 use crate::state::State;
 
 /// Observer of the router's lock, for measurements.
@@ -136,9 +134,7 @@ impl Drop for CriticalSection<'_> {
         let Some(mut state) = self.state.take() else {
             return;
         };
-        let active_chains: SmallVec<[HashChain; 4]> =
-            std::mem::take(&mut state.tree.deferred_drops);
-        let queued_chains = std::mem::take(&mut state.queued_prefixes.deferred_drops);
+        let unused_chains = state.prefixes.take_deferred_drops();
         let wakers = std::mem::take(&mut state.queue.pending_wakers);
         if let Some(observer) = self.observer {
             observer.on_unlocking();
@@ -148,7 +144,7 @@ impl Drop for CriticalSection<'_> {
         } else {
             drop(state);
         }
-        drop((active_chains, queued_chains));
+        drop(unused_chains);
         wakers.into_iter().for_each(Waker::wake);
     }
 }

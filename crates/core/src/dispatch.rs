@@ -238,8 +238,7 @@ impl State {
     /// Returns whether the engine of the worker at `index` reserves memory for outputs, and makes
     /// prompts wait until their reservation fits. SGLang does.
     fn engine_reserves_output_memory(&self, index: WorkerIndex) -> bool {
-        let worker = self.workers.by_index(index);
-        worker.is_some_and(|worker| worker.estimated_cache.eviction() == EvictionRule::SglangRadix)
+        self.prefixes.eviction(index) == EvictionRule::SglangRadix
     }
 
     /// Returns whether the memory of the worker at `index` suffices to start a request at once that
@@ -254,12 +253,12 @@ impl State {
         new_blocks: u64,
         reservation: OutputReservation,
     ) -> bool {
-        let Some(worker) = self.workers.by_index(index) else {
+        if self.workers.by_index(index).is_none() {
             return false;
-        };
+        }
         let load = &self.workers.loads[index as usize];
         // A learned or assumed capacity that is too small would delay requests that do fit.
-        let Some(capacity) = worker.reported_capacity() else {
+        let Some(capacity) = self.prefixes.reported_capacity(index) else {
             return true;
         };
         // A request that is alone on the worker gets no more memory by waiting.
@@ -272,7 +271,7 @@ impl State {
                 || load.active_blocks + new_blocks <= capacity;
         }
         let block_size = u64::from(self.config.block_size.get());
-        let engine_block = u64::from(self.workers.engine_block_ratio(index).get());
+        let engine_block = u64::from(self.prefixes.engine_block_ratio(index).get());
         let output_tokens = self.workers.pending_work[index as usize]
             .output_reserve
             .tokens()

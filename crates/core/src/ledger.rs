@@ -10,11 +10,11 @@ use crate::booking_id::BookingId;
 use crate::booking_record::{BookingRecord, KnownProgress, QueuedState};
 use crate::counter::Counter;
 use crate::forecast::latency::PrefillWork;
-use crate::hit_audit::{AuditResult, ReportedHit};
 use crate::outlier::{ExchangeResult, ReportedResult};
 use crate::paged_slab::PagedSlab;
 use crate::pending_work::RequestWork;
 use crate::policy::Decision;
+use crate::prefix_state::{PinRequest, UnpinRequest};
 use crate::request::PreparedRequest;
 use crate::sequence::Sequence;
 use crate::sglang_admission::OutputReservation;
@@ -91,56 +91,23 @@ impl State {
         let mut is_idle = false;
         if let Some((worker, load)) = self.workers.get_mut(worker) {
             let index = worker.id.index;
-            let cache = &mut worker.estimated_cache;
-            let (mut pinned_blocks, mut duplicates) = (0, 0);
-            if worker.prefix_caching {
-                // An engine with larger blocks shares only full blocks of its own.
-                let chain = &prompt.hash_chain_aligned_to(record.engine_block_ratio);
-                let position = match chain.len() == prompt.hashes().len() {
-                    true => assessment.tree_position,
-                    false => self.tree.match_prefix(chain, &mut []),
-                };
-                let pinned = self.tree.pin(position, chain, index, record.serial);
-                record.node = pinned.node;
-                record.hashed_blocks = pinned.path_blocks;
-                pinned_blocks = u64::from(pinned.newly_pinned);
-                worker.pinned_blocks += pinned_blocks;
-                let prefix_match = assessment.prefix_matches()[index as usize];
-                let max_reusable_blocks = prompt.max_reusable_blocks();
-                record.expected_hit = Some(cache.expected_hit(
-                    prefix_match.cached_blocks.min(max_reusable_blocks),
-                    prefix_match.active_blocks,
-                    &pinned.reused,
-                    load.active_blocks,
-                ));
-                // If the whole prompt is cached, its last block is computed again.
-                let reused_until = pinned
-                    .reused
-                    .first()
-                    .map_or(0, |run| run.start + run.blocks);
-                cache.reuse(
-                    &pinned.reused,
-                    reused_until.saturating_sub(max_reusable_blocks),
-                );
-                duplicates =
-                    cache.mark_engine_boundary(&pinned, max_reusable_blocks, index, &mut self.tree);
-            }
-            cache.begin_prefill();
-            self.pending_evictions.note_booking(record.serial);
-            is_idle = load.active_blocks == 0;
-            if is_idle {
-                self.tree.mark_started(index, record.serial);
-            }
-            cache.change_headroom(0, record.headroom());
+            let pinned = self.prefixes.pin(
+                index,
+                &PinRequest {
+                    prompt,
+                    position: assessment.tree_position,
+                    prefix_match: assessment.prefix_matches()[index as usize],
+                    serial: record.serial,
+                    occupancy: record.occupancy(),
+                },
+            );
+            record.node = pinned.node;
+            record.hashed_blocks = pinned.hashed_blocks;
+            record.expected_hit = pinned.expected_hit;
+            is_idle = pinned.was_idle;
             load.requests += 1;
             load.context_tokens += record.context_tokens();
-            load.active_blocks += pinned_blocks + u64::from(record.unshared_blocks());
-            cache.evict_to_fit(
-                load.active_blocks + cache.transient_duplicate_blocks(duplicates),
-                index,
-                &mut self.tree,
-                &mut self.pending_evictions,
-            );
+            load.active_blocks = self.prefixes.active_blocks(index);
         }
         self.add_pending_work(&mut record);
         let mut is_prefill_finished = false;
@@ -182,19 +149,13 @@ impl State {
         let mut new_blocks = 0;
         if let Some((worker, load)) = self.workers.get_mut(worker) {
             let index = worker.id.index;
-            let mut shared_blocks = 0;
-            if worker.prefix_caching {
-                let chain = request.prompt.hash_chain();
-                let position = self.queued_prefixes.match_prefix(chain, &mut []);
-                let pinned = self
-                    .queued_prefixes
-                    .pin(position, chain, index, record.serial);
-                record.node = pinned.node;
-                record.hashed_blocks = pinned.path_blocks;
-                shared_blocks = assessment.prefix_matches()[index as usize]
-                    .active_blocks
-                    .min(pinned.path_blocks);
-            }
+            let (node, hashed_blocks) =
+                self.prefixes
+                    .pin_queued(index, request.prompt, record.serial);
+            record.node = node;
+            record.hashed_blocks = hashed_blocks;
+            let active_blocks = assessment.prefix_matches()[index as usize].active_blocks;
+            let shared_blocks = active_blocks.min(hashed_blocks);
             new_blocks = u64::from(record.blocks() - shared_blocks);
             load.requests += 1;
             load.context_tokens += record.context_tokens();
@@ -245,7 +206,7 @@ impl State {
             node: NO_NODE,
             hashed_blocks: 0,
             block_size: prompt.block_size().get(),
-            engine_block_ratio: self.workers.engine_block_ratio(worker.index).get(),
+            engine_block_ratio: self.prefixes.engine_block_ratio(worker.index).get(),
             prompt_tokens: prompt.tokens(),
             output_tokens: 0,
             work,
@@ -282,7 +243,8 @@ impl State {
         let Some((worker, load)) = self.workers.get_mut(record.worker) else {
             return;
         };
-        let (capacity, projected_blocks) = (worker.estimated_capacity(), load.projected_blocks());
+        let capacity = self.prefixes.estimated_capacity(worker.id.index);
+        let projected_blocks = load.projected_blocks();
         let Some((pending_work, shared_model)) = self.workers.pending_work_mut(record.worker)
         else {
             return;
@@ -358,7 +320,7 @@ impl State {
         let worker = record.worker;
         self.report(id, ExchangeResult::Success);
         if self.workers.get(worker).is_some() {
-            self.tree.mark_cached(node, worker.index);
+            self.prefixes.mark_cached(node, worker.index);
             if is_prefill_finished {
                 self.on_prefill_finished(worker, serial);
             }
@@ -372,15 +334,10 @@ impl State {
     /// that were sent to it before. Dispatches the worker's next request. Must be called once per
     /// booking. Has no effect if the worker was removed.
     pub(crate) fn on_prefill_finished(&mut self, worker: WorkerId, serial: u64) {
-        let Some((worker, _)) = self.workers.get_mut(worker) else {
-            return;
-        };
-        let index = worker.id.index;
-        match worker.estimated_cache.end_prefill() {
-            true => self.pending_evictions.mark_all_started(index),
-            false => self.pending_evictions.mark_started(index, serial),
+        if self.workers.get(worker).is_some() {
+            self.prefixes.end_prefill(worker.index, serial);
+            self.try_dispatch_next(worker.index);
         }
-        self.try_dispatch_next(index);
     }
 
     /// Records that the engine of the worker at `index` has just started a step. It includes all
@@ -388,7 +345,7 @@ impl State {
     fn on_engine_step_started(&mut self, index: WorkerIndex, now: Duration) {
         let in_transit = self.workers.pending_work[index as usize].oldest_in_transit(now);
         let last_started = in_transit.map_or(self.last_booking_serial, |oldest| oldest - 1);
-        self.tree.mark_started(index, last_started);
+        self.prefixes.mark_started(index, last_started);
     }
 
     /// Counts `count` further output tokens. Learns from the time since the token before them if
@@ -445,13 +402,11 @@ impl State {
         let Some(record) = find_record(&mut self.bookings, id) else {
             return;
         };
-        let (blocks_before, context_before) = (record.blocks(), record.context_tokens());
-        let (headroom_before, reservation_before) =
-            (record.headroom(), record.output_reservation());
+        let (before, context_before) = (record.occupancy(), record.context_tokens());
+        let reservation_before = record.output_reservation();
         let count = total.saturating_sub(record.output_tokens);
         record.output_tokens = total;
-        let (blocks, context_tokens) = (record.blocks(), record.context_tokens());
-        let headroom = record.headroom();
+        let (after, context_tokens) = (record.occupancy(), record.context_tokens());
         let worker = record.worker;
         if let Some((pending_work, _)) = self.workers.pending_work_mut(worker) {
             let (running_requests, _) = pending_work.decode_load();
@@ -462,7 +417,7 @@ impl State {
                 .output_reserve
                 .replace(reservation_before, record.output_reservation());
         }
-        if blocks != blocks_before {
+        if after.blocks != before.blocks {
             // Within one block the forecast changes too little to be computed anew.
             let remaining_tokens = self.output_length.remaining_with_hint(
                 record.length_class,
@@ -475,20 +430,10 @@ impl State {
             }
         }
         if let Some((worker, load)) = self.workers.get_mut(worker) {
-            load.active_blocks
-                .replace(blocks_before.into(), blocks.into());
             load.context_tokens.replace(context_before, context_tokens);
-            worker
-                .estimated_cache
-                .change_headroom(headroom_before, headroom);
-            if blocks > blocks_before || headroom > headroom_before {
-                worker.estimated_cache.evict_to_fit(
-                    load.active_blocks,
-                    worker.id.index,
-                    &mut self.tree,
-                    &mut self.pending_evictions,
-                );
-            }
+            let index = worker.id.index;
+            self.prefixes.grow(index, before, after);
+            load.active_blocks = self.prefixes.active_blocks(index);
         }
     }
 
@@ -553,39 +498,10 @@ impl State {
         let Some(expected_hit) = record.expected_hit.take() else {
             return false;
         };
-        let Some((worker, load)) = self.workers.get_mut(worker) else {
-            return false;
-        };
-        if worker.estimated_cache.is_event_tracked() {
-            return false;
-        }
-        let next_block = prompt
-            .hashes()
-            .get(expected_hit.expected() as usize)
-            .copied();
-        let reported_hit = ReportedHit {
-            blocks: tokens / block_size,
-            is_estimate: prompt.is_text_based(),
-        };
-        let has_lost_blocks;
-        match worker
-            .estimated_cache
-            .audit_hit(&expected_hit, reported_hit, next_block)
-        {
-            AuditResult::Consistent => has_lost_blocks = false,
-            AuditResult::CacheLostBefore(epoch) => {
-                has_lost_blocks = true;
-                worker.estimated_cache.forget_freed_before(epoch);
-                self.tree.lose_freed_before(worker.id.index, epoch);
-            }
-        }
-        worker.estimated_cache.evict_to_fit(
-            load.active_blocks,
-            worker.id.index,
-            &mut self.tree,
-            &mut self.pending_evictions,
-        );
-        has_lost_blocks
+        self.workers.get(worker).is_some()
+            && self
+                .prefixes
+                .observe_hit(worker.index, prompt, &expected_hit, tokens / block_size)
     }
 
     /// Releases a booking and dispatches the worker's next request. The blocks that the request
@@ -621,64 +537,29 @@ impl State {
             return self.unpin_from_removed_worker(&record);
         };
         let index = worker.id.index;
-        let cache = &mut worker.estimated_cache;
-        if record.work.is_in_prefill() && cache.end_prefill() {
-            self.pending_evictions.mark_all_started(index);
-        }
-        cache.change_headroom(record.headroom(), 0);
+        let is_output_known =
+            record.prefill_confirmed && self.prefixes.can_cache_output(record.node, index);
+        let output_chain = output_sequence
+            .filter(|_| is_output_known)
+            .map(|sequence| sequence.hash_chain_aligned_to(record.engine_block_ratio));
+        self.prefixes.unpin(
+            index,
+            &UnpinRequest {
+                node: record.node,
+                hashed_blocks: record.hashed_blocks,
+                occupancy: record.occupancy(),
+                is_in_prefill: record.work.is_in_prefill(),
+                output_blocks: match record.prefill_confirmed {
+                    true => record.output_blocks(),
+                    false => 0,
+                },
+                output_chain: output_chain.as_ref(),
+                latest_serial: self.last_booking_serial,
+            },
+        );
         load.requests.subtract(1);
         load.context_tokens.subtract(record.context_tokens());
-        load.active_blocks.subtract(record.unshared_blocks().into());
-        if !worker.prefix_caching {
-            return;
-        }
-        let mut epoch = cache.next_epoch();
-        let mut unknown_output_blocks = if record.prefill_confirmed {
-            record.output_blocks()
-        } else {
-            0
-        };
-        let mut node = record.node;
-        let is_cached = record.prefill_confirmed && self.tree.is_cached(node, index);
-        if let Some(output_sequence) = output_sequence.filter(|_| is_cached && !cache.is_disabled())
-        {
-            let chain = &output_sequence.hash_chain_aligned_to(record.engine_block_ratio);
-            let position = self.tree.match_prefix(chain, &mut []);
-            let pinned = self
-                .tree
-                .pin(position, chain, index, self.last_booking_serial);
-            self.tree.mark_cached(pinned.node, index);
-            cache.reuse(&pinned.reused, u32::MAX);
-            cache.mark_engine_boundary(&pinned, u32::MAX, index, &mut self.tree);
-            let known_output_blocks = match cache.keeps_duplicates() {
-                true => pinned.newly_pinned,
-                false => pinned.path_blocks.saturating_sub(record.hashed_blocks),
-            };
-            unknown_output_blocks = unknown_output_blocks.saturating_sub(known_output_blocks);
-            worker.pinned_blocks += u64::from(pinned.newly_pinned);
-            load.active_blocks += u64::from(pinned.newly_pinned);
-            // The new path includes that of the prompt, so this unpin releases nothing, unless
-            // hashes collide.
-            let unpinned = self.tree.unpin(node, index, epoch);
-            worker.pinned_blocks.subtract(unpinned.unpinned.into());
-            load.active_blocks.subtract(unpinned.unpinned.into());
-            cache.push_freed(unpinned, 0, epoch);
-            epoch = cache.next_epoch();
-            node = pinned.node;
-        }
-        let unpinned = self.tree.unpin(node, index, epoch);
-        worker.pinned_blocks.subtract(unpinned.unpinned.into());
-        load.active_blocks.subtract(unpinned.unpinned.into());
-        cache.push_freed(unpinned, unknown_output_blocks, epoch);
-        if cache.is_event_tracked() {
-            self.tree.limit_unacknowledged(index, epoch);
-        }
-        cache.evict_to_fit(
-            load.active_blocks,
-            index,
-            &mut self.tree,
-            &mut self.pending_evictions,
-        );
+        load.active_blocks = self.prefixes.active_blocks(index);
     }
 
     /// Removes a queued booking from the queue of its worker, from the worker's load and from the
@@ -696,7 +577,7 @@ impl State {
             load.requests.subtract(1);
             load.context_tokens.subtract(record.context_tokens());
             load.queued_blocks.subtract(queued_blocks);
-            self.queued_prefixes.unpin(record.node, worker.id.index, 0);
+            self.prefixes.unpin_queued(record.node, worker.id.index);
         }
     }
 }

@@ -31,6 +31,7 @@
 //! |---|---|
 //! | `config`, `request`, `cache_source` | Which types do callers of the router pass and receive? |
 //! | `critical_section`, `state` | How does the lock work, what is behind it, and how is a decision made? |
+//! | `prefix_state` | Which worker has which blocks? The façade over the following modules, up to `hit_audit`. |
 //! | `active_tree`, `prefix_matches` | Which blocks do the requests of each worker pin? |
 //! | `estimated_cache` | Which blocks does a worker without KV events still cache? |
 //! | `pending_evictions` | Which cached blocks will be evicted before a new request runs? |
@@ -107,6 +108,7 @@ mod pending_evictions;
 mod pending_work;
 pub mod policy;
 mod prefix_matches;
+mod prefix_state;
 mod progress_estimator;
 pub mod queue;
 mod removal;

@@ -267,7 +267,10 @@ impl PrefixState {
                 active_before,
             ));
             // If the whole prompt is cached, its last block is computed again.
-            let reused_until = change.reused.first().map_or(0, |run| run.start + run.blocks);
+            let reused_until = change
+                .reused
+                .first()
+                .map_or(0, |run| run.start + run.blocks);
             let recomputed = reused_until.saturating_sub(max_reusable_blocks);
             cache.estimated.reuse(&change.reused, recomputed);
             duplicates = cache.estimated.mark_engine_boundary(
@@ -536,7 +539,8 @@ impl PrefixState {
         if self.engine_block_ratio(worker) == ratio {
             return;
         }
-        self.engine_block_ratios.retain(|(known, _)| *known != worker);
+        self.engine_block_ratios
+            .retain(|(known, _)| *known != worker);
         if ratio > NonZeroU32::MIN {
             self.engine_block_ratios.push((worker, ratio));
         }
@@ -604,7 +608,8 @@ impl PrefixState {
         self.tree.retire_worker(worker);
         self.queued.retire_worker(worker);
         self.pending_evictions.clear(worker);
-        self.engine_block_ratios.retain(|(known, _)| *known != worker);
+        self.engine_block_ratios
+            .retain(|(known, _)| *known != worker);
         let cursor = has_events.then(|| self.event_index.lose_worker(worker));
         (removed, cursor)
     }

@@ -56,7 +56,7 @@ impl State {
         self.prune_tracked();
         self.progress.next_updates.push(Reverse((self.now, id)));
         let full_blocks =
-            prompt.hash_chain_aligned_to(self.workers.engine_block_ratio(worker.index).get());
+            prompt.hash_chain_aligned_to(self.prefixes.engine_block_ratio(worker.index).get());
         if let Some(&last) = full_blocks.last() {
             let tail = TailBlock {
                 booking: id,
@@ -145,10 +145,10 @@ impl State {
         };
         // If several requests have this prompt, the block may belong to any of them.
         let is_prompt_block = blocks <= record.hashed_blocks;
-        if is_prompt_block && self.tree.pin_count_at(record.node, index, blocks) != 1 {
+        if is_prompt_block && self.prefixes.pin_count_at(record.node, index, blocks) != 1 {
             return;
         }
-        let blocks = blocks.saturating_add(self.workers.engine_block_ratio(index).get());
+        let blocks = blocks.saturating_add(self.prefixes.engine_block_ratio(index).get());
         let stored_tokens = blocks.saturating_mul(record.block_size);
         // The token after the last stored one is generated too.
         let output_tokens = stored_tokens

@@ -8,14 +8,15 @@
 use crate::active_tree::{NO_NODE, WorkerIndex};
 use crate::booking_id::BookingId;
 use crate::booking_record::BookingRecord;
-use crate::cache_source::CacheSource;
 use crate::counter::Counter;
 use crate::critical_section::SharedState;
+use crate::estimated_cache::EstimatedCache;
 use crate::event_index::{RemovalCursor, RemovalStep};
+use crate::pending_work::PendingWork;
 use crate::queue::QueueKey;
 use crate::state::State;
 use crate::worker_id::WorkerId;
-use crate::workers::{RemovedWorker, Worker};
+use crate::workers::Worker;
 
 /// Number of freed requests, or of queued ones, that one critical section handles.
 const MAX_REQUESTS_PER_LOCK: usize = 32;
@@ -26,26 +27,15 @@ impl SharedState {
     /// Evicts the blocks that a worker has lost according to its estimated cache.
     pub(crate) fn evict_lost_blocks(&self, id: WorkerId) {
         self.repeat_while(|state| {
-            let worker = state.workers.get_mut(id);
-            worker.is_some_and(|(worker, _)| {
-                let cache = &mut worker.estimated_cache;
-                cache.evict_lost(MAX_REQUESTS_PER_LOCK, id.index, &mut state.tree)
-            })
+            state.workers.get(id).is_some()
+                && state.prefixes.evict_lost(id.index, MAX_REQUESTS_PER_LOCK)
         });
     }
 
     /// Evicts blocks from the estimated cache of a worker until they fit its capacity.
     pub(crate) fn evict_to_fit(&self, id: WorkerId) {
         self.repeat_while(|state| {
-            let worker = state.workers.get_mut(id);
-            worker.is_some_and(|(worker, load)| {
-                !worker.estimated_cache.evict_to_fit(
-                    load.active_blocks,
-                    id.index,
-                    &mut state.tree,
-                    &mut state.pending_evictions,
-                )
-            })
+            state.workers.get(id).is_some() && state.prefixes.evict_some_to_fit(id.index)
         });
     }
 
@@ -53,7 +43,7 @@ impl SharedState {
     pub(crate) fn remove_lost_events(&self, worker: WorkerIndex, mut cursor: RemovalCursor) {
         loop {
             let mut state = self.lock();
-            let step = state.event_index.remove_lost(worker, cursor);
+            let step = state.prefixes.remove_lost_events(worker, cursor);
             state.unlock_fair();
             match step {
                 RemovalStep::Continue(next) => cursor = next,
@@ -85,12 +75,12 @@ impl SharedState {
     /// Returns whether it existed.
     pub(crate) fn remove_worker(&self, id: WorkerId) -> bool {
         let mut state = self.lock();
-        let Some((mut removed, cursor)) = state.retire_worker(id) else {
+        let Some((pending_work, mut cache, cursor)) = state.retire_worker(id) else {
             return false;
         };
         let booking_ids = state.bookings.id_end();
         drop(state);
-        let queued: Vec<BookingId> = removed.pending_work.queue.bookings().collect();
+        let queued: Vec<BookingId> = pending_work.queue.bookings().collect();
         for part in queued.chunks(MAX_REQUESTS_PER_LOCK) {
             let mut state = self.lock();
             part.iter().for_each(|&id| state.offer_rebalance(id));
@@ -102,9 +92,9 @@ impl SharedState {
             from += MAX_BOOKING_IDS_PER_LOCK;
             from < booking_ids
         });
-        let cache = &mut removed.worker.estimated_cache;
         self.repeat_while(|state| {
-            cache.evict_lost(MAX_REQUESTS_PER_LOCK, id.index, &mut state.tree)
+            let prefixes = &mut state.prefixes;
+            prefixes.evict_lost_of_removed(&mut cache, id.index, MAX_REQUESTS_PER_LOCK)
         });
         if let Some(cursor) = cursor {
             self.remove_lost_events(id.index, cursor);
@@ -130,21 +120,19 @@ impl SharedState {
 
 impl State {
     /// Removes a worker so that nothing refers to it any longer, except by an index that is not
-    /// reused yet. Returns the worker, unless it was removed before, and where the removal of its
-    /// blocks from the event index begins, unless it has none there.
-    fn retire_worker(&mut self, id: WorkerId) -> Option<(RemovedWorker, Option<RemovalCursor>)> {
-        let mut removed = self.workers.remove(id)?;
+    /// reused yet. Returns its pending work, unless it was removed before, its estimated cache, and where
+    /// the removal of its blocks from the event index begins, unless it has none there.
+    fn retire_worker(
+        &mut self,
+        id: WorkerId,
+    ) -> Option<(PendingWork, EstimatedCache, Option<RemovalCursor>)> {
+        let pending_work = self.workers.remove(id)?;
         let now = self.now;
         self.workers.enforce_ejection_limit(now);
-        let queued = removed.pending_work.queue.totals().requests as usize;
+        let queued = pending_work.queue.totals().requests as usize;
         self.queue.queued_total.subtract(queued);
-        removed.worker.estimated_cache.clear();
-        self.tree.retire_worker(id.index);
-        self.queued_prefixes.retire_worker(id.index);
-        self.pending_evictions.clear(id.index);
-        let has_events = removed.worker.cache_source() == CacheSource::Events;
-        let cursor = has_events.then(|| self.event_index.lose_worker(id.index));
-        Some((removed, cursor))
+        let (cache, cursor) = self.prefixes.retire_worker(id.index);
+        Some((pending_work, cache, cursor))
     }
 
     /// Unpins the blocks of the bookings on a removed worker whose ids are in `ids`.
@@ -156,22 +144,21 @@ impl State {
             };
             let (node, is_queued) = (record.node, record.queued.is_some());
             record.node = NO_NODE;
-            let tree = match is_queued {
-                true => &mut self.queued_prefixes,
-                false => &mut self.tree,
-            };
-            tree.unpin(node, worker.index, 0);
+            match is_queued {
+                true => self.prefixes.unpin_queued(node, worker.index),
+                false => self.prefixes.unpin_from_removed(node, worker.index),
+            }
         }
     }
 
     /// Unpins the blocks of a booking whose worker was removed. Has no effect once
     /// [`SharedState::remove_worker`] has done so.
     pub(crate) fn unpin_from_removed_worker(&mut self, record: &BookingRecord) {
-        let tree = match record.queued {
-            Some(_) => &mut self.queued_prefixes,
-            None => &mut self.tree,
-        };
-        tree.unpin(record.node, record.worker.index, 0);
+        let (node, index) = (record.node, record.worker.index);
+        match record.queued {
+            Some(_) => self.prefixes.unpin_queued(node, index),
+            None => self.prefixes.unpin_from_removed(node, index),
+        }
     }
 
     /// Offers a new choice to the next requests in the queue of a worker, at most `max` of them,

@@ -167,10 +167,7 @@ impl State {
                 && overlap(worker) < blocks
                 && !excluded.contains(&worker)
                 && !is_passed_over(worker)
-                && self
-                    .workers
-                    .by_index(worker)
-                    .is_some_and(|candidate| candidate.prefix_caching)
+                && self.prefixes.has_prefix_cache(worker)
         });
         let idle = idle_candidates.max_by_key(|&worker| overlap(worker))?;
 

@@ -107,17 +107,21 @@ impl Router {
     /// If the name is taken or the router has [`MAX_WORKERS`](crate::workers::MAX_WORKERS)
     /// workers.
     pub fn add_worker(&self, spec: WorkerSpec) -> Result<WorkerId, WorkerError> {
-        let shares_within_step = spec.eviction == EvictionRule::VllmLru;
         let models = distinct_models(spec.models.clone());
         let mut state = self.state.lock();
         let now = state.now;
         let id = state.workers.add(&spec, models, now)?;
         // An ejected worker of unknown models may be the only one for a model of the new one.
         state.workers.enforce_ejection_limit(now);
+        let WorkerSpec {
+            prefix_caching,
+            eviction,
+            capacity_blocks,
+            ..
+        } = spec;
         state
-            .tree
-            .set_intra_step_sharing(id.index, shares_within_step);
-        state.queued_prefixes.set_intra_step_sharing(id.index, true);
+            .prefixes
+            .add_worker(id.index, prefix_caching, eviction, capacity_blocks);
         Ok(id)
     }
 
@@ -181,20 +185,21 @@ impl Router {
     pub fn set_capacity(&self, id: WorkerId, blocks: u32) {
         let mut guard = self.state.lock();
         let state = &mut *guard;
-        if let Some((worker, _)) = state.workers.get_mut(id) {
-            worker.estimated_cache.set_capacity(blocks);
-            let capacity = worker.estimated_capacity();
-            if let Some((pending_work, _)) = state.workers.pending_work_mut(id) {
-                pending_work.capacity = capacity;
-            }
+        if let Some((pending_work, _)) = state.workers.pending_work_mut(id) {
+            state.prefixes.set_capacity(id.index, blocks);
+            pending_work.capacity = state.prefixes.estimated_capacity(id.index);
         }
         drop(guard);
         self.state.evict_to_fit(id);
     }
 
-    /// Sets how many router blocks one block of the worker's engine holds.
+    /// Sets how many router blocks one block of the worker's engine holds. Has no effect if the
+    /// worker was removed.
     pub fn set_engine_block_ratio(&self, id: WorkerId, ratio: NonZeroU32) {
-        self.state.lock().workers.set_engine_block_ratio(id, ratio);
+        let mut state = self.state.lock();
+        if state.workers.get(id).is_some() {
+            state.prefixes.set_engine_block_ratio(id.index, ratio);
+        }
     }
 
     /// Sets the rule by which a worker's engine chooses the blocks that it evicts. Affects later
@@ -202,11 +207,8 @@ impl Router {
     /// was removed.
     pub fn set_eviction(&self, id: WorkerId, eviction: EvictionRule) {
         let mut state = self.state.lock();
-        if let Some((worker, _)) = state.workers.get_mut(id) {
-            worker.estimated_cache.set_eviction(eviction);
-            state
-                .tree
-                .set_intra_step_sharing(id.index, eviction == EvictionRule::VllmLru);
+        if state.workers.get(id).is_some() {
+            state.prefixes.set_eviction(id.index, eviction);
         }
     }
 
@@ -216,10 +218,8 @@ impl Router {
     /// removed.
     pub fn clear_cache(&self, id: WorkerId) {
         let mut state = self.state.lock();
-        if let Some((worker, _)) = state.workers.get_mut(id) {
-            worker.estimated_cache.clear();
-            state.tree.lose_cached(id.index);
-            state.pending_evictions.clear(id.index);
+        if state.workers.get(id).is_some() {
+            state.prefixes.clear(id.index);
         }
         drop(state);
         self.state.evict_lost_blocks(id);
@@ -234,31 +234,15 @@ impl Router {
     /// while the events still list them. Has no effect if the worker was removed or has this source
     /// already.
     pub fn set_cache_source(&self, id: WorkerId, source: CacheSource) {
-        let mut guard = self.state.lock();
-        let state = &mut *guard;
-        let Some((worker, _)) = state.workers.get_mut(id) else {
-            return;
-        };
-        if worker.cache_source() == source {
+        let mut state = self.state.lock();
+        if state.workers.get(id).is_none() {
             return;
         }
-        let cache = &mut worker.estimated_cache;
-        cache.clear();
-        cache.set_event_tracked(source == CacheSource::Events);
-        worker.event_cached_blocks = 0;
-        let acknowledged_epoch = match source {
-            CacheSource::Events => cache.last_epoch(),
-            CacheSource::Estimated => 0,
-        };
-        state.tree.lose_cached(id.index);
-        state.tree.acknowledge(id.index, acknowledged_epoch);
-        state.pending_evictions.clear(id.index);
-        // Only a worker that used events has blocks in the event index.
-        let cursor = match source {
-            CacheSource::Events => None,
-            CacheSource::Estimated => Some(state.event_index.lose_worker(id.index)),
-        };
-        drop(guard);
+        let (has_changed, cursor) = state.prefixes.set_source(id.index, source);
+        drop(state);
+        if !has_changed {
+            return;
+        }
         self.state.evict_lost_blocks(id);
         if let Some(cursor) = cursor {
             self.state.remove_lost_events(id.index, cursor);
@@ -279,9 +263,9 @@ impl Router {
         let ratio = delta.engine_block_ratio;
         if delta.removed.is_empty() && delta.stored.is_empty() {
             let mut state = self.state.lock();
-            state
-                .pending_evictions
-                .acknowledge(id.index, std::iter::empty());
+            if state.workers.get(id).is_some() {
+                state.prefixes.acknowledge_events(id.index);
+            }
         }
         for run in delta.removed.iter() {
             // Tails first, so that the blocks that stay form a prefix.
@@ -311,30 +295,16 @@ impl Router {
         if let Observed::Live(now) = observed {
             state.advance_to(now);
         }
-        let is_event_tracked = state
-            .workers
-            .get(id)
-            .is_some_and(|worker| worker.cache_source() == CacheSource::Events);
-        if let Some(ratio) = NonZeroU32::new(ratio).filter(|_| is_event_tracked) {
-            state.workers.set_engine_block_ratio(id, ratio);
-        }
-        if let Some((worker, _)) = state.workers.get_mut(id).filter(|_| is_event_tracked) {
-            state
-                .tree
-                .acknowledge(id.index, worker.estimated_cache.last_epoch());
-            let cached_blocks = &mut worker.event_cached_blocks;
+        let is_event_tracked = state.workers.get(id).is_some()
+            && state.prefixes.source(id.index) == CacheSource::Events;
+        if is_event_tracked {
+            if let Some(ratio) = NonZeroU32::new(ratio) {
+                state.prefixes.set_engine_block_ratio(id.index, ratio);
+            }
             match chunk {
-                DeltaChunk::Removed(run) => {
-                    state
-                        .event_index
-                        .remove(id.index, ratio, run, cached_blocks);
-                    let hashes = run.changed().iter().copied();
-                    state.pending_evictions.acknowledge(id.index, hashes);
-                }
+                DeltaChunk::Removed(run) => state.prefixes.apply_removed(id.index, ratio, run),
                 DeltaChunk::Stored(run) => {
-                    state.event_index.add(id.index, ratio, run, cached_blocks);
-                    let hashes = run.changed().iter().copied();
-                    state.pending_evictions.acknowledge(id.index, hashes);
+                    state.prefixes.apply_stored(id.index, ratio, run);
                     if matches!(observed, Observed::Live(_)) {
                         state.on_blocks_stored(id, run);
                     }
@@ -349,7 +319,7 @@ impl Router {
     /// Returns the number of distinct blocks that KV events reported as cached by some worker.
     #[must_use]
     pub fn indexed_blocks(&self) -> usize {
-        self.state.lock().event_index.len()
+        self.state.lock().prefixes.indexed_blocks()
     }
 
     /// Chooses a worker for the request and books it there, in one step. If the router has a
@@ -458,7 +428,9 @@ impl Router {
             state.advance_to(now);
             let part = next..next + MAX_WORKERS_PER_LOCK;
             next = part.end;
-            state.workers.snapshot(part, state.now, &mut snapshots);
+            state
+                .workers
+                .snapshot(part, &state.prefixes, state.now, &mut snapshots);
             if next >= state.workers.index_len() {
                 return snapshots;
             }
@@ -533,7 +505,6 @@ impl Router {
     /// memory is proportional to it.
     #[must_use]
     pub fn prefix_tree_nodes(&self) -> usize {
-        let state = self.state.lock();
-        state.tree.len() + state.queued_prefixes.len()
+        self.state.lock().prefixes.tree_nodes()
     }
 }

@@ -11,18 +11,17 @@ use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use smallvec::SmallVec;
 
-use crate::active_tree::{PrefixMatch, PrefixTree, TreePosition, WorkerIndex};
+use crate::active_tree::{PrefixMatch, TreePosition, WorkerIndex};
 use crate::batch::{BatchCosts, BatchRequest};
 use crate::booking_record::BookingRecord;
 use crate::config::RouterConfig;
-use crate::event_index::EventIndex;
 use crate::forecast::output_length::{LengthClass, OutputLengthModel};
 use crate::kv_cost::KvCostInput;
 use crate::marginal_delay::RequestProfile;
 use crate::paged_slab::PagedSlab;
-use crate::pending_evictions::PendingEvictions;
 use crate::policy::{CandidateSet, CostSource, Decision};
 use crate::prefix_matches::PrefixMatches;
+use crate::prefix_state::PrefixState;
 use crate::progress_estimator::ProgressEstimator;
 use crate::queue::{QueuePolicyState, QueueTicket};
 use crate::replication::ReplicationRegret;
@@ -37,15 +36,8 @@ pub(crate) struct State {
     pub(crate) config: RouterConfig,
     /// Workers, with their loads and their pending work.
     pub(crate) workers: Workers,
-    /// Active tree: prefixes that dispatched requests pin, and prefixes that workers still cache
-    /// according to their estimated caches.
-    pub(crate) tree: PrefixTree,
-    /// Prefixes that queued requests will pin.
-    pub(crate) queued_prefixes: PrefixTree,
-    /// Prefixes that workers cache according to their KV events.
-    pub(crate) event_index: EventIndex,
-    /// Evictions that bookings will cause and that events have not confirmed.
-    pub(crate) pending_evictions: PendingEvictions,
+    /// Prefixes that requests pin and that workers cache.
+    pub(crate) prefixes: PrefixState,
     /// Records of all bookings.
     pub(crate) bookings: PagedSlab<BookingRecord>,
     /// Forecast of output lengths.
@@ -101,10 +93,7 @@ impl State {
             rng: SmallRng::seed_from_u64(config.seed),
             workers: Workers::new(config.outlier.clone()),
             config,
-            tree: PrefixTree::default(),
-            queued_prefixes: PrefixTree::default(),
-            event_index: EventIndex::default(),
-            pending_evictions: PendingEvictions::default(),
+            prefixes: PrefixState::default(),
             bookings: PagedSlab::default(),
             output_length: OutputLengthModel::default(),
             progress: ProgressEstimator::default(),
@@ -137,23 +126,7 @@ impl State {
         request: &PreparedRequest<'_>,
         ticket: QueueTicket,
     ) -> RequestAssessment {
-        let mut assessment = self.assess_ignoring_queue(request, ticket);
-        if self.queue.queued_total > 0 {
-            let mut queued_matches = PrefixMatches::new(self.workers.index_len());
-            let hashes = request.prompt.hashes();
-            self.queued_prefixes
-                .match_prefix(hashes, &mut queued_matches);
-            for (prefix_match, queued_match) in assessment
-                .prefix_matches
-                .iter_mut()
-                .zip(queued_matches.iter())
-            {
-                prefix_match.active_blocks =
-                    prefix_match.active_blocks.max(queued_match.active_blocks);
-            }
-            assessment.tree_position.best_overlap = assessment.prefix_matches.best_overlap();
-        }
-        assessment
+        self.assess_with(request, ticket, self.queue.queued_total > 0)
     }
 
     /// Assesses a request as if it were dispatched now: blocks that only queued requests will pin do
@@ -163,22 +136,18 @@ impl State {
         request: &PreparedRequest<'_>,
         ticket: QueueTicket,
     ) -> RequestAssessment {
-        let mut prefix_matches = PrefixMatches::new(self.workers.index_len());
-        let hashes = request.prompt.hashes();
-        let mut tree_position = self.tree.match_prefix(hashes, &mut prefix_matches);
-        tree_position.best_overlap = tree_position
-            .best_overlap
-            .max(self.event_index.match_prefix(hashes, &mut prefix_matches));
-        let is_clamped = self
-            .pending_evictions
-            .clamp(hashes, &self.tree, &mut prefix_matches);
-        let max_reusable_blocks = request.prompt.max_reusable_blocks();
-        let is_rounded = self
-            .workers
-            .round_down_to_engine_blocks(max_reusable_blocks, &mut prefix_matches);
-        if is_clamped || is_rounded {
-            tree_position.best_overlap = prefix_matches.best_overlap();
-        }
+        self.assess_with(request, ticket, false)
+    }
+
+    /// Assesses a request. With `with_queued`, blocks that queued requests will pin count as active.
+    fn assess_with(
+        &self,
+        request: &PreparedRequest<'_>,
+        ticket: QueueTicket,
+        with_queued: bool,
+    ) -> RequestAssessment {
+        let (prefix_matches, tree_position) =
+            self.prefixes.match_prefix(request.prompt, with_queued);
         let length_class = request.length_class();
         RequestAssessment {
             prefix_matches,

@@ -6,7 +6,6 @@ mod snapshot;
 
 use std::collections::HashSet;
 use std::mem;
-use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,9 +13,7 @@ use rapidhash::v3::{DEFAULT_RAPID_SECRETS, rapidhash_v3_seeded};
 
 use crate::active_tree::{PrefixMatch, WorkerIndex};
 use crate::booking_id::BookingId;
-use crate::cache_source::CacheSource;
-use crate::capacity::CapacitySource;
-use crate::estimated_cache::{EstimatedCache, EvictionRule};
+use crate::estimated_cache::EvictionRule;
 use crate::forecast::latency::{PrefillWork, SharedLatencyModel};
 use crate::load::Load;
 use crate::marginal_delay::{MarginalDelay, RequestProfile};
@@ -104,50 +101,9 @@ pub(crate) struct Worker {
     draining: bool,
     /// Whether it is ejected: a copy of what its outlier record says.
     ejected: bool,
-    /// Whether its engine has a prefix cache.
-    pub(crate) prefix_caching: bool,
-    /// Estimate of its prefix cache, which also contains its capacity and its eviction rule.
-    pub(crate) estimated_cache: EstimatedCache,
-    /// Blocks pinned through the active tree: the active blocks without the unshared ones.
-    pub(crate) pinned_blocks: u64,
-    /// Cached blocks according to its KV events.
-    pub(crate) event_cached_blocks: u64,
-}
-
-/// Engine block ratio of one worker, above 1. Engines share only whole blocks of their own size.
-#[derive(Clone, Copy, Debug)]
-struct EngineBlockRatio {
-    worker: WorkerIndex,
-    /// Engine block size ÷ router block size.
-    ratio: NonZeroU32,
 }
 
 impl Worker {
-    /// Returns where the worker's cache contents come from.
-    pub(crate) fn cache_source(&self) -> CacheSource {
-        if self.estimated_cache.is_event_tracked() {
-            CacheSource::Events
-        } else {
-            CacheSource::Estimated
-        }
-    }
-
-    /// Returns the capacity in blocks, unless it is only assumed.
-    pub(crate) fn estimated_capacity(&self) -> Option<u32> {
-        let is_assumed = self.estimated_cache.capacity_source() == CapacitySource::Assumed;
-        (!is_assumed).then(|| self.estimated_cache.capacity())
-    }
-
-    /// Returns the capacity in blocks if it is configured or reported, and so certain.
-    pub(crate) fn reported_capacity(&self) -> Option<u32> {
-        match self.estimated_cache.capacity_source() {
-            CapacitySource::Configured | CapacitySource::Reported => {
-                Some(self.estimated_cache.capacity())
-            }
-            CapacitySource::Learned | CapacitySource::Assumed => None,
-        }
-    }
-
     /// Returns the state of the worker. Draining takes precedence over the health check, which takes
     /// precedence over ejection.
     pub(crate) fn state(&self) -> WorkerState {
@@ -201,19 +157,10 @@ pub(crate) struct Workers {
     /// Indices of removed workers that are not free yet, because parts of the state still refer to
     /// them.
     retiring: Vec<WorkerIndex>,
-    /// Engine block ratios above 1. A list, because most fleets have none.
-    engine_block_ratios: Vec<EngineBlockRatio>,
     /// Recent failures, ejections and backpressure of each worker.
     pub(crate) outliers: Outliers,
     /// Number of workers that were ever added.
     generations: u64,
-}
-
-/// Worker that was removed, to be dropped without the lock.
-#[derive(Debug)]
-pub(crate) struct RemovedWorker {
-    pub(crate) worker: Worker,
-    pub(crate) pending_work: PendingWork,
 }
 
 /// Returns `models` without repeated names, in their order.
@@ -286,26 +233,20 @@ impl Workers {
             healthy: false,
             draining: false,
             ejected: false,
-            prefix_caching: spec.prefix_caching,
-            estimated_cache: EstimatedCache::new(spec.eviction, spec.capacity_blocks),
-            pinned_blocks: 0,
-            event_cached_blocks: 0,
         });
         self.outliers.start(id.index, now);
         Ok(id)
     }
 
-    /// Removes a worker and returns it, unless it was removed before. Clears its load and its
-    /// pending work. The caller removes everything else that refers to its index, and then calls
+    /// Removes a worker and returns its pending work, unless it was removed before. Clears its load.
+    /// The caller removes everything else that refers to its index, and then calls
     /// [`free_index`](Self::free_index).
-    pub(crate) fn remove(&mut self, id: WorkerId) -> Option<RemovedWorker> {
+    pub(crate) fn remove(&mut self, id: WorkerId) -> Option<PendingWork> {
         self.get(id)?;
         let index = id.index as usize;
         let worker = self.workers[index].take()?;
         self.loads[index] = Load::default();
         let pending_work = mem::take(&mut self.pending_work[index]);
-        self.engine_block_ratios
-            .retain(|entry| entry.worker != id.index);
         self.outliers.forget(id.index);
         self.eligibility
             .set_eligible(id.index, &worker.models, false);
@@ -314,69 +255,12 @@ impl Workers {
         self.latency_groups
             .leave(pending_work.latency_group, id.index, queue_length);
         self.retiring.push(id.index);
-        Some(RemovedWorker {
-            worker,
-            pending_work,
-        })
+        Some(pending_work)
     }
 
     /// Frees the index of a removed worker, to which nothing refers any longer.
     pub(crate) fn free_index(&mut self, index: WorkerIndex) {
         self.retiring.retain(|&retiring| retiring != index);
-    }
-
-    /// Rounds prefix matches down to whole engine blocks, on workers whose engine blocks are larger
-    /// than router blocks. At most `max_reusable_blocks` blocks of the prompt can be reused.
-    /// Returns whether there are such workers. Matches on all other workers stay unchanged, even
-    /// above `max_reusable_blocks`.
-    pub(crate) fn round_down_to_engine_blocks(
-        &self,
-        max_reusable_blocks: u32,
-        prefix_matches: &mut [PrefixMatch],
-    ) -> bool {
-        for &EngineBlockRatio { worker, ratio } in &self.engine_block_ratios {
-            let round_down = |blocks: u32| {
-                let blocks = blocks.min(max_reusable_blocks);
-                blocks - blocks % ratio
-            };
-            if let Some(prefix_match) = prefix_matches.get_mut(worker as usize) {
-                prefix_match.cached_blocks = round_down(prefix_match.cached_blocks);
-                prefix_match.active_blocks = round_down(prefix_match.active_blocks);
-            }
-        }
-        !self.engine_block_ratios.is_empty()
-    }
-
-    /// Returns engine block size ÷ router block size of the worker at `index`. 1 if no other ratio
-    /// was set.
-    pub(crate) fn engine_block_ratio(&self, index: WorkerIndex) -> NonZeroU32 {
-        let entry = self
-            .engine_block_ratios
-            .iter()
-            .find(|entry| entry.worker == index);
-        entry.map_or(NonZeroU32::MIN, |entry| entry.ratio)
-    }
-
-    /// Sets engine block size ÷ router block size of a worker. Has no effect if the worker was
-    /// removed.
-    pub(crate) fn set_engine_block_ratio(&mut self, id: WorkerId, ratio: NonZeroU32) {
-        let index = id.index;
-        if self.get(id).is_none()
-            || self
-                .engine_block_ratios
-                .iter()
-                .any(|entry| (entry.worker, entry.ratio) == (index, ratio))
-        {
-            return;
-        }
-        self.engine_block_ratios
-            .retain(|entry| entry.worker != index);
-        if ratio > NonZeroU32::MIN {
-            self.engine_block_ratios.push(EngineBlockRatio {
-                worker: index,
-                ratio,
-            });
-        }
     }
 
     /// Returns the worker, unless it was removed.

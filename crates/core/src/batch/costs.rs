@@ -203,8 +203,10 @@ impl State {
         if shared == 0 {
             return;
         }
-        for worker in self.workers.iter().filter(|worker| worker.prefix_caching) {
-            if let Some(prefix_match) = prefix_matches.get_mut(worker.id.index as usize) {
+        for worker in self.workers.iter().map(|worker| worker.id.index) {
+            if self.prefixes.has_prefix_cache(worker)
+                && let Some(prefix_match) = prefix_matches.get_mut(worker as usize)
+            {
                 prefix_match.active_blocks = prefix_match.active_blocks.max(shared);
             }
         }

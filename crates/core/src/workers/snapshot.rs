@@ -10,6 +10,7 @@ use crate::capacity::CapacitySource;
 use crate::estimated_cache::EvictionRule;
 use crate::forecast::latency::{LatencyAccuracy, LatencyModel};
 use crate::outlier::OutlierSnapshot;
+use crate::prefix_state::PrefixState;
 use crate::time::duration_from_secs_saturating;
 
 /// State of one worker at one instant.
@@ -61,10 +62,11 @@ pub struct WorkerSnapshot {
 
 impl Workers {
     /// Adds a snapshot of every worker whose index is in `indices` to `snapshots`, by ascending
-    /// index. Forecasts are made for `now`, a time of the router's clock.
+    /// index. `prefixes` has the caches of the workers. Forecasts are made for `now`, a time of the router's clock.
     pub(crate) fn snapshot(
         &self,
         indices: Range<usize>,
+        prefixes: &PrefixState,
         now: Duration,
         snapshots: &mut Vec<WorkerSnapshot>,
     ) {
@@ -77,6 +79,7 @@ impl Workers {
                 .latency
                 .latency_model(self.latency_model(pending_work), now);
             let (requests, context_tokens) = pending_work.decode_load();
+            let cache = prefixes.status(worker.id.index);
             let step_seconds = latency_model
                 .decode_step_seconds(f64::from(requests.max(1)), context_tokens as f64);
             WorkerSnapshot {
@@ -90,15 +93,11 @@ impl Workers {
                 queued_blocks: load.queued_blocks,
                 context_tokens: load.context_tokens,
                 prefill_tokens: pending_work.prefill_backlog_tokens(&latency_model, now),
-                cached_blocks: if worker.estimated_cache.is_event_tracked() {
-                    worker.event_cached_blocks
-                } else {
-                    worker.pinned_blocks + worker.estimated_cache.cached_blocks()
-                },
-                cache_source: worker.cache_source(),
-                capacity_blocks: worker.estimated_cache.capacity(),
-                capacity_source: worker.estimated_cache.capacity_source(),
-                eviction: worker.estimated_cache.eviction(),
+                cached_blocks: cache.cached_blocks,
+                cache_source: cache.source,
+                capacity_blocks: cache.capacity_blocks,
+                capacity_source: cache.capacity_source,
+                eviction: cache.eviction,
                 prefill_backlog: duration_from_secs_saturating(
                     pending_work.prefill_backlog_seconds(&latency_model, now),
                 ),
