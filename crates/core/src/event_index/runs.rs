@@ -187,18 +187,19 @@ impl Runs {
         current.any(|holder| usize::from(holder.blocks) > position.block())
     }
 
-    /// Removes a worker that has lost its blocks from the holders of a run, and returns whether it
-    /// was one.
+    /// Removes a worker from the holders of a run, unless it has stored blocks of the run again since
+    /// it lost them. Returns whether it was a holder: the run may then have blocks at its end that
+    /// no worker caches.
     pub(super) fn remove_lost(&mut self, id: RunId, worker: WorkerIndex) -> bool {
         let generation = self.generation(worker);
         let run = self.get_mut(id);
-        let is_lost = run
-            .search(worker)
-            .is_ok_and(|index| run.holders[index].generation != generation);
-        if is_lost {
+        let Ok(index) = run.search(worker) else {
+            return false;
+        };
+        if run.holders[index].generation != generation {
             run.set_cached(worker, 0, generation);
         }
-        is_lost
+        true
     }
 
     /// Returns how many leading blocks of a run any worker caches, lost ones included.
