@@ -1,18 +1,26 @@
 //! Active blocks of all workers, and the blocks that each worker has computed.
 //!
-//! The active blocks of one worker are a `HashMap<SequenceHash, HashSet<RequestId>>`: for each
-//! block, the requests that pin it. This module stores that map path-compressed, for all workers at
-//! once, as a trie over sequence hashes. The model in `tests/naive` is the plain map.
+//! The active blocks of a worker are the KV blocks that running requests pin. As a plain map they
+//! are, for each worker, a
 //!
-//! An edge is a slice of the hash chain of a request, so a node represents a run of blocks that no
-//! known request divides. Each node lists the workers that hold it: how many bookings *pin* the
-//! node on the worker, and how many of its blocks the worker has *computed*. Computed blocks stay
-//! cached after the last unpin, until the [`estimated_cache`](crate::estimated_cache) evicts them.
+//! ```text
+//! HashMap<SequenceHash, HashSet<RequestId>>
+//! ```
 //!
-//! A sequence hash identifies its whole prefix. Therefore one flat map from the first hash of an
-//! edge to its node replaces a child table per node, and bisection finds the block at which a
-//! prompt leaves an edge. The cost of every operation follows the number of branches on a path, not
-//! of blocks.
+//! from each block to the requests that pin it, as in NVIDIA Dynamo's pull request 1731. The length
+//! of the map is the number of active blocks. The module `naive` is that map, and the property tests
+//! compare this module with it.
+//!
+//! The map costs one entry for each block of each request, and one look-up for each block and
+//! worker. A prompt of 128,000 tokens has 8,000 blocks. This module stores the same knowledge as a
+//! trie over sequence hashes, path-compressed and for all workers at once:
+//!
+//! | change | what it buys |
+//! |---|---|
+//! | An edge is a slice of the hash chain of a request. A node represents a run of blocks that no known request divides. | Booking and release touch branches, not blocks. The hashes are not copied. |
+//! | A sequence hash identifies its whole prefix. Therefore one flat map from the first hash of an edge to its node replaces a child table per node, and bisection finds the block at which a prompt leaves an edge. | A prompt is matched by a few look-ups. |
+//! | A node lists the workers that hold it, each with a count of bookings that *pin* it instead of their ids. | One walk matches the prompt on every worker. |
+//! | A node also has the number of its blocks that each worker has *computed*. They stay cached after the last unpin, until the [`estimated_cache`](crate::estimated_cache) evicts them. | Active and cached blocks are one look-up. |
 //!
 //! Invariants, on which all operations rely: along a path from the root, the pin counts of a worker
 //! never rise; and a worker that has computed blocks of a node has computed every block above the
@@ -35,6 +43,8 @@ use crate::sequence::SequenceHash;
 mod changes;
 mod eviction;
 mod first_hashes;
+#[cfg(test)]
+mod naive;
 mod node;
 mod worker_sync;
 

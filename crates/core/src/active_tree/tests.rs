@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use proptest::prelude::*;
 
+use super::naive::ActiveBlocks;
 use super::*;
 use crate::estimated_cache::{EstimatedCache, EvictionRule};
 use crate::pending_evictions::PendingEvictions;
@@ -302,6 +303,44 @@ proptest! {
             harness.check(true);
         }
         harness.unpin_all();
+    }
+
+    /// Compares the tree with the plain map of blocks and requests.
+    #[test]
+    fn the_tree_knows_the_active_blocks_of_the_naive_map(
+        steps in prop::collection::vec(
+            (0..WORKERS, collision_free_chain(), any::<Option<prop::sample::Index>>()),
+            1..120,
+        ),
+    ) {
+        let (mut tree, mut naive) = (PrefixTree::default(), ActiveBlocks::default());
+        let mut running: Vec<(WorkerIndex, u64, HashChain, NodeId)> = Vec::new();
+        for (request, (worker, hashes, ended)) in (1..).zip(steps) {
+            let chain = HashChain::from(hashes);
+            let mut matches = vec![PrefixMatch::default(); WORKERS as usize];
+            let position = tree.match_prefix(&chain, &mut matches);
+            for (worker, prefix_match) in (0..).zip(&matches) {
+                let active_blocks = naive.matching_blocks(worker, &chain);
+                prop_assert_eq!(prefix_match.active_blocks as usize, active_blocks);
+            }
+            let change = tree.pin(position, &chain, worker, request);
+            let newly_pinned = naive.pin(worker, request, &chain);
+            prop_assert_eq!(change.newly_pinned as usize, newly_pinned);
+            running.push((worker, request, chain, change.node));
+            if let Some(ended) = ended {
+                let (worker, request, chain, node) =
+                    running.swap_remove(ended.index(running.len()));
+                let change = tree.unpin(node, worker, 1);
+                let unpinned = naive.unpin(worker, request, &chain);
+                prop_assert_eq!(change.unpinned as usize, unpinned);
+            }
+        }
+        for (worker, request, chain, node) in running {
+            tree.unpin(node, worker, 1);
+            naive.unpin(worker, request, &chain);
+        }
+        prop_assert!((0..WORKERS).all(|worker| naive.active_blocks(worker) == 0));
+        prop_assert_eq!(tree.len(), 0);
     }
 
     /// Hashes of 64 bits collide only very rarely, or on purpose. A prefix may then be missed or
