@@ -200,7 +200,8 @@ const DYNAMO_PR_1731: (&str, f64) = ("dynamo-pr1731", 1.0);
 impl PolicySpec {
     /// Returns `config` with the queue order of this policy. If the policy is one of the router's
     /// own, the policy and its weight are set too.
-    pub(crate) fn settings(&self, config: &RouterConfig) -> RouterConfig {
+    #[must_use]
+    pub fn settings(&self, config: &RouterConfig) -> RouterConfig {
         let mut settings = config.clone();
         settings.queue_order = self.queue;
         if let PolicyKind::Router(policy, weight) = self.kind {
@@ -228,11 +229,14 @@ impl PolicySpec {
 }
 
 impl From<Policy> for PolicySpec {
+    /// Returns the policy with its default queue, as the router runs it by default.
     fn from(policy: Policy) -> Self {
+        let queue = policy.default_queue();
+        let suffix = queue.map(|order| format!("+{order}")).unwrap_or_default();
         Self {
-            name: policy.to_string(),
+            name: format!("{policy}{suffix}"),
             kind: PolicyKind::Router(policy, WeightOverride::Configured),
-            queue: None,
+            queue,
         }
     }
 }

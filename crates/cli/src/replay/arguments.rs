@@ -120,7 +120,8 @@ pub(super) struct ComparisonArgs {
     /// Selects the policies to compare, separated by commas; --help lists them
     ///
     /// POLICY+shortest, POLICY+fcfs and POLICY+fair add a queue at the router, as `serve --queue`
-    /// does. A policy without such a suffix has no queue.
+    /// does. A policy without such a suffix has no queue. Without this flag, all policies of `serve`
+    /// are compared, with the queue that each has there.
     #[arg(long, value_delimiter = ',')]
     pub(super) policy: Vec<PolicySpec>,
     /// Sets the number of runs of each policy, with different requests (of a workload) and noise
@@ -132,7 +133,8 @@ pub(super) struct ComparisonArgs {
 }
 
 impl ComparisonArgs {
-    /// Returns the policies of the flag, or all policies of `serve` without the flag.
+    /// Returns the policies of the flag. Without the flag, all policies of `serve`, each with its
+    /// default queue, the default policy first.
     pub(super) fn policies(&self) -> Vec<PolicySpec> {
         if self.policy.is_empty() {
             return Policy::ALL.map(|(policy, _)| policy.into()).to_vec();

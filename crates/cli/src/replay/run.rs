@@ -74,3 +74,40 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<()> {
     args.report.write_html(&grid)?;
     args.report.write_json(&report)
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use foresee_core::policy::Policy;
+    use foresee_core::router::RouterConfig;
+
+    use crate::replay::ReplayCommand;
+    use crate::{Cli, Command};
+
+    /// Returns the settings of the router without the queue limit, which protects the memory of the
+    /// gateway's process: a replay has no clients that keep connections open.
+    fn shown(config: RouterConfig) -> String {
+        let config = RouterConfig {
+            queue_limit: None,
+            ..config
+        };
+        format!("{config:#?}")
+    }
+
+    #[test]
+    fn serve_the_library_and_the_first_policy_of_a_replay_have_the_same_defaults() {
+        let serve = ["foresee", "serve", "--worker", "http://gpu1:8000"];
+        let Command::Serve(serve) = Cli::parse_from(serve).command else {
+            panic!("another subcommand");
+        };
+        let replay = ["foresee", "replay", "run", "--workload", "chat"];
+        let Command::Replay(ReplayCommand::Run(replay)) = Cli::parse_from(replay).command else {
+            panic!("another subcommand");
+        };
+        let library = shown(RouterConfig::default());
+        assert_eq!(shown(serve.gateway().router), library);
+        let first = &replay.comparison.policies()[0];
+        let replayed = first.settings(&replay.router.config(Policy::default()));
+        assert_eq!(shown(replayed), library);
+    }
+}
