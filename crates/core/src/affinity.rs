@@ -6,9 +6,10 @@
 //! part. The policy's choice gives way to it if the request then costs less there.
 
 use crate::active_tree::WorkerIndex;
+use crate::assessment::RequestAssessment;
 use crate::policy::Policy;
 use crate::request::PreparedRequest;
-use crate::state::{RequestAssessment, State};
+use crate::state::State;
 use crate::worker_id::WorkerId;
 
 /// Returns the part of `eligible` that consists of `only`, or all of it if `only` is `None`.

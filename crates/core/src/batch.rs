@@ -21,7 +21,6 @@ use crate::policy::Decision;
 use crate::request::{Explanation, PreparedRequest, RouteError, SelectError, check_block_size};
 use crate::sequence::Sequence;
 use crate::worker_id::WorkerId;
-pub(crate) use costs::BatchCosts;
 use costs::Evaluation;
 
 /// Maximum number of prompts of a batch. Routing it takes as long as routing that many single
@@ -293,7 +292,7 @@ impl SharedState {
         now: Duration,
     ) -> Result<Explanation, SelectError> {
         let (costs, state) = self.batch_costs(batch, now, Evaluation::All);
-        state.explain(batch, &costs)
+        state.explain(batch.requests(), &costs)
     }
 
     /// Books all prompts of the batch on `worker`, as dispatched. Returns an entry per prompt, in

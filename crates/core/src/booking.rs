@@ -349,38 +349,3 @@ impl Drop for Booking {
         state.release(self.id, self.output_sequence.as_ref());
     }
 }
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-    use crate::router::{Router, RouterConfig};
-    use crate::workers::WorkerSpec;
-
-    /// With a long backlog, updates are due long after their requests were aborted.
-    #[test]
-    fn updates_of_ended_requests_do_not_accumulate() {
-        let config = RouterConfig {
-            queue_order: None,
-            ..RouterConfig::default()
-        };
-        let sequence = Sequence::unhashed(1_000_000, config.block_size);
-        let router = Router::new(config).unwrap();
-        let worker = router.add_worker(WorkerSpec::default()).unwrap();
-        router.set_healthy(worker, true);
-        let request = Request {
-            is_streaming: false,
-            ..Request::new(&sequence)
-        };
-        let book = || router.route(&request, Duration::ZERO).unwrap();
-        let live: Vec<Booking> = (0..10).map(|_| book()).collect();
-        for _ in 0..1_000 {
-            drop(book());
-        }
-        let updates = live[0].state.lock().progress.next_updates.len();
-        assert!(
-            updates <= 2 * live.len() + 64 + 2,
-            "{updates} updates are scheduled"
-        );
-    }
-}

@@ -20,13 +20,14 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use crate::active_tree::WorkerIndex;
+use crate::assessment::RequestAssessment;
 use crate::booking_id::BookingId;
 use crate::estimated_cache::EvictionRule;
 use crate::policy::Decision;
 use crate::queue::{QueueOrder, QueueTicket};
 use crate::request::{PreparedRequest, SelectError};
 use crate::sglang_admission::OutputReservation;
-use crate::state::{RequestAssessment, State};
+use crate::state::State;
 use crate::time::duration_from_secs_saturating;
 use crate::worker_id::WorkerId;
 use crate::workers::{Worker, WorkerState};

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use crate::active_tree::{NO_NODE, WorkerIndex};
+use crate::assessment::RequestAssessment;
 use crate::booking_id::BookingId;
 use crate::booking_record::{BookingRecord, KnownProgress, QueuedState};
 use crate::counter::Counter;
@@ -18,7 +19,7 @@ use crate::prefix_state::{PinRequest, UnpinRequest};
 use crate::request::PreparedRequest;
 use crate::sequence::Sequence;
 use crate::sglang_admission::OutputReservation;
-use crate::state::{RequestAssessment, State};
+use crate::state::State;
 use crate::time::duration_from_secs_saturating;
 use crate::worker_id::WorkerId;
 

@@ -30,7 +30,7 @@
 //! | module | question |
 //! |---|---|
 //! | `config`, `request`, `cache_source` | Which types do callers of the router pass and receive? |
-//! | `critical_section`, `state` | How does the lock work, what is behind it, and how is a decision made? |
+//! | `critical_section`, `state`, `assessment` | How does the lock work, what is behind it, and how is a decision made? |
 //! | `prefix_state` | Which worker has which blocks? The façade over the following modules, up to `hit_audit`. |
 //! | `active_tree`, `prefix_matches` | Which blocks do the requests of each worker pin? |
 //! | `estimated_cache` | Which blocks does a worker without KV events still cache? |
@@ -40,7 +40,7 @@
 //! | `pending_work` | How much prefill and decode work does a worker have? |
 //! | `replication` | When should an idle worker compute a popular prefix once more? |
 //! | `booking_record`, `ledger` | What does a booking add to its worker, and when is it subtracted? |
-//! | `progress_estimator` | How far is a request whose response is not streamed? |
+//! | `progress`, `progress_estimator` | How far is a request whose response is not streamed? |
 //! | `removal` | How is everything that a worker held removed without a pause? |
 //! | `counter`, `paged_slab` | How are sums of bookings and values with ids stored? |
 //! | `dispatch`, `sglang_admission` | When is a queued request sent, and does it fit the worker's memory? |
@@ -83,7 +83,9 @@
 
 mod active_tree;
 mod affinity;
+mod assessment;
 pub mod batch;
+mod batch_costs;
 pub mod booking;
 mod booking_id;
 mod booking_record;
@@ -109,6 +111,7 @@ mod pending_work;
 pub mod policy;
 mod prefix_matches;
 mod prefix_state;
+mod progress;
 mod progress_estimator;
 pub mod queue;
 mod removal;

@@ -12,13 +12,16 @@
 
 use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
+use std::time::Duration;
 
 use crate::active_tree::{PrefixMatch, WorkerIndex};
-use crate::policy::Policy;
+use crate::assessment::RequestAssessment;
+use crate::marginal_delay::RequestProfile;
+use crate::prefix_state::PrefixState;
 use crate::request::PreparedRequest;
 use crate::sequence::{IdentityHasher, SequenceHash};
-use crate::state::{RequestAssessment, State};
 use crate::worker_id::WorkerId;
+use crate::workers::Workers;
 
 /// Maximum number of prefixes in each of the two generations of regret.
 const MAX_PREFIXES: usize = 4096;
@@ -69,6 +72,23 @@ impl ReplicationRegret {
     }
 }
 
+/// A request with the worker that was chosen for it, and all that decides whether an idle worker
+/// computes its prefix instead.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PlacedRequest<'a> {
+    pub(crate) request: &'a PreparedRequest<'a>,
+    pub(crate) assessment: &'a RequestAssessment,
+    pub(crate) profile: &'a RequestProfile,
+    /// Worker of least cost.
+    pub(crate) chosen: WorkerId,
+    /// Workers that the request must not be sent to.
+    pub(crate) excluded: &'a [WorkerIndex],
+    pub(crate) workers: &'a Workers,
+    pub(crate) prefixes: &'a PrefixState,
+    /// Time of the decision.
+    pub(crate) now: Duration,
+}
+
 /// Possible replication of a request's prefix.
 struct ReplicationOffer {
     /// Idle worker that would compute the prefix.
@@ -80,129 +100,104 @@ struct ReplicationOffer {
     extra_cost: f64,
 }
 
-impl State {
+impl ReplicationRegret {
     /// Returns the idle worker that is to take the request and compute its prefix once more,
-    /// instead of `chosen`, the worker of least cost.
+    /// instead of the chosen one.
     ///
-    /// Adds the regret of this request, and resets it if a worker is returned or if `chosen` itself
-    /// lacks the prefix. Returns `None` while the regret is below the cost, and if no replication
-    /// is possible: see [`replication_offer`](Self::replication_offer).
-    pub(crate) fn replicate_to(
-        &mut self,
-        chosen: WorkerId,
-        assessment: &RequestAssessment,
-        request: &PreparedRequest<'_>,
-    ) -> Option<WorkerId> {
-        let (prefix, blocks) = self.replication_prefix(assessment, request)?;
-        if overlap(chosen.index, assessment, request) < blocks {
+    /// Adds the regret of this request, and resets it if a worker is returned or if the chosen
+    /// worker itself lacks the prefix. Returns `None` while the regret is below the cost, and if no
+    /// replication is possible: see [`PlacedRequest::offer`].
+    pub(crate) fn replicate(&mut self, placed: PlacedRequest<'_>) -> Option<WorkerId> {
+        let (prefix, blocks) = placed.prefix()?;
+        if placed.overlap(placed.chosen.index) < blocks {
             // The chosen worker computes the prefix itself.
-            self.replication_regret.clear(prefix);
+            self.clear(prefix);
             return None;
         }
-        let offer = self.replication_offer(blocks, chosen, assessment, request)?;
-        if self.replication_regret.add(prefix, offer.saving) < offer.extra_cost {
+        let offer = placed.offer(blocks)?;
+        if self.add(prefix, offer.saving) < offer.extra_cost {
             return None;
         }
-        self.replication_regret.clear(prefix);
+        self.clear(prefix);
         Some(offer.worker)
     }
 
-    /// Returns the worker that [`replicate_to`](Self::replicate_to) would return, without changing
-    /// any regret.
-    pub(crate) fn peek_replication(
-        &self,
-        chosen: WorkerId,
-        assessment: &RequestAssessment,
-        request: &PreparedRequest<'_>,
-    ) -> Option<WorkerId> {
-        let (prefix, blocks) = self.replication_prefix(assessment, request)?;
-        if overlap(chosen.index, assessment, request) < blocks {
+    /// Returns the worker that [`replicate`](Self::replicate) would return, without changing any
+    /// regret.
+    pub(crate) fn peek(&self, placed: PlacedRequest<'_>) -> Option<WorkerId> {
+        let (prefix, blocks) = placed.prefix()?;
+        if placed.overlap(placed.chosen.index) < blocks {
             return None;
         }
-        let offer = self.replication_offer(blocks, chosen, assessment, request)?;
-        let regret = self.replication_regret.seconds(prefix) + offer.saving;
+        let offer = placed.offer(blocks)?;
+        let regret = self.seconds(prefix) + offer.saving;
         (regret >= offer.extra_cost).then_some(offer.worker)
-    }
-
-    /// Returns the longest prefix of the request that some worker has: its hash and its number of
-    /// blocks. `None` if no worker has one, or if the configuration does not replicate: only the
-    /// marginal-delay policy without a temperature does.
-    fn replication_prefix(
-        &self,
-        assessment: &RequestAssessment,
-        request: &PreparedRequest<'_>,
-    ) -> Option<(SequenceHash, u32)> {
-        if self.config.policy != Policy::MarginalDelay || self.config.temperature > 0.0 {
-            return None;
-        }
-        let best_overlap = assessment.tree_position.best_overlap;
-        let best_overlap = best_overlap.min(request.prompt.max_reusable_blocks());
-        let last = best_overlap.checked_sub(1)? as usize;
-        Some((*request.prompt.hashes().get(last)?, best_overlap))
-    }
-
-    /// Returns what a further replica of the first `blocks` blocks would save this request. `None`
-    /// if `chosen`, which has those blocks, is idle, if no idle worker without them is eligible, or
-    /// if nothing would be saved.
-    fn replication_offer(
-        &self,
-        blocks: u32,
-        chosen: WorkerId,
-        assessment: &RequestAssessment,
-        request: &PreparedRequest<'_>,
-    ) -> Option<ReplicationOffer> {
-        let overlap = |worker| overlap(worker, assessment, request);
-        let is_idle = |worker: WorkerIndex| self.workers.loads[worker as usize].requests == 0;
-        if is_idle(chosen.index) {
-            return None;
-        }
-        let excluded = self.excluded(request);
-        let has_restrictions = self.workers.has_restrictions();
-        let is_passed_over = |worker: WorkerIndex| {
-            has_restrictions && self.workers.restriction(worker, self.now).is_some()
-        };
-        let idle_candidates = self.workers.eligible(request.model_name())?.iter().copied();
-        let idle_candidates = idle_candidates.filter(|&worker| {
-            is_idle(worker)
-                && overlap(worker) < blocks
-                && !excluded.contains(&worker)
-                && !is_passed_over(worker)
-                && self.prefixes.has_prefix_cache(worker)
-        });
-        let idle = idle_candidates.max_by_key(|&worker| overlap(worker))?;
-
-        let profile = self.request_profile(request, assessment);
-        let cost = |worker: WorkerIndex, prefix_match: PrefixMatch| {
-            profile.total(&self.workers.marginal_delay(&profile, worker, prefix_match))
-        };
-        let chosen_cost = cost(
-            chosen.index,
-            assessment.prefix_matches()[chosen.index as usize],
-        );
-        let prefix_match = assessment.prefix_matches()[idle as usize];
-        let replicated = PrefixMatch {
-            cached_blocks: blocks,
-            ..prefix_match
-        };
-        let saving = chosen_cost - cost(idle, replicated);
-        (saving > 0.0).then_some(ReplicationOffer {
-            worker: self.workers.by_index(idle)?.id,
-            saving,
-            extra_cost: cost(idle, prefix_match) - chosen_cost,
-        })
     }
 }
 
-/// Returns the number of blocks of the request that the worker need not compute.
-fn overlap(
-    worker: WorkerIndex,
-    assessment: &RequestAssessment,
-    request: &PreparedRequest<'_>,
-) -> u32 {
-    let prefix_match = assessment.prefix_matches()[worker as usize];
-    prefix_match
-        .overlap()
-        .min(request.prompt.max_reusable_blocks())
+impl PlacedRequest<'_> {
+    /// Returns the longest prefix of the request that some worker has: its hash and its number of
+    /// blocks. `None` if no worker has one.
+    fn prefix(&self) -> Option<(SequenceHash, u32)> {
+        let prompt = self.request.prompt;
+        let best_overlap = self.assessment.tree_position.best_overlap;
+        let best_overlap = best_overlap.min(prompt.max_reusable_blocks());
+        let last = best_overlap.checked_sub(1)? as usize;
+        Some((*prompt.hashes().get(last)?, best_overlap))
+    }
+
+    /// Returns the number of blocks of the request that the worker need not compute.
+    fn overlap(&self, worker: WorkerIndex) -> u32 {
+        let prefix_match = self.assessment.prefix_matches[worker as usize];
+        prefix_match
+            .overlap()
+            .min(self.request.prompt.max_reusable_blocks())
+    }
+
+    /// Returns whether the worker has no requests.
+    fn is_idle(&self, worker: WorkerIndex) -> bool {
+        self.workers.loads[worker as usize].requests == 0
+    }
+
+    /// Returns what a further replica of the first `blocks` blocks would save this request. `None`
+    /// if the chosen worker, which has those blocks, is idle, if no idle worker without them is
+    /// eligible, or if nothing would be saved.
+    fn offer(&self, blocks: u32) -> Option<ReplicationOffer> {
+        if self.is_idle(self.chosen.index) {
+            return None;
+        }
+        let workers = self.workers;
+        let has_restrictions = workers.has_restrictions();
+        let is_passed_over = |worker: WorkerIndex| {
+            has_restrictions && workers.restriction(worker, self.now).is_some()
+        };
+        let idle_candidates = workers.eligible(self.request.model_name())?.iter().copied();
+        let idle_candidates = idle_candidates.filter(|&worker| {
+            self.is_idle(worker)
+                && self.overlap(worker) < blocks
+                && !self.excluded.contains(&worker)
+                && !is_passed_over(worker)
+                && self.prefixes.has_prefix_cache(worker)
+        });
+        let idle = idle_candidates.max_by_key(|&worker| self.overlap(worker))?;
+
+        let profile = self.profile;
+        let cost = |worker: WorkerIndex, prefix_match: PrefixMatch| {
+            profile.total(&workers.marginal_delay(profile, worker, prefix_match))
+        };
+        let match_on = |worker: WorkerIndex| self.assessment.prefix_matches[worker as usize];
+        let chosen_cost = cost(self.chosen.index, match_on(self.chosen.index));
+        let replicated = PrefixMatch {
+            cached_blocks: blocks,
+            ..match_on(idle)
+        };
+        let saving = chosen_cost - cost(idle, replicated);
+        (saving > 0.0).then_some(ReplicationOffer {
+            worker: workers.by_index(idle)?.id,
+            saving,
+            extra_cost: cost(idle, match_on(idle)) - chosen_cost,
+        })
+    }
 }
 
 #[cfg(test)]

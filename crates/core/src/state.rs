@@ -11,20 +11,20 @@ use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use smallvec::SmallVec;
 
-use crate::active_tree::{PrefixMatch, TreePosition, WorkerIndex};
-use crate::batch::{BatchCosts, BatchRequest};
+use crate::active_tree::WorkerIndex;
+use crate::assessment::RequestAssessment;
+use crate::batch_costs::BatchCosts;
 use crate::booking_record::BookingRecord;
 use crate::config::RouterConfig;
-use crate::forecast::output_length::{LengthClass, OutputLengthModel};
+use crate::forecast::output_length::OutputLengthModel;
 use crate::kv_cost::KvCostInput;
 use crate::marginal_delay::RequestProfile;
 use crate::paged_slab::PagedSlab;
-use crate::policy::{CandidateSet, CostSource, Decision};
-use crate::prefix_matches::PrefixMatches;
+use crate::policy::{CandidateSet, CostSource, Decision, Policy};
 use crate::prefix_state::PrefixState;
 use crate::progress_estimator::ProgressEstimator;
 use crate::queue::{QueuePolicyState, QueueTicket};
-use crate::replication::ReplicationRegret;
+use crate::replication::{PlacedRequest, ReplicationRegret};
 use crate::request::{Candidate, Explanation, PassedOver, PreparedRequest, SelectError};
 use crate::worker_id::WorkerId;
 use crate::workers::Workers;
@@ -56,34 +56,6 @@ pub(crate) struct State {
     round_robin_cursor: u64,
     /// Latest time that a caller has passed in. Never goes back.
     pub(crate) now: Duration,
-}
-
-/// Properties of one request that a decision reads.
-#[derive(Debug)]
-pub(crate) struct RequestAssessment {
-    prefix_matches: PrefixMatches,
-    /// Position at which the prompt leaves the active tree, and the largest overlap of any worker.
-    pub(crate) tree_position: TreePosition,
-    /// Length class of the output.
-    pub(crate) length_class: LengthClass,
-    /// Expected number of output tokens.
-    pub(crate) expected_output_tokens: u32,
-    /// Queue ticket, which decides how many queued requests this one overtakes.
-    pub(crate) ticket: QueueTicket,
-    /// Whether the request is the trial of an ejected worker, which is sent at once.
-    pub(crate) is_trial: bool,
-}
-
-impl RequestAssessment {
-    /// Returns the prefix match of the prompt on each worker, by worker index.
-    pub(crate) fn prefix_matches(&self) -> &[PrefixMatch] {
-        &self.prefix_matches
-    }
-
-    /// Returns the prefix match of the prompt on each worker, by worker index.
-    pub(crate) fn into_prefix_matches(self) -> PrefixMatches {
-        self.prefix_matches
-    }
 }
 
 impl State {
@@ -250,6 +222,47 @@ impl State {
         Ok((worker, assessment))
     }
 
+    /// Returns the idle worker to which the prefix of a request is replicated instead of sending the
+    /// request to `chosen`: see [`ReplicationRegret::replicate`].
+    fn replicate_to(
+        &mut self,
+        chosen: WorkerId,
+        assessment: &RequestAssessment,
+        request: &PreparedRequest<'_>,
+    ) -> Option<WorkerId> {
+        // Taken out, because the rest of the state is read meanwhile.
+        let mut regret = std::mem::take(&mut self.replication_regret);
+        let replica = self.with_placed(chosen, assessment, request, |placed| {
+            regret.replicate(placed)
+        });
+        self.replication_regret = regret;
+        replica
+    }
+
+    /// Calls `decide` with a request and the worker that was chosen for it. Returns `None` if the
+    /// configuration does not replicate: only the marginal-delay policy without a temperature does.
+    fn with_placed(
+        &self,
+        chosen: WorkerId,
+        assessment: &RequestAssessment,
+        request: &PreparedRequest<'_>,
+        decide: impl FnOnce(PlacedRequest<'_>) -> Option<WorkerId>,
+    ) -> Option<WorkerId> {
+        if self.config.policy != Policy::MarginalDelay || self.config.temperature > 0.0 {
+            return None;
+        }
+        decide(PlacedRequest {
+            request,
+            assessment,
+            profile: &self.request_profile(request, assessment),
+            chosen,
+            excluded: &self.excluded(request),
+            workers: &self.workers,
+            prefixes: &self.prefixes,
+            now: self.now,
+        })
+    }
+
     /// Selects a worker by the configured policy, with costs computed from `assessment`. Books
     /// nothing.
     ///
@@ -313,10 +326,10 @@ impl State {
     /// As [`select_with_costs`](Self::select_with_costs).
     pub(crate) fn explain(
         &self,
-        batch: &BatchRequest<'_>,
+        requests: &[PreparedRequest<'_>],
         batch_costs: &BatchCosts,
     ) -> Result<Explanation, SelectError> {
-        let request = &batch.requests()[0];
+        let request = requests.first().ok_or(SelectError::NoWorker)?;
         let excluded = self.excluded(request);
         let eligible = self.workers.selectable(request, &excluded, self.now)?;
         let candidate_set = CandidateSet {
@@ -364,10 +377,13 @@ impl State {
             passed_over: self.passed_over(request, &candidates),
             candidates,
         };
-        if let ([request], Some(chosen)) = (batch.requests(), explanation.expected_choice()) {
+        if let ([request], Some(chosen)) = (requests, explanation.expected_choice()) {
             let assessment = self.assess(request);
+            let chosen = chosen.id;
             explanation.replicates_prefix_to =
-                self.peek_replication(chosen.id, &assessment, request);
+                self.with_placed(chosen, &assessment, request, |placed| {
+                    self.replication_regret.peek(placed)
+                });
         }
         Ok(explanation)
     }

@@ -7,49 +7,34 @@ use std::path::{Path, PathBuf};
 
 /// Circles that are still to be opened, by crate: the files of each. A file may leave them, and none
 /// may enter.
-const KNOWN_CIRCLES: [(&str, &[&str]); 2] = [
-    (
-        "core",
-        &[
-            "batch",
-            "booking",
-            "critical_section",
-            "ledger",
-            "progress_estimator",
-            "replication",
-            "router",
-            "state",
-        ],
-    ),
-    (
-        "gateway",
-        &[
-            "admin",
-            "client_headers",
-            "client_socket",
-            "completion_log",
-            "config",
-            "connection",
-            "engine_metrics",
-            "gateway_state",
-            "placement::affinity",
-            "placement::parsed_request",
-            "placement::response_observer",
-            "recorder",
-            "reply",
-            "request_body",
-            "subscribe",
-            "tracked_body",
-            "upstream",
-            "worker_info",
-            "workers",
-            "workers::health",
-            "workers::query",
-            "workers::tasks",
-            "workers::worker_config",
-        ],
-    ),
-];
+const KNOWN_CIRCLES: [(&str, &[&str]); 1] = [(
+    "gateway",
+    &[
+        "admin",
+        "client_headers",
+        "client_socket",
+        "completion_log",
+        "config",
+        "connection",
+        "engine_metrics",
+        "gateway_state",
+        "placement::affinity",
+        "placement::parsed_request",
+        "placement::response_observer",
+        "recorder",
+        "reply",
+        "request_body",
+        "subscribe",
+        "tracked_body",
+        "upstream",
+        "worker_info",
+        "workers",
+        "workers::health",
+        "workers::query",
+        "workers::tasks",
+        "workers::worker_config",
+    ],
+)];
 
 /// Path of a module in its crate, such as `["workers", "health"]`; empty for the root.
 type ModulePath = Vec<String>;

@@ -7,11 +7,10 @@ use std::time::Duration;
 
 use crate::active_tree::{PrefixMatch, WorkerIndex};
 use crate::batch::BatchRequest;
+use crate::batch_costs::BatchCosts;
 use crate::critical_section::{CriticalSection, SharedState};
-use crate::kv_cost::{KvCost, KvCostInput};
-use crate::load::Load;
-use crate::marginal_delay::{MarginalDelay, RequestProfile};
-use crate::policy::{CostSource, Decision, Policy};
+use crate::marginal_delay::RequestProfile;
+use crate::policy::{CostSource, Policy};
 use crate::request::SelectError;
 use crate::sequence::Sequence;
 use crate::state::State;
@@ -44,65 +43,6 @@ pub(super) enum Evaluation {
     Only(WorkerIndex),
 }
 
-/// Costs of a batch on each worker, by worker index.
-#[derive(Debug)]
-pub(crate) struct BatchCosts {
-    /// Costs in blocks, summed over the prompts.
-    pub(crate) costs: Vec<KvCost>,
-    /// Costs in seconds, summed over the prompts. Zero for workers that are not evaluated.
-    pub(crate) delays: Vec<MarginalDelay>,
-    /// Weighted sums of `delays`: the numbers that the marginal-delay policy minimises. Infinite for
-    /// workers that are not evaluated.
-    pub(crate) objective: Vec<f64>,
-    /// Prefix matches, summed over the prompts.
-    pub(crate) prefix_matches: Vec<PrefixMatch>,
-}
-
-impl BatchCosts {
-    /// Returns the costs of no prompt, with an infinite objective.
-    fn new(state: &State) -> Self {
-        let mut batch_costs = Self {
-            costs: Vec::new(),
-            delays: Vec::new(),
-            objective: Vec::new(),
-            prefix_matches: Vec::new(),
-        };
-        batch_costs.extend(state);
-        batch_costs
-    }
-
-    /// Adds entries for the workers that were added since.
-    fn extend(&mut self, state: &State) {
-        let workers = state.workers.index_len();
-        let idle_cost = |load: &Load| KvCost::idle(load.projected_blocks());
-        let added = state.workers.loads.iter().skip(self.costs.len());
-        self.costs.extend(added.map(idle_cost));
-        self.delays.resize(workers, MarginalDelay::default());
-        self.objective.resize(workers, f64::INFINITY);
-        self.prefix_matches.resize(workers, PrefixMatch::default());
-    }
-
-    /// Adds the costs of the next prompt in blocks, and its prefix matches, on all workers.
-    fn add_blocks(&mut self, input: KvCostInput, prefix_matches: &[PrefixMatch]) {
-        let sums = self.costs.iter_mut().zip(&mut self.prefix_matches);
-        for ((cost, sum), &prefix_match) in sums.zip(prefix_matches) {
-            cost.add(input, prefix_match);
-            sum.cached_blocks = sum.cached_blocks.saturating_add(prefix_match.cached_blocks);
-            sum.active_blocks = sum.active_blocks.saturating_add(prefix_match.active_blocks);
-        }
-    }
-
-    /// Returns the decision to place the batch on `worker`.
-    pub(crate) fn decision(&self, worker: WorkerId) -> Decision {
-        let best = self.costs.iter().map(|cost| cost.overlap_blocks).max();
-        Decision {
-            cost: self.costs[worker.index as usize],
-            prefix_match: self.prefix_matches[worker.index as usize],
-            best_overlap_blocks: best.unwrap_or(0),
-        }
-    }
-}
-
 /// Critical section that lets other threads have the lock when it has done enough work.
 struct PausingSection<'a> {
     state: CriticalSection<'a>,
@@ -119,7 +59,7 @@ impl PausingSection<'_> {
         if self.work > 0 && self.work + delays > MAX_DELAYS_PER_LOCK {
             self.state.pause();
             self.state.advance_to(self.now);
-            batch_costs.extend(&self.state);
+            batch_costs.extend(&self.state.workers.loads);
             self.work = 0;
         }
         self.work += delays;
@@ -143,7 +83,7 @@ impl SharedState {
             work: 0,
         };
         section.state.advance_to(now);
-        let mut costs = BatchCosts::new(&section.state);
+        let mut costs = BatchCosts::new(&section.state.workers.loads);
         let workers = section.state.workers.index_len();
         let uses_delays = section.state.config.policy == Policy::MarginalDelay;
         let needs_shortlist = uses_delays && workers > MAX_WORKERS_EVALUATED;

@@ -1,0 +1,35 @@
+//! What a decision reads of one request: its prefix on every worker, and its expected output.
+
+use crate::active_tree::{PrefixMatch, TreePosition};
+use crate::forecast::output_length::LengthClass;
+use crate::prefix_matches::PrefixMatches;
+use crate::queue::QueueTicket;
+
+/// Properties of one request that a decision reads.
+#[derive(Debug)]
+pub(crate) struct RequestAssessment {
+    /// Prefix match on each worker, by worker index.
+    pub(crate) prefix_matches: PrefixMatches,
+    /// Position at which the prompt leaves the active tree, and the largest overlap of any worker.
+    pub(crate) tree_position: TreePosition,
+    /// Length class of the output.
+    pub(crate) length_class: LengthClass,
+    /// Expected number of output tokens.
+    pub(crate) expected_output_tokens: u32,
+    /// Queue ticket, which decides how many queued requests this one overtakes.
+    pub(crate) ticket: QueueTicket,
+    /// Whether the request is the trial of an ejected worker, which is sent at once.
+    pub(crate) is_trial: bool,
+}
+
+impl RequestAssessment {
+    /// Returns the prefix match of the prompt on each worker, by worker index.
+    pub(crate) fn prefix_matches(&self) -> &[PrefixMatch] {
+        &self.prefix_matches
+    }
+
+    /// Returns the prefix match of the prompt on each worker, by worker index.
+    pub(crate) fn into_prefix_matches(self) -> PrefixMatches {
+        self.prefix_matches
+    }
+}

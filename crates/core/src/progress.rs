@@ -1,0 +1,205 @@
+//! Progress of requests whose responses are not streamed: their prefill and their output tokens.
+//!
+//! Their progress is extrapolated by the latency model. If the worker publishes KV events, the
+//! estimate is corrected by the blocks that the events report as stored.
+
+use std::time::Duration;
+
+use crate::booking_id::BookingId;
+use crate::booking_record::KnownProgress;
+use crate::event_index::PrefixRun;
+use crate::ledger::find_record;
+use crate::progress_estimator::TailBlock;
+use crate::sequence::{Sequence, SequenceHash};
+use crate::state::State;
+use crate::time::duration_from_secs_saturating;
+use crate::worker_id::WorkerId;
+
+/// Minimum time between two updates of the estimate for one request.
+const MIN_UPDATE_INTERVAL: Duration = Duration::from_millis(1);
+
+/// Maximum number of estimates that are updated at once. An update after a long pause covers all of
+/// the pause, so no estimate falls behind for longer than a few calls.
+const MAX_UPDATES_PER_CALL: usize = 64;
+
+impl State {
+    /// Starts to estimate the progress of a request that was just sent to `worker`. If several
+    /// requests end in the same full block on one worker, KV events correct only the latest one.
+    pub(crate) fn track_progress(&mut self, worker: WorkerId, prompt: &Sequence, id: BookingId) {
+        let bookings = &self.bookings;
+        self.progress.prune(bookings.len(), |id| {
+            let record = bookings.get(id.index);
+            record.is_some_and(|record| record.serial == id.serial && !record.prefill_confirmed)
+        });
+        self.progress.schedule(id, self.now);
+        let full_blocks =
+            prompt.hash_chain_aligned_to(self.prefixes.engine_block_ratio(worker.index).get());
+        if let Some(&last) = full_blocks.last() {
+            let tail = TailBlock {
+                booking: id,
+                blocks: full_blocks.len() as u32,
+            };
+            self.progress.set_tail(worker.index, last, tail);
+        }
+    }
+
+    /// Corrects estimates by the blocks that a worker's events have just reported as stored. Must
+    /// be called only for live events, because the present time counts as the time of the change.
+    /// Requests that are not tracked are ignored.
+    pub(crate) fn on_blocks_stored(&mut self, worker: WorkerId, run: PrefixRun<'_>) {
+        if self.progress.has_no_tails() {
+            return;
+        }
+        for &hash in run.changed() {
+            if let Some(booking) = self.progress.with_tail(worker.index, hash) {
+                self.on_prompt_stored(worker, booking);
+            }
+        }
+        // An output fills one block after the other. Several blocks at once are part of a prompt.
+        if let ([hash], Some(parent)) = (run.changed(), run.parent_of_changed()) {
+            self.on_block_filled(worker, parent, *hash);
+        }
+    }
+
+    /// Records that the prefill of a request has started, because an event reports one of its
+    /// blocks as stored.
+    fn on_prompt_stored(&mut self, worker: WorkerId, id: BookingId) {
+        if let Some(record) = find_record(&mut self.bookings, id)
+            && record.worker == worker
+            && let Some((pending_work, _)) = self.workers.pending_work_mut(worker)
+        {
+            pending_work.mark_started(&record.work, self.now);
+        }
+    }
+
+    /// Sets the output of the request whose tail block is `parent`, because an event reports the
+    /// block `hash` after it: the request has generated output at least up to the end of the new
+    /// block.
+    ///
+    /// Has no effect if no request has that tail block, if several requests have it in their
+    /// prompt, or if the output would exceed its limit. In the latter two cases, later events do
+    /// not correct the request either.
+    fn on_block_filled(&mut self, worker: WorkerId, parent: SequenceHash, hash: SequenceHash) {
+        let index = worker.index;
+        let Some(tail) = self.progress.take_tail(index, parent) else {
+            return;
+        };
+        let TailBlock {
+            booking: id,
+            blocks,
+        } = tail;
+        let record = find_record(&mut self.bookings, id).filter(|record| !record.prefill_confirmed);
+        let Some(record) = record.filter(|record| record.worker == worker) else {
+            return;
+        };
+        // If several requests have this prompt, the block may belong to any of them.
+        let is_prompt_block = blocks <= record.hashed_blocks;
+        if is_prompt_block && self.prefixes.pin_count_at(record.node, index, blocks) != 1 {
+            return;
+        }
+        let blocks = blocks.saturating_add(self.prefixes.engine_block_ratio(index).get());
+        let stored_tokens = blocks.saturating_mul(record.block_size);
+        // The token after the last stored one is generated too.
+        let output_tokens = stored_tokens
+            .saturating_sub(record.prompt_tokens)
+            .saturating_add(1);
+        if record
+            .max_tokens
+            .is_some_and(|max_tokens| output_tokens > max_tokens)
+        {
+            return;
+        }
+        let was_in_prefill = record.work.is_in_prefill();
+        if was_in_prefill {
+            self.on_prompt_stored(worker, id);
+            self.update_estimate(id);
+        }
+        let now = self.now;
+        let Some(record) = self.record(id) else {
+            return;
+        };
+        record.last_known = KnownProgress {
+            at: now,
+            output_tokens,
+        };
+        let max_output_tokens = record.max_output_tokens();
+        // An estimate that has reached the maximum has no further update. If the output turns out to
+        // be shorter, it needs one again.
+        let has_no_update = !was_in_prefill && record.output_tokens >= max_output_tokens;
+        if has_no_update && output_tokens < max_output_tokens {
+            self.progress.schedule(id, now);
+        }
+        let tail = TailBlock {
+            booking: id,
+            blocks,
+        };
+        self.progress.set_tail(index, hash, tail);
+        self.set_output_tokens(id, output_tokens);
+    }
+
+    /// Advances the state to `now`, unless it is at a later time already, and applies the updates of
+    /// estimates that are due: at most [`MAX_UPDATES_PER_CALL`], the earliest first. The next call
+    /// applies further ones.
+    pub(crate) fn advance_to(&mut self, now: Duration) {
+        self.now = self.now.max(now);
+        for _ in 0..MAX_UPDATES_PER_CALL {
+            let Some(id) = self.progress.take_due(self.now) else {
+                return;
+            };
+            if let Some(next) = self.update_estimate(id) {
+                self.progress.schedule(id, next);
+            }
+        }
+    }
+
+    /// Updates the phase and the output tokens of a request to the estimate for the present time.
+    /// Returns when its next block should be full, or `None` if no further update is needed: the
+    /// output has reached its maximum or was reported, the booking has ended, or the worker was
+    /// removed.
+    fn update_estimate(&mut self, id: BookingId) -> Option<Duration> {
+        let now = self.now;
+        let record =
+            find_record(&mut self.bookings, id).filter(|record| !record.prefill_confirmed)?;
+        let (worker, expected_tokens) = (record.worker, record.expected_output_tokens);
+        let block_size = record.block_size;
+        let (pending_work, shared_model) = self.workers.pending_work_mut(worker)?;
+        let (requests, context_tokens) = pending_work.decode_load();
+        let latency_model = pending_work.latency.latency_model(shared_model, now);
+        let step_seconds =
+            latency_model.decode_step_seconds(f64::from(requests.max(1)), context_tokens as f64);
+        if record.work.is_in_prefill() {
+            let predicted = record.predicted_first_token_at;
+            let Some(first_token_at) =
+                pending_work.inferred_first_token_at(&record.work, predicted, now)
+            else {
+                let pause = duration_from_secs_saturating(step_seconds).max(MIN_UPDATE_INTERVAL);
+                return now.checked_add(pause);
+            };
+            record.last_token_at = first_token_at;
+            record.last_known = KnownProgress {
+                at: first_token_at,
+                output_tokens: expected_tokens.min(1),
+            };
+        }
+        let (is_prefill_finished, serial) =
+            (pending_work.finish_prefill(&mut record.work), record.serial);
+        let known = record.last_known;
+        let steps = now.saturating_sub(known.at).as_secs_f64() / step_seconds;
+        let max_tokens = record.max_output_tokens().max(known.output_tokens);
+        let total = known
+            .output_tokens
+            .saturating_add(steps as u32)
+            .min(max_tokens);
+        let context_tokens = record.prompt_tokens.saturating_add(total);
+        let tokens_to_next_block = block_size - context_tokens.saturating_sub(1) % block_size;
+        if is_prefill_finished {
+            self.on_prefill_finished(worker, serial);
+        }
+        self.set_output_tokens(id, total);
+        // The lower bound keeps the updates of a fast worker apart.
+        let pause = duration_from_secs_saturating(step_seconds)
+            .saturating_mul(tokens_to_next_block)
+            .max(MIN_UPDATE_INTERVAL);
+        now.checked_add(pause).filter(|_| total < max_tokens)
+    }
+}
