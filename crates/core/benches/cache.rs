@@ -7,6 +7,7 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+use std::alloc::System;
 use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -19,10 +20,9 @@ use foresee_core::event_index::{CacheDelta, CacheView, EventIndex, PrefixRuns, S
 use foresee_core::router::{CacheSource, Observed, Request, Router, RouterConfig};
 use foresee_core::sequence::Sequence;
 use foresee_core::workers::{WorkerId, WorkerSpec};
-use tikv_jemallocator::Jemalloc;
 
 #[global_allocator]
-static ALLOCATOR: Cap<Jemalloc> = Cap::new(Jemalloc, usize::MAX);
+static ALLOCATOR: Cap<System> = Cap::new(System, usize::MAX);
 
 fn main() {
     // Measurements that are not a time per operation run first, unless benchmarks are selected by

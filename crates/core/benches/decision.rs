@@ -18,10 +18,6 @@ use foresee_core::router::{Request, Router, RouterConfig};
 use foresee_core::sequence::{Sequence, prefix_salt};
 use foresee_core::workers::WorkerSpec;
 
-// The allocator of the program: hash chains are allocated by one thread and may be freed by another.
-#[global_allocator]
-static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
-
 fn main() {
     divan::main();
 }

@@ -29,10 +29,6 @@ use foresee_core::workers::{WorkerId, WorkerSpec};
 use parking_lot::Mutex;
 use rustix::time::{ClockId, clock_gettime};
 
-// The allocator of the program.
-#[global_allocator]
-static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
-
 const WORKERS: usize = 512;
 const BLOCKS_PER_WORKER: usize = 9216;
 const CONVERSATION: usize = 32;

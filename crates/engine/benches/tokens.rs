@@ -20,10 +20,6 @@ use divan::Bencher;
 use divan::counter::BytesCount;
 use foresee_engine::tokenizer::{SpecialTokens, Tokenizer};
 
-// The allocator of the released program.
-#[global_allocator]
-static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
-
 fn main() {
     divan::main();
 }

@@ -31,12 +31,7 @@ const OPENING_AT_ONCE: usize = 200;
 /// Time after the end of the streams at which memory is measured again.
 const IDLE_TIME: Duration = Duration::from_secs(60);
 
-#[global_allocator]
-static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
-
 fn main() {
-    // As the program does.
-    let _ = tikv_jemalloc_ctl::background_thread::write(true);
     raise_open_file_limit().unwrap();
     let mut arguments = std::env::args().skip(1);
     let runtime = tokio::runtime::Builder::new_multi_thread()
