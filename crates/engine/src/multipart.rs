@@ -44,8 +44,12 @@ pub fn model_field(content_type: &str, body: &[u8]) -> Result<Option<String>, Bo
         let Some(part) = skip_line(rest) else {
             return Ok(None);
         };
-        // The line end before the delimiter belongs to the delimiter; an empty part may have only
-        // that one.
+        // An empty part may have only the line end that is before it.
+        if let Some(after) = part.strip_prefix(delimiter.as_slice()) {
+            rest = after;
+            continue;
+        }
+        // The line end before the delimiter belongs to the delimiter.
         let end = finder.find(part);
         let content = &part[..end.unwrap_or(part.len())];
         if let Some(value) = model_value(content) {

@@ -37,7 +37,7 @@ pub fn check(bytes: &[u8]) {
         assert!(!NOT_SETTINGS.contains(&key), "{flag}");
         assert!(value.len() <= text.len() + MAX_NUMBER_CHARS, "{flag}");
     }
-    let commented = format!("# a comment\n\n{text}\n# another\n");
+    let commented = format!("{text}\n\n# a comment\n");
     assert_eq!(config_file_flags(&commented).ok().as_ref(), Some(&flags));
     let line = ["foresee", "serve"].map(OsString::from);
     // The values may be invalid.

@@ -23,9 +23,9 @@ pub fn check(bytes: &[u8]) {
             assert!(is_remote, "{source:?}");
         }
     }
-    // The body is accepted, so the library for JSON accepts it too, and `url` is its description.
+    // Fields that are not read may have invalid values.
     let Ok(body) = serde_json::from_slice::<Value>(bytes) else {
-        panic!("the body is not JSON");
+        return;
     };
     let url = body["url"].as_str().unwrap_or_default();
     assert_eq!(url.parse::<WorkerConfig>().ok().as_ref(), Some(&config));

@@ -35,6 +35,14 @@ fn the_model_is_found_before_and_after_a_file() {
     assert_eq!(model_field(TYPE, &empty), Ok(Some(String::new())));
 }
 
+#[test]
+fn an_empty_part_ends_at_the_line_end_that_begins_it() {
+    let epilogue = b"--x7\r\n--x7--\r\nContent-Disposition: form-data; name=model\r\n\r\nx";
+    assert_eq!(model_field(TYPE, epilogue), Ok(None));
+    let next = b"--x7\r\n--x7\r\nContent-Disposition: form-data; name=model\r\n\r\nx\r\n--x7--";
+    assert_eq!(model_field(TYPE, next), Ok(Some("x".to_owned())));
+}
+
 /// As `curl` and the libraries `requests` and `undici` write it.
 #[test]
 fn the_forms_of_real_clients_are_read() {
