@@ -97,8 +97,8 @@ fn flags(text: &str, subcommand: &str, settings: &ArgMatches) -> anyhow::Result<
     Ok(flags)
 }
 
-/// Returns the settings of `serve` in the text of a configuration file as flags, without those that
-/// an environment variable sets. The values of the flags are not checked.
+/// Returns the settings of `serve` in the text of a configuration file as flags. Leaves out settings
+/// of environment variables, which override the file. The values of the flags are not checked.
 ///
 /// # Errors
 /// If the text is not TOML, a key is unknown or given twice, or a value has the wrong type.

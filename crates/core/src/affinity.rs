@@ -48,7 +48,7 @@ impl State {
             return None;
         }
         let profile = self.request_profile(request, assessment);
-        let matches = assessment.prefix_matches();
+        let matches = &assessment.prefix_matches;
         let cost = |worker: WorkerId, prefix_match| {
             let delay = self
                 .workers

@@ -1,6 +1,6 @@
-//! What a decision reads of one request: its prefix on every worker, and its expected output.
+//! The assessment of one request: its prefix on every worker, and its expected output.
 
-use crate::active_tree::{PrefixMatch, TreePosition};
+use crate::active_tree::TreePosition;
 use crate::forecast::output_length::LengthClass;
 use crate::prefix_matches::PrefixMatches;
 use crate::queue::QueueTicket;
@@ -20,16 +20,4 @@ pub(crate) struct RequestAssessment {
     pub(crate) ticket: QueueTicket,
     /// Whether the request is the trial of an ejected worker, which is sent at once.
     pub(crate) is_trial: bool,
-}
-
-impl RequestAssessment {
-    /// Returns the prefix match of the prompt on each worker, by worker index.
-    pub(crate) fn prefix_matches(&self) -> &[PrefixMatch] {
-        &self.prefix_matches
-    }
-
-    /// Returns the prefix match of the prompt on each worker, by worker index.
-    pub(crate) fn into_prefix_matches(self) -> PrefixMatches {
-        self.prefix_matches
-    }
 }

@@ -258,7 +258,8 @@ impl SharedState {
     /// Returns that worker, the decision, and an entry per prompt.
     ///
     /// # Errors
-    /// As [`State::select_with_costs`](crate::state::State::select_with_costs). The bookings then stay where they are.
+    /// As [`State::select_with_costs`](crate::state::State::select_with_costs). The bookings then
+    /// stay where they are.
     fn rebook_batch(
         &self,
         batch: &BatchRequest<'_>,

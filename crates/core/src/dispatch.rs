@@ -174,7 +174,7 @@ impl State {
             return true;
         };
         let reservation = OutputReservation::new(request.max_tokens, request.ignore_eos, 0);
-        let active_match = assessment.prefix_matches()[worker.index as usize].active_blocks;
+        let active_match = assessment.prefix_matches[worker.index as usize].active_blocks;
         let new_blocks = request.prompt.blocks().saturating_sub(active_match);
         pending_work.queue.is_empty()
             && self.has_prefill_slack(worker.index)
@@ -424,9 +424,9 @@ impl State {
     }
 
     /// Returns whether a queued request should move from `current` to `chosen`: if `current` is not
-    /// healthy or has backpressure, or if the move reduces the cost to [`MAX_MIGRATION_COST_RATIO`] of what it is. The
-    /// request must not be booked at the time, or its own booking would count in the cost of
-    /// `current`.
+    /// healthy or has backpressure, or if the move reduces the cost to [`MAX_MIGRATION_COST_RATIO`]
+    /// of what it is. The request must not be booked at the time, or its own booking would count in
+    /// the cost of `current`.
     fn is_worth_moving(
         &self,
         current: WorkerId,
@@ -442,7 +442,7 @@ impl State {
         }
         let profile = self.request_profile(request, assessment);
         let cost = |worker: WorkerId| {
-            let prefix_match = assessment.prefix_matches()[worker.index as usize];
+            let prefix_match = assessment.prefix_matches[worker.index as usize];
             let delay = self
                 .workers
                 .marginal_delay(&profile, worker.index, prefix_match);

@@ -49,6 +49,11 @@ impl EvictionRule {
             Self::SglangRadix => "radix",
         }
     }
+
+    /// Returns whether the requests of one step of such an engine share the blocks that they compute.
+    pub(crate) fn shares_within_step(self) -> bool {
+        self == Self::VllmLru
+    }
 }
 
 /// Maximum number of entries of the free queue from which one call of

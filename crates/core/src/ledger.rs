@@ -97,7 +97,7 @@ impl State {
                 &PinRequest {
                     prompt,
                     position: assessment.tree_position,
-                    prefix_match: assessment.prefix_matches()[index as usize],
+                    prefix_match: assessment.prefix_matches[index as usize],
                     serial: record.serial,
                     occupancy: record.occupancy(),
                 },
@@ -155,7 +155,7 @@ impl State {
                     .pin_queued(index, request.prompt, record.serial);
             record.node = node;
             record.hashed_blocks = hashed_blocks;
-            let active_blocks = assessment.prefix_matches()[index as usize].active_blocks;
+            let active_blocks = assessment.prefix_matches[index as usize].active_blocks;
             let shared_blocks = active_blocks.min(hashed_blocks);
             new_blocks = u64::from(record.blocks() - shared_blocks);
             load.requests += 1;
@@ -282,9 +282,9 @@ impl State {
     }
 
     /// Records that the worker has computed the prompt, because its output is reported. Learns from
-    /// the time of the first token if the response is streamed, and reports a success. Calls after the first have no
-    /// effect. The request must be dispatched. Dispatches the worker's next request if this ends
-    /// the prefill. Has no effect if the booking has ended.
+    /// the time of the first token if the response is streamed, and reports a success. Calls after
+    /// the first have no effect. The request must be dispatched. Dispatches the worker's next
+    /// request if this ends the prefill. Has no effect if the booking has ended.
     pub(crate) fn on_first_token(&mut self, id: BookingId, now: Duration) {
         let record = find_record(&mut self.bookings, id);
         let Some(record) = record.filter(|record| !record.prefill_confirmed) else {

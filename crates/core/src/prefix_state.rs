@@ -1,4 +1,4 @@
-//! Which worker has which blocks: one façade over all that is known about prefixes.
+//! Which worker has which blocks: one façade over all stores of prefixes.
 //!
 //! A block of a prompt is on a worker because a running request pins it, or because the engine still
 //! caches it. Four stores know a part of that:
@@ -48,13 +48,13 @@ pub(crate) struct PrefixState {
     event_index: EventIndex,
     /// Evictions that bookings will cause and that events have not confirmed.
     pending_evictions: PendingEvictions,
-    /// What is known about each worker's cache, by worker index.
+    /// Cache of each worker, apart from the prefixes in it, by worker index.
     caches: Vec<WorkerCache>,
     /// Engine block ratios above 1. A list, because most fleets have none.
     engine_block_ratios: Vec<(WorkerIndex, NonZeroU32)>,
 }
 
-/// What is known about the cache of one worker, apart from the prefixes in it.
+/// Cache of one worker, apart from the prefixes in it.
 #[derive(Debug)]
 struct WorkerCache {
     /// Whether the engine has a prefix cache.
@@ -112,8 +112,8 @@ impl PrefixState {
             Some(place) => *place = cache,
             None => self.caches.push(cache),
         }
-        let shares_within_step = eviction == EvictionRule::VllmLru;
-        self.tree.set_intra_step_sharing(index, shares_within_step);
+        self.tree
+            .set_intra_step_sharing(index, eviction.shares_within_step());
         self.queued.set_intra_step_sharing(index, true);
     }
 
@@ -174,7 +174,7 @@ impl PrefixState {
         !self.engine_block_ratios.is_empty()
     }
 
-    // What engines report about their caches.
+    // Reports of engines about their caches.
 
     /// Compares the hit that a worker has reported with the expected one, and corrects the estimated
     /// cache. Has no effect if the cache source is events. Returns whether the worker has lost
@@ -219,8 +219,8 @@ impl PrefixState {
         self.caches[worker as usize]
             .estimated
             .set_eviction(eviction);
-        let shares_within_step = eviction == EvictionRule::VllmLru;
-        self.tree.set_intra_step_sharing(worker, shares_within_step);
+        self.tree
+            .set_intra_step_sharing(worker, eviction.shares_within_step());
     }
 
     /// Empties the estimated cache of the worker. The caller then [evicts](Self::evict_lost) its
@@ -265,26 +265,28 @@ impl PrefixState {
     /// Applies blocks that the worker's events report as stored. `ratio` is engine block size ÷
     /// router block size. The source must be events.
     pub(crate) fn apply_stored(&mut self, worker: WorkerIndex, ratio: u32, run: PrefixRun<'_>) {
-        let cache = &mut self.caches[worker as usize];
-        self.tree.acknowledge(worker, cache.estimated.last_epoch());
-        self.event_index
-            .add(worker, ratio, run, &mut cache.event_cached_blocks);
-        let hashes = run.changed().iter().copied();
-        self.pending_evictions.acknowledge(worker, hashes);
+        self.acknowledge(worker, run);
+        let cached_blocks = &mut self.caches[worker as usize].event_cached_blocks;
+        self.event_index.add(worker, ratio, run, cached_blocks);
     }
 
     /// As [`apply_stored`](Self::apply_stored), for blocks that events report as removed.
     pub(crate) fn apply_removed(&mut self, worker: WorkerIndex, ratio: u32, run: PrefixRun<'_>) {
-        let cache = &mut self.caches[worker as usize];
-        self.tree.acknowledge(worker, cache.estimated.last_epoch());
-        self.event_index
-            .remove(worker, ratio, run, &mut cache.event_cached_blocks);
+        self.acknowledge(worker, run);
+        let cached_blocks = &mut self.caches[worker as usize].event_cached_blocks;
+        self.event_index.remove(worker, ratio, run, cached_blocks);
+    }
+
+    /// Records that the events of the worker are as recent as its latest free, and are right about
+    /// the changed blocks of `run`.
+    fn acknowledge(&mut self, worker: WorkerIndex, run: PrefixRun<'_>) {
+        let epoch = self.caches[worker as usize].estimated.last_epoch();
+        self.tree.acknowledge(worker, epoch);
         let hashes = run.changed().iter().copied();
         self.pending_evictions.acknowledge(worker, hashes);
     }
 
-    /// Notes that events of the worker have arrived which change nothing. Also accepts the index of
-    /// a worker that was removed.
+    /// Records that events of the worker have arrived which change nothing.
     pub(crate) fn acknowledge_events(&mut self, worker: WorkerIndex) {
         self.pending_evictions
             .acknowledge(worker, std::iter::empty());
@@ -309,8 +311,9 @@ impl PrefixState {
     /// continues.
     fn evict_to_fit(&mut self, worker: WorkerIndex, transient_blocks: u64) -> bool {
         let cache = &mut self.caches[worker as usize];
+        let active_blocks = cache.active_blocks();
         cache.estimated.evict_to_fit(
-            cache.pinned_blocks + cache.unshared_blocks + transient_blocks,
+            active_blocks + transient_blocks,
             worker,
             &mut self.tree,
             &mut self.pending_evictions,
@@ -375,7 +378,7 @@ impl PrefixState {
         [&mut self.tree, &mut self.queued].map(|tree| std::mem::take(&mut tree.deferred_drops))
     }
 
-    // What is known.
+    // Reading.
 
     /// Returns the blocks that running requests on the worker pin; shared ones count once.
     pub(crate) fn active_blocks(&self, worker: WorkerIndex) -> u64 {

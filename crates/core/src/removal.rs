@@ -120,8 +120,8 @@ impl SharedState {
 
 impl State {
     /// Removes a worker so that nothing refers to it any longer, except by an index that is not
-    /// reused yet. Returns its pending work, unless it was removed before, its estimated cache, and where
-    /// the removal of its blocks from the event index begins, unless it has none there.
+    /// reused yet. Returns its pending work, unless it was removed before, its estimated cache, and
+    /// where the removal of its blocks from the event index begins, unless it has none there.
     fn retire_worker(
         &mut self,
         id: WorkerId,

@@ -196,8 +196,9 @@ impl State {
     }
 
     /// Chooses a worker for a request that arrives now: an ejected worker whose trial is due, the
-    /// policy's choice, or an idle worker to which its prefix is replicated. Returns the worker and the assessment on which the choice is
-    /// based. Books nothing, but adds the regret of this request to its prefix.
+    /// policy's choice, or an idle worker to which its prefix is replicated. Returns the worker and
+    /// the assessment on which the choice is based. Books nothing, but adds the regret of this
+    /// request to its prefix.
     ///
     /// # Errors
     /// As [`select_with_costs`](Self::select_with_costs).

@@ -350,8 +350,8 @@ impl Workers {
     }
 
     /// Returns the marginal delay of a request on the worker at `index`, where its prompt has this
-    /// prefix match, the failure charge included. The delay on the index of a removed worker is that on an empty one. Panics if
-    /// no worker ever had the index.
+    /// prefix match, the failure charge included. The delay on the index of a removed worker is
+    /// that on an empty one. Panics if no worker ever had the index.
     pub(crate) fn marginal_delay(
         &self,
         profile: &RequestProfile,
@@ -472,9 +472,9 @@ impl Workers {
     }
 
     /// Returns the indices of the workers that can be chosen for `model`, ejected ones included; an
-    /// empty name stands for any model. Returns `None` if there are workers, the models of all are known, and `model` is
-    /// none of them. The slice is empty if every worker that may serve the model is unhealthy or
-    /// draining, or if there are no workers. Indices ascend.
+    /// empty name stands for any model. Returns `None` if there are workers, the models of all are
+    /// known, and `model` is none of them. The slice is empty if every worker that may serve the
+    /// model is unhealthy or draining, or if there are no workers. Indices ascend.
     pub(crate) fn eligible(&self, model: ModelName<'_>) -> Option<&[WorkerIndex]> {
         self.eligibility.eligible(model)
     }

@@ -14,20 +14,11 @@ use tokio::time::{Instant, Sleep, sleep};
 
 use crate::connection::{ConnectionConfig, ConnectionState, RequestStage};
 use crate::shutdown::ShutdownPhase;
+use crate::tcp_timeouts::{KEEPALIVE_INTERVAL, KEEPALIVE_PROBES, USER_TIMEOUT};
 
 /// Maximum number of bytes of one read. The HTTP library enlarges its buffer after a read of 8 KiB or
 /// more, and keeps it until the connection ends. A long prompt would double the memory of a stream.
 const MAX_READ_BYTES: u64 = 8191;
-
-/// Time without traffic after which TCP probes whether the client still exists, and time between two
-/// probes.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-
-/// Number of unanswered probes after which the connection ends.
-const KEEPALIVE_PROBES: u32 = 3;
-
-/// Minimum time after which the kernel ends a connection on which the client acknowledges nothing.
-const MIN_USER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Maximum number of bytes in the kernel's queue beyond the free room of the client.
 /// It bounds the kernel's memory for a client that does not read, and each part of that size that the
@@ -66,10 +57,10 @@ pub(crate) fn set_tcp_options(stream: &TcpStream, write_timeout: Duration) {
         .and_then(|()| socket.set_tcp_keepalive(&keepalive));
     #[cfg(target_os = "linux")]
     let set = set
-        .and_then(|()| socket.set_tcp_user_timeout(Some(write_timeout.max(MIN_USER_TIMEOUT))))
+        .and_then(|()| socket.set_tcp_user_timeout(Some(write_timeout.max(USER_TIMEOUT))))
         .and_then(|()| socket.set_tcp_notsent_lowat(MAX_UNSENT_BYTES));
     #[cfg(not(target_os = "linux"))]
-    let _ = (write_timeout, MIN_USER_TIMEOUT, MAX_UNSENT_BYTES);
+    let _ = (write_timeout, USER_TIMEOUT, MAX_UNSENT_BYTES);
     if let Err(error) = set {
         tracing::debug!(%error, "cannot set a TCP option");
     }

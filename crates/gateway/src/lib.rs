@@ -51,6 +51,7 @@ mod request_body;
 mod server;
 mod shutdown;
 mod subscribe;
+mod tcp_timeouts;
 mod tokenization;
 mod tracked_body;
 mod upstream;

@@ -13,23 +13,13 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 
+use crate::tcp_timeouts::{KEEPALIVE_INTERVAL, KEEPALIVE_PROBES, USER_TIMEOUT};
 use crate::workers::{RANK_HEADER, Worker};
 
 /// Time after which the gateway closes an idle connection. Engines close idle connections too (vLLM
 /// after 5 s); closing them first avoids sending a request on a connection that the engine is about
 /// to close.
 const IDLE_CONNECTION_TIMEOUT: Duration = Duration::from_secs(4);
-
-/// Time without traffic after which TCP checks whether the other end of a connection still exists,
-/// and time between two such checks.
-pub(crate) const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-
-/// Number of failed checks after which TCP closes a connection.
-pub(crate) const KEEPALIVE_RETRIES: u32 = 3;
-
-/// Time for which sent data may stay unacknowledged before TCP closes the connection. Without it,
-/// Linux retransmits to a machine that vanished for about a quarter of an hour.
-pub(crate) const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Size of the buffer into which a response is read. Each running stream has one, and the events of a
 /// stream are much smaller.
@@ -213,9 +203,9 @@ impl UpstreamClient {
         connector.set_connect_timeout(Some(connect_timeout));
         connector.set_keepalive(Some(KEEPALIVE_INTERVAL));
         connector.set_keepalive_interval(Some(KEEPALIVE_INTERVAL));
-        connector.set_keepalive_retries(Some(KEEPALIVE_RETRIES));
+        connector.set_keepalive_retries(Some(KEEPALIVE_PROBES));
         #[cfg(any(target_os = "android", target_os = "fuchsia", target_os = "linux"))]
-        connector.set_tcp_user_timeout(Some(TCP_USER_TIMEOUT));
+        connector.set_tcp_user_timeout(Some(USER_TIMEOUT));
         let client = |idle_connections| {
             Client::builder(TokioExecutor::new())
                 .pool_timer(TokioTimer::new())

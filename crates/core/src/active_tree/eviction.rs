@@ -10,8 +10,9 @@ const MAX_NODES_PER_EVICTION: u32 = 64;
 impl PrefixTree {
     /// Evicts up to `wanted` blocks that were released on `worker` under `free_epoch`, from the end
     /// of `node` towards the root. Stops at the first node that the worker pins, does not hold, or
-    /// released under another epoch, or after [`MAX_NODES_PER_EVICTION`] nodes. With `whole_nodes`, for engines that evict whole nodes, a node
-    /// of the engine is always evicted completely, so the result may exceed `wanted`.
+    /// released under another epoch, or after [`MAX_NODES_PER_EVICTION`] nodes. With `whole_nodes`,
+    /// for engines that evict whole nodes, a node of the engine is always evicted completely, so
+    /// the result may exceed `wanted`.
     pub(crate) fn evict(
         &mut self,
         node: NodeId,

@@ -120,7 +120,7 @@ impl PausingSection<'_> {
             self.begin(DELAYS_PER_PROMPT + workers / WORKERS_PER_DELAY, costs);
             let assessment = self.state.assess(request);
             let profile = self.state.request_profile(request, &assessment);
-            let mut prefix_matches = assessment.into_prefix_matches();
+            let mut prefix_matches = assessment.prefix_matches;
             self.state.share_earlier(shared, &mut prefix_matches);
             if adds_blocks {
                 costs.add_blocks(self.state.kv_cost_input(request), &prefix_matches);

@@ -127,10 +127,10 @@ impl State {
         restricted
     }
 
-    /// Returns the charge that a failed booking adds to the cost of its worker: the time to first token that
-    /// was predicted for it and the decode of its output, or the time that the failure took if that
-    /// is longer; the blocks that it would have occupied and computed; and one request. Zero if the
-    /// result is no failure.
+    /// Returns the charge that a failed booking adds to the cost of its worker: the time to first
+    /// token that was predicted for it and the decode of its output, or the time that the failure
+    /// took if that is longer; the blocks that it would have occupied and computed; and one
+    /// request. Zero if the result is no failure.
     fn failure_charge(&self, id: BookingId, result: ExchangeResult) -> FailureCharge {
         let factor = match result {
             ExchangeResult::Failure => 1.0,

@@ -62,7 +62,8 @@ pub struct WorkerSnapshot {
 
 impl Workers {
     /// Adds a snapshot of every worker whose index is in `indices` to `snapshots`, by ascending
-    /// index. `prefixes` has the caches of the workers. Forecasts are made for `now`, a time of the router's clock.
+    /// index. `prefixes` has the caches of the workers. Forecasts are made for `now`, a time of the
+    /// router's clock.
     pub(crate) fn snapshot(
         &self,
         indices: Range<usize>,

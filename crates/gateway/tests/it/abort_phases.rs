@@ -13,39 +13,12 @@ const CLIENTS: usize = 20;
 /// Number of clients that disconnect.
 const ABORTS: usize = CLIENTS * 3 / 10;
 
-/// Gauges that count the requests in progress and what they occupy, without those of one worker.
-const GAUGES: [&str; 2] = ["foresee_bookings", "foresee_request_body_bytes"];
-
-/// Gauges of one worker.
-const WORKER_GAUGES: [&str; 6] = [
-    "requests",
-    "queued_requests",
-    "active_blocks",
-    "queued_blocks",
-    "prefill_tokens",
-    "context_tokens",
-];
-
 /// Waits until a value of the metrics is at least `minimum`.
 async fn until_at_least(gateway: &Gateway, series: &str, minimum: f64) {
     within(series, async {
         while value(&metrics(gateway).await, series).unwrap() < minimum {}
     })
     .await;
-}
-
-/// Waits until every gauge of load is zero. Other gauges, such as the number of connections, do not
-/// depend on requests alone.
-async fn until_all_gauges_are_zero(gateway: &Gateway) {
-    for gauge in GAUGES {
-        until_metric(gateway, gauge, 0.0).await;
-    }
-    for name in workers(gateway).keys() {
-        for gauge in WORKER_GAUGES {
-            let series = format!("foresee_worker_{gauge}{{worker=\"{name}\"}}");
-            until_metric(gateway, &series, 0.0).await;
-        }
-    }
 }
 
 /// Returns the request of a client, whose prompt shares its first half with those of other clients.

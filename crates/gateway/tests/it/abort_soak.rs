@@ -153,18 +153,7 @@ async fn aborted_streams_leave_no_gauge_above_zero() {
     // The gateway accepts this request after all earlier ones, some of which it may not have read.
     call(gateway.address(), "GET", "/health", "").await;
     until_released(&gateway).await;
-    for name in ['a', 'b', 'c', 'd'] {
-        for gauge in [
-            "requests",
-            "active_blocks",
-            "prefill_tokens",
-            "context_tokens",
-        ] {
-            let series = format!("foresee_worker_{gauge}{{worker=\"{name}\"}}");
-            until_metric(&gateway, &series, 0.0).await;
-        }
-    }
-    until_metric(&gateway, "foresee_bookings", 0.0).await;
+    until_all_gauges_are_zero(&gateway).await;
     // Every request has one outcome, except requests whose clients disconnected before they were read.
     // The response to a request that was aborted late may have been whole when the gateway sent it.
     let text = metrics(&gateway).await;

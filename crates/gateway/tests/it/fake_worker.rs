@@ -787,3 +787,30 @@ pub(crate) async fn until_metric(gateway: &Gateway, series: &str, expected: f64)
         );
     }
 }
+
+/// Gauges that count the requests in progress and what they occupy, without those of one worker.
+const GAUGES: [&str; 2] = ["foresee_bookings", "foresee_request_body_bytes"];
+
+/// Gauges of one worker.
+const WORKER_GAUGES: [&str; 6] = [
+    "requests",
+    "queued_requests",
+    "active_blocks",
+    "queued_blocks",
+    "prefill_tokens",
+    "context_tokens",
+];
+
+/// Waits until every gauge of load is zero. Other gauges, such as the number of connections, do not
+/// depend on requests alone.
+pub(crate) async fn until_all_gauges_are_zero(gateway: &Gateway) {
+    for gauge in GAUGES {
+        until_metric(gateway, gauge, 0.0).await;
+    }
+    for name in workers(gateway).keys() {
+        for gauge in WORKER_GAUGES {
+            let series = format!("foresee_worker_{gauge}{{worker=\"{name}\"}}");
+            until_metric(gateway, &series, 0.0).await;
+        }
+    }
+}
