@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use foresee_core::policy::Policy;
+use foresee_core::policy::{self, NamedPolicy};
 use foresee_core::router::RouterConfig;
 use foresee_core::workers::{WorkerSnapshot, WorkerState};
 use foresee_gateway::{
@@ -43,10 +43,10 @@ pub(crate) struct DemoArgs {
     #[arg(
         long,
         value_delimiter = ',',
-        default_values_t = [Policy::RoundRobin, Policy::default()],
+        default_values_t = [policy::ROUND_ROBIN, NamedPolicy::default()],
         value_parser = policy()
     )]
-    policy: Vec<Policy>,
+    policy: Vec<NamedPolicy>,
     /// Sets the number of mock engines
     #[arg(long, value_name = "N", default_value_t = 8)]
     workers: u32,
@@ -154,7 +154,7 @@ impl DemoFleet {
     /// # Errors
     /// If an address cannot be bound, a setting is out of range, or a worker is not healthy after
     /// [`STATE_TIMEOUT`].
-    async fn start(args: &DemoArgs, policy: Policy) -> anyhow::Result<Self> {
+    async fn start(args: &DemoArgs, policy: NamedPolicy) -> anyhow::Result<Self> {
         let (stop_engines, stopped) = watch::channel(false);
         let mut engines = JoinSet::new();
         let mut workers = Vec::new();
@@ -221,7 +221,7 @@ impl DemoFleet {
         &self,
         args: &DemoArgs,
         workload: &Workload,
-        policy: Policy,
+        policy: NamedPolicy,
     ) -> anyhow::Result<LiveOutcome> {
         let bar = progress::bar(policy, workload.requests.len())?;
         let config = LoadConfig {

@@ -5,7 +5,7 @@ use std::num::NonZeroU32;
 use std::sync::LazyLock;
 
 use clap::{Args, ValueEnum};
-use foresee_core::policy::Policy;
+use foresee_core::policy::{self, NamedPolicy};
 use foresee_core::queue::QueueOrder;
 use foresee_core::router::RouterConfig;
 use foresee_gateway::GatewayConfig;
@@ -20,9 +20,9 @@ pub(crate) static DEFAULTS: LazyLock<GatewayConfig> = LazyLock::new(GatewayConfi
 
 /// Returns the parser of `--policy`. The error for the name of another router's policy suggests the
 /// corresponding policy of this router.
-pub(crate) fn policy() -> Choice<Policy> {
-    let policies = Policy::ALL;
-    let policies = policies.map(|(policy, name)| (policy, name, policy.description()));
+pub(crate) fn policy() -> Choice<NamedPolicy> {
+    let policies = policy::ALL;
+    let policies = policies.map(|policy| (policy, policy.name, policy.description));
     Choice::new(policies).suggesting(&[
         ("cache-aware", "marginal-delay"),
         ("prefix-aware", "marginal-delay"),
@@ -70,7 +70,7 @@ pub(crate) struct RouterArgs {
 
 impl RouterArgs {
     /// Returns the settings of a router under `policy`, with the policy's default queue order.
-    pub(crate) fn config(&self, policy: Policy) -> RouterConfig {
+    pub(crate) fn config(&self, policy: NamedPolicy) -> RouterConfig {
         RouterConfig {
             overlap_weight: self.overlap_weight,
             ttft_weight: self.ttft_weight,
@@ -95,9 +95,9 @@ pub(crate) struct QueueArgs {
 
 impl QueueArgs {
     /// Returns the order of the flag, or the default of `policy`. `None` means no queue.
-    pub(crate) fn order(self, policy: Policy) -> Option<QueueOrder> {
+    pub(crate) fn order(self, policy: NamedPolicy) -> Option<QueueOrder> {
         self.queue
-            .map_or(policy.default_queue(), |Queue(order)| order)
+            .map_or(policy.default_queue, |Queue(order)| order)
     }
 }
 
@@ -112,7 +112,7 @@ pub(crate) struct RoutingArgs {
         env = "FORESEE_POLICY",
         help_heading = "Routing"
     )]
-    policy: Policy,
+    policy: NamedPolicy,
     #[command(flatten)]
     router: RouterArgs,
     #[command(flatten)]

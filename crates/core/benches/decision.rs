@@ -13,7 +13,7 @@ use std::time::Duration;
 use divan::Bencher;
 use divan::counter::{BytesCount, ItemsCount};
 use foresee_core::booking::Booking;
-use foresee_core::policy::Policy;
+use foresee_core::policy::{self, NamedPolicy};
 use foresee_core::router::{Request, Router, RouterConfig};
 use foresee_core::sequence::{Sequence, prefix_salt};
 use foresee_core::workers::WorkerSpec;
@@ -58,10 +58,10 @@ fn route(router: &Router, sequence: &Sequence) -> Booking {
 
 /// Returns a fleet with running requests. They run until the bookings are dropped.
 fn busy_fleet(workers: usize, isl: usize) -> (Router, Vec<Booking>) {
-    busy_fleet_under(Policy::default(), workers, isl)
+    busy_fleet_under(NamedPolicy::default(), workers, isl)
 }
 
-fn busy_fleet_under(policy: Policy, workers: usize, isl: usize) -> (Router, Vec<Booking>) {
+fn busy_fleet_under(policy: NamedPolicy, workers: usize, isl: usize) -> (Router, Vec<Booking>) {
     let config = RouterConfig {
         policy,
         queue_order: None,
@@ -138,7 +138,7 @@ fn without_hashing(bencher: Bencher<'_, '_>, workers: usize) {
 /// Decisions without hashing, under the policy `kv`.
 #[divan::bench(args = WORKERS, sample_size = 1, sample_count = 20_000)]
 fn without_hashing_in_blocks(bencher: Bencher<'_, '_>, workers: usize) {
-    let (router, running) = busy_fleet_under(Policy::Kv, workers, ISL);
+    let (router, running) = busy_fleet_under(policy::KV, workers, ISL);
     bencher
         .with_inputs(|| hash(&tokens(ISL)))
         .bench_local_refs(|sequence| decide(&router, sequence));

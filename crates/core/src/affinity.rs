@@ -7,7 +7,6 @@
 
 use crate::active_tree::WorkerIndex;
 use crate::assessment::RequestAssessment;
-use crate::policy::Policy;
 use crate::request::PreparedRequest;
 use crate::state::State;
 use crate::worker_id::WorkerId;
@@ -26,8 +25,8 @@ impl State {
     /// `selected` provided that it has cached the part of the prompt that is not hashed.
     ///
     /// Returns `None` if the whole prompt is hashed, because its matches are known then, if the
-    /// preferred worker cannot be chosen or lacks a part of the hashed prompt that another worker
-    /// has, and under a policy that does not minimise a cost.
+    /// preferred worker cannot be chosen, or if it lacks a part of the hashed prompt that another
+    /// worker has.
     pub(crate) fn preferred_worker(
         &self,
         selected: WorkerId,
@@ -35,7 +34,6 @@ impl State {
         request: &PreparedRequest<'_>,
     ) -> Option<WorkerId> {
         let preferred = request.preferred_worker.filter(|&id| id != selected)?;
-        let has_cost = matches!(self.config.policy, Policy::MarginalDelay | Policy::Kv);
         let hashed_blocks = request.prompt.hashes().len() as u32;
         let is_hashed = hashed_blocks >= request.prompt.max_reusable_blocks();
         let is_eligible = self
@@ -44,16 +42,14 @@ impl State {
             .is_some_and(|eligible| eligible.contains(&preferred.index))
             && self.workers.get(preferred).is_some()
             && !request.excluded_workers.contains(&preferred);
-        if !has_cost || is_hashed || !is_eligible {
+        if is_hashed || !is_eligible {
             return None;
         }
         let profile = self.request_profile(request, assessment);
         let matches = &assessment.prefix_matches;
         let cost = |worker: WorkerId, prefix_match| {
-            let delay = self
-                .workers
-                .marginal_delay(&profile, worker.index, prefix_match);
-            profile.total(&delay)
+            let view = self.view(worker.index, prefix_match);
+            self.selector.policy().cost(&profile, &view)
         };
         let mut with_unhashed = matches[preferred.index as usize];
         if with_unhashed.overlap() < assessment.tree_position.best_overlap.min(hashed_blocks) {

@@ -21,7 +21,7 @@ use crate::policy::Decision;
 use crate::request::{Explanation, PreparedRequest, RouteError, SelectError, check_block_size};
 use crate::sequence::Sequence;
 use crate::worker_id::WorkerId;
-use costs::Evaluation;
+use costs::Purpose;
 
 /// Maximum number of prompts of a batch. Routing it takes as long as routing that many single
 /// requests. A caller with more prompts books the rest as one prompt of
@@ -236,13 +236,13 @@ impl SharedState {
     /// Chooses one worker for a batch that arrives now, and books every prompt there as sent.
     ///
     /// # Errors
-    /// As [`State::select_with_costs`](crate::state::State::select_with_costs).
+    /// As [`State::select_worker`](crate::state::State::select_worker).
     pub(crate) fn route_batch(
         &self,
         batch: &BatchRequest<'_>,
         now: Duration,
     ) -> Result<Batch, SelectError> {
-        let (costs, mut state) = self.batch_costs(batch, now, Evaluation::Shortlist);
+        let (costs, mut state) = self.batch_costs(batch, now, Purpose::Choice);
         let worker = state.select_for_batch(batch, &costs)?;
         let (booked, mut state) = self.book_batch(state, worker, batch);
         state.record_batch_arrival(&batch.requests[0], booked.iter().map(|(id, _)| *id));
@@ -258,7 +258,7 @@ impl SharedState {
     /// Returns that worker, the decision, and an entry per prompt.
     ///
     /// # Errors
-    /// As [`State::select_with_costs`](crate::state::State::select_with_costs). The bookings then
+    /// As [`State::select_worker`](crate::state::State::select_worker). The bookings then
     /// stay where they are.
     fn rebook_batch(
         &self,
@@ -266,7 +266,7 @@ impl SharedState {
         ids: &[BookingId],
         now: Duration,
     ) -> Result<(WorkerId, Decision, BookedPrompts), SelectError> {
-        let (costs, mut state) = self.batch_costs(batch, now, Evaluation::Shortlist);
+        let (costs, mut state) = self.batch_costs(batch, now, Purpose::Choice);
         let worker = state.select_for_batch(batch, &costs)?;
         for (number, &id) in ids.iter().enumerate() {
             if number > 0 && number.is_multiple_of(MAX_BOOKED_PER_LOCK) {
@@ -277,7 +277,7 @@ impl SharedState {
         }
         drop(state);
         // Computed again: the blocks that the bookings themselves pinned no longer count as overlap.
-        let (costs, state) = self.batch_costs(batch, now, Evaluation::Only(worker.index));
+        let (costs, state) = self.batch_costs(batch, now, Purpose::Decision);
         let (booked, state) = self.book_batch(state, worker, batch);
         drop(state);
         Ok((worker, costs.decision(worker), booked))
@@ -286,13 +286,13 @@ impl SharedState {
     /// Returns the decision that would be made for the batch now, without making it.
     ///
     /// # Errors
-    /// As [`State::select_with_costs`](crate::state::State::select_with_costs).
+    /// As [`State::select_worker`](crate::state::State::select_worker).
     pub(crate) fn explain_batch(
         &self,
         batch: &BatchRequest<'_>,
         now: Duration,
     ) -> Result<Explanation, SelectError> {
-        let (costs, state) = self.batch_costs(batch, now, Evaluation::All);
+        let (costs, state) = self.batch_costs(batch, now, Purpose::Explanation);
         state.explain(batch.requests(), &costs)
     }
 

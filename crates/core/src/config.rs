@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 
 use crate::outlier::OutlierConfig;
-use crate::policy::Policy;
+use crate::policy::NamedPolicy;
 use crate::queue::QueueOrder;
 
 /// Default block size in tokens: that of vLLM.
@@ -18,20 +18,19 @@ pub const DEFAULT_TTFT_WEIGHT: f64 = 3.0;
 #[derive(Clone, Debug)]
 pub struct RouterConfig {
     /// Rule by which a worker is chosen.
-    pub policy: Policy,
+    pub policy: NamedPolicy,
     /// Weight of computing a prompt, from 0 to 10⁶. 0 ignores which workers have the prompt's
     /// blocks, which leaves pure load balancing.
     ///
-    /// [`Kv`](Policy::Kv): the cost of a block to compute, in active blocks.
-    /// [`MarginalDelay`](Policy::MarginalDelay): a value above 1 multiplies the predicted prefill
+    /// [`KV`](crate::policy::KV): the cost of a block to compute, in active blocks.
+    /// [`MARGINAL_DELAY`](crate::policy::MARGINAL_DELAY): a value above 1 multiplies the predicted prefill
     /// time of the request; a value below 1 is the fraction of its overlap that counts.
     pub overlap_weight: f64,
     /// Weight of one second of the request's time to first token, relative to one second of any
-    /// other delay. From 0 to 10⁶. Used by [`MarginalDelay`](Policy::MarginalDelay).
+    /// other delay. From 0 to 10⁶. Used by [`MARGINAL_DELAY`](crate::policy::MARGINAL_DELAY).
     pub ttft_weight: f64,
     /// Temperature of the choice, from 0 to 10⁶. 0 chooses the worker of least cost. Larger values
-    /// sample workers by a softmax over costs. Used by [`MarginalDelay`](Policy::MarginalDelay) and
-    /// [`Kv`](Policy::Kv).
+    /// sample workers by a softmax over the costs of any policy.
     pub temperature: f64,
     /// Tokens per KV block. Should be the block size of the engines.
     pub block_size: NonZeroU32,
@@ -51,12 +50,12 @@ pub struct RouterConfig {
 impl Default for RouterConfig {
     fn default() -> Self {
         Self {
-            policy: Policy::default(),
+            policy: NamedPolicy::default(),
             overlap_weight: 1.0,
             ttft_weight: DEFAULT_TTFT_WEIGHT,
             temperature: 0.0,
             block_size: DEFAULT_BLOCK_SIZE,
-            queue_order: Policy::default().default_queue(),
+            queue_order: NamedPolicy::default().default_queue,
             outlier: OutlierConfig::default(),
             queue_limit: None,
             seed: 0,
@@ -67,10 +66,10 @@ impl Default for RouterConfig {
 impl RouterConfig {
     /// Returns the default settings under another policy, with the queue order that suits it.
     #[must_use]
-    pub fn for_policy(policy: Policy) -> Self {
+    pub fn for_policy(policy: NamedPolicy) -> Self {
         Self {
             policy,
-            queue_order: policy.default_queue(),
+            queue_order: policy.default_queue,
             ..Self::default()
         }
     }

@@ -424,7 +424,7 @@ impl State {
     }
 
     /// Returns whether a queued request should move from `current` to `chosen`: if `current` is not
-    /// healthy or has backpressure, or if the move reduces the cost to [`MAX_MIGRATION_COST_RATIO`]
+    /// healthy or has backpressure, or if the move reduces the marginal delay to [`MAX_MIGRATION_COST_RATIO`]
     /// of what it is. The request must not be booked at the time, or its own booking would count in
     /// the cost of `current`.
     fn is_worth_moving(
@@ -444,9 +444,9 @@ impl State {
         let cost = |worker: WorkerId| {
             let prefix_match = assessment.prefix_matches[worker.index as usize];
             let delay = self
-                .workers
-                .marginal_delay(&profile, worker.index, prefix_match);
-            profile.total(&delay)
+                .view(worker.index, prefix_match)
+                .marginal_delay(&profile);
+            delay.total(profile.ttft_weight)
         };
         cost(chosen) <= MAX_MIGRATION_COST_RATIO * cost(current)
     }

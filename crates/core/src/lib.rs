@@ -20,7 +20,7 @@
 //! | [`workers`] | What is a worker, and what is known about it? |
 //! | [`sequence`] | What is a prompt, and how is it hashed? |
 //! | [`event_index`] | How do KV events become knowledge about caches? |
-//! | [`policy`], [`kv_cost`], [`marginal_delay`] | By which rule, and by which cost, is a worker chosen? |
+//! | [`policy`] | By which rule, and by which cost, is a worker chosen? |
 //! | [`outlier`] | Which workers get no requests because they failed or refused earlier ones? |
 //! | [`retry_budget`] | May a failed request be sent again? |
 //! | [`queue`] | Which requests wait at the router, and which is sent next? |
@@ -99,10 +99,8 @@ mod estimated_cache;
 pub mod event_index;
 mod forecast;
 mod hit_audit;
-pub mod kv_cost;
 mod ledger;
 mod load;
-pub mod marginal_delay;
 mod model_name;
 pub mod outlier;
 mod paged_slab;

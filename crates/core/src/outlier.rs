@@ -49,7 +49,8 @@ mod report;
 use std::time::Duration;
 
 pub(crate) use detection::Outliers;
-pub(crate) use record::{FailureCharge, ReportedResult};
+pub use record::FailureCharge;
+pub(crate) use record::ReportedResult;
 
 /// Result of one exchange with a worker, as far as it says something about the worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

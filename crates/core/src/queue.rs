@@ -101,7 +101,7 @@ pub(crate) struct QueueKey {
 
 /// Part of a request's sort key that does not depend on the worker. Drawn on arrival, and kept when
 /// the request moves to another worker.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct QueueTicket {
     order: QueueOrder,
     priority: i32,

@@ -1,6 +1,6 @@
 //! Replication of popular prefixes to idle workers.
 //!
-//! The marginal delay keeps a prefix on the workers that have it as long as recomputing it
+//! A cost like the marginal delay keeps a prefix on the workers that have it as long as recomputing it
 //! elsewhere costs *this* request more than waiting. That ignores later requests with the same
 //! prefix, whose number is unknown. So the delay that a replica would have saved is accumulated per
 //! prefix (the *regret*). Once the sum reaches the cost of recomputing the prefix, an idle worker
@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use crate::active_tree::{PrefixMatch, WorkerIndex};
 use crate::assessment::RequestAssessment;
-use crate::marginal_delay::RequestProfile;
+use crate::policy::{Policy, RequestProfile, WorkerView};
 use crate::prefix_state::PrefixState;
 use crate::request::PreparedRequest;
 use crate::sequence::{IdentityHasher, SequenceHash};
@@ -26,10 +26,10 @@ use crate::workers::Workers;
 /// Maximum number of prefixes in each of the two generations of regret.
 const MAX_PREFIXES: usize = 4096;
 
-/// Seconds for each prefix, identified by the hash of its last block.
+/// Cost for each prefix, identified by the hash of its last block.
 type SecondsByPrefix = HashMap<SequenceHash, f64, BuildHasherDefault<IdentityHasher>>;
 
-/// Seconds that requests lost because no idle worker has their prefix, by prefix.
+/// Cost that requests paid because no idle worker has their prefix, by prefix.
 ///
 /// A prefix without further regret is forgotten after a while: when the current generation is full,
 /// it replaces the previous one.
@@ -56,7 +56,7 @@ impl ReplicationRegret {
         *regret
     }
 
-    /// Returns the regret of a prefix, in seconds.
+    /// Returns the regret of a prefix.
     fn seconds(&self, prefix: SequenceHash) -> f64 {
         let regret = self
             .current_generation
@@ -78,7 +78,9 @@ impl ReplicationRegret {
 pub(crate) struct PlacedRequest<'a> {
     pub(crate) request: &'a PreparedRequest<'a>,
     pub(crate) assessment: &'a RequestAssessment,
-    pub(crate) profile: &'a RequestProfile,
+    /// Policy whose costs are compared.
+    pub(crate) policy: &'a dyn Policy,
+    pub(crate) profile: &'a RequestProfile<'a>,
     /// Worker of least cost.
     pub(crate) chosen: WorkerId,
     /// Workers that the request must not be sent to.
@@ -93,9 +95,9 @@ pub(crate) struct PlacedRequest<'a> {
 struct ReplicationOffer {
     /// Idle worker that would compute the prefix.
     worker: WorkerId,
-    /// Seconds that the request would save if the idle worker already had the prefix.
+    /// Cost that the request would save if the idle worker already had the prefix.
     saving: f64,
-    /// Additional marginal delay, in seconds, if the idle worker takes this request and computes
+    /// Additional cost if the idle worker takes this request and computes
     /// the prefix.
     extra_cost: f64,
 }
@@ -181,9 +183,9 @@ impl PlacedRequest<'_> {
         });
         let idle = idle_candidates.max_by_key(|&worker| self.overlap(worker))?;
 
-        let profile = self.profile;
         let cost = |worker: WorkerIndex, prefix_match: PrefixMatch| {
-            profile.total(&workers.marginal_delay(profile, worker, prefix_match))
+            let view = WorkerView::new(workers, worker, prefix_match, self.now);
+            self.policy.cost(self.profile, &view)
         };
         let match_on = |worker: WorkerIndex| self.assessment.prefix_matches[worker as usize];
         let chosen_cost = cost(self.chosen.index, match_on(self.chosen.index));

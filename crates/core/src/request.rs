@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use crate::active_tree::PrefixMatch;
 use crate::forecast::output_length::LengthClass;
-use crate::kv_cost::KvCost;
-use crate::marginal_delay::MarginalDelay;
 use crate::model_name::{ModelName, hash_model_name};
 use crate::outlier::Restriction;
-use crate::policy::Policy;
+use crate::policy::NamedPolicy;
+use crate::policy::kv_cost::KvCost;
+use crate::policy::marginal_delay::MarginalDelay;
 use crate::sequence::Sequence;
 use crate::worker_id::WorkerId;
 
@@ -270,6 +270,8 @@ pub struct Candidate {
     pub cost: KvCost,
     /// Cost of the request on the worker, in seconds.
     pub delay: MarginalDelay,
+    /// Cost that the policy compares, in its own unit.
+    pub policy_cost: f64,
     /// Probability that the policy chooses this worker now, before replication.
     pub probability: f64,
 }
@@ -278,7 +280,7 @@ pub struct Candidate {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Explanation {
     /// Policy that decides.
-    pub policy: Policy,
+    pub policy: NamedPolicy,
     /// Weight of computing a prompt: see
     /// [`RouterConfig::overlap_weight`](crate::router::RouterConfig::overlap_weight).
     pub overlap_weight: f64,

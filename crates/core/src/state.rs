@@ -7,20 +7,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use rand::SeedableRng;
-use rand::rngs::SmallRng;
 use smallvec::SmallVec;
 
-use crate::active_tree::WorkerIndex;
+use crate::active_tree::{PrefixMatch, WorkerIndex};
 use crate::assessment::RequestAssessment;
 use crate::batch_costs::BatchCosts;
 use crate::booking_record::BookingRecord;
 use crate::config::RouterConfig;
 use crate::forecast::output_length::OutputLengthModel;
-use crate::kv_cost::KvCostInput;
-use crate::marginal_delay::RequestProfile;
 use crate::paged_slab::PagedSlab;
-use crate::policy::{CandidateSet, CostSource, Decision, Policy};
+use crate::policy::kv_cost::KvCostInput;
+use crate::policy::{BatchRule, Candidates, Decision, RequestProfile, Selector, WorkerView};
 use crate::prefix_state::PrefixState;
 use crate::progress_estimator::ProgressEstimator;
 use crate::queue::{QueuePolicyState, QueueTicket};
@@ -50,10 +47,8 @@ pub(crate) struct State {
     pub(crate) queue: QueuePolicyState,
     /// Regret per prefix, which decides when to replicate it.
     pub(crate) replication_regret: ReplicationRegret,
-    /// Source of random choices.
-    rng: SmallRng,
-    /// Number of choices so far, for the round-robin policy.
-    round_robin_cursor: u64,
+    /// The policy, and the state of its choices.
+    pub(crate) selector: Selector,
     /// Latest time that a caller has passed in. Never goes back.
     pub(crate) now: Duration,
 }
@@ -62,7 +57,7 @@ impl State {
     /// Returns the state of a router without workers.
     pub(crate) fn new(config: RouterConfig) -> Self {
         Self {
-            rng: SmallRng::seed_from_u64(config.seed),
+            selector: Selector::new((config.policy.create)(), config.temperature, config.seed),
             workers: Workers::new(config.outlier.clone()),
             config,
             prefixes: PrefixState::default(),
@@ -72,7 +67,6 @@ impl State {
             last_booking_serial: 0,
             queue: QueuePolicyState::default(),
             replication_regret: ReplicationRegret::default(),
-            round_robin_cursor: 0,
             now: Duration::ZERO,
         }
     }
@@ -136,23 +130,15 @@ impl State {
         }
     }
 
-    /// Returns the properties of a request on which its cost in blocks depends.
-    pub(crate) fn kv_cost_input(&self, request: &PreparedRequest<'_>) -> KvCostInput {
-        KvCostInput {
-            blocks: request.prompt.blocks(),
-            max_reusable_blocks: request.prompt.max_reusable_blocks(),
-            overlap_weight: self.config.overlap_weight,
-        }
-    }
-
-    /// Returns the properties of a request on which its marginal delay depends.
-    pub(crate) fn request_profile(
+    /// Returns the properties of a request that its costs depend on.
+    pub(crate) fn request_profile<'a>(
         &self,
-        request: &PreparedRequest<'_>,
+        request: &PreparedRequest<'a>,
         assessment: &RequestAssessment,
-    ) -> RequestProfile {
+    ) -> RequestProfile<'a> {
         let prompt = request.prompt;
         RequestProfile {
+            hashes: prompt.hashes(),
             prompt_tokens: prompt.tokens(),
             blocks: prompt.blocks(),
             max_reusable_blocks: prompt.max_reusable_blocks(),
@@ -160,9 +146,15 @@ impl State {
             output_tokens: f64::from(assessment.expected_output_tokens),
             overlap_weight: self.config.overlap_weight,
             ttft_weight: self.config.ttft_weight,
+            choices: self.selector.choices(),
             ticket: assessment.ticket,
             now: self.now,
         }
+    }
+
+    /// Returns the view of the worker at `index`, where the prompt has this prefix match.
+    pub(crate) fn view(&self, index: WorkerIndex, prefix_match: PrefixMatch) -> WorkerView<'_> {
+        WorkerView::new(&self.workers, index, prefix_match, self.now)
     }
 
     /// Returns the decision to place the request on the worker at `index`, according to
@@ -173,7 +165,7 @@ impl State {
         assessment: &RequestAssessment,
         request: &PreparedRequest<'_>,
     ) -> Decision {
-        let cost_input = self.kv_cost_input(request);
+        let cost_input = KvCostInput::from(&self.request_profile(request, assessment));
         let projected_blocks = self.workers.loads[index as usize].projected_blocks();
         let prefix_match = assessment.prefix_matches[index as usize];
         Decision {
@@ -201,7 +193,7 @@ impl State {
     /// request to its prefix.
     ///
     /// # Errors
-    /// As [`select_with_costs`](Self::select_with_costs).
+    /// As [`select_worker`](Self::select_worker).
     pub(crate) fn choose(
         &mut self,
         request: &PreparedRequest<'_>,
@@ -220,6 +212,8 @@ impl State {
                 .replicate_to(selected, &assessment, request)
                 .unwrap_or(selected),
         };
+        let profile = self.request_profile(request, &assessment);
+        self.selector.on_placed(&profile, worker.index);
         Ok((worker, assessment))
     }
 
@@ -241,7 +235,7 @@ impl State {
     }
 
     /// Calls `decide` with a request and the worker that was chosen for it. Returns `None` if the
-    /// configuration does not replicate: only the marginal-delay policy without a temperature does.
+    /// policy does not replicate, or if there is a temperature.
     fn with_placed(
         &self,
         chosen: WorkerId,
@@ -249,12 +243,13 @@ impl State {
         request: &PreparedRequest<'_>,
         decide: impl FnOnce(PlacedRequest<'_>) -> Option<WorkerId>,
     ) -> Option<WorkerId> {
-        if self.config.policy != Policy::MarginalDelay || self.config.temperature > 0.0 {
+        if !self.selector.policy().replicates_prefixes() || self.config.temperature > 0.0 {
             return None;
         }
         decide(PlacedRequest {
             request,
             assessment,
+            policy: self.selector.policy(),
             profile: &self.request_profile(request, assessment),
             chosen,
             excluded: &self.excluded(request),
@@ -264,67 +259,31 @@ impl State {
         })
     }
 
-    /// Selects a worker by the configured policy, with costs computed from `assessment`. Books
-    /// nothing.
+    /// Selects a worker by the configured policy. Books nothing.
     ///
     /// # Errors
-    /// As [`select_with_costs`](Self::select_with_costs).
+    /// As [`Workers::selectable`], and [`SelectError::NoWorker`] if no worker that may serve the
+    /// request can be chosen.
     pub(crate) fn select_worker(
         &mut self,
         request: &PreparedRequest<'_>,
         assessment: &RequestAssessment,
     ) -> Result<WorkerId, SelectError> {
-        let cost_input = self.kv_cost_input(request);
         let profile = self.request_profile(request, assessment);
-        let costs = CostSource::Computed(cost_input, profile, &assessment.prefix_matches);
-        self.select_with_costs(request, costs)
-    }
-
-    /// Selects a worker by the configured policy, with these costs. Advances the random numbers and
-    /// the round-robin cursor if it succeeds.
-    ///
-    /// # Errors
-    /// As [`Workers::selectable`], and [`SelectError::NoWorker`] if no worker that may serve the
-    /// request can be chosen.
-    pub(crate) fn select_with_costs(
-        &mut self,
-        request: &PreparedRequest<'_>,
-        costs: CostSource<'_>,
-    ) -> Result<WorkerId, SelectError> {
         let excluded = self.excluded(request);
         let eligible = self.workers.selectable(request, &excluded, self.now)?;
-        // Works on a copy: a failed decision draws no random number, and the candidates borrow
-        // `self`.
-        let mut rng = self.rng.clone();
-        let candidates = CandidateSet {
-            eligible: &eligible,
-            excluded: &excluded,
-            workers: &self.workers,
-            costs,
-            hashes: request.prompt.hashes(),
-            now: self.now,
-        };
-        let worker = candidates
-            .select(
-                self.config.policy,
-                self.config.temperature,
-                self.config.block_size.get() as usize,
-                self.round_robin_cursor,
-                &mut rng,
-            )
-            .and_then(|index| self.workers.by_index(index))
-            .map(|worker| worker.id)
-            .ok_or(SelectError::NoWorker)?;
-        self.rng = rng;
-        self.round_robin_cursor += 1;
-        Ok(worker)
+        let prefix_matches = &assessment.prefix_matches;
+        let candidates = Candidates::new(&self.workers, &eligible, prefix_matches, self.now);
+        let selected = self.selector.select(&profile, &candidates);
+        let worker = selected.and_then(|index| self.workers.by_index(index));
+        worker.map(|worker| worker.id).ok_or(SelectError::NoWorker)
     }
 
     /// Returns the decision that would be made now for the batch with these costs, without making
     /// it. Replication is considered for a single prompt only.
     ///
     /// # Errors
-    /// As [`select_with_costs`](Self::select_with_costs).
+    /// As [`select_worker`](Self::select_worker).
     pub(crate) fn explain(
         &self,
         requests: &[PreparedRequest<'_>],
@@ -333,23 +292,26 @@ impl State {
         let request = requests.first().ok_or(SelectError::NoWorker)?;
         let excluded = self.excluded(request);
         let eligible = self.workers.selectable(request, &excluded, self.now)?;
-        let candidate_set = CandidateSet {
-            eligible: &eligible,
-            excluded: &excluded,
-            workers: &self.workers,
-            costs: CostSource::Precomputed(&batch_costs.costs, &batch_costs.objective),
-            hashes: request.prompt.hashes(),
-            now: self.now,
-        };
-        let probabilities = candidate_set.selection_probabilities(
-            self.config.policy,
-            self.config.temperature,
-            self.config.block_size.get() as usize,
-            self.round_robin_cursor,
-        );
-        let mut candidates: Vec<Candidate> = probabilities
-            .into_iter()
-            .filter_map(|(index, probability)| {
+        let assessment = self.assess(request);
+        let profile = self.request_profile(request, &assessment);
+        let policy = self.selector.policy();
+        let (mut costs, mut tie_breakers) = (Vec::new(), Vec::new());
+        if policy.batch_rule() == BatchRule::FirstPrompt {
+            let prefix_matches = &assessment.prefix_matches;
+            let candidates = Candidates::new(&self.workers, &eligible, prefix_matches, self.now);
+            policy.costs(&profile, &candidates, &mut costs);
+            let views = candidates.iter();
+            tie_breakers.extend(views.map(|view| policy.tie_breaker(&profile, &view)));
+        } else {
+            let indices = eligible.iter().map(|&index| index as usize);
+            costs.extend(indices.clone().map(|index| batch_costs.objective[index]));
+            tie_breakers.extend(indices.map(|index| batch_costs.tie_breakers[index]));
+        }
+        let probabilities = self.selector.probabilities(&mut costs, &tie_breakers);
+        let mut candidates: Vec<Candidate> = eligible
+            .iter()
+            .zip(costs.iter().zip(probabilities))
+            .filter_map(|(&index, (&policy_cost, probability))| {
                 let worker = self.workers.by_index(index)?;
                 let load = self.workers.loads[index as usize];
                 Some(Candidate {
@@ -358,8 +320,9 @@ impl State {
                     requests: load.requests,
                     active_blocks: load.projected_blocks(),
                     prefix_match: batch_costs.prefix_matches[index as usize],
-                    cost: candidate_set.kv_cost(index),
+                    cost: batch_costs.costs[index as usize],
                     delay: batch_costs.delays[index as usize],
+                    policy_cost,
                     probability,
                 })
             })
@@ -379,7 +342,6 @@ impl State {
             candidates,
         };
         if let ([request], Some(chosen)) = (requests, explanation.expected_choice()) {
-            let assessment = self.assess(request);
             let chosen = chosen.id;
             explanation.replicates_prefix_to =
                 self.with_placed(chosen, &assessment, request, |placed| {

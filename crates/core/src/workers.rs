@@ -11,12 +11,11 @@ use std::time::Duration;
 
 use rapidhash::v3::{DEFAULT_RAPID_SECRETS, rapidhash_v3_seeded};
 
-use crate::active_tree::{PrefixMatch, WorkerIndex};
+use crate::active_tree::WorkerIndex;
 use crate::booking_id::BookingId;
 use crate::estimated_cache::EvictionRule;
 use crate::forecast::latency::{PrefillWork, SharedLatencyModel};
 use crate::load::Load;
-use crate::marginal_delay::{MarginalDelay, RequestProfile};
 use crate::model_name::ModelName;
 use crate::outlier::{OutlierConfig, Outliers};
 use crate::pending_work::PendingWork;
@@ -347,49 +346,6 @@ impl Workers {
         let group = self.pending_work.get(index as usize)?.latency_group;
         let longest = self.latency_groups.longest_queue(group)?;
         self.pending_work.get(longest as usize)?.queue.first()
-    }
-
-    /// Returns the marginal delay of a request on the worker at `index`, where its prompt has this
-    /// prefix match, the failure charge included. The delay on the index of a removed worker is
-    /// that on an empty one. Panics if no worker ever had the index.
-    pub(crate) fn marginal_delay(
-        &self,
-        profile: &RequestProfile,
-        index: WorkerIndex,
-        prefix_match: PrefixMatch,
-    ) -> MarginalDelay {
-        let pending_work = &self.pending_work[index as usize];
-        let load = self.loads[index as usize];
-        let latency_model = pending_work
-            .latency
-            .latency_model(self.latency_model(pending_work), profile.now);
-        let delay = profile.marginal_delay(&latency_model, pending_work, load, prefix_match);
-        MarginalDelay {
-            failure_charge: self.outliers.charge(index, profile.now).seconds,
-            ..delay
-        }
-    }
-
-    /// Returns the total marginal delay of a request on the worker at `index` if it is below
-    /// `cutoff`, and otherwise a number that is at least `cutoff`, which is cheaper to compute.
-    /// Both are in seconds, weighted as by [`RequestProfile::total`]. The result may not be a
-    /// number.
-    pub(crate) fn marginal_delay_or_bound(
-        &self,
-        cutoff: f64,
-        profile: &RequestProfile,
-        index: WorkerIndex,
-        prefix_match: PrefixMatch,
-    ) -> f64 {
-        if self.outliers.has_charges() {
-            return profile.total(&self.marginal_delay(profile, index, prefix_match));
-        }
-        let pending_work = &self.pending_work[index as usize];
-        let load = self.loads[index as usize];
-        let latency_model = pending_work
-            .latency
-            .latency_model(self.latency_model(pending_work), profile.now);
-        profile.total_or_lower_bound(cutoff, &latency_model, pending_work, load, prefix_match)
     }
 
     /// Returns the worker at `index`, if there is one.

@@ -1,39 +1,42 @@
 //! Baselines for replay: policies of other routers, re-implemented, and an oracle.
 //!
-//! `foresee serve` offers none of them; its policies are in [`foresee_core::policy`]. A baseline is
-//! a few lines over `view`, which shows one request and the workers that may take it. The modules
-//! differ in what the baselines look at:
+//! `foresee serve` offers none of them; its policies are in [`foresee_core::policy`]. A baseline that
+//! needs what a router knows implements the same trait and runs in the router, in place of its
+//! policy. One that needs more, such as metrics of the engines, is shown the engines by a `driver`.
+//! The modules differ in what the baselines look at:
 //!
 //! | module | input |
 //! |---|---|
 //! | `booked` | what the router has booked on each worker |
-//! | `scraped` | metrics of the engines, as old as the last scrape |
 //! | `history` | which prompts were sent to which worker |
-//! | `oracle` | the true state of the engines, simulated to its end by `lookahead` |
 //! | `ablation` | the router's marginal delay without one of its terms |
+//! | `scraped`, `smg` | metrics of the engines, as old as the last scrape |
+//! | `min_ttft` | true prefill times of the engines |
+//! | `oracle` | the true state of the engines, simulated to its end by `lookahead` |
 //!
-//! `driver` runs a baseline in place of the router's policy: it asks the baseline for a worker and
-//! books the request there.
+//! `driver` asks a baseline of the last three kinds for a worker, and books the request there.
 
 mod ablation;
 mod booked;
 pub(crate) mod driver;
 mod history;
 mod lookahead;
+mod min_ttft;
 mod oracle;
 mod scraped;
+mod smg;
 mod view;
 
 use std::fmt;
 use std::str::FromStr;
 
 use foresee_core::outlier::OutlierConfig;
-use foresee_core::policy::Policy;
+use foresee_core::policy::{self, NamedPolicy, Policy};
 use foresee_core::queue::QueueOrder;
 use foresee_core::router::RouterConfig;
 
 use driver::PolicyDriver;
-use view::BaselinePolicy;
+use view::InformedPolicy;
 
 /// A policy of another router, the oracle, or an ablation: its name, its description and its
 /// constructor.
@@ -43,8 +46,58 @@ pub struct Baseline {
     pub name: &'static str,
     /// Description of one line, for `--help`.
     pub description: &'static str,
-    /// Creates the policy without any history.
-    make: fn() -> Box<dyn BaselinePolicy>,
+    rule: Rule,
+}
+
+/// Constructor of a policy without any history.
+#[derive(Clone, Copy)]
+enum Rule {
+    /// A policy that runs in the router.
+    Routed(fn() -> Box<dyn Policy>),
+    /// A policy that sees the engines.
+    Informed(fn() -> Box<dyn InformedPolicy>),
+}
+
+impl Baseline {
+    /// Returns a baseline that runs in the router.
+    const fn routed(
+        name: &'static str,
+        description: &'static str,
+        create: fn() -> Box<dyn Policy>,
+    ) -> Self {
+        Self {
+            name,
+            description,
+            rule: Rule::Routed(create),
+        }
+    }
+
+    /// Returns a baseline that sees the engines.
+    const fn informed(
+        name: &'static str,
+        description: &'static str,
+        create: fn() -> Box<dyn InformedPolicy>,
+    ) -> Self {
+        Self {
+            name,
+            description,
+            rule: Rule::Informed(create),
+        }
+    }
+
+    /// Returns the policy that the router runs. Under an informed baseline it is the default one,
+    /// among a single candidate.
+    fn named(&self) -> NamedPolicy {
+        match self.rule {
+            Rule::Routed(create) => NamedPolicy {
+                name: self.name,
+                description: self.description,
+                default_queue: None,
+                create,
+            },
+            Rule::Informed(_) => NamedPolicy::default(),
+        }
+    }
 }
 
 impl fmt::Debug for Baseline {
@@ -56,113 +109,112 @@ impl fmt::Debug for Baseline {
 /// All baselines, in the order in which they are listed. Formulas, parameters and sources are in
 /// the documentation of the policies in the submodules.
 pub static BASELINES: [Baseline; 11] = [
-    Baseline {
-        name: "dynamo",
-        description: "NVIDIA Dynamo: prefill backlog in blocks + active blocks, this request included",
-        make: || booked::argmin_by(booked::dynamo),
-    },
-    Baseline {
-        name: "metrics-1s",
-        description: "Dynamo before PR 1731: 2 × cached − KV usage − waiting, scraped every second",
-        make: || Box::new(scraped::DynamoScraped::default()),
-    },
-    Baseline {
-        name: "sglang",
-        description: "SGLang cache_aware: longest routed prefix above 0.3, else smallest history",
-        make: || Box::new(history::CacheAware::default()),
-    },
-    Baseline {
-        name: "llm-d",
-        description: "llm-d's default scorers: prefix 3, queue 2, KV usage 2, scraped every 50 ms",
-        make: || Box::new(scraped::LlmdScorers),
-    },
-    Baseline {
-        name: "llm-d-affinity",
-        description: "llm-d's optimized baseline: cached fraction ≥ 0.8, then fewest tokens in flight",
-        make: || Box::new(booked::LlmdAffinity),
-    },
-    Baseline {
-        name: "lmetric",
-        description: "LMetric: (pending + new prefill tokens) × (requests + 1)",
-        make: || booked::argmin_by(booked::lmetric),
-    },
-    Baseline {
-        name: "production-stack",
-        description: "vLLM production-stack loadaware: matched fraction − load above the mean",
-        make: || booked::argmin_by(booked::production_stack),
-    },
-    Baseline {
-        name: "two-tier",
-        description: "Dynamo's two-tier cost: fewest requests if uneven, else cached fraction above 0.5",
-        make: || Box::new(booked::TwoTier),
-    },
-    Baseline {
-        name: "min-ttft",
-        description: "Mooncake: shortest predicted time to first token, with the true prefill times",
-        make: || booked::argmin_by(booked::time_to_first_token),
-    },
-    Baseline {
-        name: "oracle",
-        description: "simulates each engine to its end, with true state and output lengths; greedy",
-        make: || Box::new(oracle::Oracle::new(oracle::END_TO_END)),
-    },
-    Baseline {
-        name: "oracle:ttft",
-        description: "oracle in which a second before the request's first token counts as ten",
-        make: || Box::new(oracle::Oracle::new(oracle::FIRST_TOKEN)),
-    },
+    Baseline::routed(
+        "dynamo",
+        "NVIDIA Dynamo: prefill backlog in blocks + active blocks, this request included",
+        || Box::new(booked::Dynamo),
+    ),
+    Baseline::informed(
+        "metrics-1s",
+        "Dynamo before PR 1731: 2 × cached − KV usage − waiting, scraped every second",
+        || Box::new(scraped::DynamoScraped::default()),
+    ),
+    Baseline::routed(
+        "sglang",
+        "SGLang cache_aware: longest routed prefix above 0.3, else smallest history",
+        || Box::new(history::CacheAware::default()),
+    ),
+    Baseline::informed(
+        "smg",
+        "SMG 1.13 cache_aware: longest routed prefix up to a load bound, else least expected wait",
+        || Box::new(smg::SmgCacheAware::default()),
+    ),
+    Baseline::informed(
+        "llm-d",
+        "llm-d's default scorers: prefix 3, queue 2, KV usage 2, scraped every 50 ms",
+        || Box::new(scraped::LlmdScorers),
+    ),
+    Baseline::routed(
+        "llm-d-affinity",
+        "llm-d's optimized baseline: cached fraction ≥ 0.8, then fewest tokens in flight",
+        || Box::new(booked::LlmdAffinity),
+    ),
+    Baseline::routed(
+        "production-stack",
+        "vLLM production-stack loadaware: matched fraction − load above the mean",
+        || Box::new(booked::ProductionStack),
+    ),
+    Baseline::routed(
+        "two-tier",
+        "Dynamo's two-tier cost: fewest requests if uneven, else cached fraction above 0.5",
+        || Box::new(booked::TwoTier),
+    ),
+    Baseline::informed(
+        "min-ttft",
+        "Mooncake: shortest predicted time to first token, with the true prefill times",
+        || Box::new(min_ttft::MinTtft),
+    ),
+    Baseline::informed(
+        "oracle",
+        "simulates each engine to its end, with true state and output lengths; greedy",
+        || Box::new(oracle::Oracle::new(oracle::END_TO_END)),
+    ),
+    Baseline::informed(
+        "oracle:ttft",
+        "oracle in which a second before the request's first token counts as ten",
+        || Box::new(oracle::Oracle::new(oracle::FIRST_TOKEN)),
+    ),
 ];
 
-/// Ablations: the router's [marginal delay](foresee_core::marginal_delay) without one of its terms,
-/// which shows what the term is worth. No ablation replicates prefixes, so each is compared with
-/// the first, which has all terms.
+/// Ablations: the router's [marginal delay](foresee_core::policy::marginal_delay) without one of its
+/// terms or without replication, which shows what each is worth.
 pub static ABLATIONS: [Baseline; 8] = [
-    Baseline {
-        name: "marginal-delay:no-replication",
-        description: "the default cost without replication, which the ablations below also leave out",
-        make: ablation::without_replication,
-    },
-    Baseline {
-        name: "marginal-delay:no-queue-wait",
-        description: "without queue_wait: the wait for prompts before this one",
-        make: || ablation::without(|delay| &mut delay.queue_wait),
-    },
-    Baseline {
-        name: "marginal-delay:no-prefill",
-        description: "without prefill: the time to compute this prompt",
-        make: || ablation::without(|delay| &mut delay.prefill),
-    },
-    Baseline {
-        name: "marginal-delay:no-decode",
-        description: "without decode: the decode time of this output on an idle worker",
-        make: || ablation::without(|delay| &mut delay.decode),
-    },
-    Baseline {
-        name: "marginal-delay:no-decode-slowdown",
-        description: "without decode_slowdown: decode time that other requests add to this output",
-        make: || ablation::without(|delay| &mut delay.decode_slowdown),
-    },
-    Baseline {
-        name: "marginal-delay:no-prefill-stall-caused",
-        description: "without prefill_stall_caused: time that this prefill stalls other requests",
-        make: || ablation::without(|delay| &mut delay.prefill_stall_caused),
-    },
-    Baseline {
-        name: "marginal-delay:no-decode-slowdown-caused",
-        description: "without decode_slowdown_caused: decode time that this output adds to others",
-        make: || ablation::without(|delay| &mut delay.decode_slowdown_caused),
-    },
-    Baseline {
-        name: "marginal-delay:no-future-arrivals",
-        description: "without future_arrivals: delay of requests that arrive later",
-        make: || ablation::without(|delay| &mut delay.future_arrivals),
-    },
+    Baseline::routed(
+        "marginal-delay:no-replication",
+        "the default cost without replication",
+        ablation::without_replication,
+    ),
+    Baseline::routed(
+        "marginal-delay:no-queue-wait",
+        "without queue_wait: the wait for prompts before this one",
+        || ablation::without(|delay| &mut delay.queue_wait),
+    ),
+    Baseline::routed(
+        "marginal-delay:no-prefill",
+        "without prefill: the time to compute this prompt",
+        || ablation::without(|delay| &mut delay.prefill),
+    ),
+    Baseline::routed(
+        "marginal-delay:no-decode",
+        "without decode: the decode time of this output on an idle worker",
+        || ablation::without(|delay| &mut delay.decode),
+    ),
+    Baseline::routed(
+        "marginal-delay:no-decode-slowdown",
+        "without decode_slowdown: decode time that other requests add to this output",
+        || ablation::without(|delay| &mut delay.decode_slowdown),
+    ),
+    Baseline::routed(
+        "marginal-delay:no-prefill-stall-caused",
+        "without prefill_stall_caused: time that this prefill stalls other requests",
+        || ablation::without(|delay| &mut delay.prefill_stall_caused),
+    ),
+    Baseline::routed(
+        "marginal-delay:no-decode-slowdown-caused",
+        "without decode_slowdown_caused: decode time that this output adds to others",
+        || ablation::without(|delay| &mut delay.decode_slowdown_caused),
+    ),
+    Baseline::routed(
+        "marginal-delay:no-future-arrivals",
+        "without future_arrivals: delay of requests that arrive later",
+        || ablation::without(|delay| &mut delay.future_arrivals),
+    ),
 ];
 
 /// A policy that replay can run, with the order of the router's queue:
 /// `POLICY[:PARAMETER][+ORDER]`.
 ///
-/// The policy is a [`Policy`] of the router or a [`Baseline`]. Without an order, requests are sent
+/// The policy is one of the [router's](foresee_core::policy::ALL) or a [`Baseline`]. Without an order, requests are sent
 /// at once.
 #[derive(Clone, Debug)]
 pub struct PolicySpec {
@@ -177,8 +229,10 @@ pub struct PolicySpec {
 #[derive(Clone, Copy, Debug)]
 enum PolicyKind {
     /// A policy of the router, with a weight that may differ from the configured one.
-    Router(Policy, WeightOverride),
-    /// A policy that chooses in place of the router's.
+    Router(NamedPolicy, WeightOverride),
+    /// The router's default without one of its parts.
+    Ablation(&'static Baseline),
+    /// A policy of another router.
     Baseline(&'static Baseline),
 }
 
@@ -204,34 +258,47 @@ impl PolicySpec {
     pub fn settings(&self, config: &RouterConfig) -> RouterConfig {
         let mut settings = config.clone();
         settings.queue_order = self.queue;
-        if let PolicyKind::Router(policy, weight) = self.kind {
-            settings.policy = policy;
-            match weight {
-                WeightOverride::Configured => {}
-                WeightOverride::Overlap(weight) => settings.overlap_weight = weight,
-                WeightOverride::TimeToFirstToken(weight) => settings.ttft_weight = weight,
+        match self.kind {
+            PolicyKind::Router(policy, weight) => {
+                settings.policy = policy;
+                match weight {
+                    WeightOverride::Configured => {}
+                    WeightOverride::Overlap(weight) => settings.overlap_weight = weight,
+                    WeightOverride::TimeToFirstToken(weight) => settings.ttft_weight = weight,
+                }
             }
-        } else {
-            // The baselines are compared by their costs alone.
-            settings.outlier = OutlierConfig::disabled();
+            PolicyKind::Ablation(ablation) => settings.policy = ablation.named(),
+            PolicyKind::Baseline(baseline) => {
+                settings.policy = baseline.named();
+                // Other routers' policies are compared by their costs alone.
+                settings.outlier = OutlierConfig::disabled();
+            }
         }
         settings
     }
 
-    /// Creates the driver of a baseline, which breaks ties at random by `seed`. `None` for a policy
-    /// of the router.
+    /// Returns whether the policy is that of another router.
+    pub(crate) fn is_baseline(&self) -> bool {
+        matches!(self.kind, PolicyKind::Baseline(_))
+    }
+
+    /// Creates the driver of a baseline that sees the engines, which breaks ties at random by
+    /// `seed`. `None` for a policy that runs in the router.
     pub(crate) fn driver(&self, seed: u64) -> Option<PolicyDriver> {
         match self.kind {
-            PolicyKind::Router(..) => None,
-            PolicyKind::Baseline(baseline) => Some(PolicyDriver::new(baseline, seed)),
+            PolicyKind::Baseline(Baseline {
+                rule: Rule::Informed(create),
+                ..
+            }) => Some(PolicyDriver::new(create(), seed)),
+            _ => None,
         }
     }
 }
 
-impl From<Policy> for PolicySpec {
+impl From<NamedPolicy> for PolicySpec {
     /// Returns the policy with its default queue, as the router runs it by default.
-    fn from(policy: Policy) -> Self {
-        let queue = policy.default_queue();
+    fn from(policy: NamedPolicy) -> Self {
+        let queue = policy.default_queue;
         let suffix = queue.map(|order| format!("+{order}")).unwrap_or_default();
         Self {
             name: format!("{policy}{suffix}"),
@@ -257,7 +324,7 @@ pub struct UnknownPolicySpec {
 /// Returns all forms of a policy specification. `WEIGHT` stands for a number, `POLICY` for one of
 /// the other names.
 fn names() -> Vec<&'static str> {
-    let router = Policy::ALL.map(|(_, name)| name);
+    let router = policy::ALL.map(|policy| policy.name);
     let baselines = BASELINES.iter().chain(&ABLATIONS);
     let baselines = baselines.map(|baseline| baseline.name);
     let weighted =
@@ -296,27 +363,26 @@ fn parse_kind(name: &str) -> Option<PolicyKind> {
     let number = |prefix| name.strip_prefix(prefix)?.parse().ok();
     if let Some(weight) = number("kv:") {
         return Some(PolicyKind::Router(
-            Policy::Kv,
+            policy::KV,
             WeightOverride::Overlap(weight),
         ));
     }
     if let Some(weight) = number("marginal-delay:ttft=") {
         let weight = WeightOverride::TimeToFirstToken(weight);
-        return Some(PolicyKind::Router(Policy::MarginalDelay, weight));
+        return Some(PolicyKind::Router(policy::MARGINAL_DELAY, weight));
     }
     if name == DYNAMO_PR_1731.0 {
         return Some(PolicyKind::Router(
-            Policy::Kv,
+            policy::KV,
             WeightOverride::Overlap(DYNAMO_PR_1731.1),
         ));
     }
     if let Ok(policy) = name.parse() {
         return Some(PolicyKind::Router(policy, WeightOverride::Configured));
     }
-    let mut baselines = BASELINES.iter().chain(&ABLATIONS);
-    baselines
-        .find(|baseline| baseline.name == name)
-        .map(PolicyKind::Baseline)
+    let is_named = |baseline: &&Baseline| baseline.name == name;
+    let ablation = ABLATIONS.iter().find(is_named).map(PolicyKind::Ablation);
+    ablation.or_else(|| BASELINES.iter().find(is_named).map(PolicyKind::Baseline))
 }
 
 #[cfg(test)]

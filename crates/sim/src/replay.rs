@@ -22,6 +22,7 @@ use foresee_core::sequence::SequenceHash;
 use foresee_core::workers::{WorkerId, WorkerSpec};
 
 use crate::arrivals::Arrivals;
+use crate::baselines::PolicySpec;
 use crate::baselines::driver::{ArrivingRequest, EngineState, PolicyDriver};
 use crate::cache_signal::{CacheSignal, DelayedEvents};
 use crate::engine::{Engine, EngineConfig, EngineRequest, Step, TokenEvent};
@@ -139,7 +140,7 @@ struct Replay<'a> {
     config: &'a ReplayConfig,
     workload: &'a HashedWorkload,
     router: Router,
-    /// The baseline that chooses workers; `None` if the router's own policy does.
+    /// Driver of a baseline that sees the engines; `None` if a policy in the router chooses.
     driver: Option<PolicyDriver>,
     workers: Vec<Worker>,
     /// Index in `workers`.
@@ -217,7 +218,7 @@ impl<'a> Replay<'a> {
             None => config.router.clone(),
         };
         let driver = policy.and_then(|spec| spec.driver(config.router.seed));
-        if driver.is_some() && !config.faults.is_empty() {
+        if policy.is_some_and(PolicySpec::is_baseline) && !config.faults.is_empty() {
             return Err(ReplayError::FaultsUnderBaseline);
         }
         let mut replay = Self {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::ensure;
 use clap::{Args, ValueEnum};
-use foresee_core::policy::Policy;
+use foresee_core::policy::{self, NamedPolicy};
 use foresee_sim::baselines::{self, PolicySpec};
 use foresee_sim::cache_signal::CacheSignal;
 use foresee_sim::faults::{InvalidFault, WorkerFault};
@@ -137,7 +137,7 @@ impl ComparisonArgs {
     /// default queue, the default policy first.
     pub(super) fn policies(&self) -> Vec<PolicySpec> {
         if self.policy.is_empty() {
-            return Policy::ALL.map(|(policy, _)| policy.into()).to_vec();
+            return policy::ALL.map(PolicySpec::from).to_vec();
         }
         self.policy.clone()
     }
@@ -253,7 +253,7 @@ impl FleetArgs {
         signal: &SignalArgs,
         slo: Slo,
     ) -> ReplayConfig {
-        let settings = router.config(Policy::default());
+        let settings = router.config(NamedPolicy::default());
         let block_size = self.engine_block_size.unwrap_or(settings.block_size);
         let engine = self.engine.config(block_size, router.seed);
         let mut config = ReplayConfig::uniform(settings, &engine, self.workers);
@@ -308,7 +308,7 @@ fn fault(text: &str) -> Result<WorkerFault, InvalidFault> {
 
 /// Returns a list of all policies for `--help`, one line for each.
 pub(super) fn list_policies() -> String {
-    let own = Policy::ALL.map(|(policy, name)| (name, policy.description()));
+    let own = policy::ALL.map(|policy| (policy.name, policy.description));
     let weighted = [
         ("kv:WEIGHT", "kv with this --overlap-weight"),
         (

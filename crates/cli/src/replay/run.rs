@@ -78,7 +78,7 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use clap::Parser;
-    use foresee_core::policy::Policy;
+    use foresee_core::policy::NamedPolicy;
     use foresee_core::router::RouterConfig;
 
     use crate::replay::ReplayCommand;
@@ -107,7 +107,7 @@ mod tests {
         let library = shown(RouterConfig::default());
         assert_eq!(shown(serve.gateway().router), library);
         let first = &replay.comparison.policies()[0];
-        let replayed = first.settings(&replay.router.config(Policy::default()));
+        let replayed = first.settings(&replay.router.config(NamedPolicy::default()));
         assert_eq!(shown(replayed), library);
     }
 }

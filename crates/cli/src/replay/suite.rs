@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use foresee_core::policy::Policy;
+use foresee_core::policy::NamedPolicy;
 use foresee_sim::baselines::{self, PolicySpec};
 use foresee_sim::suite::{self, SCENARIOS, Settings, Traces};
 
@@ -79,7 +79,7 @@ fn default_policies() -> Vec<PolicySpec> {
 /// If a trace cannot be read, a replay fails, or a file cannot be written.
 pub(super) fn suite(args: &SuiteArgs) -> anyhow::Result<()> {
     let settings = Settings {
-        router: args.router.config(Policy::default()),
+        router: args.router.config(NamedPolicy::default()),
         cache_signal: args.signal.cache_signal(),
         slo: args.comparison.slo,
         seeds: args.comparison.seeds,

@@ -4,7 +4,7 @@
 
 use std::process::{Command, Output, Stdio};
 
-use foresee_core::policy::Policy;
+use foresee_core::policy::{self, NamedPolicy};
 use foresee_core::queue::QueueOrder;
 use foresee_sim::workload::NAMED;
 
@@ -55,7 +55,7 @@ const SUBCOMMANDS: [&[&str]; 12] = [
 #[test]
 fn help_lists_all_policies_queue_orders_and_workloads() {
     let help = stdout(&run(&[], &["serve", "--help"]));
-    let policies = Policy::ALL.map(|(_, name)| name);
+    let policies = policy::ALL.map(|policy| policy.name);
     let orders = QueueOrder::ALL.map(|(_, name)| name);
     for part in policies.iter().chain(&orders).chain(&["off"]) {
         assert!(help.contains(&format!("- {part}:")), "{part}: {help}");
@@ -72,7 +72,7 @@ fn help_lists_all_policies_queue_orders_and_workloads() {
             "{heading}: {help}"
         );
     }
-    let default = Policy::default();
+    let default = NamedPolicy::default();
     assert!(help.contains(&format!("[default: {default}]")), "{help}");
     let help = stdout(&run(&[], &["replay", "run", "--help"]));
     for part in NAMED.iter().map(|(name, _)| name).chain(&policies) {

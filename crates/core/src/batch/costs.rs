@@ -9,8 +9,7 @@ use crate::active_tree::{PrefixMatch, WorkerIndex};
 use crate::batch::BatchRequest;
 use crate::batch_costs::BatchCosts;
 use crate::critical_section::{CriticalSection, SharedState};
-use crate::marginal_delay::RequestProfile;
-use crate::policy::{CostSource, Policy};
+use crate::policy::{BatchRule, Candidates, RequestProfile, WorkerView};
 use crate::request::SelectError;
 use crate::sequence::Sequence;
 use crate::state::State;
@@ -27,20 +26,20 @@ const WORKERS_PER_DELAY: usize = 8;
 
 /// Number of workers up to which the delays of a batch are computed for all of them.
 const MAX_WORKERS_EVALUATED: usize = 64;
-/// Number of workers of least delay, by a lower bound, in the shortlist of a larger fleet.
-const SHORTLIST_BY_DELAY: usize = 24;
+/// Number of workers of least cost for the mean prompt, by a lower bound, in the shortlist of a larger fleet.
+const SHORTLIST_BY_BOUND: usize = 24;
 /// Number of further workers in the shortlist, with the most overlap.
 const SHORTLIST_BY_OVERLAP: usize = 8;
 
-/// Workers for which the delays of a batch are computed.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Evaluation {
-    /// All workers.
-    All,
-    /// The workers that may have the least delay.
-    Shortlist,
-    /// One worker.
-    Only(WorkerIndex),
+/// Purpose for which the costs of a batch are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// All costs on all workers.
+    Explanation,
+    /// The policy's costs on the workers that may have the least, and costs in blocks.
+    Choice,
+    /// Costs in blocks.
+    Decision,
 }
 
 /// Critical section that lets other threads have the lock when it has done enough work.
@@ -75,7 +74,7 @@ impl SharedState {
         &self,
         batch: &BatchRequest<'_>,
         now: Duration,
-        evaluation: Evaluation,
+        purpose: Purpose,
     ) -> (BatchCosts, CriticalSection<'_>) {
         let mut section = PausingSection {
             state: self.lock(),
@@ -85,18 +84,25 @@ impl SharedState {
         section.state.advance_to(now);
         let mut costs = BatchCosts::new(&section.state.workers.loads);
         let workers = section.state.workers.index_len();
-        let uses_delays = section.state.config.policy == Policy::MarginalDelay;
-        let needs_shortlist = uses_delays && workers > MAX_WORKERS_EVALUATED;
-        let evaluated: Vec<WorkerIndex> = match evaluation {
-            Evaluation::Only(worker) => vec![worker],
-            Evaluation::Shortlist if needs_shortlist || !uses_delays => Vec::new(),
-            Evaluation::All | Evaluation::Shortlist => (0..workers as WorkerIndex).collect(),
+        let rule = section.state.selector.policy().batch_rule();
+        let needs_shortlist = purpose == Purpose::Choice
+            && rule == BatchRule::SumOverShortlist
+            && workers > MAX_WORKERS_EVALUATED;
+        let needs_none = match purpose {
+            Purpose::Explanation => false,
+            Purpose::Choice => needs_shortlist || rule == BatchRule::FirstPrompt,
+            Purpose::Decision => true,
         };
-        section.add_prompts(batch, &evaluated, true, &mut costs);
-        if needs_shortlist && matches!(evaluation, Evaluation::Shortlist) {
+        let evaluated: Vec<WorkerIndex> = if needs_none {
+            Vec::new()
+        } else {
+            (0..workers as WorkerIndex).collect()
+        };
+        section.add_prompts(batch, &evaluated, purpose, true, &mut costs);
+        if needs_shortlist {
             section.begin(workers, &mut costs);
             let shortlist = section.state.shortlist(batch, &costs);
-            section.add_prompts(batch, &shortlist, false, &mut costs);
+            section.add_prompts(batch, &shortlist, purpose, false, &mut costs);
         }
         (costs, section.state)
     }
@@ -104,17 +110,16 @@ impl SharedState {
 
 impl PausingSection<'_> {
     /// Adds the costs of all prompts of the batch: those in blocks on all workers, if `adds_blocks`,
-    /// and those in seconds on the `evaluated` workers.
+    /// and those of the policy on the `evaluated` workers.
     fn add_prompts(
         &mut self,
         batch: &BatchRequest<'_>,
         evaluated: &[WorkerIndex],
+        purpose: Purpose,
         adds_blocks: bool,
         costs: &mut BatchCosts,
     ) {
-        for &index in evaluated {
-            costs.objective[index as usize] = 0.0;
-        }
+        costs.start_objective(evaluated);
         for (request, &shared) in batch.requests.iter().zip(&batch.shared_with_earlier) {
             let workers = self.state.workers.index_len();
             self.begin(DELAYS_PER_PROMPT + workers / WORKERS_PER_DELAY, costs);
@@ -122,16 +127,16 @@ impl PausingSection<'_> {
             let profile = self.state.request_profile(request, &assessment);
             let mut prefix_matches = assessment.prefix_matches;
             self.state.share_earlier(shared, &mut prefix_matches);
-            if adds_blocks {
-                costs.add_blocks(self.state.kv_cost_input(request), &prefix_matches);
-            }
             for part in evaluated.chunks(MAX_DELAYS_PER_LOCK / 2) {
                 self.begin(part.len(), costs);
-                for &index in part {
-                    self.state
-                        .add_delay(&profile, index, prefix_matches[index as usize], costs);
-                }
+                let is_explained = purpose == Purpose::Explanation;
+                self.state
+                    .add_objective(&profile, part, &prefix_matches, is_explained, costs);
             }
+            if adds_blocks {
+                costs.add_blocks(&profile, &prefix_matches);
+            }
+            costs.add_earlier(&profile, &prefix_matches);
         }
     }
 }
@@ -152,28 +157,49 @@ impl State {
         }
     }
 
-    /// Adds the delay of the next prompt on the worker at `index`.
-    fn add_delay(
+    /// Adds the costs of the next prompt on the workers at `indices`, and its delays if an
+    /// explanation is wanted.
+    fn add_objective(
         &self,
-        profile: &RequestProfile,
-        index: WorkerIndex,
-        prefix_match: PrefixMatch,
-        costs: &mut BatchCosts,
+        profile: &RequestProfile<'_>,
+        indices: &[WorkerIndex],
+        prefix_matches: &[PrefixMatch],
+        is_explained: bool,
+        sums: &mut BatchCosts,
     ) {
-        let sum = &mut costs.delays[index as usize];
-        let mut delay = self.workers.marginal_delay(profile, index, prefix_match);
-        // The failure charge is that of the worker, and counts once.
-        if sum.failure_charge > 0.0 {
-            delay.failure_charge = 0.0;
+        let views: Vec<WorkerView<'_>> = indices
+            .iter()
+            .map(|&index| {
+                let view = self.view(index, prefix_matches[index as usize]);
+                view.after(sums.earlier[index as usize])
+            })
+            .collect();
+        let policy = self.selector.policy();
+        let mut costs = Vec::with_capacity(views.len());
+        policy.costs(profile, &Candidates::from(&views[..]), &mut costs);
+        for (view, cost) in views.iter().zip(costs) {
+            let index = view.index as usize;
+            let is_first = sums.earlier[index].prefill.requests == 0;
+            let standing = if is_first {
+                0.0
+            } else {
+                policy.standing_cost(view)
+            };
+            sums.objective[index] += cost - standing;
+            sums.tie_breakers[index] += policy.tie_breaker(profile, view);
+            if is_explained {
+                let mut delay = view.marginal_delay(profile);
+                if !is_first {
+                    // The charge is that of the worker, and counts once.
+                    delay.failure_charge = 0.0;
+                }
+                sums.delays[index] += delay;
+            }
         }
-        // Each prompt also waits for the prefills of the prompts before it.
-        delay.queue_wait += sum.prefill;
-        costs.objective[index as usize] += profile.total(&delay);
-        *sum += delay;
     }
 
-    /// Returns the workers on which the batch may have the least delay: eligible workers
-    /// with the least lower bound for its mean prompt, and some of the others, with the most overlap.
+    /// Returns the workers on which the batch may have the least cost: eligible workers with the
+    /// least cost for its mean prompt, and some of the others, with the most overlap.
     /// `costs` has its prefix matches.
     fn shortlist(&self, batch: &BatchRequest<'_>, costs: &BatchCosts) -> Vec<WorkerIndex> {
         let first = &batch.requests[0];
@@ -200,13 +226,14 @@ impl State {
                 cached_blocks: sum.cached_blocks / prompts,
                 active_blocks: sum.active_blocks / prompts,
             };
-            let workers = &self.workers;
-            workers.marginal_delay_or_bound(f64::NEG_INFINITY, &profile, *index, prefix_match)
+            let view = self.view(*index, prefix_match);
+            self.selector.policy().lower_bound(&profile, &view)
         };
-        let bounds = remaining.iter().map(lower_bound);
-        let mut by_bound: Vec<(f64, WorkerIndex)> = bounds.zip(remaining.iter().copied()).collect();
+        let lower_bounds = remaining.iter().map(lower_bound);
+        let mut by_bound: Vec<(f64, WorkerIndex)> =
+            lower_bounds.zip(remaining.iter().copied()).collect();
         by_bound.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
-        by_bound.truncate(SHORTLIST_BY_DELAY);
+        by_bound.truncate(SHORTLIST_BY_BOUND);
         let mut shortlist: Vec<WorkerIndex> =
             by_bound.into_iter().map(|(_, index)| index).collect();
         remaining.retain(|index| !shortlist.contains(index));
@@ -221,7 +248,7 @@ impl State {
     /// choice. Books nothing.
     ///
     /// # Errors
-    /// As [`select_with_costs`](Self::select_with_costs).
+    /// As [`select_worker`](Self::select_worker).
     pub(super) fn select_for_batch(
         &mut self,
         batch: &BatchRequest<'_>,
@@ -231,11 +258,23 @@ impl State {
         if let Some(worker) = self.workers.take_due_trial(&batch.requests[0], now) {
             return Ok(worker);
         }
-        // The model and the exclusions are equal for all prompts. Consistent hashing uses the first
-        // prompt.
-        self.select_with_costs(
-            &batch.requests[0],
-            CostSource::Precomputed(&batch_costs.costs, &batch_costs.objective),
-        )
+        // The model and the exclusions are equal for all prompts.
+        let first = &batch.requests[0];
+        if self.selector.policy().batch_rule() == BatchRule::FirstPrompt {
+            return self.select_worker(first, &self.assess(first));
+        }
+        let excluded = self.excluded(first);
+        let eligible = self.workers.selectable(first, &excluded, now)?;
+        let of_eligible = |sums: &[f64]| -> Vec<f64> {
+            let sums = eligible.iter().map(|&index| sums[index as usize]);
+            sums.collect()
+        };
+        let tie_breakers = of_eligible(&batch_costs.tie_breakers);
+        let mut objective = of_eligible(&batch_costs.objective);
+        let position = self.selector.select_by_costs(&mut objective, &tie_breakers);
+        let selected = position.and_then(|position| self.workers.by_index(eligible[position]));
+        selected
+            .map(|worker| worker.id)
+            .ok_or(SelectError::NoWorker)
     }
 }

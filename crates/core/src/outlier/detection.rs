@@ -132,12 +132,6 @@ impl Outliers {
         })
     }
 
-    /// Returns whether any worker has a failure charge.
-    #[inline]
-    pub(crate) fn has_charges(&self) -> bool {
-        !self.charged.is_empty()
-    }
-
     /// Removes workers from the lists whose backpressure has ended or whose charge has decayed.
     fn prune(&mut self, now: Duration) {
         let Self {
@@ -208,7 +202,7 @@ impl Workers {
 
     /// Returns the workers among which a policy chooses for this request: the eligible ones that
     /// are not passed over. Ignores the warm-up limit if more workers are at it than not. If all
-    /// are passed over, returns the ejected ones. May contain excluded workers.
+    /// are passed over, returns the ejected ones. Excluded workers are left out.
     ///
     /// # Errors
     /// [`SelectError::UnknownModel`] if the models of all workers are known and none serves this
@@ -225,7 +219,12 @@ impl Workers {
             .ok_or(SelectError::UnknownModel)?;
         let eligible = restrict(eligible, request.only_worker.map(|id| id.index));
         if !self.has_restrictions() {
-            return Ok(Cow::Borrowed(eligible));
+            if excluded.is_empty() {
+                return Ok(Cow::Borrowed(eligible));
+            }
+            let remaining = eligible.iter().copied();
+            let remaining = remaining.filter(|index| !excluded.contains(index));
+            return Ok(Cow::Owned(remaining.collect()));
         }
         // Workers without a restriction, those and the ones at their warm-up limit, and ejected ones.
         let (mut available, mut accepting, mut ejected) = (Vec::new(), Vec::new(), Vec::new());

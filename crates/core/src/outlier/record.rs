@@ -133,14 +133,14 @@ struct Backpressure {
 }
 
 /// Cost that failed requests add to their worker, in the unit of each policy.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct FailureCharge {
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct FailureCharge {
     /// Seconds that the failed requests would have taken.
-    pub(crate) seconds: f64,
+    pub seconds: f64,
     /// Cost in blocks that they would have had.
-    pub(crate) blocks: f64,
+    pub blocks: f64,
     /// Their number.
-    pub(crate) requests: f64,
+    pub requests: f64,
 }
 
 impl FailureCharge {

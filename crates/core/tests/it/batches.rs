@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::naive::{BLOCK_SIZE, NaiveWorker};
 use foresee_core::batch::{Batch, MAX_BATCH_PROMPTS};
 use foresee_core::outlier::OutlierConfig;
-use foresee_core::policy::Policy;
+use foresee_core::policy;
 use foresee_core::router::{Request, RouteError, Router, RouterConfig};
 use foresee_core::sequence::Sequence;
 use foresee_core::workers::{WorkerId, WorkerSpec};
@@ -21,7 +21,7 @@ const LARGE_CAPACITY: u32 = 100_000;
 
 fn router() -> Router {
     let config = RouterConfig {
-        policy: Policy::Kv,
+        policy: policy::KV,
         block_size: BLOCK_SIZE,
         queue_order: None,
         outlier: OutlierConfig::disabled(),

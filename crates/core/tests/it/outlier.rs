@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use foresee_core::booking::Booking;
 use foresee_core::outlier::{ExchangeResult, OutlierConfig, OutlierSnapshot, Restriction};
-use foresee_core::policy::Policy;
+use foresee_core::policy::{self, NamedPolicy};
 use foresee_core::queue::QueueOrder;
 use foresee_core::router::{Request, RouteError, Router, RouterConfig};
 use foresee_core::sequence::Sequence;
@@ -50,7 +50,7 @@ fn add_worker(router: &Router, index: usize) -> WorkerId {
     id
 }
 
-fn unqueued(policy: Policy) -> RouterConfig {
+fn unqueued(policy: NamedPolicy) -> RouterConfig {
     RouterConfig {
         queue_order: None,
         ..RouterConfig::for_policy(policy)
@@ -100,7 +100,7 @@ fn five_failures_in_a_row_eject_and_a_successful_trial_ends_it() {
             failure_rate: 0.0,
             ..OutlierConfig::default()
         },
-        ..unqueued(Policy::default())
+        ..unqueued(NamedPolicy::default())
     };
     let (router, ids) = warm_fleet(4, config);
     report_many(&router, ids[0], [Failure; 4], seconds(1.0));
@@ -155,7 +155,7 @@ fn five_failures_in_a_row_eject_and_a_successful_trial_ends_it() {
 
 #[test]
 fn only_a_trial_after_the_end_of_an_ejection_lengthens_it() {
-    let (router, ids) = warm_fleet(4, unqueued(Policy::default()));
+    let (router, ids) = warm_fleet(4, unqueued(NamedPolicy::default()));
     report_many(&router, ids[0], [Failure; 5], seconds(0.0));
     let mut now = 30.0;
     let mut ejections = Vec::new();
@@ -190,7 +190,7 @@ fn a_worker_that_fails_half_of_the_time_is_ejected_unless_its_peers_do_too() {
     for (failing, expected) in [(1, 1), (8, 0)] {
         let mut ejected = 0;
         for seed in 0..20_u64 {
-            let (router, ids) = warm_fleet(8, unqueued(Policy::RoundRobin));
+            let (router, ids) = warm_fleet(8, unqueued(policy::ROUND_ROBIN));
             let mut state = seed * 2 + 1;
             for _ in 0..100 {
                 for (index, &id) in ids.iter().enumerate() {
@@ -218,7 +218,7 @@ fn a_worker_that_fails_half_of_the_time_is_ejected_unless_its_peers_do_too() {
 
 #[test]
 fn a_soft_failure_counts_half_and_a_failed_stream_replaces_its_success() {
-    let (router, ids) = warm_fleet(2, unqueued(Policy::default()));
+    let (router, ids) = warm_fleet(2, unqueued(NamedPolicy::default()));
     report_many(&router, ids[0], [SoftFailure; 9], seconds(1.0));
     assert_eq!(
         outlier(&router, ids[0], seconds(1.0)).consecutive_failures,
@@ -228,7 +228,7 @@ fn a_soft_failure_counts_half_and_a_failed_stream_replaces_its_success() {
     assert!(outlier(&router, ids[0], seconds(1.0)).is_ejected);
 
     // Every stream of the worker begins, and then breaks.
-    let (router, ids) = warm_fleet(2, unqueued(Policy::RoundRobin));
+    let (router, ids) = warm_fleet(2, unqueued(policy::ROUND_ROBIN));
     let mut broken = 0;
     while !outlier(&router, ids[0], seconds(1.0)).is_ejected {
         let mut booking = route(&router, seconds(1.0));
@@ -245,7 +245,7 @@ fn a_soft_failure_counts_half_and_a_failed_stream_replaces_its_success() {
 
 #[test]
 fn results_from_before_a_recovery_are_ignored() {
-    let (router, ids) = warm_fleet(2, unqueued(Policy::RoundRobin));
+    let (router, ids) = warm_fleet(2, unqueued(policy::ROUND_ROBIN));
     let mut old: Vec<Booking> = (0..20).map(|_| route(&router, seconds(1.0))).collect();
     old.retain(|booking| booking.worker() == ids[0]);
     let failed = old.split_off(5);
@@ -268,7 +268,8 @@ fn results_from_before_a_recovery_are_ignored() {
 /// One worker fails at once and so has no load. Every failed request is retried elsewhere.
 #[test]
 fn a_worker_that_fails_at_once_gets_few_requests() {
-    for (policy, name) in Policy::ALL {
+    for policy in policy::ALL {
+        let name = policy.name;
         let (router, ids) = warm_fleet(4, unqueued(policy));
         let mut running = std::collections::VecDeque::new();
         let mut failed = 0;
@@ -310,10 +311,10 @@ fn assert_idle(router: &Router, now: Duration) {
 #[test]
 fn a_failure_is_charged_with_what_the_request_would_have_taken() {
     for policy in [
-        Policy::MarginalDelay,
-        Policy::Kv,
-        Policy::LeastRequests,
-        Policy::PowerOfTwo,
+        policy::MARGINAL_DELAY,
+        policy::KV,
+        policy::LEAST_REQUESTS,
+        policy::POWER_OF_TWO,
     ] {
         let (router, ids) = warm_fleet(2, unqueued(policy));
         let failed = exchange(&router, Failure, seconds(1.0));
@@ -344,7 +345,7 @@ fn a_failure_is_charged_with_what_the_request_would_have_taken() {
 
 #[test]
 fn a_slow_failure_is_charged_with_the_time_that_it_took() {
-    let (router, _) = warm_fleet(2, unqueued(Policy::default()));
+    let (router, _) = warm_fleet(2, unqueued(NamedPolicy::default()));
     let mut booking = route(&router, seconds(1.0));
     booking.report(Failure, seconds(101.0));
     let charge = outlier(&router, booking.worker(), seconds(101.0)).charge_seconds;
@@ -353,7 +354,7 @@ fn a_slow_failure_is_charged_with_the_time_that_it_took() {
 
 #[test]
 fn a_failed_batch_counts_once_and_charges_every_prompt() {
-    let (router, _) = warm_fleet(2, unqueued(Policy::default()));
+    let (router, _) = warm_fleet(2, unqueued(NamedPolicy::default()));
     let prompts: Vec<Sequence> = (0..4).map(prompt).collect();
     let request = Request::new(&prompts[0]);
     let mut batch = router
@@ -372,7 +373,7 @@ fn a_failed_batch_counts_once_and_charges_every_prompt() {
 
 #[test]
 fn backpressure_is_neither_failure_nor_success() {
-    let (router, ids) = warm_fleet(2, unqueued(Policy::default()));
+    let (router, ids) = warm_fleet(2, unqueued(NamedPolicy::default()));
     report_many(&router, ids[0], [Failure; 4], seconds(1.0));
     let named = Backpressure {
         retry_after: Some(seconds(7.0)),
@@ -398,7 +399,7 @@ fn backpressure_is_neither_failure_nor_success() {
 
 #[test]
 fn backpressure_without_a_time_doubles_from_one_to_ten_seconds() {
-    let (router, ids) = warm_fleet(1, unqueued(Policy::default()));
+    let (router, ids) = warm_fleet(1, unqueued(NamedPolicy::default()));
     let mut now = 1.0;
     let mut pauses = Vec::new();
     for _ in 0..6 {
@@ -415,7 +416,7 @@ fn backpressure_without_a_time_doubles_from_one_to_ten_seconds() {
     let until = outlier(&router, ids[0], seconds(now)).backpressure_until;
     assert_eq!(until, Some(seconds(now + 1.0)));
     // A time that is far too long is cut.
-    let (router, ids) = warm_fleet(1, unqueued(Policy::default()));
+    let (router, ids) = warm_fleet(1, unqueued(NamedPolicy::default()));
     let retry_after = Some(Duration::MAX);
     router.report(ids[0], Backpressure { retry_after }, seconds(1.0));
     let until = outlier(&router, ids[0], seconds(1.0)).backpressure_until;
@@ -424,7 +425,7 @@ fn backpressure_without_a_time_doubles_from_one_to_ten_seconds() {
 
 #[test]
 fn backpressure_during_a_trial_keeps_the_ejection() {
-    let (router, ids) = warm_fleet(2, unqueued(Policy::default()));
+    let (router, ids) = warm_fleet(2, unqueued(NamedPolicy::default()));
     report_many(&router, ids[0], [Failure; 5], seconds(0.0));
     assert_eq!(exchange(&router, BUSY, seconds(30.0)), ids[0]);
     let half_open = outlier(&router, ids[0], seconds(30.0));
@@ -440,11 +441,11 @@ fn backpressure_during_a_trial_keeps_the_ejection() {
 
 #[test]
 fn the_only_worker_is_never_ejected_and_an_ejected_one_is_better_than_none() {
-    let (router, ids) = warm_fleet(1, unqueued(Policy::default()));
+    let (router, ids) = warm_fleet(1, unqueued(NamedPolicy::default()));
     report_many(&router, ids[0], [Failure; 50], seconds(1.0));
     assert_eq!(route(&router, seconds(1.0)).worker(), ids[0]);
 
-    let (router, ids) = warm_fleet(2, unqueued(Policy::default()));
+    let (router, ids) = warm_fleet(2, unqueued(NamedPolicy::default()));
     report_many(&router, ids[0], [Failure; 50], seconds(1.0));
     report_many(&router, ids[1], [Failure; 50], seconds(1.0));
     assert!(outlier(&router, ids[0], seconds(1.0)).is_ejected);
@@ -463,7 +464,7 @@ fn the_only_worker_is_never_ejected_and_an_ejected_one_is_better_than_none() {
 
 #[test]
 fn ejection_survives_health_checks_and_ends_with_a_restart() {
-    let (router, ids) = warm_fleet(4, unqueued(Policy::default()));
+    let (router, ids) = warm_fleet(4, unqueued(NamedPolicy::default()));
     report_many(&router, ids[0], [Failure; 5], seconds(1.0));
     router.set_healthy(ids[0], false);
     assert_eq!(
@@ -484,7 +485,7 @@ fn ejection_survives_health_checks_and_ends_with_a_restart() {
 
 #[test]
 fn a_worker_without_output_gets_two_requests() {
-    let (router, ids) = warm_fleet(3, unqueued(Policy::LeastRequests));
+    let (router, ids) = warm_fleet(3, unqueued(policy::LEAST_REQUESTS));
     let mut bookings: Vec<Booking> = (0..9).map(|_| route(&router, seconds(1.0))).collect();
     let new = add_worker(&router, 3);
     bookings.extend((0..9).map(|_| route(&router, seconds(2.0))));
@@ -500,7 +501,7 @@ fn a_worker_without_output_gets_two_requests() {
     assert!(on_new(&bookings) >= 6, "{}", on_new(&bookings));
 
     // In a fleet that is new as a whole, the limit does not count.
-    let (router, ids_of_new) = new_fleet(3, unqueued(Policy::LeastRequests));
+    let (router, ids_of_new) = new_fleet(3, unqueued(policy::LEAST_REQUESTS));
     let bookings: Vec<Booking> = (0..30).map(|_| route(&router, seconds(1.0))).collect();
     for id in ids_of_new {
         let booked = bookings.iter().filter(|booking| booking.worker() == id);

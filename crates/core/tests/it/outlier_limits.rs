@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use foresee_core::booking::Booking;
 use foresee_core::outlier::{ExchangeResult, OutlierConfig};
-use foresee_core::policy::Policy;
+use foresee_core::policy;
 use foresee_core::router::{Request, Router, RouterConfig};
 use foresee_core::sequence::Sequence;
 use foresee_core::workers::{WorkerId, WorkerSpec, WorkerState};
@@ -271,7 +271,7 @@ impl Model {
 
 fn check(workers: &[usize], steps: Vec<Step>) {
     let config = RouterConfig {
-        policy: Policy::LeastRequests,
+        policy: policy::LEAST_REQUESTS,
         queue_order: None,
         outlier: OutlierConfig {
             warm_up_requests: 0,

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use foresee_core::booking::Booking;
 use foresee_core::outlier::OutlierConfig;
-use foresee_core::policy::Policy;
+use foresee_core::policy;
 use foresee_core::router::{ConfigError, Request, RouteError, Router, RouterConfig};
 use foresee_core::sequence::Sequence;
 use foresee_core::workers::{WorkerId, WorkerSpec, WorkerState};
@@ -125,15 +125,15 @@ fn every_policy_books_and_is_deterministic_for_a_seed() {
             .map(|worker| worker.requests)
             .collect();
         assert_eq!(requests.iter().sum::<u32>(), 200, "{policy}");
-        let bound = if policy == Policy::Random { 70 } else { 50 };
+        let bound = if policy == policy::RANDOM { 70 } else { 50 };
         assert!(
             requests.iter().all(|&requests| requests <= bound),
             "{policy}: {requests:?}"
         );
         bookings.iter().map(Booking::worker).collect::<Vec<_>>()
     };
-    for (policy, _) in Policy::ALL {
-        if policy == Policy::Kv {
+    for policy in policy::ALL {
+        if policy == policy::KV {
             continue; // balances blocks, not requests
         }
         assert_eq!(run(policy), run(policy), "{policy}");
@@ -201,7 +201,7 @@ fn a_rerouted_request_has_no_overlap_with_itself() {
 /// Returns a fleet under the policy `kv` of four workers, with 0 to 3 requests of 50 blocks each.
 fn uneven_fleet(temperature: f64) -> (Router, Vec<Booking>) {
     let config = config_with(|config| {
-        config.policy = Policy::Kv;
+        config.policy = policy::KV;
         (config.temperature, config.seed) = (temperature, 5);
     });
     let router = fleet(4, config);
@@ -270,7 +270,10 @@ fn ties_at_temperature_zero_are_broken_by_the_seed() {
 
 #[test]
 fn power_of_two_never_chooses_the_busiest_worker() {
-    let router = fleet(3, config_with(|config| config.policy = Policy::PowerOfTwo));
+    let router = fleet(
+        3,
+        config_with(|config| config.policy = policy::POWER_OF_TWO),
+    );
     let ids = ids(&router);
     let mut busy = route(&router, &prompt(0..10));
     busy.move_to(ids[1], Duration::ZERO).unwrap();
@@ -287,7 +290,7 @@ fn power_of_two_never_chooses_the_busiest_worker() {
 fn consistent_hash_keeps_the_worker_of_a_prefix_up_to_its_load_bound() {
     let router = fleet(
         5,
-        config_with(|config| config.policy = Policy::ConsistentHash),
+        config_with(|config| config.policy = policy::CONSISTENT_HASH),
     );
     let family = |i: u32, turn: u32| prompt((i..i + 1024).chain(turn * 7..turn * 7 + 200));
     let mut homes = Vec::new();
@@ -327,7 +330,8 @@ fn consistent_hash_keeps_the_worker_of_a_prefix_up_to_its_load_bound() {
 #[test]
 fn every_policy_chooses_the_only_worker_and_fails_without_one() {
     let sequence = prompt(0..100);
-    for (policy, name) in Policy::ALL {
+    for policy in policy::ALL {
+        let name = policy.name;
         for temperature in [0.0, 1.0] {
             let router = fleet(
                 1,
@@ -434,7 +438,8 @@ fn a_draining_worker_keeps_its_requests_and_gets_no_new_ones() {
 
 #[test]
 fn explain_reports_consistent_costs_and_changes_no_choice() {
-    for (policy, name) in Policy::ALL {
+    for policy in policy::ALL {
+        let name = policy.name;
         let run = |explain_calls: usize| {
             let config = config_with(|config| {
                 (config.policy, config.temperature, config.overlap_weight) = (policy, 0.7, 1.5);
@@ -505,7 +510,8 @@ fn unevenly_loaded(config: RouterConfig) -> (Router, Vec<Booking>) {
 #[test]
 fn explained_probabilities_are_the_frequencies_of_choices() {
     const DRAWS: u32 = 4000;
-    for (policy, name) in Policy::ALL {
+    for policy in policy::ALL {
+        let name = policy.name;
         for temperature in [0.0, 0.5] {
             let (router, _bookings) = unevenly_loaded(config_with(|config| {
                 (config.policy, config.temperature) = (policy, temperature);
@@ -548,7 +554,7 @@ fn explained_probabilities_are_the_frequencies_of_choices() {
 
 #[test]
 fn explain_names_the_worker_that_deterministic_policies_choose() {
-    for policy in [Policy::RoundRobin, Policy::ConsistentHash] {
+    for policy in [policy::ROUND_ROBIN, policy::CONSISTENT_HASH] {
         let (router, _bookings) = unevenly_loaded(config_with(|config| config.policy = policy));
         for i in 0..50 {
             let sequence = prompt(i * 100..(i + 1) * 100);

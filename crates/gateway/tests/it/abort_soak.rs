@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::fake_worker::*;
-use foresee_core::policy::Policy;
+use foresee_core::policy;
 use tokio::sync::Semaphore;
 
 /// Maximum number of concurrent connections. A test may not have many file descriptors.
@@ -117,7 +117,7 @@ async fn aborted_streams_leave_no_gauge_above_zero() {
         fleet.push(FakeWorker::start().await);
     }
     let mut config = config(&fleet.iter().collect::<Vec<_>>());
-    config.router.policy = Policy::Kv;
+    config.router.policy = policy::KV;
     config.router.temperature = 0.5;
     let gateway = gateway_with(config).await;
     for (worker, seed) in fleet.into_iter().zip(1..) {

@@ -3,7 +3,7 @@
 
 use crate::fake_worker::*;
 use foresee_core::batch::MAX_BATCH_PROMPTS;
-use foresee_core::policy::Policy;
+use foresee_core::policy;
 use foresee_gateway::Gateway;
 use serde_json::{Value, json};
 
@@ -96,7 +96,7 @@ async fn a_failed_batch_moves_as_a_whole() {
 async fn a_batch_is_routed_to_the_worker_with_its_prompts() {
     let (mut first, mut second) = (FakeWorker::start().await, FakeWorker::start().await);
     let mut config = config(&[&first, &second]);
-    config.router.policy = Policy::Kv;
+    config.router.policy = policy::KV;
     let gateway = gateway_with(config).await;
     let mut chosen = None;
     // The second time, both prompts are cached, except the block with the last token.

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use foresee_core::outlier::OutlierConfig;
-use foresee_core::policy::Policy;
+use foresee_core::policy;
 use foresee_core::workers::{WorkerSnapshot, WorkerState};
 use foresee_gateway::{ClientTrust, Gateway, GatewayConfig, ShutdownConfig};
 use parking_lot::Mutex;
@@ -678,7 +678,7 @@ pub(crate) fn config(workers: &[&FakeWorker]) -> GatewayConfig {
         },
         ..GatewayConfig::default()
     };
-    config.router.policy = Policy::RoundRobin;
+    config.router.policy = policy::ROUND_ROBIN;
     config.router.queue_order = None;
     config.router.outlier = OutlierConfig::disabled();
     config.workers = workers

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use crate::fake_worker::*;
-use foresee_core::policy::Policy;
+use foresee_core::policy;
 use foresee_core::workers::WorkerState;
 use foresee_gateway::{Gateway, StartError};
 use serde_json::{Value, json};
@@ -338,7 +338,7 @@ async fn an_unknown_admin_path_is_a_404_with_the_path() {
 async fn explain_shows_every_part_of_the_cost_and_books_nothing() {
     let (mut first, second) = (FakeWorker::start().await, FakeWorker::start().await);
     let mut config = config(&[&first, &second]);
-    config.router.policy = Policy::Kv;
+    config.router.policy = policy::KV;
     config.router.overlap_weight = 2.0;
     let gateway = gateway_with(config).await;
     let mut second = second;

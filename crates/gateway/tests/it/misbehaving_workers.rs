@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::fake_worker::*;
 use foresee_core::outlier::OutlierConfig;
-use foresee_core::policy::Policy;
+use foresee_core::policy;
 use foresee_core::workers::WorkerState;
 use foresee_gateway::{Gateway, GatewayConfig};
 use serde_json::json;
@@ -400,7 +400,7 @@ async fn beyond_the_queue_limit_clients_are_asked_to_return() {
 async fn a_worker_that_hangs_loses_its_requests_to_another() {
     let (mut first, mut second) = (FakeWorker::start().await, FakeWorker::start().await);
     let mut config = config(&[&first, &second]);
-    config.router.policy = Policy::RoundRobin;
+    config.router.policy = policy::ROUND_ROBIN;
     config.min_first_byte_timeout = Duration::from_millis(60);
     let gateway = gateway_with(config).await;
     let request = http("POST", CHAT, chat("hi", true));

@@ -1,85 +1,92 @@
-//! Ablations: the router's marginal delay without one of its terms, which shows what the term is
-//! worth.
-//!
-//! The router's replication is not part of an ablation: an idle worker is never chosen only so that
-//! it computes a popular prefix.
+//! Ablations: the router's marginal delay without one of its terms, or without replication, which
+//! shows what each is worth. Everything else is as in the router's default.
 
-use foresee_core::marginal_delay::MarginalDelay;
-use rand::rngs::SmallRng;
-
-use super::view::{self, BaselinePolicy, DecisionView};
+use foresee_core::policy::marginal_delay::MarginalDelay;
+use foresee_core::policy::{Candidates, Policy, RequestProfile};
 
 /// Selects a term of the marginal delay.
 type Term = fn(&mut MarginalDelay) -> &mut f64;
 
 /// Policy that chooses the worker with the smallest [`MarginalDelay`], computed without a term.
+#[derive(Debug)]
 struct Ablation {
     /// Term that is left out; `None` to keep all.
     left_out: Option<Term>,
+    replicates_prefixes: bool,
 }
 
-impl BaselinePolicy for Ablation {
-    fn choose(&mut self, view: &DecisionView<'_>, rng: &mut SmallRng) -> usize {
-        view::argmin(view.workers, rng, |worker| {
-            let mut delay = worker.delay;
-            if let Some(term) = self.left_out {
-                *term(&mut delay) = 0.0;
-            }
-            delay.total(view.ttft_weight)
-        })
+impl Ablation {
+    /// Returns the weighted sum of the terms that are not left out.
+    fn total(&self, mut delay: MarginalDelay, ttft_weight: f64) -> f64 {
+        if let Some(term) = self.left_out {
+            *term(&mut delay) = 0.0;
+        }
+        delay.total(ttft_weight)
     }
 }
 
-/// Creates the policy of the smallest marginal delay without `term`, and without replication.
-pub(super) fn without(term: Term) -> Box<dyn BaselinePolicy> {
+impl Policy for Ablation {
+    fn costs(
+        &self,
+        request: &RequestProfile<'_>,
+        candidates: &Candidates<'_>,
+        costs: &mut Vec<f64>,
+    ) {
+        costs.extend(
+            candidates
+                .iter()
+                .map(|worker| self.total(worker.marginal_delay(request), request.ttft_weight)),
+        );
+    }
+
+    fn replicates_prefixes(&self) -> bool {
+        self.replicates_prefixes
+    }
+}
+
+/// Creates the policy of the smallest marginal delay without `term`.
+pub(super) fn without(term: Term) -> Box<dyn Policy> {
     Box::new(Ablation {
         left_out: Some(term),
+        replicates_prefixes: true,
     })
 }
 
 /// Creates the policy of the smallest marginal delay with all terms, without replication.
-pub(super) fn without_replication() -> Box<dyn BaselinePolicy> {
-    Box::new(Ablation { left_out: None })
+pub(super) fn without_replication() -> Box<dyn Policy> {
+    Box::new(Ablation {
+        left_out: None,
+        replicates_prefixes: false,
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
-    use foresee_core::policy::Policy;
     use foresee_core::router::{Request, Router, RouterConfig};
     use foresee_core::workers::WorkerSpec;
-    use rand::SeedableRng;
 
     use super::*;
-    use crate::baselines::view::WorkerView;
     use crate::prompt::Prompt;
 
     #[test]
     fn the_sum_of_the_other_terms_decides() {
-        let worker = |queue_wait, prefill, prefill_stall_caused| WorkerView {
-            delay: MarginalDelay {
-                queue_wait,
-                prefill,
-                prefill_stall_caused,
-                ..MarginalDelay::default()
-            },
-            ..WorkerView::default()
+        let delay = |queue_wait, prefill, prefill_stall_caused| MarginalDelay {
+            queue_wait,
+            prefill,
+            prefill_stall_caused,
+            ..MarginalDelay::default()
         };
         // Without the stall the workers cost 2 and 3, without the wait 6 and 2.
-        let workers = [worker(1.0, 1.0, 5.0), worker(2.0, 1.0, 1.0)];
-        let chosen = |term, ttft_weight| {
-            let view = DecisionView {
-                request: 0,
-                scrape: 0,
-                prompt: &[],
-                tokens: 16,
-                block_size: 16,
-                output_tokens: 1,
-                ttft_weight,
-                workers: &workers,
+        let delays = [delay(1.0, 1.0, 5.0), delay(2.0, 1.0, 1.0)];
+        let chosen = |term: Term, ttft_weight| {
+            let ablation = Ablation {
+                left_out: Some(term),
+                replicates_prefixes: true,
             };
-            without(term).choose(&view, &mut SmallRng::seed_from_u64(0))
+            let totals = delays.map(|delay| ablation.total(delay, ttft_weight));
+            usize::from(totals[1] < totals[0])
         };
         assert_eq!(chosen(|delay| &mut delay.prefill_stall_caused, 1.0), 0);
         assert_eq!(chosen(|delay| &mut delay.queue_wait, 1.0), 1);
@@ -91,7 +98,6 @@ mod tests {
     #[test]
     fn the_router_minimises_the_sum_of_all_terms() {
         let config = RouterConfig {
-            policy: Policy::MarginalDelay,
             ttft_weight: 3.0,
             queue_order: None,
             ..RouterConfig::default()

@@ -1,4 +1,5 @@
-//! Driver of a baseline: asks it for a worker for each request, and books the request there.
+//! Driver of an informed baseline: shows it the engines, asks it for a worker for each request, and
+//! books the request there.
 //!
 //! The baseline replaces the router's policy only; bookings and queue are those of the router. The
 //! driver books by excluding all other workers from the router's choice.
@@ -14,9 +15,8 @@ use foresee_core::workers::WorkerId;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
 
-use super::Baseline;
 pub(crate) use super::view::EngineState;
-use super::view::{BaselinePolicy, DecisionView, Metrics, WorkerView};
+use super::view::{DecisionView, EngineView, InformedPolicy, Metrics};
 use crate::engine::{Engine, EngineConfig};
 use crate::step_time::BatchLoad;
 
@@ -32,7 +32,7 @@ pub(crate) struct ArrivingRequest<'a> {
 
 /// A baseline, and the inputs that are tracked for it between requests.
 pub(crate) struct PolicyDriver {
-    policy: Box<dyn BaselinePolicy>,
+    policy: Box<dyn InformedPolicy>,
     rng: SmallRng,
     /// By worker: metrics at the latest scrape.
     metrics: Vec<Metrics>,
@@ -50,10 +50,10 @@ impl fmt::Debug for PolicyDriver {
 }
 
 impl PolicyDriver {
-    /// Creates the driver of a new instance of `baseline`, which breaks ties at random by `seed`.
-    pub(crate) fn new(baseline: &Baseline, seed: u64) -> Self {
+    /// Creates the driver of `policy`, which breaks ties at random by `seed`.
+    pub(crate) fn new(policy: Box<dyn InformedPolicy>, seed: u64) -> Self {
         Self {
-            policy: (baseline.make)(),
+            policy,
             rng: SmallRng::seed_from_u64(seed),
             metrics: Vec::new(),
             scrapes: 0,
@@ -104,7 +104,7 @@ impl PolicyDriver {
         let max_reusable_blocks = prompt.max_reusable_blocks();
         let explanation = router.explain(&request, now)?;
         let candidates = explanation.candidates;
-        let workers: Vec<WorkerView<'_>> = candidates
+        let workers: Vec<EngineView<'_>> = candidates
             .iter()
             .map(|candidate| {
                 let state = engine_state(candidate.id);
@@ -117,21 +117,18 @@ impl PolicyDriver {
                 let prefix_match = candidate.prefix_match;
                 let overlap = prefix_match.overlap().min(max_reusable_blocks);
                 let new_tokens = prompt.tokens() - overlap * block_size;
-                WorkerView {
+                EngineView {
                     worker,
                     requests: candidate.requests,
-                    active_blocks: candidate.active_blocks,
                     cached_blocks: prefix_match.cached_blocks.min(max_reusable_blocks),
                     active_blocks_matched: prefix_match.active_blocks.min(max_reusable_blocks),
                     overlap_blocks: overlap,
-                    pending_tokens: prefills.tokens(),
                     pending_seconds: prefills.seconds(now),
                     prefill_seconds: prefill_seconds(
                         state.engine.config(),
                         new_tokens,
                         overlap * block_size,
                     ) / state.speed,
-                    delay: candidate.delay,
                     metrics: self.metrics.get(worker).copied().unwrap_or_default(),
                     engine: Some(state),
                 }
@@ -144,7 +141,6 @@ impl PolicyDriver {
             block_size,
             output_tokens: arriving.output_tokens,
             scrape: self.scrapes,
-            ttft_weight: explanation.ttft_weight,
             workers: &workers,
         };
         let chosen = self.policy.choose(&view, &mut self.rng);
@@ -152,7 +148,6 @@ impl PolicyDriver {
         self.prefills[worker.worker].add(
             Prefill {
                 request: arriving.request,
-                tokens: prompt.tokens() - worker.overlap_blocks * block_size,
                 seconds: worker.prefill_seconds,
             },
             now,
@@ -189,8 +184,6 @@ struct PendingPrefills {
 struct Prefill {
     /// Index of the request in the workload.
     request: usize,
-    /// Prompt tokens to compute.
-    tokens: u32,
     /// Time that an otherwise idle engine needs to compute them.
     seconds: f64,
 }
@@ -210,12 +203,6 @@ impl PendingPrefills {
             self.queue.remove(index);
             self.first_started_at = now;
         }
-    }
-
-    /// Returns the prompt tokens of all prefills.
-    fn tokens(&self) -> u64 {
-        let tokens = self.queue.iter().map(|prefill| u64::from(prefill.tokens));
-        tokens.sum()
     }
 
     /// Returns the time until all prefills are finished, in seconds. A first prefill that is
@@ -255,27 +242,17 @@ mod tests {
 
     #[test]
     fn the_pending_time_shrinks_while_the_first_prefill_runs() {
-        let prefill = |request, tokens| Prefill {
-            request,
-            tokens,
-            seconds: f64::from(tokens) / 1000.0,
-        };
+        let prefill = |request, seconds| Prefill { request, seconds };
         let mut prefills = PendingPrefills::default();
-        prefills.add(prefill(0, 2000), second(10));
-        prefills.add(prefill(1, 3000), second(11));
-        assert_eq!(
-            (prefills.tokens(), prefills.seconds(second(11))),
-            (5000, 4.0)
-        );
+        prefills.add(prefill(0, 2.0), second(10));
+        prefills.add(prefill(1, 3.0), second(11));
+        assert_eq!(prefills.seconds(second(11)), 4.0);
         assert_eq!(prefills.seconds(second(19)), 3.0, "overdue, not finished");
         prefills.remove(0, second(20));
-        assert_eq!(
-            (prefills.tokens(), prefills.seconds(second(21))),
-            (3000, 2.0)
-        );
+        assert_eq!(prefills.seconds(second(21)), 2.0);
         prefills.remove(1, second(24));
-        assert_eq!((prefills.tokens(), prefills.seconds(second(25))), (0, 0.0));
-        prefills.add(prefill(2, 1000), second(30));
+        assert_eq!(prefills.seconds(second(25)), 0.0);
+        prefills.add(prefill(2, 1.0), second(30));
         assert_eq!(prefills.seconds(second(30)), 1.0);
     }
 }

@@ -2,11 +2,10 @@
 
 use std::collections::{HashMap, HashSet};
 
+use foresee_core::policy::{Candidates, Policy, RequestProfile};
 use foresee_core::sequence::SequenceHash;
-use rand::rngs::SmallRng;
 
 use super::booked::is_imbalanced;
-use super::view::{self, BaselinePolicy, DecisionView};
 use crate::prompt::mix;
 
 /// SGLang's router with its policy `cache_aware` (the router is now SMG).
@@ -22,10 +21,10 @@ use crate::prompt::mix;
 ///   whose history is too large.
 /// - Of several workers that were sent the longest prefix, the latest is chosen. The original
 ///   chooses one of them independently of their load.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub(super) struct CacheAware {
     /// By prefix: the worker to which it was sent last.
-    last_worker: HashMap<SequenceHash, usize>,
+    last_worker: HashMap<SequenceHash, u32>,
     /// Pairs of prefix and worker that occurred, each mixed into one number.
     sent: HashSet<u64>,
     /// By worker: number of distinct prefixes that were sent to it.
@@ -39,73 +38,69 @@ const BALANCE_ABSOLUTE: u32 = 64;
 /// Ratio of requests above which load decides, if [`BALANCE_ABSOLUTE`] is exceeded too.
 const BALANCE_RELATIVE: f64 = 1.5;
 
-impl CacheAware {
-    /// Adds a prompt to the history of `worker`.
-    fn record(&mut self, prompt: &[SequenceHash], worker: usize) {
-        for &prefix in prompt {
+impl Policy for CacheAware {
+    fn costs(
+        &self,
+        request: &RequestProfile<'_>,
+        candidates: &Candidates<'_>,
+        costs: &mut Vec<f64>,
+    ) {
+        if is_imbalanced(candidates, BALANCE_ABSOLUTE, BALANCE_RELATIVE) {
+            costs.extend(candidates.iter().map(|worker| f64::from(worker.requests)));
+            return;
+        }
+        // A worker that was sent a prefix was sent every shorter one too.
+        let is_known = |prefix: &SequenceHash| self.last_worker.contains_key(prefix);
+        let matched = request.hashes.partition_point(is_known);
+        let is_long = matched as f64 > CACHE_THRESHOLD * f64::from(request.blocks);
+        let longest_match = matched
+            .checked_sub(1)
+            .filter(|_| is_long)
+            .and_then(|deepest| self.last_worker.get(&request.hashes[deepest]))
+            .filter(|&&index| candidates.iter().any(|worker| worker.index == index));
+        costs.extend(candidates.iter().map(|worker| {
+            match longest_match {
+                Some(&index) => f64::from(u8::from(worker.index != index)),
+                None => self
+                    .sizes
+                    .get(worker.index as usize)
+                    .map_or(0.0, |&size| size as f64),
+            }
+        }));
+    }
+
+    fn on_placed(&mut self, request: &RequestProfile<'_>, worker: u32) {
+        let length = self.sizes.len().max(worker as usize + 1);
+        self.sizes.resize(length, 0);
+        for &prefix in request.hashes {
             self.last_worker.insert(prefix, worker);
-            if self.sent.insert(mix(prefix ^ mix(worker as u64))) {
-                self.sizes[worker] += 1;
+            if self.sent.insert(mix(prefix ^ mix(u64::from(worker)))) {
+                self.sizes[worker as usize] += 1;
             }
         }
     }
 }
 
-impl BaselinePolicy for CacheAware {
-    fn choose(&mut self, view: &DecisionView<'_>, rng: &mut SmallRng) -> usize {
-        let workers = view.workers;
-        let indices = workers.iter().map(|worker| worker.worker);
-        let last_index = indices.max().unwrap_or(0);
-        self.sizes.resize(self.sizes.len().max(last_index + 1), 0);
-        let chosen = if is_imbalanced(workers, BALANCE_ABSOLUTE, BALANCE_RELATIVE) {
-            view::argmin(workers, rng, |worker| f64::from(worker.requests))
-        } else {
-            // A worker that was sent a prefix was sent every shorter one too.
-            let matched = view
-                .prompt
-                .partition_point(|prefix| self.last_worker.contains_key(prefix));
-            let is_long = matched as f64 > CACHE_THRESHOLD * f64::from(view.blocks());
-            let longest_match = matched
-                .checked_sub(1)
-                .filter(|_| is_long)
-                .and_then(|deepest| self.last_worker.get(&view.prompt[deepest]))
-                .and_then(|index| workers.iter().position(|worker| worker.worker == *index));
-            longest_match.unwrap_or_else(|| {
-                let sizes = &self.sizes;
-                view::argmin(workers, rng, |worker| sizes[worker.worker] as f64)
-            })
-        };
-        self.record(view.prompt, workers[chosen].worker);
-        chosen
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use rand::SeedableRng;
+    use foresee_core::policy::WorkerView;
 
-    use super::super::view::WorkerView;
     use super::*;
 
-    fn choose(policy: &mut CacheAware, prompt: &[SequenceHash], requests: [u32; 3]) -> usize {
-        let workers: Vec<WorkerView<'_>> = (0..3)
-            .map(|worker| WorkerView {
-                worker,
-                requests: requests[worker],
-                ..WorkerView::default()
-            })
-            .collect();
-        let view = DecisionView {
-            request: 0,
-            scrape: 0,
-            ttft_weight: 1.0,
-            prompt,
-            tokens: prompt.len() as u32 * 16,
-            block_size: 16,
-            output_tokens: 1,
-            workers: &workers,
-        };
-        policy.choose(&view, &mut SmallRng::seed_from_u64(0))
+    fn choose(policy: &mut CacheAware, prompt: &[SequenceHash], requests: [u32; 3]) -> u32 {
+        let workers = [0, 1, 2].map(|index| {
+            let mut worker = WorkerView::idle(index);
+            worker.requests = requests[index as usize];
+            worker
+        });
+        let mut request = RequestProfile::of_tokens(prompt.len() as u32 * 16, 16);
+        request.hashes = prompt;
+        let mut costs = Vec::new();
+        policy.costs(&request, &Candidates::from(&workers[..]), &mut costs);
+        let least = costs.iter().copied().fold(f64::INFINITY, f64::min);
+        let chosen = costs.iter().position(|&cost| cost == least).unwrap() as u32;
+        policy.on_placed(&request, chosen);
+        chosen
     }
 
     /// Returns a prompt of `shared` blocks that all prompts have in common, followed by `own`
@@ -129,7 +124,7 @@ mod tests {
     #[test]
     fn a_prompt_with_a_short_prefix_goes_to_the_smallest_history() {
         let mut policy = CacheAware::default();
-        let mut chosen: Vec<usize> = (1..4)
+        let mut chosen: Vec<u32> = (1..4)
             .map(|stream| choose(&mut policy, &prompt(3, 7, stream), [0, 0, 0]))
             .collect();
         chosen.sort_unstable();
@@ -146,7 +141,7 @@ mod tests {
         let first = choose(&mut policy, &prompt(9, 1, 1), [0, 0, 0]);
         let requests = |more, others| {
             let mut requests = [others; 3];
-            requests[first] = others + more;
+            requests[first as usize] = others + more;
             requests
         };
         let mut choose = |stream, requests| choose(&mut policy, &prompt(9, 1, stream), requests);

@@ -4,7 +4,7 @@ use foresee_core::sequence::SequenceHash;
 use rand::rngs::SmallRng;
 
 use super::lookahead::{Lookahead, Milestone, ScheduledRequest};
-use super::view::{self, BaselinePolicy, DecisionView, EngineState, WorkerView};
+use super::view::{self, DecisionView, EngineState, EngineView, InformedPolicy};
 use crate::replay::coarser_hashes;
 
 /// Policy that chooses the worker on which the request delays all requests least, itself included.
@@ -42,7 +42,7 @@ impl Oracle {
     /// Returns the cost of the request on a worker, in seconds, as [`Oracle`] defines it. The cost
     /// is infinite if the engine's memory is too small for the request to generate a first token,
     /// or if `worker` contains no state of the engine.
-    fn cost(&self, view: &DecisionView<'_>, worker: &WorkerView<'_>) -> f64 {
+    fn cost(&self, view: &DecisionView<'_>, worker: &EngineView<'_>) -> f64 {
         let Some(state) = &worker.engine else {
             return f64::INFINITY;
         };
@@ -103,7 +103,7 @@ fn reuse_on(view: &DecisionView<'_>, state: &EngineState<'_>, active: u32) -> Re
     }
 }
 
-impl BaselinePolicy for Oracle {
+impl InformedPolicy for Oracle {
     fn choose(&mut self, view: &DecisionView<'_>, rng: &mut SmallRng) -> usize {
         let chosen = view::argmin(view.workers, rng, |worker| self.cost(view, worker));
         let worker = &view.workers[chosen];
@@ -163,7 +163,7 @@ mod tests {
     /// Returns the index of the engine that `oracle` and `oracle:ttft` choose for a new prompt of
     /// `tokens` tokens.
     fn chosen(engines: [&Engine; 2], prompt: u64, tokens: u32) -> [usize; 2] {
-        let workers = engines.map(|engine| WorkerView {
+        let workers = engines.map(|engine| EngineView {
             engine: Some(EngineState {
                 worker: 0,
                 engine,
@@ -171,7 +171,7 @@ mod tests {
                 speed: 1.0,
                 step_left: Duration::ZERO,
             }),
-            ..WorkerView::default()
+            ..EngineView::default()
         });
         let view = DecisionView {
             request: 1000,
@@ -180,7 +180,6 @@ mod tests {
             block_size: BLOCK.get(),
             output_tokens: 50,
             scrape: 0,
-            ttft_weight: 1.0,
             workers: &workers,
         };
         let mut rng = SmallRng::seed_from_u64(0);

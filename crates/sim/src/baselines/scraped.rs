@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use rand::rngs::SmallRng;
 
-use super::view::{self, BaselinePolicy, DecisionView, WorkerView};
+use super::view::{self, DecisionView, EngineView, InformedPolicy};
 
 /// NVIDIA Dynamo's router before PR 1731.
 ///
@@ -26,7 +26,7 @@ pub(super) struct DynamoScraped {
     sent: Vec<(u32, u32)>,
 }
 
-impl BaselinePolicy for DynamoScraped {
+impl InformedPolicy for DynamoScraped {
     fn choose(&mut self, view: &DecisionView<'_>, rng: &mut SmallRng) -> usize {
         if self.scrape != view.scrape {
             self.scrape = view.scrape;
@@ -36,7 +36,7 @@ impl BaselinePolicy for DynamoScraped {
         let length = lengths.max().unwrap_or(0).max(self.sent.len());
         self.sent.resize(length, (0, 0));
         let sent = &self.sent;
-        let waiting = |worker: &WorkerView<'_>| {
+        let waiting = |worker: &EngineView<'_>| {
             let (sent_requests, _) = sent[worker.worker];
             f64::from(worker.metrics.waiting + sent_requests)
         };
@@ -72,7 +72,7 @@ impl BaselinePolicy for DynamoScraped {
 /// prefix index records the prompts that were sent, so prefixes in flight count.
 pub(super) struct LlmdScorers;
 
-impl BaselinePolicy for LlmdScorers {
+impl InformedPolicy for LlmdScorers {
     fn choose(&mut self, view: &DecisionView<'_>, rng: &mut SmallRng) -> usize {
         const PREFIX_WEIGHT: f64 = 3.0;
         const QUEUE_WEIGHT: f64 = 2.0;
@@ -108,8 +108,8 @@ mod tests {
 
     /// Returns a worker with `cached` leading blocks of the prompt, `waiting` waiting requests, and
     /// `used_blocks` of its 100 blocks in use.
-    fn worker(worker: usize, cached: u32, waiting: u32, used_blocks: u32) -> WorkerView<'static> {
-        WorkerView {
+    fn worker(worker: usize, cached: u32, waiting: u32, used_blocks: u32) -> EngineView<'static> {
+        EngineView {
             worker,
             cached_blocks: cached,
             overlap_blocks: cached,
@@ -118,16 +118,15 @@ mod tests {
                 used_blocks,
                 blocks: 100,
             },
-            ..WorkerView::default()
+            ..EngineView::default()
         }
     }
 
     /// Chooses a worker for a prompt of 20 blocks.
-    fn choose(policy: &mut impl BaselinePolicy, scrape: u64, workers: &[WorkerView<'_>]) -> usize {
+    fn choose(policy: &mut impl InformedPolicy, scrape: u64, workers: &[EngineView<'_>]) -> usize {
         let view = DecisionView {
             request: 0,
             scrape,
-            ttft_weight: 1.0,
             prompt: &[],
             tokens: 320,
             block_size: 16,

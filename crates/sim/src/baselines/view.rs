@@ -1,6 +1,6 @@
-//! Input of a baseline: one request and the workers that may take it.
+//! Input of a baseline that knows more than a router: one request, the workers that may take it, and
+//! their engines.
 
-use foresee_core::marginal_delay::MarginalDelay;
 use foresee_core::sequence::SequenceHash;
 use rand::Rng;
 use rand::rngs::SmallRng;
@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use crate::engine::Engine;
 
-/// A policy that chooses a worker for each request.
-pub(crate) trait BaselinePolicy {
+/// A policy that chooses a worker for each request, and sees the engines.
+pub(crate) trait InformedPolicy {
     /// Returns the index of the chosen worker in `view.workers`, which is not empty. `rng` breaks
     /// ties.
     fn choose(&mut self, view: &DecisionView<'_>, rng: &mut SmallRng) -> usize;
@@ -36,10 +36,8 @@ pub(crate) struct DecisionView<'a> {
     pub(crate) output_tokens: u32,
     /// Number of the latest scrape of the engines' metrics. A new number means new metrics.
     pub(crate) scrape: u64,
-    /// Weight of a second of time to first token in the router's cost.
-    pub(crate) ttft_weight: f64,
     /// Eligible workers.
-    pub(crate) workers: &'a [WorkerView<'a>],
+    pub(crate) workers: &'a [EngineView<'a>],
 }
 
 impl DecisionView<'_> {
@@ -54,13 +52,11 @@ impl DecisionView<'_> {
 /// All blocks are blocks of the router. The three prefix lengths leave at least one token of the
 /// prompt to compute.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct WorkerView<'a> {
+pub(crate) struct EngineView<'a> {
     /// Index of the worker in the fleet, independent of the workers that are eligible.
     pub(crate) worker: usize,
     /// Number of requests booked on the worker.
     pub(crate) requests: u32,
-    /// Blocks that these requests pin, shared blocks counted once.
-    pub(crate) active_blocks: u64,
     /// Leading blocks of the prompt that the worker has computed and caches, according to its KV
     /// events.
     pub(crate) cached_blocks: u32,
@@ -69,16 +65,11 @@ pub(crate) struct WorkerView<'a> {
     /// The larger of `cached_blocks` and `active_blocks_matched`. A router that remembers which
     /// prompts it sent where knows this number.
     pub(crate) overlap_blocks: u32,
-    /// Prompt tokens of the requests without a first token, less the overlap of each at the time
-    /// when it was placed.
-    pub(crate) pending_tokens: u64,
     /// Remaining prefill time of the requests without a first token, in seconds, if nothing is
     /// decoded concurrently.
     pub(crate) pending_seconds: f64,
     /// Prefill time of this prompt at the current speed of the engine, in seconds.
     pub(crate) prefill_seconds: f64,
-    /// Marginal delay of the request on the worker, as the router predicts it.
-    pub(crate) delay: MarginalDelay,
     /// Metrics of the engine at the latest scrape.
     pub(crate) metrics: Metrics,
     /// True state of the engine. Only the oracle may read it: no router knows it.
@@ -140,4 +131,23 @@ pub(crate) fn argmin<T>(
         }
     }
     chosen
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng;
+
+    use super::*;
+
+    #[test]
+    fn ties_are_broken_evenly() {
+        let mut rng = SmallRng::seed_from_u64(1);
+        let mut counts = [0; 4];
+        for _ in 0..4000 {
+            counts[argmin(&[1.0, 0.0, 0.0, 0.0], &mut rng, |&cost| cost)] += 1;
+        }
+        assert_eq!(counts[0], 0);
+        let is_even = |count: &u32| (1200..1470).contains(count);
+        assert!(counts[1..].iter().all(is_even));
+    }
 }

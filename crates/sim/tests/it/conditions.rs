@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::BLOCK;
-use foresee_core::policy::Policy;
+use foresee_core::policy::{self, NamedPolicy};
 use foresee_core::router::RouterConfig;
 use foresee_sim::baselines::{BASELINES, PolicySpec};
 use foresee_sim::cache_signal::CacheSignal;
@@ -28,7 +28,7 @@ fn fleet(workers: u32) -> ReplayConfig {
     ReplayConfig::uniform(RouterConfig::default(), &engine, workers)
 }
 
-fn with(mut config: ReplayConfig, policy: Policy) -> ReplayConfig {
+fn with(mut config: ReplayConfig, policy: NamedPolicy) -> ReplayConfig {
     config.router.policy = policy;
     config
 }
@@ -73,7 +73,7 @@ fn outcome(config: &ReplayConfig, workload: &Workload) -> Outcome {
 fn a_slow_worker_increases_latency_and_fast_workers_reduce_it() {
     let workload = steady(10.0, 200, 1);
     let at_speed = |changes: &[&str]| {
-        let mut config = with(fleet(2), Policy::RoundRobin);
+        let mut config = with(fleet(2), policy::ROUND_ROBIN);
         config.changes = changes
             .iter()
             .map(|change| change.parse().unwrap())
@@ -97,7 +97,7 @@ fn a_slow_worker_increases_latency_and_fast_workers_reduce_it() {
 #[test]
 fn a_worker_that_joins_serves_from_then_on() {
     let workload = steady(10.0, 200, 1);
-    let mut config = with(fleet(2), Policy::RoundRobin);
+    let mut config = with(fleet(2), policy::ROUND_ROBIN);
     config.changes = vec!["1:join@10s".parse().unwrap()];
     let joined = outcome(&config, &workload);
     // About half of the requests arrive before the worker joins. It gets half of the others: a
@@ -233,7 +233,7 @@ fn runs_are_paired_by_seed_and_ties_are_marked() {
     let traffic: Vec<Arc<HashedWorkload>> = (0..4)
         .map(|seed| Arc::new(HashedWorkload::new(steady(30.0, 300, seed), BLOCK)))
         .collect();
-    let policies = [Policy::Kv, Policy::RoundRobin, Policy::Random].map(PolicySpec::from);
+    let policies = [policy::KV, policy::ROUND_ROBIN, policy::RANDOM].map(PolicySpec::from);
     let config = fleet(2);
     let report = compare(&config, &policies, &traffic, 2, &|_, _| ()).unwrap();
     let again = compare(&config, &policies, &traffic, 1, &|_, _| ()).unwrap();
@@ -289,7 +289,7 @@ fn runs_are_paired_by_seed_and_ties_are_marked() {
 fn at_a_higher_rate_than_the_found_one_the_slo_is_missed() {
     let traffic = [Arc::new(HashedWorkload::new(steady(5.0, 150, 1), BLOCK))];
     let config = fleet(2);
-    let policies = [Policy::Kv, Policy::Random].map(PolicySpec::from);
+    let policies = [policy::KV, policy::RANDOM].map(PolicySpec::from);
     let slo = "ttft=500ms,itl=40ms".parse().unwrap();
     let config = ReplayConfig { slo, ..config };
     let found = find(
@@ -307,7 +307,7 @@ fn at_a_higher_rate_than_the_found_one_the_slo_is_missed() {
     };
     assert!(kv.rate > random.rate, "{found}");
     let by_kv = ReplayConfig {
-        policy: Some(Policy::Kv.into()),
+        policy: Some(policy::KV.into()),
         ..config.clone()
     };
     let fraction_within_slo = |rate: f64| {
@@ -365,7 +365,7 @@ fn with_one_worker_less_than_the_found_number_the_slo_is_missed() {
     let config = ReplayConfig { slo, ..fleet(1) };
     let found = find(
         &config,
-        &[Policy::Kv.into()],
+        &[policy::KV.into()],
         &traffic,
         Target::Workers,
         0.9,
@@ -376,7 +376,7 @@ fn with_one_worker_less_than_the_found_number_the_slo_is_missed() {
     assert!(workers > 1);
     let fraction_within_slo = |workers: u32| {
         let config = ReplayConfig {
-            policy: Some(Policy::Kv.into()),
+            policy: Some(policy::KV.into()),
             ..config.with_workers(workers)
         };
         outcome(&config, traffic[0].workload()).goodput.fraction
@@ -389,7 +389,7 @@ fn with_one_worker_less_than_the_found_number_the_slo_is_missed() {
     config.changes = vec!["0:speed=0.5".parse().unwrap()];
     let error = find(
         &config,
-        &[Policy::Kv.into()],
+        &[policy::KV.into()],
         &traffic,
         Target::Workers,
         0.9,

@@ -7,7 +7,7 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use crate::BLOCK;
-use foresee_core::policy::Policy;
+use foresee_core::policy::{self, NamedPolicy};
 use foresee_core::router::RouterConfig;
 use foresee_sim::baselines::{BASELINES, PolicySpec};
 use foresee_sim::compare::compare;
@@ -18,13 +18,13 @@ use foresee_sim::report::{Outcome, Report};
 use foresee_sim::step_time::L40S_8B;
 use foresee_sim::workload::{Chat, Shape, Workload};
 
-const EVERY_POLICY: [Policy; 6] = [
-    Policy::Kv,
-    Policy::RoundRobin,
-    Policy::Random,
-    Policy::LeastRequests,
-    Policy::PowerOfTwo,
-    Policy::ConsistentHash,
+const EVERY_POLICY: [NamedPolicy; 6] = [
+    policy::KV,
+    policy::ROUND_ROBIN,
+    policy::RANDOM,
+    policy::LEAST_REQUESTS,
+    policy::POWER_OF_TWO,
+    policy::CONSISTENT_HASH,
 ];
 
 fn every_policy() -> Vec<PolicySpec> {
@@ -114,7 +114,7 @@ fn equal_seeds_give_equal_outcomes() {
 
 #[test]
 fn prediction_routes_conversations_to_their_caches() {
-    let policies = [Policy::Kv, Policy::RoundRobin].map(PolicySpec::from);
+    let policies = [policy::KV, policy::ROUND_ROBIN].map(PolicySpec::from);
     let report = side_by_side(&fleet(11_875, 8), &policies, &chat(), 2);
     let [kv, round_robin] = &report.outcomes[..] else {
         panic!("two policies, two outcomes");

@@ -44,15 +44,111 @@
 //! - `prefill` and `prefill_stall_caused` alone: new tokens × (requests + 1), LMetric's product.
 //! - `prefill` and `decode_slowdown`, outputs that outlast this one: `κc O × block size` times
 //!   `β / (κc O) × prefill blocks + active blocks`, with `β` the time to compute a token: Dynamo's
-//!   [cost](crate::kv_cost), its weight derived.
+//!   [cost](super::kv_cost), its weight derived.
 
-use std::time::Duration;
-
+use super::candidates::{Candidates, WorkerView};
+use super::interface::{BatchRule, NamedPolicy, Policy};
+use super::request_profile::RequestProfile;
 use crate::active_tree::PrefixMatch;
-use crate::forecast::latency::{LatencyModel, PrefillWork};
+use crate::forecast::latency::LatencyModel;
 use crate::load::Load;
+use crate::outlier::FailureCharge;
 use crate::pending_work::{DECODE_BUCKETS, DecodeBucket, PendingWork, QueueWait};
-use crate::queue::QueueTicket;
+use crate::queue::QueueOrder;
+
+/// Least [marginal delay](self).
+pub const MARGINAL_DELAY: NamedPolicy = NamedPolicy {
+    name: "marginal-delay",
+    description: "least predicted delay, in seconds over all requests",
+    default_queue: Some(QueueOrder::ShortestPrefillFirst),
+    create: || Box::new(LeastMarginalDelay),
+};
+
+#[derive(Debug)]
+struct LeastMarginalDelay;
+
+impl Policy for LeastMarginalDelay {
+    fn costs(
+        &self,
+        request: &RequestProfile<'_>,
+        candidates: &Candidates<'_>,
+        costs: &mut Vec<f64>,
+    ) {
+        costs.extend(candidates.iter().map(|worker| self.cost(request, &worker)));
+    }
+
+    fn costs_or_bounds(
+        &self,
+        request: &RequestProfile<'_>,
+        candidates: &Candidates<'_>,
+        costs: &mut Vec<f64>,
+    ) {
+        let mut minimum = f64::INFINITY;
+        costs.extend(candidates.iter().map(|worker| {
+            // The cutoff is just above the minimum, so that an equal cost is computed exactly.
+            let cost = worker.marginal_delay_or_bound(request, minimum.next_up());
+            minimum = minimum.min(cost);
+            cost
+        }));
+    }
+
+    fn cost(&self, request: &RequestProfile<'_>, worker: &WorkerView<'_>) -> f64 {
+        worker.marginal_delay(request).total(request.ttft_weight)
+    }
+
+    fn lower_bound(&self, request: &RequestProfile<'_>, worker: &WorkerView<'_>) -> f64 {
+        worker.marginal_delay_or_bound(request, f64::NEG_INFINITY)
+    }
+
+    fn batch_rule(&self) -> BatchRule {
+        BatchRule::SumOverShortlist
+    }
+
+    fn standing_cost(&self, worker: &WorkerView<'_>) -> f64 {
+        worker.failure_charge.seconds
+    }
+
+    fn replicates_prefixes(&self) -> bool {
+        true
+    }
+}
+
+impl WorkerView<'_> {
+    /// Returns the marginal delay of a request on the worker. A request waits for the prefills of
+    /// the earlier prompts of its body, too.
+    #[must_use]
+    pub fn marginal_delay(&self, request: &RequestProfile<'_>) -> MarginalDelay {
+        let latency_model = self.latency_model(request.now);
+        let (pending, load) = (self.pending(), self.load());
+        let mut delay = request.marginal_delay(&latency_model, pending, load, self.prefix_match);
+        let earlier = self.earlier().prefill;
+        if earlier.requests > 0 {
+            let batches = f64::from(earlier.requests) / pending.latency.mean_prefill_batch();
+            delay.queue_wait += request.overlap_weight.max(1.0)
+                * latency_model.prefill_seconds(batches, earlier.work);
+        }
+        delay.failure_charge = self.failure_charge.seconds;
+        delay
+    }
+
+    /// Returns the total marginal delay of a request on the worker if it is below `cutoff`, and
+    /// otherwise a number that is at least `cutoff`, which is cheaper to compute. Both are in
+    /// seconds, with the time to first token weighted. The result may not be a number.
+    fn marginal_delay_or_bound(&self, request: &RequestProfile<'_>, cutoff: f64) -> f64 {
+        let is_plain =
+            self.failure_charge == FailureCharge::default() && self.earlier().prefill.requests == 0;
+        if !is_plain {
+            return self.marginal_delay(request).total(request.ttft_weight);
+        }
+        request.total_or_lower_bound(
+            cutoff,
+            &self.latency_model(request.now),
+            self.pending(),
+            self.load(),
+            self.prefix_match,
+        )
+    }
+}
 
 /// Marginal delay of one placement, part by part, in seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -128,30 +224,6 @@ fn expected_overlap_tokens(a: f64, b: f64) -> f64 {
     a * b / (a + b)
 }
 
-/// Properties of a request that its marginal delay depends on.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct RequestProfile {
-    /// Tokens of the prompt.
-    pub(crate) prompt_tokens: u32,
-    /// Blocks of the prompt, the partial last one included.
-    pub(crate) blocks: u32,
-    /// Largest number of blocks that a cache hit can cover: at least one token is always computed.
-    pub(crate) max_reusable_blocks: u32,
-    /// Tokens of a block.
-    pub(crate) block_size: u32,
-    /// Expected output tokens.
-    pub(crate) output_tokens: f64,
-    /// Up to 1: fraction of a prefix match that counts as computed. Above 1: factor on the prefill
-    /// time.
-    pub(crate) overlap_weight: f64,
-    /// Weight of a second of time to first token.
-    pub(crate) ttft_weight: f64,
-    /// Queue ticket, which decides how many queued requests this one overtakes.
-    pub(crate) ticket: QueueTicket,
-    /// Time of the decision.
-    pub(crate) now: Duration,
-}
-
 /// Terms that do not depend on other outputs, and intermediate results for the terms that do.
 struct PartialDelay {
     /// Terms so far. All others are zero or positive, so the total is a lower bound.
@@ -166,20 +238,7 @@ struct PartialDelay {
     decode_share: f64,
 }
 
-impl RequestProfile {
-    /// Returns the cost to be minimised.
-    pub(crate) fn total(&self, delay: &MarginalDelay) -> f64 {
-        delay.total(self.ttft_weight)
-    }
-
-    /// Returns the prefill work on a worker with this prefix match.
-    fn prefill_work(&self, prefix_match: PrefixMatch) -> PrefillWork {
-        let overlap = prefix_match.overlap().min(self.max_reusable_blocks);
-        let credit = self.overlap_weight.min(1.0) * f64::from(overlap * self.block_size);
-        let uncached = self.prompt_tokens.saturating_sub(credit as u32);
-        PrefillWork::new(uncached.max(1), self.prompt_tokens)
-    }
-
+impl RequestProfile<'_> {
     /// Returns the marginal delay on a worker with this latency model, pending work, load and
     /// prefix match.
     pub(crate) fn marginal_delay(
@@ -206,11 +265,12 @@ impl RequestProfile {
         prefix_match: PrefixMatch,
     ) -> f64 {
         let partial = self.lower_bound_terms(latency_model, pending, prefix_match);
-        let lower_bound = self.total(&partial.delay);
+        let lower_bound = partial.delay.total(self.ttft_weight);
         if lower_bound >= cutoff {
             return lower_bound;
         }
-        self.total(&self.add_interaction_terms(partial, latency_model, pending, load, prefix_match))
+        let delay = self.add_interaction_terms(partial, latency_model, pending, load, prefix_match);
+        delay.total(self.ttft_weight)
     }
 
     /// Computes the terms that do not depend on other outputs. `future_arrivals` does not include
@@ -384,241 +444,4 @@ impl RequestProfile {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::forecast::latency::LatencyAccuracy;
-    use crate::pending_work::RequestWork;
-    use crate::queue::{QueueOrder, QueuePolicyState};
-
-    /// A model in which nothing takes time. Each test sets the coefficients that it is about.
-    const NO_COST: LatencyModel = LatencyModel {
-        prefill_base: 0.0,
-        prefill_per_token: 0.0,
-        prefill_per_attention_pair: 0.0,
-        decode_base: 0.0,
-        decode_per_request: 0.0,
-        decode_per_context_token: 0.0,
-        prefill_accuracy: LatencyAccuracy::NONE,
-        decode_accuracy: LatencyAccuracy::NONE,
-    };
-
-    fn profile(prompt_tokens: u32, output_tokens: f64) -> RequestProfile {
-        RequestProfile {
-            prompt_tokens,
-            blocks: prompt_tokens.div_ceil(16),
-            max_reusable_blocks: (prompt_tokens - 1) / 16,
-            block_size: 16,
-            output_tokens,
-            overlap_weight: 1.0,
-            ttft_weight: 1.0,
-            ticket: QueuePolicyState::default().ticket(QueueOrder::Fcfs, 0, 0, Duration::ZERO),
-            now: Duration::ZERO,
-        }
-    }
-
-    fn cached(blocks: u32) -> PrefixMatch {
-        PrefixMatch {
-            cached_blocks: blocks,
-            active_blocks: 0,
-        }
-    }
-
-    /// Returns a worker that decodes `requests` outputs, each with this many remaining and context
-    /// tokens.
-    fn running(requests: u32, remaining_tokens: u32, context_tokens: u64) -> PendingWork {
-        let mut pending = PendingWork::default();
-        for _ in 0..requests {
-            let prefill = PrefillWork::default();
-            let mut work = RequestWork::new(prefill, remaining_tokens, context_tokens);
-            pending.add_prefill(&work);
-            pending.finish_prefill(&mut work);
-        }
-        pending
-    }
-
-    fn total(
-        profile: RequestProfile,
-        latency_model: &LatencyModel,
-        pending: &PendingWork,
-        prefix_match: PrefixMatch,
-    ) -> f64 {
-        profile.total(&profile.marginal_delay(
-            latency_model,
-            pending,
-            Load::default(),
-            prefix_match,
-        ))
-    }
-
-    fn assert_close(actual: f64, expected: f64) {
-        assert!(
-            (actual - expected).abs() <= 1e-5 * expected.abs(),
-            "{actual} is not close to {expected}"
-        );
-    }
-
-    #[test]
-    fn with_request_cost_alone_the_delay_is_least_outstanding_requests() {
-        let latency_model = LatencyModel {
-            decode_per_request: 1e-4,
-            ..NO_COST
-        };
-        let alone = total(
-            profile(1000, 50.0),
-            &latency_model,
-            &running(0, 0, 0),
-            cached(0),
-        );
-        for requests in [1, 7, 40] {
-            let cost = total(
-                profile(1000, 50.0),
-                &latency_model,
-                &running(requests, 200, 9),
-                cached(0),
-            );
-            // Outputs of 50 and 200 tokens are expected to decode 40 tokens together.
-            assert_close(cost - alone, 2.0 * 1e-4 * 40.0 * f64::from(requests));
-        }
-    }
-
-    #[test]
-    fn with_prefill_cost_alone_the_delay_is_the_time_to_first_token() {
-        let latency_model = LatencyModel {
-            prefill_per_token: 1e-4,
-            ..NO_COST
-        };
-        let mut pending = PendingWork::default();
-        pending.add_prefill(&RequestWork::new(PrefillWork::new(3000, 3000), 10, 3000));
-        let cost = total(profile(1600, 50.0), &latency_model, &pending, cached(60));
-        // The output of the prompt before this one has ended by the time this one starts.
-        assert_close(cost, 0.3 + 0.064);
-    }
-
-    #[test]
-    fn stalls_caused_are_new_tokens_times_requests() {
-        let latency_model = LatencyModel {
-            prefill_per_token: 1e-4,
-            ..NO_COST
-        };
-        let delay = |requests| {
-            let pending = running(requests, 200, 9);
-            profile(1600, 50.0).marginal_delay(
-                &latency_model,
-                &pending,
-                Load::default(),
-                cached(60),
-            )
-        };
-        assert_close(delay(10).prefill_stall_caused, 10.0 * 640.0 * 1e-4);
-        assert_close(
-            delay(10).prefill + delay(10).prefill_stall_caused,
-            11.0 * 640.0 * 1e-4,
-        );
-    }
-
-    /// With outputs that outlast this one: a weight on blocks to compute, plus active blocks.
-    #[test]
-    fn with_prefill_and_context_cost_the_delay_is_dynamos_cost() {
-        let latency_model = LatencyModel {
-            prefill_per_token: 6.7e-5,
-            decode_per_context_token: 3.1e-8,
-            ..NO_COST
-        };
-        let weight = 6.7e-5 / (3.1e-8 * 343.0);
-        let parts = |requests: u32, prefix_match| {
-            let pending = running(requests, u32::MAX, 1600);
-            let profile = profile(16_000, 343.0);
-            let delay =
-                profile.marginal_delay(&latency_model, &pending, Load::default(), prefix_match);
-            delay.prefill + delay.decode_slowdown
-        };
-        let blocks = |requests: u32, overlap: u32| {
-            weight * f64::from(1000 - overlap) + f64::from(requests * 100)
-        };
-        let scale = 3.1e-8 * 343.0 * 16.0;
-        for (requests, overlap) in [(0, 0), (3, 500), (20, 900)] {
-            let expected = scale * blocks(requests, overlap);
-            assert_close(parts(requests, cached(overlap)), expected);
-        }
-    }
-
-    #[test]
-    fn outputs_that_end_before_the_prefill_do_not_count() {
-        let latency_model = LatencyModel {
-            prefill_per_token: 1e-3,
-            decode_base: 0.01,
-            decode_per_request: 1e-4,
-            ..NO_COST
-        };
-        // During a backlog of 10 s, the outputs with 100 remaining tokens end.
-        let mut pending = running(5, 100, 9);
-        pending.add_prefill(&RequestWork::new(
-            PrefillWork::new(10_000, 10_000),
-            5000,
-            10_000,
-        ));
-        let delay = profile(1000, 50.0).marginal_delay(
-            &latency_model,
-            &pending,
-            Load::default(),
-            cached(0),
-        );
-        assert!(
-            (delay.prefill_stall_caused - 1.0).abs() < 0.01,
-            "{}",
-            delay.prefill_stall_caused
-        );
-        // Half of the output of the prompt before this one.
-        assert!(
-            (delay.decode_slowdown_caused / (1e-4 * 50.0) - 1.0).abs() < 0.1,
-            "{}",
-            delay.decode_slowdown_caused
-        );
-    }
-
-    #[test]
-    fn overlap_weight_zero_ignores_the_cache_and_weights_above_one_scale_prefill() {
-        let latency_model = LatencyModel {
-            prefill_per_token: 1e-4,
-            ..NO_COST
-        };
-        let prefill = |overlap_weight, prefix_match| {
-            let profile = RequestProfile {
-                overlap_weight,
-                ..profile(1600, 50.0)
-            };
-            let pending = PendingWork::default();
-            profile
-                .marginal_delay(&latency_model, &pending, Load::default(), prefix_match)
-                .prefill
-        };
-        assert_close(prefill(0.0, cached(90)), 0.16);
-        assert_close(prefill(0.5, cached(50)), 0.12);
-        assert_close(prefill(1.0, cached(50)), 0.08);
-        assert_close(prefill(3.0, cached(50)), 0.24);
-        assert_close(prefill(1.0, cached(100)), 0.0016);
-    }
-
-    #[test]
-    fn memory_fits_once_enough_outputs_have_ended() {
-        let mut pending = running(4, 100, 1600);
-        let mut last = RequestWork::new(PrefillWork::default(), 1000, 1600);
-        pending.add_prefill(&last);
-        pending.finish_prefill(&mut last);
-        let load = Load {
-            active_blocks: 500,
-            context_tokens: 8000,
-            requests: 5,
-            ..Load::default()
-        };
-        let mut steps = |capacity| {
-            pending.capacity = Some(capacity);
-            profile(1600, 1.0).steps_until_memory_fits(&pending, load, cached(0))
-        };
-        assert_eq!(steps(10_000), 0.0);
-        // The four short outputs end after a hundred steps.
-        assert_close(steps(550), 100.0);
-        // The request fits only when all outputs have ended.
-        assert_close(steps(150), 1000.0);
-    }
-}
+mod tests;

@@ -9,7 +9,49 @@
 //! 0 ignores overlap in both terms, which leaves pure load balancing. Otherwise a thousand equal
 //! prompts would still be sent to one worker.
 
+use super::candidates::{Candidates, WorkerView};
+use super::interface::{BatchRule, NamedPolicy, Policy};
+use super::request_profile::RequestProfile;
 use crate::active_tree::PrefixMatch;
+
+/// Least [cost in blocks](self).
+pub const KV: NamedPolicy = NamedPolicy {
+    name: "kv",
+    description: "least overlap-weight × blocks to compute + active blocks",
+    default_queue: None,
+    create: || Box::new(LeastBlocks),
+};
+
+#[derive(Debug)]
+struct LeastBlocks;
+
+impl Policy for LeastBlocks {
+    fn costs(
+        &self,
+        request: &RequestProfile<'_>,
+        candidates: &Candidates<'_>,
+        costs: &mut Vec<f64>,
+    ) {
+        let input = KvCostInput::from(request);
+        costs.extend(candidates.iter().map(|worker| {
+            let cost = input.cost(worker.active_blocks, worker.prefix_match);
+            cost.total + worker.failure_charge.blocks
+        }));
+    }
+
+    fn tie_breaker(&self, request: &RequestProfile<'_>, worker: &WorkerView<'_>) -> f64 {
+        let cost = KvCostInput::from(request).cost(worker.active_blocks, worker.prefix_match);
+        f64::from(cost.prefill_blocks)
+    }
+
+    fn batch_rule(&self) -> BatchRule {
+        BatchRule::Sum
+    }
+
+    fn standing_cost(&self, worker: &WorkerView<'_>) -> f64 {
+        worker.active_blocks as f64 + worker.failure_charge.blocks
+    }
+}
 
 /// Cost of one request on one worker, part by part, in blocks.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -56,6 +98,16 @@ pub(crate) struct KvCostInput {
     pub(crate) max_reusable_blocks: u32,
     /// Weight of a block to compute, relative to an active block.
     pub(crate) overlap_weight: f64,
+}
+
+impl From<&RequestProfile<'_>> for KvCostInput {
+    fn from(request: &RequestProfile<'_>) -> Self {
+        Self {
+            blocks: request.blocks,
+            max_reusable_blocks: request.max_reusable_blocks,
+            overlap_weight: request.overlap_weight,
+        }
+    }
 }
 
 impl KvCostInput {
