@@ -119,6 +119,11 @@ impl Outliers {
         }
     }
 
+    /// Returns whether any worker has a failure charge.
+    pub(crate) fn has_charges(&self) -> bool {
+        !self.charged.is_empty()
+    }
+
     /// Returns the failure charge of a worker. Zero at the cost of one comparison if no worker has
     /// one.
     #[inline]

@@ -44,7 +44,8 @@ pub struct WorkerView<'a> {
     pub failure_charge: FailureCharge,
     earlier: EarlierPrompts,
     pending: &'a PendingWork,
-    latency: &'a SharedLatencyModel,
+    /// All workers, which have the shared latency models; `None` for a view without a router.
+    workers: Option<&'a Workers>,
 }
 
 /// Pending work of an idle worker.
@@ -67,7 +68,7 @@ impl WorkerView<'_> {
             failure_charge: FailureCharge::default(),
             earlier: EarlierPrompts::default(),
             pending: &NO_WORK,
-            latency: &NO_LATENCY,
+            workers: None,
         }
     }
 }
@@ -96,7 +97,7 @@ impl<'a> WorkerView<'a> {
             failure_charge: workers.outliers.charge(index, now),
             earlier: EarlierPrompts::default(),
             pending,
-            latency: workers.latency_model(pending),
+            workers: Some(workers),
         }
     }
 
@@ -151,7 +152,11 @@ impl<'a> WorkerView<'a> {
 
     /// Returns the latency model of the worker at `now`.
     pub(crate) fn latency_model(&self, now: Duration) -> LatencyModel {
-        self.pending.latency.latency_model(self.latency, now)
+        let shared = match self.workers {
+            Some(workers) => workers.latency_model(self.pending),
+            None => &*NO_LATENCY,
+        };
+        self.pending.latency.latency_model(shared, now)
     }
 }
 
@@ -226,6 +231,27 @@ impl<'a> Candidates<'a> {
             }
             Rows::Views(views) => views[position],
         }
+    }
+
+    /// Returns the load and the prefix match of each candidate, if all that a policy needs is in
+    /// them: the candidates are workers of the router, and no worker has a failure charge. A loop
+    /// over them reads a tenth of the memory that a loop over the views reads.
+    pub(crate) fn loads(&self) -> Option<impl Iterator<Item = (Load, PrefixMatch)> + use<'a>> {
+        let Rows::Fleet {
+            workers,
+            indices,
+            prefix_matches,
+            ..
+        } = self.0
+        else {
+            return None;
+        };
+        let loads = &workers.loads[..];
+        let loads = indices.iter().map(|&index| {
+            let index = index as usize;
+            (loads[index], prefix_matches[index])
+        });
+        (!workers.outliers.has_charges()).then_some(loads)
     }
 
     /// Returns the candidates in their order.

@@ -33,6 +33,12 @@ impl Policy for LeastBlocks {
         costs: &mut Vec<f64>,
     ) {
         let input = KvCostInput::from(request);
+        if let Some(loads) = candidates.loads() {
+            costs.extend(loads.map(|(load, prefix_match)| {
+                input.cost(load.projected_blocks(), prefix_match).total
+            }));
+            return;
+        }
         costs.extend(candidates.iter().map(|worker| {
             let cost = input.cost(worker.active_blocks, worker.prefix_match);
             cost.total + worker.failure_charge.blocks

@@ -84,17 +84,18 @@ impl Selector {
         self.temperature > 0.0 || self.policy.scope() == Scope::RandomTwo
     }
 
-    /// Chooses a position by these costs, of which those that are not a number are set to infinity.
+    /// Chooses a position by these costs. A cost that is not a number counts as infinite.
     fn select_by(
         &mut self,
         costs: &mut [f64],
         tie_breaker: impl Fn(&dyn Policy, usize) -> f64,
     ) -> Option<usize> {
-        replace_nan(costs);
         let policy = &*self.policy;
         let position = if self.temperature > 0.0 {
+            replace_nan(costs);
             sample(costs, self.temperature, &mut self.rng)
         } else if policy.scope() == Scope::RandomTwo {
+            replace_nan(costs);
             less_of_two(costs, &mut self.rng)
         } else {
             least(
@@ -143,20 +144,25 @@ fn replace_nan(costs: &mut [f64]) {
 }
 
 /// Returns the position of the least cost; of several, that of the least tie breaker, or a random
-/// one of several with the same. Tie breakers are computed only for equal costs.
+/// one of several with the same. Tie breakers are computed only for equal costs. A cost that is not
+/// a number counts as infinite.
 fn least(costs: &[f64], tie_breaker: impl Fn(usize) -> f64, rng: &mut SmallRng) -> Option<usize> {
     let mut chosen = None;
     let mut minimum = f64::INFINITY;
     let mut least_tie_breaker = None;
     let mut tie_count = 1;
     for (position, &cost) in costs.iter().enumerate() {
-        let Some(current) = chosen.filter(|_| cost >= minimum) else {
-            (chosen, minimum, least_tie_breaker, tie_count) = (Some(position), cost, None, 1);
-            continue;
-        };
         if cost > minimum {
             continue;
         }
+        let cost = if cost.is_nan() { f64::INFINITY } else { cost };
+        if cost > minimum {
+            continue;
+        }
+        let Some(current) = chosen.filter(|_| cost == minimum) else {
+            (chosen, minimum, least_tie_breaker, tie_count) = (Some(position), cost, None, 1);
+            continue;
+        };
         let least = *least_tie_breaker.get_or_insert_with(|| tie_breaker(current));
         let value = tie_breaker(position);
         if value < least {
