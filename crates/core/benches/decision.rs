@@ -30,7 +30,14 @@ const WORKERS: [usize; 3] = [8, 64, 512];
 static REQUESTS: AtomicU64 = AtomicU64::new(1);
 
 fn now() -> Duration {
-    Duration::from_micros(100 * REQUESTS.load(Ordering::Relaxed))
+    Duration::from_millis(100 * REQUESTS.load(Ordering::Relaxed))
+}
+
+/// Returns when a request that is routed now has its first token: after 5 ms, and 20 µs for each
+/// token to compute.
+fn first_token_at(booking: &Booking) -> Duration {
+    let prefill_blocks = u64::from(booking.decision().cost.prefill_blocks);
+    now() + Duration::from_micros(5_000 + 320 * prefill_blocks)
 }
 
 /// Returns a prompt whose first half is one of ten prefixes, and whose second half is unique.
@@ -81,12 +88,13 @@ fn busy_fleet_under(policy: NamedPolicy, workers: usize, isl: usize) -> (Router,
     for _ in 0..workers * 8 {
         let sequence = hash(&tokens(isl));
         let mut booking = route(&router, &sequence);
-        booking.on_tokens(20, now());
-        booking.complete(now());
+        let first_token_at = first_token_at(&booking);
+        booking.on_tokens(1, first_token_at);
+        booking.complete(first_token_at);
     }
     let running = (0..workers * 4).map(|_| {
         let mut booking = route(&router, &hash(&tokens(isl)));
-        booking.on_tokens(20, now());
+        booking.on_tokens(1, first_token_at(&booking));
         booking
     });
     let running = running.collect();
@@ -96,7 +104,7 @@ fn busy_fleet_under(policy: NamedPolicy, workers: usize, isl: usize) -> (Router,
 /// Routes one request, reports its first token, and releases it.
 fn decide(router: &Router, sequence: &Sequence) {
     let mut booking = route(router, sequence);
-    booking.on_tokens(1, now());
+    booking.on_tokens(1, first_token_at(&booking));
     drop(black_box(booking));
 }
 

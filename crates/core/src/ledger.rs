@@ -10,7 +10,7 @@ use crate::assessment::RequestAssessment;
 use crate::booking_id::BookingId;
 use crate::booking_record::{BookingRecord, KnownProgress, QueuedState};
 use crate::counter::Counter;
-use crate::forecast::latency::PrefillWork;
+use crate::forecast::latency_model::PrefillWork;
 use crate::outlier::{ExchangeResult, ReportedResult};
 use crate::paged_slab::PagedSlab;
 use crate::pending_work::RequestWork;

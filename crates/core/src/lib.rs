@@ -37,7 +37,7 @@
 //! | `pending_evictions` | Which cached blocks will be evicted before a new request runs? |
 //! | `capacity`, `hit_audit` | What do reported cache hits say about a worker's cache? |
 //! | `forecast` | How fast is a worker, and how long are outputs? |
-//! | `pending_work` | How much prefill and decode work does a worker have? |
+//! | `pending_work`, `arrival_rate` | How much prefill and decode work does a worker have? |
 //! | `replication` | When should an idle worker compute a popular prefix once more? |
 //! | `booking_record`, `ledger` | What does a booking add to its worker, and when is it subtracted? |
 //! | `progress`, `progress_estimator` | How far is a request whose response is not streamed? |
@@ -83,6 +83,7 @@
 
 mod active_tree;
 mod affinity;
+mod arrival_rate;
 mod assessment;
 pub mod batch;
 mod batch_costs;
@@ -128,5 +129,5 @@ pub use active_tree::PrefixMatch;
 pub use capacity::{CapacitySource, DEFAULT_CAPACITY_BLOCKS};
 pub use config::DEFAULT_TTFT_WEIGHT;
 pub use estimated_cache::EvictionRule;
-pub use forecast::latency::{LatencyAccuracy, LatencyModel};
+pub use forecast::latency_model::{LatencyAccuracy, LatencyModel};
 pub use forecast::output_length::OutputLengthAccuracy;

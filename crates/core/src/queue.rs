@@ -14,7 +14,7 @@ use smallvec::SmallVec;
 
 use crate::booking_id::BookingId;
 use crate::counter::Counter;
-use crate::forecast::latency::PrefillWork;
+use crate::forecast::latency_model::PrefillWork;
 use crate::sglang_admission::OutputReservation;
 use crate::time::duration_from_secs_saturating;
 

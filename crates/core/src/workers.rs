@@ -1,5 +1,6 @@
 //! Workers: their state, what they serve, their loads, and which of them are eligible for a model.
 
+mod bound_columns;
 mod eligibility;
 mod latency_groups;
 mod snapshot;
@@ -14,13 +15,15 @@ use rapidhash::v3::{DEFAULT_RAPID_SECRETS, rapidhash_v3_seeded};
 use crate::active_tree::WorkerIndex;
 use crate::booking_id::BookingId;
 use crate::estimated_cache::EvictionRule;
-use crate::forecast::latency::{PrefillWork, SharedLatencyModel};
+use crate::forecast::latency::SharedLatencyModel;
+use crate::forecast::latency_model::PrefillWork;
 use crate::load::Load;
 use crate::model_name::ModelName;
 use crate::outlier::{OutlierConfig, Outliers};
 use crate::pending_work::PendingWork;
 use crate::queue::QueueKey;
 use crate::sglang_admission::OutputReservation;
+pub(crate) use bound_columns::BoundColumns;
 use eligibility::Eligibility;
 use latency_groups::LatencyGroups;
 pub use snapshot::WorkerSnapshot;
@@ -148,6 +151,8 @@ pub(crate) struct Workers {
     /// Pending work by worker index. Apart from `workers`, so that a decision over hundreds of
     /// workers reads little memory.
     pub(crate) pending_work: Vec<PendingWork>,
+    /// Numbers from which lower bounds of the marginal delay follow.
+    bound_columns: BoundColumns,
     /// Latency models, each shared by the workers that run one model, and the longest of the queues
     /// of those workers.
     latency_groups: LatencyGroups,
@@ -224,6 +229,7 @@ impl Workers {
             ..Load::default()
         };
         self.pending_work[index] = PendingWork::new(self.latency_groups.join(&models));
+        self.bound_columns.mark_stale(id.index);
         self.eligibility.add_worker(&models);
         self.workers[index] = Some(Worker {
             id,
@@ -246,6 +252,7 @@ impl Workers {
         let worker = self.workers[index].take()?;
         self.loads[index] = Load::default();
         let pending_work = mem::take(&mut self.pending_work[index]);
+        self.bound_columns.mark_stale(id.index);
         self.outliers.forget(id.index);
         self.eligibility
             .set_eligible(id.index, &worker.models, false);
@@ -288,11 +295,23 @@ impl Workers {
         id: WorkerId,
     ) -> Option<(&mut PendingWork, &mut SharedLatencyModel)> {
         self.get(id)?;
+        self.bound_columns.mark_stale(id.index);
         let pending_work = self.pending_work.get_mut(id.index as usize)?;
         let shared_model = self
             .latency_groups
             .latency_model_mut(pending_work.latency_group)?;
         Some((pending_work, shared_model))
+    }
+
+    /// Makes the [bound columns](Self::bound_columns) valid at `now`.
+    pub(crate) fn refresh_bound_columns(&mut self, now: Duration) {
+        self.bound_columns.refresh(&self.pending_work, now);
+    }
+
+    /// Returns the numbers from which lower bounds of the marginal delay follow, unless they are
+    /// not valid at `now`: see [`refresh_bound_columns`](Self::refresh_bound_columns).
+    pub(crate) fn bound_columns(&self, now: Duration) -> Option<&BoundColumns> {
+        Some(&self.bound_columns).filter(|columns| columns.are_current(now))
     }
 
     /// Returns the shared latency model of the worker with this pending work.
@@ -398,6 +417,7 @@ impl Workers {
         self.eligibility.add_worker(&models);
         self.eligibility
             .set_eligible(id.index, &models, is_eligible);
+        self.bound_columns.mark_stale(id.index);
         let pending_work = &mut self.pending_work[id.index as usize];
         let old_group = pending_work.latency_group;
         let queue_length = pending_work.queue.totals().requests;

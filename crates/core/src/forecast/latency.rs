@@ -17,7 +17,7 @@
 
 use std::time::Duration;
 
-use crate::counter::Counter;
+use crate::forecast::latency_model::{LatencyAccuracy, LatencyModel, PrefillWork};
 use crate::forecast::regression::Regression;
 
 /// Initial prefill coefficients: roughly an 8B model on a small GPU. They no longer matter after
@@ -83,10 +83,7 @@ impl PhaseModel {
     /// samples, or without any shortly before `now`, is replaced, in part, by the mean factor of
     /// all workers.
     fn coefficients_for(&self, factor: &SpeedFactor, now: Duration) -> [f64; 3] {
-        let age = now.saturating_sub(factor.updated_at).as_secs_f64();
-        let freshness = 1.0 / (1.0 + (age / STALENESS_HALF_LIFE_SECONDS).powi(2));
-        let weight = (f64::from(factor.samples) / FULL_WEIGHT_SAMPLES).min(1.0) * freshness;
-        let blended = self.mean_factor + weight * (factor.value - self.mean_factor);
+        let blended = self.mean_factor + factor.weight(now) * (factor.value - self.mean_factor);
         self.regression
             .coefficients()
             .map(|coefficient| coefficient * blended)
@@ -131,112 +128,6 @@ struct SpeedFactor {
     samples: u32,
     /// Time of the latest sample.
     updated_at: Duration,
-}
-
-/// Latency model of one worker. All coefficients are in seconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct LatencyModel {
-    /// Base time of one prefill batch.
-    pub prefill_base: f64,
-    /// Prefill time for each prompt token to compute.
-    pub prefill_per_token: f64,
-    /// Prefill time for each attention pair: a prompt token to compute and a token before it that
-    /// it attends to.
-    pub prefill_per_attention_pair: f64,
-    /// Base time of one decode step.
-    pub decode_base: f64,
-    /// Decode step time for each request of the batch.
-    pub decode_per_request: f64,
-    /// Decode step time for each context token: prompts and outputs so far of the batch.
-    pub decode_per_context_token: f64,
-    /// Accuracy of the prefill model, over the samples of all similar workers.
-    pub prefill_accuracy: LatencyAccuracy,
-    /// Accuracy of the decode model, over the samples of all similar workers.
-    pub decode_accuracy: LatencyAccuracy,
-}
-
-/// How well forecasts of a duration agreed with the observed durations.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct LatencyAccuracy {
-    /// Number of durations that were compared with their forecast.
-    pub samples: u64,
-    /// Mean absolute error of the forecasts, as a fraction of the observed duration.
-    pub mean_abs_relative_error: f64,
-}
-
-impl LatencyAccuracy {
-    /// Accuracy before the first sample.
-    pub const NONE: Self = Self {
-        samples: 0,
-        mean_abs_relative_error: 0.0,
-    };
-}
-
-impl LatencyModel {
-    /// Returns the prefill speed for a prompt of a thousand tokens, in tokens per second.
-    #[must_use]
-    pub fn prefill_speed(&self) -> f64 {
-        1000.0 / self.prefill_seconds(1.0, PrefillWork::new(1000, 1000))
-    }
-
-    /// Returns the seconds of prefill for `work`, computed in `batches` prefill batches.
-    pub(crate) fn prefill_seconds(&self, batches: f64, work: PrefillWork) -> f64 {
-        batches * self.prefill_base
-            + work.new_tokens as f64 * self.prefill_per_token
-            + work.attention_pairs as f64 * self.prefill_per_attention_pair
-    }
-
-    /// Returns the seconds of one decode step.
-    pub(crate) fn decode_step_seconds(&self, requests: f64, context_tokens: f64) -> f64 {
-        self.decode_base
-            + self.decode_per_request * requests
-            + self.decode_per_context_token * context_tokens
-    }
-}
-
-/// Largest number of prompt tokens that attention pairs are counted for. No real prompt is longer,
-/// whatever a request claims.
-const MAX_ATTENTION_TOKENS: u64 = 1 << 24;
-
-/// Amount of prefill work of one or several prompts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct PrefillWork {
-    /// Prompt tokens to compute, without the cached prefix.
-    pub(crate) new_tokens: u64,
-    /// Attention pairs: tokens to compute, each with every token that it attends to.
-    pub(crate) attention_pairs: u64,
-}
-
-impl PrefillWork {
-    /// Returns the work to compute the last `new_tokens` tokens of a prompt of `prompt_tokens`,
-    /// which must not be fewer. Attention pairs are counted for at most [`MAX_ATTENTION_TOKENS`]
-    /// tokens.
-    pub(crate) fn new(new_tokens: u32, prompt_tokens: u32) -> Self {
-        let (new_tokens, prompt_tokens) = (u64::from(new_tokens), u64::from(prompt_tokens));
-        let querying = new_tokens.min(MAX_ATTENTION_TOKENS);
-        let attended_doubled =
-            (2 * prompt_tokens.min(MAX_ATTENTION_TOKENS)).saturating_sub(querying);
-        Self {
-            new_tokens,
-            attention_pairs: querying * attended_doubled / 2,
-        }
-    }
-}
-
-impl std::ops::AddAssign for PrefillWork {
-    fn add_assign(&mut self, other: Self) {
-        self.new_tokens += other.new_tokens;
-        // Wrapping, so that subtracting everything that was added gives zero even after an
-        // overflow.
-        self.attention_pairs = self.attention_pairs.wrapping_add(other.attention_pairs);
-    }
-}
-
-impl std::ops::SubAssign for PrefillWork {
-    fn sub_assign(&mut self, other: Self) {
-        self.new_tokens.subtract(other.new_tokens);
-        self.attention_pairs = self.attention_pairs.wrapping_sub(other.attention_pairs);
-    }
 }
 
 /// Prompts whose first tokens came in one engine step.
@@ -288,7 +179,33 @@ impl Default for LatencyEstimator {
     }
 }
 
+impl SpeedFactor {
+    /// Returns how much the factor counts at `now`, relative to the mean factor of all workers.
+    fn weight(&self, now: Duration) -> f64 {
+        let age = now.saturating_sub(self.updated_at).as_secs_f64();
+        let freshness = 1.0 / (1.0 + (age / STALENESS_HALF_LIFE_SECONDS).powi(2));
+        (f64::from(self.samples) / FULL_WEIGHT_SAMPLES).min(1.0) * freshness
+    }
+}
+
+impl SharedLatencyModel {
+    /// Returns the mean speed factor and the coefficients of prefill, and those of decode steps.
+    pub(crate) fn mean_factors_and_coefficients(&self) -> [(f64, [f64; 3]); 2] {
+        [&self.prefill, &self.decode_step]
+            .map(|phase| (phase.mean_factor, phase.regression.coefficients()))
+    }
+}
+
 impl LatencyEstimator {
+    /// Returns the speed factors of prefill and of decode, each with its weight at the given times,
+    /// relative to the mean factor of all workers.
+    pub(crate) fn speed_factors(&self, at: [Duration; 2]) -> [[f64; 3]; 2] {
+        [&self.prefill_factor, &self.decode_factor].map(|factor| {
+            let [start, end] = at.map(|now| factor.weight(now));
+            [factor.value, start, end]
+        })
+    }
+
     /// Forgets the speed factors, which are relative to a shared latency model, because the worker
     /// now uses another one.
     pub(crate) fn reset_factors(&mut self) {

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use super::request_profile::RequestProfile;
 use crate::active_tree::{PrefixMatch, WorkerIndex};
-use crate::forecast::latency::{LatencyModel, SharedLatencyModel};
+use crate::forecast::latency::SharedLatencyModel;
+use crate::forecast::latency_model::LatencyModel;
 use crate::load::Load;
 use crate::outlier::FailureCharge;
 use crate::pending_work::PendingWork;
@@ -233,19 +234,25 @@ impl<'a> Candidates<'a> {
         }
     }
 
+    /// Returns the workers of the router, the indices of the candidates among them, and the prefix
+    /// matches by worker index. `None` for candidates that are given as views.
+    pub(crate) fn fleet(&self) -> Option<(&'a Workers, &'a [WorkerIndex], &'a [PrefixMatch])> {
+        match self.0 {
+            Rows::Fleet {
+                workers,
+                indices,
+                prefix_matches,
+                ..
+            } => Some((workers, indices, prefix_matches)),
+            Rows::Views(_) => None,
+        }
+    }
+
     /// Returns the load and the prefix match of each candidate, if all that a policy needs is in
     /// them: the candidates are workers of the router, and no worker has a failure charge. A loop
     /// over them reads a tenth of the memory that a loop over the views reads.
     pub(crate) fn loads(&self) -> Option<impl Iterator<Item = (Load, PrefixMatch)> + use<'a>> {
-        let Rows::Fleet {
-            workers,
-            indices,
-            prefix_matches,
-            ..
-        } = self.0
-        else {
-            return None;
-        };
+        let (workers, indices, prefix_matches) = self.fleet()?;
         let loads = &workers.loads[..];
         let loads = indices.iter().map(|&index| {
             let index = index as usize;

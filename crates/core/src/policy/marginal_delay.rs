@@ -46,15 +46,18 @@
 //!   `β / (κc O) × prefill blocks + active blocks`, with `β` the time to compute a token: Dynamo's
 //!   [cost](super::kv_cost), its weight derived.
 
+mod lower_bounds;
+
 use super::candidates::{Candidates, WorkerView};
 use super::interface::{BatchRule, NamedPolicy, Policy};
 use super::request_profile::RequestProfile;
 use crate::active_tree::PrefixMatch;
-use crate::forecast::latency::LatencyModel;
+use crate::forecast::latency_model::LatencyModel;
 use crate::load::Load;
 use crate::outlier::FailureCharge;
 use crate::pending_work::{DECODE_BUCKETS, DecodeBucket, PendingWork, QueueWait};
 use crate::queue::QueueOrder;
+use lower_bounds::write_lower_bounds;
 
 /// Least [marginal delay](self).
 pub const MARGINAL_DELAY: NamedPolicy = NamedPolicy {
@@ -83,10 +86,30 @@ impl Policy for LeastMarginalDelay {
         candidates: &Candidates<'_>,
         costs: &mut Vec<f64>,
     ) {
-        let mut minimum = f64::INFINITY;
-        costs.extend(candidates.iter().map(|worker| {
+        let bounds = lower_bounds(request, candidates);
+        let bound_at = |position: usize| {
+            bounds
+                .get(position)
+                .map_or(f64::NEG_INFINITY, |b| f64::from(*b))
+        };
+        // The candidate of the least bound is probably that of the least cost.
+        let first = (0..bounds.len()).min_by(|&a, &b| bounds[a].total_cmp(&bounds[b]));
+        let mut minimum = first.map_or(f64::INFINITY, |position| {
+            self.cost(request, &candidates.at(position))
+        });
+        if minimum.is_nan() {
+            minimum = f64::INFINITY;
+        }
+        costs.extend((0..candidates.len()).map(|position| {
             // The cutoff is just above the minimum, so that an equal cost is computed exactly.
-            let cost = worker.marginal_delay_or_bound(request, minimum.next_up());
+            let cutoff = minimum.next_up();
+            let bound = bound_at(position);
+            if bound >= cutoff {
+                return bound;
+            }
+            let cost = candidates
+                .at(position)
+                .marginal_delay_or_bound(request, cutoff);
             minimum = minimum.min(cost);
             cost
         }));
@@ -111,6 +134,38 @@ impl Policy for LeastMarginalDelay {
     fn replicates_prefixes(&self) -> bool {
         true
     }
+}
+
+/// Number of candidates from which lower bounds of all of them save time.
+const MIN_CANDIDATES_FOR_BOUNDS: usize = 4;
+
+/// Returns a lower bound of the cost on each candidate. Empty if there are few candidates, or if
+/// they are not workers of the router.
+fn lower_bounds(request: &RequestProfile<'_>, candidates: &Candidates<'_>) -> Vec<f32> {
+    let Some((workers, indices, prefix_matches)) = candidates.fleet() else {
+        return Vec::new();
+    };
+    let (Some(columns), Some(&first)) = (workers.bound_columns(request.now), indices.first())
+    else {
+        return Vec::new();
+    };
+    if indices.len() < MIN_CANDIDATES_FOR_BOUNDS {
+        return Vec::new();
+    }
+    let group = columns.group[first as usize];
+    let latency = workers.latency_model(&workers.pending_work[first as usize]);
+    let mut by_index = Vec::new();
+    write_lower_bounds(request, columns, latency, prefix_matches, &mut by_index);
+    let bounds = indices.iter().map(|&index| {
+        let index = index as usize;
+        // The coefficients are those of the first candidate.
+        if columns.group[index] == group {
+            by_index[index]
+        } else {
+            f32::NEG_INFINITY
+        }
+    });
+    bounds.collect()
 }
 
 impl WorkerView<'_> {

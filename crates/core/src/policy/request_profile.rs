@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::active_tree::PrefixMatch;
-use crate::forecast::latency::PrefillWork;
+use crate::forecast::latency_model::PrefillWork;
 use crate::queue::QueueTicket;
 use crate::sequence::SequenceHash;
 

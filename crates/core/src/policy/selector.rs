@@ -147,35 +147,26 @@ fn replace_nan(costs: &mut [f64]) {
 /// one of several with the same. Tie breakers are computed only for equal costs. A cost that is not
 /// a number counts as infinite.
 fn least(costs: &[f64], tie_breaker: impl Fn(usize) -> f64, rng: &mut SmallRng) -> Option<usize> {
-    let mut chosen = None;
-    let mut minimum = f64::INFINITY;
+    let minimum = costs.iter().copied().fold(f64::INFINITY, f64::min);
+    let is_least = |cost: f64| cost == minimum || (cost.is_nan() && minimum == f64::INFINITY);
+    let mut ties = (0..costs.len()).filter(|&position| is_least(costs[position]));
+    let mut chosen = ties.next()?;
     let mut least_tie_breaker = None;
     let mut tie_count = 1;
-    for (position, &cost) in costs.iter().enumerate() {
-        if cost > minimum {
-            continue;
-        }
-        let cost = if cost.is_nan() { f64::INFINITY } else { cost };
-        if cost > minimum {
-            continue;
-        }
-        let Some(current) = chosen.filter(|_| cost == minimum) else {
-            (chosen, minimum, least_tie_breaker, tie_count) = (Some(position), cost, None, 1);
-            continue;
-        };
-        let least = *least_tie_breaker.get_or_insert_with(|| tie_breaker(current));
+    for position in ties {
+        let least = *least_tie_breaker.get_or_insert_with(|| tie_breaker(chosen));
         let value = tie_breaker(position);
         if value < least {
-            (chosen, least_tie_breaker, tie_count) = (Some(position), Some(value), 1);
+            (chosen, least_tie_breaker, tie_count) = (position, Some(value), 1);
         } else if value == least {
             // Each of `n` equal candidates ends up chosen with probability 1/n.
             tie_count += 1;
             if rng.random_range(0..tie_count) == 0 {
-                chosen = Some(position);
+                chosen = position;
             }
         }
     }
-    chosen
+    Some(chosen)
 }
 
 /// Draws two different positions at random and returns the one of less cost. Returns the first

@@ -8,7 +8,7 @@ use super::{WorkerId, WorkerState, Workers};
 use crate::cache_source::CacheSource;
 use crate::capacity::CapacitySource;
 use crate::estimated_cache::EvictionRule;
-use crate::forecast::latency::{LatencyAccuracy, LatencyModel};
+use crate::forecast::latency_model::{LatencyAccuracy, LatencyModel};
 use crate::outlier::OutlierSnapshot;
 use crate::prefix_state::PrefixState;
 use crate::time::duration_from_secs_saturating;

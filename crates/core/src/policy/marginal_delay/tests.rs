@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::forecast::latency::{LatencyAccuracy, PrefillWork};
+use crate::forecast::latency_model::{LatencyAccuracy, PrefillWork};
 use crate::pending_work::RequestWork;
 use crate::queue::{QueueOrder, QueuePolicyState};
 
