@@ -12,8 +12,8 @@ use foresee_core::workers::{WorkerSnapshot, WorkerState};
 use foresee_gateway::{
     AdminConfig, Gateway, GatewayConfig, ShutdownConfig, WorkerConfig, raise_open_file_limit,
 };
+use foresee_mock::{MockEngineConfig, bind, serve};
 use foresee_sim::load::{self, LiveOutcome, LiveReport, LoadConfig, NamedOutcome};
-use foresee_sim::mock_engine::{MockEngineConfig, bind, serve};
 use foresee_sim::workload::Workload;
 use tokio::sync::watch;
 use tokio::task::JoinSet;

@@ -6,7 +6,7 @@ use std::num::{NonZeroU32, NonZeroU64};
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use foresee_gateway::raise_open_file_limit;
-use foresee_sim::mock_engine::{KvEventsConfig, Layout, MockEngineConfig, bind, serve};
+use foresee_mock::{KvEventsConfig, Layout, MockEngineConfig, bind, serve};
 
 use crate::flags::{DEFAULTS, EngineArgs};
 use crate::serve::runtime;

@@ -9,12 +9,10 @@
 //! them: count stores and removals, handle unknown parents, and handle groups with a window.
 
 mod decode;
-mod encode;
 mod extra_keys;
 mod framing;
 
 pub use decode::{DecodeError, decode_batch};
-pub use encode::{Layout, encode_batch};
 pub use framing::{
     FrameError, Message, Replay, parse_message, parse_replay, parse_replay_request, replay_end,
     replay_request,

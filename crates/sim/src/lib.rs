@@ -19,11 +19,10 @@
 //! | [`capacity`] | how much traffic a policy can carry within an SLO |
 //! | [`load`] | client that sends the same workloads to a live address |
 //! | [`verify`] | comparison of a router's predictions with running engines |
-//! | [`mock_engine`], [`mock_output`] | the simulated engine behind HTTP, and the text that it produces |
 //!
 //! [`engine::Engine`] is a state machine without a clock. Its driver decides whether the duration
-//! of a step passes on a virtual clock ([`replay`]) or in real time ([`mock_engine`], behind vLLM's
-//! HTTP API).
+//! of a step passes on a virtual clock ([`replay`]) or in real time (the
+//! mock engine, in the crate `mock`).
 
 pub mod arrivals;
 pub mod baselines;
@@ -42,8 +41,6 @@ pub mod grid;
 pub mod hashed_workload;
 mod http;
 pub mod load;
-pub mod mock_engine;
-pub mod mock_output;
 mod page;
 pub mod prediction;
 pub mod prompt;

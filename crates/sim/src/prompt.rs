@@ -91,7 +91,8 @@ impl Prompt {
 
 /// Mixes the bits of a number, so that neighbouring numbers become unrelated: the finaliser of
 /// splitmix64 (Steele et al., 2014).
-pub(crate) fn mix(number: u64) -> u64 {
+#[must_use]
+pub fn mix(number: u64) -> u64 {
     let number = number.wrapping_add(0x9E37_79B9_7F4A_7C15);
     let number = (number ^ (number >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     let number = (number ^ (number >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);

@@ -15,11 +15,11 @@ use crate::ports::{ANY_PORT, free_endpoint, free_port};
 use bytes::Bytes;
 use foresee_core::router::RouterConfig;
 use foresee_engine::kv_events::{
-    BlockKey, BlockStored, Event, EventBatch, encode_batch, parse_replay_request, replay_end,
+    BlockKey, BlockStored, Event, EventBatch, parse_replay_request, replay_end,
 };
 use foresee_gateway::{Gateway, GatewayConfig, WorkerConfig};
+use foresee_mock::{KvEventsConfig, Layout, MockEngineConfig, bind, encode_batch, serve};
 use foresee_sim::engine::EngineConfig;
-use foresee_sim::mock_engine::{KvEventsConfig, Layout, MockEngineConfig, bind, serve};
 use foresee_sim::step_time::L40S_8B;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};

@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use crate::ports::ANY_PORT;
+use foresee_mock::{MockEngineConfig, bind, serve};
 use foresee_sim::engine::EngineConfig;
-use foresee_sim::mock_engine::{MockEngineConfig, bind, serve};
 use foresee_sim::step_time::L40S_8B;
 use serde_json::Value;
 

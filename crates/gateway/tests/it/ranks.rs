@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use crate::fake_worker::*;
 use bytes::Bytes;
-use foresee_engine::kv_events::{BlockKey, BlockStored, Event, EventBatch, Layout, encode_batch};
+use foresee_engine::kv_events::{BlockKey, BlockStored, Event, EventBatch};
 use foresee_gateway::{Gateway, WorkerConfig};
+use foresee_mock::{Layout, encode_batch};
 use serde_json::{Value, json};
 use zeromq::{PubSocket, Socket, SocketSend, ZmqMessage};
 

@@ -6,7 +6,6 @@ mod estimated_cache;
 mod faults;
 mod guard;
 mod load;
-mod mock_engine;
 mod replay;
 
 use std::num::NonZeroU32;

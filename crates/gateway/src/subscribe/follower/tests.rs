@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use super::*;
 use crate::subscribe::event_trust::UntrustedIndex;
 use foresee_core::event_index::PrefixRuns;
-use foresee_engine::kv_events::{Layout, encode_batch, parse_message};
+use foresee_engine::kv_events::parse_message;
+use foresee_mock::{Layout, encode_batch};
 
 const BLOCK: NonZeroU32 = NonZeroU32::new(2).unwrap();
 

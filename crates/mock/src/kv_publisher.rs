@@ -10,17 +10,18 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use foresee_engine::kv_events::{
-    Adapter, BlockKey, BlockRemoved, BlockStored, Event, EventBatch, Layout, encode_batch,
-    parse_replay_request, replay_end,
+    Adapter, BlockKey, BlockRemoved, BlockStored, Event, EventBatch, parse_replay_request,
+    replay_end,
 };
+use foresee_sim::engine::CacheEvent;
+use foresee_sim::prompt::mix;
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use zeromq::{PubSocket, RouterSocket, Socket, SocketRecv, SocketSend, ZmqError, ZmqMessage};
 
-use crate::engine::CacheEvent;
-use crate::prompt::mix;
+use crate::event_encoding::{Layout, encode_batch};
 
 /// Maximum number of batches that wait to be sent. Further batches are lost, as at the high-water
 /// mark of a PUB socket.
@@ -74,13 +75,13 @@ impl KvEventsConfig {
 
 /// Content of a request's blocks, which its events report.
 #[derive(Debug)]
-pub(super) struct Content {
+pub(crate) struct Content {
     /// The engine's key of each full block.
-    pub(super) hashes: Arc<[u64]>,
+    pub(crate) hashes: Arc<[u64]>,
     /// Tokens of the prompt and the output.
-    pub(super) tokens: Vec<u32>,
-    pub(super) block_size: u32,
-    pub(super) cache_salt: Option<Box<str>>,
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) block_size: u32,
+    pub(crate) cache_salt: Option<Box<str>>,
 }
 
 /// One message, with the time at which it is due to be sent.
@@ -104,7 +105,7 @@ type Kept = Arc<Mutex<VecDeque<Batch>>>;
 
 /// The engine's side: turns the engine's cache events into batches. Never waits for a subscriber.
 #[derive(Debug)]
-pub(super) struct Publisher {
+pub(crate) struct Publisher {
     config: KvEventsConfig,
     /// Number of the next batch.
     sequence: u64,
@@ -120,12 +121,12 @@ pub(super) struct Publisher {
 
 impl Publisher {
     /// Records the content of a request that was submitted to the engine.
-    pub(super) fn add_request(&mut self, request: u64, content: Arc<Content>) {
+    pub(crate) fn add_request(&mut self, request: u64, content: Arc<Content>) {
         self.contents.insert(request, content);
     }
 
     /// Removes a request that has left the engine.
-    pub(super) fn remove_request(&mut self, request: u64) {
+    pub(crate) fn remove_request(&mut self, request: u64) {
         self.contents.remove(&request);
     }
 
@@ -134,7 +135,7 @@ impl Publisher {
     /// The requests that stored blocks must not have been removed yet, because the events contain
     /// their tokens. Blocks of a request without recorded content are ignored, and so are evictions
     /// with `hide_removals`.
-    pub(super) fn note(&mut self, events: Vec<CacheEvent>) {
+    pub(crate) fn note(&mut self, events: Vec<CacheEvent>) {
         for event in events {
             let event = match event {
                 CacheEvent::Removed { .. } if self.config.hide_removals => continue,
@@ -173,13 +174,13 @@ impl Publisher {
     }
 
     /// Returns whether the engine must restart according to `restart_every`.
-    pub(super) fn is_due_to_restart(&self) -> bool {
+    pub(crate) fn is_due_to_restart(&self) -> bool {
         let every = self.config.restart_every;
         every.is_some_and(|every| self.sequence >= every.get())
     }
 
     /// Starts again at batch number 0, for an engine that has restarted.
-    pub(super) fn restart(&mut self) {
+    pub(crate) fn restart(&mut self) {
         self.sequence = 0;
         self.pending.clear();
         self.kept.lock().clear();
@@ -191,7 +192,7 @@ impl Publisher {
     ///
     /// A batch that is lost, because of `drop_every` or because too many batches wait to be sent,
     /// has a number and is kept for replay like any other.
-    pub(super) fn publish(&mut self) {
+    pub(crate) fn publish(&mut self) {
         if self.is_silent() {
             self.pending.clear();
         }
@@ -239,7 +240,7 @@ fn block_key(hash: u64) -> BlockKey {
 /// The sockets. They are closed some time after this value is dropped; [`close`](Self::close) waits
 /// until they are.
 #[derive(Debug)]
-pub(super) struct Publication {
+pub(crate) struct Publication {
     stop: watch::Sender<bool>,
     sockets: JoinSet<()>,
     published: Arc<AtomicU64>,
@@ -251,7 +252,7 @@ impl Publication {
     ///
     /// # Errors
     /// If an address is in use or invalid. The message names the address.
-    pub(super) async fn open(config: KvEventsConfig) -> io::Result<(Self, Publisher)> {
+    pub(crate) async fn open(config: KvEventsConfig) -> io::Result<(Self, Publisher)> {
         let bind_error = |endpoint: &str, error: ZmqError| {
             io::Error::other(format!("cannot publish KV events at {endpoint}: {error}"))
         };
@@ -293,12 +294,12 @@ impl Publication {
     }
 
     /// Returns the counter of published batches, lost ones included.
-    pub(super) fn counter(&self) -> Arc<AtomicU64> {
+    pub(crate) fn counter(&self) -> Arc<AtomicU64> {
         Arc::clone(&self.published)
     }
 
     /// Closes the sockets, so that another engine can bind the same addresses.
-    pub(super) async fn close(mut self) {
+    pub(crate) async fn close(mut self) {
         self.stop.send_replace(true);
         while self.sockets.join_next().await.is_some() {}
     }

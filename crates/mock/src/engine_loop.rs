@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use foresee_sim::engine::{Engine, EngineConfig, EngineRequest, Step, SubmitError, Totals};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
-use crate::engine::{Engine, EngineConfig, EngineRequest, Step, SubmitError, Totals};
-use crate::mock_engine::kv_publisher::{Content, Publisher};
+use crate::kv_publisher::{Content, Publisher};
 
 /// Maximum delay of the engine's clock that later steps make up for. Timers are coarse and machines
 /// are busy, so steps often end late. After a longer halt, the excess time is skipped.
@@ -19,12 +19,12 @@ const MAX_LAG: Duration = Duration::from_secs(1);
 
 /// Progress of one choice of a request.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct ChoiceProgress {
+pub(crate) struct ChoiceProgress {
     /// Output tokens generated so far.
-    pub(super) generated: u32,
+    pub(crate) generated: u32,
     /// Prompt tokens found in the prefix cache.
-    pub(super) cached_tokens: u32,
-    pub(super) finished: bool,
+    pub(crate) cached_tokens: u32,
+    pub(crate) finished: bool,
 }
 
 /// Progress of each choice of a request, or the reason why the engine rejected the request.
@@ -32,20 +32,20 @@ type Outcome = Result<Vec<ChoiceProgress>, SubmitError>;
 
 /// State of the engine at one instant, for `/metrics`.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Snapshot {
-    pub(super) running: usize,
-    pub(super) waiting: usize,
-    pub(super) pinned_blocks: u32,
+pub(crate) struct Snapshot {
+    pub(crate) running: usize,
+    pub(crate) waiting: usize,
+    pub(crate) pinned_blocks: u32,
     /// Number of distinct block hashes in the prefix cache.
-    pub(super) cached_hashes: usize,
-    pub(super) totals: Totals,
+    pub(crate) cached_hashes: usize,
+    pub(crate) totals: Totals,
 }
 
 /// A request to the engine, with the content of its blocks if KV events are published.
 #[derive(Clone, Debug)]
-pub(super) struct Submission {
-    pub(super) request: EngineRequest,
-    pub(super) content: Option<Arc<Content>>,
+pub(crate) struct Submission {
+    pub(crate) request: EngineRequest,
+    pub(crate) content: Option<Arc<Content>>,
 }
 
 /// A message to the task that owns the engine.
@@ -61,7 +61,7 @@ enum Command {
 /// Handle of the task that owns the engine. The task ends when the last handle and the last
 /// [`Generation`] have been dropped.
 #[derive(Clone, Debug)]
-pub(super) struct EngineLoop {
+pub(crate) struct EngineLoop {
     // Unbounded, because `Generation` sends from `drop`, which cannot wait. Each connection has at
     // most one request, so the number of commands stays small.
     commands: mpsc::UnboundedSender<Command>,
@@ -70,12 +70,12 @@ pub(super) struct EngineLoop {
 
 /// Error: the engine's task has ended because the mock engine is shutting down.
 #[derive(Debug)]
-pub(super) struct Stopped;
+pub(crate) struct Stopped;
 
 impl EngineLoop {
     /// Starts an engine whose steps take the time of its step-time model divided by `speedup`,
     /// which must be above 0. Must be called within a Tokio runtime.
-    pub(super) fn start(config: EngineConfig, speedup: f64, publisher: Option<Publisher>) -> Self {
+    pub(crate) fn start(config: EngineConfig, speedup: f64, publisher: Option<Publisher>) -> Self {
         let (commands, inbox) = mpsc::unbounded_channel();
         let driver = LoopDriver {
             engine: Engine::new(config),
@@ -93,7 +93,7 @@ impl EngineLoop {
 
     /// Submits the choices of a request and assigns their engine ids, which replace the given ones.
     /// Does not wait: the first [`Generation::advance`] reports a rejection or a stopped engine.
-    pub(super) fn submit(&self, mut choices: Vec<Submission>) -> Generation {
+    pub(crate) fn submit(&self, mut choices: Vec<Submission>) -> Generation {
         let count = choices.len() as u64;
         let first = self.next_id.fetch_add(count, Ordering::Relaxed);
         for (choice, id) in choices.iter_mut().zip(first..) {
@@ -114,7 +114,7 @@ impl EngineLoop {
     ///
     /// # Errors
     /// If the engine's task has ended.
-    pub(super) async fn snapshot(&self) -> Result<Snapshot, Stopped> {
+    pub(crate) async fn snapshot(&self) -> Result<Snapshot, Stopped> {
         let (reply, snapshot) = oneshot::channel();
         let _ = self.commands.send(Command::Snapshot(reply));
         snapshot.await.map_err(|_| Stopped)
@@ -123,7 +123,7 @@ impl EngineLoop {
 
 /// A request in the engine. Dropping the value aborts the request unless all choices are finished.
 #[derive(Debug)]
-pub(super) struct Generation {
+pub(crate) struct Generation {
     progress: watch::Receiver<Outcome>,
     ids: Range<u64>,
     commands: mpsc::UnboundedSender<Command>,
@@ -137,7 +137,7 @@ impl Generation {
     /// The inner error if the engine rejected the request; [`Stopped`] if the engine has stopped,
     /// or if all choices are finished and their last progress has been returned. `progress` is then
     /// unchanged.
-    pub(super) async fn advance(
+    pub(crate) async fn advance(
         &mut self,
         progress: &mut Vec<ChoiceProgress>,
     ) -> Result<Result<(), SubmitError>, Stopped> {

@@ -2,12 +2,12 @@
 
 use std::fmt::Write;
 
-use crate::mock_engine::MockEngineConfig;
-use crate::mock_engine::engine_loop::Snapshot;
+use crate::config::MockEngineConfig;
+use crate::engine_loop::Snapshot;
 
 /// Returns the metrics in Prometheus' text format. `published_batches` is `None` without KV events;
 /// the counter of batches is then missing.
-pub(super) fn render(
+pub(crate) fn render(
     config: &MockEngineConfig,
     snapshot: &Snapshot,
     published_batches: Option<u64>,

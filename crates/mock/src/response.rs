@@ -6,16 +6,17 @@ use bytes::Bytes;
 use foresee_engine::error::ApiError;
 use foresee_engine::request::Endpoint;
 use foresee_engine::stream::error_event;
+use foresee_engine::usage::Usage;
+use foresee_sim::engine::SubmitError;
 use futures_util::stream;
 use http_body_util::{BodyExt, StreamBody};
 use hyper::Response;
 use hyper::body::Frame;
 
-use crate::engine::SubmitError;
-use crate::mock_engine::engine_loop::{ChoiceProgress, EngineLoop, Generation, Stopped};
-use crate::mock_engine::request::CompletionRequest;
-use crate::mock_engine::wire::{self, EventWriter, Usage};
-use crate::mock_engine::{EVENTS, JSON, ResponseBody, respond_with, response, stopping};
+use crate::engine_loop::{ChoiceProgress, EngineLoop, Generation, Stopped};
+use crate::reply::{EVENTS, JSON, ResponseBody, reply, reply_with, stopping};
+use crate::request::CompletionRequest;
+use crate::wire::{self, EventWriter};
 
 /// Submits a request and returns its response. Dropping the future or the body of the response
 /// aborts the request.
@@ -24,16 +25,13 @@ use crate::mock_engine::{EVENTS, JSON, ResponseBody, respond_with, response, sto
 /// If the engine rejects a request that is not streamed, or stops before such a request is
 /// finished. A streamed response begins at once: a rejection becomes an event, and a stop cuts the
 /// connection.
-pub(super) async fn respond(
+pub(crate) async fn respond(
     engine_loop: &EngineLoop,
     mut completion: CompletionRequest,
 ) -> Result<Response<ResponseBody>, ApiError> {
     let generation = engine_loop.submit(std::mem::take(&mut completion.requests));
     if completion.stream {
-        return Ok(respond_with(
-            EVENTS,
-            stream_response(completion, generation),
-        ));
+        return Ok(reply_with(EVENTS, stream_response(completion, generation)));
     }
     let progress = finish(generation).await?;
     let usage = usage(&completion, &progress);
@@ -42,7 +40,7 @@ pub(super) async fn respond(
     } else {
         wire::completion(&completion, usage)
     };
-    Ok(response(JSON, body))
+    Ok(reply(JSON, body))
 }
 
 /// Waits until all choices are finished, and returns the final progress of each.
@@ -66,9 +64,9 @@ fn submit_error(error: SubmitError) -> ApiError {
 
 fn usage(completion: &CompletionRequest, progress: &[ChoiceProgress]) -> Usage {
     Usage {
-        prompt_tokens: completion.prompt_tokens,
-        completion_tokens: progress.iter().map(|choice| choice.generated).sum(),
-        cached_tokens: progress.first().map_or(0, |choice| choice.cached_tokens),
+        prompt_tokens: Some(completion.prompt_tokens),
+        completion_tokens: Some(progress.iter().map(|choice| choice.generated).sum()),
+        cached_tokens: Some(progress.first().map_or(0, |choice| choice.cached_tokens)),
     }
 }
 
@@ -144,9 +142,9 @@ impl StreamedResponse {
         }
         let usage = |completion_tokens| {
             self.completion.usage_in_each_event.then_some(Usage {
-                prompt_tokens: self.completion.prompt_tokens,
-                completion_tokens,
-                cached_tokens: progress.cached_tokens,
+                prompt_tokens: Some(self.completion.prompt_tokens),
+                completion_tokens: Some(completion_tokens),
+                cached_tokens: Some(progress.cached_tokens),
             })
         };
         if sent == 0 && self.writer.starts_with_role() {

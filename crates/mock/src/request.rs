@@ -6,13 +6,13 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use foresee_core::sequence::{self, Sequence};
 use foresee_engine::error::ApiError;
 use foresee_engine::request::{ASSISTANT_HEADING, ApiRequest, Endpoint, Prompt};
+use foresee_sim::engine::EngineRequest;
 use serde::Deserialize;
 
-use crate::engine::EngineRequest;
-use crate::mock_engine::MockEngineConfig;
-use crate::mock_engine::engine_loop::Submission;
-use crate::mock_engine::kv_publisher::Content;
-use crate::mock_output::{MockOutput, tokenize};
+use crate::config::MockEngineConfig;
+use crate::engine_loop::Submission;
+use crate::kv_publisher::Content;
+use crate::output::{MockOutput, tokenize};
 
 /// Maximum value of `n`: choices for each prompt.
 const MAX_CHOICES: u32 = 128;
@@ -22,33 +22,33 @@ const MAX_PROMPTS: u32 = 4096;
 
 /// A parsed request with everything that the engine and the response need.
 #[derive(Debug)]
-pub(super) struct CompletionRequest {
-    pub(super) endpoint: Endpoint,
+pub(crate) struct CompletionRequest {
+    pub(crate) endpoint: Endpoint,
     /// Id of the response without the prefix of the endpoint.
-    pub(super) name: String,
+    pub(crate) name: String,
     /// Seconds since 1970.
-    pub(super) created: u64,
-    pub(super) model: String,
-    pub(super) stream: bool,
+    pub(crate) created: u64,
+    pub(crate) model: String,
+    pub(crate) stream: bool,
     /// `stream_options.include_usage`: the stream ends with an event that has the usage.
-    pub(super) usage_at_end: bool,
+    pub(crate) usage_at_end: bool,
     /// `stream_options.continuous_usage_stats`: each event has the usage so far.
-    pub(super) usage_in_each_event: bool,
+    pub(crate) usage_in_each_event: bool,
     /// Sum over all prompts.
-    pub(super) prompt_tokens: u32,
+    pub(crate) prompt_tokens: u32,
     /// One output for each choice of each prompt.
-    pub(super) outputs: Vec<PlannedOutput>,
+    pub(crate) outputs: Vec<PlannedOutput>,
     /// One submission for each output; the engine loop assigns the ids.
-    pub(super) requests: Vec<Submission>,
+    pub(crate) requests: Vec<Submission>,
 }
 
 /// An output with its length.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct PlannedOutput {
-    pub(super) output: MockOutput,
-    pub(super) tokens: u32,
+pub(crate) struct PlannedOutput {
+    pub(crate) output: MockOutput,
+    pub(crate) tokens: u32,
     /// `stop` or `length`.
-    pub(super) finish_reason: &'static str,
+    pub(crate) finish_reason: &'static str,
 }
 
 /// Fields of the body that a router does not read.
@@ -74,7 +74,7 @@ impl CompletionRequest {
     ///
     /// # Errors
     /// If the body is invalid, names another model, or exceeds a limit.
-    pub(super) fn read(
+    pub(crate) fn read(
         config: &MockEngineConfig,
         endpoint: Endpoint,
         name: String,

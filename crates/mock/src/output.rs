@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use crate::prompt::mix;
+use foresee_sim::prompt::mix;
 
 /// Splits the bytes of a prompt into tokens of at most four bytes.
 ///

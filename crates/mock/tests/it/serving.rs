@@ -3,15 +3,15 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::net::SocketAddr;
+use std::num::NonZeroU32;
 use std::time::Duration;
 
-use crate::BLOCK;
 use bytes::Bytes;
 use foresee_engine::stream::StreamObserver;
 use foresee_engine::usage::parse_usage;
 use foresee_engine::worker_metrics::CacheConfig;
+use foresee_mock::{MockEngineConfig, bind, serve};
 use foresee_sim::engine::EngineConfig;
-use foresee_sim::mock_engine::{MockEngineConfig, bind, serve};
 use foresee_sim::step_time::L40S_8B;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
@@ -21,6 +21,9 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
+
+/// Block size of the simulated engines, in tokens.
+const BLOCK: NonZeroU32 = NonZeroU32::new(16).unwrap();
 
 /// Limit for each wait.
 const TIMEOUT: Duration = Duration::from_secs(20);

@@ -1,16 +1,4 @@
-//! The mock engine: the simulated engine behind HTTP, in real time. It stands in for vLLM and needs
-//! no GPU.
-//!
-//! It serves the endpoints that a router uses, in vLLM's formats: completions, chat completions and
-//! embeddings, streamed or not, `/v1/models`, `/health`, `/metrics`, errors, and KV events over
-//! ZMQ. A request is aborted as soon as its client disconnects.
-
-mod engine_loop;
-mod kv_publisher;
-mod metrics;
-mod request;
-mod response;
-mod wire;
+//! Serves the HTTP/1 requests of all connections until the shutdown.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -23,23 +11,22 @@ use std::time::Duration;
 use bytes::Bytes;
 use foresee_engine::error::ApiError;
 use foresee_engine::request::Endpoint;
-use http_body_util::combinators::UnsyncBoxBody;
-use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use foresee_sim::engine::EngineConfig;
+use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Incoming;
-use hyper::header::{CONTENT_TYPE, HeaderValue};
+use hyper::header::HeaderValue;
 use hyper::service::service_fn;
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 
-use crate::engine::EngineConfig;
-use crate::mock_engine::engine_loop::EngineLoop;
-use crate::mock_engine::kv_publisher::Publication;
-use crate::mock_engine::request::CompletionRequest;
-
-pub use crate::mock_engine::kv_publisher::KvEventsConfig;
-pub use foresee_engine::kv_events::Layout;
+use crate::config::MockEngineConfig;
+use crate::engine_loop::EngineLoop;
+use crate::kv_publisher::Publication;
+use crate::reply::{JSON, PROMETHEUS, ResponseBody, TEXT, error_reply, reply, stopping};
+use crate::request::CompletionRequest;
+use crate::{metrics, response, wire};
 
 /// Maximum size of a request body, in bytes.
 const MAX_BODY_BYTES: usize = 64 << 20;
@@ -47,58 +34,6 @@ const MAX_BODY_BYTES: usize = 64 << 20;
 /// Maximum number of connections that wait to be accepted. The kernel refuses further ones, so the
 /// limit is higher than any burst of the workloads.
 const BACKLOG: u32 = 4096;
-
-type ResponseBody = UnsyncBoxBody<Bytes, io::Error>;
-
-/// Configuration of a mock engine.
-#[derive(Clone, Debug)]
-pub struct MockEngineConfig {
-    /// Name of the served model. Requests for another model get status 404.
-    pub model: String,
-    /// Configuration of the simulated engine.
-    pub engine: EngineConfig,
-    /// Seconds of engine time that pass in one second of real time; above 0.
-    pub speedup: f64,
-    /// Maximum number of tokens of a prompt and its output together. At most the capacity of the KV
-    /// cache.
-    pub max_model_len: u32,
-    /// Publication of KV events; `None` publishes none.
-    pub kv_events: Option<KvEventsConfig>,
-}
-
-impl MockEngineConfig {
-    /// Returns a configuration with speedup 1 and without KV events. The maximum model length is
-    /// the capacity of the KV cache, up to 131,072 tokens.
-    #[must_use]
-    pub fn new(model: impl Into<String>, engine: EngineConfig) -> Self {
-        let capacity = engine.blocks.saturating_mul(engine.block_size.get());
-        Self {
-            model: model.into(),
-            engine,
-            speedup: 1.0,
-            max_model_len: capacity.min(131_072),
-            kv_events: None,
-        }
-    }
-
-    /// Returns an error that names the first contradiction in the configuration.
-    fn check(&self) -> Result<(), &'static str> {
-        let engine = &self.engine;
-        let capacity = engine.blocks.saturating_mul(engine.block_size.get());
-        if !(self.speedup > 0.0 && self.speedup.is_finite()) {
-            return Err("the speedup must be above 0");
-        }
-        if engine.max_num_batched_tokens == 0 || engine.max_num_seqs == 0 {
-            return Err("max_num_batched_tokens and max_num_seqs must be at least 1");
-        }
-        if self.max_model_len < 2 || self.max_model_len > capacity {
-            return Err(
-                "max_model_len must be at least 2 and at most the capacity of the KV cache",
-            );
-        }
-        Ok(())
-    }
-}
 
 /// Binds a listener whose backlog is large enough for a burst of connections.
 ///
@@ -207,7 +142,7 @@ impl MockEngine {
         let mut response = self
             .route(request, request_id.as_ref())
             .await
-            .unwrap_or_else(|error| error_response(&error));
+            .unwrap_or_else(|error| error_reply(&error));
         if let Some(id) = request_id {
             response.headers_mut().insert("x-request-id", id);
         }
@@ -231,15 +166,15 @@ impl MockEngine {
             (&Method::POST, "/v1/embeddings") => Endpoint::Embeddings,
             (&Method::GET, "/v1/models") => {
                 let models = wire::models(&self.config.model, self.config.max_model_len);
-                return Ok(response(JSON, models));
+                return Ok(reply(JSON, models));
             }
-            (&Method::GET, "/health") => return Ok(response(TEXT, Vec::new())),
+            (&Method::GET, "/health") => return Ok(reply(TEXT, Vec::new())),
             (&Method::GET, "/metrics") => {
                 let snapshot = self.engine_loop.snapshot().await.map_err(stopping)?;
                 let published = self.published.as_ref();
                 let published = published.map(|batches| batches.load(Ordering::Relaxed));
                 let text = metrics::render(&self.config, &snapshot, published);
-                return Ok(response(PROMETHEUS, text.into_bytes()));
+                return Ok(reply(PROMETHEUS, text.into_bytes()));
             }
             (method, path) => return Err(ApiError::path_not_found(method.as_str(), path)),
         };
@@ -270,33 +205,4 @@ async fn read_body(request: Request<Incoming>) -> Result<Bytes, ApiError> {
             Err(ApiError::bad_request(message, None))
         }
     }
-}
-
-const JSON: &str = "application/json";
-const TEXT: &str = "text/plain; charset=utf-8";
-const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
-const EVENTS: &str = "text/event-stream; charset=utf-8";
-
-fn response(content_type: &'static str, body: Vec<u8>) -> Response<ResponseBody> {
-    let body = Full::from(body).map_err(|never| match never {});
-    respond_with(content_type, body.boxed_unsync())
-}
-
-fn respond_with(content_type: &'static str, body: ResponseBody) -> Response<ResponseBody> {
-    let mut response = Response::new(body);
-    let content_type = HeaderValue::from_static(content_type);
-    response.headers_mut().insert(CONTENT_TYPE, content_type);
-    response
-}
-
-fn error_response(error: &ApiError) -> Response<ResponseBody> {
-    let mut response = response(JSON, error.to_json());
-    *response.status_mut() =
-        StatusCode::from_u16(error.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    response
-}
-
-/// Returns the error for requests that arrive while the engine shuts down.
-fn stopping(_: engine_loop::Stopped) -> ApiError {
-    ApiError::unavailable("The engine is shutting down.")
 }

@@ -3,33 +3,27 @@
 use std::fmt::Write;
 
 use foresee_engine::request::Endpoint;
+use foresee_engine::usage::Usage;
 use serde_json::{Value, json};
 
-use crate::mock_engine::request::CompletionRequest;
+use crate::request::CompletionRequest;
 
-/// Token counts of a request.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Usage {
-    pub(super) prompt_tokens: u32,
-    pub(super) completion_tokens: u32,
-    pub(super) cached_tokens: u32,
-}
-
-impl Usage {
-    fn to_json(self) -> Value {
-        json!({
-            "prompt_tokens": self.prompt_tokens,
-            "total_tokens": u64::from(self.prompt_tokens) + u64::from(self.completion_tokens),
-            "completion_tokens": self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
-        })
-    }
+/// Returns the `usage` of a response. Counts that are `None` are written as 0.
+fn usage_json(usage: Usage) -> Value {
+    let prompt_tokens = usage.prompt_tokens.unwrap_or(0);
+    let completion_tokens = usage.completion_tokens.unwrap_or(0);
+    json!({
+        "prompt_tokens": prompt_tokens,
+        "total_tokens": u64::from(prompt_tokens) + u64::from(completion_tokens),
+        "completion_tokens": completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens.unwrap_or(0)},
+    })
 }
 
 /// Writes the events of a streamed response. The part that is equal in all events is formatted
 /// once.
 #[derive(Debug)]
-pub(super) struct EventWriter {
+pub(crate) struct EventWriter {
     chat: bool,
     /// The beginning of each event, from `data: {` to the choices.
     head: String,
@@ -38,7 +32,7 @@ pub(super) struct EventWriter {
 impl EventWriter {
     /// Returns a writer of events in the format of the request's endpoint, which must be chat
     /// completions or completions.
-    pub(super) fn new(request: &CompletionRequest) -> Self {
+    pub(crate) fn new(request: &CompletionRequest) -> Self {
         let chat = request.endpoint == Endpoint::ChatCompletions;
         let object = if chat {
             "chat.completion.chunk"
@@ -57,12 +51,12 @@ impl EventWriter {
     }
 
     /// Returns whether the first event of a choice contains the role and no text.
-    pub(super) fn starts_with_role(&self) -> bool {
+    pub(crate) fn starts_with_role(&self) -> bool {
         self.chat
     }
 
     /// Writes the event with the role of a choice.
-    pub(super) fn write_role(&self, events: &mut String, choice: usize, usage: Option<Usage>) {
+    pub(crate) fn write_role(&self, events: &mut String, choice: usize, usage: Option<Usage>) {
         let delta = r#""delta":{"role":"assistant","content":""},"logprobs":null"#;
         self.write_choice(events, choice, delta, None, usage);
     }
@@ -70,7 +64,7 @@ impl EventWriter {
     /// Appends an event with text of a choice to `events`. `text` must not need JSON escapes.
     /// `finish_reason` is given for the last event of the choice only. Without `usage`, the event
     /// has no such field.
-    pub(super) fn write_text(
+    pub(crate) fn write_text(
         &self,
         events: &mut String,
         choice: usize,
@@ -107,26 +101,30 @@ impl EventWriter {
             None => write!(events, "null}}]"),
         };
         if let Some(usage) = usage {
-            let _ = write!(events, r#","usage":{}"#, usage.to_json());
+            let _ = write!(events, r#","usage":{}"#, usage_json(usage));
         }
         events.push_str("}\n\n");
     }
 
     /// Writes the event with the final usage, which has no choices.
-    pub(super) fn write_usage(&self, events: &mut String, usage: Usage) {
+    pub(crate) fn write_usage(&self, events: &mut String, usage: Usage) {
         events.push_str(&self.head);
-        let _ = write!(events, "\"choices\":[],\"usage\":{}}}\n\n", usage.to_json());
+        let _ = write!(
+            events,
+            "\"choices\":[],\"usage\":{}}}\n\n",
+            usage_json(usage)
+        );
     }
 
     /// Writes the event that ends the stream.
-    pub(super) fn write_done(&self, events: &mut String) {
+    pub(crate) fn write_done(&self, events: &mut String) {
         events.push_str("data: [DONE]\n\n");
     }
 }
 
 /// Returns the body of a response without streaming, for chat completions and completions. Each
 /// choice has its whole planned output, so all choices must be finished.
-pub(super) fn completion(request: &CompletionRequest, usage: Usage) -> Vec<u8> {
+pub(crate) fn completion(request: &CompletionRequest, usage: Usage) -> Vec<u8> {
     let chat = request.endpoint == Endpoint::ChatCompletions;
     let choices = request.outputs.iter().enumerate().map(|(index, planned)| {
         let text = planned.output.text(0..planned.tokens);
@@ -154,12 +152,12 @@ pub(super) fn completion(request: &CompletionRequest, usage: Usage) -> Vec<u8> {
         "created": request.created,
         "model": request.model,
         "choices": choices.collect::<Vec<_>>(),
-        "usage": usage.to_json(),
+        "usage": usage_json(usage),
     }))
 }
 
 /// Returns the body of a response with embeddings: a short vector for each prompt.
-pub(super) fn embeddings(request: &CompletionRequest, usage: Usage) -> Vec<u8> {
+pub(crate) fn embeddings(request: &CompletionRequest, usage: Usage) -> Vec<u8> {
     const DIMENSIONS: u32 = 8;
     let data = request.outputs.iter().enumerate().map(|(index, planned)| {
         let values = (0..DIMENSIONS).map(|dimension| {
@@ -188,7 +186,7 @@ pub(super) fn embeddings(request: &CompletionRequest, usage: Usage) -> Vec<u8> {
 }
 
 /// Returns the body of `/v1/models`: a list with the served model.
-pub(super) fn models(model: &str, max_model_len: u32) -> Vec<u8> {
+pub(crate) fn models(model: &str, max_model_len: u32) -> Vec<u8> {
     to_bytes(&json!({
         "object": "list",
         "data": [{
