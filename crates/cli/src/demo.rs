@@ -7,13 +7,13 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::Args;
 use foresee_core::policy::{self, NamedPolicy};
+use foresee_client::load::{self, LiveOutcome, LiveReport, LoadConfig, NamedOutcome};
 use foresee_core::router::RouterConfig;
 use foresee_core::workers::{WorkerSnapshot, WorkerState};
 use foresee_gateway::{
     AdminConfig, Gateway, GatewayConfig, ShutdownConfig, WorkerConfig, raise_open_file_limit,
 };
 use foresee_mock::{MockEngineConfig, bind, serve};
-use foresee_sim::load::{self, LiveOutcome, LiveReport, LoadConfig, NamedOutcome};
 use foresee_sim::workload::Workload;
 use tokio::sync::watch;
 use tokio::task::JoinSet;

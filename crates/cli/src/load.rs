@@ -5,8 +5,8 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail, ensure};
 use clap::{Args, ValueEnum};
+use foresee_client::load::{self, ApiKey, LiveOutcome, LoadConfig, LoadSummary};
 use foresee_gateway::raise_open_file_limit;
-use foresee_sim::load::{self, ApiKey, LiveOutcome, LoadConfig, LoadSummary};
 use foresee_sim::trace;
 use foresee_sim::workload::{Arrival, Workload};
 

@@ -7,8 +7,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, anyhow, bail};
 use clap::{ArgMatches, Args};
+use foresee_client::verify::{self, Lengths, Verdict, VerifyConfig};
 use foresee_gateway::{AdminListen, Gateway, GatewayConfig, ShutdownConfig, raise_open_file_limit};
-use foresee_sim::verify::{self, Lengths, Verdict, VerifyConfig};
 
 use crate::exit::not_carried_out;
 use crate::flags::{RoutingArgs, Switch};

@@ -4,7 +4,6 @@
 //! The search doubles (or halves) its value until the target is missed (or met), then bisects. Each
 //! step replays all of the traffic, and stops as soon as too many requests have missed the SLO.
 
-use std::fmt;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
@@ -15,7 +14,6 @@ use crate::compare::on_threads;
 use crate::hashed_workload::HashedWorkload;
 use crate::replay::{ReplayConfig, ReplayError, run_while};
 use crate::slo::Slo;
-use crate::table::write_cells;
 use crate::workload::{InvalidRate, Workload};
 
 /// Quantity that a search maximises or minimises.
@@ -278,35 +276,4 @@ impl Search<'_> {
         }
         Ok(true)
     }
-}
-
-/// Writes a table with a column for each policy.
-impl fmt::Display for Capacity {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let policies = self.results.iter().map(|result| result.policy.as_str());
-        let policies: Vec<&str> = policies.collect();
-        let row = |show: fn(&CapacityResult) -> String| self.results.iter().map(show).collect();
-        let mut rows: Vec<(&str, Vec<String>)> = Vec::new();
-        let title = if let Some(workers) = self.workers {
-            rows.push(("highest rate, times", row(|result| number(result.rate))));
-            let per_second = row(|result| number(result.requests_per_second));
-            rows.push(("  requests/s", per_second));
-            format!("{}, {workers} workers", self.workload)
-        } else {
-            let workers = |result: &CapacityResult| match result.workers {
-                Some(workers) => workers.to_string(),
-                None => "-".to_owned(),
-            };
-            rows.push(("fewest workers", row(workers)));
-            self.workload.clone()
-        };
-        write_cells(f, &title, &policies, &rows)?;
-        let percent = self.target * 100.0;
-        writeln!(f, "for {percent} % of requests within {}", self.slo)
-    }
-}
-
-/// Formats a number of the table; `-` for `None`.
-fn number(value: Option<f64>) -> String {
-    value.map_or("-".to_owned(), |value| format!("{value:.2}"))
 }

@@ -5,10 +5,45 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
+use serde::Serialize;
+
 use crate::baselines::PolicySpec;
 use crate::hashed_workload::HashedWorkload;
+use crate::measures::{Summary, summarise};
+use crate::outcome::Outcome;
 use crate::replay::{Progress, ReplayConfig, ReplayError, run_while};
-use crate::report::{Outcome, Report, summarise};
+use crate::slo::Slo;
+
+/// Results of one workload under several policies.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Comparison {
+    /// The workload's name.
+    pub workload: String,
+    /// Workers in the fleet.
+    pub workers: usize,
+    /// Limits that decide which requests count as goodput.
+    pub slo: Slo,
+    /// Runs of each policy. Each has its own seed.
+    pub seeds: usize,
+    /// Outcomes of all runs: those of the first policy in the order of their seeds, then those of
+    /// the next policy.
+    pub outcomes: Vec<Outcome>,
+    /// Every measure of every policy: the mean over seeds, and its difference from the best policy.
+    pub summary: Vec<Summary>,
+    /// Virtual time of all runs together, in seconds.
+    pub virtual_seconds: f64,
+    /// Real time of all runs together, in seconds.
+    pub real_seconds: f64,
+}
+
+impl Comparison {
+    /// Returns one measure of one policy; `None` if there is no such measure or policy.
+    #[must_use]
+    pub fn summary_of(&self, measure: &str, policy: &str) -> Option<&Summary> {
+        let mut summary = self.summary.iter();
+        summary.find(|row| row.measure == measure && row.policy == policy)
+    }
+}
 
 /// Identity of one run of a comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +80,7 @@ pub fn compare(
     traffic: &[Arc<HashedWorkload>],
     threads: usize,
     progress: &(dyn Fn(RunId, Progress) + Sync),
-) -> Result<Report, ReplayError> {
+) -> Result<Comparison, ReplayError> {
     let started = Instant::now();
     let case = Case {
         config: config.clone(),
@@ -53,7 +88,7 @@ pub fn compare(
     };
     let mut reports = compare_all(&[case], policies, threads, progress)?;
     let report = reports.pop().unwrap_or_default();
-    Ok(Report {
+    Ok(Comparison {
         real_seconds: started.elapsed().as_secs_f64(),
         ..report
     })
@@ -63,7 +98,8 @@ pub fn compare(
 /// each case in their order. Calls `progress` when a request of a run has ended or has missed the
 /// SLO, possibly from several threads at once.
 ///
-/// [`Report::real_seconds`] is the total time of the case's runs, divided by the number of threads.
+/// [`Comparison::real_seconds`] is the total time of the case's runs, divided by the number of
+/// threads.
 ///
 /// # Errors
 /// The error of [`run`](crate::replay::run), if any replay fails. The other replays are still run
@@ -73,7 +109,7 @@ pub fn compare_all(
     policies: &[PolicySpec],
     threads: usize,
     progress: &(dyn Fn(RunId, Progress) + Sync),
-) -> Result<Vec<Report>, ReplayError> {
+) -> Result<Vec<Comparison>, ReplayError> {
     let runs: Vec<RunId> = cases
         .iter()
         .enumerate()
@@ -108,7 +144,7 @@ pub fn compare_all(
         let outcomes: Vec<Outcome> = of_case.into_iter().map(|(outcome, _)| outcome).collect();
         let first = case.traffic.first();
         let name = first.map(|traffic| traffic.workload().name.clone());
-        Ok(Report {
+        Ok(Comparison {
             workload: name.unwrap_or_default(),
             workers: case.config.engines.len(),
             slo: case.config.slo,

@@ -14,11 +14,9 @@
 //! | [`replay`] | a workload, the engines and the router on one virtual clock |
 //! | [`baselines`] | policies of other routers, in place of the router's own |
 //! | [`prediction`], [`forecast_error`] | how accurate the router's predictions were |
-//! | [`slo`], [`report`], [`significance`] | measures of a replay, and whether differences are significant |
-//! | [`compare`], [`suite`], [`grid`] | several policies with several seeds, on several workloads, side by side |
+//! | [`slo`], [`outcome`], [`measures`], [`significance`] | measures of a replay, and whether differences are significant |
+//! | [`compare`], [`suite`] | several policies with several seeds, on several workloads |
 //! | [`capacity`] | how much traffic a policy can carry within an SLO |
-//! | [`load`] | client that sends the same workloads to a live address |
-//! | [`verify`] | comparison of a router's predictions with running engines |
 //!
 //! [`engine::Engine`] is a state machine without a clock. Its driver decides whether the duration
 //! of a step passes on a virtual clock ([`replay`]) or in real time (the
@@ -27,31 +25,24 @@
 pub mod arrivals;
 pub mod baselines;
 pub mod block_pool;
-mod box_plot;
 pub mod cache_signal;
 pub mod capacity;
-mod chart;
 pub mod compare;
 pub mod duration;
 pub mod engine;
 pub mod faults;
 pub mod fleet_changes;
 pub mod forecast_error;
-pub mod grid;
 pub mod hashed_workload;
-mod http;
-pub mod load;
-mod page;
+pub mod measures;
+pub mod outcome;
 pub mod prediction;
 pub mod prompt;
 mod ready_wakers;
 pub mod replay;
-pub mod report;
 pub mod significance;
 pub mod slo;
 pub mod step_time;
 pub mod suite;
-mod table;
 pub mod trace;
-pub mod verify;
 pub mod workload;

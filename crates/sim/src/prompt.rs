@@ -7,7 +7,7 @@ use std::ops::Range;
 use foresee_core::sequence::Sequence;
 
 /// Number of different tokens in prompts: the vocabulary of a large model.
-pub(crate) const VOCABULARY: NonZeroU32 = NonZeroU32::new(1 << 17).expect("not zero");
+pub const VOCABULARY: NonZeroU32 = NonZeroU32::new(1 << 17).expect("not zero");
 
 /// The first tokens of a stream. Equal streams have equal tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

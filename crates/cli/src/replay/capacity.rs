@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use foresee_report::CapacityTable;
 use foresee_sim::capacity::{self, Target};
 use indicatif::ProgressBar;
 
@@ -90,6 +91,6 @@ pub(super) fn capacity(args: &CapacityArgs) -> anyhow::Result<()> {
         &step,
     )?;
     lines.iter().for_each(ProgressBar::finish_and_clear);
-    print(&report)?;
+    print(CapacityTable(&report))?;
     write_json(args.json.as_deref(), &report)
 }

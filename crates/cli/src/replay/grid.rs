@@ -3,9 +3,9 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use foresee_report::grid::{Grid, Row};
 use foresee_sim::baselines::PolicySpec;
 use foresee_sim::compare::{Case, compare_all};
-use foresee_sim::grid::{Grid, Row};
 
 use crate::progress;
 

@@ -1,8 +1,9 @@
 //! `foresee replay run`: one workload or trace under several policies.
 
 use clap::Args;
+use foresee_report::ComparisonTable;
+use foresee_report::grid::{Grid, Row};
 use foresee_sim::compare::compare;
-use foresee_sim::grid::{Grid, Row};
 use indicatif::ProgressBar;
 
 use super::arguments::{
@@ -62,7 +63,7 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<()> {
         },
     )?;
     bars.iter().for_each(ProgressBar::finish_and_clear);
-    print(&report)?;
+    print(ComparisonTable(&report))?;
     let row = Row {
         name: report.workload.clone(),
         description: String::new(),

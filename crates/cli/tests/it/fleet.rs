@@ -7,12 +7,12 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use crate::ports::ANY_PORT;
+use foresee_client::load::{LiveOutcome, LoadConfig, run};
 use foresee_core::router::RouterConfig;
 use foresee_core::workers::WorkerState;
 use foresee_gateway::{Gateway, GatewayConfig, WorkerConfig, raise_open_file_limit};
 use foresee_mock::{MockEngineConfig, bind, serve};
 use foresee_sim::engine::EngineConfig;
-use foresee_sim::load::{LiveOutcome, LoadConfig, run};
 use foresee_sim::step_time::L40S_8B;
 use foresee_sim::workload::{Shape, Workload};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};

@@ -9,10 +9,10 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::ports::ANY_PORT;
+use foresee_client::load::{LiveOutcome, LoadConfig, run};
 use foresee_core::router::RouterConfig;
 use foresee_mock::{MockEngineConfig, bind, serve};
 use foresee_sim::engine::EngineConfig;
-use foresee_sim::load::{LiveOutcome, LoadConfig, run};
 use foresee_sim::step_time::L40S_8B;
 use foresee_sim::trace;
 use foresee_sim::workload::{Shape, Workload};

@@ -10,6 +10,7 @@ use std::process::{Command, Output};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::ports::{ANY_PORT, free_endpoint};
+use foresee_client::verify::{Lengths, Verdict, Verification, VerifyConfig, run};
 use foresee_core::router::CacheSource;
 use foresee_core::router::RouterConfig;
 use foresee_core::workers::WorkerState;
@@ -17,7 +18,6 @@ use foresee_gateway::{Gateway, GatewayConfig, WorkerConfig};
 use foresee_mock::{KvEventsConfig, MockEngineConfig, bind, serve};
 use foresee_sim::engine::EngineConfig;
 use foresee_sim::step_time::L40S_8B;
-use foresee_sim::verify::{Lengths, Verdict, Verification, VerifyConfig, run};
 use tokio::task::JoinSet;
 
 /// Time limit for workers to become healthy.

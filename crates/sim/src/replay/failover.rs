@@ -15,8 +15,8 @@ use foresee_core::workers::WorkerState;
 
 use super::Replay;
 use crate::faults::{Fate, fate};
+use crate::outcome::FaultOutcome;
 use crate::prompt::mix;
-use crate::report::FaultOutcome;
 
 /// Retries of one request.
 const MAX_RETRIES: u32 = 2;

@@ -5,8 +5,8 @@ use std::time::Duration;
 use foresee_core::workers::WorkerSnapshot;
 
 use super::Replay;
+use crate::outcome::{Goodput, Latency, Outcome, imbalance};
 use crate::prediction::{BookedRequest, unallocated};
-use crate::report::{Goodput, Latency, Outcome, imbalance};
 use crate::step_time::BatchLoad;
 
 impl Replay<'_> {

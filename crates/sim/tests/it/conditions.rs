@@ -15,8 +15,8 @@ use foresee_sim::capacity::{CapacityError, Target, find};
 use foresee_sim::compare::compare;
 use foresee_sim::engine::EngineConfig;
 use foresee_sim::hashed_workload::HashedWorkload;
+use foresee_sim::outcome::Outcome;
 use foresee_sim::replay::{ReplayConfig, ReplayError, run};
-use foresee_sim::report::Outcome;
 use foresee_sim::step_time::L40S_8B;
 use foresee_sim::workload::{Chat, Gaps, Recipe, Shape, Spacing, Workload};
 
@@ -261,14 +261,14 @@ fn runs_are_paired_by_seed_and_ties_are_marked() {
     assert_eq!(
         end_to_end.iter().filter(|row| row.is_best).count(),
         1,
-        "{report}"
+        "{report:?}"
     );
     for other in end_to_end.iter().filter(|row| !row.is_best) {
         let difference = other.against_best.unwrap().mean;
         assert!((difference - (other.mean - best.mean)).abs() < 1e-9);
     }
     let random = end_to_end[2].against_best.unwrap();
-    assert!(random.mean > 0.0 && !random.is_tie, "{report}");
+    assert!(random.mean > 0.0 && !random.is_tie, "{report:?}");
     let mean: f64 = report.outcomes[..4]
         .iter()
         .map(|run| run.end_to_end.mean)
@@ -280,8 +280,6 @@ fn runs_are_paired_by_seed_and_ties_are_marked() {
             .iter()
             .any(|row| row.against_best.is_some_and(|difference| difference.is_tie))
     );
-    let table = report.to_string();
-    assert!(table.contains("≈") && table.contains(" *") && table.contains("times real time"));
     assert!(report.virtual_seconds > 12.0 * 10.0 && report.real_seconds > 0.0);
 }
 
@@ -305,7 +303,7 @@ fn at_a_higher_rate_than_the_found_one_the_slo_is_missed() {
     let [kv, random] = &found.results[..] else {
         panic!("two policies");
     };
-    assert!(kv.rate > random.rate, "{found}");
+    assert!(kv.rate > random.rate, "{found:?}");
     let by_kv = ReplayConfig {
         policy: Some(policy::KV.into()),
         ..config.clone()

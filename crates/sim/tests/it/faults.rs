@@ -9,8 +9,8 @@ use crate::BLOCK;
 use foresee_core::router::RouterConfig;
 use foresee_sim::engine::EngineConfig;
 use foresee_sim::faults::{FaultKind, WorkerFault};
+use foresee_sim::outcome::Outcome;
 use foresee_sim::replay::{ReplayConfig, ReplayError, run};
-use foresee_sim::report::Outcome;
 use foresee_sim::step_time::L40S_8B;
 use foresee_sim::workload::{Chat, Gaps, Shape, Workload};
 

@@ -9,11 +9,10 @@ use std::sync::Arc;
 use crate::BLOCK;
 use foresee_core::router::RouterConfig;
 use foresee_sim::baselines::PolicySpec;
-use foresee_sim::compare::{Case, compare_all};
+use foresee_sim::compare::{Case, Comparison, compare_all};
 use foresee_sim::engine::EngineConfig;
 use foresee_sim::hashed_workload::HashedWorkload;
 use foresee_sim::replay::ReplayConfig;
-use foresee_sim::report::Report;
 use foresee_sim::step_time::L40S_8B;
 use foresee_sim::workload::{Recipe, Shape, Spacing, Workload};
 
@@ -35,14 +34,14 @@ fn open(recipe: &Recipe, requests: u32, rate: f64) -> Case {
     case(|seed| recipe.make(seed))
 }
 
-fn replayed(cases: &[Case], policies: &[&str]) -> Vec<Report> {
+fn replayed(cases: &[Case], policies: &[&str]) -> Vec<Comparison> {
     let policies = policies.iter().map(|name| name.parse().unwrap());
     let policies: Vec<PolicySpec> = policies.collect();
     compare_all(cases, &policies, 2, &|_, _| ()).unwrap()
 }
 
 /// Returns each policy's mean time from arrival to the last token, over seeds.
-fn end_to_end(report: &Report) -> Vec<f64> {
+fn end_to_end(report: &Comparison) -> Vec<f64> {
     let runs = report.outcomes.chunks(SEEDS as usize);
     let sums = runs.map(|runs| runs.iter().map(|run| run.end_to_end.mean).sum::<f64>());
     sums.map(|sum| sum / SEEDS as f64).collect()
@@ -89,7 +88,7 @@ fn the_router_queue_helps_under_load_and_costs_nothing_otherwise() {
     let burst = case(|seed| long.clone().with_requests(300).make(seed));
     let cases = [open(&plain(), 300, 6.0), burst];
     let reports = replayed(&cases, &["marginal-delay", "marginal-delay+shortest"]);
-    let ratio = |report: &Report| {
+    let ratio = |report: &Comparison| {
         let [without_queue, with_queue] = end_to_end(report)[..] else {
             panic!("two policies")
         };

@@ -1,11 +1,10 @@
-//! Integration tests of the simulated engine, the replays and the load client.
+//! Integration tests of the simulated engine and the replays.
 
 mod conditions;
 mod engine;
 mod estimated_cache;
 mod faults;
 mod guard;
-mod load;
 mod replay;
 
 use std::num::NonZeroU32;

@@ -10,11 +10,11 @@ use crate::BLOCK;
 use foresee_core::policy::{self, NamedPolicy};
 use foresee_core::router::RouterConfig;
 use foresee_sim::baselines::{BASELINES, PolicySpec};
-use foresee_sim::compare::compare;
+use foresee_sim::compare::{Comparison, compare};
 use foresee_sim::engine::EngineConfig;
 use foresee_sim::hashed_workload::HashedWorkload;
+use foresee_sim::outcome::Outcome;
 use foresee_sim::replay::{Progress, ReplayConfig, ReplayError, run};
-use foresee_sim::report::{Outcome, Report};
 use foresee_sim::step_time::L40S_8B;
 use foresee_sim::workload::{Chat, Shape, Workload};
 
@@ -70,7 +70,7 @@ fn side_by_side(
     policies: &[PolicySpec],
     workload: &Workload,
     threads: usize,
-) -> Report {
+) -> Comparison {
     let traffic = Arc::new(HashedWorkload::new(workload.clone(), BLOCK));
     compare(config, policies, &[traffic], threads, &|_, _| ()).expect("a valid configuration")
 }
@@ -119,8 +119,14 @@ fn prediction_routes_conversations_to_their_caches() {
     let [kv, round_robin] = &report.outcomes[..] else {
         panic!("two policies, two outcomes");
     };
-    assert!(kv.hit_fraction > 1.2 * round_robin.hit_fraction, "{report}");
-    assert!(kv.end_to_end.mean < round_robin.end_to_end.mean, "{report}");
+    assert!(
+        kv.hit_fraction > 1.2 * round_robin.hit_fraction,
+        "{report:?}"
+    );
+    assert!(
+        kv.end_to_end.mean < round_robin.end_to_end.mean,
+        "{report:?}"
+    );
 }
 
 #[test]
@@ -132,7 +138,7 @@ fn policies_with_more_information_are_not_worse() {
         .outcomes
         .iter()
         .map(|outcome| outcome.end_to_end.mean);
-    assert!(means.is_sorted(), "{report}");
+    assert!(means.is_sorted(), "{report:?}");
 }
 
 #[test]

@@ -2,11 +2,11 @@
 //! exactly the same number of tokens.
 
 use bytes::Bytes;
+use foresee_sim::prompt::{Prompt, VOCABULARY};
+use foresee_sim::workload::WorkloadRequest;
 use serde::Serialize;
 
 use crate::load::LoadConfig;
-use crate::prompt::{Prompt, VOCABULARY};
-use crate::workload::WorkloadRequest;
 
 /// Returns the body of a request for a stream with usage at its end and at most the workload's
 /// number of output tokens; exactly this number if `ignore_eos` is set and the server supports it.
@@ -96,8 +96,9 @@ fn word(token: u32) -> [u8; 4] {
 mod tests {
     use std::collections::HashSet;
 
+    use foresee_sim::workload::Arrival;
+
     use super::*;
-    use crate::workload::Arrival;
 
     #[test]
     fn every_token_has_its_own_word_of_four_letters() {

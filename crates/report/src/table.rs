@@ -2,34 +2,49 @@
 
 use std::fmt;
 
-/// A row: its label, the format of its numbers, and the measure.
-pub(crate) type Row<T> = (&'static str, fn(f64) -> String, fn(&T) -> f64);
+use foresee_sim::measures::{Summary, Unit};
 
-/// Formats seconds, with three decimals.
-pub(crate) const SECONDS: fn(f64) -> String = |seconds| format!("{seconds:.3}");
-/// Formats seconds as milliseconds.
-pub(crate) const MILLISECONDS: fn(f64) -> String = |seconds| format!("{:.1}", seconds * 1e3);
-/// Formats a fraction as a percentage.
-pub(crate) const PERCENT: fn(f64) -> String = |fraction| format!("{:.1}", fraction * 100.0);
-/// Formats a number with two decimals.
-pub(crate) const RATIO: fn(f64) -> String = |ratio| format!("{ratio:.2}");
-/// Formats a number without decimals.
-pub(crate) const COUNT: fn(f64) -> String = |count| format!("{count:.0}");
+/// A row: its label, the unit of its numbers, and the measure.
+pub type Row<T> = (&'static str, Unit, fn(&T) -> f64);
+
+/// Formats a number in its unit: seconds with three decimals, milliseconds and percentages with
+/// one, ratios with two, counts with none.
+#[must_use]
+pub fn shown(unit: Unit, value: f64) -> String {
+    match unit {
+        Unit::Seconds => format!("{value:.3}"),
+        Unit::Milliseconds => format!("{:.1}", value * 1e3),
+        Unit::Percent => format!("{:.1}", value * 100.0),
+        Unit::Ratio => format!("{value:.2}"),
+        Unit::Count => format!("{value:.0}"),
+    }
+}
+
+/// Formats the mean of a measure in its unit.
+#[must_use]
+pub fn shown_mean(summary: &Summary) -> String {
+    shown(summary.unit, summary.mean)
+}
 
 /// Writes a table of outcomes: a line with the title and the names of the columns, then a line for
 /// each row.
-pub(crate) fn write_table<'a, T: 'a>(
+///
+/// # Errors
+/// If the formatter fails.
+pub fn write_table<'a, T: 'a>(
     f: &mut fmt::Formatter<'_>,
     title: &str,
     columns: impl Iterator<Item = (&'a str, &'a T)> + Clone,
     rows: &[Row<T>],
 ) -> fmt::Result {
     let names: Vec<&str> = columns.clone().map(|(name, _)| name).collect();
-    let cells = rows.iter().map(|(label, show, value)| {
+    let cells = rows.iter().map(|(label, unit, value)| {
         let columns = columns.clone();
         (
             *label,
-            columns.map(|(_, outcome)| show(value(outcome))).collect(),
+            columns
+                .map(|(_, outcome)| shown(*unit, value(outcome)))
+                .collect(),
         )
     });
     write_cells(f, title, &names, &cells.collect::<Vec<_>>())
@@ -37,7 +52,10 @@ pub(crate) fn write_table<'a, T: 'a>(
 
 /// Writes a table of cells that are text: for each row a label and one cell for each column.
 /// Columns are as wide as their widest cell. Cells beyond the last column are ignored.
-pub(crate) fn write_cells(
+///
+/// # Errors
+/// If the formatter fails.
+pub fn write_cells(
     f: &mut fmt::Formatter<'_>,
     title: &str,
     columns: &[&str],

@@ -12,49 +12,49 @@ const BOTTOM: f64 = 40.0;
 
 /// A line of a chart.
 #[derive(Clone, Debug)]
-pub(crate) struct Line {
+pub struct Line {
     /// Class of the style sheet.
-    pub(crate) class: &'static str,
+    pub class: &'static str,
     /// Points (x, y), in increasing x.
-    pub(crate) points: Vec<(f64, f64)>,
+    pub points: Vec<(f64, f64)>,
     /// `true`: the value is constant until the next point. `false`: points are connected.
-    pub(crate) steps: bool,
+    pub steps: bool,
     /// Labels of the points, in their order; empty for no labels.
-    pub(crate) marks: Vec<String>,
+    pub marks: Vec<String>,
 }
 
 /// A highlighted, named interval of the horizontal axis.
 #[derive(Clone, Debug)]
-pub(crate) struct Band {
+pub struct Band {
     /// Start of the interval.
-    pub(crate) from: f64,
+    pub from: f64,
     /// End of the interval.
-    pub(crate) to: f64,
+    pub to: f64,
     /// Label at the top of the band.
-    pub(crate) name: String,
+    pub name: String,
 }
 
 /// A chart: lines over one pair of axes.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Chart<'c> {
+pub struct Chart<'c> {
     /// Label of the horizontal axis.
-    pub(crate) x_label: &'c str,
+    pub x_label: &'c str,
     /// Label of the vertical axis.
-    pub(crate) y_label: &'c str,
+    pub y_label: &'c str,
     /// Highlighted intervals, behind the lines.
-    pub(crate) bands: &'c [Band],
+    pub bands: &'c [Band],
     /// Lines, the later ones on top.
-    pub(crate) lines: &'c [Line],
+    pub lines: &'c [Line],
     /// Smallest x and y of the axes.
-    pub(crate) origin: (f64, f64),
+    pub origin: (f64, f64),
     /// Value at which a line ends when it rises above it; `None` for no limit.
-    pub(crate) ceiling: Option<f64>,
+    pub ceiling: Option<f64>,
 }
 
 impl Chart<'_> {
     /// Returns the chart as an `<svg>` element. Labels are escaped. The points of the lines, also
     /// those above the ceiling, determine the end of the horizontal axis; bands do not extend it.
-    pub(crate) fn svg(&self) -> String {
+    pub fn svg(&self) -> String {
         let ceiling = self.ceiling.unwrap_or(f64::INFINITY);
         let lines: Vec<_> = self
             .lines
@@ -173,7 +173,7 @@ fn cut_at_ceiling(points: &[(f64, f64)], ceiling: f64) -> Vec<(f64, f64)> {
 
 /// Returns about `count` or fewer equidistant round numbers, at least two. They cover the range
 /// from `smallest` to `largest`; if that is not finite, a range of length 1.
-pub(crate) fn ticks(smallest: f64, largest: f64, count: f64) -> Vec<f64> {
+pub fn ticks(smallest: f64, largest: f64, count: f64) -> Vec<f64> {
     let span = largest - smallest;
     let span = if span.is_finite() {
         span.max(1e-6)
@@ -198,7 +198,7 @@ pub(crate) fn ticks(smallest: f64, largest: f64, count: f64) -> Vec<f64> {
 }
 
 /// Escapes text for HTML content and attributes.
-pub(crate) fn escaped(text: &str) -> String {
+pub fn escaped(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for letter in text.chars() {
         match letter {

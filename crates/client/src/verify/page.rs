@@ -2,8 +2,9 @@
 
 use std::fmt::Write;
 
-use crate::chart::{Band, Chart, Line, escaped};
-use crate::page;
+use foresee_report::chart::{Band, Chart, Line, escaped};
+use foresee_report::page;
+
 use crate::verify::interval::Verdict;
 use crate::verify::report::{Hits, Verification, WorkerResult};
 

@@ -11,7 +11,9 @@ use crate::grid::{
     TTFT_P99,
 };
 use crate::page;
-use crate::report::{Latency, Outcome, Summary};
+use crate::table::shown_mean;
+use foresee_sim::measures::Summary;
+use foresee_sim::outcome::{Latency, Outcome};
 
 /// Classes of the lines of a chart, in the order of the policies.
 const LINE_CLASSES: [&str; 24] = [
@@ -385,11 +387,7 @@ impl Grid {
             }
             for measure in ["output tokens/s", "preemptions"] {
                 let summary = row.report.summary_of(measure, policy);
-                let _ = write!(
-                    html,
-                    "<td>{}",
-                    summary.map_or(String::new(), Summary::shown)
-                );
+                let _ = write!(html, "<td>{}", summary.map_or(String::new(), shown_mean));
             }
         }
         html.push_str("</table>");
@@ -442,14 +440,14 @@ fn cell(measure: GridMeasure, summary: &Summary, best: f64) -> String {
         OverRows::Points => {
             let difference = best - summary.mean;
             let limits = [0.005, 0.02, 0.05, 0.1, 0.2, 0.4];
-            (summary.shown(), limits, difference)
+            (shown_mean(summary), limits, difference)
         }
     };
     let heat = limits.iter().filter(|&&limit| distance > limit).count();
     let first = if summary.is_first() { " first" } else { "" };
     format!(
         "<td class=\"h{heat}{first}\" title=\"{}\">{text}",
-        summary.shown()
+        shown_mean(summary)
     )
 }
 

@@ -2,13 +2,14 @@
 
 use std::fmt;
 
+use foresee_report::table::{shown, write_cells};
+use foresee_sim::measures::Unit;
+use foresee_sim::outcome::Latency;
+use foresee_sim::workload::Workload;
 use serde::Serialize;
 
 use crate::load::LoadConfig;
 use crate::load::outcome::LiveOutcome;
-use crate::report::Latency;
-use crate::table::{MILLISECONDS, SECONDS, write_cells};
-use crate::workload::Workload;
 
 /// A load and its results. Two loads with the same `workload`, `requests`, `model`, `api` and
 /// `seed` sent the same request bodies, if their workloads have the same shape and no limit of
@@ -100,23 +101,27 @@ impl fmt::Display for LoadSummary {
 
 /// Writes the table of latencies: a row for each, with its mean and percentiles.
 fn write_latencies(f: &mut fmt::Formatter<'_>, outcome: &LiveOutcome) -> fmt::Result {
-    let row = |label, show: fn(f64) -> String, latency: &Latency| {
+    let row = |label, unit, latency: &Latency| {
         let values = [latency.mean, latency.p50, latency.p90, latency.p99];
-        (label, values.map(show).to_vec())
+        (label, values.map(|value| shown(unit, value)).to_vec())
     };
     let rows = [
         row(
             "time to first token, s",
-            SECONDS,
+            Unit::Seconds,
             &outcome.time_to_first_token,
         ),
         row(
             "inter-token latency, ms",
-            MILLISECONDS,
+            Unit::Milliseconds,
             &outcome.inter_token_latency,
         ),
-        row("end to end, s", SECONDS, &outcome.end_to_end),
-        row("client delay, ms", MILLISECONDS, &outcome.client_delay),
+        row("end to end, s", Unit::Seconds, &outcome.end_to_end),
+        row(
+            "client delay, ms",
+            Unit::Milliseconds,
+            &outcome.client_delay,
+        ),
     ];
     write_cells(f, "latency", &["mean", "p50", "p90", "p99"], &rows)
 }

@@ -12,11 +12,11 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use foresee_mock::{MockEngineConfig, bind, serve as serve_mock_engine};
-use foresee_sim::engine::EngineConfig;
-use foresee_sim::load::{
+use foresee_client::load::{
     FailureKind, LiveOutcome, LiveReport, LoadConfig, LoadError, NamedOutcome, Progress, run,
 };
+use foresee_mock::{MockEngineConfig, bind, serve as serve_mock_engine};
+use foresee_sim::engine::EngineConfig;
 use foresee_sim::prompt::Prompt;
 use foresee_sim::step_time::L40S_8B;
 use foresee_sim::workload::{Arrival, Shape, Workload, WorkloadRequest};

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use foresee_sim::outcome::Latency;
 use serde::Serialize;
 
-use crate::report::Latency;
 use crate::verify::VerifyConfig;
 use crate::verify::check::{Check, grouped};
 use crate::verify::engine_observer::{Reader, WorkerReadings};

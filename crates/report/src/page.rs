@@ -6,7 +6,7 @@ const STYLE: &str = include_str!("page.css");
 
 /// Returns a complete page with a title and an HTML body. `class` is the class of the `body`
 /// element. Only the title is escaped; `body` starts below the heading with the title.
-pub(crate) fn framed(title: &str, class: &str, body: &str) -> String {
+pub fn framed(title: &str, class: &str, body: &str) -> String {
     let title = escaped(title);
     format!(
         "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\">\

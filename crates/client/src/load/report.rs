@@ -2,10 +2,11 @@
 
 use std::fmt;
 
+use foresee_report::table::{Row, write_table};
+use foresee_sim::measures::Unit::{Count, Milliseconds, Percent, Ratio, Seconds};
 use serde::Serialize;
 
 use crate::load::outcome::LiveOutcome;
-use crate::table::{COUNT, MILLISECONDS, PERCENT, RATIO, Row, SECONDS, write_table};
 
 /// Results of one workload under several names, such as policies.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -32,31 +33,31 @@ pub struct NamedOutcome {
 impl fmt::Display for LiveReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const ROWS: [Row<LiveOutcome>; 19] = [
-            ("TTFT mean, s", SECONDS, |it| it.time_to_first_token.mean),
-            ("TTFT p50, s", SECONDS, |it| it.time_to_first_token.p50),
-            ("TTFT p99, s", SECONDS, |it| it.time_to_first_token.p99),
-            ("ITL mean, ms", MILLISECONDS, |it| {
+            ("TTFT mean, s", Seconds, |it| it.time_to_first_token.mean),
+            ("TTFT p50, s", Seconds, |it| it.time_to_first_token.p50),
+            ("TTFT p99, s", Seconds, |it| it.time_to_first_token.p99),
+            ("ITL mean, ms", Milliseconds, |it| {
                 it.inter_token_latency.mean
             }),
-            ("ITL p99, ms", MILLISECONDS, |it| it.inter_token_latency.p99),
-            ("end to end mean, s", SECONDS, |it| it.end_to_end.mean),
-            ("end to end p50, s", SECONDS, |it| it.end_to_end.p50),
-            ("end to end p99, s", SECONDS, |it| it.end_to_end.p99),
-            ("requests/s", RATIO, |it| it.requests_per_second),
-            ("output tokens/s", COUNT, |it| it.output_tokens_per_second),
-            ("makespan, s", RATIO, |it| it.makespan),
-            ("prefix hits, % of tokens", PERCENT, |it| it.hit_fraction),
-            ("worst/mean computed tokens", RATIO, |it| {
+            ("ITL p99, ms", Milliseconds, |it| it.inter_token_latency.p99),
+            ("end to end mean, s", Seconds, |it| it.end_to_end.mean),
+            ("end to end p50, s", Seconds, |it| it.end_to_end.p50),
+            ("end to end p99, s", Seconds, |it| it.end_to_end.p99),
+            ("requests/s", Ratio, |it| it.requests_per_second),
+            ("output tokens/s", Count, |it| it.output_tokens_per_second),
+            ("makespan, s", Ratio, |it| it.makespan),
+            ("prefix hits, % of tokens", Percent, |it| it.hit_fraction),
+            ("worst/mean computed tokens", Ratio, |it| {
                 it.computed_imbalance
             }),
-            ("worst/mean requests", RATIO, |it| it.request_imbalance),
-            ("client delay p99, ms", MILLISECONDS, |it| {
+            ("worst/mean requests", Ratio, |it| it.request_imbalance),
+            ("client delay p99, ms", Milliseconds, |it| {
                 it.client_delay.p99
             }),
-            ("sent", COUNT, |it| it.sent as f64),
-            ("finished", COUNT, |it| it.finished as f64),
-            ("aborted by clients", COUNT, |it| it.aborted as f64),
-            ("failed", COUNT, |it| it.failures() as f64),
+            ("sent", Count, |it| it.sent as f64),
+            ("finished", Count, |it| it.finished as f64),
+            ("aborted by clients", Count, |it| it.aborted as f64),
+            ("failed", Count, |it| it.failures() as f64),
         ];
         let title = format!("{}, {} workers", self.workload, self.workers);
         let outcomes = self.outcomes.iter();

@@ -21,14 +21,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use foresee_sim::arrivals::Arrivals;
+use foresee_sim::workload::Workload;
 use hyper::Uri;
 use hyper::http::uri::InvalidUri;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use tokio::task::{JoinError, JoinSet};
-
-use crate::arrivals::Arrivals;
-use crate::workload::Workload;
 
 use cancellation::Cancellation;
 use client_request::{ClientRequest, Record, Target};

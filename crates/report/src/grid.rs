@@ -7,8 +7,10 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::report::{Report, Summary};
-use crate::table::write_cells;
+use foresee_sim::compare::Comparison;
+use foresee_sim::measures::Summary;
+
+use crate::table::{shown_mean, write_cells};
 
 /// Reports of several cases under the same policies.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -37,13 +39,13 @@ pub struct Row {
     /// Arrival rate relative to the workload's own rate, if the rows differ by it.
     pub rate: Option<f64>,
     /// Results of all policies.
-    pub report: Report,
+    pub report: Comparison,
 }
 
 /// A measure that the grid shows, and how two policies are compared by it over all rows.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct GridMeasure {
-    /// Name of the measure in [`Report`].
+    /// Name of the measure in [`Comparison`].
     pub(crate) name: &'static str,
     /// Comparison over all rows.
     pub(crate) over_rows: OverRows,
@@ -79,7 +81,7 @@ pub(crate) const MEASURES: [GridMeasure; 8] = [
     HITS,
 ];
 
-/// Accuracy of the router's forecasts: name of the measure in [`Report`], and heading of its
+/// Accuracy of the router's forecasts: name of the measure in [`Comparison`], and heading of its
 /// column.
 pub(crate) const FORECAST_ERRORS: [(&str, &str); 6] = [
     ("prefill model, error %", "prefill, %"),
@@ -164,7 +166,7 @@ impl Grid {
         let rows = self.rows.iter().map(|row| {
             let cells = FORECAST_ERRORS.iter().map(|(measure, _)| {
                 let summary = row.report.summary_of(measure, policy);
-                summary.map_or(String::new(), Summary::shown)
+                summary.map_or(String::new(), shown_mean)
             });
             (row.name.as_str(), cells.collect())
         });
@@ -211,7 +213,7 @@ pub(crate) fn marked(summary: &Summary) -> String {
         Some(difference) if difference.is_tie => '≈',
         _ => ' ',
     };
-    format!("{}{mark}", summary.shown())
+    format!("{}{mark}", shown_mean(summary))
 }
 
 /// Writes all tables, one below the other, and a legend.
@@ -253,7 +255,8 @@ impl fmt::Display for Grid {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::{Latency, Outcome, summarise};
+    use foresee_sim::measures::summarise;
+    use foresee_sim::outcome::{Latency, Outcome};
 
     /// Returns an outcome of `policy` for each seed, given its mean end-to-end latency and its hit
     /// fraction.
@@ -279,12 +282,12 @@ mod tests {
             name: name.to_owned(),
             description: String::new(),
             rate: None,
-            report: Report {
+            report: Comparison {
                 seeds: 3,
                 summary: summarise(&outcomes, 3),
                 outcomes,
                 virtual_seconds: 50.0,
-                ..Report::default()
+                ..Comparison::default()
             },
         }
     }

@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use foresee_sim::outcome::{Latency, imbalance};
 use serde::Serialize;
 
 use crate::http::FailureKind;
 use crate::load::client_request::{End, Record};
-use crate::report::{Latency, imbalance};
 
 /// Limit for the different messages that are kept of each kind of failure.
 const MAX_MESSAGES: usize = 3;

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use crate::chart::escaped;
-use crate::report::Latency;
+use foresee_sim::outcome::Latency;
 
 /// Width of the picture.
 const WIDTH: f64 = 860.0;

@@ -1,0 +1,3 @@
+//! Integration tests of the load client.
+
+mod load;
