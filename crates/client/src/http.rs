@@ -6,6 +6,7 @@ use std::fmt;
 use std::ops::ControlFlow;
 
 use bytes::Bytes;
+use foresee_api::headers;
 use foresee_engine::stream::{Observed, StreamObserver};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
@@ -181,8 +182,8 @@ pub(crate) async fn send(
         };
         Failure::new(kind, chain(&error))
     })?;
-    let worker = header(response.headers(), "x-foresee-worker");
-    let predicted = header(response.headers(), "x-foresee-overlap-tokens");
+    let worker = header(response.headers(), headers::WORKER);
+    let predicted = header(response.headers(), headers::OVERLAP_TOKENS);
     let status = response.status();
     if !status.is_success() {
         return Err(Failure {

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use crate::http::{ApiKey, client};
-use engine_observer::{Poller, Reader};
+use engine_observer::{Poller, Reader, may_serve, serves};
 use exchange::{Ending, exchange};
 use prompt_mix::PromptMix;
 
@@ -145,12 +145,12 @@ async fn find_model(reader: &Reader, asked: Option<&str>) -> Result<String, Veri
     let began = Instant::now();
     loop {
         let mut workers = reader.workers().await.map_err(VerifyError::Router)?;
-        workers.retain(|worker| worker.may_serve(asked));
+        workers.retain(|worker| may_serve(worker, asked));
         if workers.is_empty() {
             let none = "the router has no worker for this model".to_owned();
             return Err(VerifyError::Workers(none));
         }
-        let missing = workers.iter().filter(|worker| !worker.serves());
+        let missing = workers.iter().filter(|worker| !serves(worker));
         let missing: Vec<&str> = missing.map(|worker| worker.name.as_str()).collect();
         let first = workers.iter().find_map(|worker| worker.models.first());
         if let (Some(first), true) = (first, missing.is_empty()) {

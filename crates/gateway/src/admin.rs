@@ -19,6 +19,8 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
+use foresee_api::admin as api;
+use foresee_core::LatencyAccuracy;
 use foresee_core::outlier::OutlierSnapshot;
 use foresee_core::router::CacheSource;
 use foresee_core::workers::{WorkerError, WorkerSnapshot, WorkerState};
@@ -28,7 +30,7 @@ use http::header::{ACCEPT, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
 use hyper::body::Incoming;
 use percent_encoding::percent_decode_str;
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::sync::Semaphore;
 
 use crate::gateway_state::GatewayState;
@@ -184,27 +186,26 @@ impl GatewayState {
     /// Returns all workers, and the accuracy of the output length model.
     fn list_workers(&self) -> Response<Body> {
         let snapshots = self.router.workers(self.clock.now());
-        let workers: Vec<Value> = snapshots
-            .iter()
-            .map(|worker| self.worker_json(worker))
-            .collect();
+        let workers = snapshots.iter().map(|worker| self.describe(worker));
         let lengths = self.router.output_length_accuracy();
-        let body = json!({
-            "workers": workers,
-            "output_lengths": {
-                "outputs": lengths.outputs,
-                "expected_tokens": lengths.expected_tokens,
-                "bias": lengths.bias,
-                "mean_error": lengths.mean_abs_relative_error,
+        let list = api::WorkerList {
+            workers: workers.collect(),
+            output_lengths: api::OutputLengths {
+                outputs: lengths.outputs,
+                expected_tokens: lengths.expected_tokens,
+                bias: lengths.bias,
+                mean_error: lengths.mean_abs_relative_error,
             },
-        });
-        reply::json(StatusCode::OK, body.to_string())
+        };
+        // Serialisation fails only for maps with keys other than strings; the list has none.
+        let body = serde_json::to_string(&list).unwrap_or_default();
+        reply::json(StatusCode::OK, body)
     }
 
     /// Returns one worker: the router's view, and the fields that only the gateway knows. The
-    /// latter are `null` while the worker is being removed, and the cache source is then
+    /// latter are `None` while the worker is being removed, and the cache source is then
     /// `estimated`.
-    fn worker_json(&self, worker: &WorkerSnapshot) -> Value {
+    fn describe(&self, worker: &WorkerSnapshot) -> api::Worker {
         let entry = self.workers.get(worker.id);
         let follows_events = entry
             .as_ref()
@@ -215,36 +216,36 @@ impl GatewayState {
             CacheSource::Estimated
         };
         let time_left = self.admin.removals.time_left(worker.id, self.clock.now());
-        json!({
-            "name": *worker.name,
-            "url": entry.as_ref().map(|entry| entry.config.url()),
-            "address": entry.as_ref().and_then(|entry| entry.address.resolved_ip()),
-            "rank": entry.as_ref().and_then(|entry| entry.config.rank),
-            "state": worker.state.as_str(),
-            "draining": worker.state == WorkerState::Draining,
-            "drain_deadline_seconds": time_left.map(|time| time.as_secs_f64()),
-            "health": entry.as_ref().map(|entry| entry.health_status()),
-            "models": *worker.models,
-            "outlier": outlier_json(&worker.outlier, self.clock.now()),
-            "requests": worker.requests,
-            "queued_requests": worker.queued_requests,
-            "active_blocks": worker.active_blocks,
-            "queued_blocks": worker.queued_blocks,
-            "engine_active_blocks": entry
+        api::Worker {
+            name: worker.name.to_string(),
+            url: entry.as_ref().map(|entry| entry.config.url()),
+            address: entry.as_ref().and_then(|entry| entry.address.resolved_ip()),
+            rank: entry.as_ref().and_then(|entry| entry.config.rank),
+            state: worker.state.as_str().to_owned(),
+            draining: worker.state == WorkerState::Draining,
+            drain_deadline_seconds: time_left.map(|time| time.as_secs_f64()),
+            health: entry.as_ref().map(|entry| entry.health_status()),
+            models: worker.models.to_vec(),
+            outlier: describe_outlier(&worker.outlier, self.clock.now()),
+            requests: worker.requests,
+            queued_requests: worker.queued_requests,
+            active_blocks: worker.active_blocks,
+            queued_blocks: worker.queued_blocks,
+            engine_active_blocks: entry
                 .as_ref()
                 .and_then(|entry| *entry.engine_active_blocks.lock()),
-            "context_tokens": worker.context_tokens,
-            "prefill_tokens": worker.prefill_tokens,
-            "cached_blocks": worker.cached_blocks,
-            "cache_source": cache_source.as_str(),
-            "kv_events": entry.and_then(|entry| kv_events_json(&entry)),
-            "capacity_blocks": worker.capacity_blocks,
-            "capacity_source": worker.capacity_source.as_str(),
-            "eviction": worker.eviction.as_str(),
-            "prefill_tokens_per_second": worker.latency.prefill_speed(),
-            "inter_token_latency_seconds": worker.inter_token_latency.as_secs_f64(),
-            "forecast": forecast_json(worker),
-        })
+            context_tokens: worker.context_tokens,
+            prefill_tokens: worker.prefill_tokens,
+            cached_blocks: worker.cached_blocks,
+            cache_source: cache_source.as_str().to_owned(),
+            kv_events: entry.and_then(|entry| describe_kv_events(&entry)),
+            capacity_blocks: worker.capacity_blocks,
+            capacity_source: worker.capacity_source.as_str().to_owned(),
+            eviction: worker.eviction.as_str().to_owned(),
+            prefill_tokens_per_second: worker.latency.prefill_speed(),
+            inter_token_latency_seconds: worker.inter_token_latency.as_secs_f64(),
+            forecast: describe_forecast(worker),
+        }
     }
 
     /// Adds the workers that the body describes. Responds with a 202 before the first health check.
@@ -286,67 +287,65 @@ fn conflict(error: &WorkerError) -> ApiError {
 }
 
 /// Returns what a worker's past results say about it. Times are seconds from `now`.
-fn outlier_json(outlier: &OutlierSnapshot, now: Duration) -> Value {
+fn describe_outlier(outlier: &OutlierSnapshot, now: Duration) -> api::Outlier {
     let seconds_until = |at: Option<Duration>| at.map(|at| at.saturating_sub(now).as_secs_f64());
-    json!({
-        "ejected": outlier.is_ejected,
-        "half_open": outlier.is_half_open,
-        "ejections": outlier.ejections,
-        "ejected_seconds": seconds_until(outlier.ejected_until),
-        "next_trial_seconds": seconds_until(outlier.next_trial_at),
-        "failure_rate": outlier.failure_rate,
-        "consecutive_failures": outlier.consecutive_failures,
-        "charge_seconds": outlier.charge_seconds,
-        "backpressure_seconds": seconds_until(outlier.backpressure_until),
-        "warming_up": outlier.is_warming_up,
-    })
+    api::Outlier {
+        ejected: outlier.is_ejected,
+        half_open: outlier.is_half_open,
+        ejections: outlier.ejections,
+        ejected_seconds: seconds_until(outlier.ejected_until),
+        next_trial_seconds: seconds_until(outlier.next_trial_at),
+        failure_rate: outlier.failure_rate,
+        consecutive_failures: outlier.consecutive_failures,
+        charge_seconds: outlier.charge_seconds,
+        backpressure_seconds: seconds_until(outlier.backpressure_until),
+        warming_up: outlier.is_warming_up,
+    }
 }
 
 /// Returns a worker's latency model, and the accuracy of its forecasts.
-fn forecast_json(worker: &WorkerSnapshot) -> Value {
+fn describe_forecast(worker: &WorkerSnapshot) -> api::Forecast {
     let model = &worker.latency;
-    let ttft = worker.ttft_accuracy;
-    json!({
-        "backlog_seconds": worker.prefill_backlog.as_secs_f64(),
-        "prefill": {
-            "base_seconds": model.prefill_base,
-            "seconds_per_token": model.prefill_per_token,
-            "seconds_per_attention_pair": model.prefill_per_attention_pair,
-            "samples": model.prefill_accuracy.samples,
-            "mean_error": model.prefill_accuracy.mean_abs_relative_error,
+    let accuracy = |accuracy: LatencyAccuracy| api::Accuracy {
+        samples: accuracy.samples,
+        mean_error: accuracy.mean_abs_relative_error,
+    };
+    api::Forecast {
+        backlog_seconds: worker.prefill_backlog.as_secs_f64(),
+        prefill: api::PrefillModel {
+            base_seconds: model.prefill_base,
+            seconds_per_token: model.prefill_per_token,
+            seconds_per_attention_pair: model.prefill_per_attention_pair,
+            accuracy: accuracy(model.prefill_accuracy),
         },
-        "decode_step": {
-            "base_seconds": model.decode_base,
-            "seconds_per_request": model.decode_per_request,
-            "seconds_per_context_token": model.decode_per_context_token,
-            "samples": model.decode_accuracy.samples,
-            "mean_error": model.decode_accuracy.mean_abs_relative_error,
+        decode_step: api::DecodeStepModel {
+            base_seconds: model.decode_base,
+            seconds_per_request: model.decode_per_request,
+            seconds_per_context_token: model.decode_per_context_token,
+            accuracy: accuracy(model.decode_accuracy),
         },
-        "time_to_first_token": {
-            "samples": ttft.samples,
-            "mean_error": ttft.mean_abs_relative_error,
-        },
-    })
+        time_to_first_token: accuracy(worker.ttft_accuracy),
+    }
 }
 
 /// Returns the state of a worker's event stream; `None` without an event source.
-fn kv_events_json(worker: &Worker) -> Option<Value> {
+fn describe_kv_events(worker: &Worker) -> Option<api::KvEvents> {
     let source = worker.event_source.borrow().clone()?;
     let snapshot = worker.events.read();
-    Some(json!({
-        "source": source.to_string(),
-        "replay": source.replay,
-        "discovered": worker.config.kv_events == KvEvents::Discovered,
-        "state": snapshot.state.as_str(),
-        "exact": snapshot.is_complete,
-        "last_sequence": snapshot.last_sequence,
-        "lag_seconds": snapshot.lag_seconds,
-        "batches": snapshot.batches,
-        "gaps": snapshot.gaps,
-        "lost": snapshot.lost,
-        "untrusted": snapshot.untrusted,
-        "full_report_mode": snapshot.full_report_mode,
-    }))
+    Some(api::KvEvents {
+        source: source.to_string(),
+        replay: source.replay,
+        discovered: worker.config.kv_events == KvEvents::Discovered,
+        state: snapshot.state.as_str().to_owned(),
+        exact: snapshot.is_complete,
+        last_sequence: snapshot.last_sequence,
+        lag_seconds: snapshot.lag_seconds,
+        batches: snapshot.batches,
+        gaps: snapshot.gaps,
+        lost: snapshot.lost,
+        untrusted: snapshot.untrusted,
+        full_report_mode: snapshot.full_report_mode,
+    })
 }
 
 /// Decodes the percent escapes in a part of a path. Names of workers are often `HOST:PORT`, and many

@@ -9,6 +9,7 @@ use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
+use foresee_api::headers::{CONTROL_PREFIX, EXPECTED_TOKENS, PRIORITY};
 use foresee_core::queue::QueueOrder;
 use foresee_core::workers::WorkerId;
 use foresee_engine::error::ApiError;
@@ -18,15 +19,6 @@ use ipnet::IpNet;
 
 use crate::gateway_state::GatewayState;
 use crate::workers::RANK_HEADER;
-
-/// Request header with the priority in the queue: lower values are dispatched first; the default is 0.
-const PRIORITY_HEADER: &str = "x-foresee-priority";
-
-/// Request header with the expected number of output tokens.
-const EXPECTED_TOKENS_HEADER: &str = "x-foresee-expected-tokens";
-
-/// Prefix of the headers that control the router.
-const CONTROL_PREFIX: &str = "x-foresee-";
 
 /// Request headers by which engines let a client control scheduling.
 const ENGINE_CONTROL_HEADERS: [&str; 3] = [RANK_HEADER, "x-vllm-priority", "x-smg-priority"];
@@ -83,8 +75,8 @@ impl GatewayState {
         };
         let hasher = BuildHasherDefault::<DefaultHasher>::default();
         let hints = RequestHints {
-            expected_output_tokens: integer_header(headers, EXPECTED_TOKENS_HEADER, tokens)?,
-            priority: integer_header(headers, PRIORITY_HEADER, priority)?.unwrap_or_default(),
+            expected_output_tokens: integer_header(headers, EXPECTED_TOKENS, tokens)?,
+            priority: integer_header(headers, PRIORITY, priority)?.unwrap_or_default(),
             tenant: tenant.map_or(0, |tenant| hasher.hash_one(tenant)),
             excluded_workers: Vec::new(),
         };

@@ -8,6 +8,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use foresee_api::headers as api_headers;
 use foresee_core::batch::Batch;
 use foresee_engine::error::ApiError;
 use foresee_engine::paths::{self, BodyFormat};
@@ -236,11 +237,11 @@ impl GatewayState {
         let block_size = self.config.router.block_size.get();
         let overlap_tokens = overlap_blocks.saturating_mul(block_size);
         let headers = &mut head.headers;
-        headers.remove("x-foresee-worker");
+        headers.remove(api_headers::WORKER);
         if self.config.expose_worker_header {
-            headers.insert("x-foresee-worker", upstream.worker.header.clone());
+            headers.insert(api_headers::WORKER, upstream.worker.header.clone());
         }
-        headers.insert("x-foresee-overlap-tokens", overlap_tokens.into());
+        headers.insert(api_headers::OVERLAP_TOKENS, overlap_tokens.into());
         let context = RequestContext {
             shared: Arc::clone(self),
             worker: upstream.worker,

@@ -13,11 +13,11 @@ use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use foresee_api::trace::TraceRecord;
 use foresee_core::sequence::Sequence;
 use foresee_engine::request::PromptSequences;
 use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
-use serde::Serialize;
 
 use crate::completion_log::Completion;
 use crate::metrics::{Metrics, Outcome};
@@ -130,23 +130,6 @@ struct Writer {
     write_failed: bool,
 }
 
-/// One line of a recording, as `foresee-sim` reads it.
-#[derive(Serialize)]
-struct Line<'a> {
-    /// Arrival time in milliseconds since 1970, so that one file can contain several runs.
-    timestamp: f64,
-    /// Prompt tokens.
-    input_length: u32,
-    /// Output tokens.
-    output_length: u32,
-    /// One id for each block of the prompt; equal ids mean equal prefixes.
-    hash_ids: Vec<u64>,
-    /// Tokens per block.
-    tokens_per_hash_id: u32,
-    /// Name of the model.
-    model: &'a str,
-}
-
 impl Writer {
     /// Writes entries until the queue contains `None` or is closed. Flushes the file whenever the
     /// queue is empty, so that it can be read meanwhile.
@@ -182,16 +165,16 @@ impl Writer {
                 continue;
             }
             let timestamp = (self.started + entry.arrived).as_secs_f64() * 1e3;
-            let line = Line {
-                // Rounded to microseconds; smaller differences are noise.
+            let record = TraceRecord {
+                // Since 1970, rounded to microseconds; smaller differences are noise.
                 timestamp: (timestamp * 1e3).round() / 1e3,
                 input_length: sequence.tokens(),
                 output_length,
                 hash_ids: self.hash_ids(sequence),
-                tokens_per_hash_id: sequence.block_size().get(),
-                model: &entry.model,
+                tokens_per_hash_id: Some(sequence.block_size()),
+                model: Some(entry.model.clone()),
             };
-            let written = serde_json::to_string(&line)
+            let written = serde_json::to_string(&record)
                 .map_err(io::Error::from)
                 .and_then(|line| writeln!(self.file, "{line}"));
             if self.log_write_result(&written) {

@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use foresee_api::admin::Health;
 use foresee_core::router::Router;
 use foresee_core::workers::{WorkerError, WorkerId, WorkerSpec};
 use foresee_engine::conversion::Dialect;
@@ -36,7 +37,6 @@ use crate::subscribe::{EventSource, EventStatus, KvEvents};
 use crate::workers::address::WorkerAddress;
 use crate::workers::api_key::{WorkerKey, WorkerKeyConfig};
 use crate::workers::health_record::HealthRecord;
-pub(crate) use crate::workers::health_record::HealthStatus;
 use crate::workers::worker_config::WorkerConfig;
 
 /// Header that pins a request to one data-parallel rank of an engine, for vLLM and SGLang alike.
@@ -133,7 +133,7 @@ impl Worker {
     }
 
     /// Returns the results of the health checks as the admin API shows them.
-    pub(crate) fn health_status(&self) -> HealthStatus {
+    pub(crate) fn health_status(&self) -> Health {
         self.health.status(Instant::now(), self.next_check_in())
     }
 

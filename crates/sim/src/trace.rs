@@ -13,7 +13,7 @@ use std::io::BufRead;
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-use serde::Deserialize;
+use foresee_api::trace::TraceRecord;
 
 mod azure;
 
@@ -77,17 +77,6 @@ pub enum TraceError {
     /// The trace has no request.
     #[error("the trace is empty")]
     Empty,
-}
-
-/// A line of a trace in Mooncake's format.
-#[derive(Deserialize)]
-struct TraceLine {
-    /// Milliseconds; some releases write fractions.
-    timestamp: f64,
-    input_length: u32,
-    output_length: u32,
-    hash_ids: Vec<u64>,
-    tokens_per_hash_id: Option<NonZeroU32>,
 }
 
 /// Format of a trace.
@@ -189,7 +178,7 @@ pub fn section(requests: &[TraceRequest], length: Duration, number: u64) -> Vec<
 /// [`read`] later makes relative to the first request. An output of 0 tokens becomes 1 token. An
 /// error is the field and the problem with it: an invalid timestamp, an empty prompt, or a number
 /// of ids that does not match the prompt's length.
-fn check(line: TraceLine) -> Result<TraceRequest, (&'static str, String)> {
+fn check(line: TraceRecord) -> Result<TraceRequest, (&'static str, String)> {
     let arrival = Duration::try_from_secs_f64(line.timestamp / 1000.0)
         .map_err(|error| ("timestamp", format!("{} ms: {error}", line.timestamp)))?;
     if line.input_length == 0 {

@@ -1,4 +1,4 @@
-//! The layout of the sources: no circles of files that use each other.
+//! The layout of the sources: no circles of files that use each other, and crates in an order.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -182,6 +182,90 @@ fn in_circles(uses: &BTreeMap<ModulePath, BTreeSet<ModulePath>>) -> BTreeSet<Str
         .filter(|module| reached_from(module).contains(module))
         .map(|module| module.join("::"))
         .collect()
+}
+
+/// The crates in order: a crate may use those after it, never one before it.
+const CRATES: [&str; 10] = [
+    "properties",
+    "cli",
+    "gateway",
+    "client",
+    "mock",
+    "report",
+    "sim",
+    "engine",
+    "api",
+    "core",
+];
+
+/// Dependencies that do I/O or need a runtime, which the pure crates must not have.
+const IMPURE: [&str; 8] = [
+    "clap",
+    "hyper",
+    "hyper-util",
+    "indicatif",
+    "socket2",
+    "tokio",
+    "tracing",
+    "zeromq",
+];
+
+/// The crates without I/O.
+const PURE: [&str; 5] = ["report", "sim", "engine", "api", "core"];
+
+/// Returns the dependencies of a crate, those of tests not included.
+fn dependencies(crates: &Path, name: &str) -> Vec<String> {
+    let manifest = fs::read_to_string(crates.join(name).join("Cargo.toml")).unwrap();
+    let (_, rest) = manifest.split_once("[dependencies]\n").unwrap();
+    let section = rest.split("\n[").next().unwrap();
+    let names = section.lines().map(|line| {
+        let end = line.find(['.', ' ', '=']).unwrap_or(line.len());
+        line[..end].to_owned()
+    });
+    names.filter(|name| !name.is_empty()).collect()
+}
+
+#[test]
+fn a_crate_uses_only_crates_below_it() {
+    let crates = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let entries = fs::read_dir(crates).unwrap();
+    let found: BTreeSet<String> = entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    let expected = CRATES.iter().map(|&name| name.to_owned());
+    assert_eq!(found, expected.collect());
+    for (position, name) in CRATES.iter().enumerate() {
+        for dependency in dependencies(crates, name) {
+            let used = match dependency.strip_prefix("foresee-") {
+                Some(used) => used,
+                None if dependency == "foresee" => "cli",
+                None => continue,
+            };
+            let below = &CRATES[position + 1..];
+            assert!(below.contains(&used), "{name} uses {used}");
+        }
+    }
+}
+
+#[test]
+fn pure_crates_have_no_dependency_that_does_io() {
+    let crates = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    for name in PURE {
+        for dependency in dependencies(crates, name) {
+            assert!(
+                !IMPURE.contains(&dependency.as_str()),
+                "{name} uses {dependency}"
+            );
+        }
+    }
+    for name in ["report", "sim", "core"] {
+        for file in rust_files(&crates.join(name).join("src")) {
+            let source = without_comments_and_tests(&fs::read_to_string(&file).unwrap());
+            for module in ["std::fs", "std::net", "std::process", "std::env"] {
+                assert!(!source.contains(module), "{file:?} uses {module}");
+            }
+        }
+    }
 }
 
 #[test]

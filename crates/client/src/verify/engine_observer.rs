@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use foresee_api::admin::{Worker, WorkerList};
 use foresee_engine::worker_metrics::{CacheConfig, EngineLoad};
 use futures_util::future::join_all;
 use hyper::Uri;
 use parking_lot::Mutex;
-use serde::Deserialize;
 use tokio::task::JoinHandle;
 use tokio::time::{Interval, MissedTickBehavior};
 
@@ -18,52 +18,26 @@ use crate::http::{ApiKey, HttpClient, client, get, read_whole, send};
 /// Limit for the time of one response.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A worker as the router's admin API describes it.
-#[derive(Clone, Debug, Deserialize)]
-pub(super) struct RouterWorker {
-    pub(super) name: String,
-    pub(super) url: String,
-    state: String,
-    pub(super) models: Vec<String>,
-    /// The data-parallel rank, for an address with several engines.
-    pub(super) rank: Option<u32>,
-    pub(super) active_blocks: u64,
-    requests: u32,
-    queued_requests: u32,
-    pub(super) cache_source: String,
-    pub(super) capacity_blocks: u32,
-    pub(super) kv_events: Option<KvEvents>,
+/// Returns whether a worker may serve the model; any model if `None`. A worker without known models
+/// may, a draining worker may not.
+pub(super) fn may_serve(worker: &Worker, model: Option<&str>) -> bool {
+    let serves =
+        |model| worker.models.is_empty() || worker.models.iter().any(|known| known == model);
+    worker.state != "draining" && model.is_none_or(serves)
 }
 
-impl RouterWorker {
-    /// Returns whether the worker may serve the model; any model if `None`. A worker without known
-    /// models may, a draining worker may not.
-    pub(super) fn may_serve(&self, model: Option<&str>) -> bool {
-        let serves =
-            |model| self.models.is_empty() || self.models.iter().any(|known| known == model);
-        self.state != "draining" && model.is_none_or(serves)
-    }
-
-    /// Returns the prediction as of `at`.
-    fn prediction(&self, at: f64) -> Prediction {
-        Prediction {
-            at,
-            blocks: self.active_blocks,
-            requests: self.requests.saturating_sub(self.queued_requests),
-        }
-    }
-
-    pub(super) fn serves(&self) -> bool {
-        self.state == "healthy" && !self.models.is_empty()
-    }
+/// Returns whether a worker is healthy and has listed its models.
+pub(super) fn serves(worker: &Worker) -> bool {
+    worker.state == "healthy" && !worker.models.is_empty()
 }
 
-/// The state of a worker's KV events in the router.
-#[derive(Clone, Debug, Deserialize)]
-pub(super) struct KvEvents {
-    pub(super) exact: bool,
-    pub(super) lag_seconds: Option<f64>,
-    pub(super) batches: u64,
+/// Returns the router's prediction for a worker as of `at`.
+fn prediction(worker: &Worker, at: f64) -> Prediction {
+    Prediction {
+        at,
+        blocks: worker.active_blocks,
+        requests: worker.requests.saturating_sub(worker.queued_requests),
+    }
 }
 
 /// The router's prediction for one engine, valid until the next.
@@ -94,7 +68,7 @@ pub(super) struct Reading {
 #[derive(Clone, Debug)]
 pub(super) struct WorkerReadings {
     /// The latest description.
-    pub(super) worker: RouterWorker,
+    pub(super) worker: Worker,
     /// Every change of the router's prediction.
     pub(super) predicted: Vec<Prediction>,
     pub(super) readings: Vec<Reading>,
@@ -138,13 +112,9 @@ impl Reader {
     ///
     /// # Errors
     /// A description of the problem if the admin API cannot be read.
-    pub(super) async fn workers(&self) -> Result<Vec<RouterWorker>, String> {
-        #[derive(Deserialize)]
-        struct List {
-            workers: Vec<RouterWorker>,
-        }
+    pub(super) async fn workers(&self) -> Result<Vec<Worker>, String> {
         let body = self.get_from_router("/admin/workers").await?;
-        let list: List = serde_json::from_slice(&body).map_err(|error| error.to_string())?;
+        let list: WorkerList = serde_json::from_slice(&body).map_err(|error| error.to_string())?;
         Ok(list.workers)
     }
 
@@ -168,7 +138,7 @@ impl Reader {
     ///
     /// # Errors
     /// If the router's admin API cannot be read.
-    async fn read_predictions(&self) -> Result<Vec<RouterWorker>, String> {
+    async fn read_predictions(&self) -> Result<Vec<Worker>, String> {
         let workers = self.workers().await?;
         let at = self.seconds();
         let mut by_worker = self.by_worker.lock();
@@ -180,7 +150,7 @@ impl Reader {
                 Some(readings) => readings.take(at, worker),
                 None => by_worker.push(WorkerReadings {
                     worker: worker.clone(),
-                    predicted: vec![worker.prediction(at)],
+                    predicted: vec![prediction(worker, at)],
                     readings: Vec::new(),
                     lags: Vec::new(),
                     metrics_error: None,
@@ -226,8 +196,11 @@ impl Reader {
     ///
     /// # Errors
     /// If the metrics cannot be read, or do not report the KV cache.
-    async fn read_engine(&self, worker: &RouterWorker, at: f64) -> Result<Reading, String> {
-        let body = self.get(&format!("{}/metrics", worker.url), None).await?;
+    async fn read_engine(&self, worker: &Worker, at: f64) -> Result<Reading, String> {
+        let Some(url) = &worker.url else {
+            return Err("the router is removing the worker".to_owned());
+        };
+        let body = self.get(&format!("{url}/metrics"), None).await?;
         let text = String::from_utf8_lossy(&body);
         let mut engines = EngineLoad::parse(&text);
         engines.retain(|(rank, _)| worker.rank.is_none_or(|own_rank| own_rank == *rank));
@@ -279,8 +252,8 @@ impl Reader {
 impl WorkerReadings {
     /// Replaces the worker's description with that of time `at`. Records its prediction if it has
     /// changed, and its event lag if a batch has been applied since the last call.
-    fn take(&mut self, at: f64, worker: &RouterWorker) {
-        let now = worker.prediction(at);
+    fn take(&mut self, at: f64, worker: &Worker) {
+        let now = prediction(worker, at);
         let is_same = |last: &Prediction| Prediction { at, ..*last } == now;
         if !self.predicted.last().is_some_and(is_same) {
             self.predicted.push(now);
@@ -378,7 +351,7 @@ mod tests {
                 "active_blocks": 7, "requests": requests, "queued_requests": queued_requests,
                 "cache_source": "estimated", "capacity_blocks": 100, "kv_events": null,
             });
-            serde_json::from_value::<RouterWorker>(worker).unwrap()
+            serde_json::from_value::<Worker>(worker).unwrap()
         };
         let mut readings = WorkerReadings {
             worker: worker(0, 0),

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use foresee_api::metrics::TOKEN_PARITY;
 use foresee_sim::outcome::Latency;
 use serde::Serialize;
 
@@ -326,10 +327,9 @@ impl Parity {
     /// # Errors
     /// If the router's metrics cannot be read.
     pub(super) async fn read(reader: &Reader) -> Result<Self, String> {
-        const COUNTER: &str = "foresee_token_parity_total";
         Ok(Self {
-            equal: reader.counter(COUNTER, "\"equal\"").await?,
-            different: reader.counter(COUNTER, "\"different\"").await?,
+            equal: reader.counter(TOKEN_PARITY, "\"equal\"").await?,
+            different: reader.counter(TOKEN_PARITY, "\"different\"").await?,
         })
     }
 }
@@ -348,7 +348,7 @@ impl Verification {
             let mut lags: Vec<f32> = readings.lags.iter().map(|&lag| lag as f32).collect();
             WorkerResult {
                 name: worker.name.clone(),
-                url: worker.url.clone(),
+                url: worker.url.clone().unwrap_or_default(),
                 cache_source: worker.cache_source.clone(),
                 events_exact: worker.kv_events.as_ref().map(|events| events.exact),
                 capacity_blocks: worker.capacity_blocks,

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use foresee_api::admin::Health;
 use parking_lot::Mutex;
-use serde::Serialize;
 
 /// Maximum length of an error that is kept, in characters.
 const MAX_ERROR_CHARS: usize = 256;
@@ -23,22 +23,6 @@ struct Results {
     /// Status code of the last check's response.
     status: Option<u16>,
     /// Error of the last check that failed.
-    last_error: Option<String>,
-}
-
-/// Results of a worker's health checks at one moment.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub(crate) struct HealthStatus {
-    /// Age of the last check; `None` before the first, and for a worker without health checks whose
-    /// connections were never refused.
-    last_check_seconds_ago: Option<f64>,
-    /// Time until the next check is due; 0 if it is running or overdue.
-    next_check_in_seconds: f64,
-    /// Failed checks in a row.
-    consecutive_failures: u32,
-    /// Status code of the last check's response; `None` without a response.
-    status: Option<u16>,
-    /// Error of the last check that failed, also if later ones succeeded.
     last_error: Option<String>,
 }
 
@@ -79,12 +63,12 @@ impl HealthRecord {
     }
 
     /// Returns the results, with the age of the last check at `now` and the time until the next.
-    pub(crate) fn status(&self, now: Instant, next_check_in: Duration) -> HealthStatus {
+    pub(crate) fn status(&self, now: Instant, next_check_in: Duration) -> Health {
         let results = self.0.lock().clone();
         let age = results
             .checked_at
             .map(|at| now.saturating_duration_since(at));
-        HealthStatus {
+        Health {
             last_check_seconds_ago: age.map(|age| age.as_secs_f64()),
             next_check_in_seconds: next_check_in.as_secs_f64(),
             consecutive_failures: results.consecutive_failures,

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::fake_worker::*;
+use foresee_api::metrics::TOKEN_PARITY;
 use foresee_gateway::{MetricInfo, metric_reference, metrics_page};
 
 /// Returns the value of a comment line of each family, such as its type, by the family's name.
@@ -101,4 +102,12 @@ async fn a_gateway_exposes_exactly_the_documented_metrics() {
     for metric in &reference {
         assert_labels(metric, &exposition);
     }
+}
+
+#[test]
+fn the_metrics_that_clients_read_exist() {
+    let family = TOKEN_PARITY.trim_end_matches("_total");
+    let reference = metric_reference();
+    let metric = reference.iter().find(|metric| metric.name == family);
+    assert_eq!(metric.unwrap().labels[0].name, "result");
 }

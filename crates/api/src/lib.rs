@@ -1,0 +1,13 @@
+//! What the gateway says, and others read: types and names without behaviour.
+//!
+//! | modules | content |
+//! |---|---|
+//! | [`headers`] | names of the headers of the public API |
+//! | [`metrics`] | names of metrics |
+//! | [`admin`] | JSON of the admin API |
+//! | [`trace`] | lines of recorded traffic |
+
+pub mod admin;
+pub mod headers;
+pub mod metrics;
+pub mod trace;
