@@ -19,8 +19,11 @@
 //! | [`capacity`] | how much traffic a policy can carry within an SLO |
 //!
 //! [`engine::Engine`] is a state machine without a clock. Its driver decides whether the duration
-//! of a step passes on a virtual clock ([`replay`]) or in real time (the
-//! mock engine, in the crate `mock`).
+//! of a step passes on a virtual clock ([`replay`]) or in real time (the mock engine, in the crate
+//! `mock`).
+//!
+//! The crate does no I/O: readers take what the caller opened. It reads a clock only for
+//! [`Comparison::real_seconds`](compare::Comparison::real_seconds).
 
 pub mod arrivals;
 pub mod baselines;
