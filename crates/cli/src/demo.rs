@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use foresee_core::policy::{self, NamedPolicy};
 use foresee_client::load::{self, LiveOutcome, LiveReport, LoadConfig, NamedOutcome};
+use foresee_core::policy::{self, NamedPolicy};
 use foresee_core::router::RouterConfig;
 use foresee_core::workers::{WorkerSnapshot, WorkerState};
 use foresee_gateway::{

@@ -135,11 +135,14 @@ impl Booking {
     #[must_use]
     pub fn predicted_ttft(&self) -> Duration {
         let state = self.state.lock();
-        state.get_record(self.id).map_or(Duration::ZERO, |record| {
-            record
-                .predicted_first_token_at
-                .saturating_sub(record.booked_at)
-        })
+        state
+            .bookings
+            .get(self.id)
+            .map_or(Duration::ZERO, |record| {
+                record
+                    .predicted_first_token_at
+                    .saturating_sub(record.booked_at)
+            })
     }
 
     /// Returns the prompt of the request.
@@ -317,7 +320,7 @@ impl Booking {
     ) -> Result<(BookingId, WorkerId, Decision), SelectError> {
         let mut state = self.state.lock();
         state.advance_to(now);
-        let ticket = state.record(self.id).map(|record| record.ticket);
+        let ticket = state.bookings.get(self.id).map(|record| record.ticket);
         let ticket = ticket.unwrap_or_else(|| state.ticket(request));
         let assessment = state.assess_with_ticket(request, ticket);
         let chosen = match worker {

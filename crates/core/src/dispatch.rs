@@ -120,7 +120,7 @@ impl State {
     /// Returns the predicted time that a request takes of its worker: its prefill, and what it adds
     /// to each decode step. Zero if the booking does not exist.
     fn predicted_service_time(&mut self, id: BookingId) -> Duration {
-        let Some(record) = self.bookings.get(id.index) else {
+        let Some(record) = self.bookings.get(id) else {
             return Duration::ZERO;
         };
         let output_tokens = f64::from(record.expected_output_tokens);
@@ -210,7 +210,11 @@ impl State {
         let Some((key, id, _)) = next.filter(|(.., fits)| *fits || may_exceed_memory) else {
             return;
         };
-        if let Some(queued) = self.record(id).and_then(|record| record.queued.as_mut()) {
+        if let Some(queued) = self
+            .bookings
+            .get_mut(id)
+            .and_then(|record| record.queued.as_mut())
+        {
             let waker = queued.waker.take();
             self.queue.pending_wakers.extend(waker);
             self.workers.pending_work[index as usize].queue.dispatching = Some(key);
@@ -291,7 +295,10 @@ impl State {
             return;
         };
         let now = self.now;
-        let queued = self.record(id).and_then(|record| record.queued.as_ref());
+        let queued = self
+            .bookings
+            .get_mut(id)
+            .and_then(|record| record.queued.as_ref());
         if queued.is_some_and(|queued| queued.rebalance_not_before <= now) {
             self.offer_rebalance(id);
         }
@@ -299,7 +306,11 @@ impl State {
 
     /// Lets a queued request choose a worker again when it is polled next, and wakes its task.
     pub(crate) fn offer_rebalance(&mut self, id: BookingId) {
-        if let Some(queued) = self.record(id).and_then(|record| record.queued.as_mut()) {
+        if let Some(queued) = self
+            .bookings
+            .get_mut(id)
+            .and_then(|record| record.queued.as_mut())
+        {
             queued.rebalance_offered = true;
             let waker = queued.waker.take();
             self.queue.pending_wakers.extend(waker);
@@ -310,7 +321,7 @@ impl State {
     /// removed, which the caller notices. Otherwise the task of `context`, which replaces the one
     /// of the previous poll, is woken when it must poll again.
     pub(crate) fn poll_dispatch(&mut self, id: BookingId, context: &mut Context<'_>) -> Poll<()> {
-        let Some(record) = self.record(id) else {
+        let Some(record) = self.bookings.get_mut(id) else {
             return Poll::Ready(());
         };
         let worker = record.worker;
@@ -326,20 +337,24 @@ impl State {
 
     /// Returns whether the request is queued.
     pub(crate) fn is_queued(&self, id: BookingId) -> bool {
-        self.get_record(id)
+        self.bookings
+            .get(id)
             .is_some_and(|record| record.queued.is_some())
     }
 
     /// Returns whether the request is queued and may choose a worker again, and withdraws the
     /// offer.
     pub(crate) fn take_rebalance_offer(&mut self, id: BookingId) -> bool {
-        let queued = self.record(id).and_then(|record| record.queued.as_mut());
+        let queued = self
+            .bookings
+            .get_mut(id)
+            .and_then(|record| record.queued.as_mut());
         queued.is_some_and(|queued| std::mem::take(&mut queued.rebalance_offered))
     }
 
     /// Returns whether the request is queued and its worker is ready to take it now.
     pub(crate) fn is_dispatching(&self, id: BookingId) -> bool {
-        let Some(record) = self.get_record(id) else {
+        let Some(record) = self.bookings.get(id) else {
             return false;
         };
         let key = record.queued.as_ref().map(|queued| queued.key);
@@ -388,7 +403,9 @@ impl State {
         id: BookingId,
         request: &PreparedRequest<'_>,
     ) -> Option<(BookingId, WorkerId, Decision)> {
-        self.record(id).filter(|record| record.queued.is_some())?;
+        self.bookings
+            .get_mut(id)
+            .filter(|record| record.queued.is_some())?;
         let (worker, ticket) = self.remove_booking(id)?;
         let assessment = self.assess_ignoring_queue(request, ticket);
         self.queue.on_dispatch(&ticket);
@@ -413,7 +430,7 @@ impl State {
     /// its worker either. Returns the worker and the queue ticket, or `None` if the booking has
     /// ended. Dispatches no other request.
     fn remove_booking(&mut self, id: BookingId) -> Option<(WorkerId, QueueTicket)> {
-        let record = self.remove_record(id)?;
+        let record = self.bookings.remove(id)?;
         let (worker, ticket, now) = (record.worker, record.ticket, self.now);
         if let Some((pending_work, _)) = self.workers.pending_work_mut(worker) {
             let arrival = (record.booked_at, record.predicted_prefill_seconds);

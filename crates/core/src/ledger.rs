@@ -12,7 +12,6 @@ use crate::booking_record::{BookingRecord, KnownProgress, QueuedState};
 use crate::counter::Counter;
 use crate::forecast::latency_model::PrefillWork;
 use crate::outlier::{ExchangeResult, ReportedResult};
-use crate::paged_slab::PagedSlab;
 use crate::pending_work::RequestWork;
 use crate::policy::Decision;
 use crate::prefix_state::{PinRequest, UnpinRequest};
@@ -27,22 +26,12 @@ use crate::worker_id::WorkerId;
 /// sample of decode time. With fewer steps, prefill is too large a part of it.
 const MIN_STEPS_FOR_LATENCY_SAMPLE: u32 = 16;
 
-/// Returns the record of a booking, unless the booking has ended. For callers that borrow other
-/// parts of the [`State`] at the same time.
-pub(crate) fn find_record(
-    bookings: &mut PagedSlab<BookingRecord>,
-    id: BookingId,
-) -> Option<&mut BookingRecord> {
-    let record = bookings.get_mut(id.index)?;
-    (record.serial == id.serial).then_some(record)
-}
-
 impl State {
     /// Returns the predicted time from a booking to the first byte of its response: see
     /// [`Booking::predicted_first_byte`](crate::booking::Booking::predicted_first_byte). The decode
     /// steps are predicted for the present decode batch.
     pub(crate) fn predicted_first_byte(&self, id: BookingId) -> Option<Duration> {
-        let record = self.get_record(id)?;
+        let record = self.bookings.get(id)?;
         let first_token = record
             .predicted_first_token_at
             .saturating_sub(record.booked_at);
@@ -58,24 +47,6 @@ impl State {
             latency_model.decode_step_seconds(f64::from(requests.max(1)), context_tokens as f64);
         let output = duration_from_secs_saturating(step * f64::from(record.max_tokens?));
         Some(first_token.saturating_add(output))
-    }
-
-    /// Returns the record of a booking, unless the booking has ended.
-    pub(crate) fn get_record(&self, id: BookingId) -> Option<&BookingRecord> {
-        let record = self.bookings.get(id.index)?;
-        (record.serial == id.serial).then_some(record)
-    }
-
-    /// Returns the record of a booking to be changed, unless the booking has ended.
-    pub(crate) fn record(&mut self, id: BookingId) -> Option<&mut BookingRecord> {
-        find_record(&mut self.bookings, id)
-    }
-
-    /// Removes the record of a booking and returns it, unless the booking has ended. The caller
-    /// [undoes](Self::undo) what is in it.
-    pub(crate) fn remove_record(&mut self, id: BookingId) -> Option<BookingRecord> {
-        self.record(id)?;
-        self.bookings.remove(id.index)
     }
 
     /// Books a request on `worker`, as sent to it now. The state must not have changed since
@@ -124,7 +95,7 @@ impl State {
             reserve.replace(OutputReservation::default(), record.output_reservation());
         }
         let is_streaming = record.is_streaming;
-        let id = self.insert(record);
+        let id = self.bookings.insert(record);
         if is_prefill_finished {
             self.on_prefill_finished(worker, id.serial);
         }
@@ -172,7 +143,7 @@ impl State {
             rebalance_not_before,
             waker: None,
         }));
-        let id = self.insert(record);
+        let id = self.bookings.insert(record);
         if self.workers.enqueue(worker, key, id, work, memory) {
             self.queue.queued_total += 1;
         }
@@ -189,7 +160,7 @@ impl State {
         request: &PreparedRequest<'_>,
     ) -> (BookingRecord, Decision) {
         let decision = self.decision(worker.index, assessment, request);
-        self.last_booking_serial += 1;
+        let serial = self.bookings.next_serial();
         let (prompt, now) = (request.prompt, self.now);
         let cached_tokens = decision.cost.overlap_blocks * prompt.block_size().get();
         let uncached_tokens = prompt.tokens().saturating_sub(cached_tokens);
@@ -202,7 +173,7 @@ impl State {
         );
         work.is_streaming = request.is_streaming;
         let record = BookingRecord {
-            serial: self.last_booking_serial,
+            serial,
             worker,
             node: NO_NODE,
             hashed_blocks: 0,
@@ -273,20 +244,12 @@ impl State {
             .add(record.predicted_prefill_seconds, now);
     }
 
-    /// Stores a record and returns its id.
-    fn insert(&mut self, record: BookingRecord) -> BookingId {
-        BookingId {
-            serial: record.serial,
-            index: self.bookings.insert(record),
-        }
-    }
-
     /// Records that the worker has computed the prompt, because its output is reported. Learns from
     /// the time of the first token if the response is streamed, and reports a success. Calls after
     /// the first have no effect. The request must be dispatched. Dispatches the worker's next
     /// request if this ends the prefill. Has no effect if the booking has ended.
     pub(crate) fn on_first_token(&mut self, id: BookingId, now: Duration) {
-        let record = find_record(&mut self.bookings, id);
+        let record = self.bookings.get_mut(id);
         let Some(record) = record.filter(|record| !record.prefill_confirmed) else {
             return;
         };
@@ -345,7 +308,7 @@ impl State {
     /// requests that are not in transit any more.
     fn on_engine_step_started(&mut self, index: WorkerIndex, now: Duration) {
         let in_transit = self.workers.pending_work[index as usize].oldest_in_transit(now);
-        let last_started = in_transit.map_or(self.last_booking_serial, |oldest| oldest - 1);
+        let last_started = in_transit.map_or(self.bookings.latest_serial(), |oldest| oldest - 1);
         self.prefixes.mark_started(index, last_started);
     }
 
@@ -353,7 +316,7 @@ impl State {
     /// the response is streamed. [`on_first_token`](Self::on_first_token) must be called before.
     /// The first report of a response is no sample. Has no effect if the booking has ended.
     pub(crate) fn on_tokens(&mut self, id: BookingId, count: u32, now: Duration) {
-        let Some(record) = self.record(id) else {
+        let Some(record) = self.bookings.get_mut(id) else {
             return;
         };
         let elapsed = now.saturating_sub(record.last_token_at);
@@ -389,7 +352,7 @@ impl State {
 
     /// Sets the number of output tokens to `total`, as reported by the worker.
     pub(crate) fn set_reported_output(&mut self, id: BookingId, total: u32) {
-        if let Some(record) = self.record(id) {
+        if let Some(record) = self.bookings.get_mut(id) {
             record.output_count_reported = true;
             self.set_output_tokens(id, total);
         }
@@ -400,7 +363,7 @@ impl State {
     /// `total` may be lower than before. The remaining output is forecast again only if the number
     /// of blocks changes. Has no effect if the booking has ended.
     pub(crate) fn set_output_tokens(&mut self, id: BookingId, total: u32) {
-        let Some(record) = find_record(&mut self.bookings, id) else {
+        let Some(record) = self.bookings.get_mut(id) else {
             return;
         };
         let (before, context_before) = (record.occupancy(), record.context_tokens());
@@ -443,7 +406,8 @@ impl State {
     /// output of `max_tokens` tokens counts as truncated. Does not release the booking.
     pub(crate) fn learn_from_completion(&mut self, id: BookingId, now: Duration) {
         let Some(record) = self
-            .record(id)
+            .bookings
+            .get_mut(id)
             .filter(|record| record.output_count_reported)
         else {
             return;
@@ -492,7 +456,7 @@ impl State {
         prompt: &Sequence,
         tokens: u32,
     ) -> bool {
-        let Some(record) = self.record(id) else {
+        let Some(record) = self.bookings.get_mut(id) else {
             return false;
         };
         let (worker, block_size) = (record.worker, record.block_size);
@@ -510,7 +474,7 @@ impl State {
     /// makes the blocks of the output findable too; it is ignored unless the prefill was confirmed.
     /// Has no effect if the booking has ended already.
     pub(crate) fn release(&mut self, id: BookingId, output_sequence: Option<&Sequence>) {
-        let Some(record) = self.remove_record(id) else {
+        let Some(record) = self.bookings.remove(id) else {
             return;
         };
         let index = record.worker.index;
@@ -555,7 +519,7 @@ impl State {
                     false => 0,
                 },
                 output_chain: output_chain.as_ref(),
-                latest_serial: self.last_booking_serial,
+                latest_serial: self.bookings.latest_serial(),
             },
         );
         load.requests.subtract(1);

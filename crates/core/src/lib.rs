@@ -39,7 +39,7 @@
 //! | `forecast` | How fast is a worker, and how long are outputs? |
 //! | `pending_work`, `arrival_rate` | How much prefill and decode work does a worker have? |
 //! | `replication` | When should an idle worker compute a popular prefix once more? |
-//! | `booking_record`, `ledger` | What does a booking add to its worker, and when is it subtracted? |
+//! | `bookings`, `booking_record`, `ledger` | What does a booking add to its worker, and when is it subtracted? |
 //! | `progress`, `progress_estimator` | How far is a request whose response is not streamed? |
 //! | `removal` | How is everything that a worker held removed without a pause? |
 //! | `counter`, `paged_slab` | How are sums of bookings and values with ids stored? |
@@ -90,6 +90,7 @@ mod batch_costs;
 pub mod booking;
 mod booking_id;
 mod booking_record;
+mod bookings;
 mod cache_source;
 mod capacity;
 mod config;

@@ -8,7 +8,6 @@ use std::time::Duration;
 use crate::booking_id::BookingId;
 use crate::booking_record::KnownProgress;
 use crate::event_index::PrefixRun;
-use crate::ledger::find_record;
 use crate::progress_estimator::TailBlock;
 use crate::sequence::{Sequence, SequenceHash};
 use crate::state::State;
@@ -28,8 +27,8 @@ impl State {
     pub(crate) fn track_progress(&mut self, worker: WorkerId, prompt: &Sequence, id: BookingId) {
         let bookings = &self.bookings;
         self.progress.prune(bookings.len(), |id| {
-            let record = bookings.get(id.index);
-            record.is_some_and(|record| record.serial == id.serial && !record.prefill_confirmed)
+            let record = bookings.get(id);
+            record.is_some_and(|record| !record.prefill_confirmed)
         });
         self.progress.schedule(id, self.now);
         let full_blocks =
@@ -64,7 +63,7 @@ impl State {
     /// Records that the prefill of a request has started, because an event reports one of its
     /// blocks as stored.
     fn on_prompt_stored(&mut self, worker: WorkerId, id: BookingId) {
-        if let Some(record) = find_record(&mut self.bookings, id)
+        if let Some(record) = self.bookings.get_mut(id)
             && record.worker == worker
             && let Some((pending_work, _)) = self.workers.pending_work_mut(worker)
         {
@@ -88,7 +87,10 @@ impl State {
             booking: id,
             blocks,
         } = tail;
-        let record = find_record(&mut self.bookings, id).filter(|record| !record.prefill_confirmed);
+        let record = self
+            .bookings
+            .get_mut(id)
+            .filter(|record| !record.prefill_confirmed);
         let Some(record) = record.filter(|record| record.worker == worker) else {
             return;
         };
@@ -115,7 +117,7 @@ impl State {
             self.update_estimate(id);
         }
         let now = self.now;
-        let Some(record) = self.record(id) else {
+        let Some(record) = self.bookings.get_mut(id) else {
             return;
         };
         record.last_known = KnownProgress {
@@ -158,8 +160,10 @@ impl State {
     /// removed.
     fn update_estimate(&mut self, id: BookingId) -> Option<Duration> {
         let now = self.now;
-        let record =
-            find_record(&mut self.bookings, id).filter(|record| !record.prefill_confirmed)?;
+        let record = self
+            .bookings
+            .get_mut(id)
+            .filter(|record| !record.prefill_confirmed)?;
         let (worker, expected_tokens) = (record.worker, record.expected_output_tokens);
         let block_size = record.block_size;
         let (pending_work, shared_model) = self.workers.pending_work_mut(worker)?;

@@ -78,7 +78,7 @@ impl SharedState {
         let Some((pending_work, mut cache, cursor)) = state.retire_worker(id) else {
             return false;
         };
-        let booking_ids = state.bookings.id_end();
+        let booking_ids = state.bookings.index_end();
         drop(state);
         let queued: Vec<BookingId> = pending_work.queue.bookings().collect();
         for part in queued.chunks(MAX_REQUESTS_PER_LOCK) {
@@ -135,10 +135,11 @@ impl State {
         Some((pending_work, cache, cursor))
     }
 
-    /// Unpins the blocks of the bookings on a removed worker whose ids are in `ids`.
-    fn detach_bookings(&mut self, worker: WorkerId, ids: std::ops::Range<usize>) {
-        for id in ids {
-            let record = self.bookings.get_mut(id);
+    /// Unpins the blocks of the bookings on a removed worker at `indices`.
+    fn detach_bookings(&mut self, worker: WorkerId, indices: std::ops::Range<usize>) {
+        for index in indices {
+            let id = self.bookings.id_at(index);
+            let record = id.and_then(|id| self.bookings.get_mut(id));
             let Some(record) = record.filter(|record| record.worker == worker) else {
                 continue;
             };

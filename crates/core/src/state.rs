@@ -12,10 +12,9 @@ use smallvec::SmallVec;
 use crate::active_tree::{PrefixMatch, WorkerIndex};
 use crate::assessment::RequestAssessment;
 use crate::batch_costs::BatchCosts;
-use crate::booking_record::BookingRecord;
+use crate::bookings::Bookings;
 use crate::config::RouterConfig;
 use crate::forecast::output_length::OutputLengthModel;
-use crate::paged_slab::PagedSlab;
 use crate::policy::kv_cost::KvCostInput;
 use crate::policy::{BatchRule, Candidates, Decision, RequestProfile, Selector, WorkerView};
 use crate::prefix_state::PrefixState;
@@ -36,13 +35,11 @@ pub(crate) struct State {
     /// Prefixes that requests pin and that workers cache.
     pub(crate) prefixes: PrefixState,
     /// Records of all bookings.
-    pub(crate) bookings: PagedSlab<BookingRecord>,
+    pub(crate) bookings: Bookings,
     /// Forecast of output lengths.
     pub(crate) output_length: OutputLengthModel,
     /// Progress of requests whose responses are not streamed.
     pub(crate) progress: ProgressEstimator,
-    /// Serial of the latest booking. A booking that is made again gets a new serial.
-    pub(crate) last_booking_serial: u64,
     /// State that all worker queues share. The queues themselves are in [`Workers::pending_work`].
     pub(crate) queue: QueuePolicyState,
     /// Regret per prefix, which decides when to replicate it.
@@ -61,10 +58,9 @@ impl State {
             workers: Workers::new(config.outlier.clone()),
             config,
             prefixes: PrefixState::default(),
-            bookings: PagedSlab::default(),
+            bookings: Bookings::default(),
             output_length: OutputLengthModel::default(),
             progress: ProgressEstimator::default(),
-            last_booking_serial: 0,
             queue: QueuePolicyState::default(),
             replication_regret: ReplicationRegret::default(),
             now: Duration::ZERO,

@@ -90,10 +90,10 @@ impl State {
     /// booking has ended.
     pub(crate) fn report(&mut self, id: BookingId, result: ExchangeResult) -> Option<WorkerId> {
         let charge = self.failure_charge(id, result);
-        let record = self.get_record(id)?;
+        let record = self.bookings.get(id)?;
         let (worker, sent_at, mut reported) = (record.worker, record.booked_at, record.reported);
         let is_restricted = self.apply_result(worker, result, &mut reported, sent_at, charge);
-        if let Some(record) = self.record(id) {
+        if let Some(record) = self.bookings.get_mut(id) {
             record.reported = reported;
         }
         is_restricted.then_some(worker)
@@ -107,7 +107,7 @@ impl State {
         for &id in further {
             let charge = self.failure_charge(id, result);
             let now = self.now;
-            let Some(record) = self.record(id) else {
+            let Some(record) = self.bookings.get_mut(id) else {
                 continue;
             };
             let (worker, previous) = (record.worker, record.reported);
@@ -139,7 +139,7 @@ impl State {
                 return FailureCharge::default();
             }
         };
-        let Some(record) = self.get_record(id) else {
+        let Some(record) = self.bookings.get(id) else {
             return FailureCharge::default();
         };
         let ttft = record
