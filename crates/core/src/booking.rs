@@ -140,7 +140,8 @@ impl Booking {
             .get(self.id)
             .map_or(Duration::ZERO, |record| {
                 record
-                    .predicted_first_token_at
+                    .forecast
+                    .first_token_at
                     .saturating_sub(record.booked_at)
             })
     }

@@ -36,8 +36,38 @@ pub(crate) struct KnownProgress {
     pub(crate) output_tokens: u32,
 }
 
+/// Limits of a request's output, and its expected length.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ExpectedOutput {
+    /// Length class of the output.
+    pub(crate) length_class: LengthClass,
+    /// Maximum number of output tokens, if the client sets one.
+    pub(crate) max_tokens: Option<u32>,
+    /// Whether the engine generates `max_tokens` tokens whatever the model predicts.
+    pub(crate) ignore_eos: bool,
+    /// Number of output tokens that the client expects.
+    pub(crate) client_expected_tokens: Option<u32>,
+    /// Number of output tokens that was forecast at the booking.
+    pub(crate) expected_tokens: u32,
+}
+
+/// Prefill of a request, as forecast at its booking.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PrefillForecast {
+    /// Prefill time of the prompt, in seconds.
+    pub(crate) prefill_seconds: f64,
+    /// Time of the first token.
+    pub(crate) first_token_at: Duration,
+    /// Whether the bookings of the worker exceed its capacity with this one. The first token then
+    /// says little about prefill time, because the request may wait for memory.
+    pub(crate) waits_for_memory: bool,
+}
+
 /// The router's internal side of a booking: all that the booking added to the numbers of its
 /// worker, so that its release subtracts exactly that.
+///
+/// It has many fields because each contribution is stored where it was made: a sum of contributions
+/// could not be taken back exactly.
 #[derive(Debug)]
 pub(crate) struct BookingRecord {
     /// Number of the booking; see [`BookingId`].
@@ -58,36 +88,21 @@ pub(crate) struct BookingRecord {
     pub(crate) output_tokens: u32,
     /// Contribution to the worker's pending work.
     pub(crate) work: RequestWork,
-    /// Length class of the output.
-    pub(crate) length_class: LengthClass,
-    /// Maximum number of output tokens, if the client sets one.
-    pub(crate) max_tokens: Option<u32>,
-    /// Whether the engine generates `max_tokens` tokens whatever the model predicts.
-    pub(crate) ignore_eos: bool,
-    /// Number of output tokens that the client expects.
-    pub(crate) client_expected_tokens: Option<u32>,
+    /// Limits of the output, and its expected length.
+    pub(crate) output: ExpectedOutput,
     /// Whether the worker is known to have computed the prompt. A report of its output shows that;
     /// a forecast does not.
     pub(crate) prefill_confirmed: bool,
     /// Whether `output_tokens` was reported. Otherwise it is an estimate.
     pub(crate) output_count_reported: bool,
-    /// Whether the response is streamed. Otherwise the progress of the request is estimated.
-    pub(crate) is_streaming: bool,
-    /// Number of output tokens that was forecast at the booking.
-    pub(crate) expected_output_tokens: u32,
     /// Time of this booking. Unless the request is queued, it was sent to its worker then.
     pub(crate) booked_at: Duration,
     /// Queue ticket, kept when the request is booked again.
     pub(crate) ticket: QueueTicket,
-    /// Prefill time of the prompt in seconds, as predicted at the booking.
-    pub(crate) predicted_prefill_seconds: f64,
+    /// Prefill, as forecast at the booking.
+    pub(crate) forecast: PrefillForecast,
     /// Queue state; `None` once the request is dispatched. Boxed, because few bookings are queued.
     pub(crate) queued: Option<Box<QueuedState>>,
-    /// Whether the bookings of the worker exceeded its capacity when this one was made. The first
-    /// token then says little about prefill time, because the request may have waited for memory.
-    pub(crate) waited_for_memory: bool,
-    /// Time of the first token, as predicted at the booking.
-    pub(crate) predicted_first_token_at: Duration,
     /// Time of the latest output token. If the response is not streamed: the assumed time of the
     /// first token.
     pub(crate) last_token_at: Duration,
@@ -125,12 +140,19 @@ impl BookingRecord {
     /// Returns the largest number of output tokens that an estimate may assume. A request that has
     /// not ended may generate up to its limit, however much shorter it was expected to be.
     pub(crate) fn max_output_tokens(&self) -> u32 {
-        self.max_tokens.unwrap_or(self.expected_output_tokens)
+        self.output
+            .max_tokens
+            .unwrap_or(self.output.expected_tokens)
     }
 
     /// Returns the output that the request may still generate, for which SGLang reserves memory.
     pub(crate) fn output_reservation(&self) -> OutputReservation {
-        OutputReservation::new(self.max_tokens, self.ignore_eos, self.output_tokens)
+        let ExpectedOutput {
+            max_tokens,
+            ignore_eos,
+            ..
+        } = self.output;
+        OutputReservation::new(max_tokens, ignore_eos, self.output_tokens)
     }
 
     /// Returns the full blocks that the output has filled, in whole engine blocks. The engine

@@ -123,7 +123,7 @@ impl State {
         let Some(record) = self.bookings.get(id) else {
             return Duration::ZERO;
         };
-        let output_tokens = f64::from(record.expected_output_tokens);
+        let output_tokens = f64::from(record.output.expected_tokens);
         let mean_context = f64::from(record.prompt_tokens) + output_tokens / 2.0;
         let now = self.now;
         let seconds_per_step =
@@ -134,7 +134,7 @@ impl State {
                     model.decode_per_request + model.decode_per_context_token * mean_context
                 });
         duration_from_secs_saturating(
-            record.predicted_prefill_seconds + output_tokens * seconds_per_step.unwrap_or_default(),
+            record.forecast.prefill_seconds + output_tokens * seconds_per_step.unwrap_or_default(),
         )
     }
 
@@ -433,7 +433,7 @@ impl State {
         let record = self.bookings.remove(id)?;
         let (worker, ticket, now) = (record.worker, record.ticket, self.now);
         if let Some((pending_work, _)) = self.workers.pending_work_mut(worker) {
-            let arrival = (record.booked_at, record.predicted_prefill_seconds);
+            let arrival = (record.booked_at, record.forecast.prefill_seconds);
             pending_work.arrival_rate.undo(arrival, now);
         }
         self.undo(record, None);

@@ -8,7 +8,9 @@ use std::time::Duration;
 use crate::active_tree::{NO_NODE, WorkerIndex};
 use crate::assessment::RequestAssessment;
 use crate::booking_id::BookingId;
-use crate::booking_record::{BookingRecord, KnownProgress, QueuedState};
+use crate::booking_record::{
+    BookingRecord, ExpectedOutput, KnownProgress, PrefillForecast, QueuedState,
+};
 use crate::counter::Counter;
 use crate::forecast::latency_model::PrefillWork;
 use crate::outlier::{ExchangeResult, ReportedResult};
@@ -33,9 +35,10 @@ impl State {
     pub(crate) fn predicted_first_byte(&self, id: BookingId) -> Option<Duration> {
         let record = self.bookings.get(id)?;
         let first_token = record
-            .predicted_first_token_at
+            .forecast
+            .first_token_at
             .saturating_sub(record.booked_at);
-        if record.is_streaming {
+        if record.work.is_streaming {
             return Some(first_token);
         }
         let pending_work = self.workers.pending_work(record.worker)?;
@@ -45,7 +48,7 @@ impl State {
         let (requests, context_tokens) = pending_work.decode_load();
         let step =
             latency_model.decode_step_seconds(f64::from(requests.max(1)), context_tokens as f64);
-        let output = duration_from_secs_saturating(step * f64::from(record.max_tokens?));
+        let output = duration_from_secs_saturating(step * f64::from(record.output.max_tokens?));
         Some(first_token.saturating_add(output))
     }
 
@@ -94,7 +97,7 @@ impl State {
             }
             reserve.replace(OutputReservation::default(), record.output_reservation());
         }
-        let is_streaming = record.is_streaming;
+        let is_streaming = record.work.is_streaming;
         let id = self.bookings.insert(record);
         if is_prefill_finished {
             self.on_prefill_finished(worker, id.serial);
@@ -134,7 +137,7 @@ impl State {
             load.queued_blocks += new_blocks;
         }
         self.add_pending_work(&mut record);
-        let key = record.ticket.queue_key(record.predicted_prefill_seconds);
+        let key = record.ticket.queue_key(record.forecast.prefill_seconds);
         let work = record.work.work;
         let memory = (new_blocks, record.output_reservation());
         record.queued = Some(Box::new(QueuedState {
@@ -182,24 +185,27 @@ impl State {
             prompt_tokens: prompt.tokens(),
             output_tokens: 0,
             work,
-            length_class: assessment.length_class,
-            max_tokens: request.max_tokens,
-            ignore_eos: request.ignore_eos,
-            client_expected_tokens: request.expected_output_tokens,
+            output: ExpectedOutput {
+                length_class: assessment.length_class,
+                max_tokens: request.max_tokens,
+                ignore_eos: request.ignore_eos,
+                client_expected_tokens: request.expected_output_tokens,
+                expected_tokens: assessment.expected_output_tokens,
+            },
             prefill_confirmed: false,
             output_count_reported: false,
-            is_streaming: request.is_streaming,
-            expected_output_tokens: assessment.expected_output_tokens,
             booked_at: now,
-            waited_for_memory: false,
-            predicted_first_token_at: now,
+            forecast: PrefillForecast {
+                prefill_seconds: 0.0,
+                first_token_at: now,
+                waits_for_memory: false,
+            },
             last_token_at: now,
             last_known: KnownProgress {
                 at: now,
                 output_tokens: 0,
             },
             ticket: assessment.ticket,
-            predicted_prefill_seconds: 0.0,
             queued: None,
             expected_hit: None,
             reported: ReportedResult::Unknown,
@@ -222,26 +228,26 @@ impl State {
             return;
         };
         pending_work.capacity = capacity;
-        record.waited_for_memory =
+        record.forecast.waits_for_memory =
             capacity.is_some_and(|capacity| projected_blocks > u64::from(capacity));
         let latency_model = pending_work.latency.latency_model(shared_model, now);
-        record.predicted_prefill_seconds = latency_model.prefill_seconds(
+        record.forecast.prefill_seconds = latency_model.prefill_seconds(
             1.0 / pending_work.latency.mean_prefill_batch(),
             record.work.work,
         );
         let queue_wait = pending_work.queue_wait(
             &record.ticket,
-            record.predicted_prefill_seconds,
+            record.forecast.prefill_seconds,
             &latency_model,
             now,
         );
-        record.predicted_first_token_at = now.saturating_add(duration_from_secs_saturating(
-            queue_wait.wait_seconds + record.predicted_prefill_seconds,
+        record.forecast.first_token_at = now.saturating_add(duration_from_secs_saturating(
+            queue_wait.wait_seconds + record.forecast.prefill_seconds,
         ));
         pending_work.add_prefill(&record.work);
         pending_work
             .arrival_rate
-            .add(record.predicted_prefill_seconds, now);
+            .add(record.forecast.prefill_seconds, now);
     }
 
     /// Records that the worker has computed the prompt, because its output is reported. Learns from
@@ -257,12 +263,12 @@ impl State {
         let (node, serial) = (record.node, record.serial);
         let (mut is_prefill_finished, mut is_first_of_step) = (false, false);
         if let Some((pending_work, shared_model)) = self.workers.pending_work_mut(record.worker) {
-            if record.is_streaming {
+            if record.work.is_streaming {
                 record.last_token_at = now;
                 let booked_at = record.booked_at;
-                let predicted_ttft = record.predicted_first_token_at.saturating_sub(booked_at);
+                let predicted_ttft = record.forecast.first_token_at.saturating_sub(booked_at);
                 let (prefill_work, waited_for_memory) =
-                    (record.work.work, record.waited_for_memory);
+                    (record.work.work, record.forecast.waits_for_memory);
                 if prefill_work.new_tokens > 0 {
                     pending_work
                         .latency
@@ -321,7 +327,7 @@ impl State {
         };
         let elapsed = now.saturating_sub(record.last_token_at);
         let total = record.output_tokens.saturating_add(count);
-        let is_decode_sample = record.is_streaming && record.output_tokens > 0;
+        let is_decode_sample = record.work.is_streaming && record.output_tokens > 0;
         let (worker, last_token_at) = (record.worker, record.last_token_at);
         record.last_token_at = now.max(record.last_token_at);
         self.set_reported_output(id, total);
@@ -384,10 +390,10 @@ impl State {
         if after.blocks != before.blocks {
             // Within one block the forecast changes too little to be computed anew.
             let remaining_tokens = self.output_length.remaining_with_hint(
-                record.length_class,
+                record.output.length_class,
                 total,
-                record.max_tokens,
-                record.client_expected_tokens,
+                record.output.max_tokens,
+                record.output.client_expected_tokens,
             );
             if let Some((pending_work, _)) = self.workers.pending_work_mut(worker) {
                 pending_work.update_decode(&mut record.work, remaining_tokens, context_tokens);
@@ -412,10 +418,14 @@ impl State {
         else {
             return;
         };
-        let (output_tokens, is_streaming, worker) =
-            (record.output_tokens, record.is_streaming, record.worker);
-        let (length_class, expected_tokens) = (record.length_class, record.expected_output_tokens);
-        let max_tokens = record.max_tokens;
+        let (output_tokens, is_streaming, worker) = (
+            record.output_tokens,
+            record.work.is_streaming,
+            record.worker,
+        );
+        let (length_class, expected_tokens) =
+            (record.output.length_class, record.output.expected_tokens);
+        let max_tokens = record.output.max_tokens;
         // Without streaming the time of the first token was at best forecast. Its error, a part of
         // the prefill time, is small only over many steps.
         let steps = output_tokens.saturating_sub(1);

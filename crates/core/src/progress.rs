@@ -106,6 +106,7 @@ impl State {
             .saturating_sub(record.prompt_tokens)
             .saturating_add(1);
         if record
+            .output
             .max_tokens
             .is_some_and(|max_tokens| output_tokens > max_tokens)
         {
@@ -164,7 +165,7 @@ impl State {
             .bookings
             .get_mut(id)
             .filter(|record| !record.prefill_confirmed)?;
-        let (worker, expected_tokens) = (record.worker, record.expected_output_tokens);
+        let (worker, expected_tokens) = (record.worker, record.output.expected_tokens);
         let block_size = record.block_size;
         let (pending_work, shared_model) = self.workers.pending_work_mut(worker)?;
         let (requests, context_tokens) = pending_work.decode_load();
@@ -172,7 +173,7 @@ impl State {
         let step_seconds =
             latency_model.decode_step_seconds(f64::from(requests.max(1)), context_tokens as f64);
         if record.work.is_in_prefill() {
-            let predicted = record.predicted_first_token_at;
+            let predicted = record.forecast.first_token_at;
             let Some(first_token_at) =
                 pending_work.inferred_first_token_at(&record.work, predicted, now)
             else {

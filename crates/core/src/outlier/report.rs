@@ -143,7 +143,8 @@ impl State {
             return FailureCharge::default();
         };
         let ttft = record
-            .predicted_first_token_at
+            .forecast
+            .first_token_at
             .saturating_sub(record.booked_at);
         let elapsed = self.now.saturating_sub(record.booked_at);
         let decode = self
@@ -156,7 +157,7 @@ impl State {
                 let (requests, context_tokens) = pending_work.decode_load();
                 let step =
                     model.decode_step_seconds(f64::from(requests.max(1)), context_tokens as f64);
-                f64::from(record.expected_output_tokens) * step
+                f64::from(record.output.expected_tokens) * step
             });
         let uncached_blocks = record.work.work.new_tokens as f64 / f64::from(record.block_size);
         FailureCharge {
