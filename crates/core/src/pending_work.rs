@@ -14,42 +14,60 @@ use crate::forecast::latency_model::{LatencyModel, PrefillWork};
 use crate::queue::{PrefillTotals, QueueTicket, WorkerQueue};
 use crate::sglang_admission::OutputReserve;
 
+/// Phase of a request on its worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// The request waits at the router.
+    Queued,
+    /// The request was sent, and its prompt is not computed yet.
+    Prefill {
+        /// Serial of the booking. Serials are in the order in which the worker receives requests.
+        sent_serial: u64,
+    },
+    /// The prompt is computed, and the output grows.
+    Decode,
+}
+
 /// Contribution of one booking to its worker's [`PendingWork`].
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct RequestWork {
-    /// Serial of the booking, set when the request is sent. Serials are in the order in which the
-    /// worker receives requests. 0 until the request is sent.
-    sent_serial: u64,
+    phase: Phase,
     /// Prefill work of the prompt. Counted until the prefill is done.
     pub(crate) work: PrefillWork,
     /// Output tokens that are expected to be still generated.
     pub(crate) remaining_tokens: u32,
     /// Prompt and output tokens so far.
     pub(crate) context_tokens: u64,
-    /// Whether the prompt is not computed yet.
-    is_in_prefill: bool,
     /// Whether the response is streamed, so that its first token will be observed.
     pub(crate) is_streaming: bool,
 }
 
 impl RequestWork {
-    /// Returns the contribution of a new request: in prefill, streaming and not sent.
+    /// Returns the contribution of a new request: queued, and streaming.
     /// `remaining_tokens` are the expected output tokens, `context_tokens` the tokens of the
     /// prompt.
     pub(crate) fn new(work: PrefillWork, remaining_tokens: u32, context_tokens: u64) -> Self {
         Self {
-            sent_serial: 0,
+            phase: Phase::Queued,
             work,
             remaining_tokens,
             context_tokens,
-            is_in_prefill: true,
             is_streaming: true,
         }
     }
 
     /// Returns whether the prompt is not computed yet.
     pub(crate) fn is_in_prefill(&self) -> bool {
-        self.is_in_prefill
+        self.phase != Phase::Decode
+    }
+
+    /// Returns the serial under which the request was sent, if it was and its prompt is not computed
+    /// yet.
+    fn sent_serial(&self) -> Option<u64> {
+        match self.phase {
+            Phase::Prefill { sent_serial } => Some(sent_serial),
+            Phase::Queued | Phase::Decode => None,
+        }
     }
 }
 
@@ -156,7 +174,7 @@ impl PendingWork {
     /// it to [`queue`](Self::queue) if it waits at the router.
     pub(crate) fn add_prefill(&mut self, work: &RequestWork) {
         debug_assert!(
-            work.is_in_prefill,
+            work.is_in_prefill(),
             "a request enters with its prefill ahead"
         );
         self.prefill_requests.add(work);
@@ -167,9 +185,11 @@ impl PendingWork {
     /// stored in `work`. The request must have been [added](Self::add_prefill), and serials must
     /// ascend. All times in this module are since the epoch that the caller of the router chose.
     pub(crate) fn mark_sent(&mut self, work: &mut RequestWork, serial: u64, now: Duration) {
-        work.sent_serial = serial;
+        work.phase = Phase::Prefill {
+            sent_serial: serial,
+        };
         self.prefill_queue.push_back(SentPrompt {
-            sent_serial: work.sent_serial,
+            sent_serial: serial,
             work: work.work,
             sent_at: now,
             is_done: false,
@@ -209,21 +229,22 @@ impl PendingWork {
     /// and the request joins the decode batch. `work` is marked as decoding. Returns whether the
     /// request was in prefill; if it was not, nothing changes.
     pub(crate) fn finish_prefill(&mut self, work: &mut RequestWork) -> bool {
-        let was_in_prefill = std::mem::take(&mut work.is_in_prefill);
-        if was_in_prefill {
-            self.prefill_requests.subtract(work);
-            self.prefill_work -= work.work;
-            self.leave_prefill_queue(work.sent_serial);
-            self.add_to_bucket(work);
+        if !work.is_in_prefill() {
+            return false;
         }
-        was_in_prefill
+        self.remove(work);
+        work.phase = Phase::Decode;
+        self.add_to_bucket(work);
+        true
     }
 
     /// Records that the worker has started the prefill of this request, and so of all that were
     /// sent before it. No effect if a later request is known to have started.
     pub(crate) fn mark_started(&mut self, work: &RequestWork, now: Duration) {
-        if work.sent_serial > self.last_started.0 {
-            self.last_started = (work.sent_serial, now);
+        if let Some(serial) = work.sent_serial()
+            && serial > self.last_started.0
+        {
+            self.last_started = (serial, now);
         }
     }
 
@@ -250,11 +271,12 @@ impl PendingWork {
         due: Duration,
         now: Duration,
     ) -> Option<Duration> {
-        if work.sent_serial <= self.last_started.0 {
+        let serial = work.sent_serial()?;
+        if serial <= self.last_started.0 {
             return Some(self.last_started.1);
         }
         let is_observed_and_earlier =
-            |prompt: &SentPrompt| prompt.is_streaming && prompt.sent_serial < work.sent_serial;
+            |prompt: &SentPrompt| prompt.is_streaming && prompt.sent_serial < serial;
         let is_blocked = self
             .prefill_queue
             .front()
@@ -300,7 +322,7 @@ impl PendingWork {
         remaining_tokens: u32,
         context_tokens: u64,
     ) {
-        let is_in_prefill = work.is_in_prefill;
+        let is_in_prefill = work.is_in_prefill();
         if is_in_prefill {
             self.prefill_requests.subtract(work);
         } else {
@@ -319,10 +341,12 @@ impl PendingWork {
     /// as it was last added or updated. The caller removes the request from [`queue`](Self::queue)
     /// if it waits there.
     pub(crate) fn remove(&mut self, work: &RequestWork) {
-        if work.is_in_prefill {
+        if work.is_in_prefill() {
             self.prefill_requests.subtract(work);
             self.prefill_work -= work.work;
-            self.leave_prefill_queue(work.sent_serial);
+            if let Some(serial) = work.sent_serial() {
+                self.leave_prefill_queue(serial);
+            }
         } else {
             self.remove_from_bucket(work);
         }
@@ -539,7 +563,7 @@ mod tests {
                 let in_phase = |is_in_prefill| {
                     works
                         .iter()
-                        .filter(move |work| work.is_in_prefill == is_in_prefill)
+                        .filter(move |work| work.is_in_prefill() == is_in_prefill)
                 };
                 prop_assert_eq!(pending.prefill_requests.requests as usize, in_phase(true).count());
                 prop_assert_eq!(pending.prefill_work.new_tokens, in_phase(true).map(|work| work.work.new_tokens).sum::<u64>());
@@ -553,7 +577,7 @@ mod tests {
                     let remaining = members.map(|work| u64::from(work.remaining_tokens)).sum::<u64>();
                     prop_assert_eq!(bucket.remaining_tokens, remaining);
                 }
-                let first = in_phase(true).map(|work| work.sent_serial).min();
+                let first = in_phase(true).filter_map(RequestWork::sent_serial).min();
                 prop_assert_eq!(pending.prefill_queue.front().map(|work| work.sent_serial), first);
                 prop_assert!(pending.prefill_queue.len() <= 2 * in_phase(true).count() + 64);
             }
