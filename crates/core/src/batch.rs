@@ -120,6 +120,15 @@ impl Batch {
         poll
     }
 
+    /// Marks the batch as sent now, if it is queued: see [`Booking::mark_sent`]. Several prompts are
+    /// never queued.
+    pub fn mark_sent(&mut self, now: Duration) {
+        if let [Some(booking)] = self.bookings.as_mut_slice() {
+            booking.mark_sent(now);
+            (self.worker, self.decision) = (booking.worker(), *booking.decision());
+        }
+    }
+
     /// Releases the booking of the prompt with this index, which ended normally: see
     /// [`Booking::complete`]. Has no effect if the prompt has ended already or there is none with
     /// this index.

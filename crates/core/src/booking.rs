@@ -210,6 +210,12 @@ impl Booking {
         observe(&mut state, self.id);
     }
 
+    /// Marks a queued request as sent now to the worker for which it is queued, whether or not the
+    /// worker has room. Has no effect on a request that was sent already.
+    pub fn mark_sent(&mut self, now: Duration) {
+        self.with_dispatched(now, |_, _| {});
+    }
+
     /// Records that the worker generated the first output token, so the prompt is computed. Calls
     /// after the first have no effect.
     pub fn on_first_token(&mut self, now: Duration) {
