@@ -19,7 +19,8 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::client_socket::set_tcp_options;
-use crate::connection::{ConnectionConfig, serve_connection};
+use crate::connection::serve_connection;
+use crate::connection_state::ConnectionConfig;
 use crate::listen::Listener;
 use crate::log_limit::warn_limited;
 use crate::reply::Body;

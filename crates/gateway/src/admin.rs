@@ -1,8 +1,8 @@
 //! Admin listener: workers and their state, explanations of routing decisions, health and metrics.
 //!
 //! `settings` and `listener` say where it listens, `access` which requests it accepts, `new_worker`
-//! which workers may be added, `drain` how workers leave, and `explain` how a request would be
-//! routed.
+//! which workers may be added, `drain` how workers leave, `explain` how a request would be routed,
+//! and `selection` is a front end for proxies that send requests themselves.
 //!
 //! `docs/api.md` describes the paths and all JSON fields.
 
@@ -13,7 +13,8 @@ mod explain;
 mod key;
 mod listener;
 mod new_worker;
-mod settings;
+mod selection;
+pub(crate) mod settings;
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -34,16 +35,17 @@ use serde_json::json;
 use tokio::sync::Semaphore;
 
 use crate::gateway_state::GatewayState;
+use crate::kv_events::source::KvEvents;
 use crate::log_limit::warn_limited;
 use crate::metrics::{OPEN_METRICS, PROMETHEUS_TEXT, gauge_value, prometheus_text};
 use crate::reply::{self, Body};
 use crate::shutdown::shutting_down;
-use crate::subscribe::KvEvents;
 use crate::workers::Worker;
 use crate::workers::tasks::start_worker_tasks;
 use access::refusal;
 use drain::{PendingRemovals, timeout_of};
 use explain::MAX_CONCURRENT_EXPLANATIONS;
+use selection::Selection;
 
 pub use key::{AdminKey, KeyError};
 pub(crate) use listener::AdminListener;
@@ -60,14 +62,17 @@ pub(crate) struct AdminState {
     removals: PendingRemovals,
     /// Permits of concurrent explanations.
     explanations: Semaphore,
+    /// The selection API.
+    pub(crate) selection: Selection,
 }
 
 impl AdminState {
-    /// Creates the state of a gateway that removes no worker.
-    pub(crate) fn new() -> Self {
+    /// Creates the state of a gateway that removes no worker and has no reservations.
+    pub(crate) fn new(config: &AdminConfig) -> Self {
         Self {
             removals: PendingRemovals::default(),
             explanations: Semaphore::new(MAX_CONCURRENT_EXPLANATIONS),
+            selection: Selection::new(config.max_reservations),
         }
     }
 }
@@ -133,7 +138,11 @@ impl GatewayState {
             (&Method::POST, "/admin/explain") => {
                 self.respond_explanation(&head.headers, body).await
             }
-            _ => self.change_worker(&head.method, path, head.uri.query()),
+            (&Method::POST, "/admin/select") => self.select(&head, body).await,
+            (method, path) => match path.strip_prefix("/admin/reservations/") {
+                Some(rest) => self.change_reservation(&head, rest, body).await,
+                None => self.change_worker(method, path, head.uri.query()),
+            },
         }
     }
 
@@ -164,6 +173,8 @@ impl GatewayState {
         let workers = self.router.workers(self.clock.now());
         let body_bytes = self.bodies.bytes_in_flight() as u64;
         self.metrics.request_body_bytes.set(gauge_value(body_bytes));
+        let reservations = self.admin.selection.reservation_count() as u64;
+        self.metrics.reservations.set(gauge_value(reservations));
         let text = self.metrics.expose(
             &workers,
             self.router.output_length_accuracy(),

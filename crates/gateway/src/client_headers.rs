@@ -5,19 +5,18 @@
 //! passed on to engines.
 
 use std::fmt;
-use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
 use foresee_api::headers::{CONTROL_PREFIX, EXPECTED_TOKENS, PRIORITY};
 use foresee_core::queue::QueueOrder;
-use foresee_core::workers::WorkerId;
 use foresee_engine::error::ApiError;
 use http::header::{ACCEPT_ENCODING, FORWARDED, HOST, HeaderName, VIA};
 use http::{HeaderMap, HeaderValue};
 use ipnet::IpNet;
 
 use crate::gateway_state::GatewayState;
+use crate::placement::hints::{RequestHints, tenant_hash};
 use crate::workers::RANK_HEADER;
 
 /// Request headers by which engines let a client control scheduling.
@@ -43,24 +42,6 @@ pub struct ClientTrust {
     pub proxies: Vec<IpNet>,
 }
 
-/// Address of the client's end of a connection, as an extension of each request.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct PeerAddress(pub(crate) SocketAddr);
-
-/// Routing hints from the headers of a request.
-#[derive(Debug, Default)]
-pub(crate) struct RequestHints {
-    /// Number of output tokens that the client expects.
-    pub(crate) expected_output_tokens: Option<u32>,
-    /// Priority in the queue; lower values are dispatched first.
-    pub(crate) priority: i32,
-    /// Hash of the tenant, for the queue order `fair`. All requests without the tenant header are
-    /// one tenant.
-    pub(crate) tenant: u64,
-    /// Workers that the client excluded by naming another data-parallel rank.
-    pub(crate) excluded_workers: Vec<WorkerId>,
-}
-
 impl GatewayState {
     /// Returns the routing hints in `headers`. The tenant is 0 unless the queue order is `fair` and
     /// the request has the tenant header. From clients that are not trusted, the priority is at
@@ -73,11 +54,10 @@ impl GatewayState {
             Some(QueueOrder::FairByTenant) => headers.get(&self.config.tenant_header),
             _ => None,
         };
-        let hasher = BuildHasherDefault::<DefaultHasher>::default();
         let hints = RequestHints {
             expected_output_tokens: integer_header(headers, EXPECTED_TOKENS, tokens)?,
             priority: integer_header(headers, PRIORITY, priority)?.unwrap_or_default(),
-            tenant: tenant.map_or(0, |tenant| hasher.hash_one(tenant)),
+            tenant: tenant.map_or(0, |tenant| tenant_hash(tenant.as_bytes())),
             excluded_workers: Vec::new(),
         };
         Ok(if self.config.client_trust.control_headers {

@@ -12,7 +12,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf, Take};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep};
 
-use crate::connection::{ConnectionConfig, ConnectionState, RequestStage};
+use crate::connection_state::{ConnectionConfig, ConnectionState, RequestStage};
 use crate::shutdown::ShutdownPhase;
 use crate::tcp_timeouts::{KEEPALIVE_INTERVAL, KEEPALIVE_PROBES, USER_TIMEOUT};
 

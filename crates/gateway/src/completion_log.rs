@@ -6,26 +6,10 @@
 
 use std::time::Duration;
 
-use foresee_engine::usage::Usage;
-
+use crate::completion::Completion;
+use crate::kv_events::event_trust::HitCheck;
 use crate::metrics::Outcome;
 use crate::placement::response_observer::RequestContext;
-use crate::subscribe::HitCheck;
-
-/// How a response ended.
-#[derive(Debug)]
-pub(crate) struct Completion {
-    pub(crate) outcome: Outcome,
-    /// Token counts that the engine reported; `None` in a field that it did not report.
-    pub(crate) usage: Usage,
-    /// Output tokens observed, of all choices.
-    pub(crate) output_tokens: u32,
-    /// Output tokens observed of each choice; empty for a single choice, or if the choices could not
-    /// be distinguished.
-    pub(crate) output_tokens_by_choice: Vec<u32>,
-    /// When the first output token arrived, by the gateway's clock; `None` if that was not observed.
-    pub(crate) first_token: Option<Duration>,
-}
 
 impl RequestContext {
     /// Records the end of a response, once: adds it to the recording, counts it, compares the

@@ -9,9 +9,9 @@ use foresee_core::router::RouterConfig;
 use foresee_engine::tokenizer::TokenizerError;
 use http::header::{AUTHORIZATION, HeaderName};
 
-use crate::admin::{AdminConfig, AdminListen};
+use crate::admin::settings::{AdminConfig, AdminListen};
 use crate::client_headers::ClientTrust;
-use crate::connection::ConnectionConfig;
+use crate::connection_state::ConnectionConfig;
 use crate::pass_through::PassThroughPath;
 use crate::request_body::RequestBodyConfig;
 use crate::shutdown::ShutdownConfig;

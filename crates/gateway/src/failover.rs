@@ -6,15 +6,12 @@
 //! the number of retries is bounded for each request and, by a budget, for all requests together. A
 //! connection that was not established sent nothing: choosing another worker then is not a retry.
 
-use std::future::poll_fn;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
 use foresee_core::batch::Batch;
 use foresee_core::outlier::ExchangeResult;
-use foresee_core::policy::Decision;
 use foresee_core::retry_budget::RetryBudget;
 use foresee_core::workers::WorkerId;
 use foresee_engine::error::ApiError;
@@ -25,6 +22,7 @@ use hyper::body::{Body as _, Frame, Incoming};
 
 use crate::gateway_state::GatewayState;
 use crate::log_limit::warn_limited;
+use crate::placement::dispatch::announce;
 use crate::tracked_body::TrackedBody;
 use crate::upstream::{UpstreamClient, UpstreamError, UpstreamRequest};
 use crate::workers::Worker;
@@ -129,7 +127,10 @@ impl<'a> Failover<'a> {
     /// request. `batch` keeps its bookings until it is dropped.
     pub(crate) async fn send(&mut self, batch: &mut Batch) -> Result<UpstreamResponse, ApiError> {
         loop {
-            self.wait_in_queue(batch).await?;
+            let max_wait = self.deadline.saturating_sub(self.shared.clock.now());
+            self.shared
+                .wait_in_queue(batch, &self.excluded, max_wait)
+                .await?;
             let Some(worker) = self.shared.workers.get(batch.worker()) else {
                 // The worker was removed after it was chosen.
                 self.choose_another(batch)?;
@@ -155,45 +156,6 @@ impl<'a> Failover<'a> {
             };
             self.recover(&error, &worker, batch).await?;
         }
-    }
-
-    /// Waits until the router dispatches the request to its worker. Returns immediately if the
-    /// router has no queue. Meanwhile the router can move the booking to another worker that is not
-    /// excluded. Fails with a 429 if the deadline passes, and with a 503 once no worker can take the
-    /// request. Records the waiting time of a dispatched request, also if it was not queued.
-    async fn wait_in_queue(&self, batch: &mut Batch) -> Result<(), ApiError> {
-        let shared = self.shared;
-        if shared.config.router.queue_order.is_none() {
-            return Ok(());
-        }
-        let started = shared.clock.now();
-        let mut poll = |context: &mut Context<'_>| {
-            batch.poll_dispatch(context, &self.excluded, shared.clock.now())
-        };
-        let dispatched = match poll_fn(|context| Poll::Ready(poll(context))).await {
-            Poll::Ready(dispatched) => dispatched,
-            Poll::Pending => {
-                let max_wait = self.deadline.saturating_sub(started);
-                let dispatched = tokio::time::timeout(max_wait, poll_fn(poll)).await;
-                let dispatched = dispatched.map_err(|_| {
-                    let seconds = max_wait.as_secs();
-                    ApiError::queue_timeout(format!(
-                        "The request was queued for {seconds} s and no worker could take it."
-                    ))
-                })?;
-                if dispatched.is_ok() {
-                    shared.drain_rate.record(shared.clock.now());
-                }
-                dispatched
-            }
-        };
-        dispatched.map_err(|error| shared.refusal(&error))?;
-        let queued_for = shared.clock.now().saturating_sub(started);
-        shared
-            .metrics
-            .queue_duration_seconds
-            .observe(queued_for.as_secs_f64());
-        Ok(())
     }
 
     /// Returns how long the next attempt may take until its first byte: a multiple of the predicted
@@ -222,13 +184,7 @@ impl<'a> Failover<'a> {
         worker: &Arc<Worker>,
         batch: &mut Batch,
     ) -> Result<UpstreamResponse, UpstreamError> {
-        if self.request.full_report_mode {
-            worker.events.request_block_listing();
-        }
-        let predicted_tokens = predicted_cached_tokens(worker, batch);
-        if let Some(booking) = batch.booking(0) {
-            worker.events.note_sent(booking.prompt());
-        }
+        let predicted_tokens = announce(worker, batch, self.request.full_report_mode);
         let response = if self.connection_losses == 0 {
             self.client.send(worker, self.request).await?
         } else {
@@ -470,27 +426,6 @@ async fn read_first_frame(
         return Err(UpstreamError::UnusableResponse("its body is not JSON"));
     }
     Ok(Some(frame))
-}
-
-/// Returns the number of prompt tokens that the worker has cached according to its KV events,
-/// trusted or not. Returns `None` if the response cannot verify it: the worker has no event source,
-/// there are several prompts, or the number depends on requests that run at the same time.
-fn predicted_cached_tokens(worker: &Worker, batch: &mut Batch) -> Option<u32> {
-    if worker.event_source.borrow().is_none() || batch.prompt_count() > 1 {
-        return None;
-    }
-    let Decision {
-        cost, prefix_match, ..
-    } = *batch.decision();
-    let prompt = batch.booking(0)?.prompt();
-    let matched = || prefix_match.cached_blocks.min(prompt.max_reusable_blocks());
-    let blocks = worker.events.predict(prompt).unwrap_or_else(matched);
-    // Requests with a common prefix find blocks depending on which of them starts first, and a
-    // request that waits for memory finds only the blocks that others have not evicted.
-    let capacity = worker.capacity_blocks().unwrap_or(u32::MAX);
-    let is_certain =
-        prefix_match.active_blocks <= blocks && cost.active_blocks <= u64::from(capacity);
-    is_certain.then(|| blocks.saturating_mul(prompt.block_size().get()))
 }
 
 #[cfg(test)]

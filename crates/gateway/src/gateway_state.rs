@@ -1,11 +1,9 @@
 //! State of one gateway, shared by its listeners, requests and tasks.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use foresee_core::retry_budget::RetryBudget;
 use foresee_core::router::Router;
-use http::HeaderValue;
 use parking_lot::Mutex;
 
 use crate::admin::AdminState;
@@ -18,6 +16,7 @@ use crate::parse_pool::ParsePool;
 use crate::placement::affinity::Affinity;
 use crate::recorder::Recorder;
 use crate::request_body::RequestBodies;
+use crate::request_ids::RequestIds;
 use crate::shutdown::ShutdownSignal;
 use crate::tokenization::PromptTokenizer;
 use crate::upstream::UpstreamClient;
@@ -61,31 +60,4 @@ pub(crate) struct GatewayState {
     pub(crate) parse_pool: ParsePool,
     /// Shutdown of the API's listener.
     pub(crate) shutdown: Arc<ShutdownSignal>,
-}
-
-/// Generator of request ids that are unique across gateways.
-#[derive(Debug)]
-pub(crate) struct RequestIds {
-    /// Random number of this gateway.
-    prefix: u64,
-    /// Serial number of the next id.
-    next: AtomicU64,
-}
-
-impl RequestIds {
-    /// Creates a generator with a random prefix.
-    pub(crate) fn new() -> Self {
-        use std::hash::{BuildHasher, RandomState};
-        Self {
-            prefix: RandomState::new().hash_one(std::process::id()),
-            next: AtomicU64::new(0),
-        }
-    }
-
-    /// Returns a new id, as a header value.
-    pub(crate) fn next(&self) -> HeaderValue {
-        let serial = self.next.fetch_add(1, Ordering::Relaxed);
-        let id = format!("{:016x}-{serial:x}", self.prefix);
-        HeaderValue::try_from(id).unwrap_or(HeaderValue::from_static("unnamed"))
-    }
 }

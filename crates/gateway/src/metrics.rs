@@ -136,6 +136,10 @@ declare_metrics! {
         "Connections of clients refused because of --max-connections";
     pub(crate) request_body_bytes: Gauge, "bytes", NO_LABEL,
         "Bytes of request bodies in memory or announced, bounded by --max-body-bytes-in-flight";
+    pub(crate) reservations: Gauge, "reservations", NO_LABEL,
+        "Reservations of the selection API, bounded by --max-reservations";
+    pub(crate) reservations_expired: Counter, "reservations", NO_LABEL,
+        "Reservations released because their clients did not renew them in time";
     bookings: Gauge, "bookings", NO_LABEL,
         "Bookings: prompts and outputs of the requests that are queued or running";
     prefix_tree_nodes: Gauge, "nodes", NO_LABEL,

@@ -6,10 +6,8 @@
 //! reachable.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use foresee_api::headers as api_headers;
-use foresee_core::batch::Batch;
 use foresee_engine::error::ApiError;
 use foresee_engine::paths::{self, BodyFormat};
 use foresee_engine::request::Endpoint;
@@ -19,13 +17,12 @@ use http_body_util::Either;
 use hyper::body::Incoming;
 use percent_encoding::percent_decode_str;
 
-use crate::client_headers::PeerAddress;
-use crate::connection::ConnectionHandle;
+use crate::connection_state::{ConnectionHandle, PeerAddress};
 use crate::failover::{Failover, UpstreamResponse};
 use crate::gateway_state::GatewayState;
 use crate::metrics::{Metrics, Outcome};
-use crate::placement::parsed_request::{BodyForm, ParsedRequest};
-use crate::placement::response_observer::RequestContext;
+use crate::placement::parsed_request::BodyForm;
+use crate::placement::placed_request::PlacedRequest;
 use crate::reply::{self, Body};
 use crate::request_body::RequestBody;
 use crate::shutdown::{SHUTTING_DOWN, shutting_down};
@@ -140,26 +137,18 @@ impl GatewayState {
         parsed.hints = self.request_hints(&head.headers)?;
         let session = session_of(&head.headers);
         self.apply_affinity(&mut parsed, call.response_id.as_deref(), session);
-        let mut batch = self.route(&parsed)?;
+        let mut placed = self.place(call.endpoint, parsed, arrived_at)?;
         let peer = head.extensions.get::<PeerAddress>().map(|peer| peer.0);
         self.forward_headers(&mut head.headers, peer, call.is_observed);
         let mut upstream_request =
             UpstreamRequest::new(head, body.clone(), request_id, call.is_repeatable);
-        upstream_request.full_report_mode = parsed.full_report_mode;
+        upstream_request.full_report_mode = placed.parsed.full_report_mode;
         upstream_request.expects_result = call.is_observed;
-        let excluded = &parsed.hints.excluded_workers;
+        let excluded = &placed.parsed.hints.excluded_workers;
         let mut failover = Failover::new(self, client, &upstream_request, excluded, arrived_at);
-        let response = failover.send(&mut batch).await?;
-        self.remember_request(&parsed, response.worker.id);
+        let response = failover.send(&mut placed.batch).await?;
         let request_id = upstream_request.request_id();
-        Ok(self.pass_through(
-            response,
-            batch,
-            parsed,
-            call.endpoint,
-            arrived_at,
-            request_id,
-        ))
+        Ok(self.pass_through(response, placed, &request_id))
     }
 
     /// Returns the response to a request that the gateway answers itself: the model list, one model,
@@ -216,48 +205,28 @@ impl GatewayState {
 
     /// Returns the client's response: the worker's, with the gateway's headers and a body that
     /// reports its tokens to the bookings. Removes hop-by-hop headers and counts the predicted
-    /// overlap. `arrived_at` is a time of the gateway's clock; `request_id` is used only in log
-    /// lines.
+    /// overlap. `request_id` is used only in log lines.
     fn pass_through(
         self: &Arc<Self>,
         upstream: UpstreamResponse,
-        batch: Batch,
-        parsed: ParsedRequest,
-        endpoint: Endpoint,
-        arrived_at: Duration,
-        request_id: HeaderValue,
+        placed: PlacedRequest,
+        request_id: &HeaderValue,
     ) -> Response<Body> {
         let (mut head, body) = upstream.response.into_parts();
         strip_hop_by_hop(&mut head.headers);
-        let decision = batch.decision();
-        let overlap_blocks = decision.cost.overlap_blocks;
-        self.metrics.add_overlap_blocks("predicted", overlap_blocks);
-        self.metrics
-            .add_overlap_blocks("best", decision.best_overlap_blocks);
-        let block_size = self.config.router.block_size.get();
-        let overlap_tokens = overlap_blocks.saturating_mul(block_size);
         let headers = &mut head.headers;
         headers.remove(api_headers::WORKER);
         if self.config.expose_worker_header {
             headers.insert(api_headers::WORKER, upstream.worker.header.clone());
         }
-        headers.insert(api_headers::OVERLAP_TOKENS, overlap_tokens.into());
-        let context = RequestContext {
-            shared: Arc::clone(self),
-            worker: upstream.worker,
-            batch,
-            endpoint,
-            arrived_at,
+        headers.insert(api_headers::OVERLAP_TOKENS, placed.overlap_tokens().into());
+        let request_id = String::from_utf8_lossy(request_id.as_bytes()).into_owned();
+        let context = self.begin_response(
+            placed,
+            upstream.worker,
+            upstream.predicted_tokens,
             request_id,
-            model: parsed.model,
-            is_single: parsed.is_single,
-            prompt_tokens: parsed.sequences.prompt_tokens,
-            continuation: parsed.continuation,
-            predicted_tokens: upstream.predicted_tokens,
-            prompt_bytes: parsed.prompt_bytes,
-            tokenizer_count: parsed.tokenizer_count,
-            recorded: self.recorder.is_some().then_some(parsed.sequences),
-        };
+        );
         let body = TrackedBody::new(&head, body, upstream.first_frame, context);
         Response::from_parts(head, Either::Right(body))
     }

@@ -19,7 +19,7 @@ use foresee_engine::request::PromptSequences;
 use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
 
-use crate::completion_log::Completion;
+use crate::completion::Completion;
 use crate::metrics::{Metrics, Outcome};
 
 /// Maximum number of requests that wait to be written.

@@ -12,7 +12,7 @@ use http_body_util::BodyExt;
 use hyper::body::{Body as _, Incoming};
 use tokio::time::timeout;
 
-use crate::connection::ConnectionHandle;
+use crate::connection_state::ConnectionHandle;
 
 /// Maximum time in which a client may send the rest of a body that was refused.
 const DISCARD_TIMEOUT: Duration = Duration::from_secs(5);

@@ -29,13 +29,14 @@ use crate::clock::Clock;
 use crate::config::GatewayConfig;
 use crate::drain_rate::DrainRate;
 use crate::failover::new_retry_budget;
-use crate::gateway_state::{GatewayState, RequestIds};
+use crate::gateway_state::GatewayState;
 use crate::listen::{InheritedListeners, Listener, default_max_connections};
 use crate::metrics::Metrics;
 use crate::parse_pool::ParsePool;
 use crate::placement::affinity::Affinity;
 use crate::recorder::Recorder;
 use crate::request_body::RequestBodies;
+use crate::request_ids::RequestIds;
 use crate::shutdown::{ShutdownPhase, ShutdownSignal};
 use crate::tokenization::PromptTokenizer;
 use crate::upstream::UpstreamClient;
@@ -179,7 +180,7 @@ impl Gateway {
             drain_rate: DrainRate::default(),
             affinity: Affinity::default(),
             request_ids: RequestIds::new(),
-            admin: AdminState::new(),
+            admin: AdminState::new(&config.admin),
             recorder: recorder.transpose()?,
             bodies: RequestBodies::new(config.max_body_bytes, config.bodies),
             parse_pool: ParsePool::new(),
@@ -199,6 +200,10 @@ impl Gateway {
         }
         if shared.config.router.queue_order.is_some() {
             tokio::spawn(tick_queue(Arc::downgrade(&shared)));
+        }
+        if admin.is_some() {
+            let expired = shared.metrics.reservations_expired.clone();
+            tokio::spawn(shared.admin.selection.expire(shared.clock, expired));
         }
         let (stop_admin, stopped) = watch::channel(false);
         let admin_state = Arc::clone(&shared);
@@ -275,6 +280,7 @@ impl Gateway {
         {
             tracing::error!(%error, "the admin listener panicked");
         }
+        self.shared.admin.selection.close();
         for worker in self.shared.workers.all() {
             worker.remove();
         }

@@ -5,14 +5,8 @@
 //! with an empty cache. Without usable events for a while, the router uses an estimated cache until
 //! events are usable again.
 
-mod event_trust;
 mod fallback;
-mod follower;
-mod repeated_stores;
-mod replay_backoff;
 mod sockets;
-mod source;
-mod status;
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -24,15 +18,13 @@ use foresee_engine::kv_events::Message;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::gateway_state::GatewayState;
+use crate::kv_events::follower::{Follower, Received};
+use crate::kv_events::replay_backoff::ReplayBackoff;
+use crate::kv_events::source::EventSource;
+use crate::kv_events::status::{EventSnapshot, EventsState};
 use crate::log_limit::warn_limited;
-pub(crate) use crate::subscribe::event_trust::HitCheck;
 use crate::subscribe::fallback::ReportedState;
-use crate::subscribe::follower::{Follower, Received};
-use crate::subscribe::replay_backoff::ReplayBackoff;
 use crate::subscribe::sockets::{Feed, FeedEvent, SocketError, read_message, replay};
-pub(crate) use crate::subscribe::source::check_endpoint;
-pub use crate::subscribe::source::{EventSource, KvEvents};
-pub(crate) use crate::subscribe::status::{EventSnapshot, EventStatus, EventsState};
 use crate::workers::Worker;
 
 /// Delay before the first reconnection attempt. Each further attempt doubles it, up to

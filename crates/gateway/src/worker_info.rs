@@ -13,8 +13,8 @@ use serde_json::value::RawValue;
 use tokio::time::timeout;
 
 use crate::gateway_state::GatewayState;
+use crate::kv_events::source::{EventSource, KvEvents};
 use crate::log_limit::warn_limited;
-use crate::subscribe::{EventSource, KvEvents};
 use crate::workers::Worker;
 use crate::workers::query::{QueryError, get};
 

@@ -31,9 +31,10 @@ use serde::de::IgnoredAny;
 use serde_json::value::RawValue;
 use tokio::sync::{Notify, watch};
 
+use crate::kv_events::source::{EventSource, KvEvents};
+use crate::kv_events::status::EventStatus;
 use crate::log_limit::warn_limited;
 use crate::metrics::Metrics;
-use crate::subscribe::{EventSource, EventStatus, KvEvents};
 use crate::workers::address::WorkerAddress;
 use crate::workers::api_key::{WorkerKey, WorkerKeyConfig};
 use crate::workers::health_record::HealthRecord;

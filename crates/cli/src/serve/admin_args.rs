@@ -64,6 +64,14 @@ pub(super) struct AdminArgs {
         env = "FORESEE_ADMIN_OPEN"
     )]
     admin_open: Switch,
+    /// Sets the maximum number of reservations of the selection API; further selections are refused
+    #[arg(
+        long,
+        default_value_t = AdminConfig::default().max_reservations,
+        value_name = "N",
+        env = "FORESEE_MAX_RESERVATIONS"
+    )]
+    max_reservations: usize,
     /// Admin key, read by [`resolve`](Self::resolve).
     #[arg(skip)]
     key: Option<AdminKey>,
@@ -121,6 +129,7 @@ impl AdminArgs {
             key: self.key,
             metrics_key: self.metrics_key,
             open: self.admin_open == Switch::On,
+            max_reservations: self.max_reservations,
         }
     }
 }

@@ -13,13 +13,15 @@ use serde_json::{Value, json};
 
 use super::body;
 use crate::gateway_state::GatewayState;
+use crate::placement::parsed_request::BodyForm;
 use crate::reply::{self, Body};
 
 /// Maximum number of explanations at a time. Each holds a whole body, and tokenises it.
 pub(super) const MAX_CONCURRENT_EXPLANATIONS: usize = 4;
 
 impl GatewayState {
-    /// Explains the decision for the request in `body`. Nothing is booked or sent.
+    /// Explains the decision for the request in `body`. Nothing is booked or sent. With a tokenizer,
+    /// the prompts count as tokenised.
     ///
     /// The limit of the body is that of the public API, because every request that a client can
     /// send can be explained, and long prompts are the ones worth explaining. The number of
@@ -42,7 +44,11 @@ impl GatewayState {
         let long_body = body.clone();
         let endpoint = tokio::task::spawn_blocking(move || endpoint_of(&long_body)).await;
         let endpoint = endpoint.unwrap_or(Endpoint::ChatCompletions);
-        let explanation = self.explain(endpoint, body).await?;
+        // Headers are not considered, so the request has the default hints.
+        let parsed = self
+            .read_request(endpoint, BodyForm::plain_json(), body)
+            .await?;
+        let explanation = self.explain(&parsed)?;
         let body = explanation_json(&explanation).to_string();
         Ok(reply::json(StatusCode::OK, body))
     }
@@ -65,7 +71,7 @@ fn endpoint_of(body: &[u8]) -> Endpoint {
 
 /// Returns a routing decision with the costs of all candidates. `choice` is the expected choice, as
 /// the actual one can be random.
-fn explanation_json(explanation: &Explanation) -> Value {
+pub(super) fn explanation_json(explanation: &Explanation) -> Value {
     let candidates = explanation.candidates.iter().map(|candidate| {
         json!({
             "worker": *candidate.name,

@@ -4,7 +4,7 @@ use foresee_engine::error::ApiError;
 use serde::Deserialize;
 
 use super::access::refusal;
-use crate::subscribe::KvEvents;
+use crate::kv_events::source::KvEvents;
 use crate::workers::worker_config::WorkerConfig;
 
 /// Parses the body `{"url": "URL[,name=NAME][,ranks=N][,blocks=N]…"}`, whose `url` is a description

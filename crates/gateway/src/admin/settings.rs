@@ -50,7 +50,7 @@ impl fmt::Display for AdminListen {
 }
 
 /// Which requests the admin listener accepts.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct AdminConfig {
     /// Values of the `Host` header that are accepted besides IP addresses and `localhost`: names
     /// without a port. Letter case is ignored.
@@ -61,6 +61,20 @@ pub struct AdminConfig {
     pub metrics_key: Option<AdminKey>,
     /// Whether the listener may be reachable from other hosts without `key`.
     pub open: bool,
+    /// Maximum number of reservations of the selection API.
+    pub max_reservations: usize,
+}
+
+impl Default for AdminConfig {
+    fn default() -> Self {
+        Self {
+            hosts: Vec::new(),
+            key: None,
+            metrics_key: None,
+            open: false,
+            max_reservations: 1 << 16,
+        }
+    }
 }
 
 /// The admin listener would accept requests of other hosts without a key.

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use foresee_core::batch::Batch;
 use foresee_core::router::{Explanation, Request as RouteRequest};
 use foresee_core::sequence::Sequence;
 use foresee_core::workers::WorkerId;
@@ -15,8 +14,8 @@ use foresee_engine::paths::BodyFormat;
 use foresee_engine::request::Endpoint;
 use foresee_engine::request::{ApiRequest, BodyError, PromptSequences};
 
-use crate::client_headers::RequestHints;
 use crate::gateway_state::GatewayState;
+use crate::placement::hints::RequestHints;
 use crate::tokenization::TokenizedPrompts;
 
 /// Maximum size of a body that is parsed and hashed on the I/O thread. At about 1 GB/s, such a body
@@ -34,6 +33,17 @@ pub(crate) struct BodyForm {
     pub(crate) content_type: String,
     /// Value of `Content-Encoding`, if the body is compressed.
     pub(crate) coding: Option<String>,
+}
+
+impl BodyForm {
+    /// Returns the form of a JSON body that is not compressed.
+    pub(crate) fn plain_json() -> Self {
+        Self {
+            format: BodyFormat::Json,
+            content_type: String::new(),
+            coding: None,
+        }
+    }
 }
 
 /// Properties of a request that routing and the response's observation need.
@@ -63,7 +73,7 @@ pub(crate) struct ParsedRequest {
     pub(crate) full_report_mode: bool,
     /// Prompt tokens counted by the tokenizer; `None` if the engine's count can differ from it.
     pub(crate) tokenizer_count: Option<u32>,
-    /// Hints from the request's headers.
+    /// Hints of the request's client.
     pub(crate) hints: RequestHints,
     /// Id of the stored response that the request continues.
     pub(crate) previous_response_id: Option<String>,
@@ -255,45 +265,9 @@ impl GatewayState {
         })
     }
 
-    /// Chooses a worker and books the request there, all prompts and outputs as one batch. With a
-    /// queue, the request is not dispatched yet:
-    /// [`Failover::send`](crate::failover::Failover::send) waits for that. Counts the prompt tokens
-    /// and the duration of the decision. If no worker can be chosen, fails with the response for
-    /// the client, and books and counts nothing.
-    pub(crate) fn route(&self, parsed: &ParsedRequest) -> Result<Batch, ApiError> {
-        let started = self.clock.now();
-        let batch = self
-            .router
-            .route_batch(&parsed.request(), &parsed.sequences.rest, started)
-            .map_err(|error| self.refusal(&error))?;
-        let duration = self.clock.now().saturating_sub(started);
-        let metrics = &self.metrics;
-        metrics
-            .decision_duration_seconds
-            .observe(duration.as_secs_f64());
-        metrics
-            .prompt_tokens
-            .inc_by(parsed.sequences.prompt_tokens.into());
-        Ok(batch)
-    }
-
-    /// Returns how a request with this body would be routed now. Books nothing. Headers are not
-    /// considered, so the request has the default hints. `body` must be uncompressed JSON; with a
-    /// tokenizer, its prompts count as tokenised.
-    ///
-    /// # Errors
-    /// Returns the error response for the client: the body is invalid, or no worker can be chosen.
-    pub(crate) async fn explain(
-        self: &Arc<Self>,
-        endpoint: Endpoint,
-        body: Bytes,
-    ) -> Result<Explanation, ApiError> {
-        let form = BodyForm {
-            format: BodyFormat::Json,
-            content_type: String::new(),
-            coding: None,
-        };
-        let parsed = self.read_request(endpoint, form, body).await?;
+    /// Returns how the request would be routed now, with the costs of all candidates. Books nothing.
+    /// If no worker can be chosen, fails with the response for the client.
+    pub(crate) fn explain(&self, parsed: &ParsedRequest) -> Result<Explanation, ApiError> {
         let now = self.clock.now();
         self.router
             .explain_batch(&parsed.request(), &parsed.sequences.rest, now)

@@ -1,6 +1,7 @@
 //! Observes a worker's response for output tokens and usage, and keeps the bookings of its request in
 //! step with it until the response has ended.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,15 +13,13 @@ use foresee_engine::output_text::{Continuation, OutputEnd, OutputText, parse_out
 use foresee_engine::request::{Endpoint, PromptSequences};
 use foresee_engine::stream::{StreamObserver, parse_response_id};
 use foresee_engine::usage::{Usage, parse_usage};
-use http::HeaderValue;
 
-use crate::completion_log::Completion;
+use crate::completion::Completion;
 use crate::gateway_state::GatewayState;
 use crate::log_limit::warn_limited;
 use crate::metrics::Outcome;
 use crate::placement::affinity::Memory;
 use crate::shutdown::shutting_down;
-use crate::upstream::UpstreamError;
 use crate::workers::Worker;
 
 /// Maximum size of a JSON body that is kept to parse its `usage`.
@@ -38,6 +37,8 @@ pub(crate) enum ResponseForm {
     Json,
     /// Not observed: compressed, an error, or of another type.
     Other,
+    /// Passed on by a program other than the gateway, which reports its progress.
+    Reported,
 }
 
 /// How a response is observed.
@@ -50,6 +51,8 @@ enum ResponseReader {
     Json(Vec<Bytes>, usize),
     /// Not at all.
     Unread,
+    /// By reports of the program that passes it on: the token counts so far.
+    Reported(Usage),
 }
 
 /// Context of a request, for the observation of its response.
@@ -64,8 +67,8 @@ pub(crate) struct RequestContext {
     pub(crate) endpoint: Endpoint,
     /// When the request arrived, by the gateway's clock.
     pub(crate) arrived_at: Duration,
-    /// Request id that the client and the worker know.
-    pub(crate) request_id: HeaderValue,
+    /// Request id that the client and the worker know, for log lines.
+    pub(crate) request_id: String,
     /// Model as the client named it; without a name, the model that all workers list first.
     pub(crate) model: String,
     /// Whether the request has one prompt, all of it hashed, and one output, so that the reported
@@ -119,6 +122,7 @@ impl ResponseObserver {
             }
             ResponseForm::Json => ResponseReader::Json(Vec::new(), 0),
             ResponseForm::Other => ResponseReader::Unread,
+            ResponseForm::Reported => ResponseReader::Reported(Usage::default()),
         };
         Self {
             reader,
@@ -152,7 +156,7 @@ impl ResponseObserver {
         let now = context.shared.clock.now();
         context.worker.note_activity(now);
         match &mut self.reader {
-            ResponseReader::Unread => {}
+            ResponseReader::Unread | ResponseReader::Reported(_) => {}
             ResponseReader::Json(_, length) if *length + data.len() > MAX_KEPT_BYTES => {
                 self.reader = ResponseReader::Unread;
             }
@@ -168,6 +172,72 @@ impl ResponseObserver {
                     self.observe_choices(now);
                 }
                 self.observe_tokens(tokens, now);
+            }
+        }
+    }
+
+    /// Observes a [reported](ResponseForm::Reported) response: the token counts so far, of which
+    /// those that are `None` are unchanged, and whether the first output token has arrived, which
+    /// any number of output tokens implies. Notes the activity of the worker. Has no effect after
+    /// the recorded end, or on a response of another form.
+    pub(crate) fn on_report(&mut self, counts: Usage, has_first_token: bool) {
+        let (Some(context), ResponseReader::Reported(usage)) =
+            (&mut self.context, &mut self.reader)
+        else {
+            return;
+        };
+        *usage = Usage {
+            prompt_tokens: counts.prompt_tokens.or(usage.prompt_tokens),
+            completion_tokens: counts.completion_tokens.or(usage.completion_tokens),
+            cached_tokens: counts.cached_tokens.or(usage.cached_tokens),
+        };
+        let now = context.shared.clock.now();
+        context.worker.note_activity(now);
+        if let Some(total) = counts.completion_tokens {
+            if context.batch.prompt_count() > 1 {
+                context.set_output_sum(total, now);
+            }
+            self.observe_tokens(total, now);
+        }
+        if has_first_token {
+            self.observe_first_token(now);
+        }
+    }
+
+    /// Records that the first output token has arrived, at `now`, whose number is not known. Has no
+    /// effect after output tokens were observed.
+    fn observe_first_token(&mut self, now: Duration) {
+        let Some(context) = self.context.as_mut().filter(|_| self.last_token.is_none()) else {
+            return;
+        };
+        for choice in 0..context.batch.prompt_count() {
+            if let Some(booking) = context.batch.booking(choice) {
+                booking.on_first_token(now);
+            }
+        }
+        self.note_tokens(1, now);
+    }
+
+    /// Measures the time to the first output token, or the time between output tokens: `new` of them
+    /// arrived at `now`.
+    fn note_tokens(&mut self, new: u32, now: Duration) {
+        let Some(context) = &self.context else {
+            return;
+        };
+        let metrics = &context.shared.metrics;
+        match self.last_token.replace(now) {
+            None => {
+                self.first_token = Some(now);
+                let waited = now.saturating_sub(context.arrived_at);
+                metrics
+                    .time_to_first_token_seconds
+                    .observe(waited.as_secs_f64());
+            }
+            Some(last) => {
+                let gap = now.saturating_sub(last).as_secs_f64();
+                metrics
+                    .inter_token_latency_seconds
+                    .observe(gap / f64::from(new));
             }
         }
     }
@@ -212,21 +282,7 @@ impl ResponseObserver {
                 booking.on_tokens(new, now);
             }
             metrics.output_tokens.inc_by(u64::from(new));
-            match self.last_token.replace(now) {
-                None => {
-                    self.first_token = Some(now);
-                    let waited = now.saturating_sub(context.arrived_at);
-                    metrics
-                        .time_to_first_token_seconds
-                        .observe(waited.as_secs_f64());
-                }
-                Some(last) => {
-                    let gap = now.saturating_sub(last).as_secs_f64();
-                    metrics
-                        .inter_token_latency_seconds
-                        .observe(gap / f64::from(new));
-                }
-            }
+            self.note_tokens(new, now);
         } else if let Some(booking) = only_booking {
             booking.set_output_tokens(total, now);
         }
@@ -254,7 +310,8 @@ impl ResponseObserver {
     fn reported_usage(&self) -> Option<Usage> {
         match &self.reader {
             ResponseReader::Events(observer) => observer.usage(),
-            _ => None,
+            ResponseReader::Reported(usage) => Some(*usage),
+            ResponseReader::Json(..) | ResponseReader::Unread => None,
         }
     }
 
@@ -277,7 +334,7 @@ impl ResponseObserver {
     pub(crate) fn end(&mut self) -> Option<Bytes> {
         let context = self.context.as_ref()?;
         if self.outcome == Outcome::Ok && self.is_cut_short() {
-            let error = UpstreamError::ConnectionLost("the stream has no end mark".to_owned());
+            let error = "connection lost: the stream has no end mark";
             return self.fail(&error, ExchangeResult::SoftFailure);
         }
         let is_long = matches!(&self.reader, ResponseReader::Json(_, length) if *length > MAX_INLINE_JSON_BYTES);
@@ -326,13 +383,7 @@ impl ResponseObserver {
             if let (ResponseReader::Json(..), Some(tokens)) =
                 (&self.reader, usage.completion_tokens)
             {
-                // For several choices, engines report only the sum.
-                let choices = context.batch.prompt_count();
-                for choice in 0..choices {
-                    if let Some(booking) = context.batch.booking(choice) {
-                        booking.set_output_tokens(tokens / choices as u32, now);
-                    }
-                }
+                context.set_output_sum(tokens, now);
                 shared.metrics.output_tokens.inc_by(u64::from(tokens));
                 self.observed_tokens = tokens;
             }
@@ -368,6 +419,7 @@ impl ResponseObserver {
                 let id = observer.response_id().map(str::to_owned);
                 (observer.usage(), observer.take_output(), id)
             }
+            ResponseReader::Reported(usage) => (Some(*usage), None, None),
             ResponseReader::Unread => (None, None, None),
         }
     }
@@ -376,7 +428,11 @@ impl ResponseObserver {
     /// that a stream ends with; `None` for other responses. Records the failure, reports `result` to
     /// the router, drops the bookings and requests a health check of the worker. Has no effect and
     /// returns `None` if the end was recorded before.
-    pub(crate) fn fail(&mut self, error: &UpstreamError, result: ExchangeResult) -> Option<Bytes> {
+    pub(crate) fn fail(
+        &mut self,
+        error: &dyn fmt::Display,
+        result: ExchangeResult,
+    ) -> Option<Bytes> {
         let mut context = self.context.take()?;
         let name = &context.worker.config.name;
         warn_limited!(
@@ -412,6 +468,14 @@ impl ResponseObserver {
         Some(rest)
     }
 
+    /// Ends a response of which nothing more is observed: records `outcome` and drops the bookings.
+    /// Has no effect if the end was recorded before.
+    pub(crate) fn release(&mut self, outcome: Outcome) {
+        if let Some(mut context) = self.context.take() {
+            context.record_completion(&self.completion(outcome, self.reported_usage()));
+        }
+    }
+
     /// Returns the bytes that end a stream with an error event, after the event that the bytes so far
     /// may have begun; `None` for other responses.
     fn error_event(&self, endpoint: Endpoint, error: &ApiError) -> Option<Bytes> {
@@ -428,6 +492,17 @@ impl ResponseObserver {
 }
 
 impl RequestContext {
+    /// Sets the output tokens of all choices so far to `sum`, in equal parts: for several choices,
+    /// engines report only the sum.
+    fn set_output_sum(&mut self, sum: u32, now: Duration) {
+        let choices = self.batch.prompt_count();
+        for choice in 0..choices {
+            if let Some(booking) = self.batch.booking(choice) {
+                booking.set_output_tokens(sum / choices as u32, now);
+            }
+        }
+    }
+
     /// Reports the usage to the booking, the bytes-per-token ratios and the tokenizer's comparison.
     /// Counts that the engine did not report are ignored. Cached tokens reach the booking only if
     /// [`is_single`](Self::is_single).

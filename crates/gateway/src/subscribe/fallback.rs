@@ -6,10 +6,10 @@
 use foresee_core::router::{CacheSource, Observed};
 use tokio::time::Instant;
 
+use crate::kv_events::event_trust::{DistrustReason, EventTrust};
+use crate::kv_events::status::EventsState;
 use crate::log_limit::warn_limited;
 use crate::subscribe::Subscription;
-use crate::subscribe::event_trust::{DistrustReason, EventTrust};
-use crate::subscribe::status::EventsState;
 
 /// The state of a subscription that was last logged, so that it is logged once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

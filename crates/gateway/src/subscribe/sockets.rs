@@ -19,7 +19,7 @@ use zeromq::{
     DealerSocket, Socket, SocketEvent, SocketRecv, SocketSend, SubSocket, ZmqError, ZmqMessage,
 };
 
-use crate::subscribe::source::EventSource;
+use crate::kv_events::source::EventSource;
 
 /// Maximum number of messages that wait to be decoded. Further messages are dropped; the
 /// subscription then sees a gap and asks for a replay.

@@ -9,7 +9,7 @@ use foresee_core::EvictionRule;
 use http::uri::{Authority, Scheme};
 use http::{HeaderValue, Uri};
 
-use crate::subscribe::{KvEvents, check_endpoint};
+use crate::kv_events::source::{KvEvents, check_endpoint};
 use crate::workers::health_config::HealthPath;
 
 /// Port of a URL without one.
@@ -298,7 +298,7 @@ impl FromStr for WorkerConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::subscribe::EventSource;
+    use crate::kv_events::source::EventSource;
 
     #[test]
     fn a_worker_is_parsed_from_a_url_and_options() {

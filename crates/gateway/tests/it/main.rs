@@ -18,6 +18,7 @@ mod misbehaving_workers;
 mod paths;
 mod queue;
 mod ranks;
+mod selection;
 mod shutdown;
 mod streaming;
 mod tokens;

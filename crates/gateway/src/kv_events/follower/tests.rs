@@ -2,7 +2,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use super::*;
-use crate::subscribe::event_trust::UntrustedIndex;
+use crate::kv_events::event_trust::UntrustedIndex;
 use foresee_core::event_index::PrefixRuns;
 use foresee_engine::kv_events::parse_message;
 use foresee_mock::{Layout, encode_batch};

@@ -13,7 +13,7 @@ const MAX_BACKOFF: Duration = Duration::from_secs(60);
 
 /// When a replay socket may be asked again.
 #[derive(Debug, Default)]
-pub(super) struct ReplayBackoff {
+pub(crate) struct ReplayBackoff {
     /// End of the current back-off; `None` if there is none.
     until: Option<Instant>,
     /// Number of failures since the last success.
@@ -22,13 +22,13 @@ pub(super) struct ReplayBackoff {
 
 impl ReplayBackoff {
     /// Returns whether the socket may be asked at `now`.
-    pub(super) fn is_elapsed(&self, now: Instant) -> bool {
+    pub(crate) fn is_elapsed(&self, now: Instant) -> bool {
         self.until.is_none_or(|until| now >= until)
     }
 
     /// Starts a back-off after a failed replay; `now` is the time after the attempt. Returns whether
     /// this is the first failure since the last success.
-    pub(super) fn on_failure(&mut self, now: Instant) -> bool {
+    pub(crate) fn on_failure(&mut self, now: Instant) -> bool {
         let doubled = INITIAL_BACKOFF * (1 << self.failures.min(8));
         self.until = Some(now + doubled.min(MAX_BACKOFF));
         self.failures += 1;
@@ -36,14 +36,14 @@ impl ReplayBackoff {
     }
 
     /// Ends the back-off after a successful replay. Returns whether a failure preceded it.
-    pub(super) fn on_success(&mut self) -> bool {
+    pub(crate) fn on_success(&mut self) -> bool {
         self.until = None;
         std::mem::take(&mut self.failures) > 0
     }
 
     /// Ends the back-off when a connection is made: another process may listen there, whose socket
     /// works. Keeps the number of failures.
-    pub(super) fn reset(&mut self) {
+    pub(crate) fn reset(&mut self) {
         self.until = None;
     }
 }

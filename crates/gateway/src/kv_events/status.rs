@@ -12,7 +12,7 @@ use foresee_core::sequence::{Sequence, SequenceHash};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::Notify;
 
-use crate::subscribe::event_trust::{DistrustReason, EventTrust, HitCheck, UntrustedIndex};
+use crate::kv_events::event_trust::{DistrustReason, EventTrust, HitCheck, UntrustedIndex};
 
 /// Maximum number of prompts of one block that wait for the subscription to take them.
 const MAX_UNSEEN_PROMPTS: usize = 256;
@@ -96,7 +96,7 @@ pub(crate) struct EventStatus {
     /// Tokens per engine block; 0 until the first event.
     engine_block_size: AtomicU32,
     /// Wakes the subscription when trust has to be revoked or restored.
-    pub(super) hit_checked: Notify,
+    pub(crate) hit_checked: Notify,
 }
 
 impl EventStatus {
@@ -112,7 +112,7 @@ impl EventStatus {
     }
 
     /// Returns whether a request has asked for a listing since the last call.
-    pub(super) fn take_listing_requested(&self) -> bool {
+    pub(crate) fn take_listing_requested(&self) -> bool {
         self.listing_requested.swap(false, Ordering::Relaxed)
     }
 
@@ -132,12 +132,12 @@ impl EventStatus {
     }
 
     /// Takes the prompts that [`note_sent`](Self::note_sent) recorded since the last call.
-    pub(super) fn take_sent(&self) -> Vec<SequenceHash> {
+    pub(crate) fn take_sent(&self) -> Vec<SequenceHash> {
         std::mem::take(&mut self.single_block_prompts.lock())
     }
 
     /// Sets the number of tokens per engine block.
-    pub(super) fn set_engine_block_size(&self, tokens: u32) {
+    pub(crate) fn set_engine_block_size(&self, tokens: u32) {
         self.engine_block_size.store(tokens, Ordering::Relaxed);
     }
 
@@ -174,17 +174,17 @@ impl EventStatus {
     }
 
     /// Takes the reason to revoke trust, if there is one.
-    pub(super) fn take_reason(&self) -> Option<DistrustReason> {
+    pub(crate) fn take_reason(&self) -> Option<DistrustReason> {
         self.reason.lock().take()
     }
 
     /// Calls `access` with the trust in the events, under its lock.
-    pub(super) fn with_trust<T>(&self, access: impl FnOnce(&mut EventTrust) -> T) -> T {
+    pub(crate) fn with_trust<T>(&self, access: impl FnOnce(&mut EventTrust) -> T) -> T {
         access(&mut self.trust.lock())
     }
 
     /// Starts to keep the contents of untrusted events, from `contents` on, or stops with `None`.
-    pub(super) fn set_untrusted_index(&self, contents: Option<&CacheDelta>) {
+    pub(crate) fn set_untrusted_index(&self, contents: Option<&CacheDelta>) {
         *self.untrusted_index.write() = contents.map(|contents| {
             let mut index = UntrustedIndex::default();
             index.update(contents);
@@ -193,7 +193,7 @@ impl EventStatus {
     }
 
     /// Applies changes to the contents of untrusted events. Has no effect while events are trusted.
-    pub(super) fn update_untrusted_index(&self, changes: &CacheDelta) {
+    pub(crate) fn update_untrusted_index(&self, changes: &CacheDelta) {
         if let Some(index) = &mut *self.untrusted_index.write() {
             index.update(changes);
         }

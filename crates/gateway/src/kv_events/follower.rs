@@ -10,14 +10,14 @@ use foresee_engine::kv_events::{
     decode_batch,
 };
 
-use crate::subscribe::repeated_stores::RepeatedStores;
+use crate::kv_events::repeated_stores::RepeatedStores;
 
 /// Number of successive undecodable batches from which on the stream counts as unreadable.
 const MAX_UNREADABLE: u32 = 3;
 
 /// Result of [`Follower::receive`].
 #[derive(Debug, PartialEq)]
-pub(super) enum Received {
+pub(crate) enum Received {
     /// The batch was the next one and was applied; these are the changes, event by event.
     Applied(Vec<CacheDelta>),
     /// The batch was applied before, or belongs to another rank; nothing changed.
@@ -32,16 +32,16 @@ pub(super) enum Received {
 
 /// The last batch that was applied. Its number and time distinguish one engine process from the next.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct LastBatch {
+pub(crate) struct LastBatch {
     /// Sequence number.
-    pub(super) sequence: u64,
+    pub(crate) sequence: u64,
     /// Time by the engine's clock, in seconds since 1970; `None` if the engine sends none.
-    pub(super) timestamp: Option<f64>,
+    pub(crate) timestamp: Option<f64>,
 }
 
 /// Follows the event stream of one engine.
 #[derive(Debug)]
-pub(super) struct Follower {
+pub(crate) struct Follower {
     /// The engine's cache according to the batches applied.
     view: CacheView,
     /// Stores that may be listings of cached blocks.
@@ -79,7 +79,7 @@ pub(super) struct Follower {
 impl Follower {
     /// Creates a follower of an engine with an empty cache. `block_size` is the router's; `rank` is
     /// the worker's configured rank.
-    pub(super) fn new(block_size: NonZeroU32, model: String, rank: Option<u32>) -> Self {
+    pub(crate) fn new(block_size: NonZeroU32, model: String, rank: Option<u32>) -> Self {
         Self {
             view: CacheView::new(block_size),
             repeated_stores: RepeatedStores::new(block_size),
@@ -100,7 +100,7 @@ impl Follower {
 
     /// Returns a follower with an empty cache for the same worker, serving `model`. Keeps the rank
     /// and the full report mode.
-    pub(super) fn for_new_process(&self, model: String) -> Self {
+    pub(crate) fn for_new_process(&self, model: String) -> Self {
         Self {
             repeated_stores: self.repeated_stores.for_new_process(),
             rank: self.rank,
@@ -109,53 +109,53 @@ impl Follower {
     }
 
     /// Returns the name of the base model.
-    pub(super) fn model(&self) -> &str {
+    pub(crate) fn model(&self) -> &str {
         &self.model
     }
 
     /// Returns the last batch that was applied.
-    pub(super) fn last(&self) -> Option<LastBatch> {
+    pub(crate) fn last(&self) -> Option<LastBatch> {
         self.last
     }
 
     /// Returns all cached blocks as stored blocks, for an empty index.
-    pub(super) fn snapshot(&self) -> CacheDelta {
+    pub(crate) fn snapshot(&self) -> CacheDelta {
         self.view.snapshot()
     }
 
     /// Returns whether the view is exact: nothing was missed since the cache was last empty.
-    pub(super) fn is_complete(&self) -> bool {
+    pub(crate) fn is_complete(&self) -> bool {
         !self.missed && self.view.is_complete()
     }
 
     /// Announces a prompt of exactly one engine block that was sent.
-    pub(super) fn expect(&mut self, prompt: SequenceHash) {
+    pub(crate) fn expect(&mut self, prompt: SequenceHash) {
         self.repeated_stores.expect(prompt);
     }
 
     /// Returns the number of tokens per engine block; 0 before the first store.
-    pub(super) fn engine_block_size(&self) -> u32 {
+    pub(crate) fn engine_block_size(&self) -> u32 {
         self.engine_block_size
     }
 
     /// Marks the view as not exact, because responses contradict it.
-    pub(super) fn mark_uncertain(&mut self) {
+    pub(crate) fn mark_uncertain(&mut self) {
         self.missed = true;
     }
 
     /// Returns whether the engine is in full report mode: repeated stores are listings.
-    pub(super) fn is_full_report(&self) -> bool {
+    pub(crate) fn is_full_report(&self) -> bool {
         self.repeated_stores.is_full_report()
     }
 
     /// Returns whether stores were counted that may be listings.
-    pub(super) fn has_uncertain_stores(&self) -> bool {
+    pub(crate) fn has_uncertain_stores(&self) -> bool {
         self.repeated_stores.excess() > 0
     }
 
     /// Returns whether the view contains more than `capacity` engine blocks, and would not without
     /// its uncertain stores.
-    pub(super) fn is_overfull(&self, capacity: u32) -> bool {
+    pub(crate) fn is_overfull(&self, capacity: u32) -> bool {
         let (stored, excess) = (self.view.stored_blocks(), self.repeated_stores.excess());
         let capacity = u64::from(capacity);
         stored > capacity && stored.saturating_sub(excess) <= capacity
@@ -163,13 +163,13 @@ impl Follower {
 
     /// Enters full report mode: uncertain stores are undone, and later ones ignored. Returns the
     /// changes.
-    pub(super) fn undo_repeated_stores(&mut self) -> Vec<CacheDelta> {
+    pub(crate) fn undo_repeated_stores(&mut self) -> Vec<CacheDelta> {
         self.repeated_stores.undo(&mut self.view)
     }
 
     /// Returns why the events cannot be used and what to do about it; `None` if they can. Of
     /// several faults, returns one.
-    pub(super) fn fault(&self) -> Option<String> {
+    pub(crate) fn fault(&self) -> Option<String> {
         if let (Some(other), Some(expected)) = (self.other_rank, self.rank) {
             return Some(format!(
                 "received events of data-parallel rank {other} where rank {expected} publishes; \
@@ -193,7 +193,7 @@ impl Follower {
     /// After [`Received::Restarted`] the view is empty, and the message can be passed again. A
     /// message of another rank in the middle of a connection is ignored and becomes a
     /// [`fault`](Self::fault).
-    pub(super) fn receive(&mut self, message: &Message<'_>) -> Received {
+    pub(crate) fn receive(&mut self, message: &Message<'_>) -> Received {
         let next = self.last.map_or(0, |last| last.sequence.saturating_add(1));
         let decoded = decode_batch(message.payload);
         let sender = decoded
@@ -247,7 +247,7 @@ impl Follower {
     /// If more batches are missing than blocks are stored, hardly any of the known blocks can still
     /// be cached, since each batch took some. Then all are removed, and returned. `None` means that
     /// the known blocks were kept.
-    pub(super) fn skip_to(&mut self, sequence: u64) -> Option<CacheDelta> {
+    pub(crate) fn skip_to(&mut self, sequence: u64) -> Option<CacheDelta> {
         let is_long = self.last.is_some_and(|last| {
             sequence.saturating_sub(last.sequence.saturating_add(1)) > self.view.stored_blocks()
         });
@@ -262,7 +262,7 @@ impl Follower {
     }
 
     /// Records that a connection was made: its ranks may differ from those seen before.
-    pub(super) fn on_connected(&mut self) {
+    pub(crate) fn on_connected(&mut self) {
         self.other_rank = None;
         self.accepts_any_rank = true;
     }
@@ -271,7 +271,7 @@ impl Follower {
     /// Keeps the model, the configured rank and the announced prompts, because the new process may
     /// have received them. Nothing else that was learned of the previous process is kept; the next
     /// batch has number 0.
-    pub(super) fn clear(&mut self) -> CacheDelta {
+    pub(crate) fn clear(&mut self) -> CacheDelta {
         let removed = self.clear_blocks();
         let fresh = Self::new(
             self.block_size,

@@ -1,0 +1,9 @@
+//! KV events of a worker, without I/O: where they are published, what a stream of them says, and how
+//! far they are trusted. [`subscribe`](crate::subscribe) follows them over sockets.
+
+pub(crate) mod event_trust;
+pub(crate) mod follower;
+pub(crate) mod repeated_stores;
+pub(crate) mod replay_backoff;
+pub(crate) mod source;
+pub(crate) mod status;
