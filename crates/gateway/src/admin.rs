@@ -40,8 +40,7 @@ use crate::log_limit::warn_limited;
 use crate::metrics::{OPEN_METRICS, PROMETHEUS_TEXT, gauge_value, prometheus_text};
 use crate::reply::{self, Body};
 use crate::shutdown::shutting_down;
-use crate::workers::Worker;
-use crate::workers::tasks::start_worker_tasks;
+use crate::workers::worker::Worker;
 use access::refusal;
 use drain::{PendingRemovals, timeout_of};
 use explain::MAX_CONCURRENT_EXPLANATIONS;
@@ -217,7 +216,7 @@ impl GatewayState {
     /// latter are `None` while the worker is being removed, and the cache source is then
     /// `estimated`.
     fn describe(&self, worker: &WorkerSnapshot) -> api::Worker {
-        let entry = self.workers.get(worker.id);
+        let entry = self.workers.registry().get(worker.id);
         let follows_events = entry
             .as_ref()
             .is_some_and(|entry| entry.events.read().followed);
@@ -264,13 +263,8 @@ impl GatewayState {
     /// workers.
     fn add_worker(self: &Arc<Self>, body: &[u8]) -> Result<Response<Body>, ApiError> {
         let config = parse_new_worker(body)?;
-        let added = self
-            .workers
-            .add(&self.router, &config, self.config.prefix_caching)
-            .map_err(|error| conflict(&error))?;
-        for worker in added {
-            start_worker_tasks(self, worker);
-        }
+        let added = self.workers.add(&config);
+        self.workers.start(added.map_err(|error| conflict(&error))?);
         let body = json!({ "name": config.name });
         Ok(reply::json(StatusCode::ACCEPTED, body.to_string()))
     }

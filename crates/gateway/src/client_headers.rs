@@ -17,7 +17,7 @@ use ipnet::IpNet;
 
 use crate::gateway_state::GatewayState;
 use crate::placement::hints::{RequestHints, tenant_hash};
-use crate::workers::RANK_HEADER;
+use crate::workers::worker::RANK_HEADER;
 
 /// Request headers by which engines let a client control scheduling.
 const ENGINE_CONTROL_HEADERS: [&str; 3] = [RANK_HEADER, "x-vllm-priority", "x-smg-priority"];
@@ -62,7 +62,9 @@ impl GatewayState {
         };
         Ok(if self.config.client_trust.control_headers {
             RequestHints {
-                excluded_workers: self.workers.workers_excluded_by_rank(headers),
+                excluded_workers: named_rank(headers).map_or_else(Vec::new, |rank| {
+                    self.workers.registry().workers_of_other_ranks(rank)
+                }),
                 ..hints
             }
         } else {
@@ -105,6 +107,13 @@ impl GatewayState {
         let is_proxy = peer.is_some_and(|peer| proxies.iter().any(|net| net.contains(&peer)));
         add_forwarding(headers, peer, is_proxy);
     }
+}
+
+/// Returns the data-parallel rank that a client's [`RANK_HEADER`] names; `None` if the header is absent
+/// or is not a number.
+fn named_rank(headers: &HeaderMap) -> Option<u32> {
+    let named = headers.get(RANK_HEADER)?.to_str().ok()?;
+    named.trim().parse().ok()
 }
 
 /// Adds `Via` and the `X-Forwarded-*` headers of this hop. The values that the request came with are

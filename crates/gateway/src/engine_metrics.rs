@@ -4,40 +4,51 @@
 //! outdated by the time a burst of requests arrives.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use foresee_engine::worker_metrics::EngineLoad;
 
-use crate::gateway_state::GatewayState;
-use crate::workers::Worker;
-use crate::workers::query::get;
+use crate::metrics::Metrics;
+use crate::workers::query::WorkerQueries;
+use crate::workers::worker::Worker;
 
-/// Polls a worker's `/metrics` until the worker is removed. Returns immediately if the
-/// configuration sets no interval. A failed read removes the last value.
-pub(crate) async fn watch_engine_metrics(shared: Arc<GatewayState>, worker: Arc<Worker>) {
-    let Some(interval) = shared.config.engine_metrics_interval else {
-        return;
-    };
-    let polling = async {
-        loop {
-            let text = get(&shared, &worker, "/metrics").await.ok();
-            let blocks = text.and_then(|text| {
-                active_blocks(&String::from_utf8_lossy(&text), worker.config.rank)
-            });
-            // Without a new value the old one is removed, because it no longer describes the engine.
-            shared
-                .metrics
-                .set_engine_active_blocks(&worker.config.name, blocks);
-            *worker.engine_active_blocks.lock() = blocks;
-            tokio::time::sleep(interval).await;
+/// Reader of the load that engines report.
+#[derive(Debug)]
+pub(crate) struct EngineMetricsReader {
+    pub(crate) queries: WorkerQueries,
+    pub(crate) metrics: Arc<Metrics>,
+    /// Time between two reads of one engine; `None` for never.
+    pub(crate) interval: Option<Duration>,
+}
+
+impl EngineMetricsReader {
+    /// Polls a worker's `/metrics` until the worker is removed. Returns immediately without an
+    /// interval. A failed read removes the last value.
+    pub(crate) async fn watch(self: Arc<Self>, worker: Arc<Worker>) {
+        let Some(interval) = self.interval else {
+            return;
+        };
+        let polling = async {
+            loop {
+                let text = self.queries.get(&worker, "/metrics").await.ok();
+                let blocks = text.and_then(|text| {
+                    active_blocks(&String::from_utf8_lossy(&text), worker.config.rank)
+                });
+                // Without a new value the old one is removed, because it no longer describes the
+                // engine.
+                self.metrics
+                    .set_engine_active_blocks(&worker.config.name, blocks);
+                *worker.engine_active_blocks.lock() = blocks;
+                tokio::time::sleep(interval).await;
+            }
+        };
+        tokio::select! {
+            () = worker.until_removed() => {}
+            () = polling => {}
         }
-    };
-    tokio::select! {
-        () = worker.until_removed() => {}
-        () = polling => {}
+        self.metrics
+            .set_engine_active_blocks(&worker.config.name, None);
     }
-    shared
-        .metrics
-        .set_engine_active_blocks(&worker.config.name, None);
 }
 
 /// Returns the number of blocks that running requests pin, from an engine's `metrics` text: of

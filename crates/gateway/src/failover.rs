@@ -25,7 +25,7 @@ use crate::log_limit::warn_limited;
 use crate::placement::dispatch::announce;
 use crate::tracked_body::TrackedBody;
 use crate::upstream::{UpstreamClient, UpstreamError, UpstreamRequest};
-use crate::workers::Worker;
+use crate::workers::worker::Worker;
 
 /// Maximum number of times that one request is sent again. A request that crashes engines must not
 /// reach all of them.
@@ -131,7 +131,7 @@ impl<'a> Failover<'a> {
             self.shared
                 .wait_in_queue(batch, &self.excluded, max_wait)
                 .await?;
-            let Some(worker) = self.shared.workers.get(batch.worker()) else {
+            let Some(worker) = self.shared.workers.registry().get(batch.worker()) else {
                 // The worker was removed after it was chosen.
                 self.choose_another(batch)?;
                 continue;

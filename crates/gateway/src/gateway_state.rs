@@ -19,7 +19,6 @@ use crate::request_body::RequestBodies;
 use crate::request_ids::RequestIds;
 use crate::shutdown::ShutdownSignal;
 use crate::tokenization::PromptTokenizer;
-use crate::upstream::UpstreamClient;
 use crate::workers::Workers;
 
 /// State of one gateway.
@@ -29,13 +28,10 @@ pub(crate) struct GatewayState {
     pub(crate) config: GatewayConfig,
     /// Chooses workers and counts what is booked on them.
     pub(crate) router: Router,
-    /// Addresses and models of the router's workers.
+    /// The router's workers.
     pub(crate) workers: Workers,
-    /// Client for health checks and other requests of the gateway's own. Clients' requests use the
-    /// client of the I/O thread that they arrived on.
-    pub(crate) probe_client: UpstreamClient,
     /// Metrics of the admin listener's `/metrics`.
-    pub(crate) metrics: Metrics,
+    pub(crate) metrics: Arc<Metrics>,
     /// Clock of all times that are passed to the router.
     pub(crate) clock: Clock,
     /// Learned bytes per token of each model, for prompts that are matched as text.

@@ -236,7 +236,7 @@ impl GatewayState {
     /// A worker that has not listed its models yet adds none.
     fn models(&self) -> Response<Body> {
         let mut listed: Vec<(String, String)> = Vec::new();
-        for worker in self.workers.all() {
+        for worker in self.workers.registry().all() {
             for (id, entry) in worker.models.read().iter() {
                 if !listed.iter().any(|(known, _)| known == id) {
                     listed.push((id.clone(), entry.get().to_owned()));
@@ -252,8 +252,8 @@ impl GatewayState {
     /// percent escapes. Fails with a 404 if no worker serves the model.
     fn model(&self, name: &str) -> Result<Response<Body>, ApiError> {
         let name = percent_decode_str(name).decode_utf8_lossy();
-        let entry = self.workers.model_entry(&name);
-        let unknown = || ApiError::model_not_found(&name, &self.workers.served_models());
+        let entry = self.workers.registry().model_entry(&name);
+        let unknown = || ApiError::model_not_found(&name, &self.workers.registry().served_models());
         let entry = entry.ok_or_else(unknown)?;
         Ok(reply::json(StatusCode::OK, entry))
     }

@@ -16,7 +16,7 @@ impl GatewayState {
     pub(crate) fn refusal(&self, error: &RouteError) -> ApiError {
         match error {
             RouteError::UnknownModel(model) => {
-                ApiError::model_not_found(model, &self.workers.served_models())
+                ApiError::model_not_found(model, &self.workers.registry().served_models())
             }
             RouteError::NoWorker(_) => ApiError::no_worker(
                 "No worker that serves this model can take requests now. Try again shortly.",
@@ -47,8 +47,7 @@ impl GatewayState {
     /// Returns the time until the next health check of any worker, after which a worker may be
     /// available again.
     fn until_next_check(&self) -> Duration {
-        let workers = self.workers.all();
-        let next = workers.iter().map(|worker| worker.next_check_in());
-        next.min().unwrap_or(self.config.probe_interval)
+        let next = self.workers.registry().until_next_check();
+        next.unwrap_or(self.config.probe_interval)
     }
 }

@@ -40,9 +40,8 @@ use crate::request_ids::RequestIds;
 use crate::shutdown::{ShutdownPhase, ShutdownSignal};
 use crate::tokenization::PromptTokenizer;
 use crate::upstream::UpstreamClient;
-use crate::workers::Workers;
 use crate::workers::api_key::ApiKeyError;
-use crate::workers::tasks::start_worker_tasks;
+use crate::workers::{Workers, WorkersConfig};
 
 /// Time between two calls of the router's [`tick`](Router::tick), which dispatches queued requests.
 const TICK_INTERVAL: Duration = Duration::from_millis(10);
@@ -157,7 +156,8 @@ impl Gateway {
         let admin_listen = admin.as_ref().and_then(|admin| admin.address().ok());
         let admin_listen = admin_listen.unwrap_or(AdminListen::Off);
         config.admin.check(&admin_listen)?;
-        let metrics = Metrics::new();
+        let metrics = Arc::new(Metrics::new());
+        let clock = Clock::start();
         let record = config.record.as_deref();
         let recorder = record.map(|path| {
             Recorder::start(path, &metrics).map_err(|error| StartError::Record {
@@ -165,15 +165,21 @@ impl Gateway {
                 error,
             })
         });
+        let router = Router::new(RouterConfig {
+            queue_limit: config.queue_limit,
+            ..config.router.clone()
+        })?;
+        let workers = Workers::new(
+            workers_config(&config),
+            router.clone(),
+            Arc::clone(&metrics),
+            clock,
+        );
         let shared = Arc::new(GatewayState {
-            router: Router::new(RouterConfig {
-                queue_limit: config.queue_limit,
-                ..config.router.clone()
-            })?,
-            workers: Workers::new(config.worker_key.clone()),
-            probe_client: UpstreamClient::new(config.connect_timeout),
+            router,
+            workers,
             metrics,
-            clock: Clock::start(),
+            clock,
             text_ratios: TextRatios::default(),
             tokenizer,
             retry_budget: Mutex::new(new_retry_budget()),
@@ -189,15 +195,12 @@ impl Gateway {
         });
         let mut workers = Vec::new();
         for engine in &shared.config.workers {
-            let prefix_caching = shared.config.prefix_caching;
-            workers.extend(shared.workers.add(&shared.router, engine, prefix_caching)?);
+            workers.extend(shared.workers.add(engine)?);
         }
         let connections = api_connections(&shared);
         let io_threads =
             start_io_threads(api, &shared, &connections).map_err(StartError::Thread)?;
-        for worker in workers {
-            start_worker_tasks(&shared, worker);
-        }
+        shared.workers.start(workers);
         if shared.config.router.queue_order.is_some() {
             tokio::spawn(tick_queue(Arc::downgrade(&shared)));
         }
@@ -281,9 +284,7 @@ impl Gateway {
             tracing::error!(%error, "the admin listener panicked");
         }
         self.shared.admin.selection.close();
-        for worker in self.shared.workers.all() {
-            worker.remove();
-        }
+        self.shared.workers.stop();
         let shared = self.shared;
         let written = tokio::task::spawn_blocking(move || {
             if let Some(recorder) = &shared.recorder {
@@ -306,6 +307,21 @@ async fn tick_queue(shared: Weak<GatewayState>) {
             return;
         };
         shared.router.tick(shared.clock.now());
+    }
+}
+
+/// Returns the settings of the workers.
+fn workers_config(config: &GatewayConfig) -> WorkersConfig {
+    WorkersConfig {
+        block_size: config.router.block_size,
+        prefix_caching: config.prefix_caching,
+        key: config.worker_key.clone(),
+        health: config.health.clone(),
+        probe_interval: config.probe_interval,
+        dns: config.dns.clone(),
+        events_grace: config.events_grace,
+        engine_metrics_interval: config.engine_metrics_interval,
+        connect_timeout: config.connect_timeout,
     }
 }
 

@@ -8,24 +8,26 @@
 mod fallback;
 mod sockets;
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use foresee_core::event_index::CacheDelta;
-use foresee_core::router::{CacheSource, Observed};
+use foresee_core::router::{CacheSource, Observed, Router};
 use foresee_engine::kv_events::Message;
 use tokio::time::{Instant, sleep, sleep_until};
 
-use crate::gateway_state::GatewayState;
+use crate::clock::Clock;
 use crate::kv_events::follower::{Follower, Received};
 use crate::kv_events::replay_backoff::ReplayBackoff;
 use crate::kv_events::source::EventSource;
 use crate::kv_events::status::{EventSnapshot, EventsState};
 use crate::log_limit::warn_limited;
+use crate::metrics::Metrics;
 use crate::subscribe::fallback::ReportedState;
 use crate::subscribe::sockets::{Feed, FeedEvent, SocketError, read_message, replay};
-use crate::workers::Worker;
+use crate::workers::worker::Worker;
 
 /// Delay before the first reconnection attempt. Each further attempt doubles it, up to
 /// [`MAX_RECONNECT_DELAY`].
@@ -54,41 +56,55 @@ const REOPEN_INTERVAL: Duration = Duration::from_secs(60);
 /// the engine publishes, but nothing arrives.
 const MAX_CHECKS_WITH_NEWS: u32 = 2;
 
-/// Follows a worker's events until the worker is removed, and starts anew whenever its event source
-/// changes. Without a source, the cache is estimated.
-pub(crate) async fn follow_events(shared: Arc<GatewayState>, worker: Arc<Worker>) {
-    let mut sources = worker.event_source.subscribe();
-    let following = async {
-        loop {
-            let source = sources.borrow_and_update().clone();
-            stop_following(&shared, &worker);
-            let subscription = async {
-                match &source {
-                    Some(source) => follow(&shared, &worker, source).await,
-                    None => std::future::pending().await,
+/// Follows the KV events of workers.
+#[derive(Debug)]
+pub(crate) struct EventSubscriber {
+    pub(crate) router: Router,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) clock: Clock,
+    /// The router's block size.
+    pub(crate) block_size: NonZeroU32,
+    /// Time for which events may be unusable before the cache is estimated instead.
+    pub(crate) grace: Duration,
+}
+
+impl EventSubscriber {
+    /// Follows a worker's events until the worker is removed, and starts anew whenever its event
+    /// source changes. Without a source, the cache is estimated.
+    pub(crate) async fn follow(self: Arc<Self>, worker: Arc<Worker>) {
+        let mut sources = worker.event_source.subscribe();
+        let following = async {
+            loop {
+                let source = sources.borrow_and_update().clone();
+                stop_following(&self, &worker);
+                let subscription = async {
+                    match &source {
+                        Some(source) => follow(&self, &worker, source).await,
+                        None => std::future::pending().await,
+                    }
+                };
+                tokio::select! {
+                    // The worker owns the sender, so waiting does not fail.
+                    _ = sources.changed() => {}
+                    () = subscription => {}
                 }
-            };
-            tokio::select! {
-                // The worker owns the sender, so waiting does not fail.
-                _ = sources.changed() => {}
-                () = subscription => {}
             }
+        };
+        tokio::select! {
+            () = worker.until_removed() => {}
+            () = following => {}
         }
-    };
-    tokio::select! {
-        () = worker.until_removed() => {}
-        () = following => {}
+        self.metrics.remove_events_live(&worker.config.name);
     }
-    shared.metrics.remove_events_live(&worker.config.name);
 }
 
 /// Switches the router to the estimated cache and resets the status of the worker's events. The
 /// trust in the events is kept: after a revocation, the events of another source are untrusted too.
-fn stop_following(shared: &GatewayState, worker: &Worker) {
-    shared
+fn stop_following(subscriber: &EventSubscriber, worker: &Worker) {
+    subscriber
         .router
         .set_cache_source(worker.id, CacheSource::Estimated);
-    shared.metrics.remove_events_live(&worker.config.name);
+    subscriber.metrics.remove_events_live(&worker.config.name);
     worker
         .events
         .change(|snapshot| *snapshot = EventSnapshot::default());
@@ -97,13 +113,13 @@ fn stop_following(shared: &GatewayState, worker: &Worker) {
 /// Waits for the worker's base model, whose name is part of its block hashes. Logs a warning if the
 /// worker was asked for its models and has not listed any within `events_grace`. There is no time
 /// limit.
-async fn wait_for_model(shared: &GatewayState, worker: &Worker) -> String {
+async fn wait_for_model(subscriber: &EventSubscriber, worker: &Worker) -> String {
     let overdue = async {
-        worker.until_asked_for_models().await;
-        sleep(shared.config.events_grace).await;
+        worker.models.until_asked().await;
+        sleep(subscriber.grace).await;
     };
     tokio::select! {
-        model = worker.first_model() => return model,
+        model = worker.models.first() => return model,
         () = overdue => {}
     }
     warn_limited!(
@@ -112,20 +128,22 @@ async fn wait_for_model(shared: &GatewayState, worker: &Worker) -> String {
          blocks; set --worker-api-key-file if the engine requires an API key",
         worker.config.url()
     );
-    worker.first_model().await
+    worker.models.first().await
 }
 
 /// Follows the events at `source` until the future is dropped. Waits for the worker's base model
 /// first.
-async fn follow(shared: &GatewayState, worker: &Worker, source: &EventSource) {
+async fn follow(subscriber: &EventSubscriber, worker: &Worker, source: &EventSource) {
     worker
         .events
         .change(|snapshot| snapshot.state = EventsState::Waiting);
-    shared.metrics.set_events_live(&worker.config.name, false);
-    let model = wait_for_model(shared, worker).await;
-    let block_size = shared.config.router.block_size;
+    subscriber
+        .metrics
+        .set_events_live(&worker.config.name, false);
+    let model = wait_for_model(subscriber, worker).await;
+    let block_size = subscriber.block_size;
     let subscription = Subscription {
-        shared,
+        subscriber,
         worker,
         source,
         follower: Follower::new(block_size, model, worker.config.rank),
@@ -140,7 +158,7 @@ async fn follow(shared: &GatewayState, worker: &Worker, source: &EventSource) {
 
 /// A subscription to one worker's events at one source.
 struct Subscription<'s> {
-    shared: &'s GatewayState,
+    subscriber: &'s EventSubscriber,
     worker: &'s Worker,
     source: &'s EventSource,
     /// State of the event stream.
@@ -188,7 +206,7 @@ impl Subscription<'_> {
     /// be replaced. A socket that binds waits for the next connection instead of returning when one
     /// is lost.
     async fn listen(&mut self, mut feed: Feed) {
-        let grace = self.shared.config.events_grace;
+        let grace = self.subscriber.grace;
         let mut connected = false;
         let (mut last_event_at, mut checks_with_news) = (Instant::now(), 0);
         let mut check_at = Instant::now() + grace;
@@ -291,7 +309,7 @@ impl Subscription<'_> {
         loop {
             match self.follower.receive(&message) {
                 Received::Applied(changes) => {
-                    self.publish_delta(&changes, Observed::Live(self.shared.clock.now()));
+                    self.publish_delta(&changes, Observed::Live(self.subscriber.clock.now()));
                     self.note_lag();
                     return;
                 }
@@ -459,12 +477,15 @@ impl Subscription<'_> {
         if changes.is_empty() {
             self.send_delta(&CacheDelta::default(), observed);
         }
-        let (block_size, now) = (self.follower.engine_block_size(), self.shared.clock.now());
+        let (block_size, now) = (
+            self.follower.engine_block_size(),
+            self.subscriber.clock.now(),
+        );
         let events = &self.worker.events;
         events.set_engine_block_size(block_size);
         events.with_trust(|trust| trust.on_event(block_size, now));
         let label = [("worker", self.worker.config.name.clone())];
-        let metrics = &self.shared.metrics;
+        let metrics = &self.subscriber.metrics;
         metrics.kv_event_batches.get_or_create(&label).inc();
         let (last, is_complete) = (self.follower.last(), self.follower.is_complete());
         let full_report_mode = self.follower.is_full_report();
@@ -514,14 +535,14 @@ impl Subscription<'_> {
     /// checks them.
     fn send_delta(&self, delta: &CacheDelta, observed: Observed) {
         self.worker.events.update_untrusted_index(delta);
-        let router = &self.shared.router;
+        let router = &self.subscriber.router;
         router.apply_cache_delta(self.worker.id, delta, observed);
     }
 
     /// Counts that batches were missing.
     fn count_gap(&self) {
         let label = [("worker", self.worker.config.name.clone())];
-        let metrics = &self.shared.metrics;
+        let metrics = &self.subscriber.metrics;
         metrics.kv_event_gaps.get_or_create(&label).inc();
         self.worker.events.change(|snapshot| snapshot.gaps += 1);
     }

@@ -14,7 +14,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 
 use crate::tcp_timeouts::{KEEPALIVE_INTERVAL, KEEPALIVE_PROBES, USER_TIMEOUT};
-use crate::workers::{RANK_HEADER, Worker};
+use crate::workers::worker::{RANK_HEADER, Worker};
 
 /// Time after which the gateway closes an idle connection. Engines close idle connections too (vLLM
 /// after 5 s); closing them first avoids sending a request on a connection that the engine is about

@@ -13,7 +13,7 @@ use serde_json::json;
 use super::access::{quoted, refusal};
 use crate::gateway_state::GatewayState;
 use crate::reply::{self, Body};
-use crate::workers::Worker;
+use crate::workers::worker::Worker;
 
 /// Time after which a draining worker is removed although it has requests, unless the client sets
 /// another one. Long enough for all but the longest outputs.
@@ -115,7 +115,7 @@ impl GatewayState {
     /// Returns the workers that `name` stands for: the worker of this name, or all ranks of the
     /// engine of this name. Fails with a 404 if there are none.
     fn workers_named(&self, name: &str) -> Result<Vec<Arc<Worker>>, ApiError> {
-        let mut workers = self.workers.all();
+        let mut workers = self.workers.registry().all();
         workers.retain(|worker| worker.config.name == name || worker.config.engine_name() == name);
         if workers.is_empty() {
             let message = format!(
@@ -149,7 +149,7 @@ impl GatewayState {
             } else {
                 tracing::info!(worker = %name, "removing the drained worker");
             }
-            self.workers.remove(&self.router, *id);
+            self.workers.remove(*id);
             false
         });
         removals.is_watched = !removals.deadlines.is_empty();

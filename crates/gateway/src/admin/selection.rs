@@ -41,7 +41,7 @@ use crate::placement::response_observer::{ResponseForm, ResponseObserver};
 use crate::reply::{self, Body};
 use crate::request_body::RequestBody;
 use crate::shutdown::{ShutdownPhase, shutting_down};
-use crate::workers::Worker;
+use crate::workers::worker::Worker;
 use request::{ProgressReport, ReportedEnd, SelectRequest, parse_end};
 use reservations::{ReservationId, Reservations};
 
@@ -192,7 +192,7 @@ impl GatewayState {
         if names.is_empty() {
             return Ok(Vec::new());
         }
-        let workers = self.workers.all();
+        let workers = self.workers.registry().all();
         let id_of = |name: &String| {
             let mut workers = workers.iter();
             let found = workers.find(|worker| worker.config.name == *name);
@@ -214,7 +214,7 @@ impl GatewayState {
         explanation: Option<&Explanation>,
         ttl: Duration,
     ) -> Result<Response<Body>, ApiError> {
-        let Some(worker) = self.workers.get(placed.batch.worker()) else {
+        let Some(worker) = self.workers.registry().get(placed.batch.worker()) else {
             // The worker was removed after it was chosen.
             return Err(ApiError::no_worker(
                 "The selected worker was removed. Repeat the request.",

@@ -11,7 +11,7 @@ use foresee_core::workers::WorkerId;
 use foresee_engine::error::ApiError;
 
 use crate::gateway_state::GatewayState;
-use crate::workers::Worker;
+use crate::workers::worker::Worker;
 
 impl GatewayState {
     /// Waits until the router dispatches the request to its worker. Returns immediately if the

@@ -193,32 +193,33 @@ impl GatewayState {
 
     /// Parses, tokenises and hashes an uncompressed body on this thread. The hints of the result
     /// are empty. A request without a model name gets
-    /// [`Workers::only_model`](crate::workers::Workers::only_model), or an empty name if there is
+    /// [`ModelCatalog::only_model`](crate::workers::model_catalog::ModelCatalog::only_model), or an empty name if there is
     /// none. Prompts that cannot be tokenised are hashed as text. With a tokenizer, the text
     /// prompts are counted in the metrics, even if the caller does not send the request.
     fn parse_request(&self, endpoint: Endpoint, body: &[u8]) -> Result<ParsedRequest, BodyError> {
         let mut request = ApiRequest::parse(endpoint, body)?;
+        let catalog = self.workers.registry().catalog();
         let names_model = !request.model.is_empty();
         if !names_model {
             // Engines use their own model then, so the prompt is hashed like the blocks that they
             // report.
-            request.model = self.workers.only_model().unwrap_or_default();
+            request.model = catalog.only_model().unwrap_or_default();
         }
         let bytes_per_token = self.text_ratios.get(&request.model);
         let block_size = self.config.router.block_size;
         let TokenizedPrompts { ids, token_count } = match &self.tokenizer {
             Some(tokenizer) => {
-                let dialect = self.workers.dialect();
+                let dialect = catalog.dialect();
                 tokenizer.encode(endpoint, dialect, &request, body, &self.metrics)
             }
             None => TokenizedPrompts::default(),
         };
         // The request is sent, counted and logged under the name that the client used.
         let model = request.model.clone();
-        if let Some(alias) = self.workers.alias_of(&model) {
+        if let Some(alias) = catalog.alias_of(&model) {
             request.model = alias;
         }
-        let limit = self.workers.context_limit(&model);
+        let limit = catalog.context_limit(&model);
         // Every engine refuses the prompt before it allocates a block. If the prompt were booked with
         // its blocks, they would evict the prompts of other requests from the estimated cache.
         let is_one_prompt = matches!(ids.as_slice(), [Some(_)]) && request.is_fully_hashed();

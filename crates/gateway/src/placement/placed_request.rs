@@ -10,7 +10,7 @@ use foresee_engine::request::Endpoint;
 use crate::gateway_state::GatewayState;
 use crate::placement::parsed_request::ParsedRequest;
 use crate::placement::response_observer::RequestContext;
-use crate::workers::Worker;
+use crate::workers::worker::Worker;
 
 /// A request that is booked on a worker. Dropping it releases the bookings.
 #[derive(Debug)]

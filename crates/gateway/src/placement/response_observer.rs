@@ -20,7 +20,7 @@ use crate::log_limit::warn_limited;
 use crate::metrics::Outcome;
 use crate::placement::affinity::Memory;
 use crate::shutdown::shutting_down;
-use crate::workers::Worker;
+use crate::workers::worker::Worker;
 
 /// Maximum size of a JSON body that is kept to parse its `usage`.
 const MAX_KEPT_BYTES: usize = 4 << 20;

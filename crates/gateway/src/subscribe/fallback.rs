@@ -51,9 +51,9 @@ impl Subscription<'_> {
         }
         let name = &self.worker.config.name;
         if !self.worker.events.read().followed {
-            let router = &self.shared.router;
+            let router = &self.subscriber.router;
             router.set_cache_source(self.worker.id, CacheSource::Events);
-            let now = self.shared.clock.now();
+            let now = self.subscriber.clock.now();
             self.worker.events.with_trust(|trust| trust.begin(now));
             self.send_delta(&self.follower.snapshot(), Observed::Replayed);
         }
@@ -62,7 +62,7 @@ impl Subscription<'_> {
             snapshot.followed = true;
             snapshot.is_complete = is_complete;
         });
-        self.shared.metrics.set_events_live(name, true);
+        self.subscriber.metrics.set_events_live(name, true);
         tracing::info!(worker = %name, source = %self.source, "using KV events");
         self.reported_state = Some(ReportedState::Live);
     }
@@ -72,18 +72,18 @@ impl Subscription<'_> {
     /// switch, until events are used again. `reason` goes to the log.
     pub(super) fn fall_back_if_stale(&mut self, reason: &str) {
         let since = *self.unusable_since.get_or_insert_with(Instant::now);
-        let grace = self.shared.config.events_grace;
+        let grace = self.subscriber.grace;
         if self.reported_state == Some(ReportedState::Unusable) || since.elapsed() < grace {
             return;
         }
         let name = &self.worker.config.name;
-        let router = &self.shared.router;
+        let router = &self.subscriber.router;
         router.set_cache_source(self.worker.id, CacheSource::Estimated);
         self.worker
             .events
             .change(|snapshot| snapshot.followed = false);
         self.worker.events.with_trust(EventTrust::suspend);
-        self.shared.metrics.set_events_live(name, false);
+        self.subscriber.metrics.set_events_live(name, false);
         warn_limited!(
             key: name, worker = %name, source = %self.source, reason, unusable_for = ?since.elapsed(),
             "no usable KV events; using estimated cache contents"
@@ -105,7 +105,7 @@ impl Subscription<'_> {
             // Listings that were counted as stores may be the whole difference.
             Some(DistrustReason::Wrong) if self.follower.has_uncertain_stores() => {
                 self.undo_repeated_stores("responses report fewer cached blocks");
-                let now = self.shared.clock.now();
+                let now = self.subscriber.clock.now();
                 self.worker.events.with_trust(|trust| trust.begin(now));
             }
             Some(DistrustReason::NoEvents) => {
@@ -134,7 +134,7 @@ impl Subscription<'_> {
             .set_untrusted_index(Some(&self.follower.snapshot()));
         self.follower.mark_uncertain();
         self.rebuild_at = Instant::now();
-        let router = &self.shared.router;
+        let router = &self.subscriber.router;
         router.set_cache_source(worker.id, CacheSource::Estimated);
         worker.events.change(|snapshot| {
             snapshot.state = EventsState::Untrusted;
@@ -142,9 +142,9 @@ impl Subscription<'_> {
             snapshot.is_complete = false;
             snapshot.untrusted += 1;
         });
-        self.shared.metrics.set_events_live(name, false);
+        self.subscriber.metrics.set_events_live(name, false);
         let label = [("worker", name.clone())];
-        let metrics = &self.shared.metrics;
+        let metrics = &self.subscriber.metrics;
         metrics.kv_events_untrusted.get_or_create(&label).inc();
         let reason = match reason {
             DistrustReason::Silent | DistrustReason::NoEvents => {

@@ -4,17 +4,19 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use foresee_core::router::Router;
 use http::StatusCode;
 use http::uri::PathAndQuery;
 use tokio::time::{sleep, timeout};
 
-use crate::gateway_state::GatewayState;
+use crate::clock::Clock;
 use crate::log_limit::warn_limited;
-use crate::worker_info::{discover_event_source, learn_capacity, learn_models};
-use crate::workers::Worker;
-use crate::workers::health_config::HealthPath;
+use crate::metrics::Metrics;
+use crate::worker_info::WorkerInfoReader;
+use crate::workers::health_config::{HealthConfig, HealthPath};
 use crate::workers::health_state::{CheckSchedule, HealthState};
-use crate::workers::query::{QueryError, connect, query};
+use crate::workers::query::{QueryError, WorkerQueries};
+use crate::workers::worker::Worker;
 
 /// Number of successful health checks per request of `/v1/models`, because LoRA adapters are added
 /// and removed while an engine runs.
@@ -32,16 +34,31 @@ const MIN_CHECK_GAP: Duration = Duration::from_millis(10);
 /// Requests are then routed with an assumed capacity until the queries end.
 const MAX_INFO_DELAY: Duration = Duration::from_millis(500);
 
-/// Checks a worker's health until the worker is removed, and keeps its models, capacity and event
-/// source up to date. Waits for the first look-up of its host name before.
-pub(crate) async fn watch_worker(shared: Arc<GatewayState>, worker: Arc<Worker>) {
-    let watching = async {
-        worker.address.until_looked_up().await;
-        HealthWatch::new(&shared, &worker).run().await;
-    };
-    tokio::select! {
-        () = worker.until_removed() => {}
-        () = watching => {}
+/// Health checks of all workers.
+#[derive(Debug)]
+pub(crate) struct HealthChecks {
+    pub(crate) router: Router,
+    pub(crate) queries: WorkerQueries,
+    pub(crate) info: WorkerInfoReader,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) clock: Clock,
+    pub(crate) config: HealthConfig,
+    /// Time between two health checks of a worker.
+    pub(crate) interval: Duration,
+}
+
+impl HealthChecks {
+    /// Checks a worker's health until the worker is removed, and keeps its models, capacity and event
+    /// source up to date. Waits for the first look-up of its host name before.
+    pub(crate) async fn watch(self: Arc<Self>, worker: Arc<Worker>) {
+        let watching = async {
+            worker.address.until_looked_up().await;
+            HealthWatch::new(&self, &worker).run().await;
+        };
+        tokio::select! {
+            () = worker.until_removed() => {}
+            () = watching => {}
+        }
     }
 }
 
@@ -58,7 +75,7 @@ enum Success {
 
 /// Health checks of one worker.
 struct HealthWatch<'w> {
-    shared: &'w GatewayState,
+    checks: &'w HealthChecks,
     worker: &'w Arc<Worker>,
     /// Path of the checks; `None` for a worker without a health check.
     path: Option<PathAndQuery>,
@@ -73,18 +90,18 @@ struct HealthWatch<'w> {
 
 impl<'w> HealthWatch<'w> {
     /// Prepares the checks of a worker.
-    fn new(shared: &'w GatewayState, worker: &'w Arc<Worker>) -> Self {
-        let config = &shared.config.health;
+    fn new(checks: &'w HealthChecks, worker: &'w Arc<Worker>) -> Self {
+        let config = &checks.config;
         let path = worker.config.health_path.as_ref().unwrap_or(&config.path);
         Self {
-            shared,
+            checks,
             worker,
             path: match path {
                 HealthPath::Path(path) => Some(path.clone()),
                 HealthPath::None => None,
             },
             state: HealthState::new(config),
-            schedule: CheckSchedule::new(shared.config.probe_interval),
+            schedule: CheckSchedule::new(checks.interval),
             successes: 0,
             info_requests_left: MAX_EARLY_INFO_REQUESTS,
             first_model: None,
@@ -96,7 +113,7 @@ impl<'w> HealthWatch<'w> {
         let mut is_requested = false;
         loop {
             sleep(MIN_CHECK_GAP).await;
-            let sent_at = self.shared.clock.now();
+            let sent_at = self.checks.clock.now();
             let result = self.check(is_requested).await;
             let was_refused = matches!(result, Err(QueryError::ConnectionRefused(_)));
             let delay = self.schedule.next_delay(was_refused);
@@ -121,15 +138,15 @@ impl<'w> HealthWatch<'w> {
     /// Checks the worker once. A worker without a health check is only connected to, and only while
     /// it is unhealthy or after a request failed (`is_requested`).
     async fn check(&self, is_requested: bool) -> Result<Success, QueryError> {
-        let (shared, worker) = (self.shared, self.worker);
+        let (checks, worker) = (self.checks, self.worker);
         if let Some(path) = &self.path {
-            let method = shared.config.health.method.as_http();
-            let (status, _) = query(shared, worker, method, path.clone()).await?;
+            let method = checks.config.method.as_http();
+            let (status, _) = checks.queries.query(worker, method, path.clone()).await?;
             return Ok(Success::Responded(status));
         }
         let has_failed = self.state.failures() > 0 || worker.is_gone();
         if has_failed || is_requested || worker.address.unresolved_error().is_some() {
-            connect(shared, worker).await?;
+            checks.queries.connect(worker).await?;
             return Ok(Success::Connected);
         }
         Ok(Success::NotChecked)
@@ -141,7 +158,7 @@ impl<'w> HealthWatch<'w> {
     /// Its models are known before the worker becomes healthy, or it has not listed them in time.
     /// Other queries delay that by at most [`MAX_INFO_DELAY`].
     async fn on_success(&mut self, success: Success) {
-        let (shared, worker) = (self.shared, self.worker);
+        let (checks, worker) = (self.checks, self.worker);
         let name = &worker.config.name;
         let has_returned = success != Success::NotChecked && worker.note_reachable();
         if has_returned {
@@ -150,8 +167,8 @@ impl<'w> HealthWatch<'w> {
                 "worker is reachable again after refusing connections; assuming that it restarted \
                  and clearing its cache state"
             );
-            shared.router.clear_cache(worker.id);
-            shared.router.reset_outlier(worker.id, shared.clock.now());
+            checks.router.clear_cache(worker.id);
+            checks.router.reset_outlier(worker.id, checks.clock.now());
             self.info_requests_left = MAX_EARLY_INFO_REQUESTS;
         }
         match success {
@@ -170,8 +187,8 @@ impl<'w> HealthWatch<'w> {
         let mut has_other_model = false;
         if is_refresh_due {
             reload_key(worker).await;
-            learn_models(shared, worker).await;
-            if let Some(model) = worker.known_first_model() {
+            checks.info.learn_models(worker).await;
+            if let Some(model) = worker.models.known_first() {
                 has_other_model = self
                     .first_model
                     .as_ref()
@@ -186,9 +203,9 @@ impl<'w> HealthWatch<'w> {
         let asks_for_events = self.info_requests_left > 0;
         let info = async {
             if is_refresh_due {
-                learn_capacity(shared, worker).await;
+                checks.info.learn_capacity(worker).await;
             }
-            asks_for_events && discover_event_source(shared, worker).await
+            asks_for_events && checks.info.discover_event_source(worker).await
         };
         tokio::pin!(info);
         let mut is_final = None;
@@ -196,7 +213,7 @@ impl<'w> HealthWatch<'w> {
             is_final = timeout(MAX_INFO_DELAY, &mut info).await.ok();
         }
         if is_healthy {
-            shared.router.set_healthy(worker.id, true);
+            checks.router.set_healthy(worker.id, true);
             if !was_healthy {
                 tracing::info!(worker = %name, "worker is healthy");
             }
@@ -219,13 +236,13 @@ impl<'w> HealthWatch<'w> {
     /// refused connection also means that its cache is gone. `delay` is the time until the next
     /// check, for the log.
     async fn on_failure(&mut self, error: QueryError, delay: Duration) {
-        let (shared, worker) = (self.shared, self.worker);
+        let (checks, worker) = (self.checks, self.worker);
         let name = &worker.config.name;
         if matches!(error, QueryError::ConnectionRefused(_)) {
             worker.mark_gone();
         }
         let label = [("worker", name.clone())];
-        shared.metrics.probe_failures.get_or_create(&label).inc();
+        checks.metrics.probe_failures.get_or_create(&label).inc();
         self.successes = 0;
         self.info_requests_left = MAX_EARLY_INFO_REQUESTS;
         let reaches_threshold = self.state.on_failure();
@@ -247,7 +264,7 @@ impl<'w> HealthWatch<'w> {
             tracing::debug!(worker = %name, failures, %error, "health check failed");
         }
         if !self.state.is_healthy() {
-            shared.router.set_healthy(worker.id, false);
+            checks.router.set_healthy(worker.id, false);
         }
         if matches!(
             status,

@@ -5,17 +5,22 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use foresee_core::router::Router;
 use foresee_core::workers::{WorkerId, WorkerState};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
-use crate::engine_metrics::watch_engine_metrics;
-use crate::gateway_state::GatewayState;
+use crate::clock::Clock;
+use crate::engine_metrics::EngineMetricsReader;
 use crate::log_limit::warn_limited;
-use crate::subscribe::follow_events;
-use crate::workers::Worker;
-use crate::workers::health::watch_worker;
-use crate::workers::resolve::{MAX_ADDRESSES, MemberChange, Members, NameLookUp, of_one_family};
+use crate::metrics::Metrics;
+use crate::subscribe::EventSubscriber;
+use crate::workers::health::HealthChecks;
+use crate::workers::registry::WorkerRegistry;
+use crate::workers::resolve::{
+    DnsConfig, MAX_ADDRESSES, MemberChange, Members, NameLookUp, of_one_family,
+};
+use crate::workers::worker::Worker;
 use crate::workers::worker_config::WorkerConfig;
 
 /// Maximum time for the requests of a worker whose address has left its host name. After that, the
@@ -29,45 +34,64 @@ const FAMILY_RETRY_DELAY: Duration = Duration::from_secs(5);
 /// Time between two checks of a worker that is drained.
 const DRAIN_POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Starts the tasks of a worker, which run until the worker is removed: health checks, KV events,
-/// the engine's own metrics and, once for each engine, look-ups of its host name. Returns
-/// immediately. Must be called once per worker, inside a tokio runtime.
-///
-/// Removes the worker's metrics after the last of them has ended, unless another worker has the
-/// name by then.
-pub(crate) fn start_worker_tasks(shared: &Arc<GatewayState>, worker: Arc<Worker>) {
-    let config = &worker.config;
-    let is_first_of_engine = config.member.is_none() && config.rank.unwrap_or(0) == 0;
-    if config.is_resolved_in_background() && is_first_of_engine {
-        let engine = EngineName::new(shared, config);
-        tokio::spawn(engine.follow());
+/// Starts the tasks of workers, with what the tasks use.
+#[derive(Debug)]
+pub(super) struct WorkerTasks {
+    pub(super) router: Router,
+    pub(super) registry: Arc<WorkerRegistry>,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) clock: Clock,
+    pub(super) health: Arc<HealthChecks>,
+    pub(super) events: Arc<EventSubscriber>,
+    pub(super) engine_metrics: Arc<EngineMetricsReader>,
+    /// How host names of workers are resolved.
+    pub(super) dns: DnsConfig,
+    /// Maximum time of a connection that tests whether an address can be reached.
+    pub(super) connect_timeout: Duration,
+    /// Whether workers share cached blocks between requests, unless their descriptions say otherwise.
+    pub(super) prefix_caching: bool,
+}
+
+impl WorkerTasks {
+    /// Starts the tasks of a worker, which run until the worker is removed: health checks, KV events,
+    /// the engine's own metrics and, once for each engine, look-ups of its host name. Returns
+    /// immediately. Must be called once per worker, inside a tokio runtime.
+    ///
+    /// Removes the worker's metrics after the last of them has ended, unless another worker has the
+    /// name by then.
+    pub(super) fn start(self: &Arc<Self>, worker: Arc<Worker>) {
+        let config = &worker.config;
+        let is_first_of_engine = config.member.is_none() && config.rank.unwrap_or(0) == 0;
+        if config.is_resolved_in_background() && is_first_of_engine {
+            let engine = EngineName::new(self, config);
+            tokio::spawn(engine.follow());
+        }
+        self.metrics.add_worker(&config.name);
+        let (health, events) = (Arc::clone(&self.health), Arc::clone(&self.events));
+        let engine_metrics = Arc::clone(&self.engine_metrics);
+        let tasks = [
+            tokio::spawn(health.watch(Arc::clone(&worker))),
+            tokio::spawn(events.follow(Arc::clone(&worker))),
+            tokio::spawn(engine_metrics.watch(Arc::clone(&worker))),
+        ];
+        let (registry, metrics) = (Arc::clone(&self.registry), Arc::clone(&self.metrics));
+        tokio::spawn(async move {
+            for task in tasks {
+                // A task that panicked has ended too.
+                let _ = task.await;
+            }
+            let name = &worker.config.name;
+            let workers = registry.all();
+            if !workers.iter().any(|other| other.config.name == *name) {
+                metrics.remove_worker(name);
+            }
+        });
     }
-    shared.metrics.add_worker(&config.name);
-    let tasks = [
-        tokio::spawn(watch_worker(Arc::clone(shared), Arc::clone(&worker))),
-        tokio::spawn(follow_events(Arc::clone(shared), Arc::clone(&worker))),
-        tokio::spawn(watch_engine_metrics(
-            Arc::clone(shared),
-            Arc::clone(&worker),
-        )),
-    ];
-    let shared = Arc::clone(shared);
-    tokio::spawn(async move {
-        for task in tasks {
-            // A task that panicked has ended too.
-            let _ = task.await;
-        }
-        let name = &worker.config.name;
-        let workers = shared.workers.all();
-        if !workers.iter().any(|other| other.config.name == *name) {
-            shared.metrics.remove_worker(name);
-        }
-    });
 }
 
 /// The host name of an engine, whose addresses are the engine's workers.
 struct EngineName {
-    shared: Arc<GatewayState>,
+    tasks: Arc<WorkerTasks>,
     /// Description of the engine, for workers at further addresses.
     engine: WorkerConfig,
     look_up: NameLookUp,
@@ -81,15 +105,15 @@ struct EngineName {
 impl EngineName {
     /// Prepares the look-ups for an engine, given the description of one of its workers. The router
     /// has all of its workers.
-    fn new(shared: &Arc<GatewayState>, worker: &WorkerConfig) -> Self {
+    fn new(tasks: &Arc<WorkerTasks>, worker: &WorkerConfig) -> Self {
         let mut engine = worker.clone();
         engine.name = worker.engine_name().to_owned();
         engine.rank = None;
-        let mut workers = shared.workers.all();
+        let mut workers = tasks.registry.all();
         workers.retain(|worker| worker.config.engine_name() == engine.name);
         Self {
-            look_up: NameLookUp::new(worker.host(), &shared.config.dns),
-            shared: Arc::clone(shared),
+            look_up: NameLookUp::new(worker.host(), &tasks.dns),
+            tasks: Arc::clone(tasks),
             engine,
             members: Members::default(),
             workers,
@@ -129,7 +153,7 @@ impl EngineName {
         for worker in &self.workers {
             worker.address.fail_look_up(error);
             let label = [("worker", worker.config.name.clone())];
-            self.shared.metrics.dns_failures.get_or_create(&label).inc();
+            self.tasks.metrics.dns_failures.get_or_create(&label).inc();
         }
         if self.look_up.failures() == 1 {
             warn_limited!(
@@ -162,7 +186,7 @@ impl EngineName {
             let uses_ipv4 = self.uses_ipv4.unwrap_or(true);
             addresses.retain(|address| address.is_ipv4() == uses_ipv4);
         }
-        let (port, time_limit) = (self.engine.port(), self.shared.config.health.timeout);
+        let (port, time_limit) = (self.engine.port(), self.tasks.connect_timeout);
         let mut addresses = of_one_family(addresses, move |address| async move {
             let connected = timeout(time_limit, TcpStream::connect((address, port))).await;
             matches!(connected, Ok(Ok(_)))
@@ -194,7 +218,7 @@ impl EngineName {
     /// Returns the states of the engine's workers in the router. A worker that is being removed
     /// counts as draining.
     fn states(&self) -> Vec<WorkerState> {
-        let snapshots = self.shared.router.workers(self.shared.clock.now());
+        let snapshots = self.tasks.router.workers(self.tasks.clock.now());
         let state = |worker: &Arc<Worker>| {
             let mut snapshots = snapshots.iter();
             let snapshot = snapshots.find(|snapshot| snapshot.id == worker.id);
@@ -238,10 +262,10 @@ impl EngineName {
     /// Adds the workers at a further address. If that fails, the next look-up tries again.
     fn add(&mut self, address: IpAddr) {
         let config = self.engine.at_address(address);
-        let shared = &self.shared;
-        let added = shared
-            .workers
-            .add_ranks(&shared.router, &config, shared.config.prefix_caching);
+        let tasks = &self.tasks;
+        let added = tasks
+            .registry
+            .add_ranks(&tasks.router, &config, tasks.prefix_caching);
         match added {
             Ok(added) => {
                 tracing::info!(
@@ -251,7 +275,7 @@ impl EngineName {
                 for worker in added {
                     worker.resolve_to(address);
                     self.workers.push(Arc::clone(&worker));
-                    start_worker_tasks(shared, worker);
+                    tasks.start(worker);
                 }
             }
             Err(error) => {
@@ -272,16 +296,16 @@ impl EngineName {
                 worker = %worker.config.name, host = self.engine.host(), %address,
                 "host name of a worker no longer has this address; draining the worker"
             );
-            self.shared.router.set_draining(worker.id, true);
-            tokio::spawn(remove_when_idle(Arc::clone(&self.shared), worker.id));
+            self.tasks.router.set_draining(worker.id, true);
+            tokio::spawn(remove_when_idle(Arc::clone(&self.tasks), worker.id));
         }
     }
 }
 
 /// Removes a draining worker when it has no requests, or after [`MAX_DRAIN_TIME`].
-async fn remove_when_idle(shared: Arc<GatewayState>, id: WorkerId) {
+async fn remove_when_idle(tasks: Arc<WorkerTasks>, id: WorkerId) {
     let has_requests = || {
-        let workers = shared.router.workers(shared.clock.now());
+        let workers = tasks.router.workers(tasks.clock.now());
         let mut workers = workers.iter();
         workers.any(|worker| worker.id == id && worker.requests > 0)
     };
@@ -292,5 +316,5 @@ async fn remove_when_idle(shared: Arc<GatewayState>, id: WorkerId) {
     };
     // After the time limit the worker is removed all the same.
     let _ = timeout(MAX_DRAIN_TIME, idle).await;
-    shared.workers.remove(&shared.router, id);
+    tasks.registry.remove(&tasks.router, id);
 }

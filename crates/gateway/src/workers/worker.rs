@@ -1,0 +1,245 @@
+//! The gateway's record of one worker: how requests reach it, and what it reported about itself.
+
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use foresee_api::admin::Health;
+use foresee_core::router::Router;
+use foresee_core::workers::WorkerId;
+use http::uri::{PathAndQuery, Scheme};
+use http::{HeaderValue, Uri};
+use parking_lot::Mutex;
+use tokio::sync::{Notify, watch};
+
+use crate::kv_events::source::{EventSource, KvEvents};
+use crate::kv_events::status::EventStatus;
+use crate::log_limit::warn_limited;
+use crate::metrics::Metrics;
+use crate::workers::address::WorkerAddress;
+use crate::workers::api_key::{WorkerKey, WorkerKeyConfig};
+use crate::workers::health_record::HealthRecord;
+use crate::workers::model_list::ModelList;
+use crate::workers::worker_config::WorkerConfig;
+
+/// Header that pins a request to one data-parallel rank of an engine, for vLLM and SGLang alike.
+pub(crate) const RANK_HEADER: &str = "x-data-parallel-rank";
+
+/// One worker: how requests reach it and what it reported about itself.
+#[derive(Debug)]
+pub(crate) struct Worker {
+    /// Id in the router.
+    pub(crate) id: WorkerId,
+    /// Configuration, with defaults filled in.
+    pub(crate) config: WorkerConfig,
+    /// Where connections go.
+    pub(crate) address: WorkerAddress,
+    /// API key of the gateway's own requests.
+    pub(crate) key: WorkerKey,
+    /// Results of the health checks.
+    pub(crate) health: HealthRecord,
+    /// Value of the response header that names this worker.
+    pub(crate) header: HeaderValue,
+    /// Value of [`RANK_HEADER`] for requests to this worker; `None` if its address has no ranks.
+    pub(crate) rank_header: Option<HeaderValue>,
+    /// Models that the worker serves.
+    pub(crate) models: ModelList,
+    /// Requests a health check before the next interval.
+    pub(crate) probe_now: Notify,
+    /// Status of the worker's KV events.
+    pub(crate) events: EventStatus,
+    /// Where the worker publishes KV events, as configured or discovered.
+    pub(crate) event_source: watch::Sender<Option<EventSource>>,
+    /// Whether a warning was logged that the engine has another number of ranks than configured.
+    pub(crate) rank_warning_logged: AtomicBool,
+    /// Whether a warning was logged that the engine's block size is not a multiple of the router's.
+    pub(crate) block_size_warning_logged: AtomicBool,
+    /// Blocks that running requests pin, as the engine reports; `None` if it is not asked or does
+    /// not report it.
+    pub(crate) engine_active_blocks: Mutex<Option<u64>>,
+    /// Requests a new connection to the worker's KV events, because the worker was unreachable.
+    pub(crate) resubscribe: Notify,
+    /// Whether the router had ejected the worker when that was last noted.
+    is_ejected: AtomicBool,
+    /// Whether the worker was removed, which ends its tasks.
+    removed: watch::Sender<bool>,
+    /// Capacity that the engine reported, in engine blocks; 0 if it reported none.
+    capacity_blocks: AtomicU32,
+    /// When data last arrived from the worker, in milliseconds of the gateway's clock.
+    last_activity: AtomicU64,
+    /// Whether the worker refused a connection and has not responded since. When it responds again,
+    /// its cache is empty.
+    gone: AtomicBool,
+    /// Whether the worker has returned after refusing connections, and its event subscription has
+    /// not taken that yet.
+    cache_lost: AtomicBool,
+}
+
+impl Worker {
+    /// Returns a worker without models that was not heard of yet. `default_key` is its key unless
+    /// `config` names one.
+    pub(super) fn new(id: WorkerId, config: WorkerConfig, default_key: &WorkerKeyConfig) -> Self {
+        Self {
+            id,
+            header: config.header(),
+            rank_header: config.rank.map(HeaderValue::from),
+            event_source: watch::Sender::new(match &config.kv_events {
+                KvEvents::At(source) => Some(source.clone()),
+                KvEvents::Discovered | KvEvents::Off => None,
+            }),
+            address: WorkerAddress::new(&config),
+            key: WorkerKey::load(config.api_key_file.as_deref(), default_key, &config.name),
+            health: HealthRecord::default(),
+            config,
+            rank_warning_logged: AtomicBool::new(false),
+            block_size_warning_logged: AtomicBool::new(false),
+            models: ModelList::default(),
+            probe_now: Notify::new(),
+            events: EventStatus::default(),
+            engine_active_blocks: Mutex::default(),
+            resubscribe: Notify::new(),
+            is_ejected: AtomicBool::new(false),
+            removed: watch::Sender::new(false),
+            capacity_blocks: AtomicU32::new(0),
+            last_activity: AtomicU64::new(0),
+            gone: AtomicBool::new(false),
+            cache_lost: AtomicBool::new(false),
+        }
+    }
+
+    /// Records that data arrived from the worker at `now`.
+    pub(crate) fn note_activity(&self, now: Duration) {
+        self.last_activity
+            .store(now.as_millis() as u64, Ordering::Relaxed);
+    }
+
+    /// Returns when data last arrived from the worker, by the gateway's clock.
+    pub(crate) fn last_activity(&self) -> Duration {
+        Duration::from_millis(self.last_activity.load(Ordering::Relaxed))
+    }
+
+    /// Sets the capacity that the engine reported, in engine blocks.
+    pub(crate) fn set_capacity_blocks(&self, blocks: u32) {
+        self.capacity_blocks.store(blocks, Ordering::Relaxed);
+    }
+
+    /// Returns the configured capacity or else the reported one, in engine blocks; `None` if neither
+    /// is known.
+    pub(crate) fn capacity_blocks(&self) -> Option<u32> {
+        let reported = self.capacity_blocks.load(Ordering::Relaxed);
+        self.config.blocks.or((reported > 0).then_some(reported))
+    }
+
+    /// Records that the worker refused a connection: no process listens at its address.
+    pub(crate) fn mark_gone(&self) {
+        self.gone.store(true, Ordering::Relaxed);
+    }
+
+    /// Returns whether the worker refused a connection and has not responded since.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Relaxed)
+    }
+
+    /// Returns the results of the health checks as the admin API shows them.
+    pub(crate) fn health_status(&self) -> Health {
+        self.health.status(Instant::now(), self.next_check_in())
+    }
+
+    /// Returns the time until the next health check; zero if one is running or overdue.
+    pub(crate) fn next_check_in(&self) -> Duration {
+        self.health.next_check_in(Instant::now())
+    }
+
+    /// Returns the `authorization` of a client's request that has none; `None` unless the
+    /// configuration shares the worker's key with clients.
+    pub(crate) fn authorization_for_clients(&self) -> Option<HeaderValue> {
+        self.key.authorization_for_clients()
+    }
+
+    /// Sends later connections to `ip`, one of the addresses of the worker's host name, those to
+    /// KV events included if they have the same host.
+    pub(crate) fn resolve_to(&self, ip: IpAddr) {
+        self.address.resolve_to(ip);
+        if let KvEvents::At(source) = &self.config.kv_events {
+            let host = self.config.authority.host();
+            let source = Some(source.with_host(host, &self.address.url_host()));
+            self.event_source.send_if_modified(|known| {
+                let is_new = *known != source;
+                *known = source;
+                is_new
+            });
+        }
+    }
+
+    /// Records that the worker responded. Returns whether it had refused a connection since the last
+    /// call.
+    pub(crate) fn note_reachable(&self) -> bool {
+        let was_gone = self.gone.swap(false, Ordering::Relaxed);
+        self.cache_lost.fetch_or(was_gone, Ordering::Relaxed);
+        was_gone
+    }
+
+    /// Returns whether the worker has returned after refusing connections since the last call.
+    pub(crate) fn take_cache_lost(&self) -> bool {
+        self.cache_lost.swap(false, Ordering::Relaxed)
+    }
+
+    /// Compares the worker's ejection in the router with the last one that was noted, and logs and
+    /// counts a change.
+    pub(crate) fn note_ejection(&self, router: &Router, metrics: &Metrics) {
+        let is_ejected = router.is_ejected(self.id);
+        if self.is_ejected.swap(is_ejected, Ordering::Relaxed) == is_ejected {
+            return;
+        }
+        let name = &self.config.name;
+        if is_ejected {
+            let label = [("worker", name.clone())];
+            metrics.worker_ejections.get_or_create(&label).inc();
+            warn_limited!(
+                key: name, worker = %name,
+                "worker ejected: it fails more often than its peers; one request at a time is sent as \
+                 a trial. Read the engine's log"
+            );
+        } else {
+            tracing::info!(worker = %name, "worker is no longer ejected");
+        }
+    }
+
+    /// Returns whether the worker was ejected when that was last noted.
+    pub(crate) fn was_ejected(&self) -> bool {
+        self.is_ejected.load(Ordering::Relaxed)
+    }
+
+    /// Marks the worker as removed, which ends its tasks.
+    pub(crate) fn remove(&self) {
+        self.removed.send_replace(true);
+    }
+
+    /// Returns whether the worker is removed.
+    pub(crate) fn is_removed(&self) -> bool {
+        *self.removed.borrow()
+    }
+
+    /// Waits until the worker is removed.
+    pub(crate) async fn until_removed(&self) {
+        let mut removed = self.removed.subscribe();
+        // The worker owns the sender, so waiting does not fail.
+        let _ = removed.wait_for(|removed| *removed).await;
+    }
+
+    /// Returns the URL of a connection to the worker, for a path and query of a request to the
+    /// gateway. Its host is the resolved address, if the gateway resolves the worker's host name; the
+    /// base path of the worker's URL is put before `path`. Fails if the result is not a valid URL.
+    pub(crate) fn uri(&self, path: &PathAndQuery) -> Result<Uri, http::Error> {
+        let path = if self.config.base_path.is_empty() {
+            path.clone()
+        } else {
+            format!("{}{path}", self.config.base_path).parse()?
+        };
+        Uri::builder()
+            .scheme(Scheme::HTTP)
+            .authority(self.address.authority())
+            .path_and_query(path)
+            .build()
+    }
+}
