@@ -13,6 +13,7 @@ mod explain;
 mod key;
 mod listener;
 mod new_worker;
+mod parts;
 mod selection;
 pub(crate) mod settings;
 
@@ -32,9 +33,7 @@ use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
 use hyper::body::Incoming;
 use percent_encoding::percent_decode_str;
 use serde_json::json;
-use tokio::sync::Semaphore;
 
-use crate::gateway_state::GatewayState;
 use crate::kv_events::source::KvEvents;
 use crate::log_limit::warn_limited;
 use crate::metrics::{OPEN_METRICS, PROMETHEUS_TEXT, gauge_value, prometheus_text};
@@ -42,48 +41,68 @@ use crate::reply::{self, Body};
 use crate::shutdown::shutting_down;
 use crate::workers::worker::Worker;
 use access::refusal;
-use drain::{PendingRemovals, timeout_of};
-use explain::MAX_CONCURRENT_EXPLANATIONS;
-use selection::Selection;
+use drain::{Drains, timeout_of};
+use explain::Explainer;
+use selection::SelectionApi;
 
 pub use key::{AdminKey, KeyError};
 pub(crate) use listener::AdminListener;
 pub use new_worker::parse_new_worker;
+pub(crate) use parts::AdminParts;
 pub use settings::{AdminConfig, AdminListen, UnprotectedAdmin};
 
 /// Maximum size of a request body, except for explanations.
 const MAX_BODY_BYTES: usize = 1 << 20;
 
-/// State of the admin API.
+/// The admin API: a front end on [`workers`](crate::workers), and with its
+/// [selection API](selection) one on [`placement`](crate::placement).
 #[derive(Debug)]
-pub(crate) struct AdminState {
-    /// Workers that are removed once they have no requests.
-    removals: PendingRemovals,
-    /// Permits of concurrent explanations.
-    explanations: Semaphore,
-    /// The selection API.
-    pub(crate) selection: Selection,
+pub(crate) struct AdminApi {
+    parts: AdminParts,
+    /// Which requests are accepted.
+    config: AdminConfig,
+    /// Where the listener listens.
+    listen: AdminListen,
+    drains: Arc<Drains>,
+    explainer: Explainer,
+    selection: SelectionApi,
 }
 
-impl AdminState {
-    /// Creates the state of a gateway that removes no worker and has no reservations.
-    pub(crate) fn new(config: &AdminConfig) -> Self {
+impl AdminApi {
+    /// Creates the API of a gateway that removes no worker and has no reservations. A request to
+    /// explain has at most `max_body_bytes`.
+    pub(crate) fn new(
+        parts: AdminParts,
+        config: AdminConfig,
+        listen: AdminListen,
+        max_body_bytes: usize,
+    ) -> Self {
+        let workers = Arc::clone(&parts.workers);
         Self {
-            removals: PendingRemovals::default(),
-            explanations: Semaphore::new(MAX_CONCURRENT_EXPLANATIONS),
-            selection: Selection::new(config.max_reservations),
+            drains: Arc::new(Drains::new(workers, parts.router.clone(), parts.clock)),
+            explainer: Explainer::new(Arc::clone(&parts.placement), max_body_bytes),
+            selection: SelectionApi::new(&parts, config.max_reservations),
+            parts,
+            config,
+            listen,
         }
     }
-}
 
-impl GatewayState {
+    /// Releases reservations as they expire, until [`close`](Self::close).
+    pub(crate) fn expire_reservations(&self) -> impl Future<Output = ()> + use<> {
+        let expired = self.parts.metrics.reservations_expired.clone();
+        self.selection.expire(expired)
+    }
+
+    /// Releases all reservations, because the gateway ends.
+    pub(crate) fn close(&self) {
+        self.selection.close();
+    }
+
     /// Handles one request to the admin listener. Errors become responses. A request that is refused
     /// for its host, origin, key or content type is logged.
-    pub(crate) async fn handle_admin(
-        self: Arc<Self>,
-        request: Request<Incoming>,
-    ) -> Response<Body> {
-        let result = self.try_handle_admin(request).await;
+    pub(crate) async fn handle(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
+        let result = self.try_handle(request).await;
         result.unwrap_or_else(|error| {
             let mut response = reply::error(Endpoint::Other, &error);
             if error.status == 401 {
@@ -97,13 +116,12 @@ impl GatewayState {
     /// Checks that the request may be handled, and calls the handler of its method and path. `HEAD`
     /// is handled like `GET`; the connection leaves out the body. The error is the response for the
     /// client; for an unknown path, a 404.
-    async fn try_handle_admin(
+    async fn try_handle(
         self: Arc<Self>,
         request: Request<Incoming>,
     ) -> Result<Response<Body>, ApiError> {
         let (head, body) = request.into_parts();
-        let listen = &self.config.admin_listen;
-        if let Err(error) = self.config.admin.check_request(listen, &head) {
+        if let Err(error) = self.config.check_request(&self.listen, &head) {
             warn_limited!(
                 key: error.code.unwrap_or(""),
                 status = error.status, code = error.code, method = %head.method,
@@ -121,8 +139,10 @@ impl GatewayState {
             (&Method::GET, "/health/live") => {
                 Ok(reply::whole(StatusCode::OK, "text/plain", "ok\n"))
             }
-            (&Method::GET, "/health/ready") if self.shutdown.has_begun() => Err(shutting_down()),
-            (&Method::GET, "/health/ready") if self.router.is_ready() => {
+            (&Method::GET, "/health/ready") if self.parts.shutdown.has_begun() => {
+                Err(shutting_down())
+            }
+            (&Method::GET, "/health/ready") if self.parts.router.is_ready() => {
                 Ok(reply::whole(StatusCode::OK, "text/plain", "ok\n"))
             }
             (&Method::GET, "/health/ready") => {
@@ -134,12 +154,10 @@ impl GatewayState {
                 let body = body::read(&head.headers, body, MAX_BODY_BYTES).await?;
                 self.add_worker(&body)
             }
-            (&Method::POST, "/admin/explain") => {
-                self.respond_explanation(&head.headers, body).await
-            }
-            (&Method::POST, "/admin/select") => self.select(&head, body).await,
+            (&Method::POST, "/admin/explain") => self.explainer.explain(&head.headers, body).await,
+            (&Method::POST, "/admin/select") => self.selection.select(&head, body).await,
             (method, path) => match path.strip_prefix("/admin/reservations/") {
-                Some(rest) => self.change_reservation(&head, rest, body).await,
+                Some(rest) => self.selection.change_reservation(&head, rest, body).await,
                 None => self.change_worker(method, path, head.uri.query()),
             },
         }
@@ -148,7 +166,7 @@ impl GatewayState {
     /// Handles the paths below `/admin/workers/`, which name a worker. Their requests have no body;
     /// one that is sent is ignored. Fails with a 404 for any other path.
     fn change_worker(
-        self: &Arc<Self>,
+        &self,
         method: &Method,
         path: &str,
         query: Option<&str>,
@@ -156,10 +174,12 @@ impl GatewayState {
         let not_found = || ApiError::path_not_found(method.as_str(), path);
         let rest = path.strip_prefix("/admin/workers/").ok_or_else(not_found)?;
         match *method {
-            Method::DELETE => self.remove_when_drained(&percent_decoded(rest), timeout_of(query)?),
+            Method::DELETE => self
+                .drains
+                .remove_when_drained(&percent_decoded(rest), timeout_of(query)?),
             Method::POST => match rest.rsplit_once('/') {
-                Some((name, "drain")) => self.set_draining(&percent_decoded(name), true),
-                Some((name, "undrain")) => self.set_draining(&percent_decoded(name), false),
+                Some((name, "drain")) => self.drains.set_draining(&percent_decoded(name), true),
+                Some((name, "undrain")) => self.drains.set_draining(&percent_decoded(name), false),
                 _ => Err(not_found()),
             },
             _ => Err(not_found()),
@@ -169,16 +189,22 @@ impl GatewayState {
     /// Returns the metrics in OpenMetrics text format if the client accepts it, and otherwise in
     /// the older text format of Prometheus.
     fn expose_metrics(&self, headers: &HeaderMap) -> Result<Response<Body>, ApiError> {
-        let workers = self.router.workers(self.clock.now());
-        let body_bytes = self.bodies.bytes_in_flight() as u64;
-        self.metrics.request_body_bytes.set(gauge_value(body_bytes));
-        let reservations = self.admin.selection.reservation_count() as u64;
-        self.metrics.reservations.set(gauge_value(reservations));
-        let text = self.metrics.expose(
+        let workers = self.parts.router.workers(self.parts.clock.now());
+        let body_bytes = self.parts.bodies.bytes_in_flight() as u64;
+        self.parts
+            .metrics
+            .request_body_bytes
+            .set(gauge_value(body_bytes));
+        let reservations = self.selection.reservation_count() as u64;
+        self.parts
+            .metrics
+            .reservations
+            .set(gauge_value(reservations));
+        let text = self.parts.metrics.expose(
             &workers,
-            self.router.output_length_accuracy(),
-            self.router.booking_count(),
-            self.router.prefix_tree_nodes(),
+            self.parts.router.output_length_accuracy(),
+            self.parts.router.booking_count(),
+            self.parts.router.prefix_tree_nodes(),
         );
         let text = text.map_err(|error| ApiError::unavailable(error.to_string()))?;
         let accepts_open_metrics = headers
@@ -195,9 +221,9 @@ impl GatewayState {
 
     /// Returns all workers, and the accuracy of the output length model.
     fn list_workers(&self) -> Response<Body> {
-        let snapshots = self.router.workers(self.clock.now());
+        let snapshots = self.parts.router.workers(self.parts.clock.now());
         let workers = snapshots.iter().map(|worker| self.describe(worker));
-        let lengths = self.router.output_length_accuracy();
+        let lengths = self.parts.router.output_length_accuracy();
         let list = api::WorkerList {
             workers: workers.collect(),
             output_lengths: api::OutputLengths {
@@ -216,7 +242,7 @@ impl GatewayState {
     /// latter are `None` while the worker is being removed, and the cache source is then
     /// `estimated`.
     fn describe(&self, worker: &WorkerSnapshot) -> api::Worker {
-        let entry = self.workers.registry().get(worker.id);
+        let entry = self.parts.workers.registry().get(worker.id);
         let follows_events = entry
             .as_ref()
             .is_some_and(|entry| entry.events.read().followed);
@@ -225,7 +251,7 @@ impl GatewayState {
         } else {
             CacheSource::Estimated
         };
-        let time_left = self.admin.removals.time_left(worker.id, self.clock.now());
+        let time_left = self.drains.time_left(worker.id, self.parts.clock.now());
         api::Worker {
             name: worker.name.to_string(),
             url: entry.as_ref().map(|entry| entry.config.url()),
@@ -236,7 +262,7 @@ impl GatewayState {
             drain_deadline_seconds: time_left.map(|time| time.as_secs_f64()),
             health: entry.as_ref().map(|entry| entry.health_status()),
             models: worker.models.to_vec(),
-            outlier: describe_outlier(&worker.outlier, self.clock.now()),
+            outlier: describe_outlier(&worker.outlier, self.parts.clock.now()),
             requests: worker.requests,
             queued_requests: worker.queued_requests,
             active_blocks: worker.active_blocks,
@@ -261,10 +287,12 @@ impl GatewayState {
     /// Adds the workers that the body describes. Responds with a 202 before the first health check.
     /// Fails as [`parse_new_worker`] does, and with a 409 if the name is taken or there are too many
     /// workers.
-    fn add_worker(self: &Arc<Self>, body: &[u8]) -> Result<Response<Body>, ApiError> {
+    fn add_worker(&self, body: &[u8]) -> Result<Response<Body>, ApiError> {
         let config = parse_new_worker(body)?;
-        let added = self.workers.add(&config);
-        self.workers.start(added.map_err(|error| conflict(&error))?);
+        let added = self.parts.workers.add(&config);
+        self.parts
+            .workers
+            .start(added.map_err(|error| conflict(&error))?);
         let body = json!({ "name": config.name });
         Ok(reply::json(StatusCode::ACCEPTED, body.to_string()))
     }

@@ -7,16 +7,16 @@
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use foresee_api::headers::{CONTROL_PREFIX, EXPECTED_TOKENS, PRIORITY};
-use foresee_core::queue::QueueOrder;
 use foresee_engine::error::ApiError;
 use http::header::{ACCEPT_ENCODING, FORWARDED, HOST, HeaderName, VIA};
 use http::{HeaderMap, HeaderValue};
 use ipnet::IpNet;
 
-use crate::gateway_state::GatewayState;
 use crate::placement::hints::{RequestHints, tenant_hash};
+use crate::workers::registry::WorkerRegistry;
 use crate::workers::worker::RANK_HEADER;
 
 /// Request headers by which engines let a client control scheduling.
@@ -42,29 +42,36 @@ pub struct ClientTrust {
     pub proxies: Vec<IpNet>,
 }
 
-impl GatewayState {
+/// How the headers of clients are read and passed on.
+#[derive(Debug)]
+pub(crate) struct ClientHeaders {
+    pub(crate) trust: ClientTrust,
+    /// Header whose value identifies the tenant of a request; `None` unless the queue order is
+    /// `fair`.
+    pub(crate) tenant_header: Option<HeaderName>,
+    pub(crate) registry: Arc<WorkerRegistry>,
+}
+
+impl ClientHeaders {
     /// Returns the routing hints in `headers`. The tenant is 0 unless the queue order is `fair` and
     /// the request has the tenant header. From clients that are not trusted, the priority is at
     /// least 0 and the other hints are ignored. Fails with a 400 if the priority or the expected
     /// number of tokens is not an integer in range.
-    pub(crate) fn request_hints(&self, headers: &HeaderMap) -> Result<RequestHints, ApiError> {
+    pub(crate) fn hints(&self, headers: &HeaderMap) -> Result<RequestHints, ApiError> {
         let priority = "an integer; lower values are served first (default 0)";
         let tokens = "an integer: the expected number of output tokens";
-        let tenant = match self.config.router.queue_order {
-            Some(QueueOrder::FairByTenant) => headers.get(&self.config.tenant_header),
-            _ => None,
-        };
+        let tenant_header = self.tenant_header.as_ref();
+        let tenant = tenant_header.and_then(|name| headers.get(name));
         let hints = RequestHints {
             expected_output_tokens: integer_header(headers, EXPECTED_TOKENS, tokens)?,
             priority: integer_header(headers, PRIORITY, priority)?.unwrap_or_default(),
             tenant: tenant.map_or(0, |tenant| tenant_hash(tenant.as_bytes())),
             excluded_workers: Vec::new(),
         };
-        Ok(if self.config.client_trust.control_headers {
+        Ok(if self.trust.control_headers {
             RequestHints {
-                excluded_workers: named_rank(headers).map_or_else(Vec::new, |rank| {
-                    self.workers.registry().workers_of_other_ranks(rank)
-                }),
+                excluded_workers: named_rank(headers)
+                    .map_or_else(Vec::new, |rank| self.registry.workers_of_other_ranks(rank)),
                 ..hints
             }
         } else {
@@ -79,13 +86,13 @@ impl GatewayState {
     /// Changes the headers of a client at `peer` into the headers for a worker. Removes control
     /// headers of clients that are not trusted, and `Accept-Encoding` if the response `is_observed`:
     /// a compressed response cannot be. Adds `Via` and `X-Forwarded-*`.
-    pub(crate) fn forward_headers(
+    pub(crate) fn forward(
         &self,
         headers: &mut HeaderMap,
         peer: Option<SocketAddr>,
         is_observed: bool,
     ) {
-        if !self.config.client_trust.control_headers {
+        if !self.trust.control_headers {
             let is_control = |name: &HeaderName| {
                 let name = name.as_str();
                 name.starts_with(CONTROL_PREFIX) || ENGINE_CONTROL_HEADERS.contains(&name)
@@ -103,7 +110,7 @@ impl GatewayState {
             headers.remove(ACCEPT_ENCODING);
         }
         let peer = peer.map(|peer| peer.ip().to_canonical());
-        let proxies = &self.config.client_trust.proxies;
+        let proxies = &self.trust.proxies;
         let is_proxy = peer.is_some_and(|peer| proxies.iter().any(|net| net.contains(&peer)));
         add_forwarding(headers, peer, is_proxy);
     }

@@ -13,18 +13,23 @@ use bytes::Bytes;
 use foresee_core::batch::Batch;
 use foresee_core::outlier::ExchangeResult;
 use foresee_core::retry_budget::RetryBudget;
+use foresee_core::router::Router;
 use foresee_core::workers::WorkerId;
 use foresee_engine::error::ApiError;
 use http::header::{CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderMap, Response, StatusCode, response};
 use http_body_util::BodyExt;
 use hyper::body::{Body as _, Frame, Incoming};
+use parking_lot::Mutex;
 
-use crate::gateway_state::GatewayState;
+use crate::clock::Clock;
 use crate::log_limit::warn_limited;
+use crate::metrics::Metrics;
+use crate::placement::Placement;
 use crate::placement::dispatch::announce;
 use crate::tracked_body::TrackedBody;
 use crate::upstream::{UpstreamClient, UpstreamError, UpstreamRequest};
+use crate::workers::registry::WorkerRegistry;
 use crate::workers::worker::Worker;
 
 /// Maximum number of times that one request is sent again. A request that crashes engines must not
@@ -46,9 +51,27 @@ const FIRST_BYTE_FACTOR: u32 = 10;
 /// Longest `Retry-After` of a worker that is honoured.
 const MAX_BACKPRESSURE: Duration = Duration::from_secs(300);
 
+/// What the attempts of all requests share.
+#[derive(Debug)]
+pub(crate) struct FailoverContext {
+    pub(crate) placement: Arc<Placement>,
+    pub(crate) registry: Arc<WorkerRegistry>,
+    pub(crate) router: Router,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) clock: Clock,
+    /// Limits how many requests are sent again after a worker failed them.
+    pub(crate) retry_budget: Mutex<RetryBudget>,
+    /// Maximum time from the arrival of a request until the first byte of its response.
+    pub(crate) first_byte_timeout: Duration,
+    /// Minimum time that one worker gets until the first byte.
+    pub(crate) min_first_byte_timeout: Duration,
+    /// Whether clients see the names of workers in error messages.
+    pub(crate) exposes_workers: bool,
+}
+
 /// Returns the budget that all requests of a gateway share.
-pub(crate) fn new_retry_budget() -> RetryBudget {
-    RetryBudget::new(RETRY_RATIO, RETRIES_PER_SECOND)
+pub(crate) fn new_retry_budget() -> Mutex<RetryBudget> {
+    Mutex::new(RetryBudget::new(RETRY_RATIO, RETRIES_PER_SECOND))
 }
 
 /// Response of a worker of which nothing has been passed on yet.
@@ -66,7 +89,7 @@ pub(crate) struct UpstreamResponse {
 /// Attempts to send one request.
 #[derive(Debug)]
 pub(crate) struct Failover<'a> {
-    shared: &'a GatewayState,
+    shared: &'a FailoverContext,
     client: &'a UpstreamClient,
     request: &'a UpstreamRequest,
     /// Workers that the request is not sent to: they failed it, or the client excluded them.
@@ -98,7 +121,7 @@ impl<'a> Failover<'a> {
     /// `excluded`. Adds the request to the retry budget. The first byte of the response must arrive
     /// within `first_byte_timeout` of the arrival, all attempts and the queue included.
     pub(crate) fn new(
-        shared: &'a GatewayState,
+        shared: &'a FailoverContext,
         client: &'a UpstreamClient,
         request: &'a UpstreamRequest,
         excluded: &[WorkerId],
@@ -113,7 +136,7 @@ impl<'a> Failover<'a> {
             attempts: 0,
             retries: 0,
             connection_losses: 0,
-            deadline: arrived_at + shared.config.first_byte_timeout,
+            deadline: arrived_at + shared.first_byte_timeout,
         }
     }
 
@@ -129,9 +152,10 @@ impl<'a> Failover<'a> {
         loop {
             let max_wait = self.deadline.saturating_sub(self.shared.clock.now());
             self.shared
+                .placement
                 .wait_in_queue(batch, &self.excluded, max_wait)
                 .await?;
-            let Some(worker) = self.shared.workers.registry().get(batch.worker()) else {
+            let Some(worker) = self.shared.registry.get(batch.worker()) else {
                 // The worker was removed after it was chosen.
                 self.choose_another(batch)?;
                 continue;
@@ -170,9 +194,7 @@ impl<'a> Failover<'a> {
             return Ok(left);
         };
         let limit = predicted.saturating_mul(FIRST_BYTE_FACTOR);
-        Ok(limit
-            .max(self.shared.config.min_first_byte_timeout)
-            .min(left))
+        Ok(limit.max(self.shared.min_first_byte_timeout).min(left))
     }
 
     /// Sends the request to `worker` once. Waits for the head of the response and, if the response
@@ -317,7 +339,7 @@ impl<'a> Failover<'a> {
     fn choose_another(&mut self, batch: &mut Batch) -> Result<(), ApiError> {
         self.excluded.push(batch.worker());
         let moved = batch.reroute(&self.excluded, self.shared.clock.now());
-        moved.map_err(|error| self.shared.refusal(&error))
+        moved.map_err(|error| self.shared.placement.refusal(&error))
     }
 
     /// Waits for connections of this process to be closed. The request keeps its booking. Waits for
@@ -325,7 +347,7 @@ impl<'a> Failover<'a> {
     /// passed.
     async fn wait_for_local_resources(&self, error: &UpstreamError) -> Result<(), ApiError> {
         if self.is_past_deadline() {
-            return Err(self.shared.out_of_connections());
+            return Err(self.shared.placement.out_of_connections());
         }
         tracing::debug!(%error, "out of connections; waiting for others to be closed");
         tokio::time::sleep(LOCAL_EXHAUSTION_DELAY).await;
@@ -344,7 +366,7 @@ impl<'a> Failover<'a> {
 
     /// Returns the response to a request whose deadline has passed.
     fn timed_out(&self) -> ApiError {
-        let limit = self.shared.config.first_byte_timeout;
+        let limit = self.shared.first_byte_timeout;
         ApiError::timed_out(format!(
             "No response began within {limit:?} (--first-byte-timeout)."
         ))
@@ -363,7 +385,7 @@ impl<'a> Failover<'a> {
             NoRetry::NoOtherWorker => "no other worker can take over",
         };
         let mut message = format!("{failed}, and {why}.");
-        if self.shared.config.expose_worker_header {
+        if self.shared.exposes_workers {
             message += &format!(" Worker {}: {error}.", worker.config.name);
         }
         match error {

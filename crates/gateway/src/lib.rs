@@ -1,54 +1,52 @@
 //! HTTP server of Foresee: an OpenAI-compatible proxy that sends each request to the worker that the
-//! router chooses.
+//! router chooses, and front ends for operators and for other proxies.
 //!
-//! A request passes these modules in order:
+//! Two parts have a façade each. `placement` reads a request's body, tokenises it, chooses a worker,
+//! books the request there, observes the response and releases the booking; it knows neither sockets
+//! nor HTTP. `workers` has the list of workers and the tasks that follow each of them: `workers::tasks`
+//! starts `workers::health`, look-ups of host names (`workers::resolve`), `worker_info`, `subscribe`
+//! for KV events (`kv_events`) and `engine_metrics`. Front ends are built on both, and know each
+//! other as little as the parts know them: `proxy`, `admin`, and `admin::selection`.
+//!
+//! A request to the proxy passes these modules in order:
 //!
 //! 1. `accept` admits its connection, `connection` and `client_socket` carry it and its response,
 //!    and `request_body` reads its body.
 //! 2. `proxy` finds the inference path that it calls; `client_headers` takes the hints from its
-//!    headers.
+//!    headers; `own_responses` answers what is not sent to a worker.
 //! 3. `placement` parses, tokenises and hashes its body, a long one on a thread of `parse_pool`, and
-//!    books it on a worker.
-//! 4. `failover` waits in the router's queue and sends it, to another worker if one fails; `refusals`
-//!    are the responses to a request that cannot be placed.
+//!    books it on a worker, or refuses it (`placement::refusals`).
+//! 4. `failover` waits in the router's queue and sends it, to another worker if one fails.
 //! 5. `upstream` writes it to the worker over a pooled connection.
-//! 6. `tracked_body` passes the response on, and `placement` reports its tokens to the booking.
-//! 7. `completion_log` records how the response ended, and `cache_feedback` what it left in the
-//!    worker's cache. Dropping the response's body releases the booking.
+//! 6. `tracked_body` passes the response on, and `placement::response_observer` reports its tokens to
+//!    the booking.
+//! 7. `placement::completion_log` records how the response ended, and `placement::cache_feedback` what
+//!    it left in the worker's cache. Dropping the response's body releases the booking.
 //!
-//! Tasks that run independently of requests, started by `workers::tasks`: `workers::health` checks
-//! workers, `workers::resolve` looks up their host names, `worker_info` asks them for models and
-//! capacity, `subscribe` follows their KV events, and `engine_metrics` reads their own metrics.
-//! `workers` has the list of workers, `admin` and `metrics` report the state, `recorder` writes a
-//! trace of the requests, `server` starts and stops everything, and `shutdown` has the phases in
-//! which it stops.
+//! `server` starts, connects and stops everything, and `shutdown` has the phases in which it stops.
+//! `metrics` reports the state, and `recorder` writes a trace of the requests.
 
 mod accept;
 mod admin;
-mod bytes_per_token;
-mod cache_feedback;
 mod client_headers;
 mod client_socket;
 mod clock;
 mod completion;
-mod completion_log;
 mod config;
 mod connection;
 mod connection_state;
-mod drain_rate;
 mod engine_metrics;
 mod failover;
-mod gateway_state;
 mod kv_events;
 mod listen;
 mod log_limit;
 mod metrics;
+mod own_responses;
 mod parse_pool;
 mod pass_through;
 mod placement;
 mod proxy;
 mod recorder;
-mod refusals;
 mod reply;
 mod request_body;
 mod request_ids;
@@ -56,7 +54,6 @@ mod server;
 mod shutdown;
 mod subscribe;
 mod tcp_timeouts;
-mod tokenization;
 mod tracked_body;
 mod upstream;
 mod worker_info;

@@ -12,21 +12,25 @@ use foresee_engine::error::ApiError;
 use foresee_engine::paths::{self, BodyFormat};
 use foresee_engine::request::Endpoint;
 use http::header::{CONTENT_ENCODING, CONTENT_TYPE, UPGRADE};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, request};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use http_body_util::Either;
 use hyper::body::Incoming;
-use percent_encoding::percent_decode_str;
 
+use crate::client_headers::ClientHeaders;
+use crate::clock::Clock;
 use crate::connection_state::{ConnectionHandle, PeerAddress};
-use crate::failover::{Failover, UpstreamResponse};
-use crate::gateway_state::GatewayState;
+use crate::failover::{Failover, FailoverContext, UpstreamResponse};
 use crate::metrics::{Metrics, Outcome};
+use crate::own_responses::OwnResponses;
+use crate::pass_through::PassThroughPath;
+use crate::placement::Placement;
 use crate::placement::parsed_request::BodyForm;
 use crate::placement::placed_request::PlacedRequest;
 use crate::reply::{self, Body};
-use crate::request_body::RequestBody;
+use crate::request_body::{RequestBodies, RequestBody};
+use crate::request_ids::RequestIds;
 use crate::shutdown::{SHUTTING_DOWN, shutting_down};
-use crate::tracked_body::TrackedBody;
+use crate::tracked_body::{ResponseLimits, TrackedBody};
 use crate::upstream::{UpstreamClient, UpstreamRequest, strip_hop_by_hop};
 
 /// Request header with a session of the client, whose requests share a worker.
@@ -58,13 +62,33 @@ impl Drop for OutcomeGuard<'_> {
     }
 }
 
-impl GatewayState {
+/// The proxy: a front end on [`placement`](crate::placement) that sends the requests of OpenAI's and
+/// other inference APIs, and passes the responses on.
+#[derive(Debug)]
+pub(crate) struct Proxy {
+    pub(crate) placement: Arc<Placement>,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) clock: Clock,
+    pub(crate) own_responses: OwnResponses,
+    pub(crate) client_headers: ClientHeaders,
+    pub(crate) failover: FailoverContext,
+    /// Reader of request bodies, which counts their bytes.
+    pub(crate) bodies: Arc<RequestBodies>,
+    pub(crate) request_ids: RequestIds,
+    pub(crate) limits: Arc<ResponseLimits>,
+    /// Paths that reach a worker in addition to the inference paths.
+    pub(crate) pass_through: Vec<PassThroughPath>,
+    /// Whether clients see the names of workers in a response header.
+    pub(crate) exposes_workers: bool,
+}
+
+impl Proxy {
     /// Handles one request to the public API. `client` is that of the I/O thread. Errors become
     /// responses in the shape of the API that the request called. Counts the outcome of each error
     /// response, and of a client that leaves before its response begins; [`TrackedBody`] counts the
     /// responses of workers. The response has the `x-request-id` of the worker, of the client or a
     /// new one.
-    pub(crate) async fn handle_api(
+    pub(crate) async fn handle(
         self: Arc<Self>,
         client: Arc<UpstreamClient>,
         request: Request<Incoming>,
@@ -78,8 +102,8 @@ impl GatewayState {
         let result = if connection.is_some_and(ConnectionHandle::is_too_late) {
             Err(shutting_down())
         } else {
-            let handled = self.try_handle_api(&client, request, call, request_id.clone());
-            self.shutdown.unless_aborting(handled).await
+            let handled = self.try_handle(&client, request, call, request_id.clone());
+            self.limits.shutdown.unless_aborting(handled).await
         };
         guard.0 = None;
         let mut response = match result {
@@ -113,8 +137,8 @@ impl GatewayState {
     /// # Errors
     /// Returns the error response for the client: the path is not served, the body or a hint is
     /// invalid, or no worker responded.
-    async fn try_handle_api(
-        self: &Arc<Self>,
+    async fn try_handle(
+        &self,
         client: &UpstreamClient,
         request: Request<Incoming>,
         call: Result<Call, ApiError>,
@@ -123,7 +147,7 @@ impl GatewayState {
         let arrived_at = self.clock.now();
         let (mut head, body) = request.into_parts();
         refuse_upgrade(&head.headers)?;
-        if let Some(response) = self.own_response(&head)? {
+        if let Some(response) = self.own_responses.respond(&head)? {
             return Ok(response);
         }
         let call = call?;
@@ -133,38 +157,33 @@ impl GatewayState {
             permit: _permit,
         } = self.bodies.read(&head, body).await?;
         let form = body_form(&call, &head.headers);
-        let mut parsed = self.read_request(call.endpoint, form, body.clone()).await?;
-        parsed.hints = self.request_hints(&head.headers)?;
+        let mut parsed = self
+            .placement
+            .read(call.endpoint, form, body.clone())
+            .await?;
+        parsed.hints = self.client_headers.hints(&head.headers)?;
         let session = session_of(&head.headers);
-        self.apply_affinity(&mut parsed, call.response_id.as_deref(), session);
-        let mut placed = self.place(call.endpoint, parsed, arrived_at)?;
+        self.placement
+            .apply_affinity(&mut parsed, call.response_id.as_deref(), session);
+        let mut placed = self.placement.place(call.endpoint, parsed, arrived_at)?;
         let peer = head.extensions.get::<PeerAddress>().map(|peer| peer.0);
-        self.forward_headers(&mut head.headers, peer, call.is_observed);
+        self.client_headers
+            .forward(&mut head.headers, peer, call.is_observed);
         let mut upstream_request =
             UpstreamRequest::new(head, body.clone(), request_id, call.is_repeatable);
         upstream_request.full_report_mode = placed.parsed.full_report_mode;
         upstream_request.expects_result = call.is_observed;
         let excluded = &placed.parsed.hints.excluded_workers;
-        let mut failover = Failover::new(self, client, &upstream_request, excluded, arrived_at);
+        let mut failover = Failover::new(
+            &self.failover,
+            client,
+            &upstream_request,
+            excluded,
+            arrived_at,
+        );
         let response = failover.send(&mut placed.batch).await?;
         let request_id = upstream_request.request_id();
         Ok(self.pass_through(response, placed, &request_id))
-    }
-
-    /// Returns the response to a request that the gateway answers itself: the model list, one model,
-    /// or the health. `None` for every other request. Fails with a 404 for an unknown model.
-    fn own_response(&self, head: &request::Parts) -> Result<Option<Response<Body>>, ApiError> {
-        if head.method != Method::GET {
-            return Ok(None);
-        }
-        Ok(Some(match head.uri.path() {
-            "/v1/models" => self.models(),
-            "/health" => self.health(),
-            path => match path.strip_prefix("/v1/models/") {
-                Some(model) if !model.is_empty() => self.model(model)?,
-                _ => return Ok(None),
-            },
-        }))
     }
 
     /// Returns the inference that a request calls.
@@ -183,12 +202,7 @@ impl GatewayState {
                 response_id: found.response_id.map(str::to_owned),
             });
         }
-        if self
-            .config
-            .pass_through
-            .iter()
-            .any(|added| added.matches(path))
-        {
+        if self.pass_through.iter().any(|added| added.matches(path)) {
             return Ok(Call {
                 endpoint: Endpoint::Other,
                 body: BodyFormat::None,
@@ -207,7 +221,7 @@ impl GatewayState {
     /// reports its tokens to the bookings. Removes hop-by-hop headers and counts the predicted
     /// overlap. `request_id` is used only in log lines.
     fn pass_through(
-        self: &Arc<Self>,
+        &self,
         upstream: UpstreamResponse,
         placed: PlacedRequest,
         request_id: &HeaderValue,
@@ -216,57 +230,19 @@ impl GatewayState {
         strip_hop_by_hop(&mut head.headers);
         let headers = &mut head.headers;
         headers.remove(api_headers::WORKER);
-        if self.config.expose_worker_header {
+        if self.exposes_workers {
             headers.insert(api_headers::WORKER, upstream.worker.header.clone());
         }
         headers.insert(api_headers::OVERLAP_TOKENS, placed.overlap_tokens().into());
         let request_id = String::from_utf8_lossy(request_id.as_bytes()).into_owned();
-        let context = self.begin_response(
+        let context = self.placement.begin_response(
             placed,
             upstream.worker,
             upstream.predicted_tokens,
             request_id,
         );
-        let body = TrackedBody::new(&head, body, upstream.first_frame, context);
+        let body = TrackedBody::new(&head, body, upstream.first_frame, context, &self.limits);
         Response::from_parts(head, Either::Right(body))
-    }
-
-    /// Lists the models of all workers. Each entry is as the first worker that serves the model
-    /// wrote it. Workers are taken in the order in which they were added, unhealthy ones included.
-    /// A worker that has not listed its models yet adds none.
-    fn models(&self) -> Response<Body> {
-        let mut listed: Vec<(String, String)> = Vec::new();
-        for worker in self.workers.registry().all() {
-            for (id, entry) in worker.models.read().iter() {
-                if !listed.iter().any(|(known, _)| known == id) {
-                    listed.push((id.clone(), entry.get().to_owned()));
-                }
-            }
-        }
-        let entries: Vec<&str> = listed.iter().map(|(_, entry)| entry.as_str()).collect();
-        let list = format!(r#"{{"object":"list","data":[{}]}}"#, entries.join(","));
-        reply::json(StatusCode::OK, list)
-    }
-
-    /// Returns the entry of one model, as the first worker that serves it wrote it. `name` may contain
-    /// percent escapes. Fails with a 404 if no worker serves the model.
-    fn model(&self, name: &str) -> Result<Response<Body>, ApiError> {
-        let name = percent_decode_str(name).decode_utf8_lossy();
-        let entry = self.workers.registry().model_entry(&name);
-        let unknown = || ApiError::model_not_found(&name, &self.workers.registry().served_models());
-        let entry = entry.ok_or_else(unknown)?;
-        Ok(reply::json(StatusCode::OK, entry))
-    }
-
-    /// Returns an empty 200 if a worker can serve a request now, and otherwise a 503, as engines do. A
-    /// gateway that shuts down returns a 503.
-    fn health(&self) -> Response<Body> {
-        let status = if self.router.is_ready() && !self.shutdown.has_begun() {
-            StatusCode::OK
-        } else {
-            StatusCode::SERVICE_UNAVAILABLE
-        };
-        reply::whole(status, "text/plain", "")
     }
 }
 

@@ -9,36 +9,37 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
+use foresee_core::queue::QueueOrder;
 use foresee_core::router::{ConfigError, Router, RouterConfig};
 use foresee_core::workers::WorkerError;
 use foresee_engine::tokenizer::TokenizerError;
 use futures_util::future::join_all;
-use parking_lot::Mutex;
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, timeout};
 
 use crate::accept::{ConnectionLimit, ConnectionSettings, serve};
-use crate::admin::{AdminListen, AdminListener, AdminState, UnprotectedAdmin};
-use crate::bytes_per_token::TextRatios;
+use crate::admin::{AdminApi, AdminListen, AdminListener, AdminParts, UnprotectedAdmin};
+use crate::client_headers::ClientHeaders;
 use crate::clock::Clock;
 use crate::config::GatewayConfig;
-use crate::drain_rate::DrainRate;
-use crate::failover::new_retry_budget;
-use crate::gateway_state::GatewayState;
+use crate::failover::{FailoverContext, new_retry_budget};
 use crate::listen::{InheritedListeners, Listener, default_max_connections};
 use crate::metrics::Metrics;
+use crate::own_responses::OwnResponses;
 use crate::parse_pool::ParsePool;
-use crate::placement::affinity::Affinity;
+use crate::placement::tokenization::PromptTokenizer;
+use crate::placement::{Placement, PlacementConfig};
+use crate::proxy::Proxy;
 use crate::recorder::Recorder;
 use crate::request_body::RequestBodies;
 use crate::request_ids::RequestIds;
-use crate::shutdown::{ShutdownPhase, ShutdownSignal};
-use crate::tokenization::PromptTokenizer;
+use crate::shutdown::{ShutdownConfig, ShutdownPhase, ShutdownSignal};
+use crate::tracked_body::ResponseLimits;
 use crate::upstream::UpstreamClient;
 use crate::workers::api_key::ApiKeyError;
 use crate::workers::{Workers, WorkersConfig};
@@ -100,7 +101,18 @@ pub enum StartError {
 /// A running gateway.
 #[derive(Debug)]
 pub struct Gateway {
-    shared: Arc<GatewayState>,
+    router: Router,
+    workers: Arc<Workers>,
+    admin_api: Arc<AdminApi>,
+    /// Shutdown of the API's listener.
+    shutdown: Arc<ShutdownSignal>,
+    shutdown_config: ShutdownConfig,
+    /// Maximum time for running responses to end at shutdown.
+    shutdown_timeout: Duration,
+    /// Writer of the recording, if there is one.
+    recorder: Option<Arc<Recorder>>,
+    /// Task that dispatches queued requests in intervals, if there is a queue.
+    ticks: Option<JoinHandle<()>>,
     /// Address of the API's listener.
     address: SocketAddr,
     /// Where the admin listener listens.
@@ -160,61 +172,76 @@ impl Gateway {
         let clock = Clock::start();
         let record = config.record.as_deref();
         let recorder = record.map(|path| {
-            Recorder::start(path, &metrics).map_err(|error| StartError::Record {
+            let recorder = Recorder::start(path, &metrics);
+            recorder.map(Arc::new).map_err(|error| StartError::Record {
                 path: path.to_owned(),
                 error,
             })
         });
+        let recorder = recorder.transpose()?;
         let router = Router::new(RouterConfig {
             queue_limit: config.queue_limit,
             ..config.router.clone()
         })?;
-        let workers = Workers::new(
+        let shutdown = Arc::new(ShutdownSignal::new());
+        let workers = Arc::new(Workers::new(
             workers_config(&config),
             router.clone(),
             Arc::clone(&metrics),
             clock,
-        );
-        let shared = Arc::new(GatewayState {
-            router,
-            workers,
+        ));
+        let parse_pool = Arc::new(ParsePool::new());
+        let placement = Arc::new(Placement::new(
+            placement_config(&config, tokenizer, recorder.clone()),
+            router.clone(),
+            Arc::clone(workers.registry()),
+            Arc::clone(&parse_pool),
+            Arc::clone(&metrics),
+            clock,
+        ));
+        let parts = AdminParts {
+            router: router.clone(),
+            workers: Arc::clone(&workers),
+            placement,
             metrics,
             clock,
-            text_ratios: TextRatios::default(),
-            tokenizer,
-            retry_budget: Mutex::new(new_retry_budget()),
-            drain_rate: DrainRate::default(),
-            affinity: Affinity::default(),
-            request_ids: RequestIds::new(),
-            admin: AdminState::new(&config.admin),
-            recorder: recorder.transpose()?,
-            bodies: RequestBodies::new(config.max_body_bytes, config.bodies),
-            parse_pool: ParsePool::new(),
-            shutdown: Arc::new(ShutdownSignal::new()),
-            config,
-        });
-        let mut workers = Vec::new();
-        for engine in &shared.config.workers {
-            workers.extend(shared.workers.add(engine)?);
+            bodies: Arc::new(RequestBodies::new(config.max_body_bytes, config.bodies)),
+            parse_pool,
+            shutdown: Arc::clone(&shutdown),
+        };
+        let proxy = Arc::new(proxy(&config, &parts));
+        let connections = api_connections(&config, &parts);
+        let mut added = Vec::new();
+        for engine in &config.workers {
+            added.extend(workers.add(engine)?);
         }
-        let connections = api_connections(&shared);
         let io_threads =
-            start_io_threads(api, &shared, &connections).map_err(StartError::Thread)?;
-        shared.workers.start(workers);
-        if shared.config.router.queue_order.is_some() {
-            tokio::spawn(tick_queue(Arc::downgrade(&shared)));
-        }
-        if admin.is_some() {
-            let expired = shared.metrics.reservations_expired.clone();
-            tokio::spawn(shared.admin.selection.expire(shared.clock, expired));
-        }
+            start_io_threads(api, &config, &proxy, &connections).map_err(StartError::Thread)?;
+        workers.start(added);
+        let has_queue = config.router.queue_order.is_some();
+        let ticks = has_queue.then(|| tokio::spawn(tick_queue(router.clone(), clock)));
+        let admin_api = Arc::new(AdminApi::new(
+            parts,
+            config.admin,
+            config.admin_listen,
+            config.max_body_bytes,
+        ));
         let (stop_admin, stopped) = watch::channel(false);
-        let admin_state = Arc::clone(&shared);
-        let handle_admin = move |request| Arc::clone(&admin_state).handle_admin(request);
-        let admin =
-            admin.map(|admin| tokio::spawn(admin.serve(stopped, ABORT_TIMEOUT, handle_admin)));
+        let admin = admin.map(|admin| {
+            tokio::spawn(admin_api.expire_reservations());
+            let api = Arc::clone(&admin_api);
+            let handle = move |request| Arc::clone(&api).handle(request);
+            tokio::spawn(admin.serve(stopped, ABORT_TIMEOUT, handle))
+        });
         Ok(Self {
-            shared,
+            router,
+            workers,
+            admin_api,
+            shutdown,
+            shutdown_config: config.shutdown,
+            shutdown_timeout: config.shutdown_timeout,
+            recorder,
+            ticks,
             address,
             admin_listen,
             connections,
@@ -249,7 +276,7 @@ impl Gateway {
     /// Returns the router, for inspection.
     #[must_use]
     pub fn router(&self) -> &Router {
-        &self.shared.router
+        &self.router
     }
 
     /// Shuts down in the order of [`ShutdownPhase`]: makes the readiness checks fail, accepts no
@@ -259,13 +286,13 @@ impl Gateway {
     ///
     /// Dropping the future stops the shutdown where it is.
     pub async fn shut_down(self) {
-        let shutdown = &self.shared.shutdown;
+        let shutdown = &self.shutdown;
         shutdown.advance(ShutdownPhase::Announced);
-        tokio::time::sleep(self.shared.config.shutdown.delay).await;
+        tokio::time::sleep(self.shutdown_config.delay).await;
         shutdown.advance(ShutdownPhase::Draining);
         // Nothing is ever sent. An error says that the thread has ended.
         let mut io_threads = join_all(self.io_threads);
-        let limit = self.shared.config.shutdown_timeout;
+        let limit = self.shutdown_timeout;
         if timeout(limit, &mut io_threads).await.is_err() {
             tracing::warn!(
                 timeout = ?limit, connections = self.connections.limit.open(),
@@ -283,30 +310,28 @@ impl Gateway {
         {
             tracing::error!(%error, "the admin listener panicked");
         }
-        self.shared.admin.selection.close();
-        self.shared.workers.stop();
-        let shared = self.shared;
-        let written = tokio::task::spawn_blocking(move || {
-            if let Some(recorder) = &shared.recorder {
-                recorder.finish();
-            }
-        });
+        self.admin_api.close();
+        self.workers.stop();
+        if let Some(ticks) = self.ticks {
+            ticks.abort();
+        }
+        let Some(recorder) = self.recorder else {
+            return;
+        };
+        let written = tokio::task::spawn_blocking(move || recorder.finish());
         if let Err(error) = written.await {
             tracing::error!(%error, "finishing the recording failed; its last entries may be missing");
         }
     }
 }
 
-/// Calls the router's `tick` in intervals for as long as the gateway exists.
-async fn tick_queue(shared: Weak<GatewayState>) {
+/// Calls the router's `tick` in intervals. Never returns.
+async fn tick_queue(router: Router, clock: Clock) {
     let mut ticks = tokio::time::interval(TICK_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        let Some(shared) = shared.upgrade() else {
-            return;
-        };
-        shared.router.tick(shared.clock.now());
+        router.tick(clock.now());
     }
 }
 
@@ -325,20 +350,78 @@ fn workers_config(config: &GatewayConfig) -> WorkersConfig {
     }
 }
 
+/// Returns the settings of placement.
+fn placement_config(
+    config: &GatewayConfig,
+    tokenizer: Option<PromptTokenizer>,
+    recorder: Option<Arc<Recorder>>,
+) -> PlacementConfig {
+    PlacementConfig {
+        block_size: config.router.block_size,
+        has_queue: config.router.queue_order.is_some(),
+        max_body_bytes: config.max_body_bytes,
+        prefix_caching: config.prefix_caching,
+        exposes_workers: config.expose_worker_header,
+        probe_interval: config.probe_interval,
+        tokenizer,
+        recorder,
+    }
+}
+
+/// Returns the proxy, which shares `parts` with the admin API.
+fn proxy(config: &GatewayConfig, parts: &AdminParts) -> Proxy {
+    let is_fair = config.router.queue_order == Some(QueueOrder::FairByTenant);
+    let registry = parts.workers.registry();
+    Proxy {
+        placement: Arc::clone(&parts.placement),
+        metrics: Arc::clone(&parts.metrics),
+        clock: parts.clock,
+        own_responses: OwnResponses {
+            router: parts.router.clone(),
+            registry: Arc::clone(registry),
+            shutdown: Arc::clone(&parts.shutdown),
+        },
+        client_headers: ClientHeaders {
+            trust: config.client_trust.clone(),
+            tenant_header: is_fair.then(|| config.tenant_header.clone()),
+            registry: Arc::clone(registry),
+        },
+        failover: FailoverContext {
+            placement: Arc::clone(&parts.placement),
+            registry: Arc::clone(registry),
+            router: parts.router.clone(),
+            metrics: Arc::clone(&parts.metrics),
+            clock: parts.clock,
+            retry_budget: new_retry_budget(),
+            first_byte_timeout: config.first_byte_timeout,
+            min_first_byte_timeout: config.min_first_byte_timeout,
+            exposes_workers: config.expose_worker_header,
+        },
+        bodies: Arc::clone(&parts.bodies),
+        request_ids: RequestIds::new(),
+        limits: Arc::new(ResponseLimits {
+            idle_timeout: config.stream_idle_timeout,
+            shutdown: Arc::clone(&parts.shutdown),
+        }),
+        pass_through: config.pass_through.clone(),
+        exposes_workers: config.expose_worker_header,
+    }
+}
+
 /// Returns the limits and the shutdown of the API's connections.
-fn api_connections(shared: &GatewayState) -> ConnectionSettings {
-    let config = shared.config.connections;
+fn api_connections(config: &GatewayConfig, parts: &AdminParts) -> ConnectionSettings {
     let limit = ConnectionLimit::new(
         config
+            .connections
             .max_connections
             .unwrap_or_else(default_max_connections),
-        shared.metrics.client_connections.clone(),
-        shared.metrics.refused_connections.clone(),
+        parts.metrics.client_connections.clone(),
+        parts.metrics.refused_connections.clone(),
     );
     ConnectionSettings {
-        config,
+        config: config.connections,
         limit: Arc::new(limit),
-        shutdown: Arc::clone(&shared.shutdown),
+        shutdown: Arc::clone(&parts.shutdown),
     }
 }
 
@@ -346,7 +429,8 @@ fn api_connections(shared: &GatewayState) -> ConnectionSettings {
 /// if the operating system provides no event loop or thread.
 fn start_io_threads(
     listener: Listener,
-    shared: &Arc<GatewayState>,
+    config: &GatewayConfig,
+    proxy: &Arc<Proxy>,
     connections: &ConnectionSettings,
 ) -> io::Result<Vec<oneshot::Receiver<()>>> {
     let socket = listener.socket.into_std()?;
@@ -356,11 +440,11 @@ fn start_io_threads(
             number,
             socket,
             is_inherited,
-            Arc::clone(shared),
+            (Arc::clone(proxy), config.connect_timeout),
             connections.clone(),
         )
     };
-    (0..shared.config.io_threads.get()).map(start).collect()
+    (0..config.io_threads.get()).map(start).collect()
 }
 
 /// Starts a thread that serves the API until its shutdown. The returned receiver is closed when the
@@ -370,7 +454,7 @@ fn start_io_thread(
     number: usize,
     socket: std::net::TcpListener,
     is_inherited: bool,
-    shared: Arc<GatewayState>,
+    (proxy, connect_timeout): (Arc<Proxy>, Duration),
     connections: ConnectionSettings,
 ) -> io::Result<oneshot::Receiver<()>> {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -383,8 +467,8 @@ fn start_io_thread(
             socket,
             is_inherited,
         };
-        let client = Arc::new(UpstreamClient::new(shared.config.connect_timeout));
-        let handle = move |request| Arc::clone(&shared).handle_api(Arc::clone(&client), request);
+        let client = Arc::new(UpstreamClient::new(connect_timeout));
+        let handle = move |request| Arc::clone(&proxy).handle(Arc::clone(&client), request);
         serve(listener, connections, handle).await;
         Ok::<(), io::Error>(())
     };

@@ -6,7 +6,9 @@
 //! worker that falls silent ends the body too.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::Bytes;
 use foresee_core::outlier::ExchangeResult;
@@ -16,8 +18,19 @@ use hyper::body::{Body, Frame, Incoming};
 use tokio::time::{Instant, Sleep};
 
 use crate::metrics::Outcome;
-use crate::placement::response_observer::{RequestContext, ResponseForm, ResponseObserver};
+use crate::placement::request_context::RequestContext;
+use crate::placement::response_observer::{ResponseForm, ResponseObserver};
+use crate::shutdown::{ShutdownSignal, shutting_down};
 use crate::upstream::UpstreamError;
+
+/// When the responses of a gateway end early.
+#[derive(Debug)]
+pub(crate) struct ResponseLimits {
+    /// Maximum time for which a worker may be silent in the middle of its response.
+    pub(crate) idle_timeout: Duration,
+    /// Shutdown of the listener.
+    pub(crate) shutdown: Arc<ShutdownSignal>,
+}
 
 /// Body of a worker's response.
 #[derive(Debug)]
@@ -27,6 +40,7 @@ pub(crate) struct TrackedBody {
     /// Frame that was already read from `inner` and is sent first.
     buffered_frame: Option<Frame<Bytes>>,
     observer: ResponseObserver,
+    limits: Arc<ResponseLimits>,
     /// When the body began to wait for the worker; `None` while it has data.
     waiting_since: Option<Instant>,
     /// Wakes the task when the worker may have been silent for too long. Set again only after it has
@@ -49,6 +63,7 @@ impl TrackedBody {
         body: Incoming,
         first_frame: Option<Frame<Bytes>>,
         context: RequestContext,
+        limits: &Arc<ResponseLimits>,
     ) -> Self {
         let outcome = if head.status.is_server_error() {
             Outcome::WorkerError
@@ -57,13 +72,13 @@ impl TrackedBody {
         } else {
             Outcome::Ok
         };
-        let idle_timeout = context.shared.config.stream_idle_timeout;
         let mut tracked = Self {
             inner: body,
             buffered_frame: None,
             observer: ResponseObserver::new(form_of(head), outcome, context),
+            limits: Arc::clone(limits),
             waiting_since: None,
-            idle_timer: Box::pin(tokio::time::sleep(idle_timeout)),
+            idle_timer: Box::pin(tokio::time::sleep(limits.idle_timeout)),
         };
         if let Some(frame) = first_frame {
             tracked.read(&frame);
@@ -91,10 +106,7 @@ impl TrackedBody {
     /// Polls the timer of a body that waits for its worker. Ready if the worker has been silent for
     /// too long.
     fn poll_idle(&mut self, context: &mut Context<'_>) -> Poll<UpstreamError> {
-        let Some(request) = self.observer.context() else {
-            return Poll::Pending;
-        };
-        let limit = request.shared.config.stream_idle_timeout;
+        let limit = self.limits.idle_timeout;
         let since = *self.waiting_since.get_or_insert_with(Instant::now);
         loop {
             ready!(self.idle_timer.as_mut().poll(context));
@@ -146,7 +158,9 @@ impl Body for TrackedBody {
             return Poll::Ready(None);
         }
         // The task of the connection polls the body when the shutdown's phase changes.
-        if let Some(rest) = self.observer.shut_down() {
+        if self.limits.shutdown.must_abort()
+            && let Some(rest) = self.observer.shut_down(&shutting_down())
+        {
             return Poll::Ready(Some(Ok(Frame::data(rest))));
         }
         let Poll::Ready(next) = Pin::new(&mut self.inner).poll_frame(context) else {

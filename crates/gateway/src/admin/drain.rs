@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use foresee_core::router::Router;
 use foresee_core::workers::{WorkerId, WorkerState};
 use foresee_engine::error::ApiError;
 use http::{Response, StatusCode};
@@ -11,8 +12,9 @@ use parking_lot::Mutex;
 use serde_json::json;
 
 use super::access::{quoted, refusal};
-use crate::gateway_state::GatewayState;
+use crate::clock::Clock;
 use crate::reply::{self, Body};
+use crate::workers::Workers;
 use crate::workers::worker::Worker;
 
 /// Time after which a draining worker is removed although it has requests, unless the client sets
@@ -25,11 +27,14 @@ const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 /// Time between two checks of the workers that are to be removed.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Removals of draining workers that are pending: a worker stays until it has no requests or its
-/// deadline has passed.
-#[derive(Debug, Default)]
-pub(crate) struct PendingRemovals {
-    state: Mutex<RemovalState>,
+/// Drains workers, and removes those whose removal is pending: a worker stays until it has no requests
+/// or its deadline has passed.
+#[derive(Debug)]
+pub(super) struct Drains {
+    workers: Arc<Workers>,
+    router: Router,
+    clock: Clock,
+    removals: Mutex<RemovalState>,
 }
 
 /// Pending removals, and whether a task carries them out.
@@ -42,16 +47,24 @@ struct RemovalState {
     is_watched: bool,
 }
 
-impl PendingRemovals {
+impl Drains {
+    /// Creates the drains of a gateway that removes no worker yet.
+    pub(super) fn new(workers: Arc<Workers>, router: Router, clock: Clock) -> Self {
+        Self {
+            workers,
+            router,
+            clock,
+            removals: Mutex::default(),
+        }
+    }
+
     /// Returns the time from `now` until a worker is removed even with requests; `None` if no
     /// removal of the worker is pending.
     pub(super) fn time_left(&self, id: WorkerId, now: Duration) -> Option<Duration> {
-        let deadline = *self.state.lock().deadlines.get(&id)?;
+        let deadline = *self.removals.lock().deadlines.get(&id)?;
         Some(deadline.saturating_sub(now))
     }
-}
 
-impl GatewayState {
     /// Drains the workers named `name`, and removes each of them once it has no requests or
     /// `timeout` has passed. Replaces the deadline of a pending removal. Responds immediately with
     /// a 202, or with a 404 if no worker has the name.
@@ -60,7 +73,7 @@ impl GatewayState {
         name: &str,
         timeout: Duration,
     ) -> Result<Response<Body>, ApiError> {
-        let mut removals = self.admin.removals.state.lock();
+        let mut removals = self.removals.lock();
         let workers = self.workers_named(name)?;
         let deadline = self.clock.now().saturating_add(timeout);
         for worker in workers {
@@ -92,7 +105,7 @@ impl GatewayState {
         draining: bool,
     ) -> Result<Response<Body>, ApiError> {
         // Held throughout, so that none of the workers is removed in between.
-        let mut removals = self.admin.removals.state.lock();
+        let mut removals = self.removals.lock();
         let workers = self.workers_named(name)?;
         for worker in &workers {
             self.router.set_draining(worker.id, draining);
@@ -130,7 +143,7 @@ impl GatewayState {
     /// Carries out the removals that are due. Returns whether others are pending; if not, the task
     /// that calls this has to end.
     fn remove_drained_workers(&self) -> bool {
-        let mut removals = self.admin.removals.state.lock();
+        let mut removals = self.removals.lock();
         let now = self.clock.now();
         let snapshots = self.router.workers(now);
         removals.deadlines.retain(|id, deadline| {
@@ -158,10 +171,10 @@ impl GatewayState {
 }
 
 /// Removes drained workers until no removal is pending or the gateway has ended.
-async fn watch_removals(gateway: Weak<GatewayState>) {
-    while gateway
+async fn watch_removals(drains: Weak<Drains>) {
+    while drains
         .upgrade()
-        .is_some_and(|gateway| gateway.remove_drained_workers())
+        .is_some_and(|drains| drains.remove_drained_workers())
     {
         tokio::time::sleep(POLL_INTERVAL).await;
     }

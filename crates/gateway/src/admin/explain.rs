@@ -10,16 +10,36 @@ use http::{HeaderMap, Response, StatusCode};
 use hyper::body::Incoming;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tokio::sync::Semaphore;
 
 use super::body;
-use crate::gateway_state::GatewayState;
+use crate::placement::Placement;
 use crate::placement::parsed_request::BodyForm;
 use crate::reply::{self, Body};
 
 /// Maximum number of explanations at a time. Each holds a whole body, and tokenises it.
-pub(super) const MAX_CONCURRENT_EXPLANATIONS: usize = 4;
+const MAX_CONCURRENT_EXPLANATIONS: usize = 4;
 
-impl GatewayState {
+/// Explains decisions.
+#[derive(Debug)]
+pub(super) struct Explainer {
+    placement: Arc<Placement>,
+    /// Permits of concurrent explanations.
+    permits: Semaphore,
+    /// Maximum size of a request that is explained.
+    max_body_bytes: usize,
+}
+
+impl Explainer {
+    /// Creates an explainer of the decisions of `placement`.
+    pub(super) fn new(placement: Arc<Placement>, max_body_bytes: usize) -> Self {
+        Self {
+            placement,
+            permits: Semaphore::new(MAX_CONCURRENT_EXPLANATIONS),
+            max_body_bytes,
+        }
+    }
+
     /// Explains the decision for the request in `body`. Nothing is booked or sent. With a tokenizer,
     /// the prompts count as tokenised.
     ///
@@ -30,25 +50,24 @@ impl GatewayState {
     /// # Errors
     /// Fails with a 429 if too many explanations are running, and otherwise with the errors of the
     /// public API.
-    pub(super) async fn respond_explanation(
-        self: &Arc<Self>,
+    pub(super) async fn explain(
+        &self,
         headers: &HeaderMap,
         body: Incoming,
     ) -> Result<Response<Body>, ApiError> {
-        let Ok(_permit) = self.admin.explanations.try_acquire() else {
+        let Ok(_permit) = self.permits.try_acquire() else {
             let message = "Too many explanations are running. Repeat the request.";
             return Err(ApiError::overloaded(message, Duration::from_secs(1)));
         };
-        let body = body::read(headers, body, self.config.max_body_bytes).await?;
+        let body = body::read(headers, body, self.max_body_bytes).await?;
         // Reading a long body would delay other requests to the admin listener.
         let long_body = body.clone();
         let endpoint = tokio::task::spawn_blocking(move || endpoint_of(&long_body)).await;
         let endpoint = endpoint.unwrap_or(Endpoint::ChatCompletions);
         // Headers are not considered, so the request has the default hints.
-        let parsed = self
-            .read_request(endpoint, BodyForm::plain_json(), body)
-            .await?;
-        let explanation = self.explain(&parsed)?;
+        let form = BodyForm::plain_json();
+        let parsed = self.placement.read(endpoint, form, body).await?;
+        let explanation = self.placement.explain(&parsed)?;
         let body = explanation_json(&explanation).to_string();
         Ok(reply::json(StatusCode::OK, body))
     }

@@ -29,18 +29,21 @@ use tokio::sync::Semaphore;
 use super::access::{quoted, refusal};
 use super::body;
 use super::explain::explanation_json;
+use super::parts::AdminParts;
 use crate::clock::Clock;
-use crate::gateway_state::GatewayState;
 use crate::log_limit::warn_limited;
 use crate::metrics::Outcome;
+use crate::parse_pool::ParsePool;
+use crate::placement::Placement;
 use crate::placement::dispatch::announce;
 use crate::placement::hints::{RequestHints, tenant_hash};
 use crate::placement::parsed_request::BodyForm;
 use crate::placement::placed_request::PlacedRequest;
 use crate::placement::response_observer::{ResponseForm, ResponseObserver};
 use crate::reply::{self, Body};
-use crate::request_body::RequestBody;
-use crate::shutdown::{ShutdownPhase, shutting_down};
+use crate::request_body::{RequestBodies, RequestBody};
+use crate::shutdown::{ShutdownPhase, ShutdownSignal, shutting_down};
+use crate::workers::registry::WorkerRegistry;
 use crate::workers::worker::Worker;
 use request::{ProgressReport, ReportedEnd, SelectRequest, parse_end};
 use reservations::{ReservationId, Reservations};
@@ -59,19 +62,32 @@ const MAX_INLINE_PARSE_BYTES: usize = 64 << 10;
 /// Time after which a refused client should try again.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// State of the selection API.
+/// The selection API.
 #[derive(Debug)]
-pub(crate) struct Selection {
+pub(crate) struct SelectionApi {
+    placement: Arc<Placement>,
+    registry: Arc<WorkerRegistry>,
+    /// Reader of request bodies, which counts their bytes.
+    bodies: Arc<RequestBodies>,
+    parse_pool: Arc<ParsePool>,
+    shutdown: Arc<ShutdownSignal>,
+    clock: Clock,
     /// What the clients have reserved: the observation of each response, which owns the bookings.
     reservations: Arc<Reservations<ResponseObserver>>,
     /// Permits of concurrent selections.
     permits: Semaphore,
 }
 
-impl Selection {
-    /// Creates the state of a gateway with at most `max_reservations` at a time.
-    pub(super) fn new(max_reservations: usize) -> Self {
+impl SelectionApi {
+    /// Creates the API of a gateway with at most `max_reservations` at a time.
+    pub(super) fn new(parts: &AdminParts, max_reservations: usize) -> Self {
         Self {
+            placement: Arc::clone(&parts.placement),
+            registry: Arc::clone(parts.workers.registry()),
+            bodies: Arc::clone(&parts.bodies),
+            parse_pool: Arc::clone(&parts.parse_pool),
+            shutdown: Arc::clone(&parts.shutdown),
+            clock: parts.clock,
             reservations: Arc::new(Reservations::new(max_reservations)),
             permits: Semaphore::new(MAX_CONCURRENT_SELECTIONS),
         }
@@ -83,7 +99,7 @@ impl Selection {
     }
 
     /// Releases all reservations, because the gateway ends, and accepts no further ones.
-    pub(crate) fn close(&self) {
+    pub(super) fn close(&self) {
         for mut observer in self.reservations.close() {
             observer.release(Outcome::ShutDown);
         }
@@ -91,12 +107,8 @@ impl Selection {
 
     /// Releases reservations as they expire, until the selection API is closed. Counts them in
     /// `expired`.
-    pub(crate) fn expire(
-        &self,
-        clock: Clock,
-        expired: Counter,
-    ) -> impl Future<Output = ()> + use<> {
-        let reservations = Arc::clone(&self.reservations);
+    pub(super) fn expire(&self, expired: Counter) -> impl Future<Output = ()> + use<> {
+        let (reservations, clock) = (Arc::clone(&self.reservations), self.clock);
         async move {
             while reservations.until_next_deadline(|| clock.now()).await {
                 while let Some(observer) = reservations.remove_expired(clock.now()) {
@@ -113,9 +125,7 @@ impl Selection {
             }
         }
     }
-}
 
-impl GatewayState {
     /// Books the request in `body` on a worker, and responds with the worker and a reservation.
     ///
     /// # Errors
@@ -123,18 +133,18 @@ impl GatewayState {
     /// selections or no worker has room in time, with a 503 during a shutdown, and otherwise with
     /// the errors of the public API.
     pub(super) async fn select(
-        self: &Arc<Self>,
+        &self,
         head: &Parts,
         body: Incoming,
     ) -> Result<Response<Body>, ApiError> {
         if self.shutdown.phase() >= ShutdownPhase::Draining {
             return Err(shutting_down());
         }
-        let reservations = &self.admin.selection.reservations;
+        let reservations = &self.reservations;
         if reservations.len() >= reservations.limit() {
             return Err(self.too_many_reservations());
         }
-        let Ok(_permit) = self.admin.selection.permits.try_acquire() else {
+        let Ok(_permit) = self.permits.try_acquire() else {
             let message = "Too many selections are running. Repeat the request.";
             return Err(ApiError::overloaded(message, RETRY_AFTER));
         };
@@ -156,12 +166,12 @@ impl GatewayState {
     /// Reads and books the request of a selection, and waits until it may be sent. Returns the costs
     /// of all candidates, if they are wanted, as they were just before.
     async fn place_selected(
-        self: &Arc<Self>,
+        &self,
         request: &SelectRequest,
         arrived_at: Duration,
     ) -> Result<(PlacedRequest, Option<Explanation>), ApiError> {
         let (form, body) = (BodyForm::plain_json(), request.body.clone());
-        let mut parsed = self.read_request(request.endpoint, form, body).await?;
+        let mut parsed = self.placement.read(request.endpoint, form, body).await?;
         parsed.hints = RequestHints {
             expected_output_tokens: request.expected_output_tokens,
             priority: request.priority,
@@ -172,15 +182,16 @@ impl GatewayState {
             excluded_workers: self.ids_of(&request.excluded_workers)?,
         };
         let session = request.session.as_deref().map(str::as_bytes);
-        self.apply_affinity(&mut parsed, None, session);
-        let explanation = request.explain.then(|| self.explain(&parsed));
+        self.placement.apply_affinity(&mut parsed, None, session);
+        let explanation = request.explain.then(|| self.placement.explain(&parsed));
         let explanation = explanation.transpose()?;
-        let mut placed = self.place(request.endpoint, parsed, arrived_at)?;
+        let mut placed = self.placement.place(request.endpoint, parsed, arrived_at)?;
         match request.wait {
             None => placed.batch.mark_sent(self.clock.now()),
             Some(max_wait) => {
                 let excluded = &placed.parsed.hints.excluded_workers;
-                self.wait_in_queue(&mut placed.batch, excluded, max_wait)
+                self.placement
+                    .wait_in_queue(&mut placed.batch, excluded, max_wait)
                     .await?;
             }
         }
@@ -192,7 +203,7 @@ impl GatewayState {
         if names.is_empty() {
             return Ok(Vec::new());
         }
-        let workers = self.workers.registry().all();
+        let workers = self.registry.all();
         let id_of = |name: &String| {
             let mut workers = workers.iter();
             let found = workers.find(|worker| worker.config.name == *name);
@@ -209,12 +220,12 @@ impl GatewayState {
 
     /// Makes a reservation of a request that is booked and may be sent now, and responds with it.
     fn reserve(
-        self: &Arc<Self>,
+        &self,
         mut placed: PlacedRequest,
         explanation: Option<&Explanation>,
         ttl: Duration,
     ) -> Result<Response<Body>, ApiError> {
-        let Some(worker) = self.workers.registry().get(placed.batch.worker()) else {
+        let Some(worker) = self.registry.get(placed.batch.worker()) else {
             // The worker was removed after it was chosen.
             return Err(ApiError::no_worker(
                 "The selected worker was removed. Repeat the request.",
@@ -227,9 +238,9 @@ impl GatewayState {
             placed.parsed.sequences.prompt_tokens,
             placed.overlap_tokens(),
         );
-        let reservations = &self.admin.selection.reservations;
+        let reservations = &self.reservations;
         let id = reservations.new_id();
-        let context = self.begin_response(
+        let context = self.placement.begin_response(
             placed,
             Arc::clone(&worker),
             predicted_tokens,
@@ -280,7 +291,7 @@ impl GatewayState {
         id: &str,
         report: &ProgressReport,
     ) -> Result<Response<Body>, ApiError> {
-        let reservations = &self.admin.selection.reservations;
+        let reservations = &self.reservations;
         let parsed = parse_id(id)?;
         let renewed = reservations.renew(parsed, report.ttl, self.clock.now());
         let (held, ttl) = renewed.ok_or_else(|| unknown_reservation(id))?;
@@ -303,7 +314,7 @@ impl GatewayState {
         end: ReportedEnd,
         counts: Usage,
     ) -> Result<Response<Body>, ApiError> {
-        let reservations = &self.admin.selection.reservations;
+        let reservations = &self.reservations;
         let observer = reservations.remove(parse_id(id)?);
         let mut observer = observer.ok_or_else(|| unknown_reservation(id))?;
         observer.on_report(counts, false);
@@ -326,7 +337,7 @@ impl GatewayState {
         if self.shutdown.phase() >= ShutdownPhase::Draining {
             return shutting_down();
         }
-        let limit = self.admin.selection.reservations.limit();
+        let limit = self.reservations.limit();
         let message = format!(
             "There are {limit} reservations, which is the limit. Delete each reservation when its \
              request ends, or raise --max-reservations."

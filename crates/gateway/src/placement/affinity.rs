@@ -12,7 +12,6 @@ use foresee_core::workers::WorkerId;
 use lru::LruCache;
 use parking_lot::Mutex;
 
-use crate::gateway_state::GatewayState;
 use crate::placement::parsed_request::ParsedRequest;
 
 /// Maximum number of keys; the least recently used one is forgotten. An entry has about 100 bytes.
@@ -62,20 +61,18 @@ impl Affinity {
         let (worker, at) = self.workers.lock().get(&key).copied()?;
         (now.saturating_sub(at) <= LIFETIME).then_some(worker)
     }
-}
 
-impl GatewayState {
     /// Sets the worker that a parsed request has to go to, because it names a stored response of that
     /// worker, and the one that it prefers, because of its session or its first medium. `session` is
-    /// that of the headers and takes precedence over that of the body.
-    pub(crate) fn apply_affinity(
+    /// that of the request beside its body and takes precedence over that of the body.
+    pub(crate) fn apply(
         &self,
         parsed: &mut ParsedRequest,
         response_id: Option<&str>,
         session: Option<&[u8]>,
+        now: Duration,
     ) {
-        let now = self.clock.now();
-        let known = |memory| self.affinity.worker(memory, now);
+        let known = |memory| self.worker(memory, now);
         let response_id = response_id.or(parsed.previous_response_id.as_deref());
         parsed.only_worker = response_id.and_then(|id| known(Memory::Response(id)));
         if let Some(session) = session {
@@ -90,14 +87,12 @@ impl GatewayState {
     }
 
     /// Records that `worker` has been sent the session and the first medium of a request.
-    pub(crate) fn remember_request(&self, parsed: &ParsedRequest, worker: WorkerId) {
-        let now = self.clock.now();
+    pub(crate) fn remember_request(&self, parsed: &ParsedRequest, worker: WorkerId, now: Duration) {
         if let Some(session) = &parsed.session {
-            self.affinity
-                .remember(Memory::Session(session), worker, now);
+            self.remember(Memory::Session(session), worker, now);
         }
         if let Some(medium) = parsed.medium {
-            self.affinity.remember(Memory::Medium(medium), worker, now);
+            self.remember(Memory::Medium(medium), worker, now);
         }
     }
 }

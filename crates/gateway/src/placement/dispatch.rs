@@ -2,6 +2,7 @@
 //! event status is told before the request is sent.
 
 use std::future::poll_fn;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -10,21 +11,33 @@ use foresee_core::policy::Decision;
 use foresee_core::workers::WorkerId;
 use foresee_engine::error::ApiError;
 
-use crate::gateway_state::GatewayState;
+use crate::clock::Clock;
+use crate::metrics::Metrics;
+use crate::placement::refusals::Refusals;
 use crate::workers::worker::Worker;
 
-impl GatewayState {
+/// The wait in the router's queue.
+#[derive(Debug)]
+pub(super) struct QueueWait {
+    pub(super) refusals: Arc<Refusals>,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) clock: Clock,
+    /// Whether the router has a queue.
+    pub(super) has_queue: bool,
+}
+
+impl QueueWait {
     /// Waits until the router dispatches the request to its worker. Returns immediately if the
     /// router has no queue. Meanwhile the router can move the booking to another worker that is not
     /// excluded. Fails with a 429 after `max_wait`, and with a 503 once no worker can take the
     /// request. Records the waiting time of a dispatched request, also if it was not queued.
-    pub(crate) async fn wait_in_queue(
+    pub(super) async fn until_dispatched(
         &self,
         batch: &mut Batch,
         excluded: &[WorkerId],
         max_wait: Duration,
     ) -> Result<(), ApiError> {
-        if self.config.router.queue_order.is_none() {
+        if !self.has_queue {
             return Ok(());
         }
         let started = self.clock.now();
@@ -41,12 +54,12 @@ impl GatewayState {
                     ))
                 })?;
                 if dispatched.is_ok() {
-                    self.drain_rate.record(self.clock.now());
+                    self.refusals.drain_rate.record(self.clock.now());
                 }
                 dispatched
             }
         };
-        dispatched.map_err(|error| self.refusal(&error))?;
+        dispatched.map_err(|error| self.refusals.refusal(&error))?;
         let queued_for = self.clock.now().saturating_sub(started);
         self.metrics
             .queue_duration_seconds

@@ -4,12 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use foresee_core::batch::Batch;
-use foresee_engine::error::ApiError;
 use foresee_engine::request::Endpoint;
 
-use crate::gateway_state::GatewayState;
 use crate::placement::parsed_request::ParsedRequest;
-use crate::placement::response_observer::RequestContext;
+use crate::placement::request_context::{Observation, RequestContext};
 use crate::workers::worker::Worker;
 
 /// A request that is booked on a worker. Dropping it releases the bookings.
@@ -31,66 +29,34 @@ impl PlacedRequest {
         let block_size = self.parsed.sequences.first.block_size().get();
         overlap_blocks.saturating_mul(block_size)
     }
-}
-
-impl GatewayState {
-    /// Chooses a worker and books the request there, all prompts and outputs as one batch. With a
-    /// queue, the request is not dispatched yet: [`wait_in_queue`](Self::wait_in_queue) waits for
-    /// that. Counts the prompt tokens and the duration of the decision. If no worker can be chosen,
-    /// fails with the response for the client, and books and counts nothing. `arrived_at` is a time
-    /// of the gateway's clock.
-    pub(crate) fn place(
-        &self,
-        endpoint: Endpoint,
-        parsed: ParsedRequest,
-        arrived_at: Duration,
-    ) -> Result<PlacedRequest, ApiError> {
-        let started = self.clock.now();
-        let batch = self
-            .router
-            .route_batch(&parsed.request(), &parsed.sequences.rest, started)
-            .map_err(|error| self.refusal(&error))?;
-        let duration = self.clock.now().saturating_sub(started);
-        let metrics = &self.metrics;
-        metrics
-            .decision_duration_seconds
-            .observe(duration.as_secs_f64());
-        metrics
-            .prompt_tokens
-            .inc_by(parsed.sequences.prompt_tokens.into());
-        Ok(PlacedRequest {
-            endpoint,
-            arrived_at,
-            parsed,
-            batch,
-        })
-    }
 
     /// Returns what the observation of the response of `worker` needs, and counts the predicted
     /// overlap. Remembers that the worker has been sent the session and the first medium of the
     /// request. `predicted_tokens` are the prompt tokens that the worker has cached according to
     /// its KV events; `request_id` is used only in log lines.
-    pub(crate) fn begin_response(
-        self: &Arc<Self>,
-        placed: PlacedRequest,
+    pub(super) fn into_context(
+        self,
+        observation: &Arc<Observation>,
         worker: Arc<Worker>,
         predicted_tokens: Option<u32>,
         request_id: String,
     ) -> RequestContext {
-        let PlacedRequest {
+        let Self {
             endpoint,
             arrived_at,
             parsed,
             batch,
-        } = placed;
-        self.remember_request(&parsed, worker.id);
-        let decision = batch.decision();
-        self.metrics
-            .add_overlap_blocks("predicted", decision.cost.overlap_blocks);
-        self.metrics
-            .add_overlap_blocks("best", decision.best_overlap_blocks);
+        } = self;
+        let now = observation.clock.now();
+        observation
+            .affinity
+            .remember_request(&parsed, worker.id, now);
+        let (decision, metrics) = (batch.decision(), &observation.metrics);
+        metrics.add_overlap_blocks("predicted", decision.cost.overlap_blocks);
+        metrics.add_overlap_blocks("best", decision.best_overlap_blocks);
+        let is_recorded = observation.recorder.is_some();
         RequestContext {
-            shared: Arc::clone(self),
+            shared: Arc::clone(observation),
             worker,
             batch,
             endpoint,
@@ -103,7 +69,7 @@ impl GatewayState {
             predicted_tokens,
             prompt_bytes: parsed.prompt_bytes,
             tokenizer_count: parsed.tokenizer_count,
-            recorded: self.recorder.is_some().then_some(parsed.sequences),
+            recorded: is_recorded.then_some(parsed.sequences),
         }
     }
 }

@@ -6,21 +6,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use foresee_core::batch::Batch;
 use foresee_core::outlier::ExchangeResult;
 use foresee_engine::error::ApiError;
-use foresee_engine::output_text::{Continuation, OutputEnd, OutputText, parse_output_text_for};
-use foresee_engine::request::{Endpoint, PromptSequences};
+use foresee_engine::output_text::{OutputEnd, OutputText, parse_output_text_for};
+use foresee_engine::request::Endpoint;
 use foresee_engine::stream::{StreamObserver, parse_response_id};
 use foresee_engine::usage::{Usage, parse_usage};
 
 use crate::completion::Completion;
-use crate::gateway_state::GatewayState;
 use crate::log_limit::warn_limited;
 use crate::metrics::Outcome;
 use crate::placement::affinity::Memory;
-use crate::shutdown::shutting_down;
-use crate::workers::worker::Worker;
+use crate::placement::request_context::RequestContext;
 
 /// Maximum size of a JSON body that is kept to parse its `usage`.
 const MAX_KEPT_BYTES: usize = 4 << 20;
@@ -53,40 +50,6 @@ enum ResponseReader {
     Unread,
     /// By reports of the program that passes it on: the token counts so far.
     Reported(Usage),
-}
-
-/// Context of a request, for the observation of its response.
-#[derive(Debug)]
-pub(crate) struct RequestContext {
-    pub(crate) shared: Arc<GatewayState>,
-    /// Worker that responds.
-    pub(crate) worker: Arc<Worker>,
-    /// One booking for each choice; the last one may stand for several.
-    pub(crate) batch: Batch,
-    /// API that the request called.
-    pub(crate) endpoint: Endpoint,
-    /// When the request arrived, by the gateway's clock.
-    pub(crate) arrived_at: Duration,
-    /// Request id that the client and the worker know, for log lines.
-    pub(crate) request_id: String,
-    /// Model as the client named it; without a name, the model that all workers list first.
-    pub(crate) model: String,
-    /// Whether the request has one prompt, all of it hashed, and one output, so that the reported
-    /// usage can be compared with the prediction.
-    pub(crate) is_single: bool,
-    /// Tokens of all prompts, counted or estimated.
-    pub(crate) prompt_tokens: u32,
-    /// Where the output continues the prompt's sequence, if that is known.
-    pub(crate) continuation: Option<Continuation>,
-    /// Prompt tokens that the worker has cached according to its KV events; `None` if the response
-    /// cannot verify that number.
-    pub(crate) predicted_tokens: Option<u32>,
-    /// Bytes of prompt text, from which bytes per token are learned; 0 if there is nothing to learn.
-    pub(crate) prompt_bytes: usize,
-    /// Prompt tokens counted by the tokenizer; `None` if the engine's count can differ from it.
-    pub(crate) tokenizer_count: Option<u32>,
-    /// The prompts, if the request has to be added to a recording.
-    pub(crate) recorded: Option<PromptSequences>,
 }
 
 /// Observation of one response. It owns the bookings of the request: dropping it releases them as
@@ -448,21 +411,21 @@ impl ResponseObserver {
         context.worker.probe_now.notify_one();
         let mut message =
             "The worker failed in the middle of its response. Send the request again.".to_owned();
-        if context.shared.config.expose_worker_header {
+        if context.shared.exposes_workers {
             message += &format!(" Worker {}: {error}.", context.worker.config.name);
         }
         self.error_event(context.endpoint, &ApiError::bad_gateway(message))
     }
 
-    /// Ends a stream because the gateway shuts down, and returns the error event that it ends with.
-    /// Drops the bookings. Returns `None` and has no effect for other responses, after the end mark
-    /// of a stream, and before the shutdown's deadline.
-    pub(crate) fn shut_down(&mut self) -> Option<Bytes> {
+    /// Ends a stream because the gateway shuts down, and returns the event with `error` that it ends
+    /// with. Drops the bookings. Returns `None` and has no effect for other responses, and after the
+    /// end mark of a stream.
+    pub(crate) fn shut_down(&mut self, error: &ApiError) -> Option<Bytes> {
         let context = self.context.as_ref()?;
-        if !context.shared.shutdown.must_abort() || self.is_done() {
+        if self.is_done() {
             return None;
         }
-        let rest = self.error_event(context.endpoint, &shutting_down())?;
+        let rest = self.error_event(context.endpoint, error)?;
         let mut context = self.context.take()?;
         context.record_completion(&self.completion(Outcome::ShutDown, self.reported_usage()));
         Some(rest)

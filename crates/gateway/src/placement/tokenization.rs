@@ -19,6 +19,9 @@ use parking_lot::Mutex;
 use crate::log_limit::warn_limited;
 use crate::metrics::Metrics;
 
+/// Maximum size of a text that is tokenised on the I/O thread, at about 10 MB/s.
+pub(crate) const MAX_INLINE_TOKENIZE_BYTES: usize = 4 << 10;
+
 /// Maximum number of models whose counts are compared. Clients can invent model names, so the number
 /// is bounded.
 const MAX_MODELS: usize = 256;

@@ -4,19 +4,33 @@
 //! A 429 says that there is capacity, but others use it now. A 503 says that no worker can serve. Both
 //! say when to try again if waiting helps. No text names a worker or an address.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use foresee_core::router::RouteError;
 use foresee_engine::error::ApiError;
 
-use crate::gateway_state::GatewayState;
+use crate::clock::Clock;
+use crate::placement::drain_rate::DrainRate;
+use crate::workers::registry::WorkerRegistry;
 
-impl GatewayState {
+/// What error responses say about the workers and the queue.
+#[derive(Debug)]
+pub(super) struct Refusals {
+    pub(super) registry: Arc<WorkerRegistry>,
+    /// Rate at which queued requests are dispatched.
+    pub(super) drain_rate: DrainRate,
+    pub(super) clock: Clock,
+    /// Time between two health checks of a worker.
+    pub(super) probe_interval: Duration,
+}
+
+impl Refusals {
     /// Returns the response to a request for which no worker was chosen.
-    pub(crate) fn refusal(&self, error: &RouteError) -> ApiError {
+    pub(super) fn refusal(&self, error: &RouteError) -> ApiError {
         match error {
             RouteError::UnknownModel(model) => {
-                ApiError::model_not_found(model, &self.workers.registry().served_models())
+                ApiError::model_not_found(model, &self.registry.served_models())
             }
             RouteError::NoWorker(_) => ApiError::no_worker(
                 "No worker that serves this model can take requests now. Try again shortly.",
@@ -37,7 +51,7 @@ impl GatewayState {
     }
 
     /// Returns the response to a request for which this machine has no free connection.
-    pub(crate) fn out_of_connections(&self) -> ApiError {
+    pub(super) fn out_of_connections(&self) -> ApiError {
         ApiError::no_worker(
             "The router has no free connection. Try again shortly.",
             Some(self.until_next_check()),
@@ -47,7 +61,7 @@ impl GatewayState {
     /// Returns the time until the next health check of any worker, after which a worker may be
     /// available again.
     fn until_next_check(&self) -> Duration {
-        let next = self.workers.registry().until_next_check();
-        next.unwrap_or(self.config.probe_interval)
+        let next = self.registry.until_next_check();
+        next.unwrap_or(self.probe_interval)
     }
 }

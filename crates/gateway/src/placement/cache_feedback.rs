@@ -7,17 +7,15 @@ use std::sync::Arc;
 
 use foresee_engine::output_text::{OutputEnd, OutputText};
 
-use crate::placement::parsed_request::MAX_INLINE_TOKENIZE_BYTES;
-use crate::placement::response_observer::RequestContext;
+use crate::placement::request_context::RequestContext;
+use crate::placement::tokenization::MAX_INLINE_TOKENIZE_BYTES;
 
 impl RequestContext {
     /// Returns whether the text of the output should be collected: the worker shares blocks between
     /// requests, its cache is estimated, and the output's place in the prompt's sequence is known.
     pub(crate) fn wants_text(&self) -> bool {
         let config = &self.worker.config;
-        let caches_prefixes = config
-            .prefix_caching
-            .unwrap_or(self.shared.config.prefix_caching);
+        let caches_prefixes = config.prefix_caching.unwrap_or(self.shared.prefix_caching);
         caches_prefixes && self.continuation.is_some() && !self.worker.events.read().followed
     }
 

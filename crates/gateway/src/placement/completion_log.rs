@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::completion::Completion;
 use crate::kv_events::event_trust::HitCheck;
 use crate::metrics::Outcome;
-use crate::placement::response_observer::RequestContext;
+use crate::placement::request_context::RequestContext;
 
 impl RequestContext {
     /// Records the end of a response, once: adds it to the recording, counts it, compares the
@@ -23,7 +23,7 @@ impl RequestContext {
         let metrics = &self.shared.metrics;
         metrics.record_outcome(*outcome);
         let decision = self.batch.decision();
-        let block_size = self.shared.config.router.block_size.get();
+        let block_size = self.shared.block_size.get();
         let predicted = decision.cost.overlap_blocks;
         // For several outputs, engines report the cached tokens of only one of them.
         let has_one_prompt = self.batch.prompt_count() == 1;

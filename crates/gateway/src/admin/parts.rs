@@ -1,0 +1,29 @@
+//! Parts of the gateway that the admin listener's front ends use.
+
+use std::sync::Arc;
+
+use foresee_core::router::Router;
+
+use crate::clock::Clock;
+use crate::metrics::Metrics;
+use crate::parse_pool::ParsePool;
+use crate::placement::Placement;
+use crate::request_body::RequestBodies;
+use crate::shutdown::ShutdownSignal;
+use crate::workers::Workers;
+
+/// Parts of the gateway that the admin API shows and changes.
+#[derive(Debug)]
+pub(crate) struct AdminParts {
+    pub(crate) router: Router,
+    pub(crate) workers: Arc<Workers>,
+    pub(crate) placement: Arc<Placement>,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) clock: Clock,
+    /// Reader of request bodies, which counts their bytes.
+    pub(crate) bodies: Arc<RequestBodies>,
+    /// Threads that parse long bodies.
+    pub(crate) parse_pool: Arc<ParsePool>,
+    /// Shutdown of the public listener.
+    pub(crate) shutdown: Arc<ShutdownSignal>,
+}

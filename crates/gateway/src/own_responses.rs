@@ -1,0 +1,80 @@
+//! Requests to the public listener that the gateway answers itself: the models of all workers, and its
+//! own health.
+
+use std::sync::Arc;
+
+use foresee_core::router::Router;
+use foresee_engine::error::ApiError;
+use http::{Method, Response, StatusCode, request};
+use percent_encoding::percent_decode_str;
+
+use crate::reply::{self, Body};
+use crate::shutdown::ShutdownSignal;
+use crate::workers::registry::WorkerRegistry;
+
+/// What the gateway's own responses tell.
+#[derive(Debug)]
+pub(crate) struct OwnResponses {
+    pub(crate) router: Router,
+    pub(crate) registry: Arc<WorkerRegistry>,
+    pub(crate) shutdown: Arc<ShutdownSignal>,
+}
+
+impl OwnResponses {
+    /// Returns the response to a request that the gateway answers itself: the model list, one model,
+    /// or the health. `None` for every other request. Fails with a 404 for an unknown model.
+    pub(crate) fn respond(
+        &self,
+        head: &request::Parts,
+    ) -> Result<Option<Response<Body>>, ApiError> {
+        if head.method != Method::GET {
+            return Ok(None);
+        }
+        Ok(Some(match head.uri.path() {
+            "/v1/models" => self.models(),
+            "/health" => self.health(),
+            path => match path.strip_prefix("/v1/models/") {
+                Some(model) if !model.is_empty() => self.model(model)?,
+                _ => return Ok(None),
+            },
+        }))
+    }
+
+    /// Lists the models of all workers. Each entry is as the first worker that serves the model
+    /// wrote it. Workers are taken in the order in which they were added, unhealthy ones included.
+    /// A worker that has not listed its models yet adds none.
+    fn models(&self) -> Response<Body> {
+        let mut listed: Vec<(String, String)> = Vec::new();
+        for worker in self.registry.all() {
+            for (id, entry) in worker.models.read().iter() {
+                if !listed.iter().any(|(known, _)| known == id) {
+                    listed.push((id.clone(), entry.get().to_owned()));
+                }
+            }
+        }
+        let entries: Vec<&str> = listed.iter().map(|(_, entry)| entry.as_str()).collect();
+        let list = format!(r#"{{"object":"list","data":[{}]}}"#, entries.join(","));
+        reply::json(StatusCode::OK, list)
+    }
+
+    /// Returns the entry of one model, as the first worker that serves it wrote it. `name` may contain
+    /// percent escapes. Fails with a 404 if no worker serves the model.
+    fn model(&self, name: &str) -> Result<Response<Body>, ApiError> {
+        let name = percent_decode_str(name).decode_utf8_lossy();
+        let entry = self.registry.model_entry(&name);
+        let unknown = || ApiError::model_not_found(&name, &self.registry.served_models());
+        let entry = entry.ok_or_else(unknown)?;
+        Ok(reply::json(StatusCode::OK, entry))
+    }
+
+    /// Returns an empty 200 if a worker can serve a request now, and otherwise a 503, as engines do. A
+    /// gateway that shuts down returns a 503.
+    fn health(&self) -> Response<Body> {
+        let status = if self.router.is_ready() && !self.shutdown.has_begun() {
+            StatusCode::OK
+        } else {
+            StatusCode::SERVICE_UNAVAILABLE
+        };
+        reply::whole(status, "text/plain", "")
+    }
+}

@@ -1,0 +1,188 @@
+//! Reader of requests' bodies: parses, tokenises and hashes them, a long one on a thread of the pool.
+
+use std::num::NonZeroU32;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use foresee_engine::decompress::{DecompressError, decompress};
+use foresee_engine::error::ApiError;
+use foresee_engine::multipart::model_field;
+use foresee_engine::paths::BodyFormat;
+use foresee_engine::request::{ApiRequest, BodyError, Endpoint};
+
+use crate::metrics::Metrics;
+use crate::parse_pool::ParsePool;
+use crate::placement::bytes_per_token::TextRatios;
+use crate::placement::hints::RequestHints;
+use crate::placement::parsed_request::{BodyForm, ParsedRequest};
+use crate::placement::tokenization::{
+    MAX_INLINE_TOKENIZE_BYTES, PromptTokenizer, TokenizedPrompts,
+};
+use crate::workers::registry::WorkerRegistry;
+
+/// Maximum size of a body that is parsed and hashed on the I/O thread. At about 1 GB/s, such a body
+/// delays other streams of the thread by at most 0.3 ms.
+const MAX_INLINE_PARSE_BYTES: usize = 256 << 10;
+
+/// Reader of requests' bodies.
+#[derive(Debug)]
+pub(super) struct RequestReader {
+    /// Workers, which say how a model's prompts are hashed.
+    pub(super) registry: Arc<WorkerRegistry>,
+    /// Tokenizer of `--tokenizer`; without one, prompts are matched as text.
+    pub(super) tokenizer: Option<Arc<PromptTokenizer>>,
+    /// Learned bytes per token of each model, for prompts that are matched as text.
+    pub(super) text_ratios: Arc<TextRatios>,
+    pub(super) parse_pool: Arc<ParsePool>,
+    pub(super) metrics: Arc<Metrics>,
+    /// The router's block size.
+    pub(super) block_size: NonZeroU32,
+    /// Maximum size of a decompressed body.
+    pub(super) max_body_bytes: usize,
+}
+
+impl RequestReader {
+    /// Reads a request's body as `form` says how: parses JSON, and takes only the model's name from a
+    /// multipart body. A request without a body is routed by load alone. The hints of the result are
+    /// empty.
+    ///
+    /// A short body is read on this thread, a long one in the parse pool. With a tokenizer, the
+    /// limit for a short body is lower.
+    ///
+    /// # Errors
+    /// Returns the error response for the client if the body is invalid, its content coding is not
+    /// supported, or the parse pool is overloaded.
+    pub(super) async fn read(
+        self: &Arc<Self>,
+        endpoint: Endpoint,
+        form: BodyForm,
+        body: Bytes,
+    ) -> Result<ParsedRequest, ApiError> {
+        let max_inline_bytes = match (&self.tokenizer, &form.coding) {
+            (None, None) => MAX_INLINE_PARSE_BYTES,
+            _ => MAX_INLINE_TOKENIZE_BYTES,
+        };
+        if body.len() <= max_inline_bytes {
+            return self.read_now(endpoint, &form, &body);
+        }
+        let reader = Arc::clone(self);
+        let reading = move || reader.read_now(endpoint, &form, &body);
+        match self.parse_pool.run(reading).await {
+            Ok(parsed) => parsed,
+            Err(error) => Err(error.into_response()),
+        }
+    }
+
+    /// Reads a request's body on this thread: see [`read`](Self::read).
+    fn read_now(
+        &self,
+        endpoint: Endpoint,
+        form: &BodyForm,
+        body: &[u8],
+    ) -> Result<ParsedRequest, ApiError> {
+        let decoded;
+        let body = match &form.coding {
+            Some(coding) => {
+                decoded = decompress(coding, body, self.max_body_bytes)
+                    .map_err(|error| unreadable(&error, coding))?;
+                &decoded
+            }
+            None => body,
+        };
+        match form.format {
+            BodyFormat::None => Ok(ParsedRequest::unread(self.block_size, String::new())),
+            BodyFormat::Json => Ok(self.parse_request(endpoint, body)?),
+            BodyFormat::Multipart => {
+                let model = model_field(&form.content_type, body)?;
+                Ok(ParsedRequest::unread(
+                    self.block_size,
+                    model.unwrap_or_default(),
+                ))
+            }
+        }
+    }
+
+    /// Parses, tokenises and hashes an uncompressed body on this thread. The hints of the result
+    /// are empty. A request without a model name gets
+    /// [`ModelCatalog::only_model`](crate::workers::model_catalog::ModelCatalog::only_model), or an empty name if there is
+    /// none. Prompts that cannot be tokenised are hashed as text. With a tokenizer, the text
+    /// prompts are counted in the metrics, even if the caller does not send the request.
+    fn parse_request(&self, endpoint: Endpoint, body: &[u8]) -> Result<ParsedRequest, BodyError> {
+        let mut request = ApiRequest::parse(endpoint, body)?;
+        let catalog = self.registry.catalog();
+        let names_model = !request.model.is_empty();
+        if !names_model {
+            // Engines use their own model then, so the prompt is hashed like the blocks that they
+            // report.
+            request.model = catalog.only_model().unwrap_or_default();
+        }
+        let bytes_per_token = self.text_ratios.get(&request.model);
+        let block_size = self.block_size;
+        let TokenizedPrompts { ids, token_count } = match &self.tokenizer {
+            Some(tokenizer) => {
+                let dialect = catalog.dialect();
+                tokenizer.encode(endpoint, dialect, &request, body, &self.metrics)
+            }
+            None => TokenizedPrompts::default(),
+        };
+        // The request is sent, counted and logged under the name that the client used.
+        let model = request.model.clone();
+        if let Some(alias) = catalog.alias_of(&model) {
+            request.model = alias;
+        }
+        let limit = catalog.context_limit(&model);
+        // Every engine refuses the prompt before it allocates a block. If the prompt were booked with
+        // its blocks, they would evict the prompts of other requests from the estimated cache.
+        let is_one_prompt = matches!(ids.as_slice(), [Some(_)]) && request.is_fully_hashed();
+        let is_too_long = endpoint.generates()
+            && is_one_prompt
+            && token_count
+                .zip(limit)
+                .is_some_and(|(tokens, limit)| tokens > limit);
+        if is_too_long {
+            let mut unread = ParsedRequest::unread(self.block_size, model);
+            unread.names_model = names_model;
+            unread.is_streaming = request.stream;
+            return Ok(unread);
+        }
+        let sequences = request.sequences(&ids, block_size, bytes_per_token);
+        let continuation = endpoint.generates().then(|| {
+            request.continuation(
+                ids.first().and_then(Option::as_deref),
+                block_size,
+                bytes_per_token,
+            )
+        });
+        Ok(ParsedRequest {
+            tokenizer_count: token_count.filter(|_| request.is_fully_hashed()),
+            is_single: sequences.rest.is_empty() && request.is_fully_hashed(),
+            continuation: continuation
+                .flatten()
+                .filter(|place| !place.is_token_based() || self.tokenizer.is_some()),
+            names_model,
+            full_report_mode: request.full_report_mode,
+            sequences,
+            max_tokens: request.max_tokens,
+            ignore_eos: request.ignore_eos,
+            has_tools: request.has_tools,
+            is_streaming: request.stream,
+            prompt_bytes: request.prompt_bytes(),
+            model,
+            hints: RequestHints::default(),
+            previous_response_id: request.previous_response_id,
+            session: request.session_key.map(String::into_bytes),
+            medium: request.media_hash,
+            only_worker: None,
+            preferred_worker: None,
+        })
+    }
+}
+
+/// Returns the response to a request whose body has a content coding that cannot be read.
+fn unreadable(error: &DecompressError, coding: &str) -> ApiError {
+    match error {
+        DecompressError::Unsupported => ApiError::unsupported_content_coding(coding),
+        DecompressError::TooLarge(limit) => ApiError::body_too_large(*limit),
+        DecompressError::Invalid(_) => ApiError::bad_request(format!("The {error}."), None),
+    }
+}

@@ -1,0 +1,77 @@
+//! Context of a request while its response is observed.
+
+use std::num::NonZeroU32;
+use std::sync::Arc;
+use std::time::Duration;
+
+use foresee_core::batch::Batch;
+use foresee_core::router::Router;
+use foresee_engine::output_text::Continuation;
+use foresee_engine::request::{Endpoint, PromptSequences};
+
+use crate::clock::Clock;
+use crate::metrics::Metrics;
+use crate::parse_pool::ParsePool;
+use crate::placement::affinity::Affinity;
+use crate::placement::bytes_per_token::TextRatios;
+use crate::placement::tokenization::PromptTokenizer;
+use crate::recorder::Recorder;
+use crate::workers::worker::Worker;
+
+/// What the observations of all responses use and teach.
+#[derive(Debug)]
+pub(crate) struct Observation {
+    pub(super) router: Router,
+    pub(super) clock: Clock,
+    pub(super) metrics: Arc<Metrics>,
+    /// Threads that parse long responses.
+    pub(super) parse_pool: Arc<ParsePool>,
+    /// Workers that remember stored responses, sessions and media.
+    pub(super) affinity: Affinity,
+    /// Learned bytes per token of each model.
+    pub(super) text_ratios: Arc<TextRatios>,
+    pub(super) tokenizer: Option<Arc<PromptTokenizer>>,
+    /// Writer of `--record`.
+    pub(super) recorder: Option<Arc<Recorder>>,
+    /// The router's block size.
+    pub(super) block_size: NonZeroU32,
+    /// Whether workers share cached blocks between requests, unless their descriptions say otherwise.
+    pub(super) prefix_caching: bool,
+    /// Whether clients see the names of workers in error messages.
+    pub(super) exposes_workers: bool,
+}
+
+/// Context of a request, for the observation of its response.
+#[derive(Debug)]
+pub(crate) struct RequestContext {
+    /// What all observations share.
+    pub(crate) shared: Arc<Observation>,
+    /// Worker that responds.
+    pub(crate) worker: Arc<Worker>,
+    /// One booking for each choice; the last one may stand for several.
+    pub(crate) batch: Batch,
+    /// API that the request called.
+    pub(crate) endpoint: Endpoint,
+    /// When the request arrived, by the gateway's clock.
+    pub(crate) arrived_at: Duration,
+    /// Request id that the client and the worker know, for log lines.
+    pub(crate) request_id: String,
+    /// Model as the client named it; without a name, the model that all workers list first.
+    pub(crate) model: String,
+    /// Whether the request has one prompt, all of it hashed, and one output, so that the reported
+    /// usage can be compared with the prediction.
+    pub(crate) is_single: bool,
+    /// Tokens of all prompts, counted or estimated.
+    pub(crate) prompt_tokens: u32,
+    /// Where the output continues the prompt's sequence, if that is known.
+    pub(crate) continuation: Option<Continuation>,
+    /// Prompt tokens that the worker has cached according to its KV events; `None` if the response
+    /// cannot verify that number.
+    pub(crate) predicted_tokens: Option<u32>,
+    /// Bytes of prompt text, from which bytes per token are learned; 0 if there is nothing to learn.
+    pub(crate) prompt_bytes: usize,
+    /// Prompt tokens counted by the tokenizer; `None` if the engine's count can differ from it.
+    pub(crate) tokenizer_count: Option<u32>,
+    /// The prompts, if the request has to be added to a recording.
+    pub(crate) recorded: Option<PromptSequences>,
+}
