@@ -315,6 +315,20 @@ fn a_request_that_does_not_fit_waits_for_memory_and_smaller_ones_pass() {
 }
 
 #[test]
+fn a_queued_request_can_be_marked_as_sent() {
+    let mut fleet = Fleet::new(QueueOrder::Fcfs, 1);
+    let first = fleet.route(20_000, plain());
+    let second = fleet.route(20_000, plain());
+    assert_eq!(fleet.sent(), [first]);
+    let now = fleet.now;
+    fleet.tasks[second].booking.mark_sent(now);
+    assert_eq!(fleet.router.queued_requests(), 0);
+    fleet.poll(second);
+    assert_eq!(fleet.sent(), [first, second]);
+    fleet.check();
+}
+
+#[test]
 fn without_a_queue_every_request_is_sent_at_once() {
     let mut fleet = Fleet::new(QueueOrder::Fcfs, 1);
     fleet.router = Router::new(RouterConfig {
