@@ -6,6 +6,7 @@
 //! reachable.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use foresee_api::headers as api_headers;
 use foresee_engine::error::ApiError;
@@ -78,11 +79,18 @@ pub(crate) struct Proxy {
     pub(crate) limits: Arc<ResponseLimits>,
     /// Paths that reach a worker in addition to the inference paths.
     pub(crate) pass_through: Vec<PassThroughPath>,
+    /// Maximum time in which a worker accepts a connection.
+    pub(crate) connect_timeout: Duration,
     /// Whether clients see the names of workers in a response header.
     pub(crate) exposes_workers: bool,
 }
 
 impl Proxy {
+    /// Creates the client for the requests of one I/O thread.
+    pub(crate) fn new_client(&self) -> UpstreamClient {
+        UpstreamClient::new(self.connect_timeout)
+    }
+
     /// Handles one request to the public API. `client` is that of the I/O thread. Errors become
     /// responses in the shape of the API that the request called. Counts the outcome of each error
     /// response, and of a client that leaves before its response begins; [`TrackedBody`] counts the

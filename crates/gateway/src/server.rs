@@ -12,7 +12,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use foresee_core::queue::QueueOrder;
 use foresee_core::router::{ConfigError, Router, RouterConfig};
 use foresee_core::workers::WorkerError;
 use foresee_engine::tokenizer::TokenizerError;
@@ -22,27 +21,19 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, timeout};
 
-use crate::accept::{ConnectionLimit, ConnectionSettings, serve};
-use crate::admin::{AdminApi, AdminListen, AdminListener, AdminParts, UnprotectedAdmin};
-use crate::client_headers::ClientHeaders;
+use crate::accept::{ConnectionSettings, serve};
+use crate::admin::{AdminApi, AdminListen, AdminListener, UnprotectedAdmin};
+use crate::assembly::GatewayParts;
 use crate::clock::Clock;
 use crate::config::GatewayConfig;
-use crate::failover::{FailoverContext, new_retry_budget};
-use crate::listen::{InheritedListeners, Listener, default_max_connections};
+use crate::listen::{InheritedListeners, Listener};
 use crate::metrics::Metrics;
-use crate::own_responses::OwnResponses;
-use crate::parse_pool::ParsePool;
 use crate::placement::tokenization::PromptTokenizer;
-use crate::placement::{Placement, PlacementConfig};
 use crate::proxy::Proxy;
 use crate::recorder::Recorder;
-use crate::request_body::RequestBodies;
-use crate::request_ids::RequestIds;
 use crate::shutdown::{ShutdownConfig, ShutdownPhase, ShutdownSignal};
-use crate::tracked_body::ResponseLimits;
-use crate::upstream::UpstreamClient;
+use crate::workers::Workers;
 use crate::workers::api_key::ApiKeyError;
-use crate::workers::{Workers, WorkersConfig};
 
 /// Time between two calls of the router's [`tick`](Router::tick), which dispatches queued requests.
 const TICK_INTERVAL: Duration = Duration::from_millis(10);
@@ -169,7 +160,6 @@ impl Gateway {
         let admin_listen = admin_listen.unwrap_or(AdminListen::Off);
         config.admin.check(&admin_listen)?;
         let metrics = Arc::new(Metrics::new());
-        let clock = Clock::start();
         let record = config.record.as_deref();
         let recorder = record.map(|path| {
             let recorder = Recorder::start(path, &metrics);
@@ -183,34 +173,10 @@ impl Gateway {
             queue_limit: config.queue_limit,
             ..config.router.clone()
         })?;
-        let shutdown = Arc::new(ShutdownSignal::new());
-        let workers = Arc::new(Workers::new(
-            workers_config(&config),
-            router.clone(),
-            Arc::clone(&metrics),
-            clock,
-        ));
-        let parse_pool = Arc::new(ParsePool::new());
-        let placement = Arc::new(Placement::new(
-            placement_config(&config, tokenizer, recorder.clone()),
-            router.clone(),
-            Arc::clone(workers.registry()),
-            Arc::clone(&parse_pool),
-            Arc::clone(&metrics),
-            clock,
-        ));
-        let parts = AdminParts {
-            router: router.clone(),
-            workers: Arc::clone(&workers),
-            placement,
-            metrics,
-            clock,
-            bodies: Arc::new(RequestBodies::new(config.max_body_bytes, config.bodies)),
-            parse_pool,
-            shutdown: Arc::clone(&shutdown),
-        };
-        let proxy = Arc::new(proxy(&config, &parts));
-        let connections = api_connections(&config, &parts);
+        let parts = GatewayParts::new(&config, router, metrics, tokenizer, recorder.clone());
+        let proxy = Arc::new(parts.proxy(&config));
+        let connections = parts.connections(&config);
+        let workers = Arc::clone(&parts.workers);
         let mut added = Vec::new();
         for engine in &config.workers {
             added.extend(workers.add(engine)?);
@@ -219,13 +185,8 @@ impl Gateway {
             start_io_threads(api, &config, &proxy, &connections).map_err(StartError::Thread)?;
         workers.start(added);
         let has_queue = config.router.queue_order.is_some();
-        let ticks = has_queue.then(|| tokio::spawn(tick_queue(router.clone(), clock)));
-        let admin_api = Arc::new(AdminApi::new(
-            parts,
-            config.admin,
-            config.admin_listen,
-            config.max_body_bytes,
-        ));
+        let ticks = has_queue.then(|| tokio::spawn(tick_queue(parts.router.clone(), parts.clock)));
+        let admin_api = Arc::new(parts.admin_api(&config));
         let (stop_admin, stopped) = watch::channel(false);
         let admin = admin.map(|admin| {
             tokio::spawn(admin_api.expire_reservations());
@@ -234,10 +195,10 @@ impl Gateway {
             tokio::spawn(admin.serve(stopped, ABORT_TIMEOUT, handle))
         });
         Ok(Self {
-            router,
+            router: parts.router,
             workers,
             admin_api,
-            shutdown,
+            shutdown: parts.shutdown,
             shutdown_config: config.shutdown,
             shutdown_timeout: config.shutdown_timeout,
             recorder,
@@ -335,96 +296,6 @@ async fn tick_queue(router: Router, clock: Clock) {
     }
 }
 
-/// Returns the settings of the workers.
-fn workers_config(config: &GatewayConfig) -> WorkersConfig {
-    WorkersConfig {
-        block_size: config.router.block_size,
-        prefix_caching: config.prefix_caching,
-        key: config.worker_key.clone(),
-        health: config.health.clone(),
-        probe_interval: config.probe_interval,
-        dns: config.dns.clone(),
-        events_grace: config.events_grace,
-        engine_metrics_interval: config.engine_metrics_interval,
-        connect_timeout: config.connect_timeout,
-    }
-}
-
-/// Returns the settings of placement.
-fn placement_config(
-    config: &GatewayConfig,
-    tokenizer: Option<PromptTokenizer>,
-    recorder: Option<Arc<Recorder>>,
-) -> PlacementConfig {
-    PlacementConfig {
-        block_size: config.router.block_size,
-        has_queue: config.router.queue_order.is_some(),
-        max_body_bytes: config.max_body_bytes,
-        prefix_caching: config.prefix_caching,
-        exposes_workers: config.expose_worker_header,
-        probe_interval: config.probe_interval,
-        tokenizer,
-        recorder,
-    }
-}
-
-/// Returns the proxy, which shares `parts` with the admin API.
-fn proxy(config: &GatewayConfig, parts: &AdminParts) -> Proxy {
-    let is_fair = config.router.queue_order == Some(QueueOrder::FairByTenant);
-    let registry = parts.workers.registry();
-    Proxy {
-        placement: Arc::clone(&parts.placement),
-        metrics: Arc::clone(&parts.metrics),
-        clock: parts.clock,
-        own_responses: OwnResponses {
-            router: parts.router.clone(),
-            registry: Arc::clone(registry),
-            shutdown: Arc::clone(&parts.shutdown),
-        },
-        client_headers: ClientHeaders {
-            trust: config.client_trust.clone(),
-            tenant_header: is_fair.then(|| config.tenant_header.clone()),
-            registry: Arc::clone(registry),
-        },
-        failover: FailoverContext {
-            placement: Arc::clone(&parts.placement),
-            registry: Arc::clone(registry),
-            router: parts.router.clone(),
-            metrics: Arc::clone(&parts.metrics),
-            clock: parts.clock,
-            retry_budget: new_retry_budget(),
-            first_byte_timeout: config.first_byte_timeout,
-            min_first_byte_timeout: config.min_first_byte_timeout,
-            exposes_workers: config.expose_worker_header,
-        },
-        bodies: Arc::clone(&parts.bodies),
-        request_ids: RequestIds::new(),
-        limits: Arc::new(ResponseLimits {
-            idle_timeout: config.stream_idle_timeout,
-            shutdown: Arc::clone(&parts.shutdown),
-        }),
-        pass_through: config.pass_through.clone(),
-        exposes_workers: config.expose_worker_header,
-    }
-}
-
-/// Returns the limits and the shutdown of the API's connections.
-fn api_connections(config: &GatewayConfig, parts: &AdminParts) -> ConnectionSettings {
-    let limit = ConnectionLimit::new(
-        config
-            .connections
-            .max_connections
-            .unwrap_or_else(default_max_connections),
-        parts.metrics.client_connections.clone(),
-        parts.metrics.refused_connections.clone(),
-    );
-    ConnectionSettings {
-        config: config.connections,
-        limit: Arc::new(limit),
-        shutdown: Arc::clone(&parts.shutdown),
-    }
-}
-
 /// Starts the threads that serve the API. Each returned receiver is closed when its thread ends. Fails
 /// if the operating system provides no event loop or thread.
 fn start_io_threads(
@@ -440,7 +311,7 @@ fn start_io_threads(
             number,
             socket,
             is_inherited,
-            (Arc::clone(proxy), config.connect_timeout),
+            Arc::clone(proxy),
             connections.clone(),
         )
     };
@@ -454,7 +325,7 @@ fn start_io_thread(
     number: usize,
     socket: std::net::TcpListener,
     is_inherited: bool,
-    (proxy, connect_timeout): (Arc<Proxy>, Duration),
+    proxy: Arc<Proxy>,
     connections: ConnectionSettings,
 ) -> io::Result<oneshot::Receiver<()>> {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -467,7 +338,7 @@ fn start_io_thread(
             socket,
             is_inherited,
         };
-        let client = Arc::new(UpstreamClient::new(connect_timeout));
+        let client = Arc::new(proxy.new_client());
         let handle = move |request| Arc::clone(&proxy).handle(Arc::clone(&client), request);
         serve(listener, connections, handle).await;
         Ok::<(), io::Error>(())

@@ -1,0 +1,188 @@
+//! Assembly of a gateway: builds its parts from its configuration, and gives each front end those that
+//! it uses.
+
+use std::sync::Arc;
+
+use foresee_core::queue::QueueOrder;
+use foresee_core::router::Router;
+
+use crate::accept::{ConnectionLimit, ConnectionSettings};
+use crate::admin::{AdminApi, AdminParts};
+use crate::client_headers::ClientHeaders;
+use crate::clock::Clock;
+use crate::config::GatewayConfig;
+use crate::failover::{FailoverContext, new_retry_budget};
+use crate::listen::default_max_connections;
+use crate::metrics::Metrics;
+use crate::own_responses::OwnResponses;
+use crate::parse_pool::ParsePool;
+use crate::placement::tokenization::PromptTokenizer;
+use crate::placement::{Placement, PlacementConfig};
+use crate::proxy::Proxy;
+use crate::recorder::Recorder;
+use crate::request_body::RequestBodies;
+use crate::request_ids::RequestIds;
+use crate::shutdown::ShutdownSignal;
+use crate::tracked_body::ResponseLimits;
+use crate::workers::{Workers, WorkersConfig};
+
+/// Parts of a gateway, for the time of its start.
+#[derive(Debug)]
+pub(crate) struct GatewayParts {
+    pub(crate) router: Router,
+    pub(crate) workers: Arc<Workers>,
+    placement: Arc<Placement>,
+    metrics: Arc<Metrics>,
+    /// Clock of all times that are passed to the router.
+    pub(crate) clock: Clock,
+    bodies: Arc<RequestBodies>,
+    parse_pool: Arc<ParsePool>,
+    /// Shutdown of the API's listener.
+    pub(crate) shutdown: Arc<ShutdownSignal>,
+}
+
+impl GatewayParts {
+    /// Builds the parts on `router`, and starts the clock. The workers of the configuration are not
+    /// added yet.
+    pub(crate) fn new(
+        config: &GatewayConfig,
+        router: Router,
+        metrics: Arc<Metrics>,
+        tokenizer: Option<PromptTokenizer>,
+        recorder: Option<Arc<Recorder>>,
+    ) -> Self {
+        let clock = Clock::start();
+        let workers = Workers::new(
+            workers_config(config),
+            router.clone(),
+            Arc::clone(&metrics),
+            clock,
+        );
+        let parse_pool = Arc::new(ParsePool::new());
+        let placement = Placement::new(
+            placement_config(config, tokenizer, recorder),
+            router.clone(),
+            Arc::clone(workers.registry()),
+            Arc::clone(&parse_pool),
+            Arc::clone(&metrics),
+            clock,
+        );
+        Self {
+            router,
+            workers: Arc::new(workers),
+            placement: Arc::new(placement),
+            metrics,
+            clock,
+            bodies: Arc::new(RequestBodies::new(config.max_body_bytes, config.bodies)),
+            parse_pool,
+            shutdown: Arc::new(ShutdownSignal::new()),
+        }
+    }
+
+    /// Returns the proxy.
+    pub(crate) fn proxy(&self, config: &GatewayConfig) -> Proxy {
+        let is_fair = config.router.queue_order == Some(QueueOrder::FairByTenant);
+        let registry = self.workers.registry();
+        Proxy {
+            placement: Arc::clone(&self.placement),
+            metrics: Arc::clone(&self.metrics),
+            clock: self.clock,
+            own_responses: OwnResponses {
+                router: self.router.clone(),
+                registry: Arc::clone(registry),
+                shutdown: Arc::clone(&self.shutdown),
+            },
+            client_headers: ClientHeaders {
+                trust: config.client_trust.clone(),
+                tenant_header: is_fair.then(|| config.tenant_header.clone()),
+                registry: Arc::clone(registry),
+            },
+            failover: FailoverContext {
+                placement: Arc::clone(&self.placement),
+                registry: Arc::clone(registry),
+                router: self.router.clone(),
+                metrics: Arc::clone(&self.metrics),
+                clock: self.clock,
+                retry_budget: new_retry_budget(),
+                first_byte_timeout: config.first_byte_timeout,
+                min_first_byte_timeout: config.min_first_byte_timeout,
+                exposes_workers: config.expose_worker_header,
+            },
+            bodies: Arc::clone(&self.bodies),
+            request_ids: RequestIds::new(),
+            limits: Arc::new(ResponseLimits {
+                idle_timeout: config.stream_idle_timeout,
+                shutdown: Arc::clone(&self.shutdown),
+            }),
+            pass_through: config.pass_through.clone(),
+            connect_timeout: config.connect_timeout,
+            exposes_workers: config.expose_worker_header,
+        }
+    }
+
+    /// Returns the front ends of the admin listener.
+    pub(crate) fn admin_api(&self, config: &GatewayConfig) -> AdminApi {
+        let parts = AdminParts {
+            router: self.router.clone(),
+            workers: Arc::clone(&self.workers),
+            placement: Arc::clone(&self.placement),
+            metrics: Arc::clone(&self.metrics),
+            clock: self.clock,
+            bodies: Arc::clone(&self.bodies),
+            parse_pool: Arc::clone(&self.parse_pool),
+            shutdown: Arc::clone(&self.shutdown),
+        };
+        let listen = config.admin_listen.clone();
+        AdminApi::new(parts, config.admin.clone(), listen, config.max_body_bytes)
+    }
+
+    /// Returns the limits and the shutdown of the API's connections.
+    pub(crate) fn connections(&self, config: &GatewayConfig) -> ConnectionSettings {
+        let limit = ConnectionLimit::new(
+            config
+                .connections
+                .max_connections
+                .unwrap_or_else(default_max_connections),
+            self.metrics.client_connections.clone(),
+            self.metrics.refused_connections.clone(),
+        );
+        ConnectionSettings {
+            config: config.connections,
+            limit: Arc::new(limit),
+            shutdown: Arc::clone(&self.shutdown),
+        }
+    }
+}
+
+/// Returns the settings of the workers.
+fn workers_config(config: &GatewayConfig) -> WorkersConfig {
+    WorkersConfig {
+        block_size: config.router.block_size,
+        prefix_caching: config.prefix_caching,
+        key: config.worker_key.clone(),
+        health: config.health.clone(),
+        probe_interval: config.probe_interval,
+        dns: config.dns.clone(),
+        events_grace: config.events_grace,
+        engine_metrics_interval: config.engine_metrics_interval,
+        connect_timeout: config.connect_timeout,
+    }
+}
+
+/// Returns the settings of placement.
+fn placement_config(
+    config: &GatewayConfig,
+    tokenizer: Option<PromptTokenizer>,
+    recorder: Option<Arc<Recorder>>,
+) -> PlacementConfig {
+    PlacementConfig {
+        block_size: config.router.block_size,
+        has_queue: config.router.queue_order.is_some(),
+        max_body_bytes: config.max_body_bytes,
+        prefix_caching: config.prefix_caching,
+        exposes_workers: config.expose_worker_header,
+        probe_interval: config.probe_interval,
+        tokenizer,
+        recorder,
+    }
+}
