@@ -269,7 +269,7 @@ impl AdminApi {
             queued_blocks: worker.queued_blocks,
             engine_active_blocks: entry
                 .as_ref()
-                .and_then(|entry| *entry.engine_active_blocks.lock()),
+                .and_then(|entry| *entry.reports.active_blocks.lock()),
             context_tokens: worker.context_tokens,
             prefill_tokens: worker.prefill_tokens,
             cached_blocks: worker.cached_blocks,

@@ -38,7 +38,7 @@ impl EngineMetricsReader {
                 // engine.
                 self.metrics
                     .set_engine_active_blocks(&worker.config.name, blocks);
-                *worker.engine_active_blocks.lock() = blocks;
+                *worker.reports.active_blocks.lock() = blocks;
                 tokio::time::sleep(interval).await;
             }
         };

@@ -290,7 +290,7 @@ impl<'a> Failover<'a> {
     ) -> Result<(), ApiError> {
         match error {
             UpstreamError::ConnectionRefused(_) => {
-                worker.mark_gone();
+                worker.liveness.mark_gone();
                 self.shared.router.set_healthy(worker.id, false);
                 self.choose_another(batch)
             }

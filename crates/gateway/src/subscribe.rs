@@ -273,7 +273,7 @@ impl Subscription<'_> {
     /// another model. Without known models, the model is not compared.
     fn refresh_worker_info(&mut self) {
         self.follower.on_connected();
-        if self.worker.take_cache_lost() {
+        if self.worker.liveness.take_cache_lost() {
             let had_events = self.follower.last().is_some();
             let removed = self.follower.clear();
             if had_events {

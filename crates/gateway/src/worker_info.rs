@@ -186,7 +186,7 @@ impl WorkerInfoReader {
     /// block size, or one that is not a multiple of the router's, counts as equal to the router's. Also
     /// sets the engine block ratio in the router.
     fn set_capacity(&self, worker: &Worker, blocks: u32, engine_block_size: Option<u32>) {
-        worker.set_capacity_blocks(blocks);
+        worker.reports.set_capacity_blocks(blocks);
         let block_size = self.block_size;
         let ratio = engine_block_size
             .filter(|&engine_block_size| engine_block_size % block_size == 0)
@@ -206,6 +206,7 @@ impl WorkerInfoReader {
             return;
         };
         if !worker
+            .reports
             .block_size_warning_logged
             .swap(true, Ordering::Relaxed)
         {
@@ -277,7 +278,12 @@ fn source_of(worker: &Worker, endpoint: KvEventEndpoint) -> Option<EventSource> 
 /// `reported` is the engine's number; a configuration without ranks counts as one rank.
 fn compare_ranks(worker: &Worker, reported: usize) {
     let configured = worker.config.ranks.map_or(1, |ranks| ranks.get() as usize);
-    if reported != configured && !worker.rank_warning_logged.swap(true, Ordering::Relaxed) {
+    if reported != configured
+        && !worker
+            .reports
+            .rank_warning_logged
+            .swap(true, Ordering::Relaxed)
+    {
         tracing::warn!(
             worker = %worker.config.name, reported, configured,
             "engine reports {reported} data-parallel ranks but the configuration has {configured}; use \

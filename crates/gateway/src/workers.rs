@@ -9,10 +9,12 @@
 
 pub(crate) mod address;
 pub(crate) mod api_key;
+mod engine_reports;
 pub(crate) mod health;
 pub(crate) mod health_config;
 mod health_record;
 mod health_state;
+mod liveness;
 pub(crate) mod model_catalog;
 mod model_list;
 pub(crate) mod query;

@@ -121,6 +121,8 @@ impl SelectionApi {
                          more often, set a longer ttl, or delete reservations of requests that ended"
                     );
                     drop(observer);
+                    // Many reservations can expire at once.
+                    tokio::task::yield_now().await;
                 }
             }
         }
@@ -204,6 +206,10 @@ impl SelectionApi {
             return Ok(Vec::new());
         }
         let workers = self.registry.all();
+        if names.len() > workers.len() {
+            let message = "`exclude` must list names of workers, each at most once.";
+            return Err(ApiError::bad_request(message, Some("exclude")));
+        }
         let id_of = |name: &String| {
             let mut workers = workers.iter();
             let found = workers.find(|worker| worker.config.name == *name);

@@ -117,7 +117,7 @@ impl ResponseObserver {
             return;
         };
         let now = context.shared.clock.now();
-        context.worker.note_activity(now);
+        context.worker.liveness.note_activity(now);
         match &mut self.reader {
             ResponseReader::Unread | ResponseReader::Reported(_) => {}
             ResponseReader::Json(_, length) if *length + data.len() > MAX_KEPT_BYTES => {
@@ -155,7 +155,7 @@ impl ResponseObserver {
             cached_tokens: counts.cached_tokens.or(usage.cached_tokens),
         };
         let now = context.shared.clock.now();
-        context.worker.note_activity(now);
+        context.worker.liveness.note_activity(now);
         if let Some(total) = counts.completion_tokens {
             if context.batch.prompt_count() > 1 {
                 context.set_output_sum(total, now);

@@ -144,7 +144,7 @@ impl<'w> HealthWatch<'w> {
             let (status, _) = checks.queries.query(worker, method, path.clone()).await?;
             return Ok(Success::Responded(status));
         }
-        let has_failed = self.state.failures() > 0 || worker.is_gone();
+        let has_failed = self.state.failures() > 0 || worker.liveness.is_gone();
         if has_failed || is_requested || worker.address.unresolved_error().is_some() {
             checks.queries.connect(worker).await?;
             return Ok(Success::Connected);
@@ -160,7 +160,7 @@ impl<'w> HealthWatch<'w> {
     async fn on_success(&mut self, success: Success) {
         let (checks, worker) = (self.checks, self.worker);
         let name = &worker.config.name;
-        let has_returned = success != Success::NotChecked && worker.note_reachable();
+        let has_returned = success != Success::NotChecked && worker.liveness.note_reachable();
         if has_returned {
             tracing::info!(
                 worker = %name,
@@ -239,7 +239,7 @@ impl<'w> HealthWatch<'w> {
         let (checks, worker) = (self.checks, self.worker);
         let name = &worker.config.name;
         if matches!(error, QueryError::ConnectionRefused(_)) {
-            worker.mark_gone();
+            worker.liveness.mark_gone();
         }
         let label = [("worker", name.clone())];
         checks.metrics.probe_failures.get_or_create(&label).inc();
@@ -278,7 +278,7 @@ impl<'w> HealthWatch<'w> {
 /// Returns whether a check failed because the worker is too busy for it, but not for requests: data
 /// arrived from the worker after the check was sent at `sent_at`.
 fn is_busy(error: &QueryError, worker: &Worker, sent_at: Duration) -> bool {
-    matches!(error, QueryError::NoResponse(_)) && worker.last_activity() > sent_at
+    matches!(error, QueryError::NoResponse(_)) && worker.liveness.last_activity() > sent_at
 }
 
 /// Reads the worker's API key again if it comes from a file.

@@ -254,7 +254,7 @@ impl EngineName {
         let workers = self.workers.iter();
         for worker in workers.filter(|worker| worker.config.member.is_none()) {
             worker.resolve_to(address);
-            worker.mark_gone();
+            worker.liveness.mark_gone();
             worker.probe_now.notify_one();
         }
     }

@@ -1,7 +1,7 @@
 //! The gateway's record of one worker: how requests reach it, and what it reported about itself.
 
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use foresee_api::admin::Health;
@@ -9,7 +9,6 @@ use foresee_core::router::Router;
 use foresee_core::workers::WorkerId;
 use http::uri::{PathAndQuery, Scheme};
 use http::{HeaderValue, Uri};
-use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 
 use crate::kv_events::source::{EventSource, KvEvents};
@@ -18,7 +17,9 @@ use crate::log_limit::warn_limited;
 use crate::metrics::Metrics;
 use crate::workers::address::WorkerAddress;
 use crate::workers::api_key::{WorkerKey, WorkerKeyConfig};
+use crate::workers::engine_reports::EngineReports;
 use crate::workers::health_record::HealthRecord;
+use crate::workers::liveness::Liveness;
 use crate::workers::model_list::ModelList;
 use crate::workers::worker_config::WorkerConfig;
 
@@ -44,35 +45,22 @@ pub(crate) struct Worker {
     pub(crate) rank_header: Option<HeaderValue>,
     /// Models that the worker serves.
     pub(crate) models: ModelList,
+    /// Signs of life of the worker's process.
+    pub(crate) liveness: Liveness,
+    /// What the engine reports about its cache.
+    pub(crate) reports: EngineReports,
     /// Requests a health check before the next interval.
     pub(crate) probe_now: Notify,
     /// Status of the worker's KV events.
     pub(crate) events: EventStatus,
     /// Where the worker publishes KV events, as configured or discovered.
     pub(crate) event_source: watch::Sender<Option<EventSource>>,
-    /// Whether a warning was logged that the engine has another number of ranks than configured.
-    pub(crate) rank_warning_logged: AtomicBool,
-    /// Whether a warning was logged that the engine's block size is not a multiple of the router's.
-    pub(crate) block_size_warning_logged: AtomicBool,
-    /// Blocks that running requests pin, as the engine reports; `None` if it is not asked or does
-    /// not report it.
-    pub(crate) engine_active_blocks: Mutex<Option<u64>>,
     /// Requests a new connection to the worker's KV events, because the worker was unreachable.
     pub(crate) resubscribe: Notify,
     /// Whether the router had ejected the worker when that was last noted.
     is_ejected: AtomicBool,
     /// Whether the worker was removed, which ends its tasks.
     removed: watch::Sender<bool>,
-    /// Capacity that the engine reported, in engine blocks; 0 if it reported none.
-    capacity_blocks: AtomicU32,
-    /// When data last arrived from the worker, in milliseconds of the gateway's clock.
-    last_activity: AtomicU64,
-    /// Whether the worker refused a connection and has not responded since. When it responds again,
-    /// its cache is empty.
-    gone: AtomicBool,
-    /// Whether the worker has returned after refusing connections, and its event subscription has
-    /// not taken that yet.
-    cache_lost: AtomicBool,
 }
 
 impl Worker {
@@ -91,53 +79,21 @@ impl Worker {
             key: WorkerKey::load(config.api_key_file.as_deref(), default_key, &config.name),
             health: HealthRecord::default(),
             config,
-            rank_warning_logged: AtomicBool::new(false),
-            block_size_warning_logged: AtomicBool::new(false),
             models: ModelList::default(),
+            liveness: Liveness::default(),
+            reports: EngineReports::default(),
             probe_now: Notify::new(),
             events: EventStatus::default(),
-            engine_active_blocks: Mutex::default(),
             resubscribe: Notify::new(),
             is_ejected: AtomicBool::new(false),
             removed: watch::Sender::new(false),
-            capacity_blocks: AtomicU32::new(0),
-            last_activity: AtomicU64::new(0),
-            gone: AtomicBool::new(false),
-            cache_lost: AtomicBool::new(false),
         }
-    }
-
-    /// Records that data arrived from the worker at `now`.
-    pub(crate) fn note_activity(&self, now: Duration) {
-        self.last_activity
-            .store(now.as_millis() as u64, Ordering::Relaxed);
-    }
-
-    /// Returns when data last arrived from the worker, by the gateway's clock.
-    pub(crate) fn last_activity(&self) -> Duration {
-        Duration::from_millis(self.last_activity.load(Ordering::Relaxed))
-    }
-
-    /// Sets the capacity that the engine reported, in engine blocks.
-    pub(crate) fn set_capacity_blocks(&self, blocks: u32) {
-        self.capacity_blocks.store(blocks, Ordering::Relaxed);
     }
 
     /// Returns the configured capacity or else the reported one, in engine blocks; `None` if neither
     /// is known.
     pub(crate) fn capacity_blocks(&self) -> Option<u32> {
-        let reported = self.capacity_blocks.load(Ordering::Relaxed);
-        self.config.blocks.or((reported > 0).then_some(reported))
-    }
-
-    /// Records that the worker refused a connection: no process listens at its address.
-    pub(crate) fn mark_gone(&self) {
-        self.gone.store(true, Ordering::Relaxed);
-    }
-
-    /// Returns whether the worker refused a connection and has not responded since.
-    pub(crate) fn is_gone(&self) -> bool {
-        self.gone.load(Ordering::Relaxed)
+        self.config.blocks.or(self.reports.capacity_blocks())
     }
 
     /// Returns the results of the health checks as the admin API shows them.
@@ -169,19 +125,6 @@ impl Worker {
                 is_new
             });
         }
-    }
-
-    /// Records that the worker responded. Returns whether it had refused a connection since the last
-    /// call.
-    pub(crate) fn note_reachable(&self) -> bool {
-        let was_gone = self.gone.swap(false, Ordering::Relaxed);
-        self.cache_lost.fetch_or(was_gone, Ordering::Relaxed);
-        was_gone
-    }
-
-    /// Returns whether the worker has returned after refusing connections since the last call.
-    pub(crate) fn take_cache_lost(&self) -> bool {
-        self.cache_lost.swap(false, Ordering::Relaxed)
     }
 
     /// Compares the worker's ejection in the router with the last one that was noted, and logs and

@@ -220,6 +220,12 @@ async fn invalid_requests_are_refused_and_book_nothing() {
             Value::Null,
         ),
         (
+            with(for_chat("hi"), json!({"exclude": ["a", "a"]})),
+            400,
+            json!("exclude"),
+            Value::Null,
+        ),
+        (
             with(for_chat("hi"), json!({"exclude": ["a"]})),
             503,
             Value::Null,
