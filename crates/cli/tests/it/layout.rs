@@ -264,6 +264,63 @@ fn no_further_files_use_each_other_in_a_circle() {
     }
 }
 
+/// Modules of the gateway that serve connections; the parts below them know none of these.
+const FRONT_ENDS: [&str; 14] = [
+    "accept",
+    "admin",
+    "assembly",
+    "client_headers",
+    "client_socket",
+    "config",
+    "connection",
+    "failover",
+    "own_responses",
+    "proxy",
+    "reply",
+    "request_body",
+    "server",
+    "tracked_body",
+];
+
+/// Modules of the gateway's part `workers`.
+const WORKERS: [&str; 5] = [
+    "engine_metrics",
+    "kv_events",
+    "subscribe",
+    "worker_info",
+    "workers",
+];
+
+#[test]
+fn front_ends_can_be_added_without_a_change_of_the_parts_below() {
+    let crates = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let src = crates.join("gateway/src");
+    let uses = uses_by_module(&src);
+    let files_of = |parts: &[&str]| {
+        let modules = uses.keys().filter(|module| !module.is_empty());
+        let modules = modules.filter(|module| parts.contains(&module[0].as_str()));
+        modules.cloned().collect::<Vec<_>>()
+    };
+    let (placement, workers) = (files_of(&["placement"]), files_of(&WORKERS));
+    assert!(placement.len() > 5 && workers.len() > 5);
+    let uses_any = |module: &ModulePath, parts: &[&str]| {
+        let mut used = uses[module].iter();
+        used.any(|used| parts.contains(&used[0].as_str()))
+    };
+    for module in &placement {
+        assert!(!uses_any(module, &FRONT_ENDS), "{module:?}");
+        let file = src.join(module.join("/")).with_extension("rs");
+        let source = without_comments_and_tests(&fs::read_to_string(file).unwrap());
+        for other in ["http::", "hyper", "tokio::net", "zeromq"] {
+            assert!(!source.contains(other), "{module:?} uses {other}");
+        }
+    }
+    for module in &workers {
+        assert!(!uses_any(module, &FRONT_ENDS), "{module:?}");
+        assert!(!uses_any(module, &["placement"]), "{module:?}");
+    }
+}
+
 #[test]
 fn a_circle_is_found() {
     let uses = |pairs: &[(&str, &[&str])]| {
