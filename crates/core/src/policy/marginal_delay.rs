@@ -228,6 +228,21 @@ pub struct MarginalDelay {
 }
 
 impl MarginalDelay {
+    /// Returns every term with its name.
+    #[must_use]
+    pub fn terms(&self) -> [(&'static str, f64); 8] {
+        [
+            ("queue_wait", self.queue_wait),
+            ("prefill", self.prefill),
+            ("decode", self.decode),
+            ("decode_slowdown", self.decode_slowdown),
+            ("prefill_stall_caused", self.prefill_stall_caused),
+            ("decode_slowdown_caused", self.decode_slowdown_caused),
+            ("future_arrivals", self.future_arrivals),
+            ("failure_charge", self.failure_charge),
+        ]
+    }
+
     /// Returns the time to first token of the request.
     #[must_use]
     pub fn time_to_first_token(&self) -> f64 {

@@ -92,6 +92,10 @@ fn endpoint_of(body: &[u8]) -> Endpoint {
 /// the actual one can be random.
 pub(super) fn explanation_json(explanation: &Explanation) -> Value {
     let candidates = explanation.candidates.iter().map(|candidate| {
+        let terms = candidate.delay.terms().into_iter();
+        let delay_seconds: serde_json::Map<String, Value> = terms
+            .map(|(name, seconds)| (name.to_owned(), json!(seconds)))
+            .collect();
         json!({
             "worker": *candidate.name,
             "requests": candidate.requests,
@@ -102,16 +106,8 @@ pub(super) fn explanation_json(explanation: &Explanation) -> Value {
             "prefill_blocks": candidate.cost.prefill_blocks,
             "active_blocks_if_placed": candidate.cost.active_blocks,
             "cost": candidate.cost.total,
-            "delay_seconds": {
-                "queue_wait": candidate.delay.queue_wait,
-                "prefill": candidate.delay.prefill,
-                "decode": candidate.delay.decode,
-                "decode_slowdown": candidate.delay.decode_slowdown,
-                "prefill_stall_caused": candidate.delay.prefill_stall_caused,
-                "decode_slowdown_caused": candidate.delay.decode_slowdown_caused,
-                "future_arrivals": candidate.delay.future_arrivals,
-                "failure_charge": candidate.delay.failure_charge,
-            },
+            "delay_seconds": delay_seconds,
+            "policy_cost": candidate.policy_cost,
             "probability": candidate.probability,
         })
     });

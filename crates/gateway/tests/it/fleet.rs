@@ -379,6 +379,7 @@ async fn explain_shows_every_part_of_the_cost_and_books_nothing() {
             let name = candidate["worker"].as_str().unwrap();
             let cost = 2.0 * number("prefill_blocks") + number("active_blocks_if_placed");
             assert_eq!(number("cost"), cost, "{candidate}");
+            assert_eq!(number("policy_cost"), cost, "{candidate}");
             assert_eq!(
                 number("overlap_blocks"),
                 number("overlap_cached_blocks").max(number("overlap_active_blocks"))
