@@ -19,7 +19,7 @@ use foresee_engine::error::ApiError;
 use http::header::{CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderMap, Response, StatusCode, response};
 use http_body_util::BodyExt;
-use hyper::body::{Body as _, Frame, Incoming};
+use hyper::body::{Body as _, Frame};
 use parking_lot::Mutex;
 
 use crate::clock::Clock;
@@ -28,7 +28,9 @@ use crate::metrics::Metrics;
 use crate::placement::Placement;
 use crate::placement::dispatch::announce;
 use crate::tracked_body::TrackedBody;
-use crate::upstream::{UpstreamClient, UpstreamError, UpstreamRequest};
+use crate::upstream::{
+    ConnectionChoice, UpstreamBody, UpstreamClient, UpstreamError, UpstreamRequest,
+};
 use crate::workers::registry::WorkerRegistry;
 use crate::workers::worker::Worker;
 
@@ -78,7 +80,7 @@ pub(crate) fn new_retry_budget() -> Mutex<RetryBudget> {
 #[derive(Debug)]
 pub(crate) struct UpstreamResponse {
     pub(crate) worker: Arc<Worker>,
-    pub(crate) response: Response<Incoming>,
+    pub(crate) response: Response<UpstreamBody>,
     /// The first frame of the body, which was read to verify that the worker produces output.
     pub(crate) first_frame: Option<Frame<Bytes>>,
     /// Prompt tokens that the worker has cached according to its KV events; `None` if the response
@@ -207,13 +209,11 @@ impl<'a> Failover<'a> {
         batch: &mut Batch,
     ) -> Result<UpstreamResponse, UpstreamError> {
         let predicted_tokens = announce(worker, batch, self.request.full_report_mode);
-        let response = if self.connection_losses == 0 {
-            self.client.send(worker, self.request).await?
-        } else {
-            self.client
-                .send_on_fresh_connection(worker, self.request)
-                .await?
+        let connection = match self.connection_losses {
+            0 => ConnectionChoice::IdleOrNew,
+            _ => ConnectionChoice::New,
         };
+        let response = self.client.send(worker, self.request, connection).await?;
         let (head, mut body) = response.into_parts();
         let is_stream = TrackedBody::is_stream(&head);
         let has_stream = is_stream && !body.is_end_stream();
@@ -397,7 +397,7 @@ impl<'a> Failover<'a> {
 
 /// Returns what the head of a response says about its worker. A 4xx other than 429 is the client's
 /// error, and a 501 says that the engine does not have the function.
-fn result_of_head(response: &Response<Incoming>) -> ExchangeResult {
+fn result_of_head(response: &Response<UpstreamBody>) -> ExchangeResult {
     match response.status() {
         StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
             ExchangeResult::Backpressure {
@@ -427,7 +427,7 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 /// an error page of a web server, or a JSON type without JSON.
 async fn read_first_frame(
     head: &response::Parts,
-    body: &mut Incoming,
+    body: &mut UpstreamBody,
     is_stream: bool,
 ) -> Result<Option<Frame<Bytes>>, UpstreamError> {
     let frame = match body.frame().await {

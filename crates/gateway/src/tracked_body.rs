@@ -14,14 +14,14 @@ use bytes::Bytes;
 use foresee_core::outlier::ExchangeResult;
 use http::header::{CONTENT_ENCODING, CONTENT_TYPE};
 use http::response;
-use hyper::body::{Body, Frame, Incoming};
+use hyper::body::{Body, Frame};
 use tokio::time::{Instant, Sleep};
 
 use crate::metrics::Outcome;
 use crate::placement::request_context::RequestContext;
 use crate::placement::response_observer::{ResponseForm, ResponseObserver};
 use crate::shutdown::{ShutdownSignal, shutting_down};
-use crate::upstream::UpstreamError;
+use crate::upstream::{UpstreamBody, UpstreamError};
 
 /// When the responses of a gateway end early.
 #[derive(Debug)]
@@ -36,7 +36,7 @@ pub(crate) struct ResponseLimits {
 #[derive(Debug)]
 pub(crate) struct TrackedBody {
     /// Body that the worker sends.
-    inner: Incoming,
+    inner: UpstreamBody,
     /// Frame that was already read from `inner` and is sent first.
     buffered_frame: Option<Frame<Bytes>>,
     observer: ResponseObserver,
@@ -60,7 +60,7 @@ impl TrackedBody {
     /// its end is recorded and the bookings are released at once.
     pub(crate) fn new(
         head: &response::Parts,
-        body: Incoming,
+        body: UpstreamBody,
         first_frame: Option<Frame<Bytes>>,
         context: RequestContext,
         limits: &Arc<ResponseLimits>,

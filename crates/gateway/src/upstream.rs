@@ -1,6 +1,10 @@
 //! HTTP client for workers: sends one request to one worker, with the headers that a proxy may pass on.
 
+mod body;
+mod pool;
+
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -8,25 +12,12 @@ use http::header::{self, HeaderName};
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Method, Request, Response};
 use http_body_util::Full;
-use hyper::body::Incoming;
-use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
 
 use crate::tcp_timeouts::{KEEPALIVE_INTERVAL, KEEPALIVE_PROBES, USER_TIMEOUT};
+pub(crate) use crate::upstream::body::UpstreamBody;
+use crate::upstream::pool::ConnectionPool;
 use crate::workers::worker::{RANK_HEADER, Worker};
-
-/// Time after which the gateway closes an idle connection. Engines close idle connections too (vLLM
-/// after 5 s); closing them first avoids sending a request on a connection that the engine is about
-/// to close.
-const IDLE_CONNECTION_TIMEOUT: Duration = Duration::from_secs(4);
-
-/// Size of the buffer into which a response is read. Each running stream has one, and the events of a
-/// stream are much smaller.
-const READ_BUFFER_BYTES: usize = 4 << 10;
-
-/// Maximum number of idle connections per worker: about as many as a burst leaves open.
-const IDLE_CONNECTIONS: usize = 1024;
 
 /// Headers that apply to one connection and not to the message (RFC 9110, section 7.6.1).
 const HOP_BY_HOP: [HeaderName; 9] = [
@@ -185,18 +176,24 @@ impl UpstreamError {
     }
 }
 
-/// HTTP client with a connection pool per worker.
+/// HTTP client for all workers, which reuses connections.
 #[derive(Clone, Debug)]
 pub(crate) struct UpstreamClient {
-    /// Client that reuses connections.
-    pooled: Client<HttpConnector, Full<Bytes>>,
-    /// Client that opens a connection for each request.
-    unpooled: Client<HttpConnector, Full<Bytes>>,
+    connections: Arc<ConnectionPool>,
+}
+
+/// Connection that a request may be sent on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ConnectionChoice {
+    /// An idle connection if there is one. The worker may be closing it.
+    IdleOrNew,
+    /// A new connection, which the worker cannot be closing as idle.
+    New,
 }
 
 impl UpstreamClient {
     /// Creates a client that waits at most `connect_timeout` for a connection. The time until a
-    /// response is not limited.
+    /// response is not limited. Must run inside a tokio runtime.
     pub(crate) fn new(connect_timeout: Duration) -> Self {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
@@ -206,76 +203,84 @@ impl UpstreamClient {
         connector.set_keepalive_retries(Some(KEEPALIVE_PROBES));
         #[cfg(any(target_os = "android", target_os = "fuchsia", target_os = "linux"))]
         connector.set_tcp_user_timeout(Some(USER_TIMEOUT));
-        let client = |idle_connections| {
-            Client::builder(TokioExecutor::new())
-                .pool_timer(TokioTimer::new())
-                .pool_idle_timeout(IDLE_CONNECTION_TIMEOUT)
-                .pool_max_idle_per_host(idle_connections)
-                .http1_read_buf_exact_size(READ_BUFFER_BYTES)
-                .build(connector.clone())
-        };
         Self {
-            pooled: client(IDLE_CONNECTIONS),
-            unpooled: client(0),
+            connections: ConnectionPool::start(connector),
         }
     }
 
     /// Sends the request and waits for the head of the response. Dropping the future, or later the
     /// body, closes the connection, which tells the engine to stop generating. A response with any
-    /// status is a success. The caller sets the time limit.
+    /// status is a success; every error after the connection was made is
+    /// [`UpstreamError::ConnectionLost`]. The caller sets the time limit.
+    ///
+    /// If an idle connection turns out to be closed before any of the request was sent, another one
+    /// is used.
     pub(crate) async fn send(
         &self,
         worker: &Worker,
-        request: &UpstreamRequest,
-    ) -> Result<Response<Incoming>, UpstreamError> {
-        send_with(&self.pooled, worker, request).await
-    }
-
-    /// Sends the request on a new connection and waits for the head of the response. No other request
-    /// was sent on that connection, so the worker cannot be closing it as idle.
-    pub(crate) async fn send_on_fresh_connection(
-        &self,
-        worker: &Worker,
-        request: &UpstreamRequest,
-    ) -> Result<Response<Incoming>, UpstreamError> {
-        send_with(&self.unpooled, worker, request).await
+        upstream_request: &UpstreamRequest,
+        choice: ConnectionChoice,
+    ) -> Result<Response<UpstreamBody>, UpstreamError> {
+        let authority = worker.address.authority();
+        let mut request = request_to(worker, upstream_request)?;
+        loop {
+            let idle = match choice {
+                ConnectionChoice::IdleOrNew => self.connections.take_idle(&authority),
+                ConnectionChoice::New => None,
+            };
+            let is_reused = idle.is_some();
+            let connection = match idle {
+                Some(idle) => idle,
+                None => self
+                    .connections
+                    .connect(&authority)
+                    .await
+                    .map_err(|error| UpstreamError::connect(&*error))?,
+            };
+            let mut error = match connection.send(request).await {
+                Ok((response, _)) if has_unknown_coding(response.headers()) => {
+                    return Err(UpstreamError::UnusableResponse(
+                        "it has a transfer coding other than chunked",
+                    ));
+                }
+                Ok((response, lease)) => {
+                    return Ok(response.map(|incoming| UpstreamBody::new(incoming, lease)));
+                }
+                Err(error) => error,
+            };
+            request = match error.take_message() {
+                Some(unsent) if is_reused => unsent,
+                _ => return Err(UpstreamError::connection_lost(error.error())),
+            };
+        }
     }
 }
 
-/// Sends the request with `client` and waits for the head of the response. Adds the header that
-/// pins the request to the worker's rank, unless the client named a rank. A response with any
-/// status is a success; every error after the connection was made is
-/// [`UpstreamError::ConnectionLost`].
-async fn send_with(
-    client: &Client<HttpConnector, Full<Bytes>>,
+/// Returns the request as it is sent to `worker`. Adds the header that pins it to the worker's rank,
+/// unless the client named a rank.
+fn request_to(
     worker: &Worker,
     upstream_request: &UpstreamRequest,
-) -> Result<Response<Incoming>, UpstreamError> {
+) -> Result<Request<Full<Bytes>>, http::Error> {
     let mut request = Request::new(Full::new(upstream_request.body.clone()));
     *request.method_mut() = upstream_request.method.clone();
     *request.uri_mut() = worker.uri(&upstream_request.path)?;
     *request.headers_mut() = upstream_request.headers.clone();
+    let headers = request.headers_mut();
     if let Some(host) = worker.address.host_header() {
-        // The URL has the address that the host name was resolved to.
-        request.headers_mut().insert(header::HOST, host.clone());
+        // The connection's host is the address that the host name was resolved to.
+        headers.insert(header::HOST, host.clone());
     }
     if let Some(authorization) = worker.authorization_for_clients() {
-        let header = request.headers_mut().entry(header::AUTHORIZATION);
-        header.or_insert(authorization);
+        headers
+            .entry(header::AUTHORIZATION)
+            .or_insert(authorization);
     }
     if let Some(rank) = &worker.rank_header {
         // A request whose client named a rank was routed to that rank.
-        let header = request.headers_mut().entry(RANK_HEADER);
-        header.or_insert_with(|| rank.clone());
+        headers.entry(RANK_HEADER).or_insert_with(|| rank.clone());
     }
-    match client.request(request).await {
-        Ok(response) if has_unknown_coding(response.headers()) => Err(
-            UpstreamError::UnusableResponse("it has a transfer coding other than chunked"),
-        ),
-        Ok(response) => Ok(response),
-        Err(error) if error.is_connect() => Err(UpstreamError::connect(&error)),
-        Err(error) => Err(UpstreamError::connection_lost(&error)),
-    }
+    Ok(request)
 }
 
 /// Returns whether a message has a transfer coding other than `chunked`, which the gateway does not

@@ -13,7 +13,7 @@ use http_body_util::{BodyExt, Limited};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::upstream::{UpstreamClient, UpstreamError, UpstreamRequest};
+use crate::upstream::{ConnectionChoice, UpstreamClient, UpstreamError, UpstreamRequest};
 use crate::workers::worker::Worker;
 
 /// Maximum size of a response, in bytes.
@@ -117,7 +117,8 @@ impl WorkerQueries {
             expects_result: false,
         };
         let exchange = async {
-            let response = self.client.send(worker, &request).await?;
+            let connection = ConnectionChoice::IdleOrNew;
+            let response = self.client.send(worker, &request, connection).await?;
             let status = response.status();
             if !status.is_success() {
                 return Err(QueryError::Status(status));

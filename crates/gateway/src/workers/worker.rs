@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use foresee_api::admin::Health;
 use foresee_core::router::Router;
 use foresee_core::workers::WorkerId;
-use http::uri::{PathAndQuery, Scheme};
+use http::uri::PathAndQuery;
 use http::{HeaderValue, Uri};
 use tokio::sync::{Notify, watch};
 
@@ -170,19 +170,14 @@ impl Worker {
         let _ = removed.wait_for(|removed| *removed).await;
     }
 
-    /// Returns the URL of a connection to the worker, for a path and query of a request to the
-    /// gateway. Its host is the resolved address, if the gateway resolves the worker's host name; the
-    /// base path of the worker's URL is put before `path`. Fails if the result is not a valid URL.
+    /// Returns the URL of a request on a connection to the worker, for a path and query of a request
+    /// to the gateway: the base path of the worker's URL is put before `path`. Fails if the result is
+    /// not a valid URL.
     pub(crate) fn uri(&self, path: &PathAndQuery) -> Result<Uri, http::Error> {
-        let path = if self.config.base_path.is_empty() {
-            path.clone()
-        } else {
-            format!("{}{path}", self.config.base_path).parse()?
-        };
-        Uri::builder()
-            .scheme(Scheme::HTTP)
-            .authority(self.address.authority())
-            .path_and_query(path)
-            .build()
+        let base_path = &self.config.base_path;
+        Ok(match base_path.is_empty() {
+            true => path.clone().into(),
+            false => format!("{base_path}{path}").parse()?,
+        })
     }
 }

@@ -73,33 +73,34 @@ enum End {
     Failed,
 }
 
-/// Runs one client. Three in ten disconnect after a random number of chunks, some of them before the
-/// first byte.
+/// Runs one client. Three in ten disconnect after a random number of events, some of them before the
+/// first byte. The gateway may have sent more than these.
 async fn stream(address: SocketAddr, number: u64) -> End {
     let mut dice = Dice(number << 32);
     let common = "what many have in common ".repeat(20 * dice.below(4) as usize);
     let prompt = format!("{common}and what only {number} says");
     let mut client = Client::sending(address, http("POST", CHAT, chat(&prompt, true))).await;
-    let chunks = match dice.below(10) {
+    let events = match dice.below(10) {
         0..3 => dice.below(EVENTS),
         _ => u64::MAX,
     };
-    if chunks == 0 {
+    if events == 0 {
         return End::Aborted;
     }
     if client.head().await.status() != 200 {
         return End::Failed;
     }
-    let mut body = Vec::new();
-    for _ in 0..chunks {
+    let mut body = String::new();
+    while (body.matches("word").count() as u64) < events {
         match within("a chunk", client.connection.chunk()).await.unwrap() {
-            Some(chunk) => body.extend(chunk),
+            Some(chunk) => body += std::str::from_utf8(&chunk).unwrap(),
             None => break,
         }
     }
-    let body = String::from_utf8(body).unwrap();
     if body.contains("\"error\"") {
         End::Failed
+    } else if events < EVENTS {
+        End::Aborted
     } else if body.ends_with("data: [DONE]\n\n") {
         assert_eq!(body.matches("word").count() as u64, EVENTS);
         End::Whole

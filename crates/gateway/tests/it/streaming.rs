@@ -1,6 +1,8 @@
 //! Streams are observed as they pass: each token increases the load, and the end releases it.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
+use std::time::Duration;
+
 use crate::fake_worker::*;
 use foresee_gateway::Gateway;
 use serde_json::json;
@@ -78,7 +80,6 @@ async fn tokens_are_counted_wherever_the_stream_is_cut() {
     for byte in stream.as_bytes() {
         exchange.send_chunk([*byte]).await;
     }
-    exchange.send_chunk("data: [DO").await;
     client.head().await;
     let mut received = Vec::new();
     while received.len() < stream.len() {
@@ -86,6 +87,7 @@ async fn tokens_are_counted_wherever_the_stream_is_cut() {
     }
     assert_eq!(received, stream.as_bytes());
     assert_eq!(context_tokens(&gateway).await, context + 3);
+    exchange.send_chunk("data: [DO").await;
     exchange.send_chunk("NE]\n\n").await;
     exchange.finish_chunks().await;
     assert_eq!(client.rest().await.unwrap(), "data: [DONE]\n\n");
@@ -156,4 +158,68 @@ async fn one_connection_carries_one_stream_after_another() {
     until_released(&gateway).await;
     // Health checks may use connections of their own.
     assert!(worker.connections() <= 3, "{}", worker.connections());
+}
+
+#[tokio::test]
+async fn what_has_arrived_is_passed_on_at_once_and_together() {
+    let mut worker = FakeWorker::start().await;
+    let gateway = gateway(&[&worker]).await;
+    let request = http("POST", CHAT, chat("a short prompt", true));
+    let mut client = Client::sending(gateway.address(), request).await;
+    let mut exchange = worker.request().await;
+    let events: Vec<String> = (0..16).map(|number| token(&number.to_string())).collect();
+    let chunks: Vec<u8> = events.iter().flat_map(chunk).collect();
+    // One write arrives in one read. A chunk of the response is one write of the gateway or a part
+    // of one.
+    exchange.send([STREAM_HEAD, &chunks].concat()).await;
+    client.head().await;
+    assert_eq!(client.chunk().await, events.concat().as_bytes());
+    // The next event does not wait for others.
+    exchange.send_chunk(token("alone")).await;
+    assert_eq!(client.chunk().await, token("alone").as_bytes());
+    exchange.send(&chunks).await;
+    assert_eq!(client.chunk().await, events.concat().as_bytes());
+    let end = chunk("data: [DONE]\n\n");
+    exchange
+        .send([&chunks, &end, &b"0\r\n\r\n"[..]].concat())
+        .await;
+    let expected = events.concat() + "data: [DONE]\n\n";
+    assert_eq!(client.chunk().await, expected.as_bytes());
+    assert_eq!(client.rest().await.unwrap(), "");
+    exchange.keep();
+    until_metric(&gateway, "foresee_output_tokens_total", 49.0).await;
+    until_released(&gateway).await;
+}
+
+#[tokio::test]
+async fn events_that_arrive_with_the_loss_of_the_connection_are_passed_on() {
+    let mut worker = FakeWorker::start().await;
+    let gateway = gateway(&[&worker]).await;
+    let (mut client, mut exchange) = streaming(&gateway, &mut worker).await;
+    let events = [token("a"), token("b")];
+    let chunks: Vec<u8> = events.iter().flat_map(chunk).collect();
+    exchange.send(chunks).await;
+    exchange.close();
+    client.head().await;
+    let received = client.rest().await.unwrap();
+    let error = received.strip_prefix(&events.concat()).unwrap();
+    assert!(error.contains("The worker failed"), "{error}");
+    until_released(&gateway).await;
+}
+
+#[tokio::test]
+async fn an_idle_connection_to_a_worker_is_closed() {
+    let mut worker = FakeWorker::start().await;
+    let gateway = gateway(&[&worker]).await;
+    let request = http("POST", CHAT, chat("a prompt", false));
+    let mut client = Client::sending(gateway.address(), request).await;
+    let mut exchange = worker.request().await;
+    let body = json!({"choices": []}).to_string();
+    exchange
+        .send(whole("200 OK", "application/json", body))
+        .await;
+    assert_eq!(client.response().await.status(), 200);
+    // vLLM keeps idle connections for 5 s. The gateway closes them after 4 s to 5 s.
+    let closed = tokio::time::timeout(Duration::from_secs(20), exchange.closed());
+    closed.await.expect("the connection stays open");
 }
