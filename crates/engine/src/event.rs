@@ -3,6 +3,7 @@
 //! This file parses the events of chat and text completions, its submodules those of other APIs.
 
 mod messages;
+pub(crate) mod repeated;
 mod responses;
 mod sglang;
 

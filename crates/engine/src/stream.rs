@@ -9,6 +9,7 @@ use smallvec::SmallVec;
 
 use crate::endpoint::Endpoint;
 use crate::error::ApiError;
+use crate::event::repeated::RepeatedEvent;
 use crate::event::{Event, EventFormat, UsageScope};
 use crate::output_text::OutputText;
 use crate::usage::Usage;
@@ -56,6 +57,8 @@ pub struct StreamObserver {
     data: Vec<u8>,
     /// The event that is being received.
     event: OpenEvent,
+    /// Form of the last event that was parsed and only added text, as most events do.
+    repeated: Option<Box<RepeatedEvent>>,
     /// Whether the last byte was `\r`: a `\n` that follows belongs to the same line end.
     after_cr: bool,
     /// Output tokens counted so far, over all choices.
@@ -306,8 +309,17 @@ impl StreamObserver {
             return;
         }
         self.error |= is_error;
+        let repeated = self.repeated.as_ref();
+        if let Some(event) = repeated.and_then(|repeated| repeated.read(data)) {
+            return self.take_event(&event);
+        }
         match Event::parse(self.format, data) {
-            Some(event) => self.take_event(&event),
+            Some(event) => {
+                self.take_event(&event);
+                if let Some(repeated) = RepeatedEvent::of(&event, data) {
+                    self.repeated = Some(Box::new(repeated));
+                }
+            }
             None if is_error => {}
             None => self.take_unreadable(),
         }
