@@ -19,6 +19,7 @@ use serde_json::value::RawValue;
 use crate::endpoint::Endpoint;
 use crate::event::Event;
 use crate::tokenizer::{SpecialTokens, Tokenizer};
+use crate::usage::{Usage, parse_usage};
 
 /// Maximum output text that is kept, in bytes. Text after it counts as unknown.
 pub const MAX_OUTPUT_TEXT_BYTES: usize = 256 << 10;
@@ -73,6 +74,25 @@ pub fn parse_output_text_for(endpoint: Endpoint, body: &[u8]) -> Option<OutputTe
     let mut output = OutputText::default();
     output.add(&Event::parse_body(endpoint.into(), body)?);
     Some(output)
+}
+
+/// Reads the output text and the usage in the body of a response of this API that is not streamed.
+/// They are those of [`parse_output_text_for`] and [`parse_usage`], but the body is parsed once if it
+/// has both.
+#[must_use]
+pub fn parse_output_and_usage(
+    endpoint: Endpoint,
+    body: &[u8],
+) -> (Option<OutputText>, Option<Usage>) {
+    let Some(event) = Event::parse_body(endpoint.into(), body) else {
+        return (None, parse_usage(body));
+    };
+    let mut output = OutputText::default();
+    output.add(&event);
+    // The usage of an event of SGLang's API is that of one choice.
+    let is_whole = endpoint != Endpoint::SglangGenerate;
+    let usage = event.usage.filter(|_| is_whole);
+    (Some(output), usage.or_else(|| parse_usage(body)))
 }
 
 impl OutputText {

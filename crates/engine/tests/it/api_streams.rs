@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use foresee_engine::error::ApiError;
-use foresee_engine::output_text::parse_output_text_for;
+use foresee_engine::output_text::{parse_output_and_usage, parse_output_text_for};
 use foresee_engine::request::Endpoint;
 use foresee_engine::stream::{StreamObserver, parse_response_id};
 use foresee_engine::usage::{Usage, parse_usage};
@@ -114,6 +114,9 @@ fn bodies_report_the_usage_and_the_text_of_streams() {
         assert_eq!(usage.prompt_tokens, Some(recording.prompt_tokens));
         assert_eq!(usage.completion_tokens, Some(recording.completion_tokens));
         let text = parse_output_text_for(recording.endpoint, recording.body.as_bytes()).unwrap();
+        let both = parse_output_and_usage(recording.endpoint, recording.body.as_bytes());
+        assert_eq!(both.0.unwrap().text(), text.text());
+        assert_eq!(both.1, Some(usage));
         let streamed = observer.take_output().unwrap();
         // These tool calls were cut off, and vLLM sends them as text in a body.
         if recording.completion_tokens < 60 {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use foresee_core::outlier::ExchangeResult;
 use foresee_engine::error::ApiError;
-use foresee_engine::output_text::{OutputEnd, OutputText, parse_output_text_for};
+use foresee_engine::output_text::{OutputEnd, OutputText, parse_output_and_usage};
 use foresee_engine::request::Endpoint;
 use foresee_engine::stream::{StreamObserver, parse_response_id};
 use foresee_engine::usage::{Usage, parse_usage};
@@ -371,12 +371,13 @@ impl ResponseObserver {
                     [whole] => whole.clone(),
                     parts => parts.concat().into(),
                 };
-                let output = context
-                    .wants_text()
-                    .then(|| parse_output_text_for(context.endpoint, &body));
+                let (output, usage) = match context.wants_text() {
+                    true => parse_output_and_usage(context.endpoint, &body),
+                    false => (None, parse_usage(&body)),
+                };
                 let has_id = context.endpoint == Endpoint::Responses;
                 let id = has_id.then(|| parse_response_id(&body)).flatten();
-                (parse_usage(&body), output.flatten(), id)
+                (usage, output, id)
             }
             ResponseReader::Events(observer) => {
                 let id = observer.response_id().map(str::to_owned);
