@@ -4,7 +4,6 @@
 //! From clients that are not trusted, hints are ignored or clamped, and control headers are not
 //! passed on to engines.
 
-use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -30,7 +29,7 @@ const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto")
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 
 /// Name of the gateway in `Via`.
-const VIA_ENTRY: &str = "1.1 foresee";
+const VIA_ENTRY: HeaderValue = HeaderValue::from_static("1.1 foresee");
 
 /// Trust in the headers of clients.
 #[derive(Clone, Debug, Default)]
@@ -131,8 +130,10 @@ fn add_forwarding(headers: &mut HeaderMap, peer: Option<IpAddr>, keeps_earlier: 
             headers.remove(name);
         }
     }
-    if let Some(peer) = peer {
-        append(headers, FORWARDED_FOR, &peer);
+    if let Some(peer) = peer
+        && let Ok(peer) = HeaderValue::try_from(peer.to_string())
+    {
+        append(headers, FORWARDED_FOR, peer);
     }
     headers
         .entry(FORWARDED_PROTO)
@@ -140,17 +141,21 @@ fn add_forwarding(headers: &mut HeaderMap, peer: Option<IpAddr>, keeps_earlier: 
     if let Some(host) = headers.get(HOST).cloned() {
         headers.entry(FORWARDED_HOST).or_insert(host);
     }
-    append(headers, VIA, &VIA_ENTRY);
+    append(headers, VIA, VIA_ENTRY);
 }
 
 /// Appends an entry to a header whose value is a list. Several lines of the header become one.
-fn append(headers: &mut HeaderMap, name: HeaderName, entry: &dyn fmt::Display) {
+fn append(headers: &mut HeaderMap, name: HeaderName, entry: HeaderValue) {
+    if !headers.contains_key(&name) {
+        headers.insert(name, entry);
+        return;
+    }
     let mut list = Vec::new();
     for value in headers.get_all(&name) {
         list.extend_from_slice(value.as_bytes());
         list.extend_from_slice(b", ");
     }
-    list.extend_from_slice(entry.to_string().as_bytes());
+    list.extend_from_slice(entry.as_bytes());
     if let Ok(value) = HeaderValue::from_bytes(&list) {
         headers.insert(name, value);
     }
