@@ -1,7 +1,8 @@
 //! The assessment of one request: its prefix on every worker, and its expected output.
 
+use foresee_forecast::LengthClass;
+
 use crate::active_tree::TreePosition;
-use crate::forecast::output_length::LengthClass;
 use crate::prefix_matches::PrefixMatches;
 use crate::queue::QueueTicket;
 

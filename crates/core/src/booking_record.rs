@@ -3,8 +3,9 @@
 use std::task::Waker;
 use std::time::Duration;
 
+use foresee_forecast::LengthClass;
+
 use crate::active_tree::NodeId;
-use crate::forecast::output_length::LengthClass;
 use crate::hit_audit::ExpectedHit;
 use crate::outlier::ReportedResult;
 use crate::pending_work::RequestWork;

@@ -5,6 +5,8 @@
 
 use std::time::Duration;
 
+use foresee_forecast::PrefillWork;
+
 use crate::active_tree::{NO_NODE, WorkerIndex};
 use crate::assessment::RequestAssessment;
 use crate::booking_id::BookingId;
@@ -12,7 +14,6 @@ use crate::booking_record::{
     BookingRecord, ExpectedOutput, KnownProgress, PrefillForecast, QueuedState,
 };
 use crate::counter::Counter;
-use crate::forecast::latency_model::PrefillWork;
 use crate::outlier::{ExchangeResult, ReportedResult};
 use crate::pending_work::RequestWork;
 use crate::policy::Decision;

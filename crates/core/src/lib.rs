@@ -36,8 +36,8 @@
 //! | `estimated_cache` | Which blocks does a worker without KV events still cache? |
 //! | `pending_evictions` | Which cached blocks will be evicted before a new request runs? |
 //! | `capacity`, `hit_audit` | What do reported cache hits say about a worker's cache? |
-//! | `forecast` | How fast is a worker, and how long are outputs? |
-//! | `pending_work`, `arrival_rate` | How much prefill and decode work does a worker have? |
+//! | [`foresee_forecast`] | How fast is a worker, how long are outputs, how fast do requests arrive? A crate of its own. |
+//! | `pending_work` | How much prefill and decode work does a worker have? |
 //! | `replication` | When should an idle worker compute a popular prefix once more? |
 //! | `bookings`, `booking_record`, `ledger` | What does a booking add to its worker, and when is it subtracted? |
 //! | `progress`, `progress_estimator` | How far is a request whose response is not streamed? |
@@ -83,7 +83,6 @@
 
 mod active_tree;
 mod affinity;
-mod arrival_rate;
 mod assessment;
 pub mod batch;
 mod batch_costs;
@@ -99,7 +98,6 @@ mod critical_section;
 mod dispatch;
 mod estimated_cache;
 pub mod event_index;
-mod forecast;
 mod hit_audit;
 mod ledger;
 mod load;
@@ -130,5 +128,4 @@ pub use active_tree::PrefixMatch;
 pub use capacity::{CapacitySource, DEFAULT_CAPACITY_BLOCKS};
 pub use config::DEFAULT_TTFT_WEIGHT;
 pub use estimated_cache::EvictionRule;
-pub use forecast::latency_model::{LatencyAccuracy, LatencyModel};
-pub use forecast::output_length::OutputLengthAccuracy;
+pub use foresee_forecast::{LatencyAccuracy, LatencyModel, OutputLengthAccuracy};

@@ -7,10 +7,9 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use crate::arrival_rate::ArrivalRate;
+use foresee_forecast::{ArrivalRate, LatencyEstimator, LatencyModel, PrefillWork};
+
 use crate::counter::Counter;
-use crate::forecast::latency::LatencyEstimator;
-use crate::forecast::latency_model::{LatencyModel, PrefillWork};
 use crate::queue::{PrefillTotals, QueueTicket, WorkerQueue};
 use crate::sglang_admission::OutputReserve;
 
@@ -151,7 +150,7 @@ pub(crate) struct PendingWork {
     /// Speed of this worker relative to its latency model.
     pub(crate) latency: LatencyEstimator,
     /// Index of the group of workers with which this worker shares a
-    /// [latency model](crate::forecast::latency::SharedLatencyModel).
+    /// [latency model](foresee_forecast::SharedLatencyModel).
     pub(crate) latency_group: usize,
     /// Recent arrivals of requests at this worker.
     pub(crate) arrival_rate: ArrivalRate,
@@ -494,7 +493,7 @@ const OVERDUE_FACTOR: f64 = 0.25;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::forecast::latency_model::LatencyAccuracy;
+    use foresee_forecast::LatencyAccuracy;
 
     use proptest::prelude::*;
 

@@ -5,8 +5,9 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
+use foresee_forecast::LengthClass;
+
 use crate::active_tree::PrefixMatch;
-use crate::forecast::output_length::LengthClass;
 use crate::model_name::{ModelName, hash_model_name};
 use crate::outlier::Restriction;
 use crate::policy::NamedPolicy;

@@ -10,6 +10,8 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
+use foresee_forecast::OutputLengthAccuracy;
+
 use crate::active_tree::WorkerIndex;
 use crate::batch::{Batch, BatchRequest};
 use crate::booking::Booking;
@@ -20,7 +22,6 @@ pub use crate::critical_section::LockObserver;
 use crate::critical_section::SharedState;
 use crate::estimated_cache::EvictionRule;
 use crate::event_index::{CacheDelta, PrefixRun};
-use crate::forecast::output_length::OutputLengthAccuracy;
 use crate::model_name::ModelName;
 pub use crate::request::{Candidate, Explanation, MAX_MODEL_NAME_BYTES, Request, RouteError};
 use crate::request::{PreparedRequest, SelectError};

@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use foresee_forecast::OutputLengthModel;
 use smallvec::SmallVec;
 
 use crate::active_tree::{PrefixMatch, WorkerIndex};
@@ -14,7 +15,6 @@ use crate::assessment::RequestAssessment;
 use crate::batch_costs::BatchCosts;
 use crate::bookings::Bookings;
 use crate::config::RouterConfig;
-use crate::forecast::output_length::OutputLengthModel;
 use crate::policy::kv_cost::KvCostInput;
 use crate::policy::{BatchRule, Candidates, Decision, RequestProfile, Selector, WorkerView};
 use crate::prefix_state::PrefixState;

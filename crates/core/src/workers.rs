@@ -10,13 +10,12 @@ use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
+use foresee_forecast::{PrefillWork, SharedLatencyModel};
 use rapidhash::v3::{DEFAULT_RAPID_SECRETS, rapidhash_v3_seeded};
 
 use crate::active_tree::WorkerIndex;
 use crate::booking_id::BookingId;
 use crate::estimated_cache::EvictionRule;
-use crate::forecast::latency::SharedLatencyModel;
-use crate::forecast::latency_model::PrefillWork;
 use crate::load::Load;
 use crate::model_name::ModelName;
 use crate::outlier::{OutlierConfig, Outliers};

@@ -3,10 +3,10 @@
 use std::sync::LazyLock;
 use std::time::Duration;
 
+use foresee_forecast::{LatencyModel, SharedLatencyModel};
+
 use super::request_profile::RequestProfile;
 use crate::active_tree::{PrefixMatch, WorkerIndex};
-use crate::forecast::latency::SharedLatencyModel;
-use crate::forecast::latency_model::LatencyModel;
 use crate::load::Load;
 use crate::outlier::FailureCharge;
 use crate::pending_work::PendingWork;

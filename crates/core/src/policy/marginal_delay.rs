@@ -48,11 +48,12 @@
 
 mod lower_bounds;
 
+use foresee_forecast::LatencyModel;
+
 use super::candidates::{Candidates, WorkerView};
 use super::interface::{BatchRule, NamedPolicy, Policy};
 use super::request_profile::RequestProfile;
 use crate::active_tree::PrefixMatch;
-use crate::forecast::latency_model::LatencyModel;
 use crate::load::Load;
 use crate::outlier::FailureCharge;
 use crate::pending_work::{DECODE_BUCKETS, DecodeBucket, PendingWork, QueueWait};

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
+use foresee_forecast::PrefillWork;
+
 use crate::active_tree::PrefixMatch;
-use crate::forecast::latency_model::PrefillWork;
 use crate::queue::QueueTicket;
 use crate::sequence::SequenceHash;
 

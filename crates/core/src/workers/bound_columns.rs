@@ -123,10 +123,15 @@ impl BoundColumns {
 
     /// Writes the entries of one worker.
     fn write(&mut self, index: usize, pending: &PendingWork) {
-        let [prefill, decode] = pending.latency.speed_factors(self.valid);
-        for part in 0..3 {
-            self.prefill_factor[part][index] = prefill[part] as f32;
-            self.decode_factor[part][index] = decode[part] as f32;
+        let factors = pending.latency.speed_factors(self.valid);
+        for (columns, factor) in [
+            (&mut self.prefill_factor, factors.prefill),
+            (&mut self.decode_factor, factors.decode),
+        ] {
+            let [start, end] = factor.weights;
+            for (column, value) in columns.iter_mut().zip([factor.value, start, end]) {
+                column[index] = value as f32;
+            }
         }
         let steps_per_prompt = 1.0 / pending.latency.mean_prefill_batch();
         let backlog = pending.sent_after_first();
@@ -148,9 +153,9 @@ impl BoundColumns {
             .map(|bucket| bucket.remaining_tokens as f32 / bucket.requests as f32);
         self.min_remaining[index] = means.fold(f32::INFINITY, f32::min).clamp(1.0, 1e9);
         self.mixed_step[index] = pending.latency.mixed_step_seconds() as f32;
-        let (arrivals, seconds, at) = pending.arrival_rate.sums();
-        self.arrivals[0][index] = arrivals as f32;
-        self.arrivals[1][index] = seconds as f32;
-        self.arrivals_at[index] = at.as_secs_f64();
+        let arrivals = pending.arrival_rate.sums();
+        self.arrivals[0][index] = arrivals.requests as f32;
+        self.arrivals[1][index] = arrivals.prefill_seconds as f32;
+        self.arrivals_at[index] = arrivals.updated_at.as_secs_f64();
     }
 }

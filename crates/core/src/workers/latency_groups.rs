@@ -4,9 +4,10 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
+use foresee_forecast::SharedLatencyModel;
+
 use crate::active_tree::WorkerIndex;
 use crate::counter::Counter;
-use crate::forecast::latency::SharedLatencyModel;
 use crate::workers::MAX_WORKERS;
 
 /// Maximum number of groups. Each worker is in one group, and one group must be free for a worker

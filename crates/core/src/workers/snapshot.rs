@@ -4,11 +4,12 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use foresee_forecast::{LatencyAccuracy, LatencyModel};
+
 use super::{WorkerId, WorkerState, Workers};
 use crate::cache_source::CacheSource;
 use crate::capacity::CapacitySource;
 use crate::estimated_cache::EvictionRule;
-use crate::forecast::latency_model::{LatencyAccuracy, LatencyModel};
 use crate::outlier::OutlierSnapshot;
 use crate::prefix_state::PrefixState;
 use crate::time::duration_from_secs_saturating;

@@ -6,11 +6,10 @@
 //! bucket, and a speed factor has the less of its weights within some seconds. Most workers cannot win
 //! even so, and their marginal delay is never computed.
 
+use foresee_forecast::{ARRIVAL_MEMORY_SECONDS, MAX_ATTENTION_TOKENS, SharedLatencyModel};
+
 use super::super::request_profile::RequestProfile;
 use crate::active_tree::PrefixMatch;
-use crate::arrival_rate::ARRIVAL_MEMORY_SECONDS;
-use crate::forecast::latency::SharedLatencyModel;
-use crate::forecast::latency_model::MAX_ATTENTION_TOKENS;
 use crate::workers::BoundColumns;
 
 /// Factor that makes up for the rounding of single precision.

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
+use foresee_forecast::{LatencyAccuracy, PrefillWork};
+
 use super::*;
-use crate::forecast::latency_model::{LatencyAccuracy, PrefillWork};
 use crate::pending_work::RequestWork;
 use crate::queue::{QueueOrder, QueuePolicyState};
 

@@ -1,9 +1,6 @@
 //! Output length model: the expected remaining tokens of an output, given how many it has already.
 
-use std::collections::HashMap;
-use std::hash::BuildHasherDefault;
-
-use crate::sequence::IdentityHasher;
+use std::collections::BTreeMap;
 
 /// Expected remaining tokens before any output has ended.
 const PRIOR_REMAINING: f64 = 128.0;
@@ -96,10 +93,11 @@ impl LengthHistogram {
 }
 
 /// Hash of the properties of a request that determine its length class.
-pub(crate) type LengthClass = u64;
+pub type LengthClass = u64;
 
 /// Accuracy of the output lengths that are forecast when requests arrive.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub struct OutputLengthAccuracy {
     /// Number of outputs that ended.
     pub outputs: u64,
@@ -141,19 +139,20 @@ impl ForecastAccuracy {
 
 /// Learned output lengths: of all requests, and of each length class.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct OutputLengthModel {
+pub struct OutputLengthModel {
     /// Lengths of all outputs, the prior of every class.
     all: LengthHistogram,
     /// Comparison of forecast and observed lengths.
     accuracy: ForecastAccuracy,
     /// Lengths by class, at most [`MAX_LENGTH_CLASSES`].
-    by_class: HashMap<LengthClass, Box<LengthHistogram>, BuildHasherDefault<IdentityHasher>>,
+    by_class: BTreeMap<LengthClass, Box<LengthHistogram>>,
 }
 
 impl OutputLengthModel {
     /// Returns the accuracy of recent forecasts. Before the first output the bias is 1 and the
     /// error 0.
-    pub(crate) fn accuracy(&self) -> OutputLengthAccuracy {
+    #[must_use]
+    pub fn accuracy(&self) -> OutputLengthAccuracy {
         let ForecastAccuracy {
             outputs,
             forecast,
@@ -177,15 +176,15 @@ impl OutputLengthModel {
     }
 
     /// Records that an output ended after `tokens` tokens that was forecast to have `forecast`.
-    pub(crate) fn record_accuracy(&mut self, forecast: u32, tokens: u32) {
+    pub fn record_accuracy(&mut self, forecast: u32, tokens: u32) {
         self.accuracy.add(forecast, tokens);
     }
 
     /// Learns from an output of this class that ended after `tokens` tokens. A `truncated` output
     /// is counted as if it had continued as long as other outputs of this length did. A new class
-    /// beyond [`MAX_LENGTH_CLASSES`] replaces the rarest one. The accuracy is recorded separately,
+    /// beyond the maximum of 64 replaces the rarest one. The accuracy is recorded separately,
     /// with [`record_accuracy`](Self::record_accuracy).
-    pub(crate) fn observe(&mut self, class: LengthClass, tokens: u32, truncated: bool) {
+    pub fn observe(&mut self, class: LengthClass, tokens: u32, truncated: bool) {
         let remaining = if truncated {
             self.remaining(class, tokens, None)
         } else {
@@ -213,7 +212,8 @@ impl OutputLengthModel {
     /// Returns the expected number of tokens that an output still generates after `generated`
     /// tokens, if it ends by itself or at `limit` tokens, counted from its start. Returns 0 if the
     /// limit is reached. An unknown class is forecast from all outputs.
-    pub(crate) fn remaining(&self, class: LengthClass, generated: u32, limit: Option<u32>) -> u32 {
+    #[must_use]
+    pub fn remaining(&self, class: LengthClass, generated: u32, limit: Option<u32>) -> u32 {
         self.remaining_with_hint(class, generated, limit, None)
     }
 
@@ -224,7 +224,8 @@ impl OutputLengthModel {
     /// `expected_output_tokens` is the client's expectation of the whole output; it counts as the
     /// prior of the class, and is ignored once the output is as long. An unknown class is forecast
     /// from all outputs.
-    pub(crate) fn remaining_with_hint(
+    #[must_use]
+    pub fn remaining_with_hint(
         &self,
         class: LengthClass,
         generated: u32,

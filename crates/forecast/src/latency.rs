@@ -17,8 +17,8 @@
 
 use std::time::Duration;
 
-use crate::forecast::latency_model::{LatencyAccuracy, LatencyModel, PrefillWork};
-use crate::forecast::regression::Regression;
+use crate::latency_model::{LatencyAccuracy, LatencyModel, PrefillWork};
+use crate::regression::Regression;
 
 /// Initial prefill coefficients: roughly an 8B model on a small GPU. They no longer matter after
 /// thirty samples.
@@ -45,7 +45,7 @@ const STALENESS_HALF_LIFE_SECONDS: f64 = 60.0;
 
 /// Latency model that similar workers share: coefficients for prefill and for decode.
 #[derive(Clone, Debug)]
-pub(crate) struct SharedLatencyModel {
+pub struct SharedLatencyModel {
     /// Features: 1, tokens to compute, attention pairs.
     prefill: PhaseModel,
     /// Features: 1, requests, context tokens.
@@ -82,6 +82,7 @@ impl PhaseModel {
     /// Returns the coefficients for a worker with this speed factor, in seconds. A factor with few
     /// samples, or without any shortly before `now`, is replaced, in part, by the mean factor of
     /// all workers.
+    #[inline]
     fn coefficients_for(&self, factor: &SpeedFactor, now: Duration) -> [f64; 3] {
         let blended = self.mean_factor + factor.weight(now) * (factor.value - self.mean_factor);
         self.regression
@@ -111,6 +112,8 @@ impl PhaseModel {
         self.mean_factor += MEAN_FACTOR_GAIN * (factor.value - self.mean_factor);
     }
 
+    /// Returns the accuracy of the forecasts of this phase.
+    #[inline]
     fn accuracy(&self) -> LatencyAccuracy {
         LatencyAccuracy {
             samples: self.regression.samples(),
@@ -128,6 +131,27 @@ struct SpeedFactor {
     samples: u32,
     /// Time of the latest sample.
     updated_at: Duration,
+}
+
+/// Speed of one worker relative to the shared model, in both phases.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct SpeedFactors {
+    /// Speed factor of prefill.
+    pub prefill: WeightedFactor,
+    /// Speed factor of decode.
+    pub decode: WeightedFactor,
+}
+
+/// Speed factor of one phase, and how much it counts.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct WeightedFactor {
+    /// Ratio of the worker's durations to the shared forecast; above 1 is slower.
+    pub value: f64,
+    /// Weight of `value` at the two requested times, from 0 to 1. The mean factor of all workers has
+    /// the rest of the weight.
+    pub weights: [f64; 2],
 }
 
 /// Prompts whose first tokens came in one engine step.
@@ -148,7 +172,7 @@ struct PrefillStep {
 
 /// Learns one worker's latency from the times at which its tokens arrive.
 #[derive(Clone, Debug)]
-pub(crate) struct LatencyEstimator {
+pub struct LatencyEstimator {
     /// Speed factor of prefill.
     prefill_factor: SpeedFactor,
     /// Speed factor of decode.
@@ -181,6 +205,7 @@ impl Default for LatencyEstimator {
 
 impl SpeedFactor {
     /// Returns how much the factor counts at `now`, relative to the mean factor of all workers.
+    #[inline]
     fn weight(&self, now: Duration) -> f64 {
         let age = now.saturating_sub(self.updated_at).as_secs_f64();
         let freshness = 1.0 / (1.0 + (age / STALENESS_HALF_LIFE_SECONDS).powi(2));
@@ -190,7 +215,9 @@ impl SpeedFactor {
 
 impl SharedLatencyModel {
     /// Returns the mean speed factor and the coefficients of prefill, and those of decode steps.
-    pub(crate) fn mean_factors_and_coefficients(&self) -> [(f64, [f64; 3]); 2] {
+    #[inline]
+    #[must_use]
+    pub fn mean_factors_and_coefficients(&self) -> [(f64, [f64; 3]); 2] {
         [&self.prefill, &self.decode_step]
             .map(|phase| (phase.mean_factor, phase.regression.coefficients()))
     }
@@ -199,16 +226,22 @@ impl SharedLatencyModel {
 impl LatencyEstimator {
     /// Returns the speed factors of prefill and of decode, each with its weight at the given times,
     /// relative to the mean factor of all workers.
-    pub(crate) fn speed_factors(&self, at: [Duration; 2]) -> [[f64; 3]; 2] {
-        [&self.prefill_factor, &self.decode_factor].map(|factor| {
-            let [start, end] = at.map(|now| factor.weight(now));
-            [factor.value, start, end]
-        })
+    #[inline]
+    #[must_use]
+    pub fn speed_factors(&self, at: [Duration; 2]) -> SpeedFactors {
+        let weighted = |factor: &SpeedFactor| WeightedFactor {
+            value: factor.value,
+            weights: at.map(|now| factor.weight(now)),
+        };
+        SpeedFactors {
+            prefill: weighted(&self.prefill_factor),
+            decode: weighted(&self.decode_factor),
+        }
     }
 
     /// Forgets the speed factors, which are relative to a shared latency model, because the worker
     /// now uses another one.
-    pub(crate) fn reset_factors(&mut self) {
+    pub fn reset_factors(&mut self) {
         self.prefill_factor = SpeedFactor::default();
         self.decode_factor = SpeedFactor::default();
     }
@@ -216,7 +249,7 @@ impl LatencyEstimator {
     /// Compares the forecast of a time to first token with the observed time, both since the
     /// booking. Changes only [`ttft_accuracy`](Self::ttft_accuracy), to which an error of more than
     /// ten times the observed time counts as ten times.
-    pub(crate) fn record_ttft_error(&mut self, forecast: Duration, observed: Duration) {
+    pub fn record_ttft_error(&mut self, forecast: Duration, observed: Duration) {
         let error = forecast.as_secs_f64() / observed.as_secs_f64().max(1e-6) - 1.0;
         let accuracy = &mut self.ttft_accuracy;
         accuracy.samples += 1;
@@ -226,14 +259,18 @@ impl LatencyEstimator {
     }
 
     /// Returns the accuracy of the forecasts of the time to first token.
-    pub(crate) fn ttft_accuracy(&self) -> LatencyAccuracy {
+    #[inline]
+    #[must_use]
+    pub fn ttft_accuracy(&self) -> LatencyAccuracy {
         self.ttft_accuracy
     }
 
     /// Returns the latency model of this worker: the shared coefficients, scaled by its speed
     /// factors. `now` decides how much an old speed factor counts. All times in this module are
-    /// since the epoch that the caller of the router chose.
-    pub(crate) fn latency_model(&self, shared: &SharedLatencyModel, now: Duration) -> LatencyModel {
+    /// since the epoch that the caller chose.
+    #[inline]
+    #[must_use]
+    pub fn latency_model(&self, shared: &SharedLatencyModel, now: Duration) -> LatencyModel {
         let [prefill_base, prefill_per_token, prefill_per_attention_pair] =
             shared.prefill.coefficients_for(&self.prefill_factor, now);
         let [decode_base, decode_per_request, decode_per_context_token] = shared
@@ -252,19 +289,25 @@ impl LatencyEstimator {
     }
 
     /// Returns the mean number of prompts whose first tokens come in one step.
-    pub(crate) fn mean_prefill_batch(&self) -> f64 {
+    #[inline]
+    #[must_use]
+    pub fn mean_prefill_batch(&self) -> f64 {
         self.mean_prefill_batch
     }
 
     /// Returns the mean time of a decode step while prompts are computed, in seconds; 0 if none was
     /// observed.
-    pub(crate) fn mixed_step_seconds(&self) -> f64 {
+    #[inline]
+    #[must_use]
+    pub fn mixed_step_seconds(&self) -> f64 {
         self.mixed_step_seconds
     }
 
     /// Returns when the latest prefill step had its first tokens, since the epoch that the caller
-    /// of the router chose; zero if none was observed.
-    pub(crate) fn first_token_at(&self) -> Duration {
+    /// chose; zero if none was observed.
+    #[inline]
+    #[must_use]
+    pub fn first_token_at(&self) -> Duration {
         self.prefill_step
             .map_or(Duration::ZERO, |step| step.first_token_at)
     }
@@ -276,7 +319,7 @@ impl LatencyEstimator {
     ///
     /// A step is learned from, into this estimator and into `shared`, only when the first token of
     /// the next step comes.
-    pub(crate) fn observe_first_token(
+    pub fn observe_first_token(
         &mut self,
         shared: &mut SharedLatencyModel,
         work: PrefillWork,
@@ -345,7 +388,7 @@ impl LatencyEstimator {
     ///
     /// Returns whether this is the first observation of its step. Further ones of the same step are
     /// ignored, and so are calls without tokens or elapsed time: they return false.
-    pub(crate) fn observe_step(
+    pub fn observe_step(
         &mut self,
         shared: &mut SharedLatencyModel,
         tokens: u32,

@@ -1,11 +1,11 @@
-//! Arrival rate of one worker.
+//! Arrival rate of one worker: how much of its time the requests that come next will take.
 
 use std::time::Duration;
 
 /// Recent arrival rate of requests and of their prefill work, with decay. Both sums are as of
 /// `updated_at`.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct ArrivalRate {
+pub struct ArrivalRate {
     /// Number of requests, with decay.
     requests: f64,
     /// Predicted prefill seconds of those requests, with decay.
@@ -14,12 +14,24 @@ pub(crate) struct ArrivalRate {
     updated_at: Duration,
 }
 
+/// Arrivals of one worker, with decay up to `updated_at`.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct ArrivalSums {
+    /// Number of requests.
+    pub requests: f64,
+    /// Predicted prefill seconds of those requests.
+    pub prefill_seconds: f64,
+    /// Time up to which the arrivals have decayed, since the epoch that the caller chose.
+    pub updated_at: Duration,
+}
+
 /// Mean time for which an arrival counts, in seconds.
-pub(crate) const ARRIVAL_MEMORY_SECONDS: f64 = 20.0;
+pub const ARRIVAL_MEMORY_SECONDS: f64 = 20.0;
 
 impl ArrivalRate {
     /// Counts a request that arrives `now` and needs `seconds` of prefill.
-    pub(crate) fn add(&mut self, seconds: f64, now: Duration) {
+    pub fn add(&mut self, seconds: f64, now: Duration) {
         let decay = self.decay(now);
         self.requests = self.requests * decay + 1.0;
         self.seconds = self.seconds * decay + seconds;
@@ -29,7 +41,7 @@ impl ArrivalRate {
     /// Subtracts a request that was added at `at` with `seconds` of prefill, because it moves to
     /// another worker. Subtracts only the weight that is left of it at `now`, and no sum falls
     /// below zero.
-    pub(crate) fn undo(&mut self, (at, seconds): (Duration, f64), now: Duration) {
+    pub fn undo(&mut self, (at, seconds): (Duration, f64), now: Duration) {
         let decay = self.decay(now);
         let elapsed = now.saturating_sub(at).as_secs_f64();
         let weight = ARRIVAL_MEMORY_SECONDS / (ARRIVAL_MEMORY_SECONDS + elapsed);
@@ -39,21 +51,29 @@ impl ArrivalRate {
     }
 
     /// Returns the weight at `now` of what was counted up to the last update.
+    #[inline]
     fn decay(&self, now: Duration) -> f64 {
         // Close to an exponential decay at a tenth of its computing cost.
         ARRIVAL_MEMORY_SECONDS
             / (ARRIVAL_MEMORY_SECONDS + now.saturating_sub(self.updated_at).as_secs_f64())
     }
 
-    /// Returns the number of requests and their seconds of prefill, both with decay, and the time of
-    /// the decay.
-    pub(crate) fn sums(&self) -> (f64, f64, Duration) {
-        (self.requests, self.seconds, self.updated_at)
+    /// Returns the sums from which [`rates`](Self::rates) follow at any later time.
+    #[inline]
+    #[must_use]
+    pub fn sums(&self) -> ArrivalSums {
+        ArrivalSums {
+            requests: self.requests,
+            prefill_seconds: self.seconds,
+            updated_at: self.updated_at,
+        }
     }
 
     /// Returns the requests per second, and the fraction of the worker's time that their prefills
     /// take.
-    pub(crate) fn rates(&self, now: Duration) -> (f64, f64) {
+    #[inline]
+    #[must_use]
+    pub fn rates(&self, now: Duration) -> (f64, f64) {
         let decay_per_second = self.decay(now) / ARRIVAL_MEMORY_SECONDS;
         (
             self.requests * decay_per_second,

@@ -55,21 +55,25 @@ impl<const N: usize> Regression<N> {
     }
 
     /// Returns the seconds for one unit of each feature. None is negative.
+    #[inline]
     pub(crate) fn coefficients(&self) -> [f64; N] {
         self.coefficients
     }
 
     /// Returns the number of samples.
+    #[inline]
     pub(crate) fn samples(&self) -> u64 {
         self.samples
     }
 
     /// Returns the mean absolute error of forecasts, as a fraction of them.
+    #[inline]
     pub(crate) fn mean_abs_relative_error(&self) -> f64 {
         self.mean_abs_relative_error
     }
 
     /// Returns the duration of work with these features, in seconds.
+    #[inline]
     pub(crate) fn forecast(&self, features: &[f64; N]) -> f64 {
         let products = self.coefficients.iter().zip(features);
         products

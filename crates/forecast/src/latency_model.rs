@@ -1,7 +1,5 @@
 //! Coefficients of one worker's latency, the work that they apply to, and their accuracy.
 
-use crate::counter::Counter;
-
 /// Latency model of one worker. All coefficients are in seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct LatencyModel {
@@ -26,6 +24,7 @@ pub struct LatencyModel {
 
 /// How well forecasts of a duration agreed with the observed durations.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub struct LatencyAccuracy {
     /// Number of durations that were compared with their forecast.
     pub samples: u64,
@@ -49,14 +48,18 @@ impl LatencyModel {
     }
 
     /// Returns the seconds of prefill for `work`, computed in `batches` prefill batches.
-    pub(crate) fn prefill_seconds(&self, batches: f64, work: PrefillWork) -> f64 {
+    #[inline]
+    #[must_use]
+    pub fn prefill_seconds(&self, batches: f64, work: PrefillWork) -> f64 {
         batches * self.prefill_base
             + work.new_tokens as f64 * self.prefill_per_token
             + work.attention_pairs as f64 * self.prefill_per_attention_pair
     }
 
     /// Returns the seconds of one decode step.
-    pub(crate) fn decode_step_seconds(&self, requests: f64, context_tokens: f64) -> f64 {
+    #[inline]
+    #[must_use]
+    pub fn decode_step_seconds(&self, requests: f64, context_tokens: f64) -> f64 {
         self.decode_base
             + self.decode_per_request * requests
             + self.decode_per_context_token * context_tokens
@@ -65,22 +68,24 @@ impl LatencyModel {
 
 /// Largest number of prompt tokens that attention pairs are counted for. No real prompt is longer,
 /// whatever a request claims.
-pub(crate) const MAX_ATTENTION_TOKENS: u64 = 1 << 24;
+pub const MAX_ATTENTION_TOKENS: u64 = 1 << 24;
 
 /// Amount of prefill work of one or several prompts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct PrefillWork {
+pub struct PrefillWork {
     /// Prompt tokens to compute, without the cached prefix.
-    pub(crate) new_tokens: u64,
+    pub new_tokens: u64,
     /// Attention pairs: tokens to compute, each with every token that it attends to.
-    pub(crate) attention_pairs: u64,
+    pub attention_pairs: u64,
 }
 
 impl PrefillWork {
     /// Returns the work to compute the last `new_tokens` tokens of a prompt of `prompt_tokens`,
     /// which must not be fewer. Attention pairs are counted for at most [`MAX_ATTENTION_TOKENS`]
     /// tokens.
-    pub(crate) fn new(new_tokens: u32, prompt_tokens: u32) -> Self {
+    #[inline]
+    #[must_use]
+    pub fn new(new_tokens: u32, prompt_tokens: u32) -> Self {
         let (new_tokens, prompt_tokens) = (u64::from(new_tokens), u64::from(prompt_tokens));
         let querying = new_tokens.min(MAX_ATTENTION_TOKENS);
         let attended_doubled =
@@ -93,6 +98,7 @@ impl PrefillWork {
 }
 
 impl std::ops::AddAssign for PrefillWork {
+    #[inline]
     fn add_assign(&mut self, other: Self) {
         self.new_tokens += other.new_tokens;
         // Wrapping, so that subtracting everything that was added gives zero even after an
@@ -102,8 +108,17 @@ impl std::ops::AddAssign for PrefillWork {
 }
 
 impl std::ops::SubAssign for PrefillWork {
+    /// Subtracts work that was added before. If it has more tokens, which only a defect of the
+    /// accounting causes, the tokens become 0 in a release build.
+    #[inline]
     fn sub_assign(&mut self, other: Self) {
-        self.new_tokens.subtract(other.new_tokens);
+        debug_assert!(
+            self.new_tokens >= other.new_tokens,
+            "{} tokens are subtracted from {}",
+            other.new_tokens,
+            self.new_tokens
+        );
+        self.new_tokens = self.new_tokens.saturating_sub(other.new_tokens);
         self.attention_pairs = self.attention_pairs.wrapping_sub(other.attention_pairs);
     }
 }
