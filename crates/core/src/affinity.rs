@@ -5,7 +5,8 @@
 //! worker that served the previous request of the session, or the same image, has probably cached that
 //! part. The policy's choice gives way to it if the request then costs less there.
 
-use crate::active_tree::WorkerIndex;
+use foresee_prefix::WorkerIndex;
+
 use crate::assessment::RequestAssessment;
 use crate::request::PreparedRequest;
 use crate::state::State;
@@ -69,8 +70,8 @@ mod tests {
 
     use super::*;
     use crate::router::{Request, RouteError, Router, RouterConfig};
-    use crate::sequence::Sequence;
     use crate::workers::WorkerSpec;
+    use foresee_prefix::sequence::Sequence;
 
     fn fleet(count: usize) -> (Router, Vec<WorkerId>) {
         let router = Router::new(RouterConfig::default()).unwrap();

@@ -1,9 +1,8 @@
 //! The assessment of one request: its prefix on every worker, and its expected output.
 
 use foresee_forecast::LengthClass;
+use foresee_prefix::{PrefixMatches, TreePosition};
 
-use crate::active_tree::TreePosition;
-use crate::prefix_matches::PrefixMatches;
 use crate::queue::QueueTicket;
 
 /// Properties of one request that a decision reads.

@@ -11,15 +11,15 @@ use std::num::NonZeroU32;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use foresee_prefix::blocks_shared_with_earlier;
+use foresee_prefix::sequence::Sequence;
 use smallvec::SmallVec;
 
-use crate::active_tree::{PrefixMatch, PrefixTree};
 use crate::booking::Booking;
 use crate::booking_id::BookingId;
 use crate::critical_section::{CriticalSection, SharedState};
 use crate::policy::Decision;
 use crate::request::{Explanation, PreparedRequest, RouteError, SelectError, check_block_size};
-use crate::sequence::Sequence;
 use crate::worker_id::WorkerId;
 use costs::Purpose;
 
@@ -220,17 +220,9 @@ impl<'a> BatchRequest<'a> {
 
     /// Computes the prefixes that the requests share. Does not need the router's lock.
     fn from_prepared(requests: Vec<PreparedRequest<'a>>) -> Self {
-        // Pins the prompts one after the other on a single worker that starts empty.
-        let mut tree = PrefixTree::default();
-        let shared_with_earlier = requests.iter().map(|request| {
-            let mut prefix_matches = [PrefixMatch::default()];
-            let chain = request.prompt.hash_chain();
-            let position = tree.match_prefix(chain, &mut prefix_matches);
-            tree.pin(position, chain, 0, 0);
-            prefix_matches[0].active_blocks
-        });
+        let prompts = requests.iter().map(|request| request.prompt);
         Self {
-            shared_with_earlier: shared_with_earlier.collect(),
+            shared_with_earlier: blocks_shared_with_earlier(prompts),
             requests,
         }
     }

@@ -1,6 +1,7 @@
 //! Costs of a request with several prompts, on each worker.
 
-use crate::active_tree::{PrefixMatch, WorkerIndex};
+use foresee_prefix::{PrefixMatch, WorkerIndex};
+
 use crate::load::Load;
 use crate::policy::kv_cost::{KvCost, KvCostInput};
 use crate::policy::marginal_delay::MarginalDelay;

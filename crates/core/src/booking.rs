@@ -7,11 +7,12 @@
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use foresee_prefix::sequence::Sequence;
+
 use crate::booking_id::BookingId;
 use crate::critical_section::SharedState;
 use crate::policy::Decision;
 use crate::request::{PreparedRequest, Request, RouteError, SelectError};
-use crate::sequence::Sequence;
 use crate::state::State;
 use crate::worker_id::WorkerId;
 

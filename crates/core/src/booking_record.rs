@@ -4,12 +4,10 @@ use std::task::Waker;
 use std::time::Duration;
 
 use foresee_forecast::LengthClass;
+use foresee_prefix::{ExpectedHit, NodeId, Occupancy};
 
-use crate::active_tree::NodeId;
-use crate::hit_audit::ExpectedHit;
 use crate::outlier::ReportedResult;
 use crate::pending_work::RequestWork;
-use crate::prefix_state::Occupancy;
 use crate::queue::{QueueKey, QueueTicket};
 use crate::sglang_admission::OutputReservation;
 use crate::worker_id::WorkerId;

@@ -1,8 +1,9 @@
 //! The records of all bookings, by id.
 
+use foresee_prefix::paged_slab::PagedSlab;
+
 use crate::booking_id::BookingId;
 use crate::booking_record::BookingRecord;
-use crate::paged_slab::PagedSlab;
 
 /// Records of all bookings. A stale id finds no record.
 #[derive(Debug, Default)]

@@ -19,10 +19,10 @@
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use crate::active_tree::WorkerIndex;
+use foresee_prefix::{EvictionRule, WorkerIndex};
+
 use crate::assessment::RequestAssessment;
 use crate::booking_id::BookingId;
-use crate::estimated_cache::EvictionRule;
 use crate::policy::Decision;
 use crate::queue::{QueueOrder, QueueTicket};
 use crate::request::{PreparedRequest, SelectError};

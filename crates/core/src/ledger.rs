@@ -6,20 +6,19 @@
 use std::time::Duration;
 
 use foresee_forecast::PrefillWork;
+use foresee_prefix::counter::Counter;
+use foresee_prefix::sequence::Sequence;
+use foresee_prefix::{NO_NODE, PinRequest, UnpinRequest, WorkerIndex};
 
-use crate::active_tree::{NO_NODE, WorkerIndex};
 use crate::assessment::RequestAssessment;
 use crate::booking_id::BookingId;
 use crate::booking_record::{
     BookingRecord, ExpectedOutput, KnownProgress, PrefillForecast, QueuedState,
 };
-use crate::counter::Counter;
 use crate::outlier::{ExchangeResult, ReportedResult};
 use crate::pending_work::RequestWork;
 use crate::policy::Decision;
-use crate::prefix_state::{PinRequest, UnpinRequest};
 use crate::request::PreparedRequest;
-use crate::sequence::Sequence;
 use crate::sglang_admission::OutputReservation;
 use crate::state::State;
 use crate::time::duration_from_secs_saturating;

@@ -29,20 +29,15 @@
 //!
 //! | module | question |
 //! |---|---|
-//! | `config`, `request`, `cache_source` | Which types do callers of the router pass and receive? |
+//! | `config`, `request`, `observed` | Which types do callers of the router pass and receive? |
 //! | `critical_section`, `state`, `assessment` | How does the lock work, what is behind it, and how is a decision made? |
-//! | `prefix_state` | Which worker has which blocks? The façade over the following modules, up to `hit_audit`. |
-//! | `active_tree`, `prefix_matches` | Which blocks do the requests of each worker pin? |
-//! | `estimated_cache` | Which blocks does a worker without KV events still cache? |
-//! | `pending_evictions` | Which cached blocks will be evicted before a new request runs? |
-//! | `capacity`, `hit_audit` | What do reported cache hits say about a worker's cache? |
+//! | [`foresee_prefix`] | Which worker has which blocks? A crate of its own, with the active blocks, the event index and the estimated caches. |
 //! | [`foresee_forecast`] | How fast is a worker, how long are outputs, how fast do requests arrive? A crate of its own. |
 //! | `pending_work` | How much prefill and decode work does a worker have? |
 //! | `replication` | When should an idle worker compute a popular prefix once more? |
 //! | `bookings`, `booking_record`, `ledger` | What does a booking add to its worker, and when is it subtracted? |
 //! | `progress`, `progress_estimator` | How far is a request whose response is not streamed? |
 //! | `removal` | How is everything that a worker held removed without a pause? |
-//! | `counter`, `paged_slab` | How are sums of bookings and values with ids stored? |
 //! | `dispatch`, `sglang_admission` | When is a queued request sent, and does it fit the worker's memory? |
 //!
 //! # Example
@@ -81,7 +76,6 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-mod active_tree;
 mod affinity;
 mod assessment;
 pub mod batch;
@@ -90,25 +84,16 @@ pub mod booking;
 mod booking_id;
 mod booking_record;
 mod bookings;
-mod cache_source;
-mod capacity;
 mod config;
-mod counter;
 mod critical_section;
 mod dispatch;
-mod estimated_cache;
-pub mod event_index;
-mod hit_audit;
 mod ledger;
 mod load;
 mod model_name;
+mod observed;
 pub mod outlier;
-mod paged_slab;
-mod pending_evictions;
 mod pending_work;
 pub mod policy;
-mod prefix_matches;
-mod prefix_state;
 mod progress;
 mod progress_estimator;
 pub mod queue;
@@ -117,15 +102,28 @@ mod replication;
 mod request;
 pub mod retry_budget;
 pub mod router;
-pub mod sequence;
 mod sglang_admission;
 mod state;
 mod time;
 mod worker_id;
 pub mod workers;
 
-pub use active_tree::PrefixMatch;
-pub use capacity::{CapacitySource, DEFAULT_CAPACITY_BLOCKS};
 pub use config::DEFAULT_TTFT_WEIGHT;
-pub use estimated_cache::EvictionRule;
 pub use foresee_forecast::{LatencyAccuracy, LatencyModel, OutputLengthAccuracy};
+pub use foresee_prefix::{CapacitySource, DEFAULT_CAPACITY_BLOCKS, EvictionRule, PrefixMatch};
+
+pub mod event_index {
+    //! How do KV events become knowledge about caches? See [`foresee_prefix::event_index`].
+
+    pub use foresee_prefix::event_index::{
+        CacheDelta, CacheView, EventIndex, PrefixRuns, StoredBlocks,
+    };
+}
+
+pub mod sequence {
+    //! What is a prompt, and how is it hashed? See [`foresee_prefix::sequence`].
+
+    pub use foresee_prefix::sequence::{
+        BytesPerToken, PartialBlock, Sequence, SequenceHash, extend_hash, prefix_salt,
+    };
+}

@@ -8,8 +8,8 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use foresee_forecast::{ArrivalRate, LatencyEstimator, LatencyModel, PrefillWork};
+use foresee_prefix::counter::Counter;
 
-use crate::counter::Counter;
 use crate::queue::{PrefillTotals, QueueTicket, WorkerQueue};
 use crate::sglang_admission::OutputReserve;
 

@@ -5,11 +5,12 @@
 
 use std::time::Duration;
 
+use foresee_prefix::event_index::PrefixRun;
+use foresee_prefix::sequence::{Sequence, SequenceHash};
+
 use crate::booking_id::BookingId;
 use crate::booking_record::KnownProgress;
-use crate::event_index::PrefixRun;
 use crate::progress_estimator::TailBlock;
-use crate::sequence::{Sequence, SequenceHash};
 use crate::state::State;
 use crate::time::duration_from_secs_saturating;
 use crate::worker_id::WorkerId;

@@ -6,9 +6,10 @@ use std::collections::{BinaryHeap, HashMap};
 use std::hash::BuildHasherDefault;
 use std::time::Duration;
 
-use crate::active_tree::WorkerIndex;
+use foresee_prefix::WorkerIndex;
+use foresee_prefix::sequence::{IdentityHasher, SequenceHash};
+
 use crate::booking_id::BookingId;
-use crate::sequence::{IdentityHasher, SequenceHash};
 
 /// Requests whose progress is estimated.
 #[derive(Debug, Default)]
@@ -100,8 +101,8 @@ mod tests {
 
     use crate::booking::Booking;
     use crate::router::{Request, Router, RouterConfig};
-    use crate::sequence::Sequence;
     use crate::workers::WorkerSpec;
+    use foresee_prefix::sequence::Sequence;
 
     /// With a long backlog, updates are due long after their requests were aborted.
     #[test]

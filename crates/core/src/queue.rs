@@ -11,10 +11,10 @@ use std::task::Waker;
 use std::time::Duration;
 
 use foresee_forecast::PrefillWork;
+use foresee_prefix::counter::Counter;
 use smallvec::SmallVec;
 
 use crate::booking_id::BookingId;
-use crate::counter::Counter;
 use crate::sglang_admission::OutputReservation;
 use crate::time::duration_from_secs_saturating;
 

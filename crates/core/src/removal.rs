@@ -5,13 +5,13 @@
 //! the index of a removed worker is not reused. The calling thread then removes it part by part, and
 //! passes the lock on after each part. Decisions in between see nothing of what is being removed.
 
-use crate::active_tree::{NO_NODE, WorkerIndex};
+use foresee_prefix::counter::Counter;
+use foresee_prefix::event_index::{RemovalCursor, RemovalStep};
+use foresee_prefix::{NO_NODE, RetiredWorker, WorkerIndex};
+
 use crate::booking_id::BookingId;
 use crate::booking_record::BookingRecord;
-use crate::counter::Counter;
 use crate::critical_section::SharedState;
-use crate::estimated_cache::EstimatedCache;
-use crate::event_index::{RemovalCursor, RemovalStep};
 use crate::pending_work::PendingWork;
 use crate::queue::QueueKey;
 use crate::state::State;
@@ -75,7 +75,7 @@ impl SharedState {
     /// Returns whether it existed.
     pub(crate) fn remove_worker(&self, id: WorkerId) -> bool {
         let mut state = self.lock();
-        let Some((pending_work, mut cache, cursor)) = state.retire_worker(id) else {
+        let Some((pending_work, mut retired)) = state.retire_worker(id) else {
             return false;
         };
         let booking_ids = state.bookings.index_end();
@@ -94,9 +94,9 @@ impl SharedState {
         });
         self.repeat_while(|state| {
             let prefixes = &mut state.prefixes;
-            prefixes.evict_lost_of_removed(&mut cache, id.index, MAX_REQUESTS_PER_LOCK)
+            prefixes.evict_retired(&mut retired, MAX_REQUESTS_PER_LOCK)
         });
-        if let Some(cursor) = cursor {
+        if let Some(cursor) = retired.lost_events() {
             self.remove_lost_events(id.index, cursor);
         }
         self.lock().workers.free_index(id.index);
@@ -120,19 +120,15 @@ impl SharedState {
 
 impl State {
     /// Removes a worker so that nothing refers to it any longer, except by an index that is not
-    /// reused yet. Returns its pending work, unless it was removed before, its estimated cache, and
-    /// where the removal of its blocks from the event index begins, unless it has none there.
-    fn retire_worker(
-        &mut self,
-        id: WorkerId,
-    ) -> Option<(PendingWork, EstimatedCache, Option<RemovalCursor>)> {
+    /// reused yet. Returns its pending work and the blocks that are left of it; `None` if it was
+    /// removed before.
+    fn retire_worker(&mut self, id: WorkerId) -> Option<(PendingWork, RetiredWorker)> {
         let pending_work = self.workers.remove(id)?;
         let now = self.now;
         self.workers.enforce_ejection_limit(now);
         let queued = pending_work.queue.totals().requests as usize;
         self.queue.queued_total.subtract(queued);
-        let (cache, cursor) = self.prefixes.retire_worker(id.index);
-        Some((pending_work, cache, cursor))
+        Some((pending_work, self.prefixes.retire_worker(id.index)))
     }
 
     /// Unpins the blocks of the bookings on a removed worker at `indices`.

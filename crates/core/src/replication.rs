@@ -14,12 +14,12 @@ use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
 use std::time::Duration;
 
-use crate::active_tree::{PrefixMatch, WorkerIndex};
+use foresee_prefix::sequence::{IdentityHasher, SequenceHash};
+use foresee_prefix::{PrefixMatch, PrefixState, WorkerIndex};
+
 use crate::assessment::RequestAssessment;
 use crate::policy::{Policy, RequestProfile, WorkerView};
-use crate::prefix_state::PrefixState;
 use crate::request::PreparedRequest;
-use crate::sequence::{IdentityHasher, SequenceHash};
 use crate::worker_id::WorkerId;
 use crate::workers::Workers;
 

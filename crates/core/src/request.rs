@@ -6,14 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use foresee_forecast::LengthClass;
+use foresee_prefix::PrefixMatch;
+use foresee_prefix::sequence::Sequence;
 
-use crate::active_tree::PrefixMatch;
 use crate::model_name::{ModelName, hash_model_name};
 use crate::outlier::Restriction;
 use crate::policy::NamedPolicy;
 use crate::policy::kv_cost::KvCost;
 use crate::policy::marginal_delay::MarginalDelay;
-use crate::sequence::Sequence;
 use crate::worker_id::WorkerId;
 
 /// Maximum length of a model name, in bytes. A request with a longer name is refused, because the

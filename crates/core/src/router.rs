@@ -11,26 +11,26 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use foresee_forecast::OutputLengthAccuracy;
+use foresee_prefix::event_index::{CacheDelta, PrefixRun};
+use foresee_prefix::sequence::Sequence;
+use foresee_prefix::{EvictionRule, WorkerIndex};
 
-use crate::active_tree::WorkerIndex;
 use crate::batch::{Batch, BatchRequest};
 use crate::booking::Booking;
-pub use crate::cache_source::{CacheSource, Observed};
 use crate::config::MAX_WEIGHT;
 pub use crate::config::{ConfigError, RouterConfig};
 pub use crate::critical_section::LockObserver;
 use crate::critical_section::SharedState;
-use crate::estimated_cache::EvictionRule;
-use crate::event_index::{CacheDelta, PrefixRun};
 use crate::model_name::ModelName;
+pub use crate::observed::Observed;
 pub use crate::request::{Candidate, Explanation, MAX_MODEL_NAME_BYTES, Request, RouteError};
 use crate::request::{PreparedRequest, SelectError};
-use crate::sequence::Sequence;
 use crate::state::State;
 use crate::worker_id::WorkerId;
 use crate::workers::{
     Worker, WorkerError, WorkerSnapshot, WorkerSpec, WorkerState, Workers, distinct_models,
 };
+pub use foresee_prefix::CacheSource;
 
 /// Hashes of a cache delta that are applied in one critical section. 64 take about two
 /// microseconds, so a waiting thread acquires the lock by spinning and does not go to sleep.
@@ -239,13 +239,13 @@ impl Router {
         if state.workers.get(id).is_none() {
             return;
         }
-        let (has_changed, cursor) = state.prefixes.set_source(id.index, source);
+        let change = state.prefixes.set_source(id.index, source);
         drop(state);
-        if !has_changed {
+        let Some(change) = change else {
             return;
-        }
+        };
         self.state.evict_lost_blocks(id);
-        if let Some(cursor) = cursor {
+        if let Some(cursor) = change.lost_events {
             self.state.remove_lost_events(id.index, cursor);
         }
     }

@@ -11,7 +11,7 @@
 //! A prompt that waits inside SGLang may lose the cached blocks that it would have hit, and its
 //! admission time is unknown. So it waits in the [router's queue](crate::queue) instead.
 
-use crate::counter::Counter;
+use foresee_prefix::counter::Counter;
 
 /// Largest number of output tokens that SGLang reserves for one request.
 const CLIP_MAX_NEW_TOKENS: u32 = 4096;

@@ -8,16 +8,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use foresee_forecast::OutputLengthModel;
+use foresee_prefix::{PrefixMatch, PrefixState, WorkerIndex};
 use smallvec::SmallVec;
 
-use crate::active_tree::{PrefixMatch, WorkerIndex};
 use crate::assessment::RequestAssessment;
 use crate::batch_costs::BatchCosts;
 use crate::bookings::Bookings;
 use crate::config::RouterConfig;
 use crate::policy::kv_cost::KvCostInput;
 use crate::policy::{BatchRule, Candidates, Decision, RequestProfile, Selector, WorkerView};
-use crate::prefix_state::PrefixState;
 use crate::progress_estimator::ProgressEstimator;
 use crate::queue::{QueuePolicyState, QueueTicket};
 use crate::replication::{PlacedRequest, ReplicationRegret};

@@ -1,6 +1,6 @@
 //! The id of a worker.
 
-use crate::active_tree::WorkerIndex;
+use foresee_prefix::WorkerIndex;
 
 /// Identity of one worker. Never reused: a worker that is removed and added again, even under the
 /// same name, gets another id. Ids are ordered by when the workers were added.

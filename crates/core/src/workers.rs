@@ -11,11 +11,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use foresee_forecast::{PrefillWork, SharedLatencyModel};
+use foresee_prefix::{EvictionRule, WorkerIndex};
 use rapidhash::v3::{DEFAULT_RAPID_SECRETS, rapidhash_v3_seeded};
 
-use crate::active_tree::WorkerIndex;
 use crate::booking_id::BookingId;
-use crate::estimated_cache::EvictionRule;
 use crate::load::Load;
 use crate::model_name::ModelName;
 use crate::outlier::{OutlierConfig, Outliers};

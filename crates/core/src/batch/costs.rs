@@ -5,13 +5,14 @@
 
 use std::time::Duration;
 
-use crate::active_tree::{PrefixMatch, WorkerIndex};
+use foresee_prefix::sequence::Sequence;
+use foresee_prefix::{PrefixMatch, WorkerIndex};
+
 use crate::batch::BatchRequest;
 use crate::batch_costs::BatchCosts;
 use crate::critical_section::{CriticalSection, SharedState};
 use crate::policy::{BatchRule, Candidates, RequestProfile, WorkerView};
 use crate::request::SelectError;
-use crate::sequence::Sequence;
 use crate::state::State;
 use crate::worker_id::WorkerId;
 

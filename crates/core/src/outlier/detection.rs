@@ -3,9 +3,10 @@
 use std::borrow::Cow;
 use std::time::Duration;
 
+use foresee_prefix::WorkerIndex;
+
 use super::record::{FailureCharge, OutlierRecord};
 use super::{OutlierConfig, Restriction};
-use crate::active_tree::WorkerIndex;
 use crate::affinity::restrict;
 use crate::model_name::ModelName;
 use crate::request::{PreparedRequest, SelectError};

@@ -4,9 +4,9 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use foresee_forecast::{LatencyModel, SharedLatencyModel};
+use foresee_prefix::{PrefixMatch, WorkerIndex};
 
 use super::request_profile::RequestProfile;
-use crate::active_tree::{PrefixMatch, WorkerIndex};
 use crate::load::Load;
 use crate::outlier::FailureCharge;
 use crate::pending_work::PendingWork;

@@ -13,10 +13,11 @@
 //! state. Prompts that begin alike, with a common system prompt for example, all prefer one worker;
 //! only the bound moves them elsewhere, whatever is cached there.
 
+use foresee_prefix::sequence::SequenceHash;
+
 use super::candidates::Candidates;
 use super::interface::{NamedPolicy, Policy};
 use super::request_profile::RequestProfile;
-use crate::sequence::SequenceHash;
 
 /// [Consistent hashing with bounded loads](self).
 pub const CONSISTENT_HASH: NamedPolicy = NamedPolicy {

@@ -1,7 +1,8 @@
 //! The state of the chosen worker.
 
+use foresee_prefix::PrefixMatch;
+
 use super::kv_cost::KvCost;
-use crate::active_tree::PrefixMatch;
 
 /// State of the chosen worker when it was chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -2,9 +2,10 @@
 
 use std::fmt;
 
+use foresee_prefix::WorkerIndex;
+
 use super::candidates::{Candidates, WorkerView};
 use super::request_profile::RequestProfile;
-use crate::active_tree::WorkerIndex;
 use crate::queue::QueueOrder;
 
 /// Rule that chooses a worker: it gives each candidate a cost, and the candidate of least cost is

@@ -9,10 +9,11 @@
 //! 0 ignores overlap in both terms, which leaves pure load balancing. Otherwise a thousand equal
 //! prompts would still be sent to one worker.
 
+use foresee_prefix::PrefixMatch;
+
 use super::candidates::{Candidates, WorkerView};
 use super::interface::{BatchRule, NamedPolicy, Policy};
 use super::request_profile::RequestProfile;
-use crate::active_tree::PrefixMatch;
 
 /// Least [cost in blocks](self).
 pub const KV: NamedPolicy = NamedPolicy {

@@ -49,11 +49,11 @@
 mod lower_bounds;
 
 use foresee_forecast::LatencyModel;
+use foresee_prefix::PrefixMatch;
 
 use super::candidates::{Candidates, WorkerView};
 use super::interface::{BatchRule, NamedPolicy, Policy};
 use super::request_profile::RequestProfile;
-use crate::active_tree::PrefixMatch;
 use crate::load::Load;
 use crate::outlier::FailureCharge;
 use crate::pending_work::{DECODE_BUCKETS, DecodeBucket, PendingWork, QueueWait};

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use foresee_forecast::PrefillWork;
+use foresee_prefix::PrefixMatch;
+use foresee_prefix::sequence::SequenceHash;
 
-use crate::active_tree::PrefixMatch;
 use crate::queue::QueueTicket;
-use crate::sequence::SequenceHash;
 
 /// Properties of a request that its costs depend on, and the weights of the configuration.
 #[derive(Clone, Copy, Debug)]

@@ -1,13 +1,13 @@
 //! Choice of a candidate by the costs that a policy gives: the least, or a random one at a
 //! temperature above 0.
 
+use foresee_prefix::WorkerIndex;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
 use super::candidates::Candidates;
 use super::interface::{Policy, Scope};
 use super::request_profile::RequestProfile;
-use crate::active_tree::WorkerIndex;
 
 /// A policy, with the temperature and the random numbers of its choices.
 #[derive(Debug)]

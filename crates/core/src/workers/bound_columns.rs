@@ -7,7 +7,8 @@
 
 use std::time::Duration;
 
-use crate::active_tree::WorkerIndex;
+use foresee_prefix::WorkerIndex;
+
 use crate::pending_work::PendingWork;
 
 /// Time for which entries are valid. The weight of a speed factor changes little meanwhile.

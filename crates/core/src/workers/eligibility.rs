@@ -3,12 +3,12 @@
 use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
 
+use foresee_prefix::WorkerIndex;
+use foresee_prefix::sequence::IdentityHasher;
 use smallvec::SmallVec;
 
-use crate::active_tree::WorkerIndex;
 use crate::model_name::ModelName;
 use crate::model_name::hash_model_name;
-use crate::sequence::IdentityHasher;
 
 /// Workers that can be chosen, by model. Stored, because decisions read it far more often than it
 /// changes. A change costs a few steps for each model of the worker; a change of a worker whose

@@ -5,9 +5,9 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use foresee_forecast::SharedLatencyModel;
+use foresee_prefix::WorkerIndex;
+use foresee_prefix::counter::Counter;
 
-use crate::active_tree::WorkerIndex;
-use crate::counter::Counter;
 use crate::workers::MAX_WORKERS;
 
 /// Maximum number of groups. Each worker is in one group, and one group must be free for a worker

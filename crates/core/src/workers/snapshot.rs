@@ -5,13 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use foresee_forecast::{LatencyAccuracy, LatencyModel};
+use foresee_prefix::{CacheSource, CapacitySource, EvictionRule, PrefixState};
 
 use super::{WorkerId, WorkerState, Workers};
-use crate::cache_source::CacheSource;
-use crate::capacity::CapacitySource;
-use crate::estimated_cache::EvictionRule;
 use crate::outlier::OutlierSnapshot;
-use crate::prefix_state::PrefixState;
 use crate::time::duration_from_secs_saturating;
 
 /// State of one worker at one instant.

@@ -14,5 +14,4 @@ mod progress_estimator;
 mod queue;
 mod replication;
 mod routing;
-mod sequence;
 mod sglang_eviction;

@@ -7,9 +7,9 @@
 //! even so, and their marginal delay is never computed.
 
 use foresee_forecast::{ARRIVAL_MEMORY_SECONDS, MAX_ATTENTION_TOKENS, SharedLatencyModel};
+use foresee_prefix::PrefixMatch;
 
 use super::super::request_profile::RequestProfile;
-use crate::active_tree::PrefixMatch;
 use crate::workers::BoundColumns;
 
 /// Factor that makes up for the rounding of single precision.
@@ -130,8 +130,8 @@ mod tests {
     use crate::queue::QueueOrder;
     use crate::request::PreparedRequest;
     use crate::router::{Request, Router, RouterConfig};
-    use crate::sequence::Sequence;
     use crate::workers::WorkerSpec;
+    use foresee_prefix::sequence::Sequence;
 
     /// Returns a router with 40 workers, some of which share a model.
     fn fleet(queue_order: Option<QueueOrder>) -> Router {

@@ -28,7 +28,7 @@ impl PrefixTree {
         };
         let mut id = node;
         let mut visited_nodes = 0;
-        while let Some(node) = self.nodes.get_mut(id as usize)
+        while let Some(node) = self.nodes.get_mut(id.index())
             && let Some(holder) = node.holder_freed_at(worker, free_epoch)
         {
             if visited_nodes == MAX_NODES_PER_EVICTION {
@@ -73,19 +73,19 @@ impl PrefixTree {
         depth: u32,
     ) -> Option<NodeId> {
         let mut id = node;
-        while let Some(node) = self.nodes.get(id as usize)
+        while let Some(node) = self.nodes.get(id.index())
             && node.start >= depth
         {
             id = node.parent;
         }
-        let node = self.nodes.get(id as usize)?;
+        let node = self.nodes.get(id.index())?;
         if node.holder_index(worker).is_err() {
             return None;
         }
         if depth < node.end {
             id = self.split(id, depth - node.start);
         }
-        let holder = self.nodes[id as usize].holder_mut(worker)?;
+        let holder = self.nodes[id.index()].holder_mut(worker)?;
         (!mem::replace(&mut holder.is_engine_boundary, true)).then_some(id)
     }
 
@@ -111,7 +111,7 @@ impl PrefixTree {
         };
         let mut id = deepest;
         while id != above {
-            let node = self.nodes.get_mut(id as usize)?;
+            let node = self.nodes.get_mut(id.index())?;
             let parent = node.parent;
             let holder = node.holder_freed_at(worker, free_epoch)?;
             if holder.is_engine_boundary {
@@ -123,7 +123,7 @@ impl PrefixTree {
         }
         let mut id = tail.deepest_cached;
         while id != above {
-            let node = &mut self.nodes[id as usize];
+            let node = &mut self.nodes[id.index()];
             if let Some(holder) = node.holder_mut(worker) {
                 holder.serial_or_epoch = new_epoch;
             }

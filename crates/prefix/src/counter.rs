@@ -1,7 +1,7 @@
 //! Counters to which bookings add and from which they subtract.
 
 /// Number that never becomes negative: load counters, totals and lengths.
-pub(crate) trait Counter: Copy {
+pub trait Counter: Copy {
     /// Subtracts an amount that was added before. If it exceeds the number, which only a defect of
     /// the accounting causes, the number becomes 0 in a release build. If it wrapped instead, the
     /// worker would look overloaded until the router is restarted.

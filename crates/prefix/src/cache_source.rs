@@ -1,7 +1,6 @@
-//! Where the router's knowledge of a worker's prefix cache comes from.
+//! Where the knowledge of a worker's prefix cache comes from.
 
 use std::fmt;
-use std::time::Duration;
 
 /// Source of a worker's cache contents.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -27,22 +26,5 @@ impl CacheSource {
 impl fmt::Display for CacheSource {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(self.as_str())
-    }
-}
-
-/// When a reported change of a worker's cache happened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Observed {
-    /// Just before this instant. The change also shows how far the worker's requests have come.
-    Live(Duration),
-    /// At an unknown earlier time: a replayed batch or a snapshot. The change says nothing about
-    /// the progress of requests.
-    Replayed,
-}
-
-impl From<Option<Duration>> for Observed {
-    /// Returns `Live` for an instant, `Replayed` for `None`.
-    fn from(at: Option<Duration>) -> Self {
-        at.map_or(Self::Replayed, Self::Live)
     }
 }

@@ -174,11 +174,11 @@ impl Harness {
         for (id, node) in self.tree.nodes.iter() {
             assert!(node.start < node.end && node.offset <= node.start);
             assert_eq!(node.edge().len(), node.len() as usize);
-            let id = id as NodeId;
+            let id = NodeId::from_index(id);
             children.entry(node.parent).or_default().push(id);
             assert!(node.holders.is_sorted_by_key(|holder| holder.worker));
             assert!(!node.holders.is_empty() || node.children > 0);
-            if let Some(parent) = self.tree.nodes.get(node.parent as usize) {
+            if let Some(parent) = self.tree.nodes.get(node.parent.index()) {
                 assert_eq!(parent.end, node.start);
             } else {
                 assert_eq!((node.parent, node.start), (NO_NODE, 0));
@@ -188,15 +188,15 @@ impl Harness {
             }
         }
         for (hash, &id) in self.tree.by_first_hash.iter() {
-            assert_eq!(self.tree.nodes[id as usize].first_hash(), *hash);
+            assert_eq!(self.tree.nodes[id.index()].first_hash(), *hash);
         }
         for (id, node) in self.tree.nodes.iter() {
-            let child_ids = children.remove(&(id as NodeId)).unwrap_or_default();
+            let child_ids = children.remove(&NodeId::from_index(id)).unwrap_or_default();
             assert_eq!(child_ids.len(), node.children as usize);
-            let xor = child_ids.iter().fold(0, |xor, child| xor ^ child);
+            let xor = child_ids.iter().fold(0, |xor, child| xor ^ child.0);
             assert_eq!(xor, node.children_xor);
             for child in child_ids {
-                for child_holder in &self.tree.nodes[child as usize].holders {
+                for child_holder in &self.tree.nodes[child.index()].holders {
                     let sync = self.tree.worker_sync(child_holder.worker);
                     let child_cached = sync.cached_blocks(child_holder);
                     if child_holder.pin_count == 0 && child_cached == 0 {
@@ -228,7 +228,7 @@ impl Harness {
             assert_eq!(cached, self.caches[worker as usize].cached_blocks());
         }
         for pin in self.pins.iter().filter(|pin| !pin.removed) {
-            let end = self.tree.nodes.get(pin.node as usize);
+            let end = self.tree.nodes.get(pin.node.index());
             assert_eq!(end.map_or(0, |node| node.end), pin.blocks);
         }
     }

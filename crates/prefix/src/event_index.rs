@@ -32,10 +32,8 @@ mod probe_table;
 mod runs;
 mod view;
 
-pub(crate) use delta::PrefixRun;
-pub use delta::PrefixRuns;
-pub use index::EventIndex;
-pub(crate) use index::{RemovalCursor, RemovalStep};
+pub use delta::{PrefixRun, PrefixRuns};
+pub use index::{EventIndex, RemovalCursor, RemovalStep, UnusedTables};
 pub use view::CacheView;
 
 /// Consecutive blocks of one sequence that an engine stored in its prefix cache.

@@ -20,7 +20,7 @@ pub(super) fn is_anchor(hash: SequenceHash) -> bool {
 /// anchor before them, or from the start of the sequence. The index needs it to locate the change,
 /// because it looks up anchors only.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct PrefixRun<'a> {
+pub struct PrefixRun<'a> {
     /// Lead-in and changed blocks, shortest prefix first.
     hashes: &'a [SequenceHash],
     /// Length of the lead-in.
@@ -39,12 +39,12 @@ impl<'a> PrefixRun<'a> {
     }
 
     /// Returns the changed blocks, shortest prefix first.
-    pub(crate) fn changed(self) -> &'a [SequenceHash] {
+    pub fn changed(self) -> &'a [SequenceHash] {
         &self.hashes[self.changed_from..]
     }
 
     /// Returns the block before the first changed one; `None` if the run starts a sequence.
-    pub(crate) fn parent_of_changed(self) -> Option<SequenceHash> {
+    pub fn parent_of_changed(self) -> Option<SequenceHash> {
         let before = self.changed_from.checked_sub(1)?;
         self.hashes.get(before).copied()
     }
@@ -52,7 +52,7 @@ impl<'a> PrefixRun<'a> {
     /// Splits the run into runs of at most `max_len` changed blocks, each with a lead-in of its
     /// own. `max_len` must not be 0. The lead-in of a later chunk may contain changed blocks of
     /// earlier ones: apply stored chunks from first to last, removed chunks from last to first.
-    pub(crate) fn chunks(self, max_len: usize) -> impl DoubleEndedIterator<Item = Self> {
+    pub fn chunks(self, max_len: usize) -> impl DoubleEndedIterator<Item = Self> {
         (self.changed_from..self.hashes.len())
             .step_by(max_len)
             .map(move |from| {
@@ -148,7 +148,7 @@ impl PrefixRuns {
     }
 
     /// Returns all runs, in the order in which they were added.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = PrefixRun<'_>> {
+    pub fn iter(&self) -> impl Iterator<Item = PrefixRun<'_>> {
         let ends = self.starts.iter().skip(1).map(|run| run.start);
         let ends = ends.chain(std::iter::once(self.hashes.len()));
         self.starts.iter().zip(ends).map(|(run, end)| PrefixRun {

@@ -1,22 +1,4 @@
 //! Which worker has which blocks: one façade over all stores of prefixes.
-//!
-//! A block of a prompt is on a worker because a running request pins it, or because the engine still
-//! caches it. Four stores know a part of that:
-//!
-//! | store | knows |
-//! |---|---|
-//! | active tree | blocks that dispatched requests pin, and blocks that the estimated caches keep |
-//! | tree of queued prefixes | blocks that queued requests will pin |
-//! | event index | blocks that workers cache according to their KV events |
-//! | pending evictions | blocks of these that bookings will evict, and that events still list |
-//!
-//! [`PrefixState::match_prefix`] is the only place that combines them. Active blocks, the cache that
-//! an engine has left for other blocks, and evictions follow from the same operations:
-//! [`pin`](PrefixState::pin), [`grow`](PrefixState::grow), [`unpin`](PrefixState::unpin). Each of
-//! them evicts what no longer fits the worker.
-//!
-//! Workers are named by their index. The caller makes sure that the worker exists, unless a method
-//! says otherwise.
 
 mod pinning;
 
@@ -34,11 +16,33 @@ use crate::pending_evictions::PendingEvictions;
 use crate::prefix_matches::PrefixMatches;
 use crate::sequence::{Sequence, SequenceHash};
 
-pub(crate) use pinning::{Occupancy, PinRequest, UnpinRequest};
+pub use pinning::{Occupancy, PinRequest, Pinned, UnpinRequest};
 
-/// Prefixes of all workers.
+/// Which worker has which blocks of a prompt.
+///
+/// A block of a prompt is on a worker because a running request pins it, or because the engine still
+/// caches it. Four stores know a part of that:
+///
+/// | store | knows |
+/// |---|---|
+/// | active tree | blocks that dispatched requests pin, and blocks that the estimated caches keep |
+/// | tree of queued prefixes | blocks that queued requests will pin |
+/// | event index | blocks that workers cache according to their KV events |
+/// | pending evictions | blocks of these that bookings will evict, and that events still list |
+///
+/// [`match_prefix`](Self::match_prefix) is the only place that combines them. Active blocks, the
+/// cache that an engine has left for other blocks, and evictions follow from the same operations:
+/// [`pin`](Self::pin), [`grow`](Self::grow), [`unpin`](Self::unpin). Each of them evicts what no
+/// longer fits the worker.
+///
+/// Workers are named by their index. The caller makes sure that the worker
+/// [was added](Self::add_worker) and not [retired](Self::retire_worker), unless a method says
+/// otherwise. Bookings have serials, which ascend from 1 over all workers.
+///
+/// # Panics
+/// A method panics if no worker with this index, or a larger one, was ever added.
 #[derive(Debug, Default)]
-pub(crate) struct PrefixState {
+pub struct PrefixState {
     /// Active tree: prefixes that dispatched requests pin, and prefixes that workers still cache
     /// according to their estimated caches.
     tree: PrefixTree,
@@ -81,7 +85,13 @@ impl WorkerCache {
         }
     }
 
+    /// Returns the entry of an index that no worker has.
+    fn unused() -> Self {
+        Self::new(false, EstimatedCache::new(EvictionRule::default(), None))
+    }
+
     /// Returns the blocks that running requests pin; shared ones count once.
+    #[inline]
     fn active_blocks(&self) -> u64 {
         self.pinned_blocks + self.unshared_blocks
     }
@@ -89,17 +99,60 @@ impl WorkerCache {
 
 /// A worker's cache, as snapshots show it.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct CacheStatus {
-    pub(crate) cached_blocks: u64,
-    pub(crate) source: CacheSource,
-    pub(crate) capacity_blocks: u32,
-    pub(crate) capacity_source: CapacitySource,
-    pub(crate) eviction: EvictionRule,
+#[non_exhaustive]
+pub struct CacheStatus {
+    /// Blocks in the cache, according to its source.
+    pub cached_blocks: u64,
+    /// Where the cache contents come from.
+    pub source: CacheSource,
+    /// Capacity in blocks.
+    pub capacity_blocks: u32,
+    /// Where the capacity comes from.
+    pub capacity_source: CapacitySource,
+    /// Rule by which the worker's engine evicts.
+    pub eviction: EvictionRule,
 }
 
+/// Change of the source of a worker's cache contents: see [`PrefixState::set_source`].
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct SourceChange {
+    /// Where the removal of the worker's blocks from the event index begins; `None` if it has none
+    /// there. The caller [removes](PrefixState::remove_lost_events) them.
+    pub lost_events: Option<RemovalCursor>,
+}
+
+/// Blocks that are left of a removed worker: see [`PrefixState::retire_worker`].
+#[derive(Debug)]
+pub struct RetiredWorker {
+    /// Index of the worker.
+    worker: WorkerIndex,
+    /// Estimated cache, all of whose blocks are lost.
+    estimated: EstimatedCache,
+    /// Where the removal of the worker's blocks from the event index begins.
+    lost_events: Option<RemovalCursor>,
+}
+
+impl RetiredWorker {
+    /// Returns where the removal of the worker's blocks from the event index begins; `None` if it
+    /// has none there.
+    #[must_use]
+    pub fn lost_events(&self) -> Option<RemovalCursor> {
+        self.lost_events
+    }
+}
+
+/// Hash chains that nothing uses any longer. Each may be the last reference to a large allocation,
+/// so they are dropped without the lock.
+#[derive(Debug)]
+pub struct UnusedChains(
+    #[expect(dead_code, reason = "only dropped")] [SmallVec<[HashChain; 4]>; 2],
+);
+
 impl PrefixState {
-    /// Adds a worker without requests at `index`, which no other worker has.
-    pub(crate) fn add_worker(
+    /// Adds a worker without requests at `index`, which no other worker has. Indices should be dense
+    /// from 0, because every index below the largest takes memory.
+    pub fn add_worker(
         &mut self,
         index: WorkerIndex,
         has_prefix_cache: bool,
@@ -108,10 +161,9 @@ impl PrefixState {
     ) {
         let estimated = EstimatedCache::new(eviction, capacity_blocks);
         let cache = WorkerCache::new(has_prefix_cache, estimated);
-        match self.caches.get_mut(index as usize) {
-            Some(place) => *place = cache,
-            None => self.caches.push(cache),
-        }
+        let worker_count = self.caches.len().max(index as usize + 1);
+        self.caches.resize_with(worker_count, WorkerCache::unused);
+        self.caches[index as usize] = cache;
         self.tree
             .set_intra_step_sharing(index, eviction.shares_within_step());
         self.queued.set_intra_step_sharing(index, true);
@@ -124,7 +176,8 @@ impl PrefixState {
     /// event index adds the blocks that events report. Pending evictions take some of these away.
     /// Workers with larger engine blocks share only whole ones. With `with_queued`, blocks that
     /// queued requests will pin count as active.
-    pub(crate) fn match_prefix(
+    #[must_use]
+    pub fn match_prefix(
         &self,
         prompt: &Sequence,
         with_queued: bool,
@@ -179,7 +232,7 @@ impl PrefixState {
     /// Compares the hit that a worker has reported with the expected one, and corrects the estimated
     /// cache. Has no effect if the cache source is events. Returns whether the worker has lost
     /// blocks, which the caller [evicts](Self::evict_lost).
-    pub(crate) fn observe_hit(
+    pub fn observe_hit(
         &mut self,
         worker: WorkerIndex,
         prompt: &Sequence,
@@ -210,12 +263,12 @@ impl PrefixState {
 
     /// Sets the capacity to the number of blocks that the worker reports. The caller
     /// [evicts](Self::evict_some_to_fit) what no longer fits.
-    pub(crate) fn set_capacity(&mut self, worker: WorkerIndex, blocks: u32) {
+    pub fn set_capacity(&mut self, worker: WorkerIndex, blocks: u32) {
         self.caches[worker as usize].estimated.set_capacity(blocks);
     }
 
     /// Sets the rule by which the worker's engine evicts.
-    pub(crate) fn set_eviction(&mut self, worker: WorkerIndex, eviction: EvictionRule) {
+    pub fn set_eviction(&mut self, worker: WorkerIndex, eviction: EvictionRule) {
         self.caches[worker as usize]
             .estimated
             .set_eviction(eviction);
@@ -225,23 +278,20 @@ impl PrefixState {
 
     /// Empties the estimated cache of the worker. The caller then [evicts](Self::evict_lost) its
     /// blocks.
-    pub(crate) fn clear(&mut self, worker: WorkerIndex) {
+    pub fn clear(&mut self, worker: WorkerIndex) {
         self.caches[worker as usize].estimated.clear();
         self.tree.lose_cached(worker);
         self.pending_evictions.clear(worker);
     }
 
     /// Selects where the worker's cache contents come from. A change discards the contents that the
-    /// previous source knew. Returns whether the source has changed, and where the removal of the
-    /// worker's blocks from the event index begins, if it has any there. The caller removes them,
-    /// and [evicts](Self::evict_lost) the blocks of the estimated cache.
-    pub(crate) fn set_source(
-        &mut self,
-        worker: WorkerIndex,
-        source: CacheSource,
-    ) -> (bool, Option<RemovalCursor>) {
+    /// previous source knew: the caller removes the [lost events](SourceChange::lost_events), and
+    /// [evicts](Self::evict_lost) the blocks of the estimated cache. Returns `None` if the source
+    /// stays as it is.
+    #[must_use = "the blocks that the previous source knew are to be removed"]
+    pub fn set_source(&mut self, worker: WorkerIndex, source: CacheSource) -> Option<SourceChange> {
         if self.source(worker) == source {
-            return (false, None);
+            return None;
         }
         self.clear(worker);
         let cache = &mut self.caches[worker as usize];
@@ -249,29 +299,30 @@ impl PrefixState {
             .estimated
             .set_event_tracked(source == CacheSource::Events);
         cache.event_cached_blocks = 0;
-        match source {
+        let lost_events = match source {
             CacheSource::Events => {
                 let epoch = cache.estimated.last_epoch();
                 self.tree.acknowledge(worker, epoch);
-                (true, None)
+                None
             }
             CacheSource::Estimated => {
                 self.tree.acknowledge(worker, 0);
-                (true, Some(self.event_index.lose_worker(worker)))
+                Some(self.event_index.lose_worker(worker))
             }
-        }
+        };
+        Some(SourceChange { lost_events })
     }
 
     /// Applies blocks that the worker's events report as stored. `ratio` is engine block size ÷
     /// router block size. The source must be events.
-    pub(crate) fn apply_stored(&mut self, worker: WorkerIndex, ratio: u32, run: PrefixRun<'_>) {
+    pub fn apply_stored(&mut self, worker: WorkerIndex, ratio: u32, run: PrefixRun<'_>) {
         self.acknowledge(worker, run);
         let cached_blocks = &mut self.caches[worker as usize].event_cached_blocks;
         self.event_index.add(worker, ratio, run, cached_blocks);
     }
 
     /// As [`apply_stored`](Self::apply_stored), for blocks that events report as removed.
-    pub(crate) fn apply_removed(&mut self, worker: WorkerIndex, ratio: u32, run: PrefixRun<'_>) {
+    pub fn apply_removed(&mut self, worker: WorkerIndex, ratio: u32, run: PrefixRun<'_>) {
         self.acknowledge(worker, run);
         let cached_blocks = &mut self.caches[worker as usize].event_cached_blocks;
         self.event_index.remove(worker, ratio, run, cached_blocks);
@@ -287,13 +338,13 @@ impl PrefixState {
     }
 
     /// Records that events of the worker have arrived which change nothing.
-    pub(crate) fn acknowledge_events(&mut self, worker: WorkerIndex) {
+    pub fn acknowledge_events(&mut self, worker: WorkerIndex) {
         self.pending_evictions
             .acknowledge(worker, std::iter::empty());
     }
 
     /// Sets engine block size ÷ router block size of the worker.
-    pub(crate) fn set_engine_block_ratio(&mut self, worker: WorkerIndex, ratio: NonZeroU32) {
+    pub fn set_engine_block_ratio(&mut self, worker: WorkerIndex, ratio: NonZeroU32) {
         if self.engine_block_ratio(worker) == ratio {
             return;
         }
@@ -321,30 +372,29 @@ impl PrefixState {
     }
 
     /// Evicts some blocks that do not fit the worker's capacity. Returns whether more are left.
-    pub(crate) fn evict_some_to_fit(&mut self, worker: WorkerIndex) -> bool {
+    pub fn evict_some_to_fit(&mut self, worker: WorkerIndex) -> bool {
         !self.evict_to_fit(worker, 0)
     }
 
     /// Removes lost blocks of the worker, of at most `max_entries` requests. Returns whether more
     /// may be left.
-    pub(crate) fn evict_lost(&mut self, worker: WorkerIndex, max_entries: usize) -> bool {
+    pub fn evict_lost(&mut self, worker: WorkerIndex, max_entries: usize) -> bool {
         let cache = &mut self.caches[worker as usize].estimated;
         cache.evict_lost(max_entries, worker, &mut self.tree)
     }
 
-    /// As [`evict_lost`](Self::evict_lost), for the cache of a worker that was removed.
-    pub(crate) fn evict_lost_of_removed(
-        &mut self,
-        cache: &mut EstimatedCache,
-        worker: WorkerIndex,
-        max_entries: usize,
-    ) -> bool {
-        cache.evict_lost(max_entries, worker, &mut self.tree)
+    /// Removes blocks of a worker that was removed from its estimated cache, of at most
+    /// `max_entries` requests. Returns whether more may be left.
+    pub fn evict_retired(&mut self, retired: &mut RetiredWorker, max_entries: usize) -> bool {
+        let RetiredWorker {
+            worker, estimated, ..
+        } = retired;
+        estimated.evict_lost(max_entries, *worker, &mut self.tree)
     }
 
     /// Removes some of the blocks that the worker has lost from the event index. Also accepts the
     /// index of a worker that was removed.
-    pub(crate) fn remove_lost_events(
+    pub fn remove_lost_events(
         &mut self,
         worker: WorkerIndex,
         cursor: RemovalCursor,
@@ -352,46 +402,58 @@ impl PrefixState {
         self.event_index.remove_lost(worker, cursor)
     }
 
-    /// Forgets the worker, except for blocks that are removed in parts: those of the returned
-    /// estimated cache, those of the event index from the returned cursor on, and those of its
-    /// bookings.
-    pub(crate) fn retire_worker(
-        &mut self,
-        worker: WorkerIndex,
-    ) -> (EstimatedCache, Option<RemovalCursor>) {
+    /// Forgets the worker, except for blocks that the caller removes in parts, before it reuses the
+    /// index: those of its [estimated cache](Self::evict_retired), its
+    /// [lost events](Self::remove_lost_events), and those of its bookings
+    /// ([`unpin_from_removed`](Self::unpin_from_removed), [`unpin_queued`](Self::unpin_queued)).
+    #[must_use = "the blocks that are left of the worker are to be removed"]
+    pub fn retire_worker(&mut self, worker: WorkerIndex) -> RetiredWorker {
         let has_events = self.source(worker) == CacheSource::Events;
-        let unused = EstimatedCache::new(EvictionRule::default(), None);
         let cache = &mut self.caches[worker as usize];
-        let mut removed = std::mem::replace(cache, WorkerCache::new(false, unused)).estimated;
-        removed.clear();
+        let mut estimated = std::mem::replace(cache, WorkerCache::unused()).estimated;
+        estimated.clear();
         self.tree.retire_worker(worker);
         self.queued.retire_worker(worker);
         self.pending_evictions.clear(worker);
         self.engine_block_ratios
             .retain(|(known, _)| *known != worker);
-        let cursor = has_events.then(|| self.event_index.lose_worker(worker));
-        (removed, cursor)
+        RetiredWorker {
+            worker,
+            estimated,
+            lost_events: has_events.then(|| self.event_index.lose_worker(worker)),
+        }
     }
 
-    /// Takes out the hash chains that are no longer used, to be dropped without the lock.
-    pub(crate) fn take_deferred_drops(&mut self) -> [SmallVec<[HashChain; 4]>; 2] {
-        [&mut self.tree, &mut self.queued].map(|tree| std::mem::take(&mut tree.deferred_drops))
+    /// Takes out the hash chains that are no longer used, to be dropped without the lock. They use
+    /// memory until then, so every critical section should end with this.
+    #[inline]
+    #[must_use = "the chains are to be dropped after unlocking"]
+    pub fn take_deferred_drops(&mut self) -> UnusedChains {
+        UnusedChains(
+            [&mut self.tree, &mut self.queued].map(|tree| std::mem::take(&mut tree.deferred_drops)),
+        )
     }
 
     // Reading.
 
     /// Returns the blocks that running requests on the worker pin; shared ones count once.
-    pub(crate) fn active_blocks(&self, worker: WorkerIndex) -> u64 {
+    #[inline]
+    #[must_use]
+    pub fn active_blocks(&self, worker: WorkerIndex) -> u64 {
         self.caches[worker as usize].active_blocks()
     }
 
     /// Returns whether the worker's engine has a prefix cache.
-    pub(crate) fn has_prefix_cache(&self, worker: WorkerIndex) -> bool {
+    #[inline]
+    #[must_use]
+    pub fn has_prefix_cache(&self, worker: WorkerIndex) -> bool {
         self.caches[worker as usize].has_prefix_cache
     }
 
     /// Returns where the worker's cache contents come from.
-    pub(crate) fn source(&self, worker: WorkerIndex) -> CacheSource {
+    #[inline]
+    #[must_use]
+    pub fn source(&self, worker: WorkerIndex) -> CacheSource {
         match self.caches[worker as usize].estimated.is_event_tracked() {
             true => CacheSource::Events,
             false => CacheSource::Estimated,
@@ -399,19 +461,25 @@ impl PrefixState {
     }
 
     /// Returns the rule by which the worker's engine evicts.
-    pub(crate) fn eviction(&self, worker: WorkerIndex) -> EvictionRule {
+    #[inline]
+    #[must_use]
+    pub fn eviction(&self, worker: WorkerIndex) -> EvictionRule {
         self.caches[worker as usize].estimated.eviction()
     }
 
     /// Returns the worker's capacity in blocks, unless it is only assumed.
-    pub(crate) fn estimated_capacity(&self, worker: WorkerIndex) -> Option<u32> {
+    #[inline]
+    #[must_use]
+    pub fn estimated_capacity(&self, worker: WorkerIndex) -> Option<u32> {
         let cache = &self.caches[worker as usize].estimated;
         let is_assumed = cache.capacity_source() == CapacitySource::Assumed;
         (!is_assumed).then(|| cache.capacity())
     }
 
     /// Returns the worker's capacity in blocks if it is configured or reported, and so certain.
-    pub(crate) fn reported_capacity(&self, worker: WorkerIndex) -> Option<u32> {
+    #[inline]
+    #[must_use]
+    pub fn reported_capacity(&self, worker: WorkerIndex) -> Option<u32> {
         let cache = &self.caches[worker as usize].estimated;
         match cache.capacity_source() {
             CapacitySource::Configured | CapacitySource::Reported => Some(cache.capacity()),
@@ -420,14 +488,17 @@ impl PrefixState {
     }
 
     /// Returns engine block size ÷ router block size of the worker. 1 if no other ratio was set.
-    pub(crate) fn engine_block_ratio(&self, worker: WorkerIndex) -> NonZeroU32 {
+    #[inline]
+    #[must_use]
+    pub fn engine_block_ratio(&self, worker: WorkerIndex) -> NonZeroU32 {
         let mut ratios = self.engine_block_ratios.iter();
         let entry = ratios.find(|(known, _)| *known == worker);
         entry.map_or(NonZeroU32::MIN, |(_, ratio)| *ratio)
     }
 
     /// Returns what snapshots show of the worker's cache.
-    pub(crate) fn status(&self, worker: WorkerIndex) -> CacheStatus {
+    #[must_use]
+    pub fn status(&self, worker: WorkerIndex) -> CacheStatus {
         let cache = &self.caches[worker as usize];
         let source = self.source(worker);
         CacheStatus {
@@ -443,12 +514,14 @@ impl PrefixState {
     }
 
     /// Returns the number of distinct blocks that KV events report as cached by some worker.
-    pub(crate) fn indexed_blocks(&self) -> usize {
+    #[must_use]
+    pub fn indexed_blocks(&self) -> usize {
         self.event_index.len()
     }
 
     /// Returns the number of nodes of both trees, to which their memory is proportional.
-    pub(crate) fn tree_nodes(&self) -> usize {
+    #[must_use]
+    pub fn tree_nodes(&self) -> usize {
         self.tree.len() + self.queued.len()
     }
 }

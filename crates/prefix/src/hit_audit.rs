@@ -26,7 +26,7 @@ pub(crate) struct ReportedHit {
 
 /// Cache hit that a booking expected when it was made.
 #[derive(Clone, Debug)]
-pub(crate) struct ExpectedHit {
+pub struct ExpectedHit {
     /// Number of leading blocks expected to be cached.
     pub(crate) cached_blocks: u32,
     /// Number of leading blocks that other requests had pinned. An engine never evicts pinned

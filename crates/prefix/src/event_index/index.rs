@@ -33,7 +33,7 @@ const MAX_BLOCKS_PER_REMOVAL: usize = 512;
 
 /// How far the lost blocks of a worker are removed from the index.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct RemovalCursor {
+pub struct RemovalCursor {
     /// Tables with a smaller engine block ratio are done.
     engine_block_ratio: u32,
     /// Runs with a smaller id are done in the table with that ratio.
@@ -42,7 +42,7 @@ pub(crate) struct RemovalCursor {
 
 /// Result of one step of the removal of a worker's lost blocks.
 #[derive(Debug)]
-pub(crate) enum RemovalStep {
+pub enum RemovalStep {
     /// Blocks may be left. The next step continues here.
     Continue(RemovalCursor),
     /// No blocks are left. The tables that have become empty are to be dropped without the lock,
@@ -52,7 +52,7 @@ pub(crate) enum RemovalStep {
 
 /// Tables of an index that contain no block any more.
 #[derive(Debug)]
-pub(crate) struct UnusedTables(#[expect(dead_code, reason = "only dropped")] Vec<RatioIndex>);
+pub struct UnusedTables(#[expect(dead_code, reason = "only dropped")] Vec<RatioIndex>);
 
 /// Index of all engines with one block size.
 #[derive(Debug)]

@@ -20,7 +20,7 @@
 //! | An edge is a slice of the hash chain of a request. A node represents a run of blocks that no known request divides. | Booking and release touch branches, not blocks. The hashes are not copied. |
 //! | A sequence hash identifies its whole prefix. Therefore one flat map from the first hash of an edge to its node replaces a child table per node, and bisection finds the block at which a prompt leaves an edge. | A prompt is matched by a few look-ups. |
 //! | A node lists the workers that hold it, each with a count of bookings that *pin* it instead of their ids. | One walk matches the prompt on every worker. |
-//! | A node also has the number of its blocks that each worker has *computed*. They stay cached after the last unpin, until the [`estimated_cache`](crate::estimated_cache) evicts them. | Active and cached blocks are one look-up. |
+//! | A node also has the number of its blocks that each worker has *computed*. They stay cached after the last unpin, until the estimated cache evicts them. | Active and cached blocks are one look-up. |
 //!
 //! Invariants, on which all operations rely: along a path from the root, the pin counts of a worker
 //! never rise; and a worker that has computed blocks of a node has computed every block above the
@@ -55,13 +55,29 @@ use worker_sync::WorkerSync;
 pub(crate) use changes::{EvictChange, PinChange, ReusedRun, UnpinChange};
 
 /// Sequence hashes of a request, shared between its booking and the edges made from it.
-pub(crate) type HashChain = Arc<[SequenceHash]>;
+pub type HashChain = Arc<[SequenceHash]>;
 
 /// Position of a worker in the router's arrays.
-pub(crate) type WorkerIndex = u32;
+pub type WorkerIndex = u32;
 
-/// Key of a node in the tree. A node keeps its id when its edge is split: see [`PrefixTree::pin`].
-pub(crate) type NodeId = u32;
+/// Id of a node of the tree: the end of a path. A node keeps its id when its edge is split, so the
+/// id of a pinned path stays valid until the path is unpinned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct NodeId(u32);
+
+impl NodeId {
+    /// Returns the id of the node at this index of the list of nodes.
+    #[inline]
+    fn from_index(index: usize) -> Self {
+        Self(index as u32)
+    }
+
+    /// Returns the index in the list of nodes, beyond its end for [`NO_NODE`].
+    #[inline]
+    fn index(self) -> usize {
+        self.0 as usize
+    }
+}
 
 /// Maximum number of hashes copied at once under the router's lock: 8 KiB.
 const MAX_COPIED_HASHES: u32 = 1024;
@@ -73,7 +89,7 @@ const MIN_CHAIN_TO_TRIM: usize = 64;
 
 /// Absence of a node: the parent of the first edge of a path, or the end of a path without full
 /// blocks.
-pub(crate) const NO_NODE: NodeId = u32::MAX;
+pub const NO_NODE: NodeId = NodeId(u32::MAX);
 
 /// How many leading blocks of a prompt one worker has.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -89,6 +105,7 @@ impl PrefixMatch {
     /// Returns the number of leading blocks that need not be computed again. Active blocks count,
     /// because an active block is cached by the time the engine starts a request that is queued
     /// after it.
+    #[inline]
     #[must_use]
     pub fn overlap(self) -> u32 {
         self.cached_blocks.max(self.active_blocks)
@@ -97,7 +114,7 @@ impl PrefixMatch {
 
 /// Position in the tree at which a hash chain stops matching.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct TreePosition {
+pub struct TreePosition {
     /// Last node on the path, or [`NO_NODE`].
     node: NodeId,
     /// Matching blocks of that node's edge; at least one if there is a node.
@@ -105,7 +122,7 @@ pub(crate) struct TreePosition {
     /// Matching blocks, counted from the root.
     depth: u32,
     /// Largest overlap of any worker, in blocks.
-    pub(crate) best_overlap: u32,
+    pub best_overlap: u32,
 }
 
 /// Path-compressed trie of the blocks that are pinned or cached, for all workers.
@@ -202,7 +219,7 @@ impl PrefixTree {
         while let Some(&first) = chain.get(reached.depth as usize)
             && let Some(id) = self.by_first_hash.get(first)
         {
-            let node = &self.nodes[id as usize];
+            let node = &self.nodes[id.index()];
             if node.start != reached.depth {
                 // Two prefixes of different length share a 64-bit hash. Treat the prefix as
                 // unknown.
@@ -235,7 +252,7 @@ impl PrefixTree {
         serial: u64,
     ) -> PinChange {
         let mut node = position.node;
-        if node != NO_NODE && position.edge_blocks < self.nodes[node as usize].len() {
+        if node != NO_NODE && position.edge_blocks < self.nodes[node.index()].len() {
             node = self.split(node, position.edge_blocks);
         }
         if let Some(&first) = chain.get(position.depth as usize)
@@ -248,7 +265,7 @@ impl PrefixTree {
 
         let mut change = PinChange {
             node,
-            path_blocks: self.nodes.get(node as usize).map_or(0, |node| node.end),
+            path_blocks: self.nodes.get(node.index()).map_or(0, |node| node.end),
             already_held: 0,
             newly_pinned: 0,
             reused: SmallVec::new(),
@@ -256,7 +273,7 @@ impl PrefixTree {
         let sync = self.worker_sync(worker);
         let mut ancestor = node;
         while ancestor != NO_NODE {
-            let node = &mut self.nodes[ancestor as usize];
+            let node = &mut self.nodes[ancestor.index()];
             let (start, length) = (node.start, node.len());
             match node.holder_index(worker) {
                 Ok(index) => {
@@ -300,7 +317,7 @@ impl PrefixTree {
         let sync = self.worker_sync(worker);
         let mut id = node;
         while id != NO_NODE {
-            let node = &mut self.nodes[id as usize];
+            let node = &mut self.nodes[id.index()];
             let length = node.len();
             let Some(holder) = node.holder_mut(worker) else {
                 return;
@@ -319,7 +336,7 @@ impl PrefixTree {
     /// `node`. True for [`NO_NODE`], a path without blocks; false if the worker does not hold the
     /// node.
     pub(crate) fn is_cached(&self, node: NodeId, worker: WorkerIndex) -> bool {
-        self.nodes.get(node as usize).is_none_or(|node| {
+        self.nodes.get(node.index()).is_none_or(|node| {
             let holder = node.holder_index(worker).map(|index| node.holders[index]);
             let sync = self.worker_sync(worker);
             holder.is_ok_and(|holder| sync.cached_blocks(&holder) == node.len())
@@ -329,8 +346,8 @@ impl PrefixTree {
     /// Returns how many bookings on `worker` pin the first `depth` blocks of the path to `node`.
     /// Returns 0 if the path is shorter or the worker does not hold those blocks.
     pub(crate) fn pin_count_at(&self, node: NodeId, worker: WorkerIndex, depth: u32) -> u32 {
-        let path = std::iter::successors(self.nodes.get(node as usize), |node| {
-            self.nodes.get(node.parent as usize)
+        let path = std::iter::successors(self.nodes.get(node.index()), |node| {
+            self.nodes.get(node.parent.index())
         });
         let end_node = path.take_while(|node| node.end >= depth).last();
         let holder = end_node.and_then(|node| Some(node.holders[node.holder_index(worker).ok()?]));
@@ -355,7 +372,7 @@ impl PrefixTree {
         let sync = self.worker_sync(worker);
         let mut id = node;
         while id != NO_NODE {
-            let node = &mut self.nodes[id as usize];
+            let node = &mut self.nodes[id.index()];
             let (length, parent) = (node.len(), node.parent);
             let Some(holder) = node.holder_mut(worker) else {
                 debug_assert!(
@@ -393,7 +410,7 @@ impl PrefixTree {
     /// store that id. The holders of the edge hold both parts afterwards; an engine boundary stays
     /// with the lower part.
     fn split(&mut self, lower_id: NodeId, keep: u32) -> NodeId {
-        let lower = &mut self.nodes[lower_id as usize];
+        let lower = &mut self.nodes[lower_id.index()];
         let cut = lower.start + keep;
         let mut upper = Node {
             chain: Arc::clone(&lower.chain),
@@ -402,7 +419,7 @@ impl PrefixTree {
             end: cut,
             parent: lower.parent,
             children: 1,
-            children_xor: lower_id,
+            children_xor: lower_id.0,
             holders: lower.holders.clone(),
         };
         for holder in &mut upper.holders {
@@ -417,8 +434,8 @@ impl PrefixTree {
         lower.start = cut;
         let (upper_hash, lower_hash) = (upper.first_hash(), lower.first_hash());
         let parent = upper.parent;
-        let upper_id = self.nodes.insert(upper) as NodeId;
-        self.nodes[lower_id as usize].parent = upper_id;
+        let upper_id = NodeId::from_index(self.nodes.insert(upper));
+        self.nodes[lower_id.index()].parent = upper_id;
         self.by_first_hash.insert(upper_hash, upper_id);
         self.by_first_hash.insert(lower_hash, lower_id);
         self.replace_child(parent, lower_id, upper_id);
@@ -428,7 +445,7 @@ impl PrefixTree {
     /// Adds a leaf without holders below `parent` for the blocks of `chain` from `start` on, of
     /// which there must be at least one, and returns its id. `parent` may be [`NO_NODE`].
     fn add_leaf(&mut self, chain: &HashChain, start: u32, parent: NodeId) -> NodeId {
-        let leaf = self.nodes.insert(Node {
+        let leaf = NodeId::from_index(self.nodes.insert(Node {
             chain: Arc::clone(chain),
             offset: 0,
             start,
@@ -437,11 +454,11 @@ impl PrefixTree {
             children: 0,
             children_xor: 0,
             holders: SmallVec::new(),
-        }) as NodeId;
+        }));
         self.by_first_hash.insert(chain[start as usize], leaf);
-        if let Some(parent) = self.nodes.get_mut(parent as usize) {
+        if let Some(parent) = self.nodes.get_mut(parent.index()) {
             parent.children += 1;
-            parent.children_xor ^= leaf;
+            parent.children_xor ^= leaf.0;
         }
         leaf
     }
@@ -459,24 +476,24 @@ impl PrefixTree {
     /// Returns the parent of that node, the next one to prune.
     fn prune(&mut self, mut id: NodeId) -> NodeId {
         let mut child_removed = false;
-        while let Some(node) = self.nodes.get(id as usize)
+        while let Some(node) = self.nodes.get(id.index())
             && node.holders.is_empty()
             && node.children == 0
-            && let Some(node) = self.nodes.remove(id as usize)
+            && let Some(node) = self.nodes.remove(id.index())
         {
             let parent = node.parent;
             self.by_first_hash.remove(node.first_hash());
             self.deferred_drops.push(node.chain);
-            if let Some(parent) = self.nodes.get_mut(parent as usize) {
+            if let Some(parent) = self.nodes.get_mut(parent.index()) {
                 parent.children.subtract(1);
-                parent.children_xor ^= id;
+                parent.children_xor ^= id.0;
             }
             id = parent;
             child_removed = true;
         }
         let parent = self
             .nodes
-            .get(id as usize)
+            .get(id.index())
             .map_or(NO_NODE, |node| node.parent);
         self.merge_with_only_child(id);
         if child_removed {
@@ -489,14 +506,14 @@ impl PrefixTree {
     /// keeps its id. Does nothing if the node does not exist, has several children or none, or if
     /// the merge would copy more than [`MAX_COPIED_HASHES`] hashes.
     fn merge_with_only_child(&mut self, upper_id: NodeId) {
-        let Some(upper) = self.nodes.get(upper_id as usize) else {
+        let Some(upper) = self.nodes.get(upper_id.index()) else {
             return;
         };
-        let lower_id = upper.children_xor;
-        if upper.children != 1 || !upper.can_merge_with(&self.nodes[lower_id as usize]) {
+        let lower_id = NodeId(upper.children_xor);
+        if upper.children != 1 || !upper.can_merge_with(&self.nodes[lower_id.index()]) {
             return;
         }
-        let lower = &self.nodes[lower_id as usize];
+        let lower = &self.nodes[lower_id.index()];
         // The hash is compared as well, because after a collision of hashes the child's chain may
         // belong to another path.
         let covered = lower.offset <= upper.start
@@ -504,10 +521,10 @@ impl PrefixTree {
         if !covered && upper.len() + lower.len() > MAX_COPIED_HASHES {
             return;
         }
-        let Some(upper) = self.nodes.remove(upper_id as usize) else {
+        let Some(upper) = self.nodes.remove(upper_id.index()) else {
             return;
         };
-        let lower = &mut self.nodes[lower_id as usize];
+        let lower = &mut self.nodes[lower_id.index()];
         self.by_first_hash.remove(lower.first_hash());
         if !covered {
             let joined = [upper.edge(), lower.edge()].concat().into();
@@ -530,7 +547,7 @@ impl PrefixTree {
     /// edge, unless that would copy more than [`MAX_COPIED_HASHES`] hashes. No effect if the node
     /// does not exist.
     fn trim_leaf(&mut self, id: NodeId) {
-        let Some(node) = self.nodes.get_mut(id as usize) else {
+        let Some(node) = self.nodes.get_mut(id.index()) else {
             return;
         };
         if node.children == 0 && node.holders.iter().all(|holder| holder.pin_count == 0) {
@@ -548,8 +565,8 @@ impl PrefixTree {
 
     /// Replaces the child `old` of `parent` with `new`; no effect if `parent` is [`NO_NODE`].
     fn replace_child(&mut self, parent: NodeId, old: NodeId, new: NodeId) {
-        if let Some(parent) = self.nodes.get_mut(parent as usize) {
-            parent.children_xor ^= old ^ new;
+        if let Some(parent) = self.nodes.get_mut(parent.index()) {
+            parent.children_xor ^= old.0 ^ new.0;
         }
     }
 }

@@ -4,7 +4,7 @@
 
 use std::num::NonZeroU32;
 
-use foresee_core::sequence::{BytesPerToken, PartialBlock, Sequence, prefix_salt};
+use foresee_prefix::sequence::{BytesPerToken, PartialBlock, Sequence, prefix_salt};
 use proptest::prelude::*;
 
 const FOUR: NonZeroU32 = NonZeroU32::new(4).unwrap();

@@ -37,13 +37,13 @@ pub(super) struct Node {
     pub(super) start: u32,
     /// End of the edge (exclusive), counted from the root.
     pub(super) end: u32,
-    /// Node whose edge this one continues, or [`NO_NODE`].
+    /// Node whose edge this one continues, or [`NO_NODE`](super::NO_NODE).
     pub(super) parent: NodeId,
     /// Number of child nodes.
     pub(super) children: u32,
     /// Exclusive or of the ids of all children. With one child this is the id of that child, which
     /// is all that merging needs, and it takes no list of children.
-    pub(super) children_xor: NodeId,
+    pub(super) children_xor: u32,
     /// Workers that pin the node or cache blocks of it, sorted by worker. Most nodes have one.
     pub(super) holders: SmallVec<[NodeHolder; 1]>,
 }

@@ -13,7 +13,7 @@ const PAGE: usize = 1 << PAGE_BITS;
 
 /// Values by id. Ids of removed values are reused.
 #[derive(Debug)]
-pub(crate) struct PagedSlab<T> {
+pub struct PagedSlab<T> {
     /// Pages, each allocated at once for [`PAGE`] values. Of the pages without values, all but one
     /// are not allocated.
     pages: Vec<Slab<T>>,
@@ -38,7 +38,7 @@ impl<T> Default for PagedSlab<T> {
 
 impl<T> PagedSlab<T> {
     /// Stores a value and returns its id.
-    pub(crate) fn insert(&mut self, value: T) -> usize {
+    pub fn insert(&mut self, value: T) -> usize {
         let page_index = match self.with_room.last() {
             Some(&page_index) => page_index,
             None => {
@@ -62,7 +62,7 @@ impl<T> PagedSlab<T> {
     }
 
     /// Removes the value with this id and returns it; `None` if there is none.
-    pub(crate) fn remove(&mut self, id: usize) -> Option<T> {
+    pub fn remove(&mut self, id: usize) -> Option<T> {
         let page = self.pages.get_mut(id >> PAGE_BITS)?;
         let was_full = page.len() == PAGE;
         let value = page.try_remove(id % PAGE)?;
@@ -81,23 +81,32 @@ impl<T> PagedSlab<T> {
 
     /// Returns the value with this id.
     #[inline]
-    pub(crate) fn get(&self, id: usize) -> Option<&T> {
+    #[must_use]
+    pub fn get(&self, id: usize) -> Option<&T> {
         self.pages.get(id >> PAGE_BITS)?.get(id % PAGE)
     }
 
     /// Returns the value with this id, for writing.
     #[inline]
-    pub(crate) fn get_mut(&mut self, id: usize) -> Option<&mut T> {
+    pub fn get_mut(&mut self, id: usize) -> Option<&mut T> {
         self.pages.get_mut(id >> PAGE_BITS)?.get_mut(id % PAGE)
     }
 
     /// Returns the number of values.
-    pub(crate) fn len(&self) -> usize {
+    #[must_use]
+    pub fn len(&self) -> usize {
         self.len
     }
 
+    /// Returns whether there are no values.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
     /// Returns a number above all ids in use.
-    pub(crate) fn id_end(&self) -> usize {
+    #[must_use]
+    pub fn id_end(&self) -> usize {
         self.pages.len() * PAGE
     }
 

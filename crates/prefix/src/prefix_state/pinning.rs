@@ -8,65 +8,67 @@ use crate::sequence::Sequence;
 
 /// The blocks that a running request occupies on its worker.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Occupancy {
+pub struct Occupancy {
     /// All blocks of the request, in whole engine blocks.
-    pub(crate) blocks: u32,
+    pub blocks: u32,
     /// Blocks that the engine frees for the request in addition.
-    pub(crate) headroom: u32,
+    pub headroom: u32,
 }
 
 /// Request to be [pinned](PrefixState::pin).
 #[derive(Debug)]
-pub(crate) struct PinRequest<'a> {
-    pub(crate) prompt: &'a Sequence,
+pub struct PinRequest<'a> {
+    /// The prompt of the request.
+    pub prompt: &'a Sequence,
     /// Result of [`PrefixState::match_prefix`] for the prompt. The state must not have changed
     /// since.
-    pub(crate) position: TreePosition,
+    pub position: TreePosition,
     /// Prefix match on the worker, from the same call.
-    pub(crate) prefix_match: PrefixMatch,
+    pub prefix_match: PrefixMatch,
     /// Serial of the booking.
-    pub(crate) serial: u64,
+    pub serial: u64,
     /// Blocks that the request occupies at first.
-    pub(crate) occupancy: Occupancy,
+    pub occupancy: Occupancy,
 }
 
 /// Result of a [pin](PrefixState::pin).
 #[derive(Debug)]
-pub(crate) struct Pinned {
+#[non_exhaustive]
+pub struct Pinned {
     /// End of the request's path in the tree, to be passed to [`PrefixState::unpin`].
-    pub(crate) node: NodeId,
+    pub node: NodeId,
     /// Leading blocks of the prompt that other requests can share.
-    pub(crate) hashed_blocks: u32,
+    pub hashed_blocks: u32,
     /// Cache hit that the worker should report; `None` if it has no prefix cache.
-    pub(crate) expected_hit: Option<ExpectedHit>,
+    pub expected_hit: Option<ExpectedHit>,
     /// Whether the worker had no active blocks before.
-    pub(crate) was_idle: bool,
+    pub was_idle: bool,
 }
 
 /// Request to be [unpinned](PrefixState::unpin).
 #[derive(Debug)]
-pub(crate) struct UnpinRequest<'a> {
+pub struct UnpinRequest<'a> {
     /// End of the request's path, from [`Pinned`].
-    pub(crate) node: NodeId,
+    pub node: NodeId,
     /// Shareable blocks, from [`Pinned`].
-    pub(crate) hashed_blocks: u32,
+    pub hashed_blocks: u32,
     /// Blocks that the request occupies.
-    pub(crate) occupancy: Occupancy,
+    pub occupancy: Occupancy,
     /// Whether the end of the request's prefill was not reported to
     /// [`end_prefill`](PrefixState::end_prefill) yet.
-    pub(crate) is_in_prefill: bool,
+    pub is_in_prefill: bool,
     /// Full blocks of the output that the engine caches, whether or not their tokens are known.
-    pub(crate) output_blocks: u32,
+    pub output_blocks: u32,
     /// The prompt followed by output, if it is known and the worker has computed it.
-    pub(crate) output_chain: Option<&'a HashChain>,
+    pub output_chain: Option<&'a HashChain>,
     /// Serial of the latest booking of all workers.
-    pub(crate) latest_serial: u64,
+    pub latest_serial: u64,
 }
 
 impl PrefixState {
     /// Pins the blocks of a request that is sent to the worker, counts its prefill, and evicts what
     /// no longer fits.
-    pub(crate) fn pin(&mut self, worker: WorkerIndex, request: &PinRequest<'_>) -> Pinned {
+    pub fn pin(&mut self, worker: WorkerIndex, request: &PinRequest<'_>) -> Pinned {
         let ratio = self.engine_block_ratio(worker).get();
         let cache = &mut self.caches[worker as usize];
         let active_before = cache.active_blocks();
@@ -126,7 +128,7 @@ impl PrefixState {
     }
 
     /// Changes the blocks that a running request occupies, and evicts what no longer fits.
-    pub(crate) fn grow(&mut self, worker: WorkerIndex, before: Occupancy, after: Occupancy) {
+    pub fn grow(&mut self, worker: WorkerIndex, before: Occupancy, after: Occupancy) {
         let cache = &mut self.caches[worker as usize];
         cache
             .unshared_blocks
@@ -140,14 +142,14 @@ impl PrefixState {
     }
 
     /// Records that the worker has computed the blocks of a request, whose path ends at `node`.
-    pub(crate) fn mark_cached(&mut self, node: NodeId, worker: WorkerIndex) {
+    pub fn mark_cached(&mut self, node: NodeId, worker: WorkerIndex) {
         self.tree.mark_cached(node, worker);
     }
 
     /// Counts the end of a request's prefill. The worker has therefore started the booking with this
     /// serial and all that were sent to it before. Must be called once for each pinned request,
     /// unless it is unpinned in prefill.
-    pub(crate) fn end_prefill(&mut self, worker: WorkerIndex, serial: u64) {
+    pub fn end_prefill(&mut self, worker: WorkerIndex, serial: u64) {
         match self.caches[worker as usize].estimated.end_prefill() {
             true => self.pending_evictions.mark_all_started(worker),
             false => self.pending_evictions.mark_started(worker, serial),
@@ -155,24 +157,26 @@ impl PrefixState {
     }
 
     /// Records that the worker has started all bookings up to this serial.
-    pub(crate) fn mark_started(&mut self, worker: WorkerIndex, last_started: u64) {
+    pub fn mark_started(&mut self, worker: WorkerIndex, last_started: u64) {
         self.tree.mark_started(worker, last_started);
     }
 
     /// Returns how many requests on the worker pin the first `depth` blocks of the path to `node`.
-    pub(crate) fn pin_count_at(&self, node: NodeId, worker: WorkerIndex, depth: u32) -> u32 {
+    #[must_use]
+    pub fn pin_count_at(&self, node: NodeId, worker: WorkerIndex, depth: u32) -> u32 {
         self.tree.pin_count_at(node, worker, depth)
     }
 
     /// Returns whether the worker still caches all blocks up to the end of `node`, so that output
     /// after them can be found.
-    pub(crate) fn can_cache_output(&self, node: NodeId, worker: WorkerIndex) -> bool {
+    #[must_use]
+    pub fn can_cache_output(&self, node: NodeId, worker: WorkerIndex) -> bool {
         !self.caches[worker as usize].estimated.is_disabled() && self.tree.is_cached(node, worker)
     }
 
     /// Unpins the blocks of a request that has ended. The blocks that the worker has computed stay
     /// in its estimated cache, those of `output_chain` included. Evicts what does not fit.
-    pub(crate) fn unpin(&mut self, worker: WorkerIndex, request: &UnpinRequest<'_>) {
+    pub fn unpin(&mut self, worker: WorkerIndex, request: &UnpinRequest<'_>) {
         let cache = &mut self.caches[worker as usize];
         if request.is_in_prefill && cache.estimated.end_prefill() {
             self.pending_evictions.mark_all_started(worker);
@@ -225,7 +229,7 @@ impl PrefixState {
     /// Pins the blocks of a request that is queued for the worker. They are not active, and nothing
     /// is evicted. Returns the end of the request's path and its shareable blocks: none if the
     /// worker has no prefix cache.
-    pub(crate) fn pin_queued(
+    pub fn pin_queued(
         &mut self,
         worker: WorkerIndex,
         prompt: &Sequence,
@@ -241,12 +245,12 @@ impl PrefixState {
     }
 
     /// Reverses a [`pin_queued`](Self::pin_queued), also on a worker that was removed.
-    pub(crate) fn unpin_queued(&mut self, node: NodeId, worker: WorkerIndex) {
+    pub fn unpin_queued(&mut self, node: NodeId, worker: WorkerIndex) {
         self.queued.unpin(node, worker, 0);
     }
 
     /// Reverses a [`pin`](Self::pin) on a worker that was removed.
-    pub(crate) fn unpin_from_removed(&mut self, node: NodeId, worker: WorkerIndex) {
+    pub fn unpin_from_removed(&mut self, node: NodeId, worker: WorkerIndex) {
         self.tree.unpin(node, worker, 0);
     }
 }

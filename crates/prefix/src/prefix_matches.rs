@@ -13,7 +13,7 @@ thread_local! {
 
 /// One [`PrefixMatch`] per worker index. Its memory is reused by the thread's next decision.
 #[derive(Debug)]
-pub(crate) struct PrefixMatches(Vec<PrefixMatch>);
+pub struct PrefixMatches(Vec<PrefixMatch>);
 
 impl PrefixMatches {
     /// Returns an empty prefix match for each of `worker_count` worker indices.
@@ -40,12 +40,14 @@ impl Drop for PrefixMatches {
 impl Deref for PrefixMatches {
     type Target = [PrefixMatch];
 
+    #[inline]
     fn deref(&self) -> &[PrefixMatch] {
         &self.0
     }
 }
 
 impl DerefMut for PrefixMatches {
+    #[inline]
     fn deref_mut(&mut self) -> &mut [PrefixMatch] {
         &mut self.0
     }

@@ -142,6 +142,7 @@ impl Sequence {
     }
 
     /// Returns the sequence hash of each full block whose content is known, in order.
+    #[inline]
     #[must_use]
     pub fn hashes(&self) -> &[SequenceHash] {
         &self.hashes
@@ -155,7 +156,8 @@ impl Sequence {
     /// Returns the sequence hashes up to the last that ends a whole block of an engine, which has
     /// `engine_block_ratio` of these blocks. The ratio must not be 0. Copies the hashes only if
     /// some are left out.
-    pub(crate) fn hash_chain_aligned_to(&self, engine_block_ratio: u32) -> Arc<[SequenceHash]> {
+    #[must_use]
+    pub fn hash_chain_aligned_to(&self, engine_block_ratio: u32) -> Arc<[SequenceHash]> {
         match self.hashes.len() % engine_block_ratio as usize {
             0 => Arc::clone(&self.hashes),
             partial => Arc::from(&self.hashes[..self.hashes.len() - partial]),
@@ -163,6 +165,7 @@ impl Sequence {
     }
 
     /// Returns the length in tokens, the partial last block included.
+    #[inline]
     #[must_use]
     pub fn tokens(&self) -> u32 {
         self.tokens
@@ -170,18 +173,21 @@ impl Sequence {
 
     /// Returns whether the blocks are text blocks, whose length only approximates that of an engine
     /// block.
+    #[inline]
     #[must_use]
     pub fn is_text_based(&self) -> bool {
         self.is_text_based
     }
 
     /// Returns the number of tokens per block.
+    #[inline]
     #[must_use]
     pub fn block_size(&self) -> NonZeroU32 {
         self.block_size
     }
 
     /// Returns the number of blocks that the prompt occupies, the partial last block included.
+    #[inline]
     #[must_use]
     pub fn blocks(&self) -> u32 {
         self.tokens.div_ceil(self.block_size.get())
@@ -189,6 +195,7 @@ impl Sequence {
 
     /// Returns the maximum number of leading blocks that an engine can take from its cache. Never
     /// the whole prompt, because the last token must be computed to get logits.
+    #[inline]
     #[must_use]
     pub fn max_reusable_blocks(&self) -> u32 {
         self.tokens.saturating_sub(1) / self.block_size.get()
@@ -346,9 +353,10 @@ fn mix_hash(previous: u64, link: u64) -> u64 {
 /// Hasher that returns its `u64` key. Sequence hashes are uniform already, and hashing them again
 /// would double the cost of a look-up.
 #[derive(Debug, Default)]
-pub(crate) struct IdentityHasher(u64);
+pub struct IdentityHasher(u64);
 
 impl Hasher for IdentityHasher {
+    #[inline]
     fn finish(&self) -> u64 {
         self.0
     }
@@ -360,6 +368,7 @@ impl Hasher for IdentityHasher {
         );
     }
 
+    #[inline]
     fn write_u64(&mut self, hash: u64) {
         self.0 = hash;
     }
