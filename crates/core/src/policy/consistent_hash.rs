@@ -19,7 +19,7 @@ use super::candidates::Candidates;
 use super::interface::{NamedPolicy, Policy};
 use super::request_profile::RequestProfile;
 
-/// [Consistent hashing with bounded loads](self).
+/// Consistent hashing with bounded loads.
 pub const CONSISTENT_HASH: NamedPolicy = NamedPolicy {
     name: "consistent-hash",
     description: "by the first 1,024 prompt tokens, with bounded load",

@@ -9,7 +9,7 @@ use super::candidates::Candidates;
 use super::interface::{NamedPolicy, Policy};
 use super::request_profile::RequestProfile;
 
-/// [Least requests](self).
+/// Least requests.
 pub const LEAST_REQUESTS: NamedPolicy = NamedPolicy {
     name: "least-requests",
     description: "the worker with the fewest requests",

@@ -13,7 +13,7 @@ use super::candidates::Candidates;
 use super::interface::{BatchRule, NamedPolicy, Policy};
 use super::request_profile::RequestProfile;
 
-/// [LMetric](self).
+/// LMetric.
 pub const LMETRIC: NamedPolicy = NamedPolicy {
     name: "lmetric",
     description: "least (pending + new prefill tokens) × (requests + 1)",

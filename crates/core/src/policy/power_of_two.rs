@@ -13,7 +13,7 @@ use super::candidates::Candidates;
 use super::interface::{NamedPolicy, Policy, Scope};
 use super::request_profile::RequestProfile;
 
-/// [Power of two choices](self).
+/// Power of two choices.
 pub const POWER_OF_TWO: NamedPolicy = NamedPolicy {
     name: "power-of-two",
     description: "of two random workers, the one with fewer requests",

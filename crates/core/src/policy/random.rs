@@ -8,7 +8,7 @@ use super::candidates::Candidates;
 use super::interface::{NamedPolicy, Policy};
 use super::request_profile::RequestProfile;
 
-/// [Random](self).
+/// Random.
 pub const RANDOM: NamedPolicy = NamedPolicy {
     name: "random",
     description: "a random worker",

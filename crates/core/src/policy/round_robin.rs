@@ -8,7 +8,7 @@ use super::candidates::Candidates;
 use super::interface::{NamedPolicy, Policy};
 use super::request_profile::RequestProfile;
 
-/// [Round robin](self).
+/// Round robin.
 pub const ROUND_ROBIN: NamedPolicy = NamedPolicy {
     name: "round-robin",
     description: "each worker in turn",
