@@ -4,7 +4,7 @@
 use std::num::NonZeroU32;
 use std::ops::Range;
 
-use foresee_core::sequence::Sequence;
+use foresee_core::sequence::{Sequence, SequenceHash};
 
 /// Number of different tokens in prompts: the vocabulary of a large model.
 pub const VOCABULARY: NonZeroU32 = NonZeroU32::new(1 << 17).expect("not zero");
@@ -97,6 +97,17 @@ pub fn mix(number: u64) -> u64 {
     let number = (number ^ (number >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     let number = (number ^ (number >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     number ^ (number >> 31)
+}
+
+/// Returns the hashes of engine blocks of `ratio` router blocks each. The hash of an engine block
+/// is that of its last router block, because a sequence hash covers the whole prefix. Router blocks
+/// at the end that do not fill an engine block are left out.
+pub(crate) fn coarser_hashes(
+    hashes: &[SequenceHash],
+    ratio: u32,
+) -> impl Iterator<Item = SequenceHash> + '_ {
+    let ratio = ratio.max(1) as usize;
+    hashes.iter().skip(ratio - 1).step_by(ratio).copied()
 }
 
 #[cfg(test)]

@@ -8,33 +8,34 @@
 mod config;
 mod failover;
 mod measure;
+mod worker;
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
-use std::num::NonZeroU32;
 use std::ops::ControlFlow;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use foresee_core::booking::Booking;
 use foresee_core::router::{CacheSource, Request, RouteError, Router};
-use foresee_core::sequence::SequenceHash;
 use foresee_core::workers::{WorkerId, WorkerSpec};
 
 use crate::arrivals::Arrivals;
 use crate::baselines::PolicySpec;
 use crate::baselines::driver::{ArrivingRequest, EngineState, PolicyDriver};
 use crate::cache_signal::{CacheSignal, DelayedEvents};
-use crate::engine::{Engine, EngineConfig, EngineRequest, Step, TokenEvent};
+use crate::engine::{EngineRequest, TokenEvent};
 use crate::fleet_changes::{Change, FleetSchedule};
 use crate::forecast_error::ForecastMonitor;
 use crate::hashed_workload::HashedWorkload;
 use crate::outcome::Outcome;
 use crate::prediction::Sampler;
+use crate::prompt::coarser_hashes;
 use crate::ready_wakers::ReadyWakers;
 use crate::workload::Workload;
 pub use config::{ReplayConfig, ReplayError};
 use failover::Failover;
+use worker::{Worker, new_worker};
 
 /// State of a running replay.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,21 +105,6 @@ pub fn run_while(
         }
     }
     Ok(replay.outcome())
-}
-
-/// A worker of the replay: an engine and its current step.
-struct Worker {
-    /// Id in the router; `None` before the worker joins the fleet.
-    id: Option<WorkerId>,
-    engine: Engine,
-    /// The step that the engine computes; `None` while the engine is idle.
-    step: Option<Step>,
-    /// Speed relative to the engine's step-time model.
-    speed: f64,
-    /// Engine block size ÷ router block size.
-    engine_block_ratio: NonZeroU32,
-    /// Number of requests sent to the engine.
-    requests: u64,
 }
 
 /// A request between its arrival and its last token.
@@ -567,43 +553,4 @@ impl<'a> Replay<'a> {
             }
         }
     }
-}
-
-/// Returns the hashes of engine blocks of `ratio` router blocks each. The hash of an engine block
-/// is that of its last router block, because a sequence hash covers the whole prefix. Router blocks
-/// at the end that do not fill an engine block are left out.
-pub(crate) fn coarser_hashes(
-    hashes: &[SequenceHash],
-    ratio: u32,
-) -> impl Iterator<Item = SequenceHash> + '_ {
-    let ratio = ratio.max(1) as usize;
-    hashes.iter().skip(ratio - 1).step_by(ratio).copied()
-}
-
-/// Returns a worker that has not joined the fleet. `has_events` selects whether its engine records
-/// cache events.
-///
-/// # Errors
-/// If the engine's block size is no multiple of the router's.
-fn new_worker(
-    engine: &EngineConfig,
-    has_events: bool,
-    block_size: NonZeroU32,
-) -> Result<Worker, ReplayError> {
-    let ratio = NonZeroU32::new(engine.block_size.get() / block_size);
-    let ratio = ratio.filter(|_| engine.block_size.get() % block_size == 0);
-    Ok(Worker {
-        id: None,
-        engine_block_ratio: ratio.ok_or(ReplayError::BlockSize {
-            engine: engine.block_size,
-            router: block_size,
-        })?,
-        engine: Engine::new(EngineConfig {
-            cache_events: has_events,
-            ..engine.clone()
-        }),
-        step: None,
-        speed: 1.0,
-        requests: 0,
-    })
 }

@@ -5,7 +5,7 @@ use rand::rngs::SmallRng;
 
 use super::lookahead::{Lookahead, Milestone, ScheduledRequest};
 use super::view::{self, DecisionView, EngineState, EngineView, InformedPolicy};
-use crate::replay::coarser_hashes;
+use crate::prompt::coarser_hashes;
 
 /// Policy that chooses the worker on which the request delays all requests least, itself included.
 ///
