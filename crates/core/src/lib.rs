@@ -127,3 +127,8 @@ pub mod sequence {
         BytesPerToken, PartialBlock, Sequence, SequenceHash, extend_hash, prefix_salt,
     };
 }
+
+/// The example of the README, which is a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
