@@ -44,7 +44,7 @@ pub struct Worker {
     pub outlier: Outlier,
     /// Requests booked on the worker, queued ones included.
     pub requests: u32,
-    /// Those of them that are queued in the router.
+    /// Requests booked on the worker that are queued in the router.
     pub queued_requests: u32,
     /// Predicted blocks that running requests pin; shared ones count once.
     pub active_blocks: u64,
@@ -102,7 +102,7 @@ pub struct Health {
     pub last_error: Option<String>,
 }
 
-/// What a worker's past results say about it.
+/// State of a worker that follows from its past results.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Outlier {

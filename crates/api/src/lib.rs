@@ -1,4 +1,4 @@
-//! What the gateway says, and others read: types and names without behaviour.
+//! Types and names that the gateway writes and other crates read, without behaviour.
 //!
 //! | modules | content |
 //! |---|---|

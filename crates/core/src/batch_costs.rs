@@ -77,7 +77,7 @@ impl BatchCosts {
         }
     }
 
-    /// Adds the next prompt to those that are placed before the following ones, on all workers.
+    /// Adds the next prompt to the earlier prompts of the ones that follow it, on all workers.
     pub(crate) fn add_earlier(
         &mut self,
         profile: &RequestProfile<'_>,

@@ -23,8 +23,8 @@ pub struct RouterConfig {
     /// blocks, which leaves pure load balancing.
     ///
     /// [`KV`](crate::policy::KV): the cost of a block to compute, in active blocks.
-    /// [`MARGINAL_DELAY`](crate::policy::MARGINAL_DELAY): a value above 1 multiplies the predicted prefill
-    /// time of the request; a value below 1 is the fraction of its overlap that counts.
+    /// [`MARGINAL_DELAY`](crate::policy::MARGINAL_DELAY): a value above 1 multiplies the predicted
+    /// prefill time of the request; a value below 1 is the fraction of its overlap that counts.
     pub overlap_weight: f64,
     /// Weight of one second of the request's time to first token, relative to one second of any
     /// other delay. From 0 to 10⁶. Used by [`MARGINAL_DELAY`](crate::policy::MARGINAL_DELAY).

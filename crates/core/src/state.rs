@@ -266,7 +266,9 @@ impl State {
     ) -> Result<WorkerId, SelectError> {
         let profile = self.request_profile(request, assessment);
         let excluded = self.excluded(request);
-        self.workers.refresh_bound_columns(self.now);
+        if self.selector.policy().reads_bound_columns() {
+            self.workers.refresh_bound_columns(self.now);
+        }
         let eligible = self.workers.selectable(request, &excluded, self.now)?;
         let prefix_matches = &assessment.prefix_matches;
         let candidates = Candidates::new(&self.workers, &eligible, prefix_matches, self.now);

@@ -1,5 +1,5 @@
-//! Assembly of a gateway: builds its parts from its configuration, and gives each front end those that
-//! it uses.
+//! Assembly of a gateway: builds its parts from its configuration, and gives each front end the parts
+//! that it uses.
 
 use std::sync::Arc;
 

@@ -53,7 +53,7 @@ const FIRST_BYTE_FACTOR: u32 = 10;
 /// Longest `Retry-After` of a worker that is honoured.
 const MAX_BACKPRESSURE: Duration = Duration::from_secs(300);
 
-/// What the attempts of all requests share.
+/// Parts of the gateway that the attempts of all requests share.
 #[derive(Debug)]
 pub(crate) struct FailoverContext {
     pub(crate) placement: Arc<Placement>,

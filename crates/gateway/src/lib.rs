@@ -23,8 +23,8 @@
 //! 7. `placement::completion_log` records how the response ended, and `placement::cache_feedback` what
 //!    it left in the worker's cache. Dropping the response's body releases the booking.
 //!
-//! `assembly` builds the parts and gives each front end those that it uses, `server` starts and stops
-//! everything, and `shutdown` has the phases in which it stops.
+//! `assembly` builds the parts and gives each front end the parts that it uses, `server` starts and
+//! stops everything, and `shutdown` has the phases in which it stops.
 //! `metrics` reports the state, and `recorder` writes a trace of the requests.
 
 mod accept;

@@ -12,7 +12,7 @@ use crate::reply::{self, Body};
 use crate::shutdown::ShutdownSignal;
 use crate::workers::registry::WorkerRegistry;
 
-/// What the gateway's own responses tell.
+/// Contents of the gateway's own responses.
 #[derive(Debug)]
 pub(crate) struct OwnResponses {
     pub(crate) router: Router,

@@ -27,7 +27,8 @@ const WORKERS_PER_DELAY: usize = 8;
 
 /// Number of workers up to which the delays of a batch are computed for all of them.
 const MAX_WORKERS_EVALUATED: usize = 64;
-/// Number of workers of least cost for the mean prompt, by a lower bound, in the shortlist of a larger fleet.
+/// Number of workers of least cost for the mean prompt, by a lower bound, in the shortlist of a
+/// larger fleet.
 const SHORTLIST_BY_BOUND: usize = 24;
 /// Number of further workers in the shortlist, with the most overlap.
 const SHORTLIST_BY_OVERLAP: usize = 8;
@@ -200,15 +201,13 @@ impl State {
     }
 
     /// Returns the workers on which the batch may have the least cost: eligible workers with the
-    /// least cost for its mean prompt, and some of the others, with the most overlap.
-    /// `costs` has its prefix matches.
+    /// least cost for its mean prompt, by a lower bound, and some of the others, with the most
+    /// overlap. `costs` has its prefix matches.
     fn shortlist(&self, batch: &BatchRequest<'_>, costs: &BatchCosts) -> Vec<WorkerIndex> {
         let first = &batch.requests[0];
         let excluded = self.excluded(first);
         let eligible = self.workers.selectable(first, &excluded, self.now);
-        let eligible = eligible.unwrap_or_default().into_owned().into_iter();
-        let mut remaining: Vec<WorkerIndex> =
-            eligible.filter(|index| !excluded.contains(index)).collect();
+        let mut remaining: Vec<WorkerIndex> = eligible.unwrap_or_default().into_owned();
         let prompts = batch.requests.len() as u32;
         let mean = |sum: u64| u32::try_from(sum / u64::from(prompts)).unwrap_or(u32::MAX);
         let mean_over = |measure: fn(&Sequence) -> u32| {

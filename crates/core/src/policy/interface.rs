@@ -38,6 +38,12 @@ pub trait Policy: fmt::Debug + Send {
         self.costs(request, candidates, costs);
     }
 
+    /// Returns whether [`costs_or_bounds`](Self::costs_or_bounds) reads the columns from which the
+    /// router derives lower bounds of the marginal delay. Only then are they kept up to date.
+    fn reads_bound_columns(&self) -> bool {
+        false
+    }
+
     /// Returns the cost of the request on one worker, without regard to other candidates.
     fn cost(&self, request: &RequestProfile<'_>, worker: &WorkerView<'_>) -> f64 {
         let mut costs = Vec::with_capacity(1);
@@ -78,7 +84,8 @@ pub trait Policy: fmt::Debug + Send {
         false
     }
 
-    /// Records that the request is placed on `worker`. For policies that keep a history.
+    /// Records that the request, which arrives now, is placed on `worker`. For policies that keep a
+    /// history. Is not called for a trial of an ejected worker, nor for a body with several prompts.
     fn on_placed(&mut self, _request: &RequestProfile<'_>, _worker: WorkerIndex) {}
 }
 
@@ -96,7 +103,8 @@ pub enum Scope {
 pub enum BatchRule {
     /// The worker for the first prompt takes all.
     FirstPrompt,
-    /// Least sum of the costs of the prompts, each placed after the ones before it.
+    /// Least sum of the costs of the prompts, each placed after the ones before it. The policy is
+    /// passed the workers of a large fleet in parts, so costs must not depend on other candidates.
     Sum,
     /// As `Sum`, but in a large fleet only over a shortlist of workers with little cost for the mean
     /// prompt. For costs that take long to compute.

@@ -1,7 +1,7 @@
 //! LMetric: new tokens times requests.
 //!
-//! **Cost:** `(pending tokens + new tokens of this prompt) × (requests + 1)`. Pending tokens are
-//! those that the worker has yet to compute for earlier requests.
+//! **Cost:** `(pending tokens + new tokens of this prompt) × (requests + 1)`. Pending tokens
+//! are the prompt tokens of earlier requests that the worker has yet to compute.
 //!
 //! **Source:** Zhang et al., 2026, arXiv 2603.15202. Prefixes of requests in flight count as cached.
 //!

@@ -88,24 +88,18 @@ impl Policy for LeastMarginalDelay {
         costs: &mut Vec<f64>,
     ) {
         let bounds = lower_bounds(request, candidates);
-        let bound_at = |position: usize| {
-            bounds
-                .get(position)
-                .map_or(f64::NEG_INFINITY, |b| f64::from(*b))
-        };
         // The candidate of the least bound is probably that of the least cost.
         let first = (0..bounds.len()).min_by(|&a, &b| bounds[a].total_cmp(&bounds[b]));
-        let mut minimum = first.map_or(f64::INFINITY, |position| {
-            self.cost(request, &candidates.at(position))
-        });
-        if minimum.is_nan() {
-            minimum = f64::INFINITY;
-        }
+        let first_cost = first.map(|position| self.cost(request, &candidates.at(position)));
+        let mut minimum = f64::INFINITY.min(first_cost.unwrap_or(f64::INFINITY));
         costs.extend((0..candidates.len()).map(|position| {
+            if first == Some(position) {
+                return first_cost.unwrap_or(f64::INFINITY);
+            }
             // The cutoff is just above the minimum, so that an equal cost is computed exactly.
             let cutoff = minimum.next_up();
-            let bound = bound_at(position);
-            if bound >= cutoff {
+            let bound = bounds.get(position).map(|&bound| f64::from(bound));
+            if let Some(bound) = bound.filter(|&bound| bound >= cutoff) {
                 return bound;
             }
             let cost = candidates
@@ -114,6 +108,10 @@ impl Policy for LeastMarginalDelay {
             minimum = minimum.min(cost);
             cost
         }));
+    }
+
+    fn reads_bound_columns(&self) -> bool {
+        true
     }
 
     fn cost(&self, request: &RequestProfile<'_>, worker: &WorkerView<'_>) -> f64 {
@@ -155,18 +153,19 @@ fn lower_bounds(request: &RequestProfile<'_>, candidates: &Candidates<'_>) -> Ve
     }
     let group = columns.group[first as usize];
     let latency = workers.latency_model(&workers.pending_work[first as usize]);
-    let mut by_index = Vec::new();
-    write_lower_bounds(request, columns, latency, prefix_matches, &mut by_index);
-    let bounds = indices.iter().map(|&index| {
+    let mut bounds = Vec::new();
+    write_lower_bounds(request, columns, latency, prefix_matches, &mut bounds);
+    // From worker indices, which ascend, to positions among the candidates.
+    for (position, &index) in indices.iter().enumerate() {
         let index = index as usize;
         // The coefficients are those of the first candidate.
-        if columns.group[index] == group {
-            by_index[index]
-        } else {
-            f32::NEG_INFINITY
-        }
-    });
-    bounds.collect()
+        bounds[position] = match columns.group[index] == group {
+            true => bounds[index],
+            false => f32::NEG_INFINITY,
+        };
+    }
+    bounds.truncate(indices.len());
+    bounds
 }
 
 impl WorkerView<'_> {

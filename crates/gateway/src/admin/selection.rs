@@ -48,7 +48,7 @@ use crate::workers::worker::Worker;
 use request::{ProgressReport, ReportedEnd, SelectRequest, parse_end};
 use reservations::{ReservationId, Reservations};
 
-/// Maximum number of selections at a time, those that wait for a dispatch included. Lower than the
+/// Maximum number of selections at a time, selections that wait for a dispatch included. Lower than the
 /// number of connections, so that health checks and metrics are served meanwhile.
 const MAX_CONCURRENT_SELECTIONS: usize = 128;
 
@@ -72,7 +72,7 @@ pub(crate) struct SelectionApi {
     parse_pool: Arc<ParsePool>,
     shutdown: Arc<ShutdownSignal>,
     clock: Clock,
-    /// What the clients have reserved: the observation of each response, which owns the bookings.
+    /// Observation of the response of each reservation, which owns the bookings.
     reservations: Arc<Reservations<ResponseObserver>>,
     /// Permits of concurrent selections.
     permits: Semaphore,

@@ -1,5 +1,5 @@
-//! From the booking of a request to its dispatch: the wait in the router's queue, and what a worker's
-//! event status is told before the request is sent.
+//! From the booking of a request to its dispatch: the wait in the router's queue, and the notes in the
+//! worker's event status that precede the sending.
 
 use std::future::poll_fn;
 use std::sync::Arc;

@@ -14,7 +14,7 @@ use crate::clock::Clock;
 use crate::placement::drain_rate::DrainRate;
 use crate::workers::registry::WorkerRegistry;
 
-/// What error responses say about the workers and the queue.
+/// State of the workers and of the queue, as error responses describe it.
 #[derive(Debug)]
 pub(super) struct Refusals {
     pub(super) registry: Arc<WorkerRegistry>,

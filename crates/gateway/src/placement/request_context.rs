@@ -18,7 +18,7 @@ use crate::placement::tokenization::PromptTokenizer;
 use crate::recorder::Recorder;
 use crate::workers::worker::Worker;
 
-/// What the observations of all responses use and teach.
+/// Parts of the gateway that the observations of all responses use.
 #[derive(Debug)]
 pub(crate) struct Observation {
     pub(super) router: Router,
