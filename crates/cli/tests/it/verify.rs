@@ -105,7 +105,7 @@ fn mock_engines(serving: &mut JoinSet<std::io::Result<()>>, has_events: bool) ->
             worker += &format!(",kv-events={}", events.endpoint);
         }
         let config = MockEngineConfig {
-            speedup: 20.0,
+            speedup: 4.0, // steps that outlast a pause of a busy machine, so that clients can abort
             kv_events,
             ..MockEngineConfig::new("model", engine)
         };
