@@ -72,8 +72,7 @@ pub(crate) struct BookingRecord {
     /// Number of the booking; see [`BookingId`].
     pub(crate) serial: u64,
     pub(crate) worker: WorkerId,
-    /// End of the request's path in the active tree or, while the request is queued, in the tree of
-    /// queued prefixes.
+    /// End of the request's path in the active tree, to be unpinned as dispatched or as queued.
     pub(crate) node: NodeId,
     /// Blocks of the prompt that are pinned through the tree. No other request shares the rest of
     /// the request's blocks.

@@ -126,7 +126,7 @@ impl State {
             let index = worker.id.index;
             let (node, hashed_blocks) =
                 self.prefixes
-                    .pin_queued(index, request.prompt, record.serial);
+                    .pin_queued(index, request.prompt, assessment.tree_position);
             record.node = node;
             record.hashed_blocks = hashed_blocks;
             let active_blocks = assessment.prefix_matches[index as usize].active_blocks;
@@ -538,7 +538,7 @@ impl State {
     }
 
     /// Removes a queued booking from the queue of its worker, from the worker's load and from the
-    /// tree of queued prefixes. Has no effect if the worker was removed.
+    /// active tree. Has no effect if the worker was removed.
     fn dequeue(&mut self, record: &BookingRecord, queued: &QueuedState) {
         if self.workers.get(record.worker).is_none() {
             return self.unpin_from_removed_worker(record);

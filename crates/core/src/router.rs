@@ -502,7 +502,7 @@ impl Router {
         self.state.lock().bookings.len()
     }
 
-    /// Returns the number of nodes in the trees of active and of queued prefixes. The router's
+    /// Returns the number of nodes in the tree of active and queued prefixes. The router's
     /// memory is proportional to it.
     #[must_use]
     pub fn prefix_tree_nodes(&self) -> usize {

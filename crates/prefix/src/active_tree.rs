@@ -20,11 +20,11 @@
 //! | An edge is a slice of the hash chain of a request. A node represents a run of blocks that no known request divides. | Booking and release touch branches, not blocks. The hashes are not copied. |
 //! | A sequence hash identifies its whole prefix. Therefore one flat map from the first hash of an edge to its node replaces a child table per node, and bisection finds the block at which a prompt leaves an edge. | A prompt is matched by a few look-ups. |
 //! | A node lists the workers that hold it, each with a count of bookings that *pin* it instead of their ids. | One walk matches the prompt on every worker. |
-//! | A node also has the number of its blocks that each worker has *computed*. They stay cached after the last unpin, until the estimated cache evicts them. | Active and cached blocks are one look-up. |
+//! | A node also has the number of its blocks that each worker has *computed*. They stay cached after the last unpin, until the estimated cache evicts them. It also counts the queued bookings that will pin it. | Active, cached and queued blocks are one look-up. |
 //!
-//! Invariants, on which all operations rely: along a path from the root, the pin counts of a worker
-//! never rise; and a worker that has computed blocks of a node has computed every block above the
-//! node.
+//! Invariants, on which all operations rely: along a path from the root, the pin counts and the
+//! queued counts of a worker never rise; and a worker that has computed blocks of a node has computed
+//! every block above the node.
 //!
 //! Edges share the hash chains that they were made from, so most changes copy nothing. If a short
 //! edge would keep a long chain alive, the edge gets a copy of its own, of bounded length. The
@@ -46,6 +46,7 @@ mod first_hashes;
 #[cfg(test)]
 mod naive;
 mod node;
+mod queued;
 mod worker_sync;
 
 use first_hashes::FirstHashes;
@@ -143,14 +144,15 @@ pub(crate) struct PrefixTree {
 impl PrefixTree {
     /// Computes how many leading blocks of `chain` every worker has, and returns the position at
     /// which `chain` leaves the tree. For a worker with events, cached blocks that its events
-    /// already reflect are left out unless they are pinned: the event index has them.
+    /// already reflect are left out unless they are pinned: the event index has them. With
+    /// `with_queued`, blocks that queued bookings will pin count as active.
     ///
     /// `prefix_matches` is indexed by worker and must be zero on entry: only workers that have a
-    /// block are written. Workers beyond its end are ignored, also in `best_overlap`, so an empty
-    /// slice serves to find the position only.
+    /// block are written. Workers beyond its end are ignored, also in `best_overlap`.
     pub(crate) fn match_prefix(
         &self,
         chain: &[SequenceHash],
+        with_queued: bool,
         prefix_matches: &mut [PrefixMatch],
     ) -> TreePosition {
         let mut best_overlap = 0;
@@ -167,9 +169,10 @@ impl PrefixTree {
                     prefix_match.cached_blocks = node.start + cached_blocks.min(edge_blocks);
                 }
                 let is_fully_cached = cached_blocks == node.len();
-                if holder.pin_count > 0
-                    && (is_fully_cached || holder.serial_or_epoch <= sync.last_started)
-                {
+                let is_active = holder.pin_count > 0
+                    && (is_fully_cached || holder.serial_or_epoch <= sync.last_started);
+                let is_queued = with_queued && holder.queued_count > 0 && !sync.is_retired;
+                if is_active || is_queued {
                     prefix_match.active_blocks = node.start + edge_blocks;
                 }
                 best_overlap = best_overlap.max(prefix_match.overlap());
@@ -179,6 +182,11 @@ impl PrefixTree {
             best_overlap,
             ..reached
         }
+    }
+
+    /// Returns the position at which `chain` leaves the tree.
+    pub(crate) fn find(&self, chain: &[SequenceHash]) -> TreePosition {
+        self.visit_path(chain, |_, _| ())
     }
 
     /// Writes how many leading blocks of `chain` every worker still caches according to its
@@ -251,6 +259,43 @@ impl PrefixTree {
         worker: WorkerIndex,
         serial: u64,
     ) -> PinChange {
+        let (node, path_blocks) = self.extend_path(position, chain);
+        let mut change = PinChange {
+            node,
+            path_blocks,
+            already_held: 0,
+            newly_pinned: 0,
+            reused: SmallVec::new(),
+        };
+        let sync = self.worker_sync(worker);
+        let mut ancestor = node;
+        while ancestor != NO_NODE {
+            let node = &mut self.nodes[ancestor.index()];
+            let (start, length) = (node.start, node.len());
+            ancestor = node.parent;
+            let holder = node.holder_or_new(worker, sync.generation);
+            sync.forget_lost(holder);
+            let present_blocks = match holder.pin_count {
+                0 => holder.cached_blocks,
+                _ => length,
+            };
+            if present_blocks > 0 {
+                change.already_held = change.already_held.max(start + present_blocks);
+            }
+            if holder.pin_count == 0 {
+                change.newly_pinned += length;
+                change.push_reused(start, holder.cached_blocks, holder.serial_or_epoch);
+                holder.serial_or_epoch = serial;
+            }
+            holder.pin_count += 1;
+        }
+        change
+    }
+
+    /// Adds the part of `chain` that the tree lacks, and divides the edge at which `chain` leaves
+    /// it. `position` is as for [`pin`](Self::pin). Returns the node with which the path ends, and
+    /// the length of the path: that of `chain`, unless a hash collision cut it short.
+    fn extend_path(&mut self, position: TreePosition, chain: &HashChain) -> (NodeId, u32) {
         let mut node = position.node;
         if node != NO_NODE && position.edge_blocks < self.nodes[node.index()].len() {
             node = self.split(node, position.edge_blocks);
@@ -262,53 +307,8 @@ impl PrefixTree {
         {
             node = self.add_leaf(chain, position.depth, node);
         }
-
-        let mut change = PinChange {
-            node,
-            path_blocks: self.nodes.get(node.index()).map_or(0, |node| node.end),
-            already_held: 0,
-            newly_pinned: 0,
-            reused: SmallVec::new(),
-        };
-        let sync = self.worker_sync(worker);
-        let mut ancestor = node;
-        while ancestor != NO_NODE {
-            let node = &mut self.nodes[ancestor.index()];
-            let (start, length) = (node.start, node.len());
-            match node.holder_index(worker) {
-                Ok(index) => {
-                    let holder = &mut node.holders[index];
-                    sync.forget_lost(holder);
-                    let present_blocks = match holder.pin_count {
-                        0 => holder.cached_blocks,
-                        _ => length,
-                    };
-                    change.already_held = change.already_held.max(start + present_blocks);
-                    if holder.pin_count == 0 {
-                        change.newly_pinned += length;
-                        change.push_reused(start, holder.cached_blocks, holder.serial_or_epoch);
-                        holder.serial_or_epoch = serial;
-                    }
-                    holder.pin_count += 1;
-                }
-                Err(index) => {
-                    change.newly_pinned += length;
-                    node.holders.insert(
-                        index,
-                        NodeHolder {
-                            worker,
-                            pin_count: 1,
-                            cached_blocks: 0,
-                            serial_or_epoch: serial,
-                            generation: sync.generation,
-                            is_engine_boundary: false,
-                        },
-                    );
-                }
-            }
-            ancestor = node.parent;
-        }
-        change
+        let path_blocks = self.nodes.get(node.index()).map_or(0, |node| node.end);
+        (node, path_blocks)
     }
 
     /// Records that `worker`, which pins `node`, has computed every block up to the end of `node`.
@@ -388,7 +388,7 @@ impl PrefixTree {
                 change.still_cached += holder.cached_blocks;
                 holder.serial_or_epoch = free_epoch;
                 if holder.cached_blocks == 0 {
-                    node.remove_holder(worker);
+                    node.remove_blocks(worker);
                 } else if change.deepest_cached == NO_NODE {
                     change.deepest_cached = id;
                 }
@@ -550,7 +550,8 @@ impl PrefixTree {
         let Some(node) = self.nodes.get_mut(id.index()) else {
             return;
         };
-        if node.children == 0 && node.holders.iter().all(|holder| holder.pin_count == 0) {
+        let is_unpinned = |holder: &NodeHolder| holder.pin_count == 0 && holder.queued_count == 0;
+        if node.children == 0 && node.holders.iter().all(is_unpinned) {
             let cached_blocks = node.holders.iter().map(|holder| holder.cached_blocks).max();
             node.end = node.start + cached_blocks.unwrap_or(0).max(1);
         }

@@ -21,12 +21,11 @@ pub use pinning::{Occupancy, PinRequest, Pinned, UnpinRequest};
 /// Which worker has which blocks of a prompt.
 ///
 /// A block of a prompt is on a worker because a running request pins it, or because the engine still
-/// caches it. Four stores know a part of that:
+/// caches it. Three stores know a part of that:
 ///
 /// | store | knows |
 /// |---|---|
-/// | active tree | blocks that dispatched requests pin, and blocks that the estimated caches keep |
-/// | tree of queued prefixes | blocks that queued requests will pin |
+/// | active tree | blocks that dispatched requests pin, that queued requests will pin, and that the estimated caches keep |
 /// | event index | blocks that workers cache according to their KV events |
 /// | pending evictions | blocks of these that bookings will evict, and that events still list |
 ///
@@ -43,11 +42,9 @@ pub use pinning::{Occupancy, PinRequest, Pinned, UnpinRequest};
 /// A method panics if no worker with this index, or a larger one, was ever added.
 #[derive(Debug, Default)]
 pub struct PrefixState {
-    /// Active tree: prefixes that dispatched requests pin, and prefixes that workers still cache
-    /// according to their estimated caches.
+    /// Active tree: prefixes that dispatched requests pin or queued ones will pin, and prefixes that
+    /// workers still cache according to their estimated caches.
     tree: PrefixTree,
-    /// Prefixes that queued requests will pin.
-    queued: PrefixTree,
     /// Prefixes that workers cache according to their KV events.
     event_index: EventIndex,
     /// Evictions that bookings will cause and that events have not confirmed.
@@ -145,9 +142,7 @@ impl RetiredWorker {
 /// Hash chains that nothing uses any longer. Each may be the last reference to a large allocation,
 /// so they are dropped without the lock.
 #[derive(Debug)]
-pub struct UnusedChains(
-    #[expect(dead_code, reason = "only dropped")] [SmallVec<[HashChain; 4]>; 2],
-);
+pub struct UnusedChains(#[expect(dead_code, reason = "only dropped")] SmallVec<[HashChain; 4]>);
 
 impl PrefixState {
     /// Adds a worker without requests at `index`, which no other worker has. Indices should be dense
@@ -166,16 +161,15 @@ impl PrefixState {
         self.caches[index as usize] = cache;
         self.tree
             .set_intra_step_sharing(index, eviction.shares_within_step());
-        self.queued.set_intra_step_sharing(index, true);
     }
 
     /// Returns how many leading blocks of the prompt every worker has, and the position at which the
     /// prompt leaves the active tree, with the largest overlap of any worker.
     ///
-    /// The stores correct each other in this order. The tree has pinned and estimated blocks. The
-    /// event index adds the blocks that events report. Pending evictions take some of these away.
-    /// Workers with larger engine blocks share only whole ones. With `with_queued`, blocks that
-    /// queued requests will pin count as active.
+    /// The stores correct each other in this order. The tree has pinned and estimated blocks; with
+    /// `with_queued`, blocks that queued requests will pin count as active. The event index adds the
+    /// blocks that events report. Pending evictions take some of these away. Workers with larger
+    /// engine blocks share only whole ones.
     #[must_use]
     pub fn match_prefix(
         &self,
@@ -184,7 +178,7 @@ impl PrefixState {
     ) -> (PrefixMatches, TreePosition) {
         let hashes = prompt.hashes();
         let mut matches = PrefixMatches::new(self.caches.len());
-        let mut position = self.tree.match_prefix(hashes, &mut matches);
+        let mut position = self.tree.match_prefix(hashes, with_queued, &mut matches);
         let in_index = self.event_index.match_prefix(hashes, &mut matches);
         position.best_overlap = position.best_overlap.max(in_index);
         let is_clamped = self
@@ -192,14 +186,7 @@ impl PrefixState {
             .clamp(hashes, &self.tree, &mut matches);
         let is_rounded =
             self.round_down_to_engine_blocks(prompt.max_reusable_blocks(), &mut matches);
-        if with_queued {
-            let mut queued = PrefixMatches::new(self.caches.len());
-            self.queued.match_prefix(hashes, &mut queued);
-            for (prefix_match, queued) in matches.iter_mut().zip(queued.iter()) {
-                prefix_match.active_blocks = prefix_match.active_blocks.max(queued.active_blocks);
-            }
-        }
-        if is_clamped || is_rounded || with_queued {
+        if is_clamped || is_rounded {
             position.best_overlap = matches.best_overlap();
         }
         (matches, position)
@@ -413,7 +400,6 @@ impl PrefixState {
         let mut estimated = std::mem::replace(cache, WorkerCache::unused()).estimated;
         estimated.clear();
         self.tree.retire_worker(worker);
-        self.queued.retire_worker(worker);
         self.pending_evictions.clear(worker);
         self.engine_block_ratios
             .retain(|(known, _)| *known != worker);
@@ -429,9 +415,7 @@ impl PrefixState {
     #[inline]
     #[must_use = "the chains are to be dropped after unlocking"]
     pub fn take_deferred_drops(&mut self) -> UnusedChains {
-        UnusedChains(
-            [&mut self.tree, &mut self.queued].map(|tree| std::mem::take(&mut tree.deferred_drops)),
-        )
+        UnusedChains(std::mem::take(&mut self.tree.deferred_drops))
     }
 
     // Reading.
@@ -519,9 +503,9 @@ impl PrefixState {
         self.event_index.len()
     }
 
-    /// Returns the number of nodes of both trees, to which their memory is proportional.
+    /// Returns the number of nodes of the active tree, to which its memory is proportional.
     #[must_use]
     pub fn tree_nodes(&self) -> usize {
-        self.tree.len() + self.queued.len()
+        self.tree.len()
     }
 }

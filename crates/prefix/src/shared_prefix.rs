@@ -11,7 +11,7 @@ pub fn blocks_shared_with_earlier<'a>(prompts: impl IntoIterator<Item = &'a Sequ
     let shared = prompts.into_iter().map(|prompt| {
         let mut prefix_matches = [PrefixMatch::default()];
         let chain = prompt.hash_chain();
-        let position = tree.match_prefix(chain, &mut prefix_matches);
+        let position = tree.match_prefix(chain, false, &mut prefix_matches);
         tree.pin(position, chain, 0, 0);
         prefix_matches[0].active_blocks
     });

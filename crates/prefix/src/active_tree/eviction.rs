@@ -54,7 +54,7 @@ impl PrefixTree {
                 change.resume_at = Some(id);
                 return change;
             }
-            node.remove_holder(worker);
+            node.remove_blocks(worker);
             let parent = node.parent;
             self.prune(id);
             id = parent;

@@ -15,6 +15,8 @@ const WORKERS: WorkerIndex = 3;
 enum Operation {
     /// Pins a chain.
     Pin(WorkerIndex, Vec<SequenceHash>),
+    /// Pins a chain as that of a queued request.
+    PinQueued(WorkerIndex, Vec<SequenceHash>),
     /// Marks the path of a live pin as computed.
     MarkCached(usize),
     /// Releases a live pin, with blocks of unknown output at its tail.
@@ -33,6 +35,7 @@ struct Pin {
     worker: WorkerIndex,
     node: NodeId,
     blocks: u32,
+    is_queued: bool,
     /// Whether the worker was removed after the pin, which removed the pin too.
     removed: bool,
 }
@@ -72,7 +75,7 @@ impl Harness {
             Operation::Pin(worker, hashes) => {
                 let chain = HashChain::from(hashes);
                 let mut prefix_matches = vec![PrefixMatch::default(); WORKERS as usize];
-                let position = self.tree.match_prefix(&chain, &mut prefix_matches);
+                let position = self.tree.match_prefix(&chain, true, &mut prefix_matches);
                 // Serials of bookings begin at 1.
                 let change = self.tree.pin(position, &chain, worker, 1);
                 self.pinned[worker as usize] += u64::from(change.newly_pinned);
@@ -84,14 +87,27 @@ impl Harness {
                     worker,
                     node: change.node,
                     blocks: change.path_blocks,
+                    is_queued: false,
                     removed: false,
                 });
                 self.evict_to_fit(worker);
             }
+            Operation::PinQueued(worker, hashes) => {
+                let chain = HashChain::from(hashes);
+                let position = self.tree.find(&chain);
+                let (node, blocks) = self.tree.pin_queued(position, &chain, worker);
+                self.pins.push(Pin {
+                    worker,
+                    node,
+                    blocks,
+                    is_queued: true,
+                    removed: false,
+                });
+            }
             Operation::MarkCached(index) => {
                 if let Some(index) = index.checked_rem(self.pins.len()) {
                     let pin = &self.pins[index];
-                    if !pin.removed {
+                    if !pin.removed && !pin.is_queued {
                         self.tree.mark_cached(pin.node, pin.worker);
                     }
                 }
@@ -99,8 +115,10 @@ impl Harness {
             Operation::Unpin(index, unhashed) => {
                 if let Some(index) = index.checked_rem(self.pins.len()) {
                     let pin = self.pins.swap_remove(index);
-                    if !pin.removed {
-                        self.unpin(&pin, unhashed);
+                    match (pin.removed, pin.is_queued) {
+                        (true, _) => {}
+                        (false, true) => self.tree.unpin_queued(pin.node, pin.worker),
+                        (false, false) => self.unpin(&pin, unhashed),
                     }
                 }
             }
@@ -113,7 +131,12 @@ impl Harness {
                 self.assert_nothing_matches(worker);
                 let pins = self.pins.iter_mut().filter(|pin| pin.worker == worker);
                 for pin in pins.filter(|pin| !pin.removed) {
-                    self.tree.unpin(pin.node, worker, 0);
+                    match pin.is_queued {
+                        true => self.tree.unpin_queued(pin.node, worker),
+                        false => {
+                            self.tree.unpin(pin.node, worker, 0);
+                        }
+                    }
                     pin.removed = true;
                 }
                 let cache = &mut self.caches[worker as usize];
@@ -146,7 +169,8 @@ impl Harness {
     fn assert_nothing_matches(&self, worker: WorkerIndex) {
         for (_, node) in self.tree.nodes.iter() {
             let mut prefix_matches = vec![PrefixMatch::default(); WORKERS as usize];
-            self.tree.match_prefix(&node.chain, &mut prefix_matches);
+            self.tree
+                .match_prefix(&node.chain, true, &mut prefix_matches);
             assert_eq!(prefix_matches[worker as usize], PrefixMatch::default());
         }
     }
@@ -199,11 +223,15 @@ impl Harness {
                 for child_holder in &self.tree.nodes[child.index()].holders {
                     let sync = self.tree.worker_sync(child_holder.worker);
                     let child_cached = sync.cached_blocks(child_holder);
-                    if child_holder.pin_count == 0 && child_cached == 0 {
+                    if child_holder.pin_count == 0
+                        && child_holder.queued_count == 0
+                        && child_cached == 0
+                    {
                         continue;
                     }
                     let holder = &node.holders[node.holder_index(child_holder.worker).unwrap()];
                     assert!(holder.pin_count >= child_holder.pin_count);
+                    assert!(holder.queued_count >= child_holder.queued_count);
                     assert!(child_cached == 0 || sync.cached_blocks(holder) == node.len());
                 }
             }
@@ -282,7 +310,12 @@ fn operations(
     let worker = 0..WORKERS;
     let index = any::<prop::sample::Index>().prop_map(|index| index.index(1 << 20));
     let operation = prop_oneof![
-        8 => (worker.clone(), chain).prop_map(|(worker, chain)| Operation::Pin(worker, chain)),
+        11 => (worker.clone(), chain, prop::bool::weighted(0.3)).prop_map(|(worker, chain, is_queued)| {
+            match is_queued {
+                true => Operation::PinQueued(worker, chain),
+                false => Operation::Pin(worker, chain),
+            }
+        }),
         5 => index.clone().prop_map(Operation::MarkCached),
         8 => (index, 0..4_u32).prop_map(|(index, unhashed)| Operation::Unpin(index, unhashed)),
         2 => (worker.clone(), 0..60_u32).prop_map(|(worker, blocks)| Operation::Capacity(worker, blocks)),
@@ -305,41 +338,69 @@ proptest! {
         harness.unpin_all();
     }
 
-    /// Compares the tree with the plain map of blocks and requests.
+    /// Compares the tree with plain maps of blocks and requests: one of dispatched requests, and
+    /// one of queued requests.
     #[test]
     fn the_tree_knows_the_active_blocks_of_the_naive_map(
         steps in prop::collection::vec(
-            (0..WORKERS, collision_free_chain(), any::<Option<prop::sample::Index>>()),
+            (0..WORKERS, collision_free_chain(), any::<bool>(), any::<Option<prop::sample::Index>>()),
             1..120,
         ),
     ) {
-        let (mut tree, mut naive) = (PrefixTree::default(), ActiveBlocks::default());
-        let mut running: Vec<(WorkerIndex, u64, HashChain, NodeId)> = Vec::new();
-        for (request, (worker, hashes, ended)) in (1..).zip(steps) {
+        let mut tree = PrefixTree::default();
+        let (mut active, mut queued) = (ActiveBlocks::default(), ActiveBlocks::default());
+        let mut bookings: Vec<(WorkerIndex, u64, HashChain, bool, NodeId)> = Vec::new();
+        for (request, (worker, hashes, is_queued, ended)) in (1..).zip(steps) {
             let chain = HashChain::from(hashes);
-            let mut matches = vec![PrefixMatch::default(); WORKERS as usize];
-            let position = tree.match_prefix(&chain, &mut matches);
-            for (worker, prefix_match) in (0..).zip(&matches) {
-                let active_blocks = naive.matching_blocks(worker, &chain);
-                prop_assert_eq!(prefix_match.active_blocks as usize, active_blocks);
+            let mut position = tree.find(&chain);
+            for with_queued in [false, true] {
+                let mut matches = vec![PrefixMatch::default(); WORKERS as usize];
+                position = tree.match_prefix(&chain, with_queued, &mut matches);
+                for (worker, prefix_match) in (0..).zip(&matches) {
+                    let active_blocks = active.matching_blocks(worker, &chain);
+                    let queued_blocks = queued.matching_blocks(worker, &chain);
+                    let expected = match with_queued {
+                        true => active_blocks.max(queued_blocks),
+                        false => active_blocks,
+                    };
+                    prop_assert_eq!(prefix_match.active_blocks as usize, expected);
+                }
             }
-            let change = tree.pin(position, &chain, worker, request);
-            let newly_pinned = naive.pin(worker, request, &chain);
-            prop_assert_eq!(change.newly_pinned as usize, newly_pinned);
-            running.push((worker, request, chain, change.node));
+            let node = match is_queued {
+                true => {
+                    queued.pin(worker, request, &chain);
+                    tree.pin_queued(position, &chain, worker).0
+                }
+                false => {
+                    let change = tree.pin(position, &chain, worker, request);
+                    let newly_pinned = active.pin(worker, request, &chain);
+                    prop_assert_eq!(change.newly_pinned as usize, newly_pinned);
+                    change.node
+                }
+            };
+            bookings.push((worker, request, chain, is_queued, node));
             if let Some(ended) = ended {
-                let (worker, request, chain, node) =
-                    running.swap_remove(ended.index(running.len()));
-                let change = tree.unpin(node, worker, 1);
-                let unpinned = naive.unpin(worker, request, &chain);
-                prop_assert_eq!(change.unpinned as usize, unpinned);
+                let (worker, request, chain, is_queued, node) =
+                    bookings.swap_remove(ended.index(bookings.len()));
+                if is_queued {
+                    tree.unpin_queued(node, worker);
+                    queued.unpin(worker, request, &chain);
+                } else {
+                    let change = tree.unpin(node, worker, 1);
+                    let unpinned = active.unpin(worker, request, &chain);
+                    prop_assert_eq!(change.unpinned as usize, unpinned);
+                }
             }
         }
-        for (worker, request, chain, node) in running {
-            tree.unpin(node, worker, 1);
-            naive.unpin(worker, request, &chain);
+        for (worker, request, chain, is_queued, node) in bookings {
+            if is_queued {
+                tree.unpin_queued(node, worker);
+            } else {
+                tree.unpin(node, worker, 1);
+                active.unpin(worker, request, &chain);
+            }
         }
-        prop_assert!((0..WORKERS).all(|worker| naive.active_blocks(worker) == 0));
+        prop_assert!((0..WORKERS).all(|worker| active.active_blocks(worker) == 0));
         prop_assert_eq!(tree.len(), 0);
     }
 

@@ -21,6 +21,8 @@ pub(super) struct WorkerSync {
     /// Number of times that the worker lost all its cached blocks, modulo 2¹⁶. The cached blocks of
     /// a holder with another number are lost.
     pub(super) generation: u16,
+    /// Whether the worker is removed: then no queued request counts.
+    pub(super) is_retired: bool,
 }
 
 impl WorkerSync {
@@ -56,6 +58,7 @@ impl Default for WorkerSync {
             last_started: SHARES_WITHIN_STEP,
             lost_until: 0,
             generation: 0,
+            is_retired: false,
         }
     }
 }
@@ -89,10 +92,11 @@ impl PrefixTree {
 
     /// Sets whether the engine of `worker` shares blocks within a scheduling step: a request then
     /// hits blocks that another request of the same step is about to compute. Resets the last
-    /// started booking.
+    /// started booking. The worker is not removed, or added again.
     pub(crate) fn set_intra_step_sharing(&mut self, worker: WorkerIndex, is_shared: bool) {
-        let last_started = if is_shared { SHARES_WITHIN_STEP } else { 0 };
-        self.worker_sync_mut(worker).last_started = last_started;
+        let sync = self.worker_sync_mut(worker);
+        sync.last_started = if is_shared { SHARES_WITHIN_STEP } else { 0 };
+        sync.is_retired = false;
     }
 
     /// Records that `worker` has started its bookings up to `serial`. A smaller serial than the
@@ -135,5 +139,6 @@ impl PrefixTree {
         (sync.acknowledged_epoch, sync.lost_until) = (0, 0);
         // No booking has this serial or a smaller one, so no pinned block counts as active.
         sync.last_started = 0;
+        sync.is_retired = true;
     }
 }

@@ -84,7 +84,7 @@ impl PrefixState {
             let chain = &request.prompt.hash_chain_aligned_to(ratio);
             let position = match chain.len() == request.prompt.hashes().len() {
                 true => request.position,
-                false => self.tree.match_prefix(chain, &mut []),
+                false => self.tree.find(chain),
             };
             let change = self.tree.pin(position, chain, worker, request.serial);
             (pinned.node, pinned.hashed_blocks) = (change.node, change.path_blocks);
@@ -192,7 +192,7 @@ impl PrefixState {
         let mut unknown_output_blocks = request.output_blocks;
         let mut node = request.node;
         if let Some(chain) = request.output_chain {
-            let position = self.tree.match_prefix(chain, &mut []);
+            let position = self.tree.find(chain);
             let pinned = self
                 .tree
                 .pin(position, chain, worker, request.latest_serial);
@@ -226,27 +226,25 @@ impl PrefixState {
         self.evict_to_fit(worker, 0);
     }
 
-    /// Pins the blocks of a request that is queued for the worker. They are not active, and nothing
-    /// is evicted. Returns the end of the request's path and its shareable blocks: none if the
-    /// worker has no prefix cache.
+    /// Counts the blocks of a request that is queued for the worker. They are not active, and nothing
+    /// is evicted. `position` is the result of [`match_prefix`](Self::match_prefix) for the prompt;
+    /// the state must not have changed since. Returns the end of the request's path and its shareable
+    /// blocks: none if the worker has no prefix cache.
     pub fn pin_queued(
         &mut self,
         worker: WorkerIndex,
         prompt: &Sequence,
-        serial: u64,
+        position: TreePosition,
     ) -> (NodeId, u32) {
-        if !self.caches[worker as usize].has_prefix_cache {
-            return (NO_NODE, 0);
+        match self.caches[worker as usize].has_prefix_cache {
+            true => self.tree.pin_queued(position, prompt.hash_chain(), worker),
+            false => (NO_NODE, 0),
         }
-        let chain = prompt.hash_chain();
-        let position = self.queued.match_prefix(chain, &mut []);
-        let pinned = self.queued.pin(position, chain, worker, serial);
-        (pinned.node, pinned.path_blocks)
     }
 
     /// Reverses a [`pin_queued`](Self::pin_queued), also on a worker that was removed.
     pub fn unpin_queued(&mut self, node: NodeId, worker: WorkerIndex) {
-        self.queued.unpin(node, worker, 0);
+        self.tree.unpin_queued(node, worker);
     }
 
     /// Reverses a [`pin`](Self::pin) on a worker that was removed.
