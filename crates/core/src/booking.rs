@@ -127,7 +127,9 @@ impl Booking {
     /// enough. Also `None` if the booking has ended.
     #[must_use]
     pub fn predicted_first_byte(&self) -> Option<Duration> {
-        self.state.lock().predicted_first_byte(self.id)
+        let state = self.state.lock();
+        let record = state.bookings.get(self.id)?;
+        record.predicted_first_byte(&state.workers, state.now)
     }
 
     /// Returns the time to first token that was predicted when the request was last booked: queued
@@ -175,7 +177,7 @@ impl Booking {
         let shared = self.state.clone();
         let mut state = shared.lock();
         state.advance_to(now);
-        if state.take_rebalance_offer(self.id)
+        if state.bookings.take_rebalance_offer(self.id)
             && let Some(moved) = state.rebalance(self.id, &self.request(excluded))
         {
             self.rebind(moved.id, moved.worker, moved.decision);
@@ -202,7 +204,7 @@ impl Booking {
     fn with_dispatched(&mut self, now: Duration, observe: impl FnOnce(&mut State, BookingId)) {
         let mut state = self.state.lock();
         state.advance_to(now);
-        if state.is_queued(self.id) {
+        if state.bookings.is_queued(self.id) {
             drop(state);
             let shared = self.state.clone();
             self.dispatch(&mut shared.lock());

@@ -3,14 +3,18 @@
 use std::task::Waker;
 use std::time::Duration;
 
-use foresee_forecast::LengthClass;
-use foresee_prefix::{ExpectedHit, NodeId, Occupancy};
+use foresee_forecast::{LengthClass, PrefillWork, SharedLatencyModel};
+use foresee_prefix::{ExpectedHit, NO_NODE, NodeId, Occupancy};
 
-use crate::outlier::ReportedResult;
-use crate::pending_work::RequestWork;
+use crate::assessment::RequestAssessment;
+use crate::outlier::{ExchangeResult, FailureCharge, ReportedResult};
+use crate::pending_work::{PendingWork, RequestWork};
 use crate::queue::{QueueKey, QueueTicket};
+use crate::request::PreparedRequest;
 use crate::sglang_admission::OutputReservation;
+use crate::time::duration_from_secs_saturating;
 use crate::worker_id::WorkerId;
+use crate::workers::Workers;
 
 /// State of a booking whose request is queued at the router.
 #[derive(Debug)]
@@ -33,6 +37,15 @@ pub(crate) struct KnownProgress {
     pub(crate) at: Duration,
     /// Output tokens at that time. 0 until the request is taken to have its first token.
     pub(crate) output_tokens: u32,
+}
+
+/// Estimated output of a request whose response is not streamed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct EstimatedOutput {
+    /// Output tokens so far.
+    pub(crate) tokens: u32,
+    /// Time until the next block should be full; `None` if the output has reached its maximum.
+    pub(crate) until_next_block: Option<Duration>,
 }
 
 /// Limits of a request's output, and its expected length.
@@ -113,7 +126,246 @@ pub(crate) struct BookingRecord {
     pub(crate) reported: ReportedResult,
 }
 
+/// Minimum number of decode steps for which the total time of a response that is not streamed is a
+/// sample of decode time. With fewer steps, prefill is too large a part of it.
+const MIN_STEPS_FOR_LATENCY_SAMPLE: u32 = 16;
+
+/// Part of the charge of a failure that a soft failure adds.
+const SOFT_FAILURE_CHARGE: f64 = 0.5;
+
 impl BookingRecord {
+    /// Returns the record of a request that is booked on `worker` now, where `cached_blocks` blocks
+    /// of its prompt need not be computed. It pins nothing and is not queued.
+    pub(crate) fn new(
+        serial: u64,
+        worker: WorkerId,
+        request: &PreparedRequest<'_>,
+        assessment: &RequestAssessment,
+        cached_blocks: u32,
+        now: Duration,
+    ) -> Self {
+        let prompt = request.prompt;
+        let block_size = prompt.block_size().get();
+        let uncached_tokens = prompt.tokens().saturating_sub(cached_blocks * block_size);
+        let mut work = RequestWork::new(
+            PrefillWork::new(uncached_tokens, prompt.tokens()),
+            assessment.expected_output_tokens,
+            prompt.tokens().into(),
+        );
+        work.is_streaming = request.is_streaming;
+        Self {
+            serial,
+            worker,
+            node: NO_NODE,
+            hashed_blocks: 0,
+            block_size,
+            engine_block_ratio: 1,
+            prompt_tokens: prompt.tokens(),
+            output_tokens: 0,
+            work,
+            output: ExpectedOutput {
+                length_class: assessment.length_class,
+                max_tokens: request.max_tokens,
+                ignore_eos: request.ignore_eos,
+                client_expected_tokens: request.expected_output_tokens,
+                expected_tokens: assessment.expected_output_tokens,
+            },
+            prefill_confirmed: false,
+            output_count_reported: false,
+            booked_at: now,
+            forecast: PrefillForecast {
+                prefill_seconds: 0.0,
+                first_token_at: now,
+                waits_for_memory: false,
+            },
+            last_token_at: now,
+            last_known: KnownProgress {
+                at: now,
+                output_tokens: 0,
+            },
+            ticket: assessment.ticket,
+            queued: None,
+            expected_hit: None,
+            reported: ReportedResult::Unknown,
+        }
+    }
+
+    /// Adds the booking to the pending work of its worker and to the worker's arrival rate, and
+    /// predicts its prefill time and the time of its first token.
+    pub(crate) fn join(
+        &mut self,
+        pending_work: &mut PendingWork,
+        shared_model: &SharedLatencyModel,
+        now: Duration,
+    ) {
+        let latency_model = pending_work.latency.latency_model(shared_model, now);
+        let batch_share = 1.0 / pending_work.latency.mean_prefill_batch();
+        let prefill_seconds = latency_model.prefill_seconds(batch_share, self.work.work);
+        let queue_wait =
+            pending_work.queue_wait(&self.ticket, prefill_seconds, &latency_model, now);
+        let ttft = duration_from_secs_saturating(queue_wait.wait_seconds + prefill_seconds);
+        self.forecast.prefill_seconds = prefill_seconds;
+        self.forecast.first_token_at = now.saturating_add(ttft);
+        pending_work.add_prefill(&self.work);
+        pending_work.arrival_rate.add(prefill_seconds, now);
+    }
+
+    /// Learns from the time of the first token of a streamed response. Returns whether it is the
+    /// first token of a new step of the engine.
+    pub(crate) fn observe_first_token(
+        &mut self,
+        pending_work: &mut PendingWork,
+        shared_model: &mut SharedLatencyModel,
+        now: Duration,
+    ) -> bool {
+        self.last_token_at = now;
+        if self.work.work.new_tokens == 0 {
+            return false;
+        }
+        pending_work
+            .latency
+            .record_ttft_error(self.predicted_ttft(), now.saturating_sub(self.booked_at));
+        pending_work.mark_started(&self.work, now);
+        pending_work.latency.observe_first_token(
+            shared_model,
+            self.work.work,
+            self.booked_at,
+            self.forecast.waits_for_memory,
+            now,
+        )
+    }
+
+    /// Learns the time of decode steps from the whole output of a response that was not streamed.
+    /// The time of its first token was at best forecast. The error, a part of the prefill time, is
+    /// small only over many steps.
+    pub(crate) fn observe_whole_output(
+        &self,
+        pending_work: &mut PendingWork,
+        shared_model: &mut SharedLatencyModel,
+        now: Duration,
+    ) {
+        let steps = self.output_tokens.saturating_sub(1);
+        let has_first_token = self.last_known.output_tokens > 0;
+        if !has_first_token || steps < MIN_STEPS_FOR_LATENCY_SAMPLE {
+            return;
+        }
+        let beside_prefill = pending_work.sent_totals().requests > 0;
+        let decode_load = pending_work.decode_load();
+        pending_work.latency.observe_step(
+            shared_model,
+            steps,
+            now.saturating_sub(self.last_token_at),
+            beside_prefill,
+            decode_load,
+            now,
+        );
+    }
+
+    /// Returns the time from the booking to the first token, as predicted at the booking.
+    fn predicted_ttft(&self) -> Duration {
+        self.forecast.first_token_at.saturating_sub(self.booked_at)
+    }
+
+    /// Returns the predicted time from the booking to the first byte of the response: see
+    /// [`Booking::predicted_first_byte`](crate::booking::Booking::predicted_first_byte). The decode
+    /// steps are predicted for the present decode batch.
+    pub(crate) fn predicted_first_byte(
+        &self,
+        workers: &Workers,
+        now: Duration,
+    ) -> Option<Duration> {
+        if self.work.is_streaming {
+            return Some(self.predicted_ttft());
+        }
+        let step_seconds = workers.decode_step_seconds(self.worker, now)?;
+        let output_seconds = step_seconds * f64::from(self.output.max_tokens?);
+        let output = duration_from_secs_saturating(output_seconds);
+        Some(self.predicted_ttft().saturating_add(output))
+    }
+
+    /// Returns the predicted time that the request takes of its worker: its prefill, and what it
+    /// adds to each decode step.
+    pub(crate) fn service_time(&self, workers: &Workers, now: Duration) -> Duration {
+        let output_tokens = f64::from(self.output.expected_tokens);
+        let mean_context = f64::from(self.prompt_tokens) + output_tokens / 2.0;
+        let seconds_per_step = workers.pending_work(self.worker).map(|pending_work| {
+            let model = workers.latency_now(pending_work, now);
+            model.decode_per_request + model.decode_per_context_token * mean_context
+        });
+        duration_from_secs_saturating(
+            self.forecast.prefill_seconds + output_tokens * seconds_per_step.unwrap_or_default(),
+        )
+    }
+
+    /// Returns the charge that a failure of the request adds to the cost of its worker: the time to
+    /// first token that was predicted for it and the decode of its output, or the time that the
+    /// failure took if that is longer; the blocks that it would have occupied and computed, the
+    /// latter with `overlap_weight`; and one request. Zero if the result is no failure.
+    pub(crate) fn failure_charge(
+        &self,
+        result: ExchangeResult,
+        workers: &Workers,
+        overlap_weight: f64,
+        now: Duration,
+    ) -> FailureCharge {
+        let factor = match result {
+            ExchangeResult::Failure => 1.0,
+            ExchangeResult::SoftFailure => SOFT_FAILURE_CHARGE,
+            ExchangeResult::Success | ExchangeResult::Backpressure { .. } => {
+                return FailureCharge::default();
+            }
+        };
+        let step_seconds = workers.decode_step_seconds(self.worker, now);
+        let decode = f64::from(self.output.expected_tokens) * step_seconds.unwrap_or_default();
+        let elapsed = now.saturating_sub(self.booked_at);
+        let uncached_blocks = self.work.work.new_tokens as f64 / f64::from(self.block_size);
+        FailureCharge {
+            seconds: (self.predicted_ttft().as_secs_f64() + decode).max(elapsed.as_secs_f64()),
+            blocks: overlap_weight * uncached_blocks + f64::from(self.blocks()),
+            requests: 1.0,
+        }
+        .scaled(factor)
+    }
+
+    /// Records that the first token of a response that is not streamed is taken to have been
+    /// generated at this time.
+    pub(crate) fn begin_estimated_output(&mut self, first_token_at: Duration) {
+        self.last_token_at = first_token_at;
+        self.last_known = KnownProgress {
+            at: first_token_at,
+            output_tokens: self.output.expected_tokens.min(1),
+        };
+    }
+
+    /// Returns the output that the request should have now, extrapolated from its latest known
+    /// output with decode steps of `step_seconds`.
+    pub(crate) fn estimated_output(&self, step_seconds: f64, now: Duration) -> EstimatedOutput {
+        let KnownProgress { at, output_tokens } = self.last_known;
+        let steps = now.saturating_sub(at).as_secs_f64() / step_seconds;
+        let max_tokens = self.max_output_tokens().max(output_tokens);
+        let tokens = output_tokens.saturating_add(steps as u32).min(max_tokens);
+        let context_tokens = self.prompt_tokens.saturating_add(tokens);
+        let tokens_to_next_block =
+            self.block_size - context_tokens.saturating_sub(1) % self.block_size;
+        let until_next_block =
+            duration_from_secs_saturating(step_seconds).saturating_mul(tokens_to_next_block);
+        EstimatedOutput {
+            tokens,
+            until_next_block: (tokens < max_tokens).then_some(until_next_block),
+        }
+    }
+
+    /// Returns the least output with which the request fills `blocks` blocks. The token after the
+    /// last stored one is generated too. `None` if that exceeds the limit of the output.
+    pub(crate) fn output_with_stored_blocks(&self, blocks: u32) -> Option<u32> {
+        let stored_tokens = blocks.saturating_mul(self.block_size);
+        let output_tokens = stored_tokens
+            .saturating_sub(self.prompt_tokens)
+            .saturating_add(1);
+        let exceeds = |max_tokens| output_tokens > max_tokens;
+        (!self.output.max_tokens.is_some_and(exceeds)).then_some(output_tokens)
+    }
+
     /// Returns the blocks that the request occupies now, in whole engine blocks.
     pub(crate) fn blocks(&self) -> u32 {
         self.blocks_after(self.output_tokens)

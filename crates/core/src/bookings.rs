@@ -3,7 +3,7 @@
 use foresee_prefix::paged_slab::PagedSlab;
 
 use crate::booking_id::BookingId;
-use crate::booking_record::BookingRecord;
+use crate::booking_record::{BookingRecord, QueuedState};
 
 /// Records of all bookings. A stale id finds no record.
 #[derive(Debug, Default)]
@@ -40,6 +40,22 @@ impl Bookings {
     pub(crate) fn get_mut(&mut self, id: BookingId) -> Option<&mut BookingRecord> {
         let record = self.records.get_mut(id.index)?;
         (record.serial == id.serial).then_some(record)
+    }
+
+    /// Returns the queue state of a booking, if it is queued.
+    pub(crate) fn queued_mut(&mut self, id: BookingId) -> Option<&mut QueuedState> {
+        self.get_mut(id)?.queued.as_deref_mut()
+    }
+
+    /// Returns whether the booking is queued.
+    pub(crate) fn is_queued(&self, id: BookingId) -> bool {
+        self.get(id).is_some_and(|record| record.queued.is_some())
+    }
+
+    /// Returns whether the booking is queued and may choose a worker again, and withdraws the offer.
+    pub(crate) fn take_rebalance_offer(&mut self, id: BookingId) -> bool {
+        let queued = self.queued_mut(id);
+        queued.is_some_and(|queued| std::mem::take(&mut queued.rebalance_offered))
     }
 
     /// Adds the record of a booking and returns its id.

@@ -135,7 +135,7 @@ impl Drop for CriticalSection<'_> {
             return;
         };
         let unused_chains = state.prefixes.take_deferred_drops();
-        let wakers = std::mem::take(&mut state.queue.pending_wakers);
+        let wakers = std::mem::take(&mut state.dispatcher.pending_wakers);
         if let Some(observer) = self.observer {
             observer.on_unlocking();
         }

@@ -1,16 +1,11 @@
-//! Dispatch: when a queued request is sent, and when it moves to another worker.
+//! Dispatch: requests are sent to their workers, queued, or moved to another worker.
 //!
-//! A worker has prefill slack when its prefill backlog is empty or shorter than
-//! [`DISPATCH_AHEAD_SECONDS`]. The first queued request that fits its free KV blocks is then woken.
-//! Its task polls, which books it as sent. Memory is checked here because engines handle its lack
-//! badly. vLLM starts a prompt that fits only in part, blocks all others behind it, and preempts
-//! running requests when outputs grow. SGLang delays prompts until their
-//! [whole reservation](crate::sglang_admission) fits.
+//! The [dispatcher](crate::dispatcher) says which request is sent next. Its task is then woken and
+//! polls, which books it as sent.
 //!
-//! If the worker's own queue is empty, the first request of the longest queue of the same model is
-//! offered a new choice, with the loads and caches of that time. It moves only if that halves its
-//! cost. A late choice knows more than an early one, but a forecast that is wrong moves the request
-//! in vain.
+//! A request that is offered a new choice chooses with the loads and caches of that time. It moves
+//! only if that halves its cost. A late choice knows more than an early one, but a forecast that is
+//! wrong moves the request in vain.
 //!
 //! Queued requests count in every routing decision, as running ones do. They do not count in a
 //! worker's active blocks and cause no evictions there, because the worker does not know of them
@@ -19,22 +14,18 @@
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use foresee_prefix::{EvictionRule, WorkerIndex};
+use foresee_prefix::WorkerIndex;
 
 use crate::assessment::RequestAssessment;
 use crate::booking_id::BookingId;
+use crate::dispatcher::NextStep;
 use crate::policy::Decision;
-use crate::queue::{QueueOrder, QueueTicket};
+use crate::queue::QueueTicket;
 use crate::request::{PreparedRequest, SelectError};
 use crate::sglang_admission::OutputReservation;
 use crate::state::State;
-use crate::time::duration_from_secs_saturating;
 use crate::worker_id::WorkerId;
 use crate::workers::{Worker, WorkerState};
-
-/// Largest prefill backlog, in seconds, with which a worker has prefill slack. It must exceed the
-/// time that a request takes to reach the worker, so that the worker does not run idle.
-const DISPATCH_AHEAD_SECONDS: f64 = 0.1;
 
 /// Largest cost of a queued request on another worker, relative to its cost on the present one, for
 /// which the request moves.
@@ -66,11 +57,8 @@ impl State {
         request: &PreparedRequest<'_>,
     ) -> Result<(BookingId, Decision), SelectError> {
         let can_dispatch = self.can_dispatch_now(worker, assessment, request);
-        if let Some(limit) = self.config.queue_limit
-            && !can_dispatch
-            && self.queue.queued_total >= limit
-        {
-            return Err(SelectError::QueueFull { limit });
+        if !can_dispatch {
+            self.dispatcher.check_limit()?;
         }
         let (id, decision) = match can_dispatch {
             true => self.book_dispatched(worker, assessment, request),
@@ -88,7 +76,7 @@ impl State {
         assessment: &RequestAssessment,
         request: &PreparedRequest<'_>,
     ) -> (BookingId, Decision) {
-        self.queue.on_dispatch(&assessment.ticket);
+        self.dispatcher.on_dispatch(&assessment.ticket);
         self.book(worker, assessment, request)
     }
 
@@ -101,41 +89,22 @@ impl State {
         bookings: impl Iterator<Item = BookingId>,
     ) {
         let ticket = self.ticket(first);
-        self.queue.on_dispatch(&ticket);
+        self.dispatcher.on_dispatch(&ticket);
         self.record_arrival(&ticket, bookings);
     }
 
-    /// Records an arrival with the service time of all its bookings. The service time is zero
-    /// unless the queue order is [`QueueOrder::FairByTenant`].
+    /// Counts an arrival, with the service time of all its bookings if the dispatcher needs it.
     fn record_arrival(&mut self, ticket: &QueueTicket, bookings: impl Iterator<Item = BookingId>) {
-        let service_time = match self.config.queue_order {
-            Some(QueueOrder::FairByTenant) => {
-                bookings.map(|id| self.predicted_service_time(id)).sum()
-            }
-            _ => Duration::ZERO,
+        let service_time = match self.dispatcher.needs_service_time() {
+            true => bookings
+                .filter_map(|id| {
+                    let record = self.bookings.get(id)?;
+                    Some(record.service_time(&self.workers, self.now))
+                })
+                .sum(),
+            false => Duration::ZERO,
         };
-        self.queue.on_arrival(ticket, service_time);
-    }
-
-    /// Returns the predicted time that a request takes of its worker: its prefill, and what it adds
-    /// to each decode step. Zero if the booking does not exist.
-    fn predicted_service_time(&mut self, id: BookingId) -> Duration {
-        let Some(record) = self.bookings.get(id) else {
-            return Duration::ZERO;
-        };
-        let output_tokens = f64::from(record.output.expected_tokens);
-        let mean_context = f64::from(record.prompt_tokens) + output_tokens / 2.0;
-        let now = self.now;
-        let seconds_per_step =
-            self.workers
-                .pending_work_mut(record.worker)
-                .map(|(pending_work, shared_model)| {
-                    let model = pending_work.latency.latency_model(shared_model, now);
-                    model.decode_per_request + model.decode_per_context_token * mean_context
-                });
-        duration_from_secs_saturating(
-            record.forecast.prefill_seconds + output_tokens * seconds_per_step.unwrap_or_default(),
-        )
+        self.dispatcher.on_arrival(ticket, service_time);
     }
 
     /// Books a request on `worker`: dispatched if the worker can take it now, and queued otherwise.
@@ -158,162 +127,53 @@ impl State {
         booked
     }
 
-    /// Returns whether a new request can be sent to the worker at once: no other request is queued
-    /// for it, it has prefill slack, and the request fits its memory. Always true if the router has
-    /// no queue or the request is a trial, and otherwise false if the worker was removed.
+    /// Returns whether a new request can be sent to the worker at once. Trials always are.
     fn can_dispatch_now(
         &self,
         worker: WorkerId,
         assessment: &RequestAssessment,
         request: &PreparedRequest<'_>,
     ) -> bool {
-        if self.config.queue_order.is_none() || assessment.is_trial {
-            return true;
-        }
-        let Some(pending_work) = self.workers.pending_work.get(worker.index as usize) else {
-            return true;
-        };
-        let reservation = OutputReservation::new(request.max_tokens, request.ignore_eos, 0);
-        let active_match = assessment.prefix_matches[worker.index as usize].active_blocks;
+        let index = worker.index;
+        let active_match = assessment.prefix_matches[index as usize].active_blocks;
         let new_blocks = request.prompt.blocks().saturating_sub(active_match);
-        pending_work.queue.is_empty()
-            && self.has_prefill_slack(worker.index)
-            && self.fits_memory(worker.index, new_blocks.into(), reservation)
+        let reservation = OutputReservation::new(request.max_tokens, request.ignore_eos, 0);
+        assessment.is_trial
+            || self
+                .dispatcher
+                .can_send_now(self.fleet(), index, new_blocks, reservation)
     }
 
-    /// Dispatches the next queued request of the worker at `index`, if the worker can take one. If
-    /// its queue is empty, offers it to a request that is queued for another worker.
+    /// Sends the next queued request of the worker at `index`, if the worker can take one. If its
+    /// queue is empty, offers it to a request that is queued for another worker.
     ///
     /// Must be called after every change that may free prefill slack or memory. The task of the
-    /// request is woken when the lock is released. Has no effect while an earlier request of this
-    /// queue was woken and has not polled.
+    /// request is woken when the lock is released.
     pub(crate) fn try_dispatch_next(&mut self, index: WorkerIndex) {
-        if self.queue.queued_total == 0 || !self.has_prefill_slack(index) {
-            return;
-        }
-        let queue = &self.workers.pending_work[index as usize].queue;
-        if queue.is_empty() {
-            if self.workers.restriction(index, self.now).is_none() {
-                self.rebalance_from_longest_queue(index);
+        match self.dispatcher.next_step(self.fleet(), index) {
+            None => {}
+            Some(NextStep::Send(key, id)) => {
+                if let Some(queued) = self.bookings.queued_mut(id) {
+                    let waker = queued.waker.take();
+                    self.dispatcher.pending_wakers.extend(waker);
+                    self.workers.pending_work[index as usize].queue.dispatching = Some(key);
+                }
             }
-            return;
-        }
-        if queue.dispatching.is_some() {
-            return;
-        }
-        let next = queue.next_dispatchable(self.now, |new_blocks, reservation| {
-            self.fits_memory(index, new_blocks, reservation)
-        });
-        // A request that does not fit is sent once its backfill window has passed, except to an
-        // engine that reserves memory: there it would only wait.
-        let may_exceed_memory = !self.engine_reserves_output_memory(index);
-        let Some((key, id, _)) = next.filter(|(.., fits)| *fits || may_exceed_memory) else {
-            return;
-        };
-        if let Some(queued) = self
-            .bookings
-            .get_mut(id)
-            .and_then(|record| record.queued.as_mut())
-        {
-            let waker = queued.waker.take();
-            self.queue.pending_wakers.extend(waker);
-            self.workers.pending_work[index as usize].queue.dispatching = Some(key);
-        }
-    }
-
-    /// Returns whether the worker at `index` exists, is not unhealthy, has no backpressure, and has a
-    /// prefill backlog shorter than [`DISPATCH_AHEAD_SECONDS`].
-    fn has_prefill_slack(&self, index: WorkerIndex) -> bool {
-        let Some(worker) = self.workers.by_index(index) else {
-            return false;
-        };
-        if worker.state() == WorkerState::Unhealthy
-            || self.workers.has_backpressure(index, self.now)
-        {
-            return false;
-        }
-        let pending_work = &self.workers.pending_work[index as usize];
-        let latency_model = pending_work
-            .latency
-            .latency_model(self.workers.latency_model(pending_work), self.now);
-        pending_work.sent_totals().requests == 0
-            || pending_work.sent_prefill_seconds(&latency_model, self.now) < DISPATCH_AHEAD_SECONDS
-    }
-
-    /// Returns whether the engine of the worker at `index` reserves memory for outputs, and makes
-    /// prompts wait until their reservation fits. SGLang does.
-    fn engine_reserves_output_memory(&self, index: WorkerIndex) -> bool {
-        self.prefixes.eviction(index) == EvictionRule::SglangRadix
-    }
-
-    /// Returns whether the memory of the worker at `index` suffices to start a request at once that
-    /// adds `new_blocks` active blocks and may generate the output of `reservation`.
-    ///
-    /// True if the capacity is not configured or reported, or if no block is active there; false if
-    /// the worker does not exist. For an engine that reserves no memory for outputs, this is
-    /// checked only if the queue order is `shortest`.
-    fn fits_memory(
-        &self,
-        index: WorkerIndex,
-        new_blocks: u64,
-        reservation: OutputReservation,
-    ) -> bool {
-        if self.workers.by_index(index).is_none() {
-            return false;
-        }
-        let load = &self.workers.loads[index as usize];
-        // A learned or assumed capacity that is too small would delay requests that do fit.
-        let Some(capacity) = self.prefixes.reported_capacity(index) else {
-            return true;
-        };
-        // A request that is alone on the worker gets no more memory by waiting.
-        if load.active_blocks == 0 {
-            return true;
-        }
-        let capacity = u64::from(capacity);
-        if !self.engine_reserves_output_memory(index) {
-            return self.config.queue_order != Some(QueueOrder::ShortestPrefillFirst)
-                || load.active_blocks + new_blocks <= capacity;
-        }
-        let block_size = u64::from(self.config.block_size.get());
-        let engine_block = u64::from(self.prefixes.engine_block_ratio(index).get());
-        let output_tokens = self.workers.pending_work[index as usize]
-            .output_reserve
-            .tokens()
-            + reservation.tokens();
-        let needed_tokens =
-            (load.active_blocks + new_blocks + engine_block) * block_size + output_tokens;
-        needed_tokens < capacity * block_size
-    }
-
-    /// Offers a new choice to the first request of the longest queue, because the worker at `index`
-    /// has prefill slack and an empty queue. Considers only queues of workers with the same latency
-    /// model: requests of other models could not move to it. Has no effect if no request is queued
-    /// there, or before the `rebalance_not_before` of that request. The caller checks the slack.
-    fn rebalance_from_longest_queue(&mut self, index: WorkerIndex) {
-        let Some(id) = self.workers.first_of_longest_queue(index) else {
-            return;
-        };
-        let now = self.now;
-        let queued = self
-            .bookings
-            .get_mut(id)
-            .and_then(|record| record.queued.as_ref());
-        if queued.is_some_and(|queued| queued.rebalance_not_before <= now) {
-            self.offer_rebalance(id);
+            Some(NextStep::OfferRebalance(id)) => {
+                let queued = self.bookings.queued_mut(id);
+                if queued.is_some_and(|queued| queued.rebalance_not_before <= self.now) {
+                    self.offer_rebalance(id);
+                }
+            }
         }
     }
 
     /// Lets a queued request choose a worker again when it is polled next, and wakes its task.
     pub(crate) fn offer_rebalance(&mut self, id: BookingId) {
-        if let Some(queued) = self
-            .bookings
-            .get_mut(id)
-            .and_then(|record| record.queued.as_mut())
-        {
+        if let Some(queued) = self.bookings.queued_mut(id) {
             queued.rebalance_offered = true;
             let waker = queued.waker.take();
-            self.queue.pending_wakers.extend(waker);
+            self.dispatcher.pending_wakers.extend(waker);
         }
     }
 
@@ -333,23 +193,6 @@ impl State {
             Some(_) => Poll::Pending,
             None => Poll::Ready(()),
         }
-    }
-
-    /// Returns whether the request is queued.
-    pub(crate) fn is_queued(&self, id: BookingId) -> bool {
-        self.bookings
-            .get(id)
-            .is_some_and(|record| record.queued.is_some())
-    }
-
-    /// Returns whether the request is queued and may choose a worker again, and withdraws the
-    /// offer.
-    pub(crate) fn take_rebalance_offer(&mut self, id: BookingId) -> bool {
-        let queued = self
-            .bookings
-            .get_mut(id)
-            .and_then(|record| record.queued.as_mut());
-        queued.is_some_and(|queued| std::mem::take(&mut queued.rebalance_offered))
     }
 
     /// Returns whether the request is queued and its worker is ready to take it now.
@@ -403,12 +246,10 @@ impl State {
         id: BookingId,
         request: &PreparedRequest<'_>,
     ) -> Option<(BookingId, WorkerId, Decision)> {
-        self.bookings
-            .get_mut(id)
-            .filter(|record| record.queued.is_some())?;
+        self.bookings.queued_mut(id)?;
         let (worker, ticket) = self.remove_booking(id)?;
         let assessment = self.assess_ignoring_queue(request, ticket);
-        self.queue.on_dispatch(&ticket);
+        self.dispatcher.on_dispatch(&ticket);
         let (id, decision) = self.book(worker, &assessment, request);
         self.try_dispatch_next(worker.index);
         Some((id, worker, decision))

@@ -5,53 +5,21 @@
 
 use std::time::Duration;
 
-use foresee_forecast::PrefillWork;
 use foresee_prefix::counter::Counter;
 use foresee_prefix::sequence::Sequence;
-use foresee_prefix::{NO_NODE, PinRequest, UnpinRequest, WorkerIndex};
+use foresee_prefix::{PinRequest, UnpinRequest, WorkerIndex};
 
 use crate::assessment::RequestAssessment;
 use crate::booking_id::BookingId;
-use crate::booking_record::{
-    BookingRecord, ExpectedOutput, KnownProgress, PrefillForecast, QueuedState,
-};
-use crate::outlier::{ExchangeResult, ReportedResult};
-use crate::pending_work::RequestWork;
+use crate::booking_record::{BookingRecord, ExpectedOutput, QueuedState};
+use crate::outlier::ExchangeResult;
 use crate::policy::Decision;
 use crate::request::PreparedRequest;
 use crate::sglang_admission::OutputReservation;
 use crate::state::State;
-use crate::time::duration_from_secs_saturating;
 use crate::worker_id::WorkerId;
 
-/// Minimum number of decode steps for which the total time of a response that is not streamed is a
-/// sample of decode time. With fewer steps, prefill is too large a part of it.
-const MIN_STEPS_FOR_LATENCY_SAMPLE: u32 = 16;
-
 impl State {
-    /// Returns the predicted time from a booking to the first byte of its response: see
-    /// [`Booking::predicted_first_byte`](crate::booking::Booking::predicted_first_byte). The decode
-    /// steps are predicted for the present decode batch.
-    pub(crate) fn predicted_first_byte(&self, id: BookingId) -> Option<Duration> {
-        let record = self.bookings.get(id)?;
-        let first_token = record
-            .forecast
-            .first_token_at
-            .saturating_sub(record.booked_at);
-        if record.work.is_streaming {
-            return Some(first_token);
-        }
-        let pending_work = self.workers.pending_work(record.worker)?;
-        let latency_model = pending_work
-            .latency
-            .latency_model(self.workers.latency_model(pending_work), self.now);
-        let (requests, context_tokens) = pending_work.decode_load();
-        let step =
-            latency_model.decode_step_seconds(f64::from(requests.max(1)), context_tokens as f64);
-        let output = duration_from_secs_saturating(step * f64::from(record.output.max_tokens?));
-        Some(first_token.saturating_add(output))
-    }
-
     /// Books a request on `worker`, as sent to it now. The state must not have changed since
     /// `assessment` was made. If the worker was removed, the booking occupies nothing. Does not
     /// check slack, memory or health.
@@ -61,7 +29,7 @@ impl State {
         assessment: &RequestAssessment,
         request: &PreparedRequest<'_>,
     ) -> (BookingId, Decision) {
-        let (mut record, decision) = self.build_record(worker, assessment, request);
+        let (mut record, decision) = self.new_record(worker, assessment, request);
         let (prompt, now) = (request.prompt, self.now);
         let mut is_idle = false;
         if let Some((worker, load)) = self.workers.get_mut(worker) {
@@ -120,7 +88,7 @@ impl State {
         request: &PreparedRequest<'_>,
         rebalance_not_before: Duration,
     ) -> (BookingId, Decision) {
-        let (mut record, decision) = self.build_record(worker, assessment, request);
+        let (mut record, decision) = self.new_record(worker, assessment, request);
         let mut new_blocks = 0;
         if let Some((worker, load)) = self.workers.get_mut(worker) {
             let index = worker.id.index;
@@ -148,15 +116,15 @@ impl State {
         }));
         let id = self.bookings.insert(record);
         if self.workers.enqueue(worker, key, id, work, memory) {
-            self.queue.queued_total += 1;
+            self.dispatcher.queued_total += 1;
         }
         (id, decision)
     }
 
-    /// Returns a record with the next serial, and the decision that led to it. The record pins
-    /// nothing and is not queued yet. The worker's index must be in the arrays, even if the worker
-    /// was removed.
-    fn build_record(
+    /// Returns the record of a new booking with the next serial, and the decision that led to it. The
+    /// record pins nothing and is not queued yet. The worker's index must be in the arrays, even if
+    /// the worker was removed.
+    fn new_record(
         &mut self,
         worker: WorkerId,
         assessment: &RequestAssessment,
@@ -164,90 +132,27 @@ impl State {
     ) -> (BookingRecord, Decision) {
         let decision = self.decision(worker.index, assessment, request);
         let serial = self.bookings.next_serial();
-        let (prompt, now) = (request.prompt, self.now);
-        let cached_tokens = decision.cost.overlap_blocks * prompt.block_size().get();
-        let uncached_tokens = prompt.tokens().saturating_sub(cached_tokens);
-        let prefill_work = PrefillWork::new(uncached_tokens, prompt.tokens());
-        let context_tokens = u64::from(prompt.tokens());
-        let mut work = RequestWork::new(
-            prefill_work,
-            assessment.expected_output_tokens,
-            context_tokens,
-        );
-        work.is_streaming = request.is_streaming;
-        let record = BookingRecord {
-            serial,
-            worker,
-            node: NO_NODE,
-            hashed_blocks: 0,
-            block_size: prompt.block_size().get(),
-            engine_block_ratio: self.prefixes.engine_block_ratio(worker.index).get(),
-            prompt_tokens: prompt.tokens(),
-            output_tokens: 0,
-            work,
-            output: ExpectedOutput {
-                length_class: assessment.length_class,
-                max_tokens: request.max_tokens,
-                ignore_eos: request.ignore_eos,
-                client_expected_tokens: request.expected_output_tokens,
-                expected_tokens: assessment.expected_output_tokens,
-            },
-            prefill_confirmed: false,
-            output_count_reported: false,
-            booked_at: now,
-            forecast: PrefillForecast {
-                prefill_seconds: 0.0,
-                first_token_at: now,
-                waits_for_memory: false,
-            },
-            last_token_at: now,
-            last_known: KnownProgress {
-                at: now,
-                output_tokens: 0,
-            },
-            ticket: assessment.ticket,
-            queued: None,
-            expected_hit: None,
-            reported: ReportedResult::Unknown,
-        };
+        let cached_blocks = decision.cost.overlap_blocks;
+        let mut record =
+            BookingRecord::new(serial, worker, request, assessment, cached_blocks, self.now);
+        record.engine_block_ratio = self.prefixes.engine_block_ratio(worker.index).get();
         (record, decision)
     }
 
-    /// Adds a booking, dispatched or queued, to the pending work of its worker, and predicts its
-    /// prefill time and the time of its first token. Also counts it in the worker's arrival rate.
-    /// Has no effect if the worker was removed.
+    /// Adds a booking, dispatched or queued, to the pending work of its worker: see
+    /// [`BookingRecord::join`]. Has no effect if the worker was removed.
     fn add_pending_work(&mut self, record: &mut BookingRecord) {
-        let now = self.now;
         let Some((worker, load)) = self.workers.get_mut(record.worker) else {
             return;
         };
         let capacity = self.prefixes.estimated_capacity(worker.id.index);
         let projected_blocks = load.projected_blocks();
-        let Some((pending_work, shared_model)) = self.workers.pending_work_mut(record.worker)
-        else {
-            return;
-        };
-        pending_work.capacity = capacity;
-        record.forecast.waits_for_memory =
-            capacity.is_some_and(|capacity| projected_blocks > u64::from(capacity));
-        let latency_model = pending_work.latency.latency_model(shared_model, now);
-        record.forecast.prefill_seconds = latency_model.prefill_seconds(
-            1.0 / pending_work.latency.mean_prefill_batch(),
-            record.work.work,
-        );
-        let queue_wait = pending_work.queue_wait(
-            &record.ticket,
-            record.forecast.prefill_seconds,
-            &latency_model,
-            now,
-        );
-        record.forecast.first_token_at = now.saturating_add(duration_from_secs_saturating(
-            queue_wait.wait_seconds + record.forecast.prefill_seconds,
-        ));
-        pending_work.add_prefill(&record.work);
-        pending_work
-            .arrival_rate
-            .add(record.forecast.prefill_seconds, now);
+        if let Some((pending_work, shared_model)) = self.workers.pending_work_mut(record.worker) {
+            pending_work.capacity = capacity;
+            record.forecast.waits_for_memory =
+                capacity.is_some_and(|capacity| projected_blocks > u64::from(capacity));
+            record.join(pending_work, shared_model, self.now);
+        }
     }
 
     /// Records that the worker has computed the prompt, because its output is reported. Learns from
@@ -264,24 +169,7 @@ impl State {
         let (mut is_prefill_finished, mut is_first_of_step) = (false, false);
         if let Some((pending_work, shared_model)) = self.workers.pending_work_mut(record.worker) {
             if record.work.is_streaming {
-                record.last_token_at = now;
-                let booked_at = record.booked_at;
-                let predicted_ttft = record.forecast.first_token_at.saturating_sub(booked_at);
-                let (prefill_work, waited_for_memory) =
-                    (record.work.work, record.forecast.waits_for_memory);
-                if prefill_work.new_tokens > 0 {
-                    pending_work
-                        .latency
-                        .record_ttft_error(predicted_ttft, now.saturating_sub(booked_at));
-                    pending_work.mark_started(&record.work, now);
-                    is_first_of_step = pending_work.latency.observe_first_token(
-                        shared_model,
-                        prefill_work,
-                        booked_at,
-                        waited_for_memory,
-                        now,
-                    );
-                }
+                is_first_of_step = record.observe_first_token(pending_work, shared_model, now);
             }
             // Without streaming this is the end of the whole output, whose time says nothing about
             // prefill.
@@ -418,40 +306,22 @@ impl State {
         else {
             return;
         };
-        let (output_tokens, is_streaming, worker) = (
-            record.output_tokens,
-            record.work.is_streaming,
-            record.worker,
-        );
-        let (length_class, expected_tokens) =
-            (record.output.length_class, record.output.expected_tokens);
-        let max_tokens = record.output.max_tokens;
-        // Without streaming the time of the first token was at best forecast. Its error, a part of
-        // the prefill time, is small only over many steps.
-        let steps = output_tokens.saturating_sub(1);
-        let has_first_token = record.last_known.output_tokens > 0;
-        let is_decode_sample =
-            !is_streaming && has_first_token && steps >= MIN_STEPS_FOR_LATENCY_SAMPLE;
-        let elapsed = now.saturating_sub(record.last_token_at);
-        self.output_length
-            .record_accuracy(expected_tokens, output_tokens);
+        let ExpectedOutput {
+            length_class,
+            expected_tokens,
+            max_tokens,
+            ..
+        } = record.output;
+        let output_tokens = record.output_tokens;
         let is_truncated = max_tokens.is_some_and(|max_tokens| output_tokens >= max_tokens);
         self.output_length
+            .record_accuracy(expected_tokens, output_tokens);
+        self.output_length
             .observe(length_class, output_tokens, is_truncated);
-        if is_decode_sample
-            && let Some((pending_work, shared_model)) = self.workers.pending_work_mut(worker)
+        if !record.work.is_streaming
+            && let Some((pending_work, shared_model)) = self.workers.pending_work_mut(record.worker)
         {
-            let beside_prefill = pending_work.sent_totals().requests > 0;
-            let decode_load = pending_work.decode_load();
-            let latency = &mut pending_work.latency;
-            latency.observe_step(
-                shared_model,
-                steps,
-                elapsed,
-                beside_prefill,
-                decode_load,
-                now,
-            );
+            record.observe_whole_output(pending_work, shared_model, now);
         }
     }
 
@@ -545,7 +415,7 @@ impl State {
         }
         let mut queued_blocks = 0;
         if let Some(blocks) = self.workers.dequeue(record.worker, queued.key) {
-            self.queue.queued_total.subtract(1);
+            self.dispatcher.queued_total.subtract(1);
             queued_blocks = blocks;
         }
         if let Some((worker, load)) = self.workers.get_mut(record.worker) {

@@ -87,6 +87,8 @@ mod bookings;
 mod config;
 mod critical_section;
 mod dispatch;
+mod dispatcher;
+mod explain;
 mod ledger;
 mod load;
 mod model_name;

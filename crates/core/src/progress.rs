@@ -88,31 +88,21 @@ impl State {
             booking: id,
             blocks,
         } = tail;
-        let record = self
-            .bookings
-            .get_mut(id)
-            .filter(|record| !record.prefill_confirmed);
-        let Some(record) = record.filter(|record| record.worker == worker) else {
+        let ratio = self.prefixes.engine_block_ratio(index).get();
+        let record = self.bookings.get(id).filter(|record| {
+            // If several requests have this prompt, the block may belong to any of them.
+            let pin_count = || self.prefixes.pin_count_at(record.node, index, blocks);
+            record.worker == worker
+                && !record.prefill_confirmed
+                && (blocks > record.hashed_blocks || pin_count() == 1)
+        });
+        let Some(record) = record else {
             return;
         };
-        // If several requests have this prompt, the block may belong to any of them.
-        let is_prompt_block = blocks <= record.hashed_blocks;
-        if is_prompt_block && self.prefixes.pin_count_at(record.node, index, blocks) != 1 {
+        let blocks = blocks.saturating_add(ratio);
+        let Some(output_tokens) = record.output_with_stored_blocks(blocks) else {
             return;
-        }
-        let blocks = blocks.saturating_add(self.prefixes.engine_block_ratio(index).get());
-        let stored_tokens = blocks.saturating_mul(record.block_size);
-        // The token after the last stored one is generated too.
-        let output_tokens = stored_tokens
-            .saturating_sub(record.prompt_tokens)
-            .saturating_add(1);
-        if record
-            .output
-            .max_tokens
-            .is_some_and(|max_tokens| output_tokens > max_tokens)
-        {
-            return;
-        }
+        };
         let was_in_prefill = record.work.is_in_prefill();
         if was_in_prefill {
             self.on_prompt_stored(worker, id);
@@ -166,11 +156,10 @@ impl State {
             .bookings
             .get_mut(id)
             .filter(|record| !record.prefill_confirmed)?;
-        let (worker, expected_tokens) = (record.worker, record.output.expected_tokens);
-        let block_size = record.block_size;
+        let (worker, serial) = (record.worker, record.serial);
         let (pending_work, shared_model) = self.workers.pending_work_mut(worker)?;
-        let (requests, context_tokens) = pending_work.decode_load();
         let latency_model = pending_work.latency.latency_model(shared_model, now);
+        let (requests, context_tokens) = pending_work.decode_load();
         let step_seconds =
             latency_model.decode_step_seconds(f64::from(requests.max(1)), context_tokens as f64);
         if record.work.is_in_prefill() {
@@ -181,31 +170,16 @@ impl State {
                 let pause = duration_from_secs_saturating(step_seconds).max(MIN_UPDATE_INTERVAL);
                 return now.checked_add(pause);
             };
-            record.last_token_at = first_token_at;
-            record.last_known = KnownProgress {
-                at: first_token_at,
-                output_tokens: expected_tokens.min(1),
-            };
+            record.begin_estimated_output(first_token_at);
         }
-        let (is_prefill_finished, serial) =
-            (pending_work.finish_prefill(&mut record.work), record.serial);
-        let known = record.last_known;
-        let steps = now.saturating_sub(known.at).as_secs_f64() / step_seconds;
-        let max_tokens = record.max_output_tokens().max(known.output_tokens);
-        let total = known
-            .output_tokens
-            .saturating_add(steps as u32)
-            .min(max_tokens);
-        let context_tokens = record.prompt_tokens.saturating_add(total);
-        let tokens_to_next_block = block_size - context_tokens.saturating_sub(1) % block_size;
+        let is_prefill_finished = pending_work.finish_prefill(&mut record.work);
+        let estimate = record.estimated_output(step_seconds, now);
         if is_prefill_finished {
             self.on_prefill_finished(worker, serial);
         }
-        self.set_output_tokens(id, total);
+        self.set_output_tokens(id, estimate.tokens);
         // The lower bound keeps the updates of a fast worker apart.
-        let pause = duration_from_secs_saturating(step_seconds)
-            .saturating_mul(tokens_to_next_block)
-            .max(MIN_UPDATE_INTERVAL);
-        now.checked_add(pause).filter(|_| total < max_tokens)
+        let pause = estimate.until_next_block?.max(MIN_UPDATE_INTERVAL);
+        now.checked_add(pause)
     }
 }

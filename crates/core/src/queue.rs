@@ -7,12 +7,10 @@
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::str::FromStr;
-use std::task::Waker;
 use std::time::Duration;
 
 use foresee_forecast::PrefillWork;
 use foresee_prefix::counter::Counter;
-use smallvec::SmallVec;
 
 use crate::booking_id::BookingId;
 use crate::sglang_admission::OutputReservation;
@@ -151,13 +149,12 @@ fn shared_tag_of(tenant: u64) -> usize {
     (tenant.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32) as usize % SHARED_TAGS
 }
 
-/// State that all worker queues share.
+/// Source of queue tickets: the number of arrivals and, for fair queueing, the service of each
+/// tenant.
 #[derive(Debug, Default)]
-pub(crate) struct QueuePolicyState {
+pub(crate) struct QueueTickets {
     /// Number of arrivals so far.
     arrivals: u64,
-    /// Number of requests in all worker queues.
-    pub(crate) queued_total: usize,
     /// Virtual time at which the latest request of each tenant ends. A tenant whose tag has passed
     /// may be missing.
     tenant_finish_tags: HashMap<u64, Duration>,
@@ -168,11 +165,9 @@ pub(crate) struct QueuePolicyState {
     dropped_until: Duration,
     /// Largest start tag of any dispatched request. Tags before it have passed.
     virtual_time: Duration,
-    /// Tasks to wake when the router's lock is released.
-    pub(crate) pending_wakers: SmallVec<[Waker; 2]>,
 }
 
-impl QueuePolicyState {
+impl QueueTickets {
     /// Returns the queue ticket of a request that arrives `now`. Lower values of `priority` come
     /// first. The start tag is the tenant's finish tag or the virtual time, whichever is later;
     /// only [`QueueOrder::FairByTenant`] uses it.

@@ -127,7 +127,7 @@ impl State {
         let now = self.now;
         self.workers.enforce_ejection_limit(now);
         let queued = pending_work.queue.totals().requests as usize;
-        self.queue.queued_total.subtract(queued);
+        self.dispatcher.queued_total.subtract(queued);
         Some((pending_work, self.prefixes.retire_worker(id.index)))
     }
 

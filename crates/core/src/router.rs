@@ -460,7 +460,7 @@ impl Router {
     /// Returns the number of requests that are queued at the router.
     #[must_use]
     pub fn queued_requests(&self) -> usize {
-        self.state.lock().queue.queued_total
+        self.state.lock().dispatcher.queued_total
     }
 
     /// Dispatches queued requests whose worker can take them at `now`.
@@ -473,7 +473,7 @@ impl Router {
         let mut next = 0;
         loop {
             let mut state = self.state.lock();
-            if state.queue.queued_total == 0 {
+            if state.dispatcher.queued_total == 0 {
                 return;
             }
             state.advance_to(now);

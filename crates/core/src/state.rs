@@ -1,10 +1,9 @@
-//! State of the router, behind one lock, and the steps of a decision: assess, select, explain.
+//! State of the router, behind one lock, and the steps of a decision: assess, select.
 //!
 //! Assessing, choosing and booking are one critical section. Work that is proportional to a prompt
 //! (hashing, tokenizing, allocating) is done before the lock is taken. Deallocation is done after it
 //! is released.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use foresee_forecast::OutputLengthModel;
@@ -12,15 +11,15 @@ use foresee_prefix::{PrefixMatch, PrefixState, WorkerIndex};
 use smallvec::SmallVec;
 
 use crate::assessment::RequestAssessment;
-use crate::batch_costs::BatchCosts;
 use crate::bookings::Bookings;
 use crate::config::RouterConfig;
+use crate::dispatcher::{Dispatcher, FleetView};
 use crate::policy::kv_cost::KvCostInput;
-use crate::policy::{BatchRule, Candidates, Decision, RequestProfile, Selector, WorkerView};
+use crate::policy::{Candidates, Decision, RequestProfile, Selector, WorkerView};
 use crate::progress_estimator::ProgressEstimator;
-use crate::queue::{QueuePolicyState, QueueTicket};
+use crate::queue::QueueTicket;
 use crate::replication::{PlacedRequest, ReplicationRegret};
-use crate::request::{Candidate, Explanation, PassedOver, PreparedRequest, SelectError};
+use crate::request::{PreparedRequest, SelectError};
 use crate::worker_id::WorkerId;
 use crate::workers::Workers;
 
@@ -39,8 +38,8 @@ pub(crate) struct State {
     pub(crate) output_length: OutputLengthModel,
     /// Progress of requests whose responses are not streamed.
     pub(crate) progress: ProgressEstimator,
-    /// State that all worker queues share. The queues themselves are in [`Workers::pending_work`].
-    pub(crate) queue: QueuePolicyState,
+    /// The rule by which queued requests are sent.
+    pub(crate) dispatcher: Dispatcher,
     /// Regret per prefix, which decides when to replicate it.
     pub(crate) replication_regret: ReplicationRegret,
     /// The policy, and the state of its choices.
@@ -54,13 +53,13 @@ impl State {
     pub(crate) fn new(config: RouterConfig) -> Self {
         Self {
             selector: Selector::new((config.policy.create)(), config.temperature, config.seed),
+            dispatcher: Dispatcher::new(&config),
             workers: Workers::new(config.outlier.clone()),
             config,
             prefixes: PrefixState::default(),
             bookings: Bookings::default(),
             output_length: OutputLengthModel::default(),
             progress: ProgressEstimator::default(),
-            queue: QueuePolicyState::default(),
             replication_regret: ReplicationRegret::default(),
             now: Duration::ZERO,
         }
@@ -68,9 +67,17 @@ impl State {
 
     /// Returns the queue ticket of a request that arrives now.
     pub(crate) fn ticket(&self, request: &PreparedRequest<'_>) -> QueueTicket {
-        let order = self.config.queue_order.unwrap_or_default();
-        self.queue
-            .ticket(order, request.priority, request.tenant, self.now)
+        self.dispatcher
+            .ticket(request.priority, request.tenant, self.now)
+    }
+
+    /// Returns what the dispatcher reads.
+    pub(crate) fn fleet(&self) -> FleetView<'_> {
+        FleetView {
+            workers: &self.workers,
+            prefixes: &self.prefixes,
+            now: self.now,
+        }
     }
 
     /// Assesses a request that arrives now: its prefix match on every worker, its expected output
@@ -87,7 +94,7 @@ impl State {
         request: &PreparedRequest<'_>,
         ticket: QueueTicket,
     ) -> RequestAssessment {
-        self.assess_with(request, ticket, self.queue.queued_total > 0)
+        self.assess_with(request, ticket, self.dispatcher.queued_total > 0)
     }
 
     /// Assesses a request as if it were dispatched now: blocks that only queued requests will pin do
@@ -231,7 +238,7 @@ impl State {
 
     /// Calls `decide` with a request and the worker that was chosen for it. Returns `None` if the
     /// policy does not replicate, or if there is a temperature.
-    fn with_placed(
+    pub(crate) fn with_placed(
         &self,
         chosen: WorkerId,
         assessment: &RequestAssessment,
@@ -275,112 +282,5 @@ impl State {
         let selected = self.selector.select(&profile, &candidates);
         let worker = selected.and_then(|index| self.workers.by_index(index));
         worker.map(|worker| worker.id).ok_or(SelectError::NoWorker)
-    }
-
-    /// Returns the decision that would be made now for the batch with these costs, without making
-    /// it. Replication is considered for a single prompt only.
-    ///
-    /// # Errors
-    /// As [`select_worker`](Self::select_worker).
-    pub(crate) fn explain(
-        &self,
-        requests: &[PreparedRequest<'_>],
-        batch_costs: &BatchCosts,
-    ) -> Result<Explanation, SelectError> {
-        let request = requests.first().ok_or(SelectError::NoWorker)?;
-        let excluded = self.excluded(request);
-        let eligible = self.workers.selectable(request, &excluded, self.now)?;
-        let assessment = self.assess(request);
-        let profile = self.request_profile(request, &assessment);
-        let policy = self.selector.policy();
-        let (mut costs, mut tie_breakers) = (Vec::new(), Vec::new());
-        if policy.batch_rule() == BatchRule::FirstPrompt {
-            let prefix_matches = &assessment.prefix_matches;
-            let candidates = Candidates::new(&self.workers, &eligible, prefix_matches, self.now);
-            policy.costs(&profile, &candidates, &mut costs);
-            let views = candidates.iter();
-            tie_breakers.extend(views.map(|view| policy.tie_breaker(&profile, &view)));
-        } else {
-            let indices = eligible.iter().map(|&index| index as usize);
-            costs.extend(indices.clone().map(|index| batch_costs.objective[index]));
-            tie_breakers.extend(indices.map(|index| batch_costs.tie_breakers[index]));
-        }
-        let probabilities = self.selector.probabilities(&mut costs, &tie_breakers);
-        let mut candidates: Vec<Candidate> = eligible
-            .iter()
-            .zip(costs.iter().zip(probabilities))
-            .filter_map(|(&index, (&policy_cost, probability))| {
-                let worker = self.workers.by_index(index)?;
-                let load = self.workers.loads[index as usize];
-                Some(Candidate {
-                    id: worker.id,
-                    name: Arc::clone(&worker.name),
-                    requests: load.requests,
-                    active_blocks: load.projected_blocks(),
-                    prefix_match: batch_costs.prefix_matches[index as usize],
-                    cost: batch_costs.costs[index as usize],
-                    delay: batch_costs.delays[index as usize],
-                    policy_cost,
-                    probability,
-                })
-            })
-            .collect();
-        if candidates.is_empty() {
-            return Err(SelectError::NoWorker);
-        }
-        candidates.sort_unstable_by_key(|candidate| candidate.id);
-        let mut explanation = Explanation {
-            policy: self.config.policy,
-            overlap_weight: self.config.overlap_weight,
-            ttft_weight: self.config.ttft_weight,
-            temperature: self.config.temperature,
-            replicates_prefix_to: None,
-            trial_on: self.workers.due_trial(request, self.now),
-            passed_over: self.passed_over(request, &candidates),
-            candidates,
-        };
-        if let ([request], Some(chosen)) = (requests, explanation.expected_choice()) {
-            let chosen = chosen.id;
-            explanation.replicates_prefix_to =
-                self.with_placed(chosen, &assessment, request, |placed| {
-                    self.replication_regret.peek(placed)
-                });
-        }
-        Ok(explanation)
-    }
-
-    /// Returns the eligible workers that are neither excluded nor candidates, with the reason.
-    fn passed_over(
-        &self,
-        request: &PreparedRequest<'_>,
-        candidates: &[Candidate],
-    ) -> Vec<PassedOver> {
-        if !self.workers.has_restrictions() {
-            return Vec::new();
-        }
-        let excluded = self.excluded(request);
-        let is_candidate = |id| {
-            let known = candidates.binary_search_by_key(&id, |candidate| candidate.id);
-            known.is_ok()
-        };
-        let eligible = self
-            .workers
-            .eligible(request.model_name())
-            .unwrap_or_default();
-        let mut passed_over: Vec<PassedOver> = eligible
-            .iter()
-            .filter(|index| !excluded.contains(index))
-            .filter_map(|&index| {
-                let worker = self.workers.by_index(index)?;
-                Some(PassedOver {
-                    id: worker.id,
-                    name: worker.name.clone(),
-                    restriction: self.workers.restriction(index, self.now)?,
-                })
-            })
-            .filter(|worker| !is_candidate(worker.id))
-            .collect();
-        passed_over.sort_unstable_by_key(|worker| worker.id);
-        passed_over
     }
 }

@@ -10,7 +10,7 @@ use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
-use foresee_forecast::{PrefillWork, SharedLatencyModel};
+use foresee_forecast::{LatencyModel, PrefillWork, SharedLatencyModel};
 use foresee_prefix::{EvictionRule, WorkerIndex};
 use rapidhash::v3::{DEFAULT_RAPID_SECRETS, rapidhash_v3_seeded};
 
@@ -316,6 +316,21 @@ impl Workers {
     pub(crate) fn latency_model(&self, pending_work: &PendingWork) -> &SharedLatencyModel {
         self.latency_groups
             .latency_model(pending_work.latency_group)
+    }
+
+    /// Returns the latency model of the worker with this pending work at `now`.
+    pub(crate) fn latency_now(&self, pending_work: &PendingWork, now: Duration) -> LatencyModel {
+        let shared_model = self.latency_model(pending_work);
+        pending_work.latency.latency_model(shared_model, now)
+    }
+
+    /// Returns the time of a decode step of a worker with its present decode batch, or with one
+    /// request if it is empty. `None` if the worker was removed.
+    pub(crate) fn decode_step_seconds(&self, id: WorkerId, now: Duration) -> Option<f64> {
+        let pending_work = self.pending_work(id)?;
+        let (requests, context_tokens) = pending_work.decode_load();
+        let model = self.latency_now(pending_work, now);
+        Some(model.decode_step_seconds(f64::from(requests.max(1)), context_tokens as f64))
     }
 
     /// Adds a booking to the queue of a worker: see

@@ -6,12 +6,12 @@ use super::{ExchangeResult, FailureCharge, ReportedResult};
 use crate::batch::Batch;
 use crate::booking::Booking;
 use crate::booking_id::BookingId;
+#[cfg(doc)]
+use crate::booking_record::BookingRecord;
 use crate::router::Router;
 use crate::state::State;
 use crate::worker_id::WorkerId;
-
-/// Part of the charge of a failure that a soft failure adds.
-const SOFT_FAILURE_CHARGE: f64 = 0.5;
+use crate::workers::Workers;
 
 impl Booking {
     /// Reports how the exchange with the worker of this booking ended, or how far it succeeded.
@@ -127,45 +127,12 @@ impl State {
         restricted
     }
 
-    /// Returns the charge that a failed booking adds to the cost of its worker: the time to first
-    /// token that was predicted for it and the decode of its output, or the time that the failure
-    /// took if that is longer; the blocks that it would have occupied and computed; and one
-    /// request. Zero if the result is no failure.
+    /// Returns the charge of a booking with this result: see [`BookingRecord::failure_charge`].
     fn failure_charge(&self, id: BookingId, result: ExchangeResult) -> FailureCharge {
-        let factor = match result {
-            ExchangeResult::Failure => 1.0,
-            ExchangeResult::SoftFailure => SOFT_FAILURE_CHARGE,
-            ExchangeResult::Success | ExchangeResult::Backpressure { .. } => {
-                return FailureCharge::default();
-            }
-        };
-        let Some(record) = self.bookings.get(id) else {
-            return FailureCharge::default();
-        };
-        let ttft = record
-            .forecast
-            .first_token_at
-            .saturating_sub(record.booked_at);
-        let elapsed = self.now.saturating_sub(record.booked_at);
-        let decode = self
-            .workers
-            .pending_work(record.worker)
-            .map_or(0.0, |pending_work| {
-                let model = pending_work
-                    .latency
-                    .latency_model(self.workers.latency_model(pending_work), self.now);
-                let (requests, context_tokens) = pending_work.decode_load();
-                let step =
-                    model.decode_step_seconds(f64::from(requests.max(1)), context_tokens as f64);
-                f64::from(record.output.expected_tokens) * step
-            });
-        let uncached_blocks = record.work.work.new_tokens as f64 / f64::from(record.block_size);
-        FailureCharge {
-            seconds: (ttft.as_secs_f64() + decode).max(elapsed.as_secs_f64()),
-            blocks: self.config.overlap_weight * uncached_blocks + f64::from(record.blocks()),
-            requests: 1.0,
-        }
-        .scaled(factor)
+        let record = self.bookings.get(id);
+        record.map_or_else(FailureCharge::default, |record| {
+            record.failure_charge(result, &self.workers, self.config.overlap_weight, self.now)
+        })
     }
 
     /// Applies a result of a request that was sent to `worker` at `sent_at`, and changes `reported`
@@ -179,34 +146,66 @@ impl State {
         sent_at: Duration,
         charge: FailureCharge,
     ) -> bool {
-        let (now, index) = (self.now, worker.index);
-        if self.workers.get(worker).is_none() || *reported == ReportedResult::Final {
-            return false;
+        let now = self.now;
+        let effect = self
+            .workers
+            .apply_result(worker, result, reported, sent_at, charge, now);
+        if effect == ResultEffect::TakesRequestsAgain {
+            self.try_dispatch_next(worker.index);
         }
-        let outliers = &mut self.workers.outliers;
+        effect == ResultEffect::TakesNoMoreRequests
+    }
+}
+
+/// Effect of a result on the worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ResultEffect {
+    /// The worker takes requests if it did before.
+    Unchanged,
+    /// The ejection of the worker has ended.
+    TakesRequestsAgain,
+    /// The worker is ejected or has backpressure.
+    TakesNoMoreRequests,
+}
+
+impl Workers {
+    /// Applies a result of a request that was sent to `worker` at `sent_at`, with the charge that it
+    /// adds if it is a failure, and changes `reported` accordingly. Has no effect if the worker was
+    /// removed, if the result of the request is final, or if the worker has recovered since.
+    fn apply_result(
+        &mut self,
+        worker: WorkerId,
+        result: ExchangeResult,
+        reported: &mut ReportedResult,
+        sent_at: Duration,
+        charge: FailureCharge,
+        now: Duration,
+    ) -> ResultEffect {
+        let index = worker.index;
+        if self.get(worker).is_none() || *reported == ReportedResult::Final {
+            return ResultEffect::Unchanged;
+        }
         if result == ExchangeResult::Success {
-            outliers.end_warm_up(index);
+            self.outliers.end_warm_up(index);
         }
-        let Some((record, config)) = outliers.record_mut(index) else {
-            return false;
+        let Some((record, config)) = self.outliers.record_mut(index) else {
+            return ResultEffect::Unchanged;
         };
         let previous = *reported;
         if result != ExchangeResult::Success {
             *reported = ReportedResult::Final;
         }
         if record.is_stale(sent_at) {
-            return false;
+            return ResultEffect::Unchanged;
         }
         match result {
+            ExchangeResult::Success if previous != ReportedResult::Unknown => {}
             ExchangeResult::Success => {
-                if previous != ReportedResult::Unknown {
-                    return false;
-                }
                 *reported = record.on_success(sent_at, now);
                 if record.ejection.is_some() {
                     record.close(now);
-                    self.workers.set_ejected(index, false);
-                    self.try_dispatch_next(index);
+                    self.set_ejected(index, false);
+                    return ResultEffect::TakesRequestsAgain;
                 }
             }
             ExchangeResult::Failure | ExchangeResult::SoftFailure => {
@@ -216,15 +215,17 @@ impl State {
                     Some(_) => {}
                     None => record.on_failure(result, previous, now),
                 }
-                outliers.add_charge(index, charge, now);
-                return self.workers.eject_if_outlier(index, now);
+                self.outliers.add_charge(index, charge, now);
+                if self.eject_if_outlier(index, now) {
+                    return ResultEffect::TakesNoMoreRequests;
+                }
             }
             ExchangeResult::Backpressure { retry_after } => {
                 record.on_backpressure(retry_after, now);
-                outliers.restrict(index);
-                return true;
+                self.outliers.restrict(index);
+                return ResultEffect::TakesNoMoreRequests;
             }
         }
-        false
+        ResultEffect::Unchanged
     }
 }

@@ -10,7 +10,7 @@ fn at(seconds: f64) -> Duration {
 
 /// Records an arrival and returns the queue key of the request.
 fn arrive(
-    queue: &mut QueuePolicyState,
+    queue: &mut QueueTickets,
     order: QueueOrder,
     tenant: u64,
     prefill: f64,
@@ -23,7 +23,7 @@ fn arrive(
 
 #[test]
 fn fcfs_orders_by_arrival_within_a_priority() {
-    let mut queue = QueuePolicyState::default();
+    let mut queue = QueueTickets::default();
     let long = arrive(&mut queue, QueueOrder::Fcfs, 0, 9.0, 1.0);
     let short = arrive(&mut queue, QueueOrder::Fcfs, 0, 0.1, 1.0);
     assert!(long < short);
@@ -35,7 +35,7 @@ fn fcfs_orders_by_arrival_within_a_priority() {
 
 #[test]
 fn shorter_prompts_overtake_until_ageing_outweighs_them() {
-    let mut queue = QueuePolicyState::default();
+    let mut queue = QueueTickets::default();
     let long = arrive(&mut queue, QueueOrder::ShortestPrefillFirst, 0, 2.0, 0.0);
     assert!(arrive(&mut queue, QueueOrder::ShortestPrefillFirst, 0, 1.0, 9.9) < long);
     assert!(arrive(&mut queue, QueueOrder::ShortestPrefillFirst, 0, 1.0, 10.1) > long);
@@ -43,7 +43,7 @@ fn shorter_prompts_overtake_until_ageing_outweighs_them() {
 
 #[test]
 fn smaller_requests_backfill_until_the_window_of_the_larger_passes() {
-    let (mut policy_state, mut queue) = (QueuePolicyState::default(), WorkerQueue::default());
+    let (mut policy_state, mut queue) = (QueueTickets::default(), WorkerQueue::default());
     let mut next_after_insert = |order, priority, prefill, blocks| {
         let ticket = policy_state.ticket(order, priority, 0, at(0.0));
         policy_state.on_arrival(&ticket, at(prefill));
@@ -80,7 +80,7 @@ fn smaller_requests_backfill_until_the_window_of_the_larger_passes() {
 
 #[test]
 fn tenants_get_equal_service_whatever_their_demand() {
-    let mut queue = QueuePolicyState::default();
+    let mut queue = QueueTickets::default();
     let mut queued = Vec::new();
     // Tenant 1 has many requests, tenant 2 few, and tenant 3 long ones.
     for (tenant, requests, seconds) in [(1, 400, 1.0), (2, 30, 1.0), (3, 40, 5.0)] {
@@ -110,7 +110,7 @@ fn tenants_get_equal_service_whatever_their_demand() {
 
 #[test]
 fn the_number_of_remembered_tenants_is_bounded() {
-    let mut queue = QueuePolicyState::default();
+    let mut queue = QueueTickets::default();
     for tenant in 0..3 * MAX_TENANTS as u64 {
         arrive(&mut queue, QueueOrder::FairByTenant, tenant, 1.0, 0.0);
         assert!(queue.tenant_finish_tags.len() <= MAX_TENANTS);
@@ -122,7 +122,7 @@ fn the_number_of_remembered_tenants_is_bounded() {
 
 #[test]
 fn a_tenant_beyond_the_limit_does_not_overtake_itself_or_others() {
-    let mut queue = QueuePolicyState::default();
+    let mut queue = QueueTickets::default();
     for tenant in 0..MAX_TENANTS as u64 {
         arrive(&mut queue, QueueOrder::FairByTenant, tenant, 1.0, 0.0);
     }
@@ -139,7 +139,7 @@ fn a_tenant_beyond_the_limit_does_not_overtake_itself_or_others() {
 #[test]
 fn a_limited_number_of_requests_is_considered_for_dispatch() {
     let insert = |queue: &mut WorkerQueue, serial: u64, blocks: u64| {
-        let ticket = QueuePolicyState::default().ticket(
+        let ticket = QueueTickets::default().ticket(
             QueueOrder::ShortestPrefillFirst,
             0,
             0,

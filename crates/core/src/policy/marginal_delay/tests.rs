@@ -6,7 +6,7 @@ use foresee_forecast::{LatencyAccuracy, PrefillWork};
 
 use super::*;
 use crate::pending_work::RequestWork;
-use crate::queue::{QueueOrder, QueuePolicyState};
+use crate::queue::{QueueOrder, QueueTickets};
 
 /// A model in which nothing takes time. Each test sets the coefficients that it is about.
 const NO_COST: LatencyModel = LatencyModel {
@@ -23,7 +23,7 @@ const NO_COST: LatencyModel = LatencyModel {
 fn profile(prompt_tokens: u32, output_tokens: f64) -> RequestProfile<'static> {
     RequestProfile {
         output_tokens,
-        ticket: QueuePolicyState::default().ticket(QueueOrder::Fcfs, 0, 0, Duration::ZERO),
+        ticket: QueueTickets::default().ticket(QueueOrder::Fcfs, 0, 0, Duration::ZERO),
         ..RequestProfile::of_tokens(prompt_tokens, 16)
     }
 }
