@@ -1,12 +1,10 @@
 //! Forward simulation of an engine to its end: when each of its requests would end if no further
 //! request arrived.
 //!
-//! The simulation has no noise in its step times. It schedules as [`Engine`](crate::engine::Engine)
-//! does: running requests first, chunked prefill within the token budget, admission first come,
-//! first served, and preemption of the request that was admitted last. The state is reduced to
-//! numbers: how many tokens each request finds in the cache, and how many blocks are free.
-//! Consecutive steps that only decode are computed at once, up to the next end of a request or
-//! until memory is full.
+//! The simulation has no noise in its step times. It schedules by the same rule as
+//! [`Engine`](crate::engine::Engine), the [`Scheduler`], over a reduced memory: how many tokens
+//! each request finds in the cache, and how many blocks are free. Consecutive steps that only
+//! decode are computed at once, up to the next end of a request or until memory is full.
 //!
 //! Two simplifications make the result approximate; it is exact if requests share no blocks and
 //! nothing is cached:
@@ -15,100 +13,92 @@
 //! - A preempted request finds its whole prompt cached when it is admitted again, although other
 //!   requests may have evicted some of it.
 
-use std::collections::VecDeque;
+use std::num::NonZeroU32;
 
 use super::view::EngineState;
-use crate::engine::{EngineConfig, RequestState};
+use crate::engine::EngineConfig;
+use crate::engine::scheduler::{KvMemory, RequestProgress, Scheduler};
 use crate::step_time::BatchLoad;
 
-/// A request in the simulated engine, and its progress.
+/// KV memory of which only the number of free blocks is known.
 #[derive(Clone, Debug)]
-pub(super) struct ScheduledRequest {
-    /// Id of the request in the engine.
-    pub(super) id: u64,
-    /// Tokens of the prompt, and output tokens generated so far.
-    pub(super) known_tokens: u32,
-    /// Output tokens that are not generated yet; at least 1.
-    pub(super) remaining_output: u32,
-    /// Whether the first output token is generated.
-    pub(super) is_started: bool,
-    /// Tokens whose KV is computed; 0 while the request waits.
-    computed: u32,
-    /// Tokens that the current step computes.
-    scheduled: u32,
-    /// Blocks allocated for the request, without the `shared` ones.
-    blocks: u32,
-    /// Tokens that the request finds cached when it is admitted, or admitted again.
-    pub(super) cached: u32,
-    /// Blocks of the request that count for other requests.
-    pub(super) shared: u32,
+pub(super) struct CountedMemory {
+    /// Tokens per block.
+    block_size: NonZeroU32,
+    /// Free blocks.
+    free: u32,
 }
+
+/// Numbers of blocks of one request.
+#[derive(Clone, Debug)]
+pub(super) struct CountedBlocks {
+    /// Blocks allocated for the request, without the `shared` ones.
+    allocated: u32,
+    /// Tokens that the request finds cached when it is admitted, or admitted again.
+    cached: u32,
+    /// Blocks of the request that count for other requests.
+    shared: u32,
+}
+
+impl CountedMemory {
+    /// Returns the number of blocks to allocate for a request so that it has KV for `tokens`
+    /// tokens.
+    fn missing_blocks(&self, blocks: &CountedBlocks, tokens: u32) -> u32 {
+        let needed = tokens.div_ceil(self.block_size.get());
+        needed.saturating_sub(blocks.shared + blocks.allocated)
+    }
+}
+
+impl KvMemory for CountedMemory {
+    type Blocks = CountedBlocks;
+
+    fn cached_tokens(&self, blocks: &CountedBlocks, _tokens: u32) -> u32 {
+        blocks.cached
+    }
+
+    fn fits(&self, blocks: &CountedBlocks, _reused: u32, tokens: u32) -> bool {
+        self.missing_blocks(blocks, tokens) <= self.free
+    }
+
+    /// Does nothing: [`allocate`](Self::allocate) counts the reused blocks too.
+    fn reuse(&mut self, _blocks: &mut CountedBlocks, _reused: u32) {}
+
+    fn allocate(&mut self, _id: u64, blocks: &mut CountedBlocks, tokens: u32) {
+        let new_blocks = self.missing_blocks(blocks, tokens);
+        blocks.allocated += new_blocks;
+        self.free -= new_blocks;
+    }
+
+    fn release(&mut self, blocks: &mut CountedBlocks) {
+        self.free += std::mem::take(&mut blocks.allocated);
+    }
+}
+
+/// A request in the simulated engine, and its progress.
+pub(super) type ScheduledRequest = RequestProgress<CountedBlocks>;
 
 impl ScheduledRequest {
     /// Creates a request that has just arrived. `cached` are the tokens of its prompt that it will
     /// find cached, and `shared` is the number of their blocks that other requests in the engine
     /// pin.
-    pub(super) fn new(
+    pub(super) fn arriving(
         id: u64,
         prompt_tokens: u32,
         output_tokens: u32,
         cached: u32,
         shared: u32,
     ) -> Self {
-        Self {
-            id,
-            known_tokens: prompt_tokens,
-            remaining_output: output_tokens,
-            is_started: false,
-            computed: 0,
-            scheduled: 0,
-            blocks: 0,
+        let blocks = CountedBlocks {
+            allocated: 0,
             cached,
             shared,
-        }
-    }
-
-    /// Creates a request that is in an engine already. `shared` is the number of its blocks that
-    /// count for other requests. Progress in the current step is kept.
-    fn from_state(
-        state: &RequestState,
-        shared: u32,
-        block_size: u32,
-        prefix_caching: bool,
-    ) -> Self {
-        // At least one token is always computed.
-        let max_cached = if prefix_caching {
-            (state.prompt_tokens - 1) / block_size * block_size
-        } else {
-            0
         };
-        Self {
-            id: state.id,
-            known_tokens: state.prompt_tokens + state.generated,
-            remaining_output: state.remaining,
-            is_started: state.generated > 0,
-            computed: if state.running { state.computed } else { 0 },
-            scheduled: state.scheduled,
-            blocks: state.blocks.saturating_sub(shared),
-            cached: if state.running {
-                max_cached
-            } else {
-                // Shared blocks are cached by the time of admission: requests that are served
-                // earlier compute them.
-                state.computed.max(shared * block_size)
-            },
-            shared,
-        }
-    }
-
-    /// Returns the number of known tokens whose KV is not computed.
-    fn remaining(&self) -> u32 {
-        self.known_tokens - self.computed
+        Self::new(id, prompt_tokens, output_tokens, blocks)
     }
 
     /// Returns whether the next step of the request is a decode step.
     fn is_decoding(&self) -> bool {
-        self.is_started && self.remaining() == 1
+        self.generated > 0 && self.remaining() == 1
     }
 }
 
@@ -126,12 +116,8 @@ pub(super) struct Lookahead<'a> {
     config: &'a EngineConfig,
     /// Speed relative to the step-time model: at 2, steps take half as long.
     speed: f64,
-    /// Running requests in the order of admission.
-    running: Vec<ScheduledRequest>,
-    /// Waiting requests in the order of service.
-    waiting: VecDeque<ScheduledRequest>,
-    /// Free blocks.
-    free: u32,
+    /// Requests of the engine.
+    scheduler: Scheduler<CountedMemory>,
     /// Time since the start of the simulation, in seconds.
     now: f64,
     /// End of the step that was in progress at the start of the simulation, in seconds.
@@ -145,42 +131,62 @@ impl<'a> Lookahead<'a> {
     pub(super) fn new(state: &EngineState<'a>, shared: impl Fn(u64) -> u32) -> Self {
         let engine = state.engine;
         let config = engine.config();
-        let block_size = config.block_size.get();
-        let mut lookahead = Self {
-            config,
-            speed: state.speed,
-            running: Vec::with_capacity(engine.running()),
-            waiting: VecDeque::with_capacity(engine.waiting() + 1),
+        let block_size = config.block_size;
+        let memory = CountedMemory {
+            block_size,
             free: engine.capacity() - engine.pinned_blocks(),
-            now: 0.0,
-            step_end: state.step_left.as_secs_f64(),
         };
-        for request_state in engine.request_states() {
-            let request = ScheduledRequest::from_state(
-                &request_state,
-                shared(request_state.id),
-                block_size,
-                config.prefix_caching,
-            );
-            if request_state.running {
-                lookahead.running.push(request);
+        let source = engine.scheduler();
+        let mut scheduler = Scheduler::new(source.limits(), memory);
+        scheduler.running.reserve(source.running.len());
+        // Besides the copied requests, one more may be submitted.
+        scheduler.waiting.reserve(source.waiting.len() + 1);
+        for (progress, is_running) in source.requests() {
+            let shared = shared(progress.id);
+            let cached = if !is_running {
+                // Shared blocks are cached by the time of admission: requests that are served
+                // earlier compute them.
+                let cached = source
+                    .memory
+                    .cached_tokens(&progress.blocks, progress.known());
+                cached.max(shared * block_size.get())
+            } else if config.prefix_caching {
+                // At least one token is always computed.
+                (progress.prompt_tokens - 1) / block_size * block_size.get()
             } else {
-                lookahead.waiting.push_back(request);
+                0
+            };
+            let copy = progress.with_blocks(CountedBlocks {
+                allocated: (progress.blocks.ids.len() as u32).saturating_sub(shared),
+                cached,
+                shared,
+            });
+            if is_running {
+                scheduler.running.push(copy);
+            } else {
+                scheduler.waiting.push_back(copy);
             }
         }
-        lookahead
+        Self {
+            config,
+            speed: state.speed,
+            scheduler,
+            now: 0.0,
+            step_end: state.step_left.as_secs_f64(),
+        }
     }
 
     /// Adds a request to the end of the waiting queue.
     pub(super) fn submit(&mut self, request: ScheduledRequest) {
-        self.waiting.push_back(request);
+        self.scheduler.waiting.push_back(request);
     }
 
     /// Simulates until no request is left, or none fits. Calls `on_milestone` for the first and the
     /// last token of each request, with the time since the start in seconds. A request that never
     /// fits reaches no further milestone.
     pub(super) fn run(mut self, mut on_milestone: impl FnMut(&ScheduledRequest, Milestone, f64)) {
-        if self.running.iter().any(|request| request.scheduled > 0) {
+        let mut running = self.scheduler.running.iter();
+        if running.any(|request| request.scheduled > 0) {
             self.now = self.step_end;
             self.end_step(&mut on_milestone);
         }
@@ -190,16 +196,10 @@ impl<'a> Lookahead<'a> {
     /// Simulates one step. Returns `false` if no request could be scheduled. If no request is
     /// running, the whole memory counts as free.
     fn step(&mut self, on_milestone: &mut impl FnMut(&ScheduledRequest, Milestone, f64)) -> bool {
-        if self.running.is_empty() {
-            self.free = self.config.blocks;
+        if self.scheduler.running.is_empty() {
+            self.scheduler.memory.free = self.config.blocks;
         }
-        let mut load = BatchLoad::default();
-        let mut budget = self.config.max_num_batched_tokens;
-        let has_preempted = self.schedule_running(&mut budget, &mut load);
-        // Blocks that a preemption freed are for the running requests.
-        if !has_preempted {
-            self.schedule_waiting(&mut budget, &mut load);
-        }
+        let load = self.scheduler.begin_step();
         if load.sequences == 0 {
             return false;
         }
@@ -208,110 +208,16 @@ impl<'a> Lookahead<'a> {
         true
     }
 
-    /// Schedules running requests until `budget` tokens are spent. Returns whether a request was
-    /// preempted. Adds the scheduled tokens to `load`.
-    fn schedule_running(&mut self, budget: &mut u32, load: &mut BatchLoad) -> bool {
-        let mut has_preempted = false;
-        let mut index = 0;
-        while index < self.running.len() && *budget > 0 {
-            let request = &self.running[index];
-            let chunk = request.remaining().min(*budget);
-            let new_blocks = self.missing_blocks(request, request.computed + chunk);
-            if new_blocks > self.free {
-                has_preempted = true;
-                self.preempt_last();
-                continue;
-            }
-            self.schedule(index, chunk, new_blocks, load);
-            *budget -= chunk;
-            index += 1;
-        }
-        has_preempted
-    }
-
-    /// Returns the running request that was admitted last to the front of the waiting queue. The
-    /// request frees its blocks and keeps its generated tokens.
-    fn preempt_last(&mut self) {
-        let Some(mut preempted) = self.running.pop() else {
-            return;
-        };
-        self.free += preempted.blocks;
-        preempted.blocks = 0;
-        preempted.computed = 0;
-        self.waiting.push_front(preempted);
-    }
-
-    /// Admits and schedules waiting requests while they fit into `budget` and free memory.
-    fn schedule_waiting(&mut self, budget: &mut u32, load: &mut BatchLoad) {
-        while let Some((chunk, new_blocks)) = self.admission(*budget) {
-            let Some(mut admitted) = self.waiting.pop_front() else {
-                return;
-            };
-            admitted.computed = admitted.cached;
-            self.running.push(admitted);
-            self.schedule(self.running.len() - 1, chunk, new_blocks, load);
-            *budget -= chunk;
-        }
-    }
-
-    /// Returns the tokens of the first waiting request's first chunk, and the blocks that must be
-    /// allocated for it. `None` if the request cannot be admitted.
-    fn admission(&self, budget: u32) -> Option<(u32, u32)> {
-        let first = self.waiting.front()?;
-        if budget == 0 || self.running.len() >= self.config.max_num_seqs as usize {
-            return None;
-        }
-        let chunk = (first.known_tokens - first.cached).min(budget);
-        let new_blocks = self.missing_blocks(first, first.cached + chunk);
-        (new_blocks <= self.free).then_some((chunk, new_blocks))
-    }
-
-    /// Returns the number of blocks to allocate for `request` so that it has KV for `tokens`
-    /// tokens.
-    fn missing_blocks(&self, request: &ScheduledRequest, tokens: u32) -> u32 {
-        let needed = tokens.div_ceil(self.config.block_size.get());
-        needed.saturating_sub(request.shared + request.blocks)
-    }
-
-    /// Schedules `chunk` tokens of the running request at `index` and allocates `new_blocks`.
-    fn schedule(&mut self, index: usize, chunk: u32, new_blocks: u32, load: &mut BatchLoad) {
-        debug_assert!(chunk > 0, "a running request has at least one token left");
-        let request = &mut self.running[index];
-        request.scheduled = chunk;
-        request.blocks += new_blocks;
-        self.free -= new_blocks;
-        if request.is_started && chunk == 1 {
-            load.add_decode(request.computed);
-        } else {
-            load.add_prefill(chunk, request.computed);
-        }
-    }
-
-    /// Ends the current step at the current time: a request with all known tokens computed
-    /// generates one token, and leaves after its last. Calls `on_milestone` for first and last
-    /// tokens.
+    /// Ends the current step at the current time. Calls `on_milestone` for first and last tokens.
     fn end_step(&mut self, on_milestone: &mut impl FnMut(&ScheduledRequest, Milestone, f64)) {
-        let (now, free) = (self.now, &mut self.free);
-        self.running.retain_mut(|request| {
-            if request.scheduled == 0 {
-                return true;
-            }
-            request.computed += request.scheduled;
-            request.scheduled = 0;
-            if request.remaining() > 0 {
-                return true;
-            }
-            request.known_tokens += 1;
-            request.remaining_output -= 1;
-            if !request.is_started {
-                request.is_started = true;
+        let now = self.now;
+        self.scheduler.end_step(|request| {
+            if request.generated == 1 {
                 on_milestone(request, Milestone::FirstToken, now);
             }
-            if request.remaining_output == 0 {
+            if request.is_finished() {
                 on_milestone(request, Milestone::LastToken, now);
-                *free += request.blocks;
             }
-            request.remaining_output > 0
         });
     }
 
@@ -323,15 +229,18 @@ impl<'a> Lookahead<'a> {
         &mut self,
         on_milestone: &mut impl FnMut(&ScheduledRequest, Milestone, f64),
     ) -> bool {
-        let sequences = self.running.len() as u32;
+        let running = &self.scheduler.running;
+        let sequences = running.len() as u32;
         let budget = self.config.max_num_batched_tokens;
-        let remaining_outputs = self.running.iter().map(|request| request.remaining_output);
+        let remaining_outputs = running
+            .iter()
+            .map(|request| request.output_tokens - request.generated);
         let until_next_end = remaining_outputs.min();
         let Some(max_steps) = until_next_end.filter(|_| sequences <= budget) else {
             return false;
         };
-        if !self.running.iter().all(ScheduledRequest::is_decoding)
-            || self.admission(budget - sequences).is_some()
+        if !running.iter().all(ScheduledRequest::is_decoding)
+            || self.scheduler.admission(budget - sequences).is_some()
         {
             return false;
         }
@@ -340,16 +249,14 @@ impl<'a> Lookahead<'a> {
             return false;
         }
         let mut load = BatchLoad::default();
-        for index in 0..self.running.len() {
-            load.add_decode(self.running[index].computed);
-            let request = &self.running[index];
-            let new_blocks = self.missing_blocks(request, request.computed + steps);
-            let request = &mut self.running[index];
-            request.blocks += new_blocks;
-            self.free -= new_blocks;
+        let Scheduler {
+            running, memory, ..
+        } = &mut self.scheduler;
+        for request in running {
+            load.add_decode(request.computed);
+            memory.allocate(request.id, &mut request.blocks, request.computed + steps);
             request.computed += steps - 1;
-            request.known_tokens += steps - 1;
-            request.remaining_output -= steps - 1;
+            request.generated += steps - 1;
             request.scheduled = 1;
         }
         let step_time = &self.config.step_time;
@@ -365,11 +272,14 @@ impl<'a> Lookahead<'a> {
     /// Returns the number of decode steps, up to `max_steps`, that fit into free memory. 0 if not
     /// even one fits.
     fn steps_that_fit(&self, max_steps: u32) -> u32 {
+        let Scheduler {
+            running, memory, ..
+        } = &self.scheduler;
         let fits = |steps: u32| {
-            let requests = self.running.iter();
-            let new_blocks =
-                requests.map(|request| self.missing_blocks(request, request.computed + steps));
-            new_blocks.sum::<u32>() <= self.free
+            let new_blocks = running
+                .iter()
+                .map(|request| memory.missing_blocks(&request.blocks, request.computed + steps));
+            new_blocks.sum::<u32>() <= memory.free
         };
         if fits(max_steps) {
             return max_steps;
@@ -536,8 +446,8 @@ mod tests {
         let run = |cached, shared| {
             let engine = engine(100, 256, true);
             let mut lookahead = Lookahead::new(&engine_state(&engine, Duration::ZERO), |_| 0);
-            lookahead.submit(ScheduledRequest::new(0, 1600, 1, 0, 0));
-            lookahead.submit(ScheduledRequest::new(1, 1600, 1, cached, shared));
+            lookahead.submit(ScheduledRequest::arriving(0, 1600, 1, 0, 0));
+            lookahead.submit(ScheduledRequest::arriving(1, 1600, 1, cached, shared));
             let mut first = [0.0; 2];
             lookahead.run(|request, _, time| first[request.id as usize] = time);
             first
@@ -579,7 +489,7 @@ mod tests {
     fn a_request_that_never_fits_ends_the_lookahead() {
         let engine = engine(10, 256, true);
         let mut lookahead = Lookahead::new(&engine_state(&engine, Duration::ZERO), |_| 0);
-        lookahead.submit(ScheduledRequest::new(0, 1600, 1, 0, 0));
+        lookahead.submit(ScheduledRequest::arriving(0, 1600, 1, 0, 0));
         lookahead.run(|_, _, _| panic!("the request must not run"));
         let hashes = Arc::from([]);
         assert_eq!(engine.cached_tokens(&hashes, 0), 0);

@@ -52,7 +52,8 @@ impl Oracle {
         let mut with = without.clone();
         let Reuse { cached, shared } = reuse_on(view, state, worker.active_blocks_matched);
         let id = view.request as u64;
-        let request = ScheduledRequest::new(id, view.tokens, view.output_tokens, cached, shared);
+        let request =
+            ScheduledRequest::arriving(id, view.tokens, view.output_tokens, cached, shared);
         with.submit(request);
 
         let mut ends_without = 0.0;
