@@ -3,7 +3,7 @@
 //! The tables contain no information about common prefixes, so the prompts get none.
 
 use std::num::NonZeroU32;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use crate::trace::{TOKENS_PER_HASH_ID, TraceRequest};
 
@@ -68,43 +68,12 @@ impl Columns {
 }
 
 /// Parses `YEAR-MONTH-DAY HOUR:MINUTE:SECONDS` as the time since 1970; `None` if the text has
-/// another form or a field is out of range. The length of the month is not checked. A time zone
-/// that begins with `+` or `Z` is ignored, because it is equal in all rows.
+/// another form or a field is out of range. A time zone that begins with `+` or `Z` is ignored,
+/// because it is equal in all rows.
 fn time(text: &str) -> Option<Duration> {
-    let (date, clock) = text.split_once([' ', 'T'])?;
-    let mut date = date.splitn(3, '-').map(|part| part.parse::<u64>().ok());
-    let (year, month, day) = (date.next()??, date.next()??, date.next()??);
-    let clock = clock.split(['+', 'Z']).next()?;
-    let mut clock = clock.splitn(3, ':');
-    let hour: u64 = clock.next()?.parse().ok()?;
-    let minute: u64 = clock.next()?.parse().ok()?;
-    let second: f64 = clock.next()?.parse().ok()?;
-    let is_valid = (1970..10_000).contains(&year)
-        && (1..=12).contains(&month)
-        && (1..=31).contains(&day)
-        && hour < 24
-        && minute < 60
-        // 60 is a leap second.
-        && (0.0..61.0).contains(&second);
-    if !is_valid {
-        return None;
-    }
-    let seconds = days_since_1970(year, month, day) * 86_400 + hour * 3600 + minute * 60;
-    let fraction = Duration::try_from_secs_f64(second).ok()?;
-    Some(Duration::from_secs(seconds) + fraction)
-}
-
-/// Returns the number of days from 1970-01-01 to a date of the Gregorian calendar. Years are
-/// counted from March, so that the leap day is the last day of a year.
-fn days_since_1970(year: u64, month: u64, day: u64) -> u64 {
-    let (year, month) = if month > 2 {
-        (year, month - 3)
-    } else {
-        (year - 1, month + 9)
-    };
-    let leap_days = year / 4 - year / 100 + year / 400;
-    let days_in_year = (153 * month + 2) / 5 + day - 1;
-    year * 365 + leap_days + days_in_year - 719_468
+    let without_zone = text.split(['+', 'Z']).next()?;
+    let time = humantime::parse_rfc3339_weak(without_zone).ok()?;
+    time.duration_since(UNIX_EPOCH).ok()
 }
 
 #[cfg(test)]
@@ -130,13 +99,15 @@ mod tests {
     #[test]
     fn dates_are_converted_to_days() {
         for (date, days) in [
-            ((1970, 1, 1), 0),
-            ((1972, 3, 1), 790),
-            ((2000, 2, 29), 11_016),
-            ((2023, 11, 16), 19_677),
+            ("1970-01-01", 0),
+            ("1972-03-01", 790),
+            ("2000-02-29", 11_016),
+            ("2023-11-16", 19_677),
         ] {
-            assert_eq!(days_since_1970(date.0, date.1, date.2), days);
+            let midnight = time(&format!("{date} 00:00:00"));
+            assert_eq!(midnight, Some(Duration::from_secs(days * 86_400)));
         }
+        assert_eq!(time("2023-02-29 00:00:00"), None);
         assert_eq!(time("2024-05-10 00:00:18446744073709549568"), None);
         assert_eq!(time("2024-05-10 00:00:61"), None);
         let zoned = time("2024-05-10 00:00:00.009930+00:00").unwrap();
