@@ -155,27 +155,6 @@ pub const H100_70B_TP4: Preset = Preset {
 /// All presets, in the order to list them.
 pub const PRESETS: [&Preset; 2] = [&L40S_8B, &H100_70B_TP4];
 
-/// Error: no preset has this name.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("unknown engine preset {name:?}; known: {}", PRESETS.map(|preset| preset.name).join(", "))]
-pub struct UnknownPreset {
-    /// The unknown name.
-    pub name: String,
-}
-
-impl std::str::FromStr for &'static Preset {
-    type Err = UnknownPreset;
-
-    fn from_str(name: &str) -> Result<Self, UnknownPreset> {
-        PRESETS
-            .into_iter()
-            .find(|preset| preset.name == name)
-            .ok_or_else(|| UnknownPreset {
-                name: name.to_owned(),
-            })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use rand::SeedableRng;
@@ -215,15 +194,5 @@ mod tests {
         let mean = samples.iter().sum::<f64>() / samples.len() as f64;
         let without = L40S_8B.step_time.mean(&load).as_secs_f64();
         assert!((mean / without - 1.0).abs() < 0.005);
-    }
-
-    #[test]
-    fn presets_are_found_by_name() {
-        assert_eq!("h100-70b-tp4".parse::<&Preset>(), Ok(&H100_70B_TP4));
-        let error = "h200".parse::<&Preset>().unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "unknown engine preset \"h200\"; known: l40s-8b, h100-70b-tp4"
-        );
     }
 }

@@ -159,15 +159,6 @@ pub struct Settings {
 /// The reason why a scenario cannot be prepared.
 #[derive(Debug, thiserror::Error)]
 pub enum SuiteError {
-    /// No scenario has this name.
-    #[error(
-        "unknown scenario {name:?}; known: {}",
-        SCENARIOS.each_ref().map(|scenario| scenario.name).join(", ")
-    )]
-    Unknown {
-        /// The unknown name.
-        name: String,
-    },
     /// The scenario names an unknown workload.
     #[error(transparent)]
     Workload(#[from] UnknownWorkload),
@@ -177,22 +168,6 @@ pub enum SuiteError {
     /// The arrival rate of a workload is invalid.
     #[error(transparent)]
     RequestRate(#[from] InvalidRequestRate),
-}
-
-/// Returns the scenarios with these names, or all scenarios in the order of reports if `names` is
-/// empty. Named scenarios have the order of `names`, and repetitions are kept.
-///
-/// # Errors
-/// If no scenario has one of the names.
-pub fn named(names: &[String]) -> Result<Vec<&'static Scenario>, SuiteError> {
-    if names.is_empty() {
-        return Ok(SCENARIOS.iter().collect());
-    }
-    let named = |name: &String| {
-        let found = SCENARIOS.iter().find(|scenario| scenario.name == name);
-        found.ok_or_else(|| SuiteError::Unknown { name: name.clone() })
-    };
-    names.iter().map(named).collect()
 }
 
 /// Number of workers in all scenarios.
@@ -330,6 +305,11 @@ mod tests {
         }
     }
 
+    fn named(name: &str) -> &'static Scenario {
+        let scenario = SCENARIOS.iter().find(|scenario| scenario.name == name);
+        scenario.unwrap()
+    }
+
     fn case(name: &str, traces: &Traces) -> Option<Case> {
         let settings = Settings {
             router: RouterConfig::default(),
@@ -337,8 +317,7 @@ mod tests {
             slo: Slo::default(),
             seeds: NonZeroU32::new(2).unwrap(),
         };
-        let scenario = named(&[name.to_owned()]).unwrap()[0];
-        scenario.case(traces, &settings).unwrap()
+        named(name).case(traces, &settings).unwrap()
     }
 
     #[test]
@@ -362,7 +341,6 @@ mod tests {
             let is_same = scenario.name == "burst-one-prefix";
             assert_eq!(first == second, is_same, "{}", scenario.name);
         }
-        assert!(named(&["shared-prefix".to_owned(), "shared-prefx".to_owned()]).is_err());
     }
 
     #[test]
@@ -389,7 +367,7 @@ mod tests {
             let case = case(name, &traces).unwrap();
             assert_eq!(case.traffic[0].workload().name, "conversation");
             assert_eq!((case.config.engines.len(), case.traffic.len()), (8, 2));
-            let stand_in = named(&[name.to_owned()]).unwrap()[0].source(&Traces::default());
+            let stand_in = named(name).source(&Traces::default());
             assert!(matches!(stand_in, Some(WorkloadSource::Open("agent", ..))));
             case.config
         };

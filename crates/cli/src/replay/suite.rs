@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use foresee_core::policy::NamedPolicy;
 use foresee_sim::baselines::{self, PolicySpec};
-use foresee_sim::suite::{self, SCENARIOS, Settings, Traces};
+use foresee_sim::suite::{SCENARIOS, Scenario, Settings, Traces};
 
 use super::arguments::{ComparisonArgs, ReportArgs, SignalArgs, list_policies, threads};
 use super::grid::{NamedCase, replay};
@@ -24,7 +24,7 @@ pub(crate) struct SuiteArgs {
         value_parser = scenario(),
         help_heading = "Scenarios"
     )]
-    only: Vec<String>,
+    only: Vec<&'static Scenario>,
     /// Names Mooncake's conversation trace, for the scenarios that replay it
     #[arg(long, value_name = "FILE", help_heading = "Scenarios")]
     conversation: Option<PathBuf>,
@@ -42,15 +42,9 @@ pub(crate) struct SuiteArgs {
 }
 
 /// Returns the parser of `--only`.
-fn scenario() -> Choice<String> {
+fn scenario() -> Choice<&'static Scenario> {
     let scenarios = SCENARIOS.iter();
-    Choice::new(scenarios.map(|scenario| {
-        (
-            scenario.name.to_owned(),
-            scenario.name,
-            scenario.description,
-        )
-    }))
+    Choice::new(scenarios.map(|scenario| (scenario, scenario.name, scenario.description)))
 }
 
 /// Returns the default policies of the suite: the router's own policies with the usual queue
@@ -96,7 +90,12 @@ pub(super) fn suite(args: &SuiteArgs) -> anyhow::Result<()> {
     };
     let mut cases = Vec::new();
     let mut left_out = Vec::new();
-    for scenario in suite::named(&args.only)? {
+    let scenarios = if args.only.is_empty() {
+        SCENARIOS.iter().collect()
+    } else {
+        args.only.clone()
+    };
+    for scenario in scenarios {
         match scenario.case(&traces, &settings)? {
             Some(case) => cases.push(NamedCase {
                 name: scenario.name.to_owned(),
