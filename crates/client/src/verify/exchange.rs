@@ -132,8 +132,9 @@ impl Exchange {
                 return ControlFlow::Break(());
             }
             read.extend_from_slice(bytes);
+            // The rest of the stream may have arrived already.
             let is_due = closes_after.is_some_and(|tokens| observer.tokens() >= tokens);
-            if is_due && !seen.done && !seen.error {
+            if is_due && !seen.error {
                 return ControlFlow::Break(());
             }
             ControlFlow::Continue(())
