@@ -1,0 +1,70 @@
+"""Parsing of rows.toml."""
+
+import unittest
+from pathlib import Path
+
+import rows
+
+VALID = """
+[league]
+engines = 2
+seeds = 3
+max_seeds = 10
+run_seconds = 40
+max_client_delay_ms = 5
+
+[[router]]
+name = "a"
+kind = "smg"
+command = ["run", "{port}"]
+evidence = [{ what = "loads", source = "log", pattern = "loads" }]
+
+[[row]]
+name = "r"
+description = "d"
+engine = ["--engine", "l40s-8b"]
+speedup = 4
+load = ["--workload", "agent"]
+speeds = { 1 = 0.5 }
+event = [{ at = 9, action = "slow", engine = 0, slowdown = 2.0 }, { at = 3, action = "join", engine = 1 }]
+"""
+
+
+class Parsing(unittest.TestCase):
+    def test_a_valid_file_has_every_entry(self) -> None:
+        league = rows.parse(VALID)
+        row = league.row("r")
+        self.assertEqual(row.engine_speedups(2), [4.0, 2.0])
+        self.assertEqual([event.at for event in row.events], [3.0, 9.0])
+        self.assertEqual(row.late, frozenset({1}))
+        self.assertFalse(row.quick)
+        self.assertTrue(league.router("a").default)
+        self.assertFalse(league.router("a").evidence[0].ready)
+
+    def test_an_invalid_file_is_refused_with_the_entry(self) -> None:
+        for old, new, message in [
+            ("seeds = 3\n", "", "league: field seeds is missing"),
+            ('kind = "smg"', 'kind = "smg"\nfast = 1', "router a: unknown field fast"),
+            ("speedup = 4", 'speedup = "4"', "row r: speedup must be a float"),
+            ('"slow"', '"stop"', "event of row r: action must be one of"),
+            ("engine = 1 }", "engine = 2 }", "engines are numbered from 0 to 1"),
+            ('"log"', '"ear"', "source must be log or metrics"),
+            ("[league]", "[league", "not TOML"),
+            (VALID, VALID + VALID[VALID.index("[[row]]") :], "row r occurs twice"),
+        ]:
+            with self.subTest(message), self.assertRaisesRegex(rows.RowsError, message):
+                rows.parse(VALID.replace(old, new))
+
+    def test_an_unknown_name_is_refused(self) -> None:
+        with self.assertRaisesRegex(rows.RowsError, "no row is named x; known: r"):
+            rows.parse(VALID).row("x")
+
+    def test_the_rows_of_the_league_are_valid(self) -> None:
+        league = rows.read(Path(__file__).parent.parent / "rows.toml")
+        self.assertGreaterEqual(len(league.rows), 12)
+        self.assertEqual(sum(row.quick for row in league.rows), 4)
+        self.assertEqual(league.router("foresee").kind, "foresee")
+
+
+if __name__ == "__main__":
+    unittest.main()
