@@ -25,12 +25,14 @@ impl Default for Slo {
 
 impl Slo {
     /// Returns whether a time to first token is within the limit.
-    pub(crate) fn allows_first_token(&self, seconds: f64) -> bool {
+    #[must_use]
+    pub fn allows_first_token(&self, seconds: f64) -> bool {
         self.ttft.is_none_or(|limit| seconds <= limit)
     }
 
     /// Returns whether a mean time between tokens is within the limit.
-    pub(crate) fn allows_mean_gap(&self, seconds: f64) -> bool {
+    #[must_use]
+    pub fn allows_mean_gap(&self, seconds: f64) -> bool {
         self.itl.is_none_or(|limit| seconds <= limit)
     }
 }

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use foresee_sim::outcome::{Latency, imbalance};
+use foresee_sim::outcome::{Goodput, Latency, imbalance};
+use foresee_sim::slo::Slo;
 use serde::Serialize;
 
 use crate::http::FailureKind;
@@ -35,6 +36,11 @@ pub struct LiveOutcome {
     pub end_to_end: Latency,
     /// From arrival until the client sent the request: the client's own delay.
     pub client_delay: Latency,
+    /// Limits that decide which requests count as goodput.
+    pub slo: Slo,
+    /// Finished requests within `slo`: as a fraction of the requests that the client did not close
+    /// early, and per second of the makespan.
+    pub goodput: Goodput,
     /// `finished` over `makespan`.
     pub requests_per_second: f64,
     /// Tokens received, including those of failed and aborted requests.
@@ -88,6 +94,8 @@ impl LiveOutcome {
 pub(super) struct Tally {
     outcome: LiveOutcome,
     failed: usize,
+    /// Finished requests within the SLO of `outcome`.
+    within_slo: usize,
     last_end: Duration,
     times_to_first_token: Vec<f32>,
     inter_token_latencies: Vec<f32>,
@@ -127,6 +135,14 @@ impl Tally {
         match record.end {
             End::Finished => {
                 outcome.finished += 1;
+                let first_token = record
+                    .token_times
+                    .map_or(0.0, |(first, _)| since_due(first));
+                let gaps_sum: f64 = record.gaps.iter().map(|&gap| f64::from(gap)).sum();
+                let mean_gap = gaps_sum / record.gaps.len().max(1) as f64;
+                let is_within_slo = outcome.slo.allows_first_token(f64::from(first_token))
+                    && outcome.slo.allows_mean_gap(mean_gap);
+                self.within_slo += usize::from(is_within_slo);
                 self.end_to_end.push(since_due(record.ended));
                 let usage = record.usage.unwrap_or_default();
                 let prompt_tokens = usage.prompt_tokens.unwrap_or(record.request.prompt_tokens);
@@ -160,6 +176,11 @@ impl Tally {
         outcome.inter_token_latency = Latency::of(&mut self.inter_token_latencies);
         outcome.end_to_end = Latency::of(&mut self.end_to_end);
         outcome.client_delay = Latency::of(&mut self.client_delays);
+        let not_aborted = outcome.sent - outcome.aborted;
+        outcome.goodput = Goodput {
+            fraction: self.within_slo as f64 / not_aborted.max(1) as f64,
+            per_second: self.within_slo as f64 / makespan.max(1e-9),
+        };
         outcome.requests_per_second = outcome.finished as f64 / makespan.max(1e-9);
         outcome.output_tokens_per_second = outcome.output_tokens as f64 / makespan.max(1e-9);
         outcome.hit_fraction = outcome.cached_tokens as f64 / outcome.prompt_tokens.max(1) as f64;

@@ -78,6 +78,13 @@ impl fmt::Display for LoadSummary {
             outcome.requests_per_second, outcome.output_tokens_per_second
         )?;
         write_latencies(f, outcome)?;
+        writeln!(
+            f,
+            "\nwithin the SLO ({}): {:.1} % of requests, {:.2} requests/s",
+            outcome.slo,
+            outcome.goodput.fraction * 100.0,
+            outcome.goodput.per_second
+        )?;
         if outcome.cached_tokens_reports > 0 {
             writeln!(
                 f,

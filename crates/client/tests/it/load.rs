@@ -270,6 +270,44 @@ async fn counts_and_latencies_describe_what_clients_received() {
 }
 
 #[tokio::test]
+async fn goodput_counts_finished_requests_within_the_slo() {
+    let count = Arc::new(AtomicUsize::new(0));
+    let address = serve(move |_, _| {
+        let index = count.fetch_add(1, Ordering::SeqCst);
+        async move {
+            match index {
+                0 => Reply {
+                    status: 500,
+                    worker: None,
+                    frames: Frames::default(),
+                },
+                // More than two seconds of the engine's time.
+                1 => {
+                    tokio::time::sleep(Duration::from_millis(300)).await;
+                    finished(3)
+                }
+                _ => finished(3),
+            }
+        }
+    })
+    .await;
+    let config = LoadConfig {
+        speedup: 10.0,
+        ..LoadConfig::new(address, "m")
+    };
+    let mut workload = at_once(4);
+    for request in &mut workload.requests {
+        request.arrival = Arrival::ClosedLoop;
+    }
+    workload.concurrency = 1;
+    let outcome = load(&config, &workload).await;
+    assert_eq!((outcome.finished, outcome.failures()), (3, 1));
+    assert_eq!(outcome.goodput.fraction, 0.5);
+    let per_second = 2.0 / outcome.makespan;
+    assert!((outcome.goodput.per_second - per_second).abs() < 1e-9);
+}
+
+#[tokio::test]
 async fn failures_are_counted_by_kind() {
     let count = Arc::new(AtomicUsize::new(0));
     let address = serve(move |_, _| {
