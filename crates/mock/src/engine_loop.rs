@@ -56,6 +56,8 @@ enum Command {
     Abort(Range<u64>),
     /// Sends a snapshot of the engine.
     Snapshot(oneshot::Sender<Snapshot>),
+    /// Makes the following steps take this many times as long as in a healthy engine.
+    SetSlowdown(f64),
 }
 
 /// Handle of the task that owns the engine. The task ends when the last handle and the last
@@ -80,6 +82,7 @@ impl EngineLoop {
         let driver = LoopDriver {
             engine: Engine::new(config),
             speedup,
+            slowdown: 1.0,
             inbox,
             recipients: HashMap::new(),
             publisher,
@@ -108,6 +111,12 @@ impl EngineLoop {
             ids: first..first + count,
             commands: self.commands.clone(),
         }
+    }
+
+    /// Makes all steps that begin later take `slowdown` times as long as in a healthy engine.
+    pub(crate) fn set_slowdown(&self, slowdown: f64) {
+        // If the task has ended, there are no later steps.
+        let _ = self.commands.send(Command::SetSlowdown(slowdown));
     }
 
     /// Returns the engine's state after all commands that this caller has sent before.
@@ -176,6 +185,8 @@ struct LoopDriver {
     engine: Engine,
     /// Seconds of engine time in one second of real time.
     speedup: f64,
+    /// Factor by which steps take longer than in a healthy engine.
+    slowdown: f64,
     inbox: mpsc::UnboundedReceiver<Command>,
     /// By id of the engine request.
     recipients: HashMap<u64, Recipient>,
@@ -210,7 +221,7 @@ impl LoopDriver {
             }
             let now = Instant::now();
             clock = clock.max(now.checked_sub(MAX_LAG).unwrap_or(now));
-            clock += step.duration.div_f64(self.speedup);
+            clock += step.duration.mul_f64(self.slowdown / self.speedup);
             if !self.run_commands_until(clock).await {
                 return;
             }
@@ -247,6 +258,7 @@ impl LoopDriver {
                     self.remove_request(id);
                 }
             }
+            Command::SetSlowdown(slowdown) => self.slowdown = slowdown,
             Command::Snapshot(reply) => {
                 // The receiver may have been dropped.
                 let _ = reply.send(Snapshot {

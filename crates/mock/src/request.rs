@@ -8,6 +8,7 @@ use foresee_engine::error::ApiError;
 use foresee_engine::request::{ASSISTANT_HEADING, ApiRequest, Endpoint, Prompt};
 use foresee_sim::engine::EngineRequest;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 use crate::config::MockEngineConfig;
 use crate::engine_loop::Submission;
@@ -57,6 +58,13 @@ pub(crate) struct PlannedOutput {
 struct EngineFields {
     ignore_eos: Option<bool>,
     stream_options: Option<StreamOptions>,
+}
+
+/// Field of a body for `/tokenize` that tells a chat from a prompt.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct TokenizeFields {
+    messages: Option<IgnoredAny>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -137,6 +145,23 @@ impl CompletionRequest {
             outputs,
         })
     }
+}
+
+/// Returns the tokens of the first prompt of a body for `/tokenize`: the messages of a chat, or a
+/// prompt.
+///
+/// # Errors
+/// If the body is invalid.
+pub(crate) fn prompt_tokens(body: &[u8]) -> Result<Vec<u32>, ApiError> {
+    let fields: TokenizeFields = serde_json::from_slice(body)
+        .map_err(|error| ApiError::bad_request(error.to_string(), None))?;
+    let endpoint = match fields.messages {
+        Some(IgnoredAny) => Endpoint::ChatCompletions,
+        None => Endpoint::Completions,
+    };
+    let request = ApiRequest::parse(endpoint, body)?;
+    let prompts = Prompts::read(&request, endpoint);
+    Ok(prompts.known.into_iter().next().unwrap_or_default())
 }
 
 /// The prompts of a request as tokens.

@@ -18,14 +18,16 @@ use hyper::header::HeaderValue;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 
 use crate::config::MockEngineConfig;
 use crate::engine_loop::EngineLoop;
+use crate::fault::Fault;
 use crate::kv_publisher::Publication;
 use crate::reply::{JSON, PROMETHEUS, ResponseBody, TEXT, error_reply, reply, stopping};
-use crate::request::CompletionRequest;
+use crate::request::{CompletionRequest, prompt_tokens};
 use crate::{metrics, response, wire};
 
 /// Maximum size of a request body, in bytes.
@@ -85,6 +87,7 @@ pub async fn serve(
         published: publication.as_ref().map(Publication::counter),
         config,
         requests: AtomicU64::new(0),
+        fault: Mutex::default(),
     });
     let mut connections = JoinSet::new();
     tokio::pin!(shutdown);
@@ -114,6 +117,8 @@ struct MockEngine {
     engine_loop: EngineLoop,
     /// Number of requests so far; the source of request ids.
     requests: AtomicU64,
+    /// The fault that was set last.
+    fault: Mutex<Fault>,
     /// Number of KV event batches published so far; `None` without KV events.
     published: Option<Arc<AtomicU64>>,
 }
@@ -176,9 +181,21 @@ impl MockEngine {
                 let text = metrics::render(&self.config, &snapshot, published);
                 return Ok(reply(PROMETHEUS, text.into_bytes()));
             }
+            (&Method::POST, "/tokenize") => {
+                let tokens = prompt_tokens(&read_body(request).await?)?;
+                let body = wire::tokens(&tokens, self.config.max_model_len);
+                return Ok(reply(JSON, body));
+            }
+            (&Method::POST, "/fault") => {
+                let fault = Fault::parse(&read_body(request).await?)?;
+                self.engine_loop.set_slowdown(fault.slowdown);
+                *self.fault.lock() = fault;
+                return Ok(reply(TEXT, Vec::new()));
+            }
             (method, path) => return Err(ApiError::path_not_found(method.as_str(), path)),
         };
         let body = read_body(request).await?;
+        self.fault.lock().check()?;
         let number = self.requests.fetch_add(1, Ordering::Relaxed);
         let name = match request_id.and_then(|id| id.to_str().ok()) {
             Some(id) => id.to_owned(),

@@ -185,7 +185,8 @@ pub(crate) fn embeddings(request: &CompletionRequest, usage: Usage) -> Vec<u8> {
     }))
 }
 
-/// Returns the body of `/v1/models`: a list with the served model.
+/// Returns the body of `/v1/models`: a list with the served model. Its owner is vLLM's, because
+/// routers tell from the owner which metrics an engine has.
 pub(crate) fn models(model: &str, max_model_len: u32) -> Vec<u8> {
     to_bytes(&json!({
         "object": "list",
@@ -193,11 +194,21 @@ pub(crate) fn models(model: &str, max_model_len: u32) -> Vec<u8> {
             "id": model,
             "object": "model",
             "created": 0,
-            "owned_by": "foresee",
+            "owned_by": "vllm",
             "root": model,
             "parent": null,
             "max_model_len": max_model_len,
         }],
+    }))
+}
+
+/// Returns the body of `/tokenize`: the tokens of a prompt.
+pub(crate) fn tokens(tokens: &[u32], max_model_len: u32) -> Vec<u8> {
+    to_bytes(&json!({
+        "count": tokens.len(),
+        "max_model_len": max_model_len,
+        "tokens": tokens,
+        "token_strs": null,
     }))
 }
 

@@ -381,6 +381,52 @@ async fn health_models_and_metrics_describe_the_engine() {
 }
 
 #[tokio::test]
+async fn a_fault_fails_requests_or_slows_steps_until_it_is_cleared() {
+    let engine = start(1000.0).await;
+    let body = json!({"model": "m", "prompt": "bab", "max_tokens": 100, "ignore_eos": true});
+    let (status, _) = engine.post("/fault", json!({"failing": true})).await;
+    assert_eq!(status, StatusCode::OK);
+    let (status, _) = engine.post("/v1/completions", body.clone()).await;
+    assert_eq!(status, StatusCode::INTERNAL_SERVER_ERROR);
+    assert_eq!(engine.send("/health", None).await.status(), StatusCode::OK);
+
+    // 100 steps of 25 ms take 2.5 ms at this speed, and half a second in the slow engine.
+    let timed = async |fault: Value| {
+        let (status, _) = engine.post("/fault", fault).await;
+        assert_eq!(status, StatusCode::OK);
+        let begin = tokio::time::Instant::now();
+        let (status, _) = engine.post("/v1/completions", body.clone()).await;
+        assert_eq!(status, StatusCode::OK);
+        begin.elapsed()
+    };
+    let slow = timed(json!({"slowdown": 200.0})).await;
+    let healthy = timed(json!({})).await;
+    assert!(slow > 2 * healthy, "{slow:?} {healthy:?}");
+
+    for invalid in [json!({"slowdown": 0.0}), json!({"slow": 2.0})] {
+        let (status, _) = engine.post("/fault", invalid).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST);
+    }
+}
+
+#[tokio::test]
+async fn tokenize_returns_as_many_tokens_as_the_engine_counts() {
+    let engine = start(1000.0).await;
+    let prompt = json!({"model": "m", "prompt": "aaaa bbbb cccc"});
+    let messages = json!({"model": "m", "messages": [{"role": "user", "content": "aaaa bbbb"}]});
+    for (path, body) in [
+        ("/v1/completions", prompt),
+        ("/v1/chat/completions", messages),
+    ] {
+        let tokenized = engine.post_json("/tokenize", body.clone()).await;
+        let count = tokenized["tokens"].as_array().unwrap().len();
+        assert_eq!(tokenized["count"], json!(count));
+        let completed = engine.post_json(path, body).await;
+        assert_eq!(completed["usage"]["prompt_tokens"], json!(count));
+    }
+}
+
+#[tokio::test]
 async fn steps_shorter_than_the_timer_resolution_keep_their_duration() {
     // A decode step of this model takes 22 ms. At a speedup of 1,000, 2,000 steps take 45 ms, and
     // would take two seconds if each were rounded up to a millisecond. The steps of the other
