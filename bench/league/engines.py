@@ -58,6 +58,20 @@ class Engine:
         if status != 200:
             raise LeagueError(f"engine {self.url} refused the fault: {status} {text}")
 
+    def computed_tokens(self) -> int | None:
+        """Returns the number of prompt tokens that the engine computed, those in its cache left out;
+        `None` if the engine does not run."""
+        status, text = http("GET", f"{self.url}/metrics")
+        if self.process is None or status != 200:
+            return None
+        values = {
+            line.partition("{")[0]: float(line.split()[-1])
+            for line in text.splitlines()
+            if line.startswith("vllm:")
+        }
+        prompt_tokens = values.get("vllm:prompt_tokens_total", 0)
+        return int(prompt_tokens - values.get("vllm:prefix_cache_hits_total", 0))
+
     def is_idle(self) -> bool:
         """Returns whether the engine has neither running nor waiting requests."""
         status, text = http("GET", f"{self.url}/metrics")

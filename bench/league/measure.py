@@ -64,6 +64,7 @@ class Bench:
             "row": key.row,
             "router": key.router,
             "seed": key.seed,
+            "fingerprint": self.league.fingerprint(key.row, key.router),
             "speedup": row.speedup,
             "attempts": 1,
             "void": False,
@@ -98,6 +99,7 @@ class Bench:
             before = Usage.of(router.pid)
             report = self._load(row, seed, router, fleet, logs)
             after = Usage.of(router.pid)
+            computed_tokens = [engine.computed_tokens() for engine in fleet.engines]
             evidence = [
                 {"what": evidence.what, "seen": bool(lines), "line": (lines or [""])[-1][:400]}
                 for evidence in entry.evidence
@@ -107,6 +109,7 @@ class Bench:
             router.stop()
             fleet.stop()
         outcome = report["outcome"]
+        limit = row.max_client_delay_ms or settings.max_client_delay_ms
         delay = outcome["client_delay"]["p99"] / row.speedup * 1000.0
         cpu = after.cpu_seconds - before.cpu_seconds
         return {
@@ -115,9 +118,10 @@ class Bench:
             "outcome": outcome,
             "lost": sum(failures["count"] for failures in outcome["failed"].values()),
             "client_delay_p99_ms": delay,
-            "void": delay > settings.max_client_delay_ms,
+            "void": delay > limit,
             "cpu_ms_per_request": cpu * 1000.0 / max(outcome["sent"], 1),
             "peak_rss_mib": after.peak_rss_bytes / 2**20,
+            "computed_tokens_by_engine": computed_tokens,
             "evidence": evidence,
         }
 

@@ -30,10 +30,19 @@ class Measure:
     #: Relative difference up to which two routers tie; `None` without verdicts.
     tolerance: float | None = None
     higher_is_better: bool = False
+    #: Divisor of differences; `None` for the rival's value. Percentages differ by points, because
+    #: few requests are within the SLO in some rows.
+    scale: float | None = None
 
 
 def _latency(name: str, statistic: str, factor: float = 1.0) -> Callable[[Result], float]:
     return lambda result: result["outcome"][name][statistic] * factor
+
+
+def _imbalance(result: Result) -> float:
+    """Returns the computed prompt tokens of the busiest engine, divided by the mean."""
+    tokens = [count for count in result["computed_tokens_by_engine"] if count is not None]
+    return max(tokens) / mean([float(count) for count in tokens]) if any(tokens) else math.nan
 
 
 MEASURES = (
@@ -52,8 +61,10 @@ MEASURES = (
         1,
         tolerance=0.05,
         higher_is_better=True,
+        scale=100.0,
     ),
     Measure("prefix hits, %", lambda result: result["outcome"]["hit_fraction"] * 100, 1),
+    Measure("busiest engine ÷ mean", _imbalance, 2),
     Measure("lost", lambda result: result["lost"], 1),
     Measure("CPU, ms/request", lambda result: result["cpu_ms_per_request"], 2),
     Measure("peak RSS, MiB", lambda result: result["peak_rss_mib"], 0),
@@ -119,6 +130,7 @@ class Results:
             rivals,
             tolerance=measure.tolerance,
             higher_is_better=measure.higher_is_better,
+            scale=measure.scale,
         )
 
     def undecided_rows(self) -> list[str]:
@@ -169,7 +181,7 @@ def _verdict_table(table: Results) -> list[str]:
         "## Verdicts",
         "",
         f"`{OURS}` against the best rival of each row and measure: advantage ± half of the 95 % "
-        "interval, rival, seeds.",
+        "interval (points for the SLO), rival, seeds.",
         "",
         "| row | " + " | ".join(measure.name for measure in judged) + " |",
         "|---|" + "---|" * len(judged),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ class Settings:
     engines: int
     seeds: int
     max_seeds: int
-    run_seconds: float
     max_client_delay_ms: float
 
 
@@ -74,7 +74,14 @@ class Row:
     trace: str
     speeds: tuple[tuple[int, float], ...]
     events: tuple[Event, ...]
-    quick: bool
+    #: The load with `--quick`; empty if the row is not one of the quick ones.
+    quick: tuple[str, ...]
+    #: Overrides the league's limit; 0 if it does not.
+    max_client_delay_ms: float
+
+    def shortened(self) -> Row:
+        """Returns the row with its quick load."""
+        return replace(self, load=self.quick)
 
     @property
     def late(self) -> frozenset[int]:
@@ -98,6 +105,15 @@ class League:
     def router(self, name: str) -> RouterEntry:
         """Returns the router with this name."""
         return _named(self.routers, name, "router")
+
+    def shortened(self) -> League:
+        """Returns the league with only the quick rows and their quick loads."""
+        return replace(self, rows=tuple(row.shortened() for row in self.rows if row.quick))
+
+    def fingerprint(self, row: str, router: str) -> str:
+        """Returns a hash of everything that is set for a row and a router."""
+        text = repr((self.settings.engines, self.row(row), self.router(router)))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def row(self, name: str) -> Row:
         """Returns the row with this name."""
@@ -130,7 +146,6 @@ _SETTINGS = {
     "engines": int,
     "seeds": int,
     "max_seeds": int,
-    "run_seconds": float,
     "max_client_delay_ms": float,
 }
 
@@ -160,7 +175,7 @@ def _router(entry: dict[str, Any]) -> RouterEntry:
 def _row(entry: dict[str, Any], engines: int) -> Row:
     where = f"row {entry.get('name', '?')}"
     required = {"name": str, "description": str, "engine": list, "speedup": float, "load": list}
-    optional = {"trace": "", "speeds": {}, "event": [], "quick": False}
+    optional = {"trace": "", "speeds": {}, "event": [], "quick": [], "max_client_delay_ms": 0}
     fields = _fields(where, entry, required, optional)
     events = []
     for event in fields["event"]:
@@ -182,7 +197,8 @@ def _row(entry: dict[str, Any], engines: int) -> Row:
         trace=fields["trace"],
         speeds=speeds,
         events=tuple(sorted(events, key=lambda event: event.at)),
-        quick=bool(fields["quick"]),
+        quick=tuple(str(part) for part in fields["quick"]),
+        max_client_delay_ms=float(fields["max_client_delay_ms"]),
     )
 
 

@@ -31,13 +31,14 @@ def arguments() -> argparse.Namespace:
     add("--foresee", type=Path, default=TARGET / "release" / "foresee", help="program to measure")
     add("--rows", type=Path, default=HERE / "rows.toml", help="rows, routers and settings")
     add("--venvs", type=Path, default=TARGET / "league" / "venvs", help="environments of the rivals")
-    add("--out", type=Path, default=TARGET / "league" / "results", help="results and logs")
+    add("--out", type=Path, help="results and logs [default: target/league/results, or …/quick]")
     add("--trace-dir", type=Path, help="directory of the trace files")
     add("--only", metavar="ROW,…", help="rows to run")
     add("--routers", metavar="ROUTER,…", help="routers to run, variants included")
     add("--seeds", type=int, metavar="N", help="number of seeds")
-    add("--quick", action="store_true", help="four rows and one seed")
+    add("--quick", action="store_true", help="four short rows and one seed")
     add("--until-decided", action="store_true", help="add seeds to rows that are undecided")
+    add("--repeat-invalid", action="store_true", help="repeat runs that were void or failed")
     add("--report", action="store_true", help="only print the report of saved results")
     return parser.parse_args()
 
@@ -49,7 +50,10 @@ def main() -> int:
     options = arguments()
     try:
         league = rows.read(options.rows)
-        store = Store(options.out.resolve())
+        if options.quick:
+            league = league.shortened()
+        out = options.out or TARGET / "league" / ("quick" if options.quick else "results")
+        store = Store(out.resolve())
         if not options.report:
             _run(options, league, store)
         _report(options, league, store)
@@ -69,7 +73,7 @@ def _run(options: argparse.Namespace, league: League, store: Store) -> None:
     routers = [router for router in league.routers if router.default]
     if options.routers:
         routers = [league.router(name) for name in options.routers.split(",")]
-    chosen = [row for row in league.rows if row.quick or not options.quick]
+    chosen = list(league.rows)
     if options.only:
         chosen = [league.row(name) for name in options.only.split(",")]
     packages = {router.package for router in routers if router.package}
@@ -84,11 +88,13 @@ def _run(options: argparse.Namespace, league: League, store: Store) -> None:
     for row in [row for row in chosen if not bench.has_trace(row)]:
         print(f"skipping {row.name}: --trace-dir has no {row.trace}", file=sys.stderr)
         chosen.remove(row)
+    _check_fingerprints(league, store)
     _save_versions(store, {router.name: environments.version(router, foresee) for router in routers})
 
     names = [router.name for router in routers]
     seeds = options.seeds or (1 if options.quick else league.settings.seeds)
-    _run_all(bench, order([row.name for row in chosen], names, list(range(1, seeds + 1))))
+    keys = order([row.name for row in chosen], names, list(range(1, seeds + 1)))
+    _run_all(bench, bench.store.missing(keys, repeat_invalid=options.repeat_invalid))
     while options.until_decided and seeds < league.settings.max_seeds:
         undecided = report.Results(league, store.all()).undecided_rows()
         undecided = [row.name for row in chosen if row.name in undecided]
@@ -96,13 +102,11 @@ def _run(options: argparse.Namespace, league: League, store: Store) -> None:
             break
         seeds += 1
         print(f"seed {seeds} for {', '.join(undecided)}", file=sys.stderr)
-        _run_all(bench, order(undecided, names, [seeds]))
+        _run_all(bench, bench.store.missing(order(undecided, names, [seeds])))
 
 
-def _run_all(bench: Bench, keys: list[RunKey]) -> None:
-    missing = bench.store.missing(keys)
-    if len(missing) < len(keys):
-        print(f"{len(keys) - len(missing)} of {len(keys)} runs exist", file=sys.stderr)
+def _run_all(bench: Bench, missing: list[RunKey]) -> None:
+    print(f"{len(missing)} runs are missing", file=sys.stderr)
     began = time.monotonic()
     for number, key in enumerate(missing):
         result = bench.run(key)
@@ -121,6 +125,19 @@ def _summary(result: report.Result) -> str:
         f"client {result['client_delay_p99_ms']:.1f} ms, {result['wall_seconds']:.0f} s"
     )
     return text + (" VOID" if result["void"] else "")
+
+
+def _check_fingerprints(league: League, store: Store) -> None:
+    """Raises `LeagueError` if a saved run had other settings."""
+    routers, names = {r.name for r in league.routers}, {row.name for row in league.rows}
+    for result in store.all():
+        row, router = result["row"], result["router"]
+        is_known = router in routers and row in names
+        if is_known and result["fingerprint"] != league.fingerprint(row, router):
+            raise LeagueError(
+                f"{store.directory} has a run of {row} and {router} with other settings: choose "
+                "another --out"
+            )
 
 
 def _versions(store: Store) -> dict[str, str]:

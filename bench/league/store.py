@@ -52,9 +52,16 @@ class Store:
         """Returns the directory of a run's logs."""
         return self.directory / "logs" / key.name
 
-    def missing(self, keys: list[RunKey]) -> list[RunKey]:
-        """Returns the runs that have no result yet, in the same order."""
-        return [key for key in keys if self.load(key) is None]
+    def missing(self, keys: list[RunKey], *, repeat_invalid: bool = False) -> list[RunKey]:
+        """Returns the runs that have no result yet, in the same order. With `repeat_invalid`, void
+        and failed runs are among them."""
+        missing = []
+        for key in keys:
+            result = self.load(key)
+            is_invalid = result is not None and bool(result.get("void") or result.get("error"))
+            if result is None or (repeat_invalid and is_invalid):
+                missing.append(key)
+        return missing
 
     def save(self, key: RunKey, result: dict[str, Any]) -> None:
         """Writes a result so that a reader sees all of it or nothing."""

@@ -32,7 +32,8 @@ class Comparison:
     rival: str
     ours: float
     theirs: float
-    #: Mean of the paired differences, relative to the rival: positive if Foresee is better.
+    #: Mean of the paired differences, relative to the rival or to a fixed scale: positive if Foresee
+    #: is better.
     advantage: float
     #: Half the width of the 95 % interval of `advantage`; infinite with one seed.
     margin: float
@@ -89,11 +90,12 @@ def compare(
     *,
     tolerance: float,
     higher_is_better: bool = False,
+    scale: float | None = None,
 ) -> Comparison | None:
     """Compares values by seed with those of the best rival: the one with the best mean over its
     seeds. Returns `None` if no seed is common to both.
 
-    The paired differences are relative to the rival's mean over the common seeds.
+    The paired differences are divided by `scale`, or by the rival's mean over the common seeds.
     """
     sign = 1.0 if higher_is_better else -1.0
     candidates = {
@@ -110,7 +112,7 @@ def compare(
     best = max(full, key=lambda name: sign * means[name])
     seeds = candidates[best]
     our_mean, their_mean = mean([ours[seed] for seed in seeds]), means[best]
-    scale = abs(their_mean) or 1.0
+    scale = scale or abs(their_mean) or 1.0
     differences = [sign * (ours[seed] - rivals[best][seed]) / scale for seed in seeds]
     advantage, margin = mean(differences), half_interval(differences)
     better, worse = (our_mean, their_mean) if higher_is_better else (their_mean, our_mean)

@@ -10,7 +10,6 @@ VALID = """
 engines = 2
 seeds = 3
 max_seeds = 10
-run_seconds = 40
 max_client_delay_ms = 5
 
 [[router]]
@@ -37,7 +36,7 @@ class Parsing(unittest.TestCase):
         self.assertEqual(row.engine_speedups(2), [4.0, 2.0])
         self.assertEqual([event.at for event in row.events], [3.0, 9.0])
         self.assertEqual(row.late, frozenset({1}))
-        self.assertFalse(row.quick)
+        self.assertEqual(row.quick, ())
         self.assertTrue(league.router("a").default)
         self.assertFalse(league.router("a").evidence[0].ready)
 
@@ -55,6 +54,13 @@ class Parsing(unittest.TestCase):
             with self.subTest(message), self.assertRaisesRegex(rows.RowsError, message):
                 rows.parse(VALID.replace(old, new))
 
+    def test_a_quick_league_has_the_quick_loads_and_other_fingerprints(self) -> None:
+        league = rows.parse(VALID.replace("speedup = 4", 'speedup = 4\nquick = ["--requests", "9"]'))
+        quick = league.shortened()
+        self.assertEqual(quick.row("r").load, ("--requests", "9"))
+        self.assertNotEqual(league.fingerprint("r", "a"), quick.fingerprint("r", "a"))
+        self.assertEqual(rows.parse(VALID).shortened().rows, ())
+
     def test_an_unknown_name_is_refused(self) -> None:
         with self.assertRaisesRegex(rows.RowsError, "no row is named x; known: r"):
             rows.parse(VALID).row("x")
@@ -62,7 +68,7 @@ class Parsing(unittest.TestCase):
     def test_the_rows_of_the_league_are_valid(self) -> None:
         league = rows.read(Path(__file__).parent.parent / "rows.toml")
         self.assertGreaterEqual(len(league.rows), 12)
-        self.assertEqual(sum(row.quick for row in league.rows), 4)
+        self.assertEqual(len(league.shortened().rows), 4)
         self.assertEqual(league.router("foresee").kind, "foresee")
 
 

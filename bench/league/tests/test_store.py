@@ -31,6 +31,14 @@ class Resumption(unittest.TestCase):
         self.assertEqual(self.store.load(keys[1]), {"row": "x"})
         self.assertEqual(self.store.all(), [{"row": "x"}])
 
+    def test_void_and_failed_runs_are_repeated_on_request(self) -> None:
+        keys = order(["x"], ["a", "b", "c"], [1])
+        self.store.save(keys[0], {"void": False, "error": None})
+        self.store.save(keys[1], {"void": True, "error": None})
+        self.store.save(keys[2], {"void": False, "error": "the router did not start"})
+        self.assertEqual(self.store.missing(keys), [])
+        self.assertEqual(self.store.missing(keys, repeat_invalid=True), keys[1:])
+
     def test_an_interrupted_write_leaves_the_run_missing(self) -> None:
         key = RunKey("x", "a", 1)
         path = self.store.path(key)
