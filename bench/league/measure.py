@@ -157,7 +157,8 @@ class Bench:
             load.kill()
         if not report.is_file():
             raise LeagueError(f"the load could not be sent:\n{load.last_lines()}")
-        return json.loads(report.read_text())
+        document: dict[str, Any] = json.loads(report.read_text())
+        return document
 
 
 def _carry_out(

@@ -1,4 +1,4 @@
-"""Processes of a run: start and stop, free ports, HTTP requests, CPU time and memory."""
+"""Processes of a run: start and end, free ports, HTTP requests, CPU time and memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,6 @@ from typing import Any
 #: assigns to outgoing connections, which may wait for a minute after their end.
 FIRST_PORT = 20_000
 END_OF_PORTS = 32_000
-
-#: Time that a process has to stop before it is killed.
-STOP_SECONDS = 5.0
 
 _PR_SET_PDEATHSIG = 1
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
@@ -80,20 +77,6 @@ class Process:
     def is_running(self) -> bool:
         """Returns whether the process has not ended."""
         return self.child.poll() is None
-
-    def stop(self) -> None:
-        """Interrupts the process and waits for its end; kills its group after a deadline."""
-        if self.is_running():
-            self.child.send_signal(signal.SIGINT)
-        try:
-            self.child.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
-        try:
-            os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self.child.wait()
 
     def kill(self) -> None:
         """Kills the process group at once. Connections are cut, and nothing is flushed."""
@@ -181,7 +164,9 @@ def get_json(url: str) -> Any:
         return None
 
 
-def wait_until(what: str, is_done: Any, process: Process, seconds: float) -> None:
+def wait_until(
+    what: str, is_done: Callable[[], bool], process: Process, seconds: float
+) -> None:
     """Polls until `is_done()` is true.
 
     Raises `LeagueError` if the process ends before, or after the deadline.

@@ -116,9 +116,10 @@ class Results:
         """Compares us with the best rival of a row; `None` without common seeds."""
         if measure.tolerance is None:
             return None
-        values = lambda router: {
-            seed: measure.value(result) for seed, result in self.of(row, router).items()
-        }
+
+        def values(router: str) -> dict[int, float]:
+            return {seed: measure.value(result) for seed, result in self.of(row, router).items()}
+
         rivals = {
             name: values(name)
             for name in self.rivals(row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import urllib.parse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -226,7 +227,7 @@ class Router:
         if not 200 <= status < 300:
             raise LeagueError(f"{self.entry.name}: {method} {url}: {status} {text[:300]}")
 
-    def _wait(self, what: str, is_done: object) -> None:
+    def _wait(self, what: str, is_done: Callable[[], bool]) -> None:
         assert self.process is not None
         wait_until(f"{self.entry.name}: {what}", is_done, self.process, READY_SECONDS)
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 #: Actions of an event.
 ACTIONS = ("join", "leave", "fail", "slow", "recover")
+
+
+_Entry = TypeVar("_Entry", "RouterEntry", "Row")
 
 
 class RowsError(Exception):
@@ -203,7 +207,7 @@ def _row(entry: dict[str, Any], engines: int) -> Row:
 
 
 def _fields(
-    where: str, entry: dict[str, Any], required: dict[str, type], optional: dict[str, Any]
+    where: str, entry: dict[str, Any], required: Mapping[str, type], optional: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns the fields of a table with its defaults. Raises `RowsError` for a missing, unknown or
     mistyped field."""
@@ -226,7 +230,7 @@ def _fields(
     return fields
 
 
-def _named(entries: tuple[Any, ...], name: str, what: str) -> Any:
+def _named(entries: tuple[_Entry, ...], name: str, what: str) -> _Entry:
     for entry in entries:
         if entry.name == name:
             return entry

@@ -142,7 +142,8 @@ def _check_fingerprints(league: League, store: Store) -> None:
 
 def _versions(store: Store) -> dict[str, str]:
     try:
-        return json.loads((store.directory / "versions.json").read_text())
+        known: dict[str, str] = json.loads((store.directory / "versions.json").read_text())
+        return known
     except (FileNotFoundError, ValueError):
         return {}
 
