@@ -9,10 +9,9 @@ use crate::queue::QueueOrder;
 /// Default block size in tokens: that of vLLM.
 const DEFAULT_BLOCK_SIZE: NonZeroU32 = NonZeroU32::new(16).unwrap();
 
-/// Default of [`RouterConfig::ttft_weight`]. In replays of about twenty workloads it lowered the
-/// mean and the 99th percentile of the time to first token by more, in percent, than it raised the
-/// end-to-end time, compared with a weight of 1.
-pub const DEFAULT_TTFT_WEIGHT: f64 = 3.0;
+/// Default of [`RouterConfig::ttft_weight`]: all delays weigh the same, so the cost is their sum. A
+/// larger weight keeps prompts with the worker that has their prefix, and so loads workers unevenly.
+pub const DEFAULT_TTFT_WEIGHT: f64 = 1.0;
 
 /// Configuration of a router.
 #[derive(Clone, Debug)]
