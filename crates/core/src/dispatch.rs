@@ -18,7 +18,7 @@ use foresee_prefix::WorkerIndex;
 
 use crate::assessment::RequestAssessment;
 use crate::booking_id::BookingId;
-use crate::dispatcher::NextStep;
+use crate::dispatcher::{NewRequest, NextStep};
 use crate::policy::Decision;
 use crate::queue::QueueTicket;
 use crate::request::{PreparedRequest, SelectError};
@@ -135,13 +135,17 @@ impl State {
         request: &PreparedRequest<'_>,
     ) -> bool {
         let index = worker.index;
-        let active_match = assessment.prefix_matches[index as usize].active_blocks;
-        let new_blocks = request.prompt.blocks().saturating_sub(active_match);
-        let reservation = OutputReservation::new(request.max_tokens, request.ignore_eos, 0);
+        let (prompt, prefix_match) = (request.prompt, assessment.prefix_matches[index as usize]);
+        let reusable_blocks = prompt.max_reusable_blocks();
+        let new_request = NewRequest {
+            new_blocks: prompt.blocks().saturating_sub(prefix_match.active_blocks),
+            reservation: OutputReservation::new(request.max_tokens, request.ignore_eos, 0),
+            has_whole_prefix: reusable_blocks > 0 && prefix_match.overlap() >= reusable_blocks,
+        };
         assessment.is_trial
             || self
                 .dispatcher
-                .can_send_now(self.fleet(), index, new_blocks, reservation)
+                .can_send_now(self.fleet(), index, new_request)
     }
 
     /// Sends the next queued request of the worker at `index`, if the worker can take one. If its

@@ -60,6 +60,19 @@ impl FleetView<'_> {
     }
 }
 
+/// What decides whether a new request can be sent to a worker at once.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NewRequest {
+    /// Active blocks that the request adds.
+    pub(crate) new_blocks: u32,
+    /// Output that it may generate.
+    pub(crate) reservation: OutputReservation,
+    /// Whether the worker has every block of the prompt that can be reused, or is about to compute
+    /// it for a request that was sent before. The engine then starts the request in the step in which
+    /// it starts that one, and a wait at the router would only delay it.
+    pub(crate) has_whole_prefix: bool,
+}
+
 /// Step that follows when a worker may take a request: see [`Dispatcher::next_step`].
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum NextStep {
@@ -132,15 +145,14 @@ impl Dispatcher {
         }
     }
 
-    /// Returns whether a new request, which adds `new_blocks` active blocks, can be sent to the
-    /// worker at once: no other request is queued for it, it has prefill slack, and the request fits
-    /// its memory. Always true if the router has no queue.
+    /// Returns whether a new request can be sent to the worker at once: no other request is queued
+    /// for it, it has prefill slack or the request needs none, and the request fits its memory.
+    /// Always true if the router has no queue.
     pub(crate) fn can_send_now(
         &self,
         fleet: FleetView<'_>,
         index: WorkerIndex,
-        new_blocks: u32,
-        reservation: OutputReservation,
+        request: NewRequest,
     ) -> bool {
         if self.order.is_none() {
             return true;
@@ -149,8 +161,8 @@ impl Dispatcher {
             return true;
         };
         pending_work.queue.is_empty()
-            && fleet.has_prefill_slack(index)
-            && self.fits_memory(fleet, index, new_blocks.into(), reservation)
+            && (request.has_whole_prefix || fleet.has_prefill_slack(index))
+            && self.fits_memory(fleet, index, request.new_blocks.into(), request.reservation)
     }
 
     /// Returns the step that follows when prefill slack or memory of the worker may have become

@@ -233,12 +233,23 @@ fn the_overlap_is_assessed_again_at_the_dispatch() {
         decision.cost.overlap_blocks
     };
     fleet.route_prompt(7, 20_000, plain());
-    fleet.route_prompt(7, 20_000, plain());
-    assert_eq!(overlap(&fleet, 1), 1249);
+    fleet.route_prompt(7, 24_000, plain());
+    assert_eq!(overlap(&fleet, 1), 1250);
     // The first request is aborted before it is computed, so none of its blocks are cached.
     drop(fleet.tasks.remove(0));
     fleet.poll_woken();
     assert_eq!((fleet.sent(), overlap(&fleet, 0)), (vec![0], 0));
+}
+
+#[test]
+fn a_prompt_that_is_being_computed_there_waits_only_for_queued_requests() {
+    let mut fleet = Fleet::new(QueueOrder::Fcfs, 1);
+    fleet.route_prompt(7, 20_000, plain());
+    fleet.route_prompt(7, 20_000, plain());
+    assert_eq!(fleet.sent(), [0, 1]);
+    fleet.route_prompt(8, 20_000, plain());
+    fleet.route_prompt(7, 20_000, plain());
+    assert_eq!(fleet.sent(), [0, 1]);
 }
 
 #[test]
