@@ -17,6 +17,8 @@ from statistics_of_runs import E2E, E2E_P99, HITS, ITL, TTFT, TTFT_P99, WITHIN_S
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
+# What `foresee serve` runs without flags.
+DEFAULT = "marginal-delay+shortest"
 # Policies of this router and references, with their names in pictures.
 OWN = {
     "marginal-delay+shortest": "marginal-delay, queue shortest",
@@ -52,7 +54,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def signed(value: float, digits: int) -> str:
     """Returns a number with its sign; 0 without one."""
     text = f"{value:+.{digits}f}".replace("-", "−")
-    return f"{0:.{digits}f}" if float(f"{value:.{digits}f}") == 0 else text
+    return "0" if float(f"{value:.{digits}f}") == 0 else text
 
 
 def seconds(value: float) -> str:
@@ -67,7 +69,9 @@ def policies(suite: Suite) -> str:
     listed = [p for p in suite.policies if not WEIGHT.fullmatch(p)]
     rows = []
     for policy in sorted(listed, key=lambda policy: suite.ratio(policy, E2E)):
-        note = {suite.default: " (default)", "oracle": " (reference)"}.get(policy, "")
+        note = {DEFAULT: " (default)", "marginal-delay": " (no queue)", "oracle": " (reference)"}.get(
+            policy, ""
+        )
         rows.append(
             [f"`{policy}`{note}"]
             + [f"{suite.ratio(policy, m):.2f}" for m in (E2E, E2E_P99, TTFT, TTFT_P99, ITL)]
@@ -135,7 +139,7 @@ def ablations(suite: Suite) -> str:
 
 
 def main(files: list[str]) -> None:
-    suite = Suite(Path(files[0]))
+    suite = Suite(Path(files[0]), DEFAULT)
     parts = {
         "policies": policies(suite),
         "mean end-to-end latency": by_workload(suite, E2E),
@@ -144,7 +148,7 @@ def main(files: list[str]) -> None:
         "weights": weights(suite),
     }
     if len(files) > 1:
-        parts["ablations"] = ablations(Suite(Path(files[1])))
+        parts["ablations"] = ablations(Suite(Path(files[1]), DEFAULT))
     page = DOCS / "benchmarks.md"
     text = page.read_text()
     for name, content in parts.items():

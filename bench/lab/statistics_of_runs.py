@@ -39,9 +39,9 @@ def half_interval(values: list[float]) -> float:
 class Suite:
     """Outcomes of a suite, by workload, policy and seed."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, default: str) -> None:
         report = json.loads(file.read_text())
-        self.default: str = report["reference"]
+        self.default = default
         self.policies: list[str] = report["policies"]
         self.rows: dict[str, dict[str, dict[int, Outcome]]] = {}
         for row in report["rows"]:
