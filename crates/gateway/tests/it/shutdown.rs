@@ -175,6 +175,8 @@ async fn a_queued_request_is_served_within_the_time_or_refused() {
         let request = http("POST", CHAT, chat(&prompt, false));
         let mut first = Client::sending(gateway.address(), &request).await;
         let running = worker.request().await;
+        // Another prompt: one that the worker is computing already would be sent at once.
+        let request = http("POST", CHAT, chat(&format!("Please {prompt}"), false));
         let mut queued = Client::sending(gateway.address(), &request).await;
         until("a request to be queued", || {
             gateway.router().queued_requests() == 1
