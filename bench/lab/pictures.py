@@ -71,7 +71,10 @@ def by_workload(suite: Suite, policies: list[str]) -> str:
     default, on a logarithmic axis."""
     bottom = 96 + 23 * len(suite.rows)
     left, per_unit = 181.4, 298.1
-    x_of = lambda ratio: left + per_unit * math.log(min(ratio, 6.5))
+
+    def x_of(ratio: float) -> float:
+        return left + per_unit * math.log(min(ratio, 6.5))
+
     body = [
         '<text class="title" x="20" y="28">Mean end-to-end latency on each workload, relative to '
         "Foresee's default</text>",
@@ -79,9 +82,9 @@ def by_workload(suite: Suite, policies: list[str]) -> str:
         "slower. Logarithmic axis.</text>",
     ]
     for index, policy in enumerate(policies):
-        x = 26 + 150 * index
-        body.append(f'<circle class="p{index}" cx="{x}" cy="65" r="5"/>')
-        body.append(f'<text x="{x + 10}" y="69">{policy}</text>')
+        key = 26 + 150 * index
+        body.append(f'<circle class="p{index}" cx="{key}" cy="65" r="5"/>')
+        body.append(f'<text x="{key + 10}" y="69">{policy}</text>')
     for tick in (1, 1.5, 2, 3, 4, 6):
         kind = "unit" if tick == 1 else "grid"
         x = x_of(tick)

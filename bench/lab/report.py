@@ -15,6 +15,8 @@ from pathlib import Path
 import pictures
 from statistics_of_runs import E2E, E2E_P99, HITS, ITL, TTFT, TTFT_P99, WITHIN_SLO, Measure, Suite
 
+import tables  # of the league
+
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 # What `foresee serve` runs without flags.
@@ -47,8 +49,7 @@ WEIGHT = re.compile(r"marginal-delay:ttft=(\d+)\+shortest")
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Returns a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(tables.table(header, rows))
 
 
 def signed(value: float, digits: int) -> str:
@@ -103,7 +104,7 @@ def by_workload(suite: Suite, measure: Measure) -> str:
 
 def weights(suite: Suite) -> str:
     """Returns the table of the weights of the time to first token."""
-    of_policy = {WEIGHT.fullmatch(p).group(1): p for p in suite.policies if WEIGHT.fullmatch(p)}  # type: ignore[union-attr]
+    of_policy = {found[1]: p for p in suite.policies if (found := WEIGHT.fullmatch(p))}
     rows = [["1 (default)", "1.000", "1.000", "1.000", "1.000", "0"]]
     for weight, policy in sorted(of_policy.items()):
         ratios = [f"{suite.ratio(policy, m):.3f}" for m in (E2E, E2E_P99, TTFT, TTFT_P99)]

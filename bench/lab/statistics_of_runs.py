@@ -1,10 +1,14 @@
 """Means, ratios and significance over the seeds of `foresee replay suite --json`."""
 
 import json
-import math
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# Intervals are computed as in the league.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "league"))
+from verdicts import geometric_mean, half_interval, mean  # noqa: E402
 
 Outcome = dict[str, Any]
 Measure = Callable[[Outcome], float]
@@ -16,24 +20,6 @@ TTFT_P99: Measure = lambda run: run["time_to_first_token"]["p99"]
 ITL: Measure = lambda run: run["inter_token_latency"]["mean"]
 WITHIN_SLO: Measure = lambda run: 100 * run["goodput"]["fraction"]
 HITS: Measure = lambda run: 100 * run["hit_fraction"]
-
-# Quantiles of Student's t for a two-sided interval of 95 %, by degrees of freedom.
-T_QUANTILES = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
-
-
-def mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)
-
-
-def half_interval(values: list[float]) -> float:
-    """Returns half the width of the 95 % interval of the mean; infinite for one value."""
-    if len(values) < 2:
-        return math.inf
-    centre = mean(values)
-    variance = sum((value - centre) ** 2 for value in values) / (len(values) - 1)
-    quantile = T_QUANTILES[min(len(values) - 1, len(T_QUANTILES)) - 1]
-    return quantile * math.sqrt(variance / len(values))
 
 
 class Suite:
@@ -65,17 +51,20 @@ class Suite:
 
     def ratio(self, policy: str, measure: Measure) -> float:
         """Returns the geometric mean, over the workloads, of the ratios to the default."""
-        logs = [
-            math.log(self.mean(row, policy, measure) / self.mean(row, self.default, measure))
-            for row in self.rows
-        ]
-        return math.exp(mean(logs))
+        return geometric_mean(
+            [
+                self.mean(row, policy, measure) / self.mean(row, self.default, measure)
+                for row in self.rows
+            ]
+        )
 
     def difference(self, policy: str, measure: Measure) -> float:
         """Returns the mean difference to the default, over the workloads."""
         return mean(
-            self.mean(row, policy, measure) - self.mean(row, self.default, measure)
-            for row in self.rows
+            [
+                self.mean(row, policy, measure) - self.mean(row, self.default, measure)
+                for row in self.rows
+            ]
         )
 
     def change(self, policy: str, measure: Measure) -> tuple[float, float]:
@@ -90,7 +79,7 @@ class Suite:
                 for runs in self.rows.values()
             ]
             if measure in (WITHIN_SLO, HITS):
-                changes.append(mean(a - b for a, b in pairs))
+                changes.append(mean([a - b for a, b in pairs]))
             else:
-                changes.append(100 * (math.exp(mean(math.log(a / b) for a, b in pairs)) - 1))
+                changes.append(100 * (geometric_mean([a / b for a, b in pairs]) - 1))
         return mean(changes), half_interval(changes)

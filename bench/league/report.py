@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rows import League
+from tables import table as markdown_table
 from verdicts import Comparison, Verdict, compare, geometric_mean, mean
 
 #: The router whose verdicts are reported.
@@ -184,9 +185,8 @@ def _verdict_table(table: Results) -> list[str]:
         f"`{OURS}` against the best rival of each row and measure: advantage ± half of the 95 % "
         "interval (points for the SLO), rival, seeds.",
         "",
-        "| row | " + " | ".join(measure.name for measure in judged) + " |",
-        "|---|" + "---|" * len(judged),
     ]
+    rows = []
     ratios: dict[str, list[float]] = {measure.name: [] for measure in judged}
     for row in table.rows:
         cells = [row]
@@ -201,18 +201,17 @@ def _verdict_table(table: Results) -> list[str]:
                 f"{comparison.verdict.value}: {comparison.advantage * 100:+.1f} ± {margin} % "
                 f"({comparison.rival}, {comparison.seeds})"
             )
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
     means = [f"{geometric_mean(ratios[measure.name]):.3f}" for measure in judged]
-    lines.append("| geometric mean of the ratios | " + " | ".join(means) + " |")
+    rows.append(["geometric mean of the ratios", *means])
+    lines += markdown_table(["row", *(measure.name for measure in judged)], rows)
     return [*lines, "", "A ratio above 1 means that Foresee is better.", ""]
 
 
 def _row_table(table: Results, row: str) -> list[str]:
     entry = table.league.row(row)
     lines = [f"### {row}", "", f"{entry.description[0].upper()}{entry.description[1:]}.", ""]
-    columns = ["router", "seeds", *(measure.name for measure in MEASURES)]
-    lines.append("| " + " | ".join(columns) + " |")
-    lines.append("|---|" + "---|" * (len(columns) - 1))
+    rows = []
     for router in table.routers(row):
         results = table.of(row, router)
         mark = " †" if table.loses_too_much(row, router) else ""
@@ -220,7 +219,8 @@ def _row_table(table: Results, row: str) -> list[str]:
         for measure in MEASURES:
             value = mean([measure.value(result) for result in results.values()])
             cells.append("–" if math.isnan(value) else f"{value:.{measure.digits}f}")
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
+    lines += markdown_table(["router", "seeds", *(measure.name for measure in MEASURES)], rows)
     if any(table.loses_too_much(row, router) for router in table.routers(row)):
         lines += ["", "† lost too many requests for its latencies to be compared"]
     return [*lines, ""]
@@ -238,11 +238,12 @@ def _evidence(table: Results) -> list[str]:
                 lines[key] = evidence["line"]
     if not counts:
         return []
-    parts = ["## Inputs that arrived", "", "| router | input | runs | a line |", "|---|---|---|---|"]
+    rows = []
     for (router, what), seen in sorted(counts.items()):
         line = lines.get((router, what), "–").replace("|", "\\|")
-        parts.append(f"| {router} | {what} | {sum(seen)} of {len(seen)} | `{line[:160]}` |")
-    return [*parts, ""]
+        rows.append([router, what, f"{sum(seen)} of {len(seen)}", f"`{line[:160]}`"])
+    header = ["router", "input", "runs", "a line"]
+    return ["## Inputs that arrived", "", *markdown_table(header, rows), ""]
 
 
 def _problems(table: Results) -> list[str]:
