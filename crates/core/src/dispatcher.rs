@@ -60,7 +60,7 @@ impl FleetView<'_> {
     }
 }
 
-/// What decides whether a new request can be sent to a worker at once.
+/// Properties of a new request by which it can be sent to a worker at once, or not.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct NewRequest {
     /// Active blocks that the request adds.

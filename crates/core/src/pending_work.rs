@@ -373,6 +373,13 @@ impl PendingWork {
         }
     }
 
+    /// Returns the time of a decode step with the present decode batch, in seconds; with one request
+    /// if the batch is empty.
+    pub(crate) fn decode_step_seconds(&self, latency_model: &LatencyModel) -> f64 {
+        let (requests, context_tokens) = self.decode_load();
+        latency_model.decode_step_seconds(f64::from(requests.max(1)), context_tokens as f64)
+    }
+
     /// Returns the number of decoding requests and their context tokens.
     pub(crate) fn decode_load(&self) -> (u32, u64) {
         (

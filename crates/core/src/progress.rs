@@ -157,11 +157,8 @@ impl State {
             .get_mut(id)
             .filter(|record| !record.prefill_confirmed)?;
         let (worker, serial) = (record.worker, record.serial);
-        let (pending_work, shared_model) = self.workers.pending_work_mut(worker)?;
-        let latency_model = pending_work.latency.latency_model(shared_model, now);
-        let (requests, context_tokens) = pending_work.decode_load();
-        let step_seconds =
-            latency_model.decode_step_seconds(f64::from(requests.max(1)), context_tokens as f64);
+        let step_seconds = self.workers.decode_step_seconds(worker, now)?;
+        let (pending_work, _) = self.workers.pending_work_mut(worker)?;
         if record.work.is_in_prefill() {
             let predicted = record.forecast.first_token_at;
             let Some(first_token_at) =

@@ -324,13 +324,11 @@ impl Workers {
         pending_work.latency.latency_model(shared_model, now)
     }
 
-    /// Returns the time of a decode step of a worker with its present decode batch, or with one
-    /// request if it is empty. `None` if the worker was removed.
+    /// Returns the time of a decode step of a worker: see [`PendingWork::decode_step_seconds`].
+    /// `None` if the worker was removed.
     pub(crate) fn decode_step_seconds(&self, id: WorkerId, now: Duration) -> Option<f64> {
         let pending_work = self.pending_work(id)?;
-        let (requests, context_tokens) = pending_work.decode_load();
-        let model = self.latency_now(pending_work, now);
-        Some(model.decode_step_seconds(f64::from(requests.max(1)), context_tokens as f64))
+        Some(pending_work.decode_step_seconds(&self.latency_now(pending_work, now)))
     }
 
     /// Adds a booking to the queue of a worker: see

@@ -2,8 +2,8 @@
 //! no GPU.
 //!
 //! It serves the endpoints that a router uses, in vLLM's formats: completions, chat completions and
-//! embeddings, streamed or not, `/v1/models`, `/tokenize`, `/health`, `/metrics`, errors, and KV events over
-//! ZMQ. A request is aborted as soon as its client disconnects. `POST /fault` makes a running engine
+//! embeddings, streamed or not, `/v1/models`, `/tokenize`, `/health`, `/metrics`, errors, and KV
+//! events over ZMQ. A request is aborted as soon as its client disconnects. `POST /fault` makes a running engine
 //! slower, or makes it fail its requests.
 //!
 //! Modules, in reading order:

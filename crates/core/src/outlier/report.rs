@@ -6,7 +6,6 @@ use super::{ExchangeResult, FailureCharge, ReportedResult};
 use crate::batch::Batch;
 use crate::booking::Booking;
 use crate::booking_id::BookingId;
-#[cfg(doc)]
 use crate::booking_record::BookingRecord;
 use crate::router::Router;
 use crate::state::State;
@@ -59,10 +58,13 @@ impl Router {
     pub fn report(&self, worker: WorkerId, result: ExchangeResult, now: Duration) {
         let mut state = self.shared().lock();
         state.advance_to(now);
-        let now = state.now;
-        let mut reported = ReportedResult::Unknown;
-        let is_restricted =
-            state.apply_result(worker, result, &mut reported, now, FailureCharge::default());
+        let exchange = Exchange {
+            worker,
+            sent_at: state.now,
+            result,
+            charge: FailureCharge::default(),
+        };
+        let is_restricted = state.apply_result(exchange, &mut ReportedResult::Unknown);
         drop(state);
         if is_restricted {
             self.shared().offer_queue_to_others(worker);
@@ -89,10 +91,15 @@ impl State {
     /// more requests because of it: the caller offers its queue to others. Has no effect if the
     /// booking has ended.
     pub(crate) fn report(&mut self, id: BookingId, result: ExchangeResult) -> Option<WorkerId> {
-        let charge = self.failure_charge(id, result);
         let record = self.bookings.get(id)?;
-        let (worker, sent_at, mut reported) = (record.worker, record.booked_at, record.reported);
-        let is_restricted = self.apply_result(worker, result, &mut reported, sent_at, charge);
+        let (worker, mut reported) = (record.worker, record.reported);
+        let exchange = Exchange {
+            worker,
+            sent_at: record.booked_at,
+            result,
+            charge: self.failure_charge(record, result),
+        };
+        let is_restricted = self.apply_result(exchange, &mut reported);
         if let Some(record) = self.bookings.get_mut(id) {
             record.reported = reported;
         }
@@ -105,21 +112,21 @@ impl State {
         let (&first, further) = ids.split_first()?;
         let restricted = self.report(first, result);
         for &id in further {
-            let charge = self.failure_charge(id, result);
-            let now = self.now;
-            let Some(record) = self.bookings.get_mut(id) else {
+            let record = self.bookings.get(id);
+            let Some(record) = record.filter(|record| record.reported != ReportedResult::Final)
+            else {
                 continue;
             };
-            let (worker, previous) = (record.worker, record.reported);
-            if previous == ReportedResult::Final {
-                continue;
+            let (worker, now) = (record.worker, self.now);
+            let charge = self.failure_charge(record, result);
+            if let Some(record) = self.bookings.get_mut(id) {
+                record.reported = match result {
+                    ExchangeResult::Success => ReportedResult::Success {
+                        consecutive_before: 0,
+                    },
+                    _ => ReportedResult::Final,
+                };
             }
-            record.reported = match result {
-                ExchangeResult::Success => ReportedResult::Success {
-                    consecutive_before: 0,
-                },
-                _ => ReportedResult::Final,
-            };
             if charge.requests > 0.0 && self.workers.get(worker).is_some() {
                 self.workers.outliers.add_charge(worker.index, charge, now);
             }
@@ -128,33 +135,30 @@ impl State {
     }
 
     /// Returns the charge of a booking with this result: see [`BookingRecord::failure_charge`].
-    fn failure_charge(&self, id: BookingId, result: ExchangeResult) -> FailureCharge {
-        let record = self.bookings.get(id);
-        record.map_or_else(FailureCharge::default, |record| {
-            record.failure_charge(result, &self.workers, self.config.overlap_weight, self.now)
-        })
+    fn failure_charge(&self, record: &BookingRecord, result: ExchangeResult) -> FailureCharge {
+        record.failure_charge(result, &self.workers, self.config.overlap_weight, self.now)
     }
 
-    /// Applies a result of a request that was sent to `worker` at `sent_at`, and changes `reported`
-    /// accordingly. Returns whether the worker takes no more requests because of it. Dispatches
-    /// to a worker that takes requests again.
-    fn apply_result(
-        &mut self,
-        worker: WorkerId,
-        result: ExchangeResult,
-        reported: &mut ReportedResult,
-        sent_at: Duration,
-        charge: FailureCharge,
-    ) -> bool {
-        let now = self.now;
-        let effect = self
-            .workers
-            .apply_result(worker, result, reported, sent_at, charge, now);
+    /// Applies the result of an exchange: see [`Workers::apply_result`]. Returns whether the worker
+    /// takes no more requests because of it. Dispatches to a worker that takes requests again.
+    fn apply_result(&mut self, exchange: Exchange, reported: &mut ReportedResult) -> bool {
+        let effect = self.workers.apply_result(exchange, reported, self.now);
         if effect == ResultEffect::TakesRequestsAgain {
-            self.try_dispatch_next(worker.index);
+            self.try_dispatch_next(exchange.worker.index);
         }
         effect == ResultEffect::TakesNoMoreRequests
     }
+}
+
+/// Exchange with a worker, as far as its effect on the worker depends on it.
+#[derive(Clone, Copy, Debug)]
+struct Exchange {
+    worker: WorkerId,
+    /// Time at which the request was sent.
+    sent_at: Duration,
+    result: ExchangeResult,
+    /// Charge that the result adds if it is a failure.
+    charge: FailureCharge,
 }
 
 /// Effect of a result on the worker.
@@ -169,18 +173,21 @@ enum ResultEffect {
 }
 
 impl Workers {
-    /// Applies a result of a request that was sent to `worker` at `sent_at`, with the charge that it
-    /// adds if it is a failure, and changes `reported` accordingly. Has no effect if the worker was
-    /// removed, if the result of the request is final, or if the worker has recovered since.
+    /// Applies the result of an exchange, and changes `reported`, the earlier result of the request,
+    /// accordingly. Has no effect if the worker was removed, if the earlier result is final, or if
+    /// the worker has recovered since the request was sent.
     fn apply_result(
         &mut self,
-        worker: WorkerId,
-        result: ExchangeResult,
+        exchange: Exchange,
         reported: &mut ReportedResult,
-        sent_at: Duration,
-        charge: FailureCharge,
         now: Duration,
     ) -> ResultEffect {
+        let Exchange {
+            worker,
+            sent_at,
+            result,
+            charge,
+        } = exchange;
         let index = worker.index;
         if self.get(worker).is_none() || *reported == ReportedResult::Final {
             return ResultEffect::Unchanged;

@@ -74,13 +74,9 @@ impl Workers {
         snapshots.extend(workers.iter().flatten().map(|worker| {
             let load = self.loads[worker.id.index as usize];
             let pending_work = &self.pending_work[worker.id.index as usize];
-            let latency_model = pending_work
-                .latency
-                .latency_model(self.latency_model(pending_work), now);
-            let (requests, context_tokens) = pending_work.decode_load();
+            let latency_model = self.latency_now(pending_work, now);
             let cache = prefixes.status(worker.id.index);
-            let step_seconds = latency_model
-                .decode_step_seconds(f64::from(requests.max(1)), context_tokens as f64);
+            let step_seconds = pending_work.decode_step_seconds(&latency_model);
             WorkerSnapshot {
                 id: worker.id,
                 name: Arc::clone(&worker.name),

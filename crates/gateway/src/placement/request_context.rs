@@ -44,7 +44,7 @@ pub(crate) struct Observation {
 /// Context of a request, for the observation of its response.
 #[derive(Debug)]
 pub(crate) struct RequestContext {
-    /// What all observations share.
+    /// Parts of the gateway that all observations share.
     pub(crate) shared: Arc<Observation>,
     /// Worker that responds.
     pub(crate) worker: Arc<Worker>,

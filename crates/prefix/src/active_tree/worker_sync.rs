@@ -92,7 +92,7 @@ impl PrefixTree {
 
     /// Sets whether the engine of `worker` shares blocks within a scheduling step: a request then
     /// hits blocks that another request of the same step is about to compute. Resets the last
-    /// started booking. The worker is not removed, or added again.
+    /// started booking. A worker that is added at the index of a retired one begins with this.
     pub(crate) fn set_intra_step_sharing(&mut self, worker: WorkerIndex, is_shared: bool) {
         let sync = self.worker_sync_mut(worker);
         sync.last_started = if is_shared { SHARES_WITHIN_STEP } else { 0 };
