@@ -207,7 +207,10 @@ impl BookingRecord {
         self.forecast.prefill_seconds = prefill_seconds;
         self.forecast.first_token_at = now.saturating_add(ttft);
         pending_work.add_prefill(&self.work);
-        pending_work.arrival_rate.add(prefill_seconds, now);
+        let step_seconds = latency_model.decode_base;
+        pending_work
+            .arrival_rate
+            .add(prefill_seconds, step_seconds, now);
     }
 
     /// Learns from the time of the first token of a streamed response. Returns whether it is the

@@ -66,7 +66,7 @@ mod latency_model;
 mod output_length;
 mod regression;
 
-pub use arrival_rate::{ARRIVAL_MEMORY_SECONDS, ArrivalRate, ArrivalSums};
+pub use arrival_rate::{ArrivalRate, ArrivalRates};
 pub use latency::{LatencyEstimator, SharedLatencyModel, SpeedFactors, WeightedFactor};
 pub use latency_model::{LatencyAccuracy, LatencyModel, MAX_ATTENTION_TOKENS, PrefillWork};
 pub use output_length::{LengthClass, OutputLengthAccuracy, OutputLengthModel};

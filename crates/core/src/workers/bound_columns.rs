@@ -35,8 +35,9 @@ pub(crate) struct BoundColumns {
     pub(crate) min_remaining: Vec<f32>,
     /// Mean time of a decode step while prompts are computed, in seconds.
     pub(crate) mixed_step: Vec<f32>,
-    /// Arrivals and their seconds of prefill, with decay, as of `arrivals_at`.
-    pub(crate) arrivals: [Vec<f32>; 2],
+    /// Arrivals per second, the fraction of the time that their prefills take, as of `arrivals_at`,
+    /// and the mean time for which an arrival counts, in seconds.
+    pub(crate) arrivals: [Vec<f32>; 3],
     /// Time of `arrivals`, in seconds.
     pub(crate) arrivals_at: Vec<f64>,
     /// Interval for which the entries are valid.
@@ -91,7 +92,7 @@ impl BoundColumns {
             decoding: [requests, context],
             min_remaining,
             mixed_step,
-            arrivals: [arrivals, arriving_seconds],
+            arrivals: [arrivals, utilisations, memories],
             arrivals_at,
             is_stale,
             stale: _,
@@ -113,7 +114,8 @@ impl BoundColumns {
             min_remaining,
             mixed_step,
             arrivals,
-            arriving_seconds,
+            utilisations,
+            memories,
         ] {
             column.resize(length, 0.0);
         }
@@ -154,9 +156,10 @@ impl BoundColumns {
             .map(|bucket| bucket.remaining_tokens as f32 / bucket.requests as f32);
         self.min_remaining[index] = means.fold(f32::INFINITY, f32::min).clamp(1.0, 1e9);
         self.mixed_step[index] = pending.latency.mixed_step_seconds() as f32;
-        let arrivals = pending.arrival_rate.sums();
+        let arrivals = pending.arrival_rate.rates_at_last_update();
         self.arrivals[0][index] = arrivals.requests as f32;
-        self.arrivals[1][index] = arrivals.prefill_seconds as f32;
+        self.arrivals[1][index] = arrivals.prefill_utilisation as f32;
+        self.arrivals[2][index] = arrivals.memory_seconds as f32;
         self.arrivals_at[index] = arrivals.updated_at.as_secs_f64();
     }
 }

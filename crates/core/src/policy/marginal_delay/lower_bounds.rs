@@ -6,7 +6,7 @@
 //! bucket, and a speed factor has the less of its weights within some seconds. Most workers cannot win
 //! even so, and their marginal delay is never computed.
 
-use foresee_forecast::{ARRIVAL_MEMORY_SECONDS, MAX_ATTENTION_TOKENS, SharedLatencyModel};
+use foresee_forecast::{MAX_ATTENTION_TOKENS, SharedLatencyModel};
 use foresee_prefix::PrefixMatch;
 
 use super::super::request_profile::RequestProfile;
@@ -53,7 +53,7 @@ pub(super) fn write_lower_bounds(
     let [backlog_steps, backlog_tokens, backlog_pairs] =
         columns.backlog.each_ref().map(|c| &c[..count]);
     let [decoding, decoding_context] = columns.decoding.each_ref().map(|c| &c[..count]);
-    let [arrivals, arriving_seconds] = columns.arrivals.each_ref().map(|c| &c[..count]);
+    let [arrival_rates, utilisations, memories] = columns.arrivals.each_ref().map(|c| &c[..count]);
     let steps_per_prompt = &columns.steps_per_prompt[..count];
     let min_remaining = &columns.min_remaining[..count];
     let mixed_step = &columns.mixed_step[..count];
@@ -80,10 +80,11 @@ pub(super) fn write_lower_bounds(
                 + per_pair * backlog_pairs[index]);
 
         let age = most((now - arrivals_at[index]) as f32, 0.0);
-        let per_second = 1.0 / (ARRIVAL_MEMORY_SECONDS as f32 + age);
-        let utilisation = arriving_seconds[index] * per_second;
+        let memory = memories[index];
+        let weight = memory / (memory + age);
+        let utilisation = utilisations[index] * weight;
         let decode_share = 1.0 - least(utilisation, super::MAX_PREFILL_UTILISATION as f32);
-        let future = arrivals[index] * per_second * prefill * (wait + prefill / 2.0);
+        let future = arrival_rates[index] * weight * prefill * (wait + prefill / 2.0);
 
         // Both zero if the prompt would have to wait.
         let (requests, context) = (decoding[index], decoding_context[index]);
