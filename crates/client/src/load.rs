@@ -176,10 +176,9 @@ pub async fn run(
     for (index, body) in first {
         load.send(index, begin, body, clock);
     }
-    let end = begin.saturating_add(config.duration.unwrap_or(Duration::MAX));
     loop {
         progress(load.progress(clock));
-        let due = load.arrivals.next_due().filter(|&due| due < end);
+        let due = load.arrivals.next_due();
         tokio::select! {
             Some(ended) = load.requests.join_next() => {
                 load.ended(ended);
@@ -190,7 +189,7 @@ pub async fn run(
             () = clock.sleep_until(due.unwrap_or_default()), if due.is_some() => {}
             else => break,
         }
-        while let Some(due) = load.arrivals.next_due().filter(|&due| due < end)
+        while let Some(due) = load.arrivals.next_due()
             && let Some(index) = load.arrivals.take_due(clock.now())
         {
             let body = load.body(index);
@@ -244,7 +243,7 @@ impl<'a> Load<'a> {
             workload,
             target: Arc::new(target),
             cancellations: cancellations.collect(),
-            arrivals: Arrivals::new(workload),
+            arrivals: Arrivals::new(workload).within(config.duration),
             requests: JoinSet::new(),
             sent: 0,
             tally: Tally::default(),

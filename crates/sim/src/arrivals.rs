@@ -22,6 +22,8 @@ pub struct Arrivals {
     is_slot_holder: Vec<bool>,
     /// By request: the requests that arrive after its end, each with its think time.
     followers: HashMap<usize, Vec<(usize, Duration)>>,
+    /// Time at which sending ends: no request is due then or later.
+    end: Duration,
 }
 
 impl Arrivals {
@@ -34,6 +36,7 @@ impl Arrivals {
             closed_loop: VecDeque::new(),
             is_slot_holder: vec![false; workload.requests.len()],
             followers: HashMap::new(),
+            end: Duration::MAX,
         };
         for (index, request) in workload.requests.iter().enumerate() {
             match request.arrival {
@@ -51,11 +54,24 @@ impl Arrivals {
         arrivals
     }
 
+    /// Drops the requests that become due at least `duration` after the first one, whatever the
+    /// rule of their arrival. Requests due together with the first one are kept. `None` drops none.
+    /// Must be called before a request is taken.
+    #[must_use]
+    pub fn within(mut self, duration: Option<Duration>) -> Self {
+        if let (Some(duration), Some(first)) = (duration, self.next_due()) {
+            let shortest = Duration::from_nanos(1);
+            self.end = first.saturating_add(duration.max(shortest));
+        }
+        self
+    }
+
     /// Returns the time at which the next request is due. `None` if that depends on requests in
-    /// flight, or if all requests have been sent.
+    /// flight, or if all requests have been sent or dropped.
     #[must_use]
     pub fn next_due(&self) -> Option<Duration> {
-        self.timed.peek().map(|Reverse((time, _))| *time)
+        let next = self.timed.peek().map(|Reverse((time, _))| *time);
+        next.filter(|&due| due < self.end)
     }
 
     /// Removes a request that is due by `now`, and returns its index in the workload; `None` if no
@@ -138,6 +154,41 @@ mod tests {
         assert_eq!(arrivals.take_due(second(5)), Some(2));
         arrivals.on_request_end(0, second(6));
         assert_eq!(arrivals.next_due(), None);
+    }
+
+    #[test]
+    fn no_request_is_due_after_the_duration_whatever_its_rule() {
+        let follow_up = Arrival::After {
+            request: 0,
+            think: second(1),
+        };
+        let rules = [
+            Arrival::At(second(10)),
+            follow_up,
+            Arrival::At(second(15)),
+            Arrival::At(second(20)),
+        ];
+        let due_after = |end, duration: Option<u64>| {
+            let arrivals = Arrivals::new(&workload(0, &rules));
+            let mut arrivals = arrivals.within(duration.map(second));
+            assert_eq!(arrivals.take_due(second(10)), Some(0));
+            arrivals.on_request_end(0, second(end));
+            let due = std::iter::from_fn(|| arrivals.take_due(second(1000)));
+            due.collect::<Vec<_>>()
+        };
+        assert_eq!(due_after(18, None), [2, 1, 3]);
+        assert_eq!(due_after(18, Some(10)), [2, 1]);
+        assert_eq!(due_after(19, Some(10)), [2]);
+        assert!(due_after(18, Some(5)).is_empty());
+        assert!(due_after(18, Some(0)).is_empty());
+
+        let closed_loop = Arrivals::new(&workload(1, &[Arrival::ClosedLoop; 3]));
+        let mut closed_loop = closed_loop.within(Some(second(5)));
+        assert_eq!(closed_loop.take_due(Duration::ZERO), Some(0));
+        closed_loop.on_request_end(0, second(4));
+        assert_eq!(closed_loop.take_due(second(4)), Some(1));
+        closed_loop.on_request_end(1, second(5));
+        assert_eq!(closed_loop.take_due(second(5)), None);
     }
 
     #[test]

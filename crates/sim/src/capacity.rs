@@ -255,14 +255,13 @@ impl Search<'_> {
         let lengths = traffic
             .clone()
             .map(|traffic| traffic.workload().requests.len());
-        let requests: usize = lengths.sum();
-        // The subtraction absorbs rounding errors, so that 90 % of ten requests is nine.
-        let needed = (self.fraction * requests as f64 - 1e-9).ceil() as usize;
-        let mut allowed_misses = requests - needed.min(requests);
+        let allowed_misses = self.allowed_misses(lengths.sum());
+        let (mut requests, mut missed) = (0, 0);
         for (seed, traffic) in traffic.enumerate() {
-            let mut missed = 0;
-            run_while(&config.with_seed(seed as u64), traffic, &mut |progress| {
-                missed = progress.missed;
+            let missed_before = missed;
+            let config = config.with_seed(seed as u64);
+            let outcome = run_while(&config, traffic, &mut |progress| {
+                missed = missed_before + progress.missed;
                 if missed > allowed_misses {
                     ControlFlow::Break(())
                 } else {
@@ -272,8 +271,16 @@ impl Search<'_> {
             if missed > allowed_misses {
                 return Ok(false);
             }
-            allowed_misses -= missed;
+            requests += outcome.requests;
         }
-        Ok(true)
+        // With a limit of duration there are fewer requests than the traffic has.
+        Ok(missed <= self.allowed_misses(requests))
+    }
+
+    /// Returns how many of `requests` may miss the SLO.
+    fn allowed_misses(&self, requests: usize) -> usize {
+        // The subtraction absorbs rounding errors, so that 90 % of ten requests is nine.
+        let needed = (self.fraction * requests as f64 - 1e-9).ceil() as usize;
+        requests - needed.min(requests)
     }
 }

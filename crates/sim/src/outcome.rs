@@ -13,6 +13,8 @@ pub struct Outcome {
     /// The router's seed. Runs with equal seeds have the same requests and the same noise in the
     /// engines.
     pub seed: u64,
+    /// Requests of the workload; with a limit of duration, those that have arrived.
+    pub requests: usize,
     /// Requests whose output is complete.
     pub finished: usize,
     /// Requests that do not fit into the KV cache of their engine.

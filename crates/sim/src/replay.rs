@@ -42,7 +42,7 @@ use worker::{Worker, new_worker};
 pub struct Progress {
     /// Requests that have ended.
     pub ended: usize,
-    /// Requests of the workload.
+    /// Requests of the workload, including those that a limit of duration drops.
     pub total: usize,
     /// Requests that have missed the SLO ([`crate::slo::Slo`]).
     pub missed: usize,
@@ -50,7 +50,7 @@ pub struct Progress {
     pub now: Duration,
 }
 
-/// Replays `workload` to its end under the configured policy, and calls `progress` after each
+/// Replays `workload` to its end, or to the limit of its duration, under the configured policy, and calls `progress` after each
 /// instant at which requests have ended or missed the SLO.
 ///
 /// # Errors
@@ -70,7 +70,8 @@ pub fn run(
 
 /// Replays a workload with hashed prompts, to its end or until `progress` returns `Break`.
 /// `progress` is called after each instant at which requests have ended or missed the SLO. After
-/// `Break`, the outcome counts the other requests as unfinished. Several replays can share one
+/// `Break`, the outcome counts the other requests as unfinished; with a limit of duration, those
+/// that have arrived. Several replays can share one
 /// hashed workload, which must have the block size of the configured router.
 ///
 /// # Errors
@@ -150,6 +151,8 @@ struct Replay<'a> {
     rejected: usize,
     /// Requests that have missed the SLO.
     missed: usize,
+    /// Requests that have arrived.
+    arrived: usize,
     first_arrival: Option<Duration>,
     last_end: Duration,
     sampler: Sampler,
@@ -213,7 +216,7 @@ impl<'a> Replay<'a> {
             router: Router::new(settings)?,
             driver,
             by_id: HashMap::new(),
-            arrivals: Arrivals::new(workload.workload()),
+            arrivals: Arrivals::new(workload.workload()).within(config.duration),
             schedule: FleetSchedule::new(&config.changes),
             delayed_events: DelayedEvents::new(
                 config.cache_signal,
@@ -229,6 +232,7 @@ impl<'a> Replay<'a> {
             ended: 0,
             rejected: 0,
             missed: 0,
+            arrived: 0,
             first_arrival: None,
             last_end: Duration::ZERO,
             sampler: Sampler::new(workers.len(), config.keep_active_blocks),
@@ -433,6 +437,7 @@ impl<'a> Replay<'a> {
     fn admit_arrivals(&mut self, now: Duration) -> Result<(), ReplayError> {
         while let Some(index) = self.arrivals.take_due(now) {
             self.first_arrival.get_or_insert(now);
+            self.arrived += 1;
             self.count_arrival(now);
             self.in_flight[index] = Some(RequestInFlight {
                 booking: self.route(index, now)?,

@@ -3,6 +3,7 @@
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::ensure;
 use clap::{Args, ValueEnum};
@@ -22,7 +23,7 @@ use crate::InvalidConfiguration;
 use crate::flags::{EngineArgs, RouterArgs, WorkloadArgs, workload};
 use crate::output::{print, write_file, write_json};
 use crate::trace_file::read_trace;
-use crate::values::{Fraction, duration};
+use crate::values::{Fraction, duration, positive_duration};
 
 /// The traffic to replay.
 #[derive(Args, Debug)]
@@ -35,12 +36,14 @@ pub(super) struct SourceArgs {
         help_heading = "Traffic"
     )]
     trace: Option<PathBuf>,
-    /// Drops requests that arrive later than this after the first request of the trace, such as 10m
+    /// Sets how long requests are sent, such as 60s or 10m [default: until the traffic ends]
+    ///
+    /// As under `load`, no request of a workload is sent later than this after the first, at any
+    /// rate. A trace is cut before its rate is scaled.
     #[arg(
         long,
         value_name = "DURATION",
-        requires = "trace",
-        value_parser = duration,
+        value_parser = positive_duration,
         help_heading = "Traffic"
     )]
     duration: Option<humantime::Duration>,
@@ -197,6 +200,13 @@ impl SourceArgs {
         }
     }
 
+    /// Returns for how long requests are sent. `None` for no limit, and for a trace, which
+    /// [`traffic`](Self::traffic) has cut.
+    fn send_duration(&self) -> Option<Duration> {
+        let duration = self.duration.map(Into::into);
+        duration.filter(|_| self.trace.is_none())
+    }
+
     /// Returns the requests of a trace, which are the same for all seeds.
     ///
     /// # Errors
@@ -245,10 +255,12 @@ impl SourceArgs {
 }
 
 impl FleetArgs {
-    /// Returns the configuration of a replay with identical engines and the changes of the fleet.
+    /// Returns the configuration of a replay of `source` with identical engines and the changes of
+    /// the fleet.
     /// The policy in it is a placeholder: a comparison replaces it.
     pub(super) fn config(
         &self,
+        source: &SourceArgs,
         router: &RouterArgs,
         signal: &SignalArgs,
         slo: Slo,
@@ -257,6 +269,7 @@ impl FleetArgs {
         let block_size = self.engine_block_size.unwrap_or(settings.block_size);
         let engine = self.engine.config(block_size, router.seed);
         let mut config = ReplayConfig::uniform(settings, &engine, self.workers);
+        config.duration = source.send_duration();
         config.slo = slo;
         config.changes.clone_from(&self.fleet_change);
         config.faults.clone_from(&self.fault);

@@ -68,7 +68,7 @@ pub(super) fn capacity(args: &CapacityArgs) -> anyhow::Result<()> {
     let policies = comparison.policies();
     let config = args
         .fleet
-        .config(&args.router, &args.signal, comparison.slo);
+        .config(&args.source, &args.router, &args.signal, comparison.slo);
     let source = &args.source;
     let traffic = source.traffic(&args.router, comparison.seeds, args.rate)?;
     let target = match args.find {

@@ -43,7 +43,7 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<()> {
     let policies = comparison.policies();
     let mut config = args
         .fleet
-        .config(&args.router, &args.signal, comparison.slo);
+        .config(&args.source, &args.router, &args.signal, comparison.slo);
     config.keep_active_blocks = args.report.html.is_some();
     let source = &args.source;
     let traffic = source.traffic(&args.router, comparison.seeds, args.rate)?;

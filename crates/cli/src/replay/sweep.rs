@@ -46,7 +46,7 @@ pub(super) fn sweep(args: &SweepArgs) -> anyhow::Result<()> {
     let comparison = &args.comparison;
     let config = args
         .fleet
-        .config(&args.router, &args.signal, comparison.slo);
+        .config(&args.source, &args.router, &args.signal, comparison.slo);
     // A rate of 1 makes `traffic` fail if there is no arrival rate to scale.
     let source = &args.source;
     let traffic = source.traffic(&args.router, comparison.seeds, Some(1.0))?;

@@ -306,6 +306,48 @@ fn a_trace_is_sent_at_its_rate_or_in_a_closed_loop() {
 }
 
 #[test]
+fn replay_sends_the_requests_of_a_load_with_the_same_flags() {
+    let server = Scripted::start(&["m"]);
+    let json = std::env::temp_dir().join(format!("foresee-replay-{}.json", std::process::id()));
+    let sent = |flags: &[&str]| {
+        let traffic = [
+            "--workload",
+            "rag",
+            "--isl",
+            "200",
+            "--osl",
+            "5",
+            "--seed",
+            "7",
+        ];
+        let flags = [&traffic[..], flags].concat();
+        let speed = ["--speedup", "20", "--json", "-"];
+        let report = load(&server.address, &[&flags[..], &speed].concat()).json();
+        let replayed = Command::new(env!("CARGO_BIN_EXE_foresee"))
+            .args(["replay", "run", "--workers", "1", "--policy", "kv"])
+            .args(["--json", json.to_str().unwrap()])
+            .args(&flags)
+            .output();
+        assert!(replayed.unwrap().status.success());
+        let replay: Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+        let replayed = &replay["outcomes"][0];
+        let (requests, tokens) = (&replayed["requests"], &replayed["prompt_tokens"]);
+        assert_eq!(replayed["finished"], *requests);
+        assert_eq!(replayed["unfinished"], 0);
+        assert_eq!(*requests, report["outcome"]["sent"]);
+        (requests.as_u64().unwrap(), tokens.as_u64().unwrap())
+    };
+    let minute = sent(&["--rps", "2", "--duration", "60s"]);
+    assert!((80..160).contains(&minute.0), "{minute:?}");
+    let faster = sent(&["--rps", "2", "--rate", "2", "--duration", "30s"]);
+    assert_eq!(
+        faster, minute,
+        "the limit counts at the rate at which requests are sent"
+    );
+    std::fs::remove_file(&json).unwrap();
+}
+
+#[test]
 fn a_load_that_cannot_be_sent_ends_in_exit_code_3() {
     let listener = TcpListener::bind(ANY_PORT).unwrap();
     let closed = format!("http://{}", listener.local_addr().unwrap());

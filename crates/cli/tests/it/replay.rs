@@ -104,7 +104,7 @@ fn errors_for_invalid_flags_name_the_remedy() {
     for (flags, remedy) in [
         (&["--workload", CLOSED_LOOP, "--rate", "2"][..], "--rps"),
         (&["--trace", "x.jsonl", "--rps", "2"], "scale its rate"),
-        (&["--duration", "10m"], "--trace"),
+        (&["--duration", "0s"], "longer than 0s"),
         (&["--duration", "10", "--trace", "x"], "no unit"),
         (&["--gap", "500"], "write 500ms"),
         (&["--workload", "n-sample"], "'n-samples'"),

@@ -1,6 +1,7 @@
 //! The configuration of a replay, and its errors.
 
 use std::num::NonZeroU32;
+use std::time::Duration;
 
 use foresee_core::router::{ConfigError, RouteError, RouterConfig};
 use foresee_core::workers::WorkerError;
@@ -30,6 +31,8 @@ pub struct ReplayConfig {
     pub changes: Vec<FleetChange>,
     /// Faults of workers during the replay. Only for the router's own policies.
     pub faults: Vec<WorkerFault>,
+    /// No request is sent later than this after the first; `None` for no limit.
+    pub duration: Option<Duration>,
     /// Limits that decide which requests count as goodput.
     pub slo: Slo,
     /// Whether the outcome has each worker's active blocks over time.
@@ -39,7 +42,8 @@ pub struct ReplayConfig {
 impl ReplayConfig {
     /// Returns a configuration with `workers` engines that differ only in the noise of their step
     /// times. The policy is that of `router`. The workers report their capacity and send KV events
-    /// without lag or loss. Fleet changes and faults are absent, and the SLO is the default.
+    /// without lag or loss. Fleet changes, faults and a limit of duration are absent, and the SLO is
+    /// the default.
     #[must_use]
     pub fn uniform(router: RouterConfig, engine: &EngineConfig, workers: u32) -> Self {
         let single = Self {
@@ -50,6 +54,7 @@ impl ReplayConfig {
             cache_signal: CacheSignal::default(),
             changes: Vec::new(),
             faults: Vec::new(),
+            duration: None,
             slo: Slo::default(),
             keep_active_blocks: false,
         };

@@ -89,7 +89,11 @@ impl Replay<'_> {
             .map(|worker| u64::from(worker.engine.pinned_blocks()));
         let first_arrival = self.first_arrival.unwrap_or_default();
         let makespan = self.last_end.saturating_sub(first_arrival);
-        let requests = self.workload.workload().requests.len();
+        // How many requests are due within a duration depends on the ends of others.
+        let requests = match self.config.duration {
+            Some(_) => self.arrived,
+            None => self.workload.workload().requests.len(),
+        };
         let unfinished = requests - self.ended;
         let within_slo = self.ended.saturating_sub(self.missed);
         Outcome {
@@ -98,6 +102,7 @@ impl Replay<'_> {
                 None => self.config.router.policy.to_string(),
             },
             seed: self.config.router.seed,
+            requests,
             finished: self.end_to_end.len(),
             rejected: self.rejected,
             faults: self.fault_outcome(),

@@ -284,6 +284,31 @@ fn runs_are_paired_by_seed_and_ties_are_marked() {
 }
 
 #[test]
+fn requests_after_the_limit_of_duration_do_not_count() {
+    let workload = Recipe::named("chat").unwrap().make(1);
+    let replay = |config: &ReplayConfig| run(config, &workload, &mut |_| ()).unwrap();
+    let mut config = fleet(2);
+    let whole = replay(&config);
+    assert_eq!(whole.requests, workload.requests.len());
+    config.duration = Some(Duration::from_secs(30));
+    let limited = replay(&config);
+    assert!((20..whole.requests / 2).contains(&limited.requests));
+    assert_eq!(limited.finished, limited.requests);
+    assert_eq!((limited.unfinished, limited.leaked_blocks), (0, 0));
+    config.slo = "ttft=1h,itl=1h".parse().unwrap();
+    assert_eq!(replay(&config).goodput.fraction, 1.0);
+
+    // A third of the requests are sent, and all of them miss the limits.
+    let traffic = [Arc::new(HashedWorkload::new(steady(5.0, 150, 1), BLOCK))];
+    config.duration = Some(Duration::from_secs(10));
+    config.slo = "itl=1ms".parse().unwrap();
+    let policies = [PolicySpec::from(policy::KV)];
+    let target = Target::Workers;
+    let found = find(&config, &policies, &traffic, target, 0.5, 1, &|_, _, _| ());
+    assert_eq!(found.unwrap().results[0].workers, None);
+}
+
+#[test]
 fn at_a_higher_rate_than_the_found_one_the_slo_is_missed() {
     let traffic = [Arc::new(HashedWorkload::new(steady(5.0, 150, 1), BLOCK))];
     let config = fleet(2);
