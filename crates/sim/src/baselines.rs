@@ -11,15 +11,17 @@
 //! | `history` | which prompts were sent to which worker |
 //! | `ablation` | the router's marginal delay without one of its terms |
 //! | `scraped`, `smg` | metrics of the engines, as old as the last scrape |
+//! | `kv_aware` | KV events, and the prompts that wait for their first token |
 //! | `min_ttft` | true prefill times of the engines |
 //! | `oracle` | the true state of the engines, simulated to its end by `lookahead` |
 //!
-//! `driver` asks a baseline of the last three kinds for a worker, and books the request there.
+//! `driver` asks a baseline of the last four kinds for a worker, and books the request there.
 
 mod ablation;
 mod booked;
 pub(crate) mod driver;
 mod history;
+mod kv_aware;
 mod lookahead;
 mod min_ttft;
 mod oracle;
@@ -108,7 +110,7 @@ impl fmt::Debug for Baseline {
 
 /// All baselines, in the order in which they are listed. Formulas, parameters and sources are in
 /// the documentation of the policies in the submodules.
-pub static BASELINES: [Baseline; 11] = [
+pub static BASELINES: [Baseline; 12] = [
     Baseline::routed(
         "dynamo",
         "NVIDIA Dynamo: prefill backlog in blocks + active blocks, this request included",
@@ -143,6 +145,11 @@ pub static BASELINES: [Baseline; 11] = [
         "production-stack",
         "vLLM production-stack loadaware: matched fraction − load above the mean",
         || Box::new(booked::ProductionStack),
+    ),
+    Baseline::informed(
+        "kv-aware",
+        "vLLM router 0.1.17 kv_aware: (pending + uncached tokens) × (requests + 1), first of equals",
+        || Box::new(kv_aware::KvAware),
     ),
     Baseline::routed(
         "two-tier",

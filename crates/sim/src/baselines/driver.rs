@@ -123,6 +123,7 @@ impl PolicyDriver {
                     cached_blocks: prefix_match.cached_blocks.min(max_reusable_blocks),
                     active_blocks_matched: prefix_match.active_blocks.min(max_reusable_blocks),
                     overlap_blocks: overlap,
+                    pending_tokens: prefills.uncached_tokens(),
                     pending_seconds: prefills.seconds(now),
                     prefill_seconds: prefill_seconds(
                         state.engine.config(),
@@ -148,6 +149,7 @@ impl PolicyDriver {
         self.prefills[worker.worker].add(
             Prefill {
                 request: arriving.request,
+                uncached_tokens: view.uncached_tokens(worker),
                 seconds: worker.prefill_seconds,
             },
             now,
@@ -184,7 +186,9 @@ struct PendingPrefills {
 struct Prefill {
     /// Index of the request in the workload.
     request: usize,
-    /// Time that an otherwise idle engine needs to compute them.
+    /// Prompt tokens that were not cached when the worker was chosen, according to its KV events.
+    uncached_tokens: u32,
+    /// Time that an otherwise idle engine needs for the prefill.
     seconds: f64,
 }
 
@@ -203,6 +207,14 @@ impl PendingPrefills {
             self.queue.remove(index);
             self.first_started_at = now;
         }
+    }
+
+    /// Returns the uncached tokens of all prefills.
+    fn uncached_tokens(&self) -> u64 {
+        let tokens = self.queue.iter();
+        tokens
+            .map(|prefill| u64::from(prefill.uncached_tokens))
+            .sum()
     }
 
     /// Returns the time until all prefills are finished, in seconds. A first prefill that is
@@ -242,14 +254,20 @@ mod tests {
 
     #[test]
     fn the_pending_time_shrinks_while_the_first_prefill_runs() {
-        let prefill = |request, seconds| Prefill { request, seconds };
+        let prefill = |request, seconds| Prefill {
+            request,
+            uncached_tokens: 10,
+            seconds,
+        };
         let mut prefills = PendingPrefills::default();
         prefills.add(prefill(0, 2.0), second(10));
         prefills.add(prefill(1, 3.0), second(11));
         assert_eq!(prefills.seconds(second(11)), 4.0);
+        assert_eq!(prefills.uncached_tokens(), 20);
         assert_eq!(prefills.seconds(second(19)), 3.0, "overdue, not finished");
         prefills.remove(0, second(20));
         assert_eq!(prefills.seconds(second(21)), 2.0);
+        assert_eq!(prefills.uncached_tokens(), 10);
         prefills.remove(1, second(24));
         assert_eq!(prefills.seconds(second(25)), 0.0);
         prefills.add(prefill(2, 1.0), second(30));

@@ -45,6 +45,11 @@ impl DecisionView<'_> {
     pub(crate) fn blocks(&self) -> u32 {
         self.tokens.div_ceil(self.block_size)
     }
+
+    /// Returns the prompt tokens that the worker does not cache, according to its KV events.
+    pub(crate) fn uncached_tokens(&self, worker: &EngineView<'_>) -> u32 {
+        self.tokens - worker.cached_blocks * self.block_size
+    }
 }
 
 /// One worker: what the router has booked there, what the engine reported, and the engine itself.
@@ -65,6 +70,9 @@ pub(crate) struct EngineView<'a> {
     /// The larger of `cached_blocks` and `active_blocks_matched`. A router that remembers which
     /// prompts it sent where knows this number.
     pub(crate) overlap_blocks: u32,
+    /// Prompt tokens of the requests without a first token that were not cached when the worker was
+    /// chosen, according to its KV events.
+    pub(crate) pending_tokens: u64,
     /// Remaining prefill time of the requests without a first token, in seconds, if nothing is
     /// decoded concurrently.
     pub(crate) pending_seconds: f64,
