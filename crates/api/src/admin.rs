@@ -1,4 +1,5 @@
-//! JSON of the admin API's `GET /admin/workers`. `docs/api.md` describes all fields.
+//! JSON of the admin API's `GET /admin/workers` and `POST /admin/reload`. `docs/api.md` describes all
+//! fields.
 //!
 //! A reader needs the fields that routers have always written. All others get a default if a router
 //! of another version does not write them.
@@ -6,6 +7,21 @@
 use std::net::IpAddr;
 
 use serde::{Deserialize, Deserializer, Serialize};
+
+/// Result of `POST /admin/reload`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reload {
+    /// Keys of the settings that changed, without the workers.
+    pub changed: Vec<String>,
+    /// Keys of settings that differ, but keep their values until a restart.
+    pub needs_restart: Vec<String>,
+    /// Names of the added workers.
+    pub workers_added: Vec<String>,
+    /// Names of the workers that have another description, and were replaced at once.
+    pub workers_replaced: Vec<String>,
+    /// Names of the workers that are drained and then removed.
+    pub workers_removed: Vec<String>,
+}
 
 /// All workers of a router.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -5,12 +5,14 @@
 //! arguments as flags, and the command line is parsed again, so that flags and file have one syntax
 //! and one set of checks.
 
+mod lines;
 mod worker_table;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
 
 use anyhow::{Context, anyhow, bail};
+use clap::error::{ContextKind, ContextValue};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches};
 use toml::{Table, Value};
@@ -20,9 +22,10 @@ pub(crate) use worker_table::from_flag;
 use crate::value_kind::Kind;
 use crate::values::nearest;
 use crate::{CONFIGURED, InvalidConfiguration, command};
+use lines::Lines;
 
 /// Flags that the file does not accept as keys.
-const NOT_KEYS: [&str; 5] = ["config", "help", "version", "host", "port"];
+const NOT_KEYS: [&str; 6] = ["config", "watch-config", "help", "version", "host", "port"];
 
 /// Groups of flags that set one setting. A flag or a variable of a group overrides all keys of that
 /// group in the file.
@@ -52,16 +55,47 @@ pub(crate) fn merge(arguments: Vec<OsString>, matches: ArgMatches) -> anyhow::Re
         .and_then(|text| flags(&text, name, settings))
         .with_context(from_file)
         .context(InvalidConfiguration)?;
-    expanded.extend(flags);
+    expanded.extend(flags.iter().map(|flag| OsString::from(&flag.text)));
     command().try_get_matches_from(expanded).map_err(|error| {
         // The arguments without the file were valid, so the error is in the file.
         let text = error.render().to_string();
         let text = text.trim_start_matches("error: ");
         let text = text.split("\n\nFor more information").next();
-        anyhow!("{}", text.unwrap_or_default().trim_end())
-            .context(from_file())
-            .context(InvalidConfiguration)
+        let cause = anyhow!("{}", text.unwrap_or_default().trim_end());
+        let cause = match line_of(&error, &flags) {
+            Some(line) => cause.context(format!("line {line}")),
+            None => cause,
+        };
+        cause.context(from_file()).context(InvalidConfiguration)
     })
+}
+
+/// A setting of the file as a flag.
+#[derive(Debug)]
+struct FileFlag {
+    /// `--NAME=VALUE`.
+    text: String,
+    /// Line of the setting.
+    line: Option<usize>,
+}
+
+/// Returns the line of the setting that caused an error of the parser.
+fn line_of(error: &clap::Error, flags: &[FileFlag]) -> Option<usize> {
+    let context = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.as_str()),
+        _ => None,
+    };
+    // Such as `--queue-limit <REQUESTS>`.
+    let name = context(ContextKind::InvalidArg)?.split([' ', '=']).next()?;
+    let value = context(ContextKind::InvalidValue).unwrap_or("");
+    let text = format!("{name}={value}");
+    let exact = flags.iter().find(|flag| flag.text == text);
+    let of_name = || {
+        flags
+            .iter()
+            .find(|flag| flag.text.split('=').next() == Some(name))
+    };
+    exact.or_else(of_name)?.line
 }
 
 /// Returns the settings in the text of a file as flags. A setting that a flag or a variable sets is
@@ -69,8 +103,9 @@ pub(crate) fn merge(arguments: Vec<OsString>, matches: ArgMatches) -> anyhow::Re
 ///
 /// # Errors
 /// If the text is not TOML, a key is unknown or given twice, or a value has the wrong type.
-fn flags(text: &str, subcommand: &str, settings: &ArgMatches) -> anyhow::Result<Vec<OsString>> {
+fn flags(text: &str, subcommand: &str, settings: &ArgMatches) -> anyhow::Result<Vec<FileFlag>> {
     let table: Table = text.parse().context("the file is not valid TOML")?;
+    let lines = Lines::of(text);
     let mut program = command();
     program.build();
     let serve = program
@@ -80,17 +115,21 @@ fn flags(text: &str, subcommand: &str, settings: &ArgMatches) -> anyhow::Result<
     let mut seen: Vec<String> = Vec::new();
     for (key, value) in &table {
         let name = key.replace('_', "-");
-        let argument = find(serve, key, &name)?;
-        if seen.contains(&name) {
-            bail!("key `{key}` is given twice, with a hyphen and with an underscore");
-        }
-        let values = values(key, argument, value)?;
+        let values = find(serve, key, &name).and_then(|argument| {
+            if seen.contains(&name) {
+                bail!("key `{key}` is given twice, with a hyphen and with an underscore");
+            }
+            values(key, argument, value)
+        });
+        let values = values.with_context(|| match lines.line(key, 0) {
+            Some(line) => format!("line {line}"),
+            None => format!("key `{key}`"),
+        })?;
         if !is_overridden(&name, serve, settings) {
-            flags.extend(
-                values
-                    .iter()
-                    .map(|value| format!("--{name}={value}").into()),
-            );
+            flags.extend(values.iter().enumerate().map(|(index, value)| FileFlag {
+                text: format!("--{name}={value}"),
+                line: lines.line(key, index),
+            }));
         }
         seen.push(name);
     }
@@ -105,7 +144,8 @@ fn flags(text: &str, subcommand: &str, settings: &ArgMatches) -> anyhow::Result<
 pub fn config_file_flags(text: &str) -> anyhow::Result<Vec<OsString>> {
     let settings = command().try_get_matches_from(["foresee", "serve"])?;
     let (name, settings) = settings.subcommand().context("`serve` is missing")?;
-    flags(text, name, settings)
+    let flags = flags(text, name, settings)?;
+    Ok(flags.into_iter().map(|flag| flag.text.into()).collect())
 }
 
 /// Returns the flags of a subcommand that the file accepts as keys, with their names.

@@ -158,21 +158,19 @@ pub fn run() -> ExitCode {
     execute(std::env::args_os().collect()).unwrap_or_else(|error| fail(&error))
 }
 
-/// Reads the arguments, the variables and the configuration file, starts logging, and runs the
+/// [Reads](parse) the arguments, the variables and the configuration file, starts logging, and runs the
 /// subcommand. `arguments` start with the name of the program.
 ///
 /// # Errors
 /// If the subcommand fails. Invalid usage, `--help` and `--version` are returned as
 /// [`clap::Error`], and an invalid configuration has the context [`InvalidConfiguration`].
 fn execute(arguments: Vec<OsString>) -> anyhow::Result<ExitCode> {
-    let matches = command().try_get_matches_from(&arguments)?;
-    let matches = config_file::merge(arguments, matches)?;
-    let cli = Cli::from_arg_matches(&matches)?;
+    let (cli, matches) = parse(arguments.clone())?;
     cli.log.init(cli.command.default_log_level())?;
     let empty = ArgMatches::default();
     let matches = matches.subcommand().map_or(&empty, |(_, matches)| matches);
     match cli.command {
-        Command::Serve(args) => serve::serve(args.resolve(matches)?)?,
+        Command::Serve(args) => serve::serve(args.resolve(matches)?, arguments)?,
         Command::CheckConfig(args) => check_config::check_config(args.resolve(matches)?, matches)?,
         Command::Demo(args) => demo::demo(args)?,
         Command::Verify(args) => return Ok(verify::verify(args.resolve(matches))),
@@ -183,6 +181,17 @@ fn execute(arguments: Vec<OsString>) -> anyhow::Result<ExitCode> {
         Command::Man(args) => shell::man(&args)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Reads the arguments, the variables and the configuration file. `arguments` start with the name of
+/// the program.
+///
+/// # Errors
+/// As [`execute`], apart from failures of the subcommand.
+fn parse(arguments: Vec<OsString>) -> anyhow::Result<(Cli, ArgMatches)> {
+    let matches = command().try_get_matches_from(&arguments)?;
+    let matches = config_file::merge(arguments, matches)?;
+    Ok((Cli::from_arg_matches(&matches)?, matches))
 }
 
 /// Prints an error, or the text of `--help` or `--version`. Returns the exit code: success for

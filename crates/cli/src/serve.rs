@@ -6,36 +6,59 @@ mod connections;
 mod health_args;
 mod outlier;
 mod settings;
+mod watch;
 
-use anyhow::Context;
+use std::ffi::OsString;
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
 use foresee_core::router::Router;
 use foresee_core::workers::WorkerSpec;
 use foresee_gateway::{
-    Gateway, GatewayConfig, InheritedListeners, StartError, WorkerConfig, raise_open_file_limit,
+    ConfigSource, Gateway, GatewayConfig, InheritedListeners, StartError, WorkerConfig,
+    raise_open_file_limit,
 };
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 pub(crate) use health_args::WorkerAccessArgs;
 pub(crate) use settings::{PromptArgs, ServeArgs, WorkerArgs};
 
-use crate::InvalidConfiguration;
+use crate::{Command, InvalidConfiguration, parse};
+use watch::FileWatch;
 
 /// Checks the configuration and runs the router until a signal stops it. `args` must be
-/// [resolved](ServeArgs::resolve).
+/// [resolved](ServeArgs::resolve), from `arguments`, which are parsed again at each reload.
 ///
 /// # Errors
 /// If a setting is invalid, or the router cannot start.
-pub(crate) fn serve(args: ServeArgs) -> anyhow::Result<()> {
+pub(crate) fn serve(args: ServeArgs, arguments: Vec<OsString>) -> anyhow::Result<()> {
     // Removes variables of the environment, so no other thread may run yet.
     let listeners = InheritedListeners::from_environment()
         .context("cannot use the sockets of LISTEN_FDS (socket activation)")?;
+    let watch = args.watched_file().map(FileWatch::new);
     let config = args.gateway();
     check_settings(&config)?;
+    let source: ConfigSource =
+        Arc::new(move || read_config(arguments.clone()).map_err(|error| format!("{error:#}")));
     let runtime = runtime()?;
-    let result = runtime.block_on(run(listeners, config));
+    let result = runtime.block_on(run(listeners, config, source, watch));
     // A look-up of a host name that hangs occupies a thread, which must not delay the end.
     runtime.shutdown_background();
     result
+}
+
+/// Reads the configuration of `serve` from its arguments, the variables and the file, and checks it.
+///
+/// # Errors
+/// If it cannot be read, or a setting is invalid.
+fn read_config(arguments: Vec<OsString>) -> anyhow::Result<GatewayConfig> {
+    let (cli, matches) = parse(arguments)?;
+    let (Command::Serve(args), Some((_, matches))) = (cli.command, matches.subcommand()) else {
+        bail!("the arguments are not those of `serve`");
+    };
+    let config = args.resolve(matches)?.gateway();
+    check_settings(&config)?;
+    Ok(config)
 }
 
 /// Checks settings that the parser of a single flag cannot check. The tokenizer, which takes long
@@ -60,27 +83,33 @@ pub(crate) fn check_settings(config: &GatewayConfig) -> anyhow::Result<()> {
 }
 
 /// Starts the gateway and waits for SIGTERM or SIGINT, then for the shutdown. A second signal ends the
-/// process at once.
+/// process at once. SIGHUP and a change that `watch` notices reload the configuration from `source`.
 ///
 /// # Errors
 /// If the gateway cannot start. Errors of the tokenizer are marked as an invalid configuration.
-async fn run(listeners: InheritedListeners, config: GatewayConfig) -> anyhow::Result<()> {
+async fn run(
+    listeners: InheritedListeners,
+    config: GatewayConfig,
+    source: ConfigSource,
+    mut watch: Option<FileWatch>,
+) -> anyhow::Result<()> {
     let open_files = raise_open_file_limit().context("cannot raise the limit of open files")?;
     // A signal that arrives before its handler is installed ends the process, so the handlers are
     // installed before the router listens.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hang_up = signal(SignalKind::hangup())?;
     if config.workers.is_empty() {
         tracing::warn!("no worker is configured; add workers with POST /admin/workers");
     }
     let (workers, policy) = (config.workers.len(), config.router.policy);
     let admin = config.admin.clone();
     let has_inherited_api = listeners.api.is_some();
-    let (delay, limit) = (config.shutdown.delay, config.shutdown_timeout);
-    let gateway = Gateway::start_on(listeners, config).map_err(|error| match error {
-        StartError::Tokenizer(_) => anyhow::Error::new(error).context(InvalidConfiguration),
-        error => error.into(),
-    })?;
+    let gateway =
+        Gateway::start_on(listeners, config, Some(source)).map_err(|error| match error {
+            StartError::Tokenizer(_) => anyhow::Error::new(error).context(InvalidConfiguration),
+            error => error.into(),
+        })?;
     tracing::info!(
         api = %gateway.address(), admin = %gateway.admin_listen(),
         workers, %policy, open_files, socket_activation = has_inherited_api, "listening"
@@ -92,11 +121,22 @@ async fn run(listeners: InheritedListeners, config: GatewayConfig) -> anyhow::Re
              and remove workers; set --admin-key-file"
         );
     }
-    either(&mut terminate, &mut interrupt).await;
-    tracing::info!(
-        accepting_for = ?delay, waiting_for = ?limit,
-        "stopping: readiness checks fail now; a second signal ends the router at once"
-    );
+    loop {
+        let changed = async {
+            match &mut watch {
+                Some(watch) => watch.changed().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = either(&mut terminate, &mut interrupt) => break,
+            _ = hang_up.recv() => {}
+            () = changed => {}
+        }
+        // The gateway logs the result.
+        let _ = gateway.reload().await;
+    }
+    tracing::info!("stopping; a second signal ends the router at once");
     tokio::select! {
         () = gateway.shut_down() => {}
         () = either(&mut terminate, &mut interrupt) => {

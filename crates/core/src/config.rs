@@ -63,6 +63,25 @@ impl Default for RouterConfig {
 }
 
 impl RouterConfig {
+    /// Returns the settings that can change while the router runs.
+    #[must_use]
+    pub fn tuning(&self) -> RouterTuning {
+        RouterTuning {
+            overlap_weight: self.overlap_weight,
+            ttft_weight: self.ttft_weight,
+            temperature: self.temperature,
+            queue_limit: self.queue_limit,
+        }
+    }
+
+    /// Checks that every number is in its range.
+    pub(crate) fn check(&self) -> Result<(), ConfigError> {
+        self.tuning().check()?;
+        let outlier = &self.outlier;
+        ConfigError::check("ejection-failure-rate", outlier.failure_rate, 1.0)?;
+        ConfigError::check("max-ejected-fraction", outlier.max_ejected_fraction, 1.0)
+    }
+
     /// Returns the default settings under another policy, with the queue order that suits it.
     #[must_use]
     pub fn for_policy(policy: NamedPolicy) -> Self {
@@ -74,9 +93,39 @@ impl RouterConfig {
     }
 }
 
+/// Settings that can change while a router runs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RouterTuning {
+    /// As [`RouterConfig::overlap_weight`].
+    pub overlap_weight: f64,
+    /// As [`RouterConfig::ttft_weight`].
+    pub ttft_weight: f64,
+    /// As [`RouterConfig::temperature`].
+    pub temperature: f64,
+    /// As [`RouterConfig::queue_limit`]. Requests that are queued already stay queued.
+    pub queue_limit: Option<usize>,
+}
+
+impl RouterTuning {
+    /// Checks that the weights and the temperature are from 0 to 10⁶.
+    ///
+    /// # Errors
+    /// [`ConfigError`] with the first one that is not.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        for (field, value) in [
+            ("overlap-weight", self.overlap_weight),
+            ("ttft-weight", self.ttft_weight),
+            ("temperature", self.temperature),
+        ] {
+            ConfigError::check(field, value, MAX_WEIGHT)?;
+        }
+        Ok(())
+    }
+}
+
 /// Largest weight and temperature. Far above any useful value, and small enough to keep every cost
 /// finite.
-pub(crate) const MAX_WEIGHT: f64 = 1e6;
+const MAX_WEIGHT: f64 = 1e6;
 
 /// Error for a setting that is outside its range.
 #[derive(Debug, thiserror::Error, PartialEq)]
@@ -88,4 +137,14 @@ pub struct ConfigError {
     pub value: f64,
     /// Largest value that is accepted.
     pub max: f64,
+}
+
+impl ConfigError {
+    /// Checks that `value` is from 0 to `max`.
+    fn check(field: &'static str, value: f64, max: f64) -> Result<(), Self> {
+        if (0.0..=max).contains(&value) {
+            return Ok(());
+        }
+        Err(Self { field, value, max })
+    }
 }

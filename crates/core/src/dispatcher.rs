@@ -113,6 +113,11 @@ impl Dispatcher {
         }
     }
 
+    /// Sets the maximum number of queued requests.
+    pub(crate) fn set_limit(&mut self, limit: Option<usize>) {
+        self.limit = limit;
+    }
+
     /// Returns the queue ticket of a request that arrives `now`.
     pub(crate) fn ticket(&self, priority: i32, tenant: u64, now: Duration) -> QueueTicket {
         let order = self.order.unwrap_or_default();

@@ -17,8 +17,7 @@ use foresee_prefix::{EvictionRule, WorkerIndex};
 
 use crate::batch::{Batch, BatchRequest};
 use crate::booking::Booking;
-use crate::config::MAX_WEIGHT;
-pub use crate::config::{ConfigError, RouterConfig};
+pub use crate::config::{ConfigError, RouterConfig, RouterTuning};
 pub use crate::critical_section::LockObserver;
 use crate::critical_section::SharedState;
 use crate::model_name::ModelName;
@@ -80,21 +79,22 @@ impl Router {
         config: RouterConfig,
         observer: Option<Arc<dyn LockObserver>>,
     ) -> Result<Self, ConfigError> {
-        let outlier = &config.outlier;
-        for (field, value, max) in [
-            ("overlap-weight", config.overlap_weight, MAX_WEIGHT),
-            ("ttft-weight", config.ttft_weight, MAX_WEIGHT),
-            ("temperature", config.temperature, MAX_WEIGHT),
-            ("ejection-failure-rate", outlier.failure_rate, 1.0),
-            ("max-ejected-fraction", outlier.max_ejected_fraction, 1.0),
-        ] {
-            if !(0.0..=max).contains(&value) {
-                return Err(ConfigError { field, value, max });
-            }
-        }
+        config.check()?;
         Ok(Self {
             state: SharedState::new(State::new(config), observer),
         })
+    }
+
+    /// Changes the settings that can change while the router runs. They apply from the next decision
+    /// on.
+    ///
+    /// # Errors
+    /// [`ConfigError`] if a weight or the temperature is negative, not a number, or above 10⁶. Then
+    /// nothing changes.
+    pub fn set_tuning(&self, tuning: RouterTuning) -> Result<(), ConfigError> {
+        tuning.check()?;
+        self.state.lock().set_tuning(tuning);
+        Ok(())
     }
 
     /// Returns the state that all handles of this router share.

@@ -12,7 +12,7 @@ use smallvec::SmallVec;
 
 use crate::assessment::RequestAssessment;
 use crate::bookings::Bookings;
-use crate::config::RouterConfig;
+use crate::config::{RouterConfig, RouterTuning};
 use crate::dispatcher::{Dispatcher, FleetView};
 use crate::policy::kv_cost::KvCostInput;
 use crate::policy::{Candidates, Decision, RequestProfile, Selector, WorkerView};
@@ -26,7 +26,7 @@ use crate::workers::Workers;
 /// State of a router: everything behind its lock.
 #[derive(Debug)]
 pub(crate) struct State {
-    /// Configuration, fixed for the lifetime of the router.
+    /// Configuration. Only its [tuning](RouterConfig::tuning) changes.
     pub(crate) config: RouterConfig,
     /// Workers, with their loads and their pending work.
     pub(crate) workers: Workers,
@@ -63,6 +63,22 @@ impl State {
             replication_regret: ReplicationRegret::default(),
             now: Duration::ZERO,
         }
+    }
+
+    /// Changes the settings that can change while the router runs.
+    pub(crate) fn set_tuning(&mut self, tuning: RouterTuning) {
+        let RouterTuning {
+            overlap_weight,
+            ttft_weight,
+            temperature,
+            queue_limit,
+        } = tuning;
+        self.config.overlap_weight = overlap_weight;
+        self.config.ttft_weight = ttft_weight;
+        self.config.temperature = temperature;
+        self.config.queue_limit = queue_limit;
+        self.selector.set_temperature(temperature);
+        self.dispatcher.set_limit(queue_limit);
     }
 
     /// Returns the queue ticket of a request that arrives now.

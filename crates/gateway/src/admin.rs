@@ -21,6 +21,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use foresee_api::admin as api;
 use foresee_core::LatencyAccuracy;
 use foresee_core::outlier::OutlierSnapshot;
@@ -37,11 +38,12 @@ use serde_json::json;
 use crate::kv_events::source::KvEvents;
 use crate::log_limit::warn_limited;
 use crate::metrics::{OPEN_METRICS, PROMETHEUS_TEXT, gauge_value, prometheus_text};
+use crate::reload::ReloadError;
 use crate::reply::{self, Body};
 use crate::shutdown::shutting_down;
 use crate::workers::worker::Worker;
 use access::refusal;
-use drain::{Drains, timeout_of};
+use drain::{remove_when_drained, set_draining, timeout_of};
 use explain::Explainer;
 use selection::SelectionApi;
 
@@ -60,10 +62,9 @@ const MAX_BODY_BYTES: usize = 1 << 20;
 pub(crate) struct AdminApi {
     parts: AdminParts,
     /// Which requests are accepted.
-    config: AdminConfig,
+    config: Arc<ArcSwap<AdminConfig>>,
     /// Where the listener listens.
     listen: AdminListen,
-    drains: Arc<Drains>,
     explainer: Explainer,
     selection: SelectionApi,
 }
@@ -73,15 +74,14 @@ impl AdminApi {
     /// explain has at most `max_body_bytes`.
     pub(crate) fn new(
         parts: AdminParts,
-        config: AdminConfig,
+        config: Arc<ArcSwap<AdminConfig>>,
         listen: AdminListen,
         max_body_bytes: usize,
     ) -> Self {
-        let workers = Arc::clone(&parts.workers);
+        let max_reservations = config.load().max_reservations;
         Self {
-            drains: Arc::new(Drains::new(workers, parts.router.clone(), parts.clock)),
             explainer: Explainer::new(Arc::clone(&parts.placement), max_body_bytes),
-            selection: SelectionApi::new(&parts, config.max_reservations),
+            selection: SelectionApi::new(&parts, max_reservations),
             parts,
             config,
             listen,
@@ -121,7 +121,8 @@ impl AdminApi {
         request: Request<Incoming>,
     ) -> Result<Response<Body>, ApiError> {
         let (head, body) = request.into_parts();
-        if let Err(error) = self.config.check_request(&self.listen, &head) {
+        let accepted = self.config.load().check_request(&self.listen, &head);
+        if let Err(error) = accepted {
             warn_limited!(
                 key: error.code.unwrap_or(""),
                 status = error.status, code = error.code, method = %head.method,
@@ -154,6 +155,7 @@ impl AdminApi {
                 let body = body::read(&head.headers, body, MAX_BODY_BYTES).await?;
                 self.add_worker(&body)
             }
+            (&Method::POST, "/admin/reload") => self.reload().await,
             (&Method::POST, "/admin/explain") => self.explainer.explain(&head.headers, body).await,
             (&Method::POST, "/admin/select") => self.selection.select(&head, body).await,
             (method, path) => match path.strip_prefix("/admin/reservations/") {
@@ -173,13 +175,14 @@ impl AdminApi {
     ) -> Result<Response<Body>, ApiError> {
         let not_found = || ApiError::path_not_found(method.as_str(), path);
         let rest = path.strip_prefix("/admin/workers/").ok_or_else(not_found)?;
+        let removals = &self.parts.removals;
         match *method {
-            Method::DELETE => self
-                .drains
-                .remove_when_drained(&percent_decoded(rest), timeout_of(query)?),
+            Method::DELETE => {
+                remove_when_drained(removals, &percent_decoded(rest), timeout_of(query)?)
+            }
             Method::POST => match rest.rsplit_once('/') {
-                Some((name, "drain")) => self.drains.set_draining(&percent_decoded(name), true),
-                Some((name, "undrain")) => self.drains.set_draining(&percent_decoded(name), false),
+                Some((name, "drain")) => set_draining(removals, &percent_decoded(name), true),
+                Some((name, "undrain")) => set_draining(removals, &percent_decoded(name), false),
                 _ => Err(not_found()),
             },
             _ => Err(not_found()),
@@ -251,7 +254,8 @@ impl AdminApi {
         } else {
             CacheSource::Estimated
         };
-        let time_left = self.drains.time_left(worker.id, self.parts.clock.now());
+        let removals = &self.parts.removals;
+        let time_left = removals.time_left(worker.id, self.parts.clock.now());
         api::Worker {
             name: worker.name.to_string(),
             url: entry.as_ref().map(|entry| entry.config.url()),
@@ -282,6 +286,22 @@ impl AdminApi {
             inter_token_latency_seconds: worker.inter_token_latency.as_secs_f64(),
             forecast: describe_forecast(worker),
         }
+    }
+
+    /// Reloads the configuration, and responds with what changed. Fails with a 400 if the configuration
+    /// is invalid, and with a 409 if it cannot be applied; then nothing has changed.
+    async fn reload(&self) -> Result<Response<Body>, ApiError> {
+        let reload = self.parts.reloader.reload().await.map_err(|error| {
+            let (status, code) = match error {
+                ReloadError::NoSource => (409, "no_configuration"),
+                ReloadError::Invalid(_) => (400, "invalid_configuration"),
+                ReloadError::Worker { .. } => (409, "worker_conflict"),
+            };
+            refusal(status, code, format!("Nothing was reloaded: {error}."))
+        })?;
+        // Serialisation fails only for maps with keys other than strings.
+        let body = serde_json::to_string(&reload).unwrap_or_default();
+        Ok(reply::json(StatusCode::OK, body))
     }
 
     /// Adds the workers that the body describes. Responds with a 202 before the first health check.

@@ -3,11 +3,14 @@
 
 use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use foresee_core::queue::QueueOrder;
+use foresee_core::retry_budget::RetryBudget;
 use foresee_core::router::Router;
+use parking_lot::Mutex;
 
 use crate::accept::{ConnectionLimit, ConnectionSettings};
-use crate::admin::{AdminApi, AdminParts};
+use crate::admin::{AdminApi, AdminConfig, AdminParts};
 use crate::client_headers::ClientHeaders;
 use crate::clock::Clock;
 use crate::config::GatewayConfig;
@@ -20,14 +23,16 @@ use crate::placement::tokenization::PromptTokenizer;
 use crate::placement::{Placement, PlacementConfig};
 use crate::proxy::Proxy;
 use crate::recorder::Recorder;
+use crate::reload::{ConfigSource, ReloadParts, Reloader};
 use crate::request_body::RequestBodies;
 use crate::request_ids::RequestIds;
 use crate::shutdown::ShutdownSignal;
 use crate::tracked_body::ResponseLimits;
+use crate::workers::removals::Removals;
 use crate::workers::{Workers, WorkersConfig};
 
-/// Parts of a gateway, for the time of its start.
-#[derive(Debug)]
+/// Parts of a gateway that stay the same while it runs.
+#[derive(Clone, Debug)]
 pub(crate) struct GatewayParts {
     pub(crate) router: Router,
     pub(crate) workers: Arc<Workers>,
@@ -35,8 +40,13 @@ pub(crate) struct GatewayParts {
     metrics: Arc<Metrics>,
     /// Clock of all times that are passed to the router.
     pub(crate) clock: Clock,
+    /// Drained workers that are to be removed.
+    removals: Arc<Removals>,
     bodies: Arc<RequestBodies>,
     parse_pool: Arc<ParsePool>,
+    /// Limits how many requests are sent again after a worker failed them.
+    retry_budget: Arc<Mutex<RetryBudget>>,
+    request_ids: Arc<RequestIds>,
     /// Shutdown of the API's listener.
     pub(crate) shutdown: Arc<ShutdownSignal>,
 }
@@ -58,6 +68,8 @@ impl GatewayParts {
             Arc::clone(&metrics),
             clock,
         );
+        let workers = Arc::new(workers);
+        let removals = Removals::new(Arc::clone(&workers), router.clone(), clock);
         let parse_pool = Arc::new(ParsePool::new());
         let placement = Placement::new(
             placement_config(config, tokenizer, recorder),
@@ -69,12 +81,15 @@ impl GatewayParts {
         );
         Self {
             router,
-            workers: Arc::new(workers),
+            workers,
+            removals: Arc::new(removals),
             placement: Arc::new(placement),
             metrics,
             clock,
             bodies: Arc::new(RequestBodies::new(config.max_body_bytes, config.bodies)),
             parse_pool,
+            retry_budget: Arc::new(Mutex::new(new_retry_budget())),
+            request_ids: Arc::new(RequestIds::new()),
             shutdown: Arc::new(ShutdownSignal::new()),
         }
     }
@@ -103,13 +118,13 @@ impl GatewayParts {
                 router: self.router.clone(),
                 metrics: Arc::clone(&self.metrics),
                 clock: self.clock,
-                retry_budget: new_retry_budget(),
+                retry_budget: Arc::clone(&self.retry_budget),
                 first_byte_timeout: config.first_byte_timeout,
                 min_first_byte_timeout: config.min_first_byte_timeout,
                 exposes_workers: config.expose_worker_header,
             },
             bodies: Arc::clone(&self.bodies),
-            request_ids: RequestIds::new(),
+            request_ids: Arc::clone(&self.request_ids),
             limits: Arc::new(ResponseLimits {
                 idle_timeout: config.stream_idle_timeout,
                 shutdown: Arc::clone(&self.shutdown),
@@ -120,11 +135,41 @@ impl GatewayParts {
         }
     }
 
-    /// Returns the front ends of the admin listener.
-    pub(crate) fn admin_api(&self, config: &GatewayConfig) -> AdminApi {
+    /// Returns the reloader, which swaps `proxy` and `admin` for ones with the settings of another
+    /// configuration.
+    pub(crate) fn reloader(
+        &self,
+        config: GatewayConfig,
+        source: Option<ConfigSource>,
+        proxy: &Arc<ArcSwap<Proxy>>,
+        admin: &Arc<ArcSwap<AdminConfig>>,
+    ) -> Reloader {
+        let (parts, proxy, admin) = (self.clone(), Arc::clone(proxy), Arc::clone(admin));
+        let parts = ReloadParts {
+            workers: Arc::clone(&self.workers),
+            removals: Arc::clone(&self.removals),
+            router: self.router.clone(),
+            metrics: Arc::clone(&self.metrics),
+            apply_settings: Box::new(move |config| {
+                proxy.store(Arc::new(parts.proxy(config)));
+                admin.store(Arc::new(config.admin.clone()));
+            }),
+        };
+        Reloader::new(source, parts, config)
+    }
+
+    /// Returns the front ends of the admin listener, which accept requests by `admin`.
+    pub(crate) fn admin_api(
+        &self,
+        config: &GatewayConfig,
+        admin: Arc<ArcSwap<AdminConfig>>,
+        reloader: Arc<Reloader>,
+    ) -> AdminApi {
         let parts = AdminParts {
             router: self.router.clone(),
             workers: Arc::clone(&self.workers),
+            removals: Arc::clone(&self.removals),
+            reloader,
             placement: Arc::clone(&self.placement),
             metrics: Arc::clone(&self.metrics),
             clock: self.clock,
@@ -133,7 +178,7 @@ impl GatewayParts {
             shutdown: Arc::clone(&self.shutdown),
         };
         let listen = config.admin_listen.clone();
-        AdminApi::new(parts, config.admin.clone(), listen, config.max_body_bytes)
+        AdminApi::new(parts, admin, listen, config.max_body_bytes)
     }
 
     /// Returns the limits and the shutdown of the API's connections.

@@ -32,7 +32,7 @@ const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const VIA_ENTRY: HeaderValue = HeaderValue::from_static("1.1 foresee");
 
 /// Trust in the headers of clients.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct ClientTrust {
     /// Whether hints and control headers of clients are used: priority, expected tokens, rank.
     pub control_headers: bool,

@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use foresee_core::router::RouterConfig;
+use foresee_core::router::{RouterConfig, RouterTuning};
 use foresee_engine::tokenizer::TokenizerError;
 use http::header::{AUTHORIZATION, HeaderName};
 
@@ -103,6 +103,14 @@ impl GatewayConfig {
             PromptTokenizer::load(path)?;
         }
         Ok(())
+    }
+
+    /// Returns the settings of the router that a reload applies.
+    pub(crate) fn router_tuning(&self) -> RouterTuning {
+        RouterTuning {
+            queue_limit: self.queue_limit,
+            ..self.router.tuning()
+        }
     }
 
     /// Checks that the API keys of workers can be read.

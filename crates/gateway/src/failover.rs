@@ -62,7 +62,7 @@ pub(crate) struct FailoverContext {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) clock: Clock,
     /// Limits how many requests are sent again after a worker failed them.
-    pub(crate) retry_budget: Mutex<RetryBudget>,
+    pub(crate) retry_budget: Arc<Mutex<RetryBudget>>,
     /// Maximum time from the arrival of a request until the first byte of its response.
     pub(crate) first_byte_timeout: Duration,
     /// Minimum time that one worker gets until the first byte.
@@ -72,8 +72,8 @@ pub(crate) struct FailoverContext {
 }
 
 /// Returns the budget that all requests of a gateway share.
-pub(crate) fn new_retry_budget() -> Mutex<RetryBudget> {
-    Mutex::new(RetryBudget::new(RETRY_RATIO, RETRIES_PER_SECOND))
+pub(crate) fn new_retry_budget() -> RetryBudget {
+    RetryBudget::new(RETRY_RATIO, RETRIES_PER_SECOND)
 }
 
 /// Response of a worker of which nothing has been passed on yet.

@@ -25,7 +25,7 @@
 //!
 //! `assembly` builds the parts and gives each front end the parts that it uses, `server` starts and
 //! stops everything, and `shutdown` has the phases in which it stops.
-//! `metrics` reports the state, and `recorder` writes a trace of the requests.
+//! `reload` applies another configuration. `metrics` reports the state, and `recorder` writes a trace of the requests.
 
 mod accept;
 mod admin;
@@ -49,6 +49,7 @@ mod pass_through;
 mod placement;
 mod proxy;
 mod recorder;
+mod reload;
 mod reply;
 mod request_body;
 mod request_ids;
@@ -65,12 +66,14 @@ pub use admin::{AdminConfig, AdminKey, AdminListen, KeyError, UnprotectedAdmin, 
 pub use client_headers::ClientTrust;
 pub use config::{GatewayConfig, default_io_threads};
 pub use connection_state::ConnectionConfig;
+pub use foresee_api::admin::Reload;
 pub use http::HeaderName;
 pub use ipnet::IpNet;
 pub use kv_events::source::{EventSource, KvEvents};
 pub use listen::{InheritedListeners, raise_open_file_limit};
 pub use metrics::{LabelInfo, MetricInfo, metric_reference, metrics_page};
 pub use pass_through::{InvalidPath, PassThroughPath};
+pub use reload::{ConfigSource, ReloadError};
 pub use request_body::RequestBodyConfig;
 pub use server::{Gateway, StartError};
 pub use shutdown::ShutdownConfig;

@@ -144,6 +144,10 @@ declare_metrics! {
         "Bookings: prompts and outputs of the requests that are queued or running";
     prefix_tree_nodes: Gauge, "nodes", NO_LABEL,
         "Nodes of the prefix trees; the router's memory is proportional to them";
+    pub(crate) config_last_reload_successful: Gauge, "0 or 1", NO_LABEL,
+        "Whether the latest reload of the configuration succeeded; 1 before the first one";
+    pub(crate) config_last_reload_success_timestamp_seconds: FloatGauge, "seconds", NO_LABEL,
+        "Unix time of the start or of the latest successful reload of the configuration";
 
     overlap_blocks: CounterByLabel, "blocks", OVERLAP_KIND,
         "Prompt blocks predicted to be cached on the chosen worker, on the best worker, and reported as cached by the engine";

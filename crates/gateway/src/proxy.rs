@@ -75,7 +75,7 @@ pub(crate) struct Proxy {
     pub(crate) failover: FailoverContext,
     /// Reader of request bodies, which counts their bytes.
     pub(crate) bodies: Arc<RequestBodies>,
-    pub(crate) request_ids: RequestIds,
+    pub(crate) request_ids: Arc<RequestIds>,
     pub(crate) limits: Arc<ResponseLimits>,
     /// Paths that reach a worker in addition to the inference paths.
     pub(crate) pass_through: Vec<PassThroughPath>,

@@ -12,6 +12,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
+use foresee_api::admin::Reload;
 use foresee_core::router::{ConfigError, Router, RouterConfig};
 use foresee_core::workers::WorkerError;
 use foresee_engine::tokenizer::TokenizerError;
@@ -31,7 +33,8 @@ use crate::metrics::Metrics;
 use crate::placement::tokenization::PromptTokenizer;
 use crate::proxy::Proxy;
 use crate::recorder::Recorder;
-use crate::shutdown::{ShutdownConfig, ShutdownPhase, ShutdownSignal};
+use crate::reload::{ConfigSource, ReloadError, Reloader};
+use crate::shutdown::{ShutdownPhase, ShutdownSignal};
 use crate::workers::Workers;
 use crate::workers::api_key::ApiKeyError;
 
@@ -97,9 +100,7 @@ pub struct Gateway {
     admin_api: Arc<AdminApi>,
     /// Shutdown of the API's listener.
     shutdown: Arc<ShutdownSignal>,
-    shutdown_config: ShutdownConfig,
-    /// Maximum time for running responses to end at shutdown.
-    shutdown_timeout: Duration,
+    reloader: Arc<Reloader>,
     /// Writer of the recording, if there is one.
     recorder: Option<Arc<Recorder>>,
     /// Task that dispatches queued requests in intervals, if there is a queue.
@@ -126,17 +127,19 @@ impl Gateway {
     /// cannot be loaded, the recording cannot be written, an API key of workers cannot be read, a
     /// setting is out of range, or two workers have the same name.
     pub fn start(config: GatewayConfig) -> Result<Self, StartError> {
-        Self::start_on(InheritedListeners::default(), config)
+        Self::start_on(InheritedListeners::default(), config, None)
     }
 
     /// Starts the listeners, with `inherited` sockets where there are any, and the tasks of the
-    /// workers. Must run inside a tokio runtime.
+    /// workers. Must run inside a tokio runtime. A [reload](Self::reload) reads the configuration
+    /// from `source`.
     ///
     /// # Errors
     /// As [`start`](Self::start). Also fails if an inherited socket cannot be used.
     pub fn start_on(
         inherited: InheritedListeners,
         config: GatewayConfig,
+        source: Option<ConfigSource>,
     ) -> Result<Self, StartError> {
         config.check_api_keys()?;
         // Loading takes seconds, so it happens before the first connection is accepted.
@@ -174,7 +177,7 @@ impl Gateway {
             ..config.router.clone()
         })?;
         let parts = GatewayParts::new(&config, router, metrics, tokenizer, recorder.clone());
-        let proxy = Arc::new(parts.proxy(&config));
+        let proxy = Arc::new(ArcSwap::from_pointee(parts.proxy(&config)));
         let connections = parts.connections(&config);
         let workers = Arc::clone(&parts.workers);
         let mut added = Vec::new();
@@ -186,7 +189,11 @@ impl Gateway {
         workers.start(added);
         let has_queue = config.router.queue_order.is_some();
         let ticks = has_queue.then(|| tokio::spawn(tick_queue(parts.router.clone(), parts.clock)));
-        let admin_api = Arc::new(parts.admin_api(&config));
+        let admin_config = Arc::new(ArcSwap::from_pointee(config.admin.clone()));
+        let reloader = parts.reloader(config.clone(), source, &proxy, &admin_config);
+        let reloader = Arc::new(reloader);
+        let admin_api = parts.admin_api(&config, admin_config, Arc::clone(&reloader));
+        let admin_api = Arc::new(admin_api);
         let (stop_admin, stopped) = watch::channel(false);
         let admin = admin.map(|admin| {
             tokio::spawn(admin_api.expire_reservations());
@@ -199,8 +206,7 @@ impl Gateway {
             workers,
             admin_api,
             shutdown: parts.shutdown,
-            shutdown_config: config.shutdown,
-            shutdown_timeout: config.shutdown_timeout,
+            reloader,
             recorder,
             ticks,
             address,
@@ -240,6 +246,16 @@ impl Gateway {
         &self.router
     }
 
+    /// Reads the configuration from the source of [`start_on`](Self::start_on) and applies it. The
+    /// result is logged, and returned as the admin API reports it.
+    ///
+    /// # Errors
+    /// Fails if there is no source, if the configuration cannot be read or is invalid, or if a worker
+    /// cannot be added. Then nothing changes.
+    pub async fn reload(&self) -> Result<Reload, ReloadError> {
+        self.reloader.reload().await
+    }
+
     /// Shuts down in the order of [`ShutdownPhase`]: makes the readiness checks fail, accepts no
     /// connection after `shutdown.delay`, and ends the responses that still run after
     /// `shutdown_timeout`, streams with an error event. The admin listener ends last. Then ends the
@@ -249,11 +265,17 @@ impl Gateway {
     pub async fn shut_down(self) {
         let shutdown = &self.shutdown;
         shutdown.advance(ShutdownPhase::Announced);
-        tokio::time::sleep(self.shutdown_config.delay).await;
+        let reloader = &self.reloader;
+        let (delay, limit) =
+            reloader.in_force(|config| (config.shutdown.delay, config.shutdown_timeout));
+        tracing::info!(
+            accepting_for = ?delay, waiting_for = ?limit,
+            "shutting down: readiness checks fail now"
+        );
+        tokio::time::sleep(delay).await;
         shutdown.advance(ShutdownPhase::Draining);
         // Nothing is ever sent. An error says that the thread has ended.
         let mut io_threads = join_all(self.io_threads);
-        let limit = self.shutdown_timeout;
         if timeout(limit, &mut io_threads).await.is_err() {
             tracing::warn!(
                 timeout = ?limit, connections = self.connections.limit.open(),
@@ -301,7 +323,7 @@ async fn tick_queue(router: Router, clock: Clock) {
 fn start_io_threads(
     listener: Listener,
     config: &GatewayConfig,
-    proxy: &Arc<Proxy>,
+    proxy: &Arc<ArcSwap<Proxy>>,
     connections: &ConnectionSettings,
 ) -> io::Result<Vec<oneshot::Receiver<()>>> {
     let socket = listener.socket.into_std()?;
@@ -325,7 +347,7 @@ fn start_io_thread(
     number: usize,
     socket: std::net::TcpListener,
     is_inherited: bool,
-    proxy: Arc<Proxy>,
+    proxy: Arc<ArcSwap<Proxy>>,
     connections: ConnectionSettings,
 ) -> io::Result<oneshot::Receiver<()>> {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -338,8 +360,8 @@ fn start_io_thread(
             socket,
             is_inherited,
         };
-        let client = Arc::new(proxy.new_client());
-        let handle = move |request| Arc::clone(&proxy).handle(Arc::clone(&client), request);
+        let client = Arc::new(proxy.load().new_client());
+        let handle = move |request| proxy.load_full().handle(Arc::clone(&client), request);
         serve(listener, connections, handle).await;
         Ok::<(), io::Error>(())
     };

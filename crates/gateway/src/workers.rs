@@ -19,6 +19,7 @@ pub(crate) mod model_catalog;
 mod model_list;
 pub(crate) mod query;
 pub(crate) mod registry;
+pub(crate) mod removals;
 pub(crate) mod resolve;
 mod tasks;
 pub(crate) mod worker;

@@ -25,6 +25,18 @@ pub(crate) struct ServeArgs {
     /// Reads settings from a TOML file, whose keys are the names of flags
     #[arg(long, value_name = "FILE", env = "FORESEE_CONFIG")]
     pub(crate) config: Option<PathBuf>,
+    /// Selects whether the router reloads the configuration when the file of --config changes
+    ///
+    /// SIGHUP and POST /admin/reload reload it in any case.
+    #[arg(
+        long,
+        default_value_t = Switch::Off,
+        value_name = "SWITCH",
+        env = "FORESEE_WATCH_CONFIG",
+        num_args = 0..=1,
+        default_missing_value = "on"
+    )]
+    watch_config: Switch,
     #[command(flatten)]
     listen: ListenArgs,
     #[command(flatten)]
@@ -312,6 +324,12 @@ impl ServeArgs {
         self.admin = self.admin.resolve()?;
         self.workers = self.workers.resolve(matches);
         Ok(self)
+    }
+
+    /// Returns the configuration file, if the router is to watch it.
+    pub(crate) fn watched_file(&self) -> Option<PathBuf> {
+        let is_watched = self.watch_config == Switch::On;
+        self.config.clone().filter(|_| is_watched)
     }
 
     /// Returns the settings as the configuration of a gateway, without checking them. Call

@@ -8,6 +8,7 @@ mod layout;
 mod load;
 mod ports;
 mod record;
+mod reload;
 mod replay;
 mod restart;
 mod settings;

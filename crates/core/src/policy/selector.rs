@@ -34,6 +34,11 @@ impl Selector {
         }
     }
 
+    /// Sets the temperature of later choices.
+    pub(crate) fn set_temperature(&mut self, temperature: f64) {
+        self.temperature = temperature;
+    }
+
     /// Returns the policy.
     pub(crate) fn policy(&self) -> &dyn Policy {
         &*self.policy

@@ -2,14 +2,14 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Barrier;
 use std::time::Duration;
 
 use foresee_core::booking::Booking;
 use foresee_core::outlier::OutlierConfig;
 use foresee_core::policy;
-use foresee_core::router::{ConfigError, Request, RouteError, Router, RouterConfig};
+use foresee_core::router::{ConfigError, Request, RouteError, Router, RouterConfig, RouterTuning};
 use foresee_core::sequence::Sequence;
 use foresee_core::workers::{WorkerId, WorkerSpec, WorkerState};
 
@@ -254,6 +254,28 @@ fn tiny_temperatures_choose_the_least_cost() {
             assert_eq!(route(&router, &sequence).worker(), ids(&router)[0]);
         }
     }
+}
+
+#[test]
+fn a_changed_tuning_applies_to_the_next_decision() {
+    let (router, _bookings) = uneven_fleet(0.5);
+    let sequence = prompt(0..400);
+    let workers_of_100 = || {
+        let routed = (0..100).map(|_| route(&router, &sequence).worker());
+        routed.collect::<HashSet<_>>().len()
+    };
+    assert!(workers_of_100() > 1);
+    let tuning = RouterConfig::default().tuning();
+    let refused = router.set_tuning(RouterTuning {
+        overlap_weight: f64::NAN,
+        ..tuning
+    });
+    assert_eq!(refused.unwrap_err().field, "overlap-weight");
+    assert!(workers_of_100() > 1);
+    router.set_tuning(tuning).unwrap();
+    assert_eq!(workers_of_100(), 1);
+    let explained = router.explain(&Request::new(&sequence), Duration::ZERO);
+    assert_eq!(explained.unwrap().temperature, 0.0);
 }
 
 #[test]

@@ -8,15 +8,20 @@ use crate::clock::Clock;
 use crate::metrics::Metrics;
 use crate::parse_pool::ParsePool;
 use crate::placement::Placement;
+use crate::reload::Reloader;
 use crate::request_body::RequestBodies;
 use crate::shutdown::ShutdownSignal;
 use crate::workers::Workers;
+use crate::workers::removals::Removals;
 
 /// Parts of the gateway that the admin API shows and changes.
 #[derive(Debug)]
 pub(crate) struct AdminParts {
     pub(crate) router: Router,
     pub(crate) workers: Arc<Workers>,
+    /// Drained workers that are to be removed.
+    pub(crate) removals: Arc<Removals>,
+    pub(crate) reloader: Arc<Reloader>,
     pub(crate) placement: Arc<Placement>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) clock: Clock,

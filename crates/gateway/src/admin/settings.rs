@@ -50,7 +50,7 @@ impl fmt::Display for AdminListen {
 }
 
 /// Which requests the admin listener accepts.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct AdminConfig {
     /// Values of the `Host` header that are accepted besides IP addresses and `localhost`: names
     /// without a port. Letter case is ignored.

@@ -13,7 +13,7 @@ use crate::log_limit::warn_limited;
 const MAX_FILE_BYTES: u64 = 64 << 10;
 
 /// API key of the gateway's requests to workers.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct WorkerKeyConfig {
     /// Source of the key for workers whose description names no file.
     pub source: Option<ApiKeySource>,

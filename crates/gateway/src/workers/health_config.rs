@@ -10,7 +10,7 @@ use http::uri::PathAndQuery;
 
 /// Request, thresholds and time limit of health checks. The time between two checks is
 /// `GatewayConfig::probe_interval`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct HealthConfig {
     /// Path of workers whose description has none.
     pub path: HealthPath,

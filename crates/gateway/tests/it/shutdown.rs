@@ -207,7 +207,7 @@ async fn connections_wait_at_an_inherited_socket_for_the_next_gateway() {
             api: Some(socket.try_clone().unwrap()),
             admin: None,
         };
-        Gateway::start_on(inherited, config(&[&worker])).unwrap()
+        Gateway::start_on(inherited, config(&[&worker]), None).unwrap()
     };
     let gateway = start();
     assert_eq!(gateway.address(), address);

@@ -1,0 +1,241 @@
+//! Reload: applies a new configuration to a running gateway, all of it or nothing.
+//!
+//! Workers of the configuration are added, replaced and drained, and settings of requests apply to the
+//! requests that arrive afterwards. Workers that were added over HTTP stay. Settings that only a
+//! restart applies are named in the report, and keep their values. [`changes`] compares two
+//! configurations.
+
+pub(crate) mod changes;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use foresee_api::admin::Reload;
+use foresee_core::router::Router;
+use foresee_core::workers::WorkerError;
+use parking_lot::Mutex;
+
+use crate::config::GatewayConfig;
+use crate::metrics::Metrics;
+use crate::workers::Workers;
+use crate::workers::removals::{DEFAULT_DRAIN_TIMEOUT, Removals};
+use crate::workers::worker_config::WorkerConfig;
+use changes::{SettingChanges, WorkerChanges};
+
+/// Reads the configuration anew, from the same flags, variables and files as at the start. The error
+/// is a text for the operator.
+pub type ConfigSource = Arc<dyn Fn() -> Result<GatewayConfig, String> + Send + Sync>;
+
+/// Why a reload changed nothing.
+#[derive(Debug, thiserror::Error)]
+pub enum ReloadError {
+    /// The gateway was started without a [`ConfigSource`].
+    #[error("the router was started without a configuration that can be read again")]
+    NoSource,
+    /// The configuration cannot be read or is invalid.
+    #[error("{0}")]
+    Invalid(String),
+    /// A worker cannot be added.
+    #[error("cannot add worker `{name}`: {error}")]
+    Worker {
+        /// Name of the worker.
+        name: String,
+        /// Why it cannot be added.
+        error: WorkerError,
+    },
+}
+
+/// Applies the settings of requests and of the admin listener.
+pub(crate) type ApplySettings = Box<dyn Fn(&GatewayConfig) + Send + Sync>;
+
+/// Parts of a gateway that a reload changes.
+pub(crate) struct ReloadParts {
+    pub(crate) workers: Arc<Workers>,
+    pub(crate) removals: Arc<Removals>,
+    pub(crate) router: Router,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) apply_settings: ApplySettings,
+}
+
+/// Applies new configurations, one at a time.
+pub(crate) struct Reloader {
+    source: Option<ConfigSource>,
+    parts: ReloadParts,
+    /// The configuration in force. Locked during a reload.
+    in_force: Mutex<GatewayConfig>,
+}
+
+impl fmt::Debug for Reloader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reloader").finish_non_exhaustive()
+    }
+}
+
+impl Reloader {
+    /// Creates the reloader of a gateway that started with `config`.
+    pub(crate) fn new(
+        source: Option<ConfigSource>,
+        parts: ReloadParts,
+        config: GatewayConfig,
+    ) -> Self {
+        record_success(&parts.metrics);
+        Self {
+            source,
+            parts,
+            in_force: Mutex::new(config),
+        }
+    }
+
+    /// Returns a value of the configuration in force.
+    pub(crate) fn in_force<T>(&self, read: impl FnOnce(&GatewayConfig) -> T) -> T {
+        read(&self.in_force.lock())
+    }
+
+    /// Reads the configuration and applies it. The result is logged. Must run inside a tokio runtime.
+    ///
+    /// # Errors
+    /// Fails if the configuration cannot be read or is invalid, or if a worker cannot be added. Then
+    /// nothing changes.
+    pub(crate) async fn reload(self: &Arc<Self>) -> Result<Reload, ReloadError> {
+        // Reads files, and waits for another reload.
+        let reloader = Arc::clone(self);
+        let reload = tokio::task::spawn_blocking(move || reloader.reload_blocking());
+        let result = reload.await;
+        result.unwrap_or_else(|error| Err(ReloadError::Invalid(error.to_string())))
+    }
+
+    /// As [`reload`](Self::reload), on the present thread.
+    fn reload_blocking(&self) -> Result<Reload, ReloadError> {
+        let mut in_force = self.in_force.lock();
+        let source = self.source.as_ref().ok_or(ReloadError::NoSource)?;
+        let new = source().map_err(ReloadError::Invalid);
+        let result = new.and_then(|new| self.apply(&mut in_force, new));
+        match &result {
+            Ok(reload) => {
+                record_success(&self.parts.metrics);
+                tracing::info!(
+                    changed = %reload.changed.join(","),
+                    needs_restart = %reload.needs_restart.join(","),
+                    workers_added = reload.workers_added.len(),
+                    workers_replaced = reload.workers_replaced.len(),
+                    workers_removed = reload.workers_removed.len(),
+                    "reloaded the configuration"
+                );
+            }
+            Err(error) => {
+                self.parts.metrics.config_last_reload_successful.set(0);
+                tracing::error!(%error, "cannot reload the configuration; nothing changed");
+            }
+        }
+        result
+    }
+
+    /// Applies `new` and makes it the configuration in force, apart from the settings that need a
+    /// restart.
+    fn apply(
+        &self,
+        in_force: &mut GatewayConfig,
+        new: GatewayConfig,
+    ) -> Result<Reload, ReloadError> {
+        let invalid = |error: &dyn fmt::Display| ReloadError::Invalid(error.to_string());
+        new.check_api_keys().map_err(|error| invalid(&error))?;
+        let protection = new.admin.check(&in_force.admin_listen);
+        protection.map_err(|error| invalid(&error))?;
+        let tuning = new.router_tuning();
+        tuning.check().map_err(|error| invalid(&error))?;
+
+        let workers = WorkerChanges::between(&in_force.workers, &new.workers);
+        self.change_workers(&workers)?;
+        let settings = SettingChanges::between(in_force, &new);
+        // The ranges are checked above.
+        let _ = self.parts.router.set_tuning(tuning);
+        (self.parts.apply_settings)(&new);
+        in_force.take_live_settings(new);
+        Ok(Reload {
+            changed: settings.live,
+            needs_restart: settings.fixed,
+            workers_added: names(&workers.added),
+            workers_replaced: names(workers.replaced.iter().map(|(_, new)| new)),
+            workers_removed: names(&workers.removed),
+        })
+    }
+
+    /// Adds and replaces workers, and drains those that are removed. If a worker cannot be added,
+    /// removes those that were added before it, and changes no other.
+    fn change_workers(&self, changes: &WorkerChanges) -> Result<(), ReloadError> {
+        let mut added: Vec<&WorkerConfig> = Vec::new();
+        for engine in &changes.added {
+            if let Err(error) = self.add(engine) {
+                for engine in added {
+                    self.parts.removals.remove_now(&engine.name);
+                }
+                return Err(error);
+            }
+            added.push(engine);
+        }
+        for (old, new) in &changes.replaced {
+            self.parts.removals.remove_now(&old.name);
+            if let Err(error) = self.add(new) {
+                // The old one fits where it was.
+                let _ = self.add(old);
+                for engine in added {
+                    self.parts.removals.remove_now(&engine.name);
+                }
+                return Err(error);
+            }
+        }
+        for engine in &changes.removed {
+            let removals = &self.parts.removals;
+            removals.remove_when_drained(&engine.name, DEFAULT_DRAIN_TIMEOUT);
+        }
+        Ok(())
+    }
+
+    /// Adds an engine and starts its tasks. An engine of this name that is being removed stays, if it
+    /// has the same description, and is otherwise removed at once. Has no effect if the engine was
+    /// added over HTTP with the same description.
+    fn add(&self, engine: &WorkerConfig) -> Result<(), ReloadError> {
+        let ReloadParts {
+            workers, removals, ..
+        } = &self.parts;
+        let present = workers.registry().all();
+        let present = present
+            .iter()
+            .find(|worker| worker.config.engine_name() == engine.name);
+        if let Some(present) = present {
+            let is_same = engine.workers().contains(&present.config);
+            let is_leaving = removals.is_pending(present.id);
+            match (is_same, is_leaving) {
+                (true, true) => {
+                    removals.set_draining(&engine.name, false);
+                    return Ok(());
+                }
+                (true, false) => return Ok(()),
+                (false, true) => removals.remove_now(&engine.name),
+                (false, false) => {}
+            }
+        }
+        let added = workers.add(engine).map_err(|error| ReloadError::Worker {
+            name: engine.name.clone(),
+            error,
+        })?;
+        workers.start(added);
+        Ok(())
+    }
+}
+
+/// Returns the names of engines.
+fn names<'a>(engines: impl IntoIterator<Item = &'a WorkerConfig>) -> Vec<String> {
+    let engines = engines.into_iter();
+    engines.map(|engine| engine.name.clone()).collect()
+}
+
+/// Records that the configuration in force is the one that was read last.
+fn record_success(metrics: &Metrics) {
+    metrics.config_last_reload_successful.set(1);
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
+    metrics
+        .config_last_reload_success_timestamp_seconds
+        .set(since_epoch.unwrap_or_default().as_secs_f64());
+}

@@ -1,0 +1,189 @@
+//! Differences between two configurations, and which of them a reload applies.
+
+use crate::admin::settings::AdminConfig;
+use crate::config::GatewayConfig;
+use crate::workers::worker_config::WorkerConfig;
+
+/// Differences between the engines of two configurations, by name.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct WorkerChanges {
+    pub(super) added: Vec<WorkerConfig>,
+    /// Engines with another description: the old one and the new one.
+    pub(super) replaced: Vec<(WorkerConfig, WorkerConfig)>,
+    pub(super) removed: Vec<WorkerConfig>,
+}
+
+impl WorkerChanges {
+    /// Compares the engines of two configurations. Names are unique in each.
+    pub(super) fn between(old: &[WorkerConfig], new: &[WorkerConfig]) -> Self {
+        let find = |engines: &[WorkerConfig], name: &str| {
+            let found = engines.iter().find(|engine| engine.name == name);
+            found.cloned()
+        };
+        let mut changes = Self::default();
+        for engine in new {
+            match find(old, &engine.name) {
+                None => changes.added.push(engine.clone()),
+                Some(old) if old != *engine => changes.replaced.push((old, engine.clone())),
+                Some(_) => {}
+            }
+        }
+        let is_removed = |engine: &&WorkerConfig| find(new, &engine.name).is_none();
+        changes.removed = old.iter().filter(is_removed).cloned().collect();
+        changes
+    }
+}
+
+/// Settings that differ between two configurations, apart from the workers, by their keys in a
+/// configuration file.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct SettingChanges {
+    /// Settings that a reload applies.
+    pub(super) live: Vec<String>,
+    /// Settings that only a restart applies.
+    pub(super) fixed: Vec<String>,
+}
+
+/// Returns the keys whose fields differ between two configurations.
+macro_rules! differences {
+    ($old:expr, $new:expr, $($key:literal: $($field:ident).+),* $(,)?) => {{
+        let mut keys: Vec<String> = Vec::new();
+        $(if $old.$($field).+ != $new.$($field).+ {
+            keys.push($key.to_owned());
+        })*
+        keys
+    }};
+}
+
+impl SettingChanges {
+    /// Compares two configurations. A new setting belongs here; the test of the command line that
+    /// changes every key fails without it.
+    pub(super) fn between(old: &GatewayConfig, new: &GatewayConfig) -> Self {
+        Self {
+            live: differences! { old, new,
+                "admin-host": admin.hosts,
+                "admin-key-file": admin.key,
+                "metrics-key-file": admin.metrics_key,
+                "admin-open": admin.open,
+                "overlap-weight": router.overlap_weight,
+                "ttft-weight": router.ttft_weight,
+                "temperature": router.temperature,
+                "queue-limit": queue_limit,
+                "tenant-header": tenant_header,
+                "pass-through": pass_through,
+                "trusted-proxies": client_trust.proxies,
+                "trust-client-headers": client_trust.control_headers,
+                "first-byte-timeout": first_byte_timeout,
+                "min-first-byte-timeout": min_first_byte_timeout,
+                "stream-idle-timeout": stream_idle_timeout,
+                "shutdown-delay": shutdown.delay,
+                "shutdown-timeout": shutdown_timeout,
+            },
+            fixed: differences! { old, new,
+                "listen": listen,
+                "admin-listen": admin_listen,
+                "max-reservations": admin.max_reservations,
+                "worker-api-key-file": worker_key.source,
+                "worker-api-key-for-clients": worker_key.for_clients,
+                "dns-refresh": dns.refresh,
+                "health-path": health.path,
+                "health-method": health.method,
+                "healthy-threshold": health.healthy_threshold,
+                "unhealthy-threshold": health.unhealthy_threshold,
+                "health-timeout": health.timeout,
+                "tokenizer": tokenizer,
+                "prefix-caching": prefix_caching,
+                "policy": router.policy,
+                "block-size": router.block_size,
+                "seed": router.seed,
+                "queue": router.queue_order,
+                "ejection-consecutive-failures": router.outlier.consecutive_failures,
+                "ejection-failure-rate": router.outlier.failure_rate,
+                "ejection-time": router.outlier.base_ejection,
+                "max-ejection-time": router.outlier.max_ejection,
+                "max-ejected-fraction": router.outlier.max_ejected_fraction,
+                "trial-interval": router.outlier.trial_interval,
+                "failure-charge-decay": router.outlier.charge_decay,
+                "warm-up-requests": router.outlier.warm_up_requests,
+                "expose-worker-header": expose_worker_header,
+                "max-body-size": max_body_bytes,
+                "probe-interval": probe_interval,
+                "connect-timeout": connect_timeout,
+                "io-threads": io_threads,
+                "max-connections": connections.max_connections,
+                "client-head-timeout": connections.head_timeout,
+                "client-idle-timeout": connections.idle_timeout,
+                "client-write-timeout": connections.write_timeout,
+                "body-idle-timeout": bodies.idle_timeout,
+                "max-body-bytes-in-flight": bodies.max_bytes_in_flight,
+                "engine-metrics-interval": engine_metrics_interval,
+                "record": record,
+            },
+        }
+    }
+}
+
+impl GatewayConfig {
+    /// Takes over the workers and the settings that a reload applies. Keeps all others.
+    pub(super) fn take_live_settings(&mut self, new: Self) {
+        self.workers = new.workers;
+        self.admin = AdminConfig {
+            max_reservations: self.admin.max_reservations,
+            ..new.admin
+        };
+        self.router.overlap_weight = new.router.overlap_weight;
+        self.router.ttft_weight = new.router.ttft_weight;
+        self.router.temperature = new.router.temperature;
+        self.queue_limit = new.queue_limit;
+        self.tenant_header = new.tenant_header;
+        self.pass_through = new.pass_through;
+        self.client_trust = new.client_trust;
+        self.first_byte_timeout = new.first_byte_timeout;
+        self.min_first_byte_timeout = new.min_first_byte_timeout;
+        self.stream_idle_timeout = new.stream_idle_timeout;
+        self.shutdown = new.shutdown;
+        self.shutdown_timeout = new.shutdown_timeout;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn engines(descriptions: &[&str]) -> Vec<WorkerConfig> {
+        let parsed = descriptions.iter().map(|text| text.parse().unwrap());
+        parsed.collect()
+    }
+
+    #[test]
+    fn engines_are_compared_by_name() {
+        let old = engines(&["a:1", "b:1", "c:1,name=c"]);
+        let new = engines(&["a:1", "c:2,name=c", "d:1"]);
+        let changes = WorkerChanges::between(&old, &new);
+        assert_eq!(changes.added, engines(&["d:1"]));
+        assert_eq!(changes.removed, engines(&["b:1"]));
+        assert_eq!(changes.replaced, [(old[2].clone(), new[1].clone())]);
+        assert_eq!(WorkerChanges::between(&old, &old), WorkerChanges::default());
+    }
+
+    #[test]
+    fn settings_that_need_a_restart_keep_their_values() {
+        let mut config = GatewayConfig::default();
+        let new = GatewayConfig {
+            max_body_bytes: 7,
+            queue_limit: Some(9),
+            ..GatewayConfig::default()
+        };
+        let changes = SettingChanges::between(&config, &new);
+        assert_eq!(changes.live, ["queue-limit"]);
+        assert_eq!(changes.fixed, ["max-body-size"]);
+        config.take_live_settings(new.clone());
+        assert_eq!(config.queue_limit, Some(9));
+        // The next reload names it again.
+        let changes = SettingChanges::between(&config, &new);
+        assert_eq!(
+            (changes.live, changes.fixed),
+            (vec![], vec!["max-body-size".to_owned()])
+        );
+    }
+}
