@@ -89,6 +89,7 @@ mod critical_section;
 mod dispatch;
 mod dispatcher;
 mod explain;
+pub mod learned;
 mod ledger;
 mod load;
 mod model_name;

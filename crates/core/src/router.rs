@@ -10,7 +10,7 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
-use foresee_forecast::OutputLengthAccuracy;
+use foresee_forecast::{OutputLengthAccuracy, OutputLengthModel};
 use foresee_prefix::event_index::{CacheDelta, PrefixRun};
 use foresee_prefix::sequence::Sequence;
 use foresee_prefix::{EvictionRule, WorkerIndex};
@@ -20,6 +20,7 @@ use crate::booking::Booking;
 pub use crate::config::{ConfigError, RouterConfig, RouterTuning};
 pub use crate::critical_section::LockObserver;
 use crate::critical_section::SharedState;
+use crate::learned::{InvalidLearned, Learned};
 use crate::model_name::ModelName;
 pub use crate::observed::Observed;
 pub use crate::request::{Candidate, Explanation, MAX_MODEL_NAME_BYTES, Request, RouteError};
@@ -27,7 +28,7 @@ use crate::request::{PreparedRequest, SelectError};
 use crate::state::State;
 use crate::worker_id::WorkerId;
 use crate::workers::{
-    Worker, WorkerError, WorkerSnapshot, WorkerSpec, WorkerState, Workers, distinct_models,
+    Earlier, Worker, WorkerError, WorkerSnapshot, WorkerSpec, WorkerState, Workers, distinct_models,
 };
 pub use foresee_prefix::CacheSource;
 
@@ -94,6 +95,32 @@ impl Router {
     pub fn set_tuning(&self, tuning: RouterTuning) -> Result<(), ConfigError> {
         tuning.check()?;
         self.state.lock().set_tuning(tuning);
+        Ok(())
+    }
+
+    /// Returns what the router has learned. Models without a sample are left out.
+    #[must_use]
+    pub fn learned(&self) -> Learned {
+        let state = self.state.lock();
+        let (models, workers) = state.workers.learned(state.now);
+        Learned {
+            models,
+            workers,
+            output_lengths: state.output_length.learned(),
+        }
+    }
+
+    /// Lets the router start with what an earlier router has learned. Applies to workers and models
+    /// with the same names that are added afterwards.
+    ///
+    /// # Errors
+    /// Fails if a number is not finite or out of range. Then nothing changes.
+    pub fn restore(&self, learned: &Learned) -> Result<(), InvalidLearned> {
+        let earlier = Earlier::new(learned)?;
+        let lengths = OutputLengthModel::restore(&learned.output_lengths)?;
+        let mut state = self.state.lock();
+        state.workers.set_earlier(earlier);
+        state.output_length = lengths;
         Ok(())
     }
 
@@ -176,7 +203,7 @@ impl Router {
         let models = distinct_models(models);
         let mut state = self.state.lock();
         let now = state.now;
-        state.workers.set_models(id, models);
+        state.workers.set_models(id, models, now);
         state.workers.enforce_ejection_limit(now);
     }
 

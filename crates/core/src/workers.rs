@@ -1,6 +1,7 @@
 //! Workers: their state, what they serve, their loads, and which of them are eligible for a model.
 
 mod bound_columns;
+mod earlier;
 mod eligibility;
 mod latency_groups;
 mod snapshot;
@@ -15,6 +16,7 @@ use foresee_prefix::{EvictionRule, WorkerIndex};
 use rapidhash::v3::{DEFAULT_RAPID_SECRETS, rapidhash_v3_seeded};
 
 use crate::booking_id::BookingId;
+use crate::learned::{LearnedModel, LearnedWorker};
 use crate::load::Load;
 use crate::model_name::ModelName;
 use crate::outlier::{OutlierConfig, Outliers};
@@ -22,6 +24,7 @@ use crate::pending_work::PendingWork;
 use crate::queue::QueueKey;
 use crate::sglang_admission::OutputReservation;
 pub(crate) use bound_columns::BoundColumns;
+pub(crate) use earlier::Earlier;
 use eligibility::Eligibility;
 use latency_groups::LatencyGroups;
 pub use snapshot::WorkerSnapshot;
@@ -161,6 +164,8 @@ pub(crate) struct Workers {
     retiring: Vec<WorkerIndex>,
     /// Recent failures, ejections and backpressure of each worker.
     pub(crate) outliers: Outliers,
+    /// What an earlier router has learned.
+    earlier: Earlier,
     /// Number of workers that were ever added.
     generations: u64,
 }
@@ -183,6 +188,28 @@ impl Workers {
             outliers: Outliers::new(config),
             ..Self::default()
         }
+    }
+
+    /// Sets what an earlier router has learned, for workers that are added afterwards.
+    pub(crate) fn set_earlier(&mut self, earlier: Earlier) {
+        self.earlier = earlier;
+    }
+
+    /// Returns the latency models with samples, and the speeds of their workers as of `now`.
+    pub(crate) fn learned(&self, now: Duration) -> (Vec<LearnedModel>, Vec<LearnedWorker>) {
+        let workers = self.workers.iter().zip(&self.pending_work);
+        let workers = workers.filter_map(|(worker, pending_work)| {
+            let worker = worker.as_ref()?;
+            Some(LearnedWorker {
+                worker: worker.name.to_string(),
+                model: self
+                    .latency_groups
+                    .model(pending_work.latency_group)?
+                    .to_owned(),
+                speed: pending_work.latency.learned(now),
+            })
+        });
+        (self.latency_groups.learned(), workers.collect())
     }
 
     /// Adds a worker at `now`, unhealthy at first, at the smallest free index. An index, but not an
@@ -226,7 +253,12 @@ impl Workers {
             name_hash: rapidhash_v3_seeded(spec.name.as_bytes(), &DEFAULT_RAPID_SECRETS),
             ..Load::default()
         };
-        self.pending_work[index] = PendingWork::new(self.latency_groups.join(&models));
+        let mut pending_work = PendingWork::new(self.latency_groups.join(&models, &self.earlier));
+        let model = models.first().map(String::as_str).unwrap_or_default();
+        if let Some(latency) = self.earlier.estimator(&spec.name, model, now) {
+            pending_work.latency = latency;
+        }
+        self.pending_work[index] = pending_work;
         self.bound_columns.mark_stale(id.index);
         self.eligibility.add_worker(&models);
         self.workers[index] = Some(Worker {
@@ -414,7 +446,7 @@ impl Workers {
     /// Sets the models that a worker serves, and the latency model that belongs to them. A change
     /// of the latency model resets the factors that the worker has learned relative to it. Has no
     /// effect if the worker was removed.
-    pub(crate) fn set_models(&mut self, id: WorkerId, models: Arc<[String]>) {
+    pub(crate) fn set_models(&mut self, id: WorkerId, models: Arc<[String]>, now: Duration) {
         let Some((worker, _)) = self.get_mut(id) else {
             return;
         };
@@ -423,6 +455,7 @@ impl Workers {
         }
         let is_eligible = worker.is_accepting();
         let old_models = mem::replace(&mut worker.models, Arc::clone(&models));
+        let name = Arc::clone(&worker.name);
         self.eligibility.set_eligible(id.index, &old_models, false);
         self.eligibility.remove_worker(&old_models);
         self.eligibility.add_worker(&models);
@@ -433,13 +466,17 @@ impl Workers {
         let old_group = pending_work.latency_group;
         let queue_length = pending_work.queue.totals().requests;
         // Joins first, so that a group with this worker only is not replaced by its own.
-        let group = self.latency_groups.join(&models);
+        let group = self.latency_groups.join(&models, &self.earlier);
         self.latency_groups.leave(old_group, id.index, queue_length);
         self.latency_groups
             .set_queue_length(group, id.index, 0, queue_length);
         if group != old_group {
             pending_work.latency_group = group;
-            pending_work.latency.reset_factors();
+            let model = models.first().map(String::as_str).unwrap_or_default();
+            match self.earlier.estimator(&name, model, now) {
+                Some(latency) => pending_work.latency = latency,
+                None => pending_work.latency.reset_factors(),
+            }
         }
     }
 

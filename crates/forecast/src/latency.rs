@@ -18,6 +18,7 @@
 use std::time::Duration;
 
 use crate::latency_model::{LatencyAccuracy, LatencyModel, PrefillWork};
+use crate::learned::{InvalidLearned, LearnedLatency, LearnedPhase, LearnedSpeed, check};
 use crate::regression::Regression;
 
 /// Initial prefill coefficients: roughly an 8B model on a small GPU. They no longer matter after
@@ -122,6 +123,57 @@ impl PhaseModel {
     }
 }
 
+impl PhaseModel {
+    /// Returns what was learned.
+    fn learned(&self) -> LearnedPhase {
+        LearnedPhase {
+            coefficients: self.regression.coefficients(),
+            covariance: self.regression.covariance(),
+            mean_factor: self.mean_factor,
+            mean_abs_relative_error: self.regression.mean_abs_relative_error(),
+            samples: self.regression.samples(),
+        }
+    }
+
+    /// Returns the model that learned `learned`, and otherwise starts with `initial` coefficients.
+    fn restore(initial: [f64; 3], learned: &LearnedPhase) -> Result<Self, InvalidLearned> {
+        let &LearnedPhase {
+            coefficients,
+            covariance,
+            mean_factor,
+            mean_abs_relative_error,
+            samples,
+        } = learned;
+        check("coefficients", &coefficients, 0.0, MAX_SECONDS)?;
+        check(
+            "covariance",
+            covariance.as_flattened(),
+            -MAX_SECONDS,
+            MAX_SECONDS,
+        )?;
+        let variances = [0, 1, 2].map(|index| covariance[index][index]);
+        check("covariance", &variances, 0.0, MAX_SECONDS)?;
+        check("mean_factor", &[mean_factor], MIN_FACTOR, 1.0 / MIN_FACTOR)?;
+        check(
+            "mean_abs_relative_error",
+            &[mean_abs_relative_error],
+            0.0,
+            1e3,
+        )?;
+        let mut model = Self::new(initial);
+        model.mean_factor = mean_factor;
+        let regression = &mut model.regression;
+        regression.restore(coefficients, covariance, mean_abs_relative_error, samples);
+        Ok(model)
+    }
+}
+
+/// Largest coefficient and variance that is restored, in seconds.
+const MAX_SECONDS: f64 = 1e3;
+
+/// Smallest speed factor that is restored. The largest is its inverse.
+const MIN_FACTOR: f64 = 1e-3;
+
 /// Speed of one worker relative to the shared model.
 #[derive(Clone, Copy, Debug, Default)]
 struct SpeedFactor {
@@ -214,6 +266,26 @@ impl SpeedFactor {
 }
 
 impl SharedLatencyModel {
+    /// Returns what was learned.
+    #[must_use]
+    pub fn learned(&self) -> LearnedLatency {
+        LearnedLatency {
+            prefill: self.prefill.learned(),
+            decode_step: self.decode_step.learned(),
+        }
+    }
+
+    /// Returns the model that has learned this.
+    ///
+    /// # Errors
+    /// Fails if a number is not finite or out of range.
+    pub fn restore(learned: &LearnedLatency) -> Result<Self, InvalidLearned> {
+        Ok(Self {
+            prefill: PhaseModel::restore(INITIAL_PREFILL, &learned.prefill)?,
+            decode_step: PhaseModel::restore(INITIAL_DECODE_STEP, &learned.decode_step)?,
+        })
+    }
+
     /// Returns the mean speed factor and the coefficients of prefill, and those of decode steps.
     #[inline]
     #[must_use]
@@ -237,6 +309,60 @@ impl LatencyEstimator {
             prefill: weighted(&self.prefill_factor),
             decode: weighted(&self.decode_factor),
         }
+    }
+
+    /// Returns the speed of this worker as of `now`. A factor counts as 0 without samples, or if the
+    /// latest one is old.
+    #[must_use]
+    pub fn learned(&self, now: Duration) -> LearnedSpeed {
+        let factor = |factor: &SpeedFactor| match factor.weight(now) {
+            weight if weight > 0.5 => factor.value,
+            _ => 0.0,
+        };
+        LearnedSpeed {
+            prefill_factor: factor(&self.prefill_factor),
+            decode_factor: factor(&self.decode_factor),
+            mean_prefill_batch: self.mean_prefill_batch,
+            mixed_step_seconds: self.mixed_step_seconds,
+        }
+    }
+
+    /// Returns the estimator of a worker that had this speed just before `now`.
+    ///
+    /// # Errors
+    /// Fails if a number is not finite or out of range.
+    pub fn restore(learned: &LearnedSpeed, now: Duration) -> Result<Self, InvalidLearned> {
+        let &LearnedSpeed {
+            prefill_factor,
+            decode_factor,
+            mean_prefill_batch,
+            mixed_step_seconds,
+        } = learned;
+        let factor = |field, value: f64| {
+            if value == 0.0 {
+                return Ok(SpeedFactor::default());
+            }
+            check(field, &[value], MIN_FACTOR, 1.0 / MIN_FACTOR)?;
+            Ok(SpeedFactor {
+                value,
+                samples: FULL_WEIGHT_SAMPLES as u32,
+                updated_at: now,
+            })
+        };
+        check("mean_prefill_batch", &[mean_prefill_batch], 1.0, 1e6)?;
+        check(
+            "mixed_step_seconds",
+            &[mixed_step_seconds],
+            0.0,
+            MAX_SECONDS,
+        )?;
+        Ok(Self {
+            prefill_factor: factor("prefill_factor", prefill_factor)?,
+            decode_factor: factor("decode_factor", decode_factor)?,
+            mean_prefill_batch,
+            mixed_step_seconds,
+            ..Self::default()
+        })
     }
 
     /// Forgets the speed factors, which are relative to a shared latency model, because the worker

@@ -63,12 +63,16 @@
 mod arrival_rate;
 mod latency;
 mod latency_model;
+mod learned;
 mod output_length;
 mod regression;
 
 pub use arrival_rate::{ArrivalRate, ArrivalRates};
 pub use latency::{LatencyEstimator, SharedLatencyModel, SpeedFactors, WeightedFactor};
 pub use latency_model::{LatencyAccuracy, LatencyModel, MAX_ATTENTION_TOKENS, PrefillWork};
+pub use learned::{
+    InvalidLearned, LearnedLatency, LearnedLengths, LearnedPhase, LearnedSpeed, LengthBin,
+};
 pub use output_length::{LengthClass, OutputLengthAccuracy, OutputLengthModel};
 
 /// The example of the README, which is a test.

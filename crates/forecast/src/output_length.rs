@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use crate::learned::{InvalidLearned, LearnedLengths, LengthBin, check};
+
 /// Expected remaining tokens before any output has ended.
 const PRIOR_REMAINING: f64 = 128.0;
 /// Number of outputs that the prior counts as.
@@ -86,6 +88,30 @@ impl LengthHistogram {
         (outputs / weight, remaining / weight)
     }
 
+    /// Returns the bins, with the weight of the next output as unit.
+    fn learned(&self) -> Vec<LengthBin> {
+        let bins = self.outputs.iter().zip(&self.tokens);
+        let bins = bins.map(|(outputs, tokens)| LengthBin {
+            outputs: outputs / self.weight,
+            tokens: tokens / self.weight,
+        });
+        bins.collect()
+    }
+
+    /// Returns the histogram with these bins.
+    fn restore(bins: &[LengthBin]) -> Result<Self, InvalidLearned> {
+        let mut histogram = Self::default();
+        check("length bins", &[bins.len() as f64], 0.0, BINS as f64)?;
+        for (index, bin) in bins.iter().enumerate() {
+            // At most as many outputs as are remembered, of at most a million tokens and more.
+            check("outputs", &[f64::from(bin.outputs)], 0.0, 1e5)?;
+            check("tokens", &[f64::from(bin.tokens)], 0.0, 1e14)?;
+            histogram.outputs[index] = bin.outputs;
+            histogram.tokens[index] = bin.tokens;
+        }
+        Ok(histogram)
+    }
+
     /// Returns the weighted number of outputs.
     fn total_weight(&self) -> f32 {
         self.outputs.iter().sum()
@@ -149,6 +175,36 @@ pub struct OutputLengthModel {
 }
 
 impl OutputLengthModel {
+    /// Returns what was learned, without the accuracy.
+    #[must_use]
+    pub fn learned(&self) -> LearnedLengths {
+        let classes = self.by_class.iter();
+        LearnedLengths {
+            all: self.all.learned(),
+            by_class: classes
+                .map(|(class, histogram)| (*class, histogram.learned()))
+                .collect(),
+        }
+    }
+
+    /// Returns the model that has learned this.
+    ///
+    /// # Errors
+    /// Fails if there are too many classes or bins, or a number is not finite or out of range.
+    pub fn restore(learned: &LearnedLengths) -> Result<Self, InvalidLearned> {
+        let classes = learned.by_class.len() as f64;
+        check("by_class", &[classes], 0.0, MAX_LENGTH_CLASSES as f64)?;
+        let mut lengths = Self {
+            all: LengthHistogram::restore(&learned.all)?,
+            ..Self::default()
+        };
+        for (class, bins) in &learned.by_class {
+            let histogram = LengthHistogram::restore(bins)?;
+            lengths.by_class.insert(*class, Box::new(histogram));
+        }
+        Ok(lengths)
+    }
+
     /// Returns the accuracy of recent forecasts. Before the first output the bias is 1 and the
     /// error 0.
     #[must_use]

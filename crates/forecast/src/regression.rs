@@ -54,6 +54,26 @@ impl<const N: usize> Regression<N> {
         }
     }
 
+    /// Returns the covariance of the coefficients.
+    pub(crate) fn covariance(&self) -> [[f64; N]; N] {
+        self.covariance
+    }
+
+    /// Replaces what was learned, whose values must be finite and not negative, apart from
+    /// covariances of two coefficients.
+    pub(crate) fn restore(
+        &mut self,
+        coefficients: [f64; N],
+        covariance: [[f64; N]; N],
+        mean_abs_relative_error: f64,
+        samples: u64,
+    ) {
+        self.coefficients = coefficients;
+        self.covariance = covariance;
+        self.mean_abs_relative_error = mean_abs_relative_error;
+        self.samples = samples;
+    }
+
     /// Returns the seconds for one unit of each feature. None is negative.
     #[inline]
     pub(crate) fn coefficients(&self) -> [f64; N] {

@@ -27,6 +27,7 @@ use crate::reload::{ConfigSource, ReloadParts, Reloader};
 use crate::request_body::RequestBodies;
 use crate::request_ids::RequestIds;
 use crate::shutdown::ShutdownSignal;
+use crate::state_file::StateFile;
 use crate::tracked_body::ResponseLimits;
 use crate::workers::removals::Removals;
 use crate::workers::{Workers, WorkersConfig};
@@ -92,6 +93,14 @@ impl GatewayParts {
             request_ids: Arc::new(RequestIds::new()),
             shutdown: Arc::new(ShutdownSignal::new()),
         }
+    }
+
+    /// Returns the file of learned values, if there is one, after it was read. Must be called before
+    /// workers are added.
+    pub(crate) fn state_file(&self, config: &GatewayConfig) -> Option<Arc<StateFile>> {
+        let path = config.state.clone()?;
+        let (router, placement) = (self.router.clone(), Arc::clone(&self.placement));
+        Some(Arc::new(StateFile::open(path, router, placement)))
     }
 
     /// Returns the proxy.

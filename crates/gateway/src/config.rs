@@ -63,6 +63,8 @@ pub struct GatewayConfig {
     /// File to which one line is appended for each completed request, so that the traffic can be
     /// replayed. It contains hashes of the prompts' blocks, and no text.
     pub record: Option<PathBuf>,
+    /// File that keeps what the gateway has learned over a restart.
+    pub state: Option<PathBuf>,
     /// Maximum time in which a worker accepts a connection.
     pub connect_timeout: Duration,
     /// Maximum time from the arrival of a request until the first byte of its response, in the queue
@@ -149,6 +151,7 @@ impl Default for GatewayConfig {
             events_grace: Duration::from_secs(5),
             engine_metrics_interval: None,
             record: None,
+            state: None,
             connect_timeout: Duration::from_secs(2),
             first_byte_timeout: Duration::from_secs(600),
             min_first_byte_timeout: Duration::from_secs(30),

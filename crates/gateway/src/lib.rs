@@ -25,7 +25,7 @@
 //!
 //! `assembly` builds the parts and gives each front end the parts that it uses, `server` starts and
 //! stops everything, and `shutdown` has the phases in which it stops.
-//! `reload` applies another configuration. `metrics` reports the state, and `recorder` writes a trace of the requests.
+//! `reload` applies another configuration, and `state_file` keeps what was learned over a restart. `metrics` reports the state, and `recorder` writes a trace of the requests.
 
 mod accept;
 mod admin;
@@ -55,6 +55,7 @@ mod request_body;
 mod request_ids;
 mod server;
 mod shutdown;
+mod state_file;
 mod subscribe;
 mod tcp_timeouts;
 mod tracked_body;

@@ -244,6 +244,11 @@ impl Placement {
         placed.into_context(&self.observation, worker, predicted_tokens, request_id)
     }
 
+    /// Returns the learned bytes per token of each model.
+    pub(crate) fn text_ratios(&self) -> &TextRatios {
+        &self.observation.text_ratios
+    }
+
     /// Returns the response to a request for which no worker was chosen.
     pub(crate) fn refusal(&self, error: &RouteError) -> ApiError {
         self.refusals.refusal(error)

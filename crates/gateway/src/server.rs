@@ -35,6 +35,7 @@ use crate::proxy::Proxy;
 use crate::recorder::Recorder;
 use crate::reload::{ConfigSource, ReloadError, Reloader};
 use crate::shutdown::{ShutdownPhase, ShutdownSignal};
+use crate::state_file::StateFile;
 use crate::workers::Workers;
 use crate::workers::api_key::ApiKeyError;
 
@@ -103,8 +104,11 @@ pub struct Gateway {
     reloader: Arc<Reloader>,
     /// Writer of the recording, if there is one.
     recorder: Option<Arc<Recorder>>,
-    /// Task that dispatches queued requests in intervals, if there is a queue.
-    ticks: Option<JoinHandle<()>>,
+    /// File of learned values, if there is one.
+    state_file: Option<Arc<StateFile>>,
+    /// Tasks that run in intervals: one dispatches queued requests, if there is a queue, and one
+    /// writes the state file, if there is one.
+    tasks: Vec<JoinHandle<()>>,
     /// Address of the API's listener.
     address: SocketAddr,
     /// Where the admin listener listens.
@@ -180,6 +184,7 @@ impl Gateway {
         let proxy = Arc::new(ArcSwap::from_pointee(parts.proxy(&config)));
         let connections = parts.connections(&config);
         let workers = Arc::clone(&parts.workers);
+        let state_file = parts.state_file(&config);
         let mut added = Vec::new();
         for engine in &config.workers {
             added.extend(workers.add(engine)?);
@@ -187,8 +192,13 @@ impl Gateway {
         let io_threads =
             start_io_threads(api, &config, &proxy, &connections).map_err(StartError::Thread)?;
         workers.start(added);
-        let has_queue = config.router.queue_order.is_some();
-        let ticks = has_queue.then(|| tokio::spawn(tick_queue(parts.router.clone(), parts.clock)));
+        let mut tasks = Vec::new();
+        if config.router.queue_order.is_some() {
+            tasks.push(tokio::spawn(tick_queue(parts.router.clone(), parts.clock)));
+        }
+        if let Some(file) = &state_file {
+            tasks.push(tokio::spawn(Arc::clone(file).save_in_intervals()));
+        }
         let admin_config = Arc::new(ArcSwap::from_pointee(config.admin.clone()));
         let reloader = parts.reloader(config.clone(), source, &proxy, &admin_config);
         let reloader = Arc::new(reloader);
@@ -208,7 +218,8 @@ impl Gateway {
             shutdown: parts.shutdown,
             reloader,
             recorder,
-            ticks,
+            state_file,
+            tasks,
             address,
             admin_listen,
             connections,
@@ -295,8 +306,9 @@ impl Gateway {
         }
         self.admin_api.close();
         self.workers.stop();
-        if let Some(ticks) = self.ticks {
-            ticks.abort();
+        self.tasks.iter().for_each(JoinHandle::abort);
+        if let Some(file) = &self.state_file {
+            file.save().await;
         }
         let Some(recorder) = self.recorder else {
             return;

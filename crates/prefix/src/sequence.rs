@@ -289,6 +289,17 @@ impl BytesPerToken {
     /// has weight `FORGETTING^n`.
     const FORGETTING: f64 = 0.99;
 
+    /// Returns an estimate that starts with this ratio, in bytes per token. A ratio that is not a
+    /// number from 0.25 to 64 is replaced by the nearest one that is, or by the default.
+    #[must_use]
+    pub fn with_ratio(ratio: f64) -> Self {
+        let mut estimate = Self::default();
+        if !ratio.is_nan() {
+            estimate.active_ratio = ratio.clamp(0.25, 64.0);
+        }
+        estimate
+    }
+
     /// Returns the ratio to divide text with, in bytes per token.
     #[must_use]
     pub fn ratio(&self) -> f64 {

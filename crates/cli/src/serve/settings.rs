@@ -311,6 +311,11 @@ struct ObservabilityArgs {
     /// A line contains times, lengths, and the hashes of the prompt's blocks, without any text.
     #[arg(long, value_name = "FILE", env = "FORESEE_RECORD")]
     record: Option<PathBuf>,
+    /// Keeps learned speeds and output lengths in a file, so that a restart does not lose them
+    ///
+    /// The file is written every five minutes and at the shutdown. It contains no text of requests.
+    #[arg(long, value_name = "FILE", env = "FORESEE_STATE")]
+    state: Option<PathBuf>,
 }
 
 impl ServeArgs {
@@ -357,6 +362,7 @@ impl ServeArgs {
             dns: self.worker_access.dns_config(),
             engine_metrics_interval: self.observability.engine_metrics_interval.map(Into::into),
             record: self.observability.record,
+            state: self.observability.state,
             connect_timeout: self.limits.connect_timeout.into(),
             first_byte_timeout: self.limits.first_byte_timeout.into(),
             min_first_byte_timeout: self.limits.min_first_byte_timeout.into(),

@@ -3,68 +3,16 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use std::collections::BTreeSet;
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use crate::ports::free_port;
-
-/// Time limit for expected conditions.
-const TIMEOUT: Duration = Duration::from_secs(20);
-
-/// Calls `attempt` until it returns a value. Panics after a time limit.
-fn eventually<T>(mut attempt: impl FnMut() -> Option<T>) -> T {
-    let started = Instant::now();
-    loop {
-        if let Some(value) = attempt() {
-            return value;
-        }
-        assert!(started.elapsed() < TIMEOUT, "the condition never held");
-        std::thread::park_timeout(Duration::from_millis(5));
-    }
-}
-
-/// A child process, which ends with the test.
-struct Process(Child);
-
-impl Process {
-    fn start(arguments: &[&str]) -> Self {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_foresee"));
-        command.args(arguments).stdin(Stdio::null());
-        command.stdout(Stdio::null()).stderr(Stdio::null());
-        Self(command.spawn().unwrap())
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// Sends one request on a connection of its own. Returns the status and the body.
-fn exchange(address: SocketAddr, request: &str, body: &str) -> Option<(u16, String)> {
-    let mut stream = TcpStream::connect(address).ok()?;
-    stream.set_read_timeout(Some(TIMEOUT)).ok()?;
-    let length = body.len();
-    let head = format!(
-        "{request} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\
-         content-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
-    );
-    stream.write_all(head.as_bytes()).ok()?;
-    let mut response = String::new();
-    stream.read_to_string(&mut response).ok()?;
-    let status = response.split(' ').nth(1)?.parse().ok()?;
-    let (_, body) = response.split_once("\r\n\r\n")?;
-    Some((status, body.to_owned()))
-}
+use crate::process::{Process, eventually, exchange};
 
 /// A running router with a configuration file.
 struct Router {
@@ -110,9 +58,7 @@ impl Router {
 
     /// Reloads the configuration by a signal.
     fn hang_up(&self) {
-        let id = self.process.0.id().to_string();
-        let status = Command::new("kill").args(["-HUP", &id]).status();
-        assert!(status.unwrap().success());
+        self.process.signal("-HUP");
     }
 
     /// Returns the names of the workers, sorted.
@@ -291,6 +237,7 @@ max-body-bytes-in-flight = "7MiB"
 shutdown-delay = "7s"
 engine-metrics-interval = "7s"
 record = "/nonexistent"
+state = "/nonexistent"
 "#;
 
 #[test]

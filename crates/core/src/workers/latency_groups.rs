@@ -8,7 +8,9 @@ use foresee_forecast::SharedLatencyModel;
 use foresee_prefix::WorkerIndex;
 use foresee_prefix::counter::Counter;
 
+use crate::learned::{LearnedLatency, LearnedModel};
 use crate::workers::MAX_WORKERS;
+use crate::workers::earlier::Earlier;
 
 /// Maximum number of groups. Each worker is in one group, and one group must be free for a worker
 /// that changes its group, so the limit is reached only while some groups have no worker. Those are
@@ -43,12 +45,13 @@ impl LatencyGroups {
     /// Adds a worker that serves these models to its group, and returns the index of the group.
     /// Only the first name counts: engines list the model that they run before its LoRA adapters,
     /// which come and go. Workers of unknown models share a group. A new group beyond
-    /// [`MAX_GROUPS`] replaces the one that has been without a worker for longest.
-    pub(super) fn join(&mut self, models: &[String]) -> usize {
+    /// [`MAX_GROUPS`] replaces the one that has been without a worker for longest, and starts with
+    /// what an earlier router has learned.
+    pub(super) fn join(&mut self, models: &[String], earlier: &Earlier) -> usize {
         let model = models.first().map(String::as_str).unwrap_or_default();
         let index = match self.by_model.get(model) {
             Some(&index) => index,
-            None => self.create(model),
+            None => self.create(model, earlier.latency_model(model)),
         };
         if let Some(group) = self.groups.get_mut(index) {
             group.workers += 1;
@@ -56,11 +59,12 @@ impl LatencyGroups {
         index
     }
 
-    /// Creates a group without workers for a model that has none, and returns its index.
-    fn create(&mut self, model: &str) -> usize {
+    /// Creates a group without workers for a model that has none, which starts with this latency
+    /// model, and returns its index.
+    fn create(&mut self, model: &str, latency_model: SharedLatencyModel) -> usize {
         let group = LatencyGroup {
             model: model.into(),
-            latency_model: SharedLatencyModel::default(),
+            latency_model,
             workers: 0,
             departed_at: 0,
             queue_lengths: BTreeSet::new(),
@@ -127,6 +131,27 @@ impl LatencyGroups {
         longest.map(|&(_, worker)| worker)
     }
 
+    /// Returns the model of the group at `index`; empty for workers of unknown models.
+    pub(super) fn model(&self, index: usize) -> Option<&str> {
+        self.groups.get(index).map(|group| &*group.model)
+    }
+
+    /// Returns the latency models with samples.
+    pub(super) fn learned(&self) -> Vec<LearnedModel> {
+        let groups = self.groups.iter().map(|group| LearnedModel {
+            model: group.model.to_string(),
+            latency: group.latency_model.learned(),
+        });
+        let has_samples = |learned: &LearnedModel| {
+            let LearnedLatency {
+                prefill,
+                decode_step,
+            } = &learned.latency;
+            prefill.samples + decode_step.samples > 0
+        };
+        groups.filter(has_samples).collect()
+    }
+
     /// Returns the latency model of the group at `index`, which must exist.
     #[inline]
     pub(super) fn latency_model(&self, index: usize) -> &SharedLatencyModel {
@@ -148,31 +173,35 @@ mod tests {
     fn a_group_without_workers_is_replaced_at_the_limit() {
         let mut groups = LatencyGroups::default();
         let model = |number: usize| [format!("model {number}")];
-        let first = groups.join(&model(0));
+        let first = groups.join(&model(0), &Earlier::default());
         for number in 1..MAX_GROUPS {
-            let index = groups.join(&model(number));
+            let index = groups.join(&model(number), &Earlier::default());
             if number == 7 || number == 5 {
                 groups.leave(index, number as WorkerIndex, 0);
             }
         }
         assert_eq!(
-            groups.join(&model(MAX_GROUPS)),
+            groups.join(&model(MAX_GROUPS), &Earlier::default()),
             5,
             "the first that departed"
         );
         assert_eq!(
-            groups.join(&model(0)),
+            groups.join(&model(0), &Earlier::default()),
             first,
             "a known model keeps its group"
         );
-        assert_eq!(groups.join(&model(7)), 7, "so does one without workers");
+        assert_eq!(
+            groups.join(&model(7), &Earlier::default()),
+            7,
+            "so does one without workers"
+        );
         assert_eq!(groups.groups.len(), MAX_GROUPS);
     }
 
     #[test]
     fn the_longest_queue_is_that_of_the_group() {
         let mut groups = LatencyGroups::default();
-        let index = groups.join(&["a".to_owned()]);
+        let index = groups.join(&["a".to_owned()], &Earlier::default());
         assert_eq!(groups.longest_queue(index), None);
         groups.set_queue_length(index, 3, 0, 2);
         groups.set_queue_length(index, 9, 0, 1);

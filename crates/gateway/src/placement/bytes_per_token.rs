@@ -1,6 +1,6 @@
 //! Bytes per token of each model, for prompts that are matched as text.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use foresee_core::sequence::BytesPerToken;
 use parking_lot::Mutex;
@@ -16,6 +16,23 @@ pub(crate) struct TextRatios {
 }
 
 impl TextRatios {
+    /// Returns the ratios of all models.
+    pub(crate) fn learned(&self) -> BTreeMap<String, f64> {
+        let by_model = self.by_model.lock();
+        let ratios = by_model.iter();
+        ratios
+            .map(|(model, bytes_per_token)| (model.clone(), bytes_per_token.ratio()))
+            .collect()
+    }
+
+    /// Sets the ratios with which models start, of at most [`MAX_MODELS`] models.
+    pub(crate) fn restore(&self, ratios: &BTreeMap<String, f64>) {
+        let mut by_model = self.by_model.lock();
+        for (model, ratio) in ratios.iter().take(MAX_MODELS) {
+            by_model.insert(model.clone(), BytesPerToken::with_ratio(*ratio));
+        }
+    }
+
     /// Returns the number of bytes per token of `model`, or the default for an unknown model.
     pub(crate) fn get(&self, model: &str) -> f64 {
         self.by_model
