@@ -16,15 +16,20 @@ use crate::{InvalidConfiguration, command};
 
 /// Checks all settings and prints them as a file for `--config`. No socket is opened and no worker
 /// is contacted. `args` must be [resolved](ServeArgs::resolve), and `matches` must be those of the
-/// subcommand.
+/// subcommand. `tables` are the tables of the file that have no flag, as text.
 ///
 /// # Errors
 /// If a setting is invalid, or the tokenizer cannot be loaded.
-pub(crate) fn check_config(args: ServeArgs, matches: &ArgMatches) -> anyhow::Result<()> {
+pub(crate) fn check_config(
+    args: ServeArgs,
+    matches: &ArgMatches,
+    tables: &str,
+) -> anyhow::Result<()> {
     let config = args.gateway();
     check_settings(&config)?;
     config.check_tokenizer().context(InvalidConfiguration)?;
-    print(effective(&config, matches)?)?;
+    print(format!("{}\n{tables}", effective(&config, matches)?).trim_end())?;
+    print("\n")?;
     eprintln!("Configuration is valid.");
     Ok(())
 }

@@ -15,10 +15,12 @@ use anyhow::{Context, anyhow, bail};
 use clap::error::{ContextKind, ContextValue};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches};
+use serde::Serialize;
 use toml::{Table, Value};
 
 pub(crate) use worker_table::from_flag;
 
+use crate::key_file::KeyTable;
 use crate::value_kind::Kind;
 use crate::values::nearest;
 use crate::{CONFIGURED, InvalidConfiguration, command};
@@ -27,17 +29,41 @@ use lines::Lines;
 /// Flags that the file does not accept as keys.
 const NOT_KEYS: [&str; 6] = ["config", "watch-config", "help", "version", "host", "port"];
 
+/// Name of the tables with keys of clients.
+const KEY_TABLES: &str = "key";
+
 /// Groups of flags that set one setting. A flag or a variable of a group overrides all keys of that
 /// group in the file.
 const GROUPS: [&[&str]; 2] = [&["listen", "host", "port"], &["worker", "worker-urls"]];
 
-/// Returns the matches of the command line with the settings of the file, or `matches` unchanged
-/// without `--config`. `matches` must be those of `arguments`, which start with the name of the
-/// program.
+/// Tables of a file that have no flag.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct FileTables {
+    /// `[[key]]`: keys of clients.
+    #[serde(rename = "key", skip_serializing_if = "Vec::is_empty")]
+    pub(crate) keys: Vec<KeyTable>,
+}
+
+impl FileTables {
+    /// Returns the tables as the text of a file.
+    ///
+    /// # Errors
+    /// If a value has no form in TOML, which does not happen.
+    pub(crate) fn to_toml(&self) -> anyhow::Result<String> {
+        Ok(toml::to_string(self)?)
+    }
+}
+
+/// Returns the matches of the command line with the settings of the file, and the tables of the file
+/// that have no flag. Without `--config`, returns `matches` unchanged and no tables. `matches` must be
+/// those of `arguments`, which start with the name of the program.
 ///
 /// # Errors
 /// If the file cannot be read, or a setting in it is unknown or invalid.
-pub(crate) fn merge(arguments: Vec<OsString>, matches: ArgMatches) -> anyhow::Result<ArgMatches> {
+pub(crate) fn merge(
+    arguments: Vec<OsString>,
+    matches: ArgMatches,
+) -> anyhow::Result<(ArgMatches, FileTables)> {
     let path = match matches.subcommand() {
         Some((name, settings)) if CONFIGURED.contains(&name) => {
             let path = settings.get_one::<PathBuf>("config").cloned();
@@ -46,28 +72,34 @@ pub(crate) fn merge(arguments: Vec<OsString>, matches: ArgMatches) -> anyhow::Re
         _ => None,
     };
     let Some((name, settings, path)) = path else {
-        return Ok(matches);
+        return Ok((matches, FileTables::default()));
     };
     let from_file = || format!("in {}", path.display());
     let mut expanded = arguments;
-    let flags = std::fs::read_to_string(&path)
+    let (flags, tables) = std::fs::read_to_string(&path)
         .context("cannot read the file")
         .and_then(|text| flags(&text, name, settings))
         .with_context(from_file)
         .context(InvalidConfiguration)?;
     expanded.extend(flags.iter().map(|flag| OsString::from(&flag.text)));
-    command().try_get_matches_from(expanded).map_err(|error| {
+    let merged = command().try_get_matches_from(expanded).map_err(|error| {
         // The arguments without the file were valid, so the error is in the file.
-        let text = error.render().to_string();
-        let text = text.trim_start_matches("error: ");
-        let text = text.split("\n\nFor more information").next();
-        let cause = anyhow!("{}", text.unwrap_or_default().trim_end());
+        let cause = anyhow!("{}", plain(&error));
         let cause = match line_of(&error, &flags) {
             Some(line) => cause.context(format!("line {line}")),
             None => cause,
         };
         cause.context(from_file()).context(InvalidConfiguration)
-    })
+    })?;
+    Ok((merged, tables))
+}
+
+/// Returns the text of an error of the command line, without the advice to read the help.
+pub(crate) fn plain(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let text = text.trim_start_matches("error: ");
+    let text = text.split("\n\nFor more information").next();
+    text.unwrap_or_default().trim_end().to_owned()
 }
 
 /// A setting of the file as a flag.
@@ -98,12 +130,17 @@ fn line_of(error: &clap::Error, flags: &[FileFlag]) -> Option<usize> {
     exact.or_else(of_name)?.line
 }
 
-/// Returns the settings in the text of a file as flags. A setting that a flag or a variable sets is
-/// checked for its key and type, and left out. `settings` are the matches of `subcommand`.
+/// Returns the settings in the text of a file as flags, and the tables without a flag. A setting that a
+/// flag or a variable sets is checked for its key and type, and left out. `settings` are the matches
+/// of `subcommand`.
 ///
 /// # Errors
 /// If the text is not TOML, a key is unknown or given twice, or a value has the wrong type.
-fn flags(text: &str, subcommand: &str, settings: &ArgMatches) -> anyhow::Result<Vec<FileFlag>> {
+fn flags(
+    text: &str,
+    subcommand: &str,
+    settings: &ArgMatches,
+) -> anyhow::Result<(Vec<FileFlag>, FileTables)> {
     let table: Table = text.parse().context("the file is not valid TOML")?;
     let lines = Lines::of(text);
     let mut program = command();
@@ -111,10 +148,16 @@ fn flags(text: &str, subcommand: &str, settings: &ArgMatches) -> anyhow::Result<
     let serve = program
         .find_subcommand(subcommand)
         .context("the subcommand has no settings")?;
+    let mut tables = FileTables::default();
     let mut flags = Vec::new();
     let mut seen: Vec<String> = Vec::new();
     for (key, value) in &table {
         let name = key.replace('_', "-");
+        if name == KEY_TABLES {
+            let keys = value.clone().try_into();
+            tables.keys = keys.with_context(|| format!("in a [[{KEY_TABLES}]] table"))?;
+            continue;
+        }
         let values = find(serve, key, &name).and_then(|argument| {
             if seen.contains(&name) {
                 bail!("key `{key}` is given twice, with a hyphen and with an underscore");
@@ -133,7 +176,7 @@ fn flags(text: &str, subcommand: &str, settings: &ArgMatches) -> anyhow::Result<
         }
         seen.push(name);
     }
-    Ok(flags)
+    Ok((flags, tables))
 }
 
 /// Returns the settings of `serve` in the text of a configuration file as flags. Leaves out settings
@@ -144,7 +187,7 @@ fn flags(text: &str, subcommand: &str, settings: &ArgMatches) -> anyhow::Result<
 pub fn config_file_flags(text: &str) -> anyhow::Result<Vec<OsString>> {
     let settings = command().try_get_matches_from(["foresee", "serve"])?;
     let (name, settings) = settings.subcommand().context("`serve` is missing")?;
-    let flags = flags(text, name, settings)?;
+    let (flags, _) = flags(text, name, settings)?;
     Ok(flags.into_iter().map(|flag| flag.text.into()).collect())
 }
 

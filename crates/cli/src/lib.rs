@@ -7,6 +7,8 @@ mod config_file;
 mod demo;
 mod exit;
 mod flags;
+mod key_file;
+mod key_new;
 mod load;
 mod logging;
 mod mock_engine;
@@ -27,6 +29,7 @@ use std::process::ExitCode;
 
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
+use crate::config_file::FileTables;
 pub use crate::config_file::config_file_flags;
 use crate::logging::LogArgs;
 
@@ -92,6 +95,9 @@ enum Command {
     /// The output is a file for `serve --config`. The exit code is 2 if the configuration is
     /// invalid.
     CheckConfig(serve::ServeArgs),
+    /// Creates keys of clients
+    #[command(subcommand)]
+    Key(key_new::KeyCommand),
     /// Prints shell completions
     ///
     /// Example: foresee completions bash > /etc/bash_completion.d/foresee
@@ -165,13 +171,16 @@ pub fn run() -> ExitCode {
 /// If the subcommand fails. Invalid usage, `--help` and `--version` are returned as
 /// [`clap::Error`], and an invalid configuration has the context [`InvalidConfiguration`].
 fn execute(arguments: Vec<OsString>) -> anyhow::Result<ExitCode> {
-    let (cli, matches) = parse(arguments.clone())?;
+    let (cli, matches, tables) = parse(arguments.clone())?;
     cli.log.init(cli.command.default_log_level())?;
     let empty = ArgMatches::default();
     let matches = matches.subcommand().map_or(&empty, |(_, matches)| matches);
     match cli.command {
-        Command::Serve(args) => serve::serve(args.resolve(matches)?, arguments)?,
-        Command::CheckConfig(args) => check_config::check_config(args.resolve(matches)?, matches)?,
+        Command::Serve(args) => serve::serve(args.resolve(matches, tables)?, arguments)?,
+        Command::CheckConfig(args) => {
+            let text = tables.to_toml()?;
+            check_config::check_config(args.resolve(matches, tables)?, matches, &text)?;
+        }
         Command::Demo(args) => demo::demo(args)?,
         Command::Verify(args) => return Ok(verify::verify(args.resolve(matches))),
         Command::Load(args) => return Ok(load::load(&args)),
@@ -179,19 +188,20 @@ fn execute(arguments: Vec<OsString>) -> anyhow::Result<ExitCode> {
         Command::Replay(command) => replay::replay(command)?,
         Command::Completions(args) => shell::completions(&args)?,
         Command::Man(args) => shell::man(&args)?,
+        Command::Key(command) => key_new::run(&command)?,
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// Reads the arguments, the variables and the configuration file. `arguments` start with the name of
-/// the program.
+/// Reads the arguments, the variables and the configuration file, whose tables without a flag are
+/// returned beside the matches. `arguments` start with the name of the program.
 ///
 /// # Errors
 /// As [`execute`], apart from failures of the subcommand.
-fn parse(arguments: Vec<OsString>) -> anyhow::Result<(Cli, ArgMatches)> {
+fn parse(arguments: Vec<OsString>) -> anyhow::Result<(Cli, ArgMatches, FileTables)> {
     let matches = command().try_get_matches_from(&arguments)?;
-    let matches = config_file::merge(arguments, matches)?;
-    Ok((Cli::from_arg_matches(&matches)?, matches))
+    let (matches, tables) = config_file::merge(arguments, matches)?;
+    Ok((Cli::from_arg_matches(&matches)?, matches, tables))
 }
 
 /// Prints an error, or the text of `--help` or `--version`. Returns the exit code: success for

@@ -11,7 +11,7 @@ mod watch;
 use std::ffi::OsString;
 use std::sync::Arc;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use foresee_core::router::Router;
 use foresee_core::workers::WorkerSpec;
 use foresee_gateway::{
@@ -23,6 +23,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 pub(crate) use health_args::WorkerAccessArgs;
 pub(crate) use settings::{PromptArgs, ServeArgs, WorkerArgs};
 
+use crate::config_file::plain;
 use crate::{Command, InvalidConfiguration, parse};
 use watch::FileWatch;
 
@@ -52,11 +53,14 @@ pub(crate) fn serve(args: ServeArgs, arguments: Vec<OsString>) -> anyhow::Result
 /// # Errors
 /// If it cannot be read, or a setting is invalid.
 fn read_config(arguments: Vec<OsString>) -> anyhow::Result<GatewayConfig> {
-    let (cli, matches) = parse(arguments)?;
+    let (cli, matches, tables) = parse(arguments)?;
     let (Command::Serve(args), Some((_, matches))) = (cli.command, matches.subcommand()) else {
         bail!("the arguments are not those of `serve`");
     };
-    let config = args.resolve(matches)?.gateway();
+    let args = args.resolve(matches, tables);
+    let config = args
+        .map_err(|error| anyhow!("{}", plain(&error)))?
+        .gateway();
     check_settings(&config)?;
     Ok(config)
 }
@@ -70,7 +74,9 @@ fn read_config(arguments: Vec<OsString>) -> anyhow::Result<GatewayConfig> {
 pub(crate) fn check_settings(config: &GatewayConfig) -> anyhow::Result<()> {
     config.check_api_keys().context(InvalidConfiguration)?;
     let router = Router::new(config.router.clone()).context(InvalidConfiguration)?;
-    let admin = config.admin.check(&config.admin_listen);
+    let admin = config
+        .admin
+        .check(&config.admin_listen, config.keys.as_deref());
     admin.context(InvalidConfiguration)?;
     for worker in config.workers.iter().flat_map(WorkerConfig::workers) {
         let spec = WorkerSpec {
@@ -103,7 +109,7 @@ async fn run(
         tracing::warn!("no worker is configured; add workers with POST /admin/workers");
     }
     let (workers, policy) = (config.workers.len(), config.router.policy);
-    let admin = config.admin.clone();
+    let (admin, keys) = (config.admin.clone(), config.keys.clone());
     let has_inherited_api = listeners.api.is_some();
     let gateway =
         Gateway::start_on(listeners, config, Some(source)).map_err(|error| match error {
@@ -114,7 +120,7 @@ async fn run(
         api = %gateway.address(), admin = %gateway.admin_listen(),
         workers, %policy, open_files, socket_activation = has_inherited_api, "listening"
     );
-    if admin.is_unprotected(gateway.admin_listen()) {
+    if admin.is_unprotected(gateway.admin_listen(), keys.as_deref()) {
         tracing::warn!(
             address = %gateway.admin_listen(),
             "admin API is open to other hosts without a key: every client that can connect can add \

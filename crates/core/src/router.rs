@@ -350,6 +350,15 @@ impl Router {
         self.state.lock().prefixes.indexed_blocks()
     }
 
+    /// Returns the number of output tokens that are expected of the request; 0 if it is invalid.
+    #[must_use]
+    pub fn expected_output_tokens(&self, request: &Request<'_>) -> u32 {
+        let prepared = PreparedRequest::new(request, self.state.block_size());
+        prepared.map_or(0, |request| {
+            self.state.lock().expected_output_tokens(&request)
+        })
+    }
+
     /// Chooses a worker for the request and books it there, in one step. If the router has a
     /// [queue](crate::queue), the request may be sent only after [`Booking::poll_dispatch`] returns
     /// `Ready`.

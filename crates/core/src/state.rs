@@ -137,15 +137,20 @@ impl State {
             prefix_matches,
             tree_position,
             length_class,
-            expected_output_tokens: self.output_length.remaining_with_hint(
-                length_class,
-                0,
-                request.max_tokens,
-                request.expected_output_tokens,
-            ),
+            expected_output_tokens: self.expected_output_tokens(request),
             ticket,
             is_trial: false,
         }
+    }
+
+    /// Returns the number of output tokens that are expected of a request.
+    pub(crate) fn expected_output_tokens(&self, request: &PreparedRequest<'_>) -> u32 {
+        self.output_length.remaining_with_hint(
+            request.length_class(),
+            0,
+            request.max_tokens,
+            request.expected_output_tokens,
+        )
     }
 
     /// Returns the properties of a request that its costs depend on.

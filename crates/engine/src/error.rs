@@ -52,6 +52,22 @@ impl ApiError {
         Self::new(401, kind, Some("invalid_api_key"), message)
     }
 
+    /// Returns a 403: the key does not open what the request calls.
+    #[must_use]
+    pub fn forbidden(message: impl Into<String>) -> Self {
+        Self::new(403, "permission_error", Some("key_not_allowed"), message)
+    }
+
+    /// Returns a 403: the key does not open the model.
+    #[must_use]
+    pub fn model_not_allowed(model: &str) -> Self {
+        let message = format!("The key does not open the model `{}`.", shortened(model));
+        Self {
+            param: Some("model"),
+            ..Self::new(403, "permission_error", Some("model_not_allowed"), message)
+        }
+    }
+
     /// Returns a 404: no worker serves the model. The message lists the models that are `served`, at
     /// most 20 of them.
     #[must_use]
@@ -120,9 +136,16 @@ impl ApiError {
     /// `retry_after`.
     #[must_use]
     pub fn overloaded(message: impl Into<String>, retry_after: Duration) -> Self {
+        Self::rate_limited(message, Some(retry_after))
+    }
+
+    /// Returns a 429: a limit of the request's key is reached. `retry_after` is the time after which
+    /// it is not, if that is known.
+    #[must_use]
+    pub fn rate_limited(message: impl Into<String>, retry_after: Option<Duration>) -> Self {
         let code = Some("rate_limit_exceeded");
         Self {
-            retry_after: Some(retry_after),
+            retry_after,
             ..Self::new(429, "rate_limit_error", code, message)
         }
     }

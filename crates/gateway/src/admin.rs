@@ -30,7 +30,7 @@ use foresee_core::workers::{WorkerError, WorkerSnapshot, WorkerState};
 use foresee_engine::error::ApiError;
 use foresee_engine::request::Endpoint;
 use http::header::{ACCEPT, WWW_AUTHENTICATE};
-use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, request};
 use hyper::body::Incoming;
 use percent_encoding::percent_decode_str;
 use serde_json::json;
@@ -115,22 +115,45 @@ impl AdminApi {
 
     /// Checks that the request may be handled, and calls the handler of its method and path. `HEAD`
     /// is handled like `GET`; the connection leaves out the body. The error is the response for the
-    /// client; for an unknown path, a 404.
+    /// client; for an unknown path, a 404. A request that changes workers or settings is logged with
+    /// the target `foresee::audit`.
     async fn try_handle(
         self: Arc<Self>,
         request: Request<Incoming>,
     ) -> Result<Response<Body>, ApiError> {
         let (head, body) = request.into_parts();
-        let accepted = self.config.load().check_request(&self.listen, &head);
-        if let Err(error) = accepted {
+        let config = self.config.load();
+        let checked = config.check_request(&self.listen, &self.parts.keys, &head);
+        let principal = checked.inspect_err(|error| {
             warn_limited!(
                 key: error.code.unwrap_or(""),
                 status = error.status, code = error.code, method = %head.method,
                 path = head.uri.path(),
                 "refused a request to the admin listener"
             );
-            return Err(error);
+        })?;
+        if is_change(&head) {
+            let (method, path) = (head.method.clone(), head.uri.path().to_owned());
+            let result = self.respond(head, body).await;
+            let status = match &result {
+                Ok(response) => response.status().as_u16(),
+                Err(error) => error.status,
+            };
+            tracing::info!(
+                target: "foresee::audit", %principal, %method, path, status,
+                "request to change something"
+            );
+            return result;
         }
+        self.respond(head, body).await
+    }
+
+    /// Calls the handler of a request's method and path. The error is the response for the client.
+    async fn respond(
+        self: Arc<Self>,
+        head: request::Parts,
+        body: Incoming,
+    ) -> Result<Response<Body>, ApiError> {
         let path = head.uri.path();
         let method = match head.method {
             Method::HEAD => &Method::GET,
@@ -316,6 +339,13 @@ impl AdminApi {
         let body = json!({ "name": config.name });
         Ok(reply::json(StatusCode::ACCEPTED, body.to_string()))
     }
+}
+
+/// Returns whether a request changes workers or settings. Requests of the selection API do not.
+fn is_change(head: &request::Parts) -> bool {
+    let path = head.uri.path();
+    let is_write = head.method == Method::POST || head.method == Method::DELETE;
+    is_write && (path.starts_with("/admin/workers") || path == "/admin/reload")
 }
 
 /// Returns the error response for a worker that cannot be added to the present workers.

@@ -15,6 +15,7 @@ use crate::client_headers::ClientHeaders;
 use crate::clock::Clock;
 use crate::config::GatewayConfig;
 use crate::failover::{FailoverContext, new_retry_budget};
+use crate::keys::KeyRing;
 use crate::listen::default_max_connections;
 use crate::metrics::Metrics;
 use crate::own_responses::OwnResponses;
@@ -43,6 +44,8 @@ pub(crate) struct GatewayParts {
     pub(crate) clock: Clock,
     /// Drained workers that are to be removed.
     removals: Arc<Removals>,
+    /// Keys of clients.
+    keys: Arc<KeyRing>,
     bodies: Arc<RequestBodies>,
     parse_pool: Arc<ParsePool>,
     /// Limits how many requests are sent again after a worker failed them.
@@ -81,6 +84,11 @@ impl GatewayParts {
             clock,
         );
         Self {
+            keys: Arc::new(KeyRing::new(
+                config.keys.as_deref(),
+                clock,
+                Arc::clone(&metrics),
+            )),
             router,
             workers,
             removals: Arc::new(removals),
@@ -132,6 +140,7 @@ impl GatewayParts {
                 min_first_byte_timeout: config.min_first_byte_timeout,
                 exposes_workers: config.expose_worker_header,
             },
+            keys: Arc::clone(&self.keys),
             bodies: Arc::clone(&self.bodies),
             request_ids: Arc::clone(&self.request_ids),
             limits: Arc::new(ResponseLimits {
@@ -160,6 +169,7 @@ impl GatewayParts {
             router: self.router.clone(),
             metrics: Arc::clone(&self.metrics),
             apply_settings: Box::new(move |config| {
+                parts.keys.replace(config.keys.as_deref());
                 proxy.store(Arc::new(parts.proxy(config)));
                 admin.store(Arc::new(config.admin.clone()));
             }),
@@ -182,6 +192,7 @@ impl GatewayParts {
             placement: Arc::clone(&self.placement),
             metrics: Arc::clone(&self.metrics),
             clock: self.clock,
+            keys: Arc::clone(&self.keys),
             bodies: Arc::clone(&self.bodies),
             parse_pool: Arc::clone(&self.parse_pool),
             shutdown: Arc::clone(&self.shutdown),

@@ -14,6 +14,7 @@ use http::header::{ACCEPT_ENCODING, FORWARDED, HOST, HeaderName, VIA};
 use http::{HeaderMap, HeaderValue};
 use ipnet::IpNet;
 
+use crate::keys::Key;
 use crate::placement::hints::{RequestHints, tenant_hash};
 use crate::workers::registry::WorkerRegistry;
 use crate::workers::worker::RANK_HEADER;
@@ -54,17 +55,32 @@ pub(crate) struct ClientHeaders {
 impl ClientHeaders {
     /// Returns the routing hints in `headers`. The tenant is 0 unless the queue order is `fair` and
     /// the request has the tenant header. From clients that are not trusted, the priority is at
-    /// least 0 and the other hints are ignored. Fails with a 400 if the priority or the expected
-    /// number of tokens is not an integer in range.
-    pub(crate) fn hints(&self, headers: &HeaderMap) -> Result<RequestHints, ApiError> {
+    /// least 0 and the other hints are ignored. With a `key`, the tenant and the bound of the priority
+    /// are the key's. Fails with a 400 if the priority or the expected number of tokens is not an
+    /// integer in range.
+    pub(crate) fn hints(
+        &self,
+        headers: &HeaderMap,
+        key: Option<&Key>,
+    ) -> Result<RequestHints, ApiError> {
         let priority = "an integer; lower values are served first (default 0)";
         let tokens = "an integer: the expected number of output tokens";
         let tenant_header = self.tenant_header.as_ref();
         let tenant = tenant_header.and_then(|name| headers.get(name));
+        let tenant = match key {
+            Some(key) => tenant_hash(key.config.tenant.as_bytes()),
+            None => tenant.map_or(0, |tenant| tenant_hash(tenant.as_bytes())),
+        };
+        let highest_priority = match key {
+            Some(key) => key.config.highest_priority,
+            None if self.trust.control_headers => i32::MIN,
+            None => 0,
+        };
+        let named_priority: Option<i32> = integer_header(headers, PRIORITY, priority)?;
         let hints = RequestHints {
             expected_output_tokens: integer_header(headers, EXPECTED_TOKENS, tokens)?,
-            priority: integer_header(headers, PRIORITY, priority)?.unwrap_or_default(),
-            tenant: tenant.map_or(0, |tenant| tenant_hash(tenant.as_bytes())),
+            priority: named_priority.unwrap_or_default().max(highest_priority),
+            tenant,
             excluded_workers: Vec::new(),
         };
         Ok(if self.trust.control_headers {
@@ -76,7 +92,6 @@ impl ClientHeaders {
         } else {
             RequestHints {
                 expected_output_tokens: None,
-                priority: hints.priority.max(0),
                 ..hints
             }
         })

@@ -12,6 +12,7 @@ use http::header::{AUTHORIZATION, HeaderName};
 use crate::admin::settings::{AdminConfig, AdminListen};
 use crate::client_headers::ClientTrust;
 use crate::connection_state::ConnectionConfig;
+use crate::keys::key_config::KeyConfig;
 use crate::pass_through::PassThroughPath;
 use crate::placement::tokenization::PromptTokenizer;
 use crate::request_body::RequestBodyConfig;
@@ -31,6 +32,8 @@ pub struct GatewayConfig {
     pub admin_listen: AdminListen,
     /// Which requests the admin listener accepts.
     pub admin: AdminConfig,
+    /// Keys of clients; `None` to need no keys.
+    pub keys: Option<Vec<KeyConfig>>,
     /// Workers that the gateway starts with.
     pub workers: Vec<WorkerConfig>,
     /// How requests are routed and queued.
@@ -137,6 +140,7 @@ impl Default for GatewayConfig {
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 8080)),
             admin_listen: AdminListen::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, 8081))),
             admin: AdminConfig::default(),
+            keys: None,
             workers: Vec::new(),
             router: RouterConfig::default(),
             queue_limit: None,

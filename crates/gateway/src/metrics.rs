@@ -106,6 +106,19 @@ const PARITY_RESULT: &[LabelInfo] = &[LabelInfo {
     name: "result",
     values: &["equal", "different"],
 }];
+const KEY_REFUSAL: &[LabelInfo] = &[LabelInfo {
+    name: "reason",
+    values: &[
+        "missing",
+        "unknown",
+        "expired",
+        "scope",
+        "model",
+        "requests",
+        "tokens",
+        "concurrency",
+    ],
+}];
 const RECORDING_RESULT: &[LabelInfo] = &[LabelInfo {
     name: "result",
     values: &["written", "dropped"],
@@ -114,6 +127,8 @@ const RECORDING_RESULT: &[LabelInfo] = &[LabelInfo {
 declare_metrics! {
     requests: CounterByLabel, "requests", OUTCOME,
         "Requests that ended, by outcome";
+    key_refusals: CounterByLabel, "requests", KEY_REFUSAL,
+        "Requests refused because of their key or its limits";
     pub(crate) retries: Counter, "requests", NO_LABEL,
         "Requests sent again to another worker before the first byte of a response";
     pub(crate) retries_over_budget: Counter, "requests", NO_LABEL,
@@ -248,6 +263,11 @@ impl Metrics {
         self.requests
             .get_or_create(&[("outcome", outcome.as_str())])
             .inc();
+    }
+
+    /// Counts a request that was refused because of its key.
+    pub(crate) fn record_key_refusal(&self, reason: &'static str) {
+        self.key_refusals.get_or_create(&[("reason", reason)]).inc();
     }
 
     /// Sets whether KV events are a worker's cache source.

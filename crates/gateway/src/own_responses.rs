@@ -8,6 +8,7 @@ use foresee_engine::error::ApiError;
 use http::{Method, Response, StatusCode, request};
 use percent_encoding::percent_decode_str;
 
+use crate::keys::Key;
 use crate::reply::{self, Body};
 use crate::shutdown::ShutdownSignal;
 use crate::workers::registry::WorkerRegistry;
@@ -23,18 +24,21 @@ pub(crate) struct OwnResponses {
 impl OwnResponses {
     /// Returns the response to a request that the gateway answers itself: the model list, one model,
     /// or the health. `None` for every other request. Fails with a 404 for an unknown model.
+    ///
+    /// With a `key`, only models that it opens are listed.
     pub(crate) fn respond(
         &self,
         head: &request::Parts,
+        key: Option<&Key>,
     ) -> Result<Option<Response<Body>>, ApiError> {
         if head.method != Method::GET {
             return Ok(None);
         }
         Ok(Some(match head.uri.path() {
-            "/v1/models" => self.models(),
+            "/v1/models" => self.models(key),
             "/health" => self.health(),
             path => match path.strip_prefix("/v1/models/") {
-                Some(model) if !model.is_empty() => self.model(model)?,
+                Some(model) if !model.is_empty() => self.model(model, key)?,
                 _ => return Ok(None),
             },
         }))
@@ -43,11 +47,11 @@ impl OwnResponses {
     /// Lists the models of all workers. Each entry is as the first worker that serves the model
     /// wrote it. Workers are taken in the order in which they were added, unhealthy ones included.
     /// A worker that has not listed its models yet adds none.
-    fn models(&self) -> Response<Body> {
+    fn models(&self, key: Option<&Key>) -> Response<Body> {
         let mut listed: Vec<(String, String)> = Vec::new();
         for worker in self.registry.all() {
             for (id, entry) in worker.models.read().iter() {
-                if !listed.iter().any(|(known, _)| known == id) {
+                if is_open(key, id) && !listed.iter().any(|(known, _)| known == id) {
                     listed.push((id.clone(), entry.get().to_owned()));
                 }
             }
@@ -59,10 +63,15 @@ impl OwnResponses {
 
     /// Returns the entry of one model, as the first worker that serves it wrote it. `name` may contain
     /// percent escapes. Fails with a 404 if no worker serves the model.
-    fn model(&self, name: &str) -> Result<Response<Body>, ApiError> {
+    fn model(&self, name: &str, key: Option<&Key>) -> Result<Response<Body>, ApiError> {
         let name = percent_decode_str(name).decode_utf8_lossy();
         let entry = self.registry.model_entry(&name);
-        let unknown = || ApiError::model_not_found(&name, &self.registry.served_models());
+        let entry = entry.filter(|_| is_open(key, &name));
+        let unknown = || {
+            let mut served = self.registry.served_models();
+            served.retain(|model| is_open(key, model));
+            ApiError::model_not_found(&name, &served)
+        };
         let entry = entry.ok_or_else(unknown)?;
         Ok(reply::json(StatusCode::OK, entry))
     }
@@ -77,4 +86,9 @@ impl OwnResponses {
         };
         reply::whole(status, "text/plain", "")
     }
+}
+
+/// Returns whether a request with this key may name a model.
+fn is_open(key: Option<&Key>, model: &str) -> bool {
+    key.is_none_or(|key| key.config.allows_model(model))
 }

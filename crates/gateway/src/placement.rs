@@ -178,6 +178,17 @@ impl Placement {
         affinity.apply(parsed, response_id, session, self.clock.now());
     }
 
+    /// Returns the tokens of a request: all its prompts, and the outputs that are expected of it.
+    pub(crate) fn expected_tokens(&self, endpoint: Endpoint, parsed: &ParsedRequest) -> u64 {
+        let prompt = u64::from(parsed.sequences.prompt_tokens);
+        if !endpoint.generates() {
+            return prompt;
+        }
+        let outputs = 1 + parsed.sequences.rest.len() as u64;
+        let output = self.router.expected_output_tokens(&parsed.request());
+        prompt + outputs * u64::from(output)
+    }
+
     /// Returns how the request would be routed now, with the costs of all candidates. Books nothing.
     /// If no worker can be chosen, fails with the response for the client.
     pub(crate) fn explain(&self, parsed: &ParsedRequest) -> Result<Explanation, ApiError> {
@@ -216,6 +227,7 @@ impl Placement {
             arrived_at,
             parsed,
             batch,
+            key: None,
         })
     }
 

@@ -13,7 +13,7 @@ use foresee_engine::error::ApiError;
 use foresee_engine::paths::{self, BodyFormat};
 use foresee_engine::request::Endpoint;
 use http::header::{CONTENT_ENCODING, CONTENT_TYPE, UPGRADE};
-use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response};
 use http_body_util::Either;
 use hyper::body::Incoming;
 
@@ -21,6 +21,7 @@ use crate::client_headers::ClientHeaders;
 use crate::clock::Clock;
 use crate::connection_state::{ConnectionHandle, PeerAddress};
 use crate::failover::{Failover, FailoverContext, UpstreamResponse};
+use crate::keys::{Key, KeyRing, remove_keys};
 use crate::metrics::{Metrics, Outcome};
 use crate::own_responses::OwnResponses;
 use crate::pass_through::PassThroughPath;
@@ -73,6 +74,8 @@ pub(crate) struct Proxy {
     pub(crate) own_responses: OwnResponses,
     pub(crate) client_headers: ClientHeaders,
     pub(crate) failover: FailoverContext,
+    /// Keys of clients.
+    pub(crate) keys: Arc<KeyRing>,
     /// Reader of request bodies, which counts their bytes.
     pub(crate) bodies: Arc<RequestBodies>,
     pub(crate) request_ids: Arc<RequestIds>,
@@ -106,11 +109,12 @@ impl Proxy {
         let call = self.find_call(&request);
         let endpoint = call.as_ref().map_or(Endpoint::Other, |call| call.endpoint);
         let mut guard = OutcomeGuard(Some(&self.metrics));
+        let mut key = None;
         let connection = request.extensions().get::<ConnectionHandle>();
         let result = if connection.is_some_and(ConnectionHandle::is_too_late) {
             Err(shutting_down())
         } else {
-            let handled = self.try_handle(&client, request, call, request_id.clone());
+            let handled = self.try_handle(&client, request, call, request_id.clone(), &mut key);
             self.limits.shutdown.unless_aborting(handled).await
         };
         guard.0 = None;
@@ -127,6 +131,9 @@ impl Proxy {
             }
         };
         let headers = response.headers_mut();
+        if let Some(key) = key {
+            self.keys.add_limit_headers(&key, headers);
+        }
         let sent_id = headers
             .entry("x-request-id")
             .or_insert(client_request_id.unwrap_or(request_id))
@@ -140,25 +147,32 @@ impl Proxy {
 
     /// Responds to the model list and to `GET /health` itself, and books and sends every request
     /// that calls an inference path. `call` is the inference that the path names, and `request_id` is
-    /// used unless the client sent an id.
+    /// used unless the client sent an id. Sets `key` to the request's key, as soon as it is known.
     ///
     /// # Errors
-    /// Returns the error response for the client: the path is not served, the body or a hint is
-    /// invalid, or no worker responded.
+    /// Returns the error response for the client: the key is refused or has reached a limit, the path
+    /// is not served, the body or a hint is invalid, or no worker responded.
     async fn try_handle(
         &self,
         client: &UpstreamClient,
         request: Request<Incoming>,
         call: Result<Call, ApiError>,
         request_id: HeaderValue,
+        key: &mut Option<Arc<Key>>,
     ) -> Result<Response<Body>, ApiError> {
         let arrived_at = self.clock.now();
         let (mut head, body) = request.into_parts();
         refuse_upgrade(&head.headers)?;
-        if let Some(response) = self.own_responses.respond(&head)? {
+        if !is_health_check(&head) {
+            *key = self.keys.authenticate(&head.headers)?;
+        }
+        let allowed = key.as_deref();
+        if let Some(response) = self.own_responses.respond(&head, allowed)? {
             return Ok(response);
         }
         let call = call?;
+        let started = key.clone().map(|key| self.keys.start(key));
+        let mut key_guard = started.transpose()?;
         // The permit lives as long as the body: until the response begins.
         let RequestBody {
             bytes: body,
@@ -169,18 +183,28 @@ impl Proxy {
             .placement
             .read(call.endpoint, form, body.clone())
             .await?;
-        parsed.hints = self.client_headers.hints(&head.headers)?;
+        if let Some(guard) = &mut key_guard {
+            self.keys.check_model(&guard.key, &parsed.model)?;
+            let tokens = self.placement.expected_tokens(call.endpoint, &parsed);
+            self.keys.reserve_tokens(guard, tokens as f64)?;
+        }
+        parsed.hints = self.client_headers.hints(&head.headers, allowed)?;
         let session = session_of(&head.headers);
         self.placement
             .apply_affinity(&mut parsed, call.response_id.as_deref(), session);
         let mut placed = self.placement.place(call.endpoint, parsed, arrived_at)?;
+        placed.key = key_guard;
         let peer = head.extensions.get::<PeerAddress>().map(|peer| peer.0);
         self.client_headers
             .forward(&mut head.headers, peer, call.is_observed);
+        if allowed.is_some() {
+            remove_keys(&mut head.headers);
+        }
         let mut upstream_request =
             UpstreamRequest::new(head, body.clone(), request_id, call.is_repeatable);
         upstream_request.full_report_mode = placed.parsed.full_report_mode;
         upstream_request.expects_result = call.is_observed;
+        upstream_request.needs_worker_key = allowed.is_some();
         let excluded = &placed.parsed.hints.excluded_workers;
         let mut failover = Failover::new(
             &self.failover,
@@ -267,6 +291,11 @@ fn refuse_upgrade(headers: &HeaderMap) -> Result<(), ApiError> {
         ));
     }
     Ok(())
+}
+
+/// Returns whether the request asks for the gateway's health, which needs no key.
+fn is_health_check(head: &http::request::Parts) -> bool {
+    head.method == Method::GET && head.uri.path() == "/health"
 }
 
 /// Returns how the body of a call is encoded. The coding `identity` means none.

@@ -165,7 +165,7 @@ impl Gateway {
         })?;
         let admin_listen = admin.as_ref().and_then(|admin| admin.address().ok());
         let admin_listen = admin_listen.unwrap_or(AdminListen::Off);
-        config.admin.check(&admin_listen)?;
+        config.admin.check(&admin_listen, config.keys.as_deref())?;
         let metrics = Arc::new(Metrics::new());
         let record = config.record.as_deref();
         let recorder = record.map(|path| {

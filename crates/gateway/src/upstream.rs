@@ -69,6 +69,9 @@ pub(crate) struct UpstreamRequest {
     pub(crate) full_report_mode: bool,
     /// Whether the result is the body of the response, so that a success without one is a failure.
     pub(crate) expects_result: bool,
+    /// Whether the worker's key is sent although clients do not share it otherwise, because the
+    /// gateway has checked the client's own key.
+    pub(crate) needs_worker_key: bool,
 }
 
 impl UpstreamRequest {
@@ -98,6 +101,7 @@ impl UpstreamRequest {
             body,
             full_report_mode: false,
             expects_result: false,
+            needs_worker_key: false,
         }
     }
 
@@ -271,7 +275,8 @@ fn request_to(
         // The connection's host is the address that the host name was resolved to.
         headers.insert(header::HOST, host.clone());
     }
-    if let Some(authorization) = worker.authorization_for_clients() {
+    let is_shared = upstream_request.needs_worker_key;
+    if let Some(authorization) = worker.authorization_for_clients(is_shared) {
         headers
             .entry(header::AUTHORIZATION)
             .or_insert(authorization);

@@ -8,13 +8,15 @@ use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory};
 use foresee_core::router::RouterConfig;
-use foresee_gateway::{GatewayConfig, HeaderName, WorkerConfig};
+use foresee_gateway::{GatewayConfig, HeaderName, KeyConfig, WorkerConfig};
 
 use super::admin_args::AdminArgs;
 use super::client_args::ClientArgs;
 use super::connections::ConnectionArgs;
 use super::outlier::OutlierArgs;
+use crate::config_file::FileTables;
 use crate::flags::{DEFAULTS, RoutingArgs, Switch};
+use crate::key_file::{KeyTable, keys, read};
 use crate::serve::health_args::{HealthArgs, WorkerAccessArgs};
 use crate::values::{
     Size, Workers, address, host_address, positive_duration, worker_urls, workers,
@@ -55,6 +57,8 @@ pub(crate) struct ServeArgs {
     outlier: OutlierArgs,
     #[command(flatten)]
     queue_limits: QueueLimitArgs,
+    #[command(flatten)]
+    keys: KeyArgs,
     #[command(flatten)]
     clients: ClientArgs,
     #[command(flatten)]
@@ -171,6 +175,44 @@ impl WorkerArgs {
     pub(crate) fn workers(self) -> Vec<WorkerConfig> {
         let lists = self.worker.into_iter().chain(self.worker_urls);
         lists.flat_map(|Workers(workers)| workers).collect()
+    }
+}
+
+/// Keys of clients.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Keys")]
+struct KeyArgs {
+    /// Names a file with [[key]] tables: the keys of clients, and what each opens
+    ///
+    /// `foresee key new` creates a key and its table. Without a key file and without [[key]] tables in
+    /// the configuration file, clients need no key.
+    #[arg(long, value_name = "FILE", env = "FORESEE_KEY_FILE")]
+    key_file: Option<PathBuf>,
+    /// Keys of the file and of the tables, read by [`resolve`](Self::resolve).
+    #[arg(skip)]
+    keys: Option<Vec<KeyConfig>>,
+}
+
+impl KeyArgs {
+    /// Reads the key file, and adds the tables of the configuration file.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or a table is invalid.
+    fn resolve(mut self, tables: Vec<KeyTable>) -> Result<Self, clap::Error> {
+        if self.key_file.is_none() && tables.is_empty() {
+            return Ok(self);
+        }
+        let from_file = self.key_file.as_deref().map_or(Ok(Vec::new()), read);
+        let keys = from_file.and_then(|mut all| {
+            all.extend(tables);
+            keys(all)
+        });
+        let keys = keys.map_err(|problem| {
+            let mut command = crate::Cli::command();
+            command.error(ErrorKind::InvalidValue, format!("{problem:#}"))
+        });
+        self.keys = Some(keys?);
+        Ok(self)
     }
 }
 
@@ -320,11 +362,17 @@ struct ObservabilityArgs {
 
 impl ServeArgs {
     /// Resolves settings that several flags can set, the listen address and the workers, and reads
-    /// the keys of the admin listener. `matches` must be those of the subcommand.
+    /// the keys of clients and of the admin listener. `matches` must be those of the subcommand, and
+    /// `tables` those of its configuration file.
     ///
     /// # Errors
     /// If flags contradict each other, a host has no address, or a key cannot be read.
-    pub(crate) fn resolve(mut self, matches: &ArgMatches) -> Result<Self, clap::Error> {
+    pub(crate) fn resolve(
+        mut self,
+        matches: &ArgMatches,
+        tables: FileTables,
+    ) -> Result<Self, clap::Error> {
+        self.keys = self.keys.resolve(tables.keys)?;
         self.listen = self.listen.resolve(matches)?;
         self.admin = self.admin.resolve()?;
         self.workers = self.workers.resolve(matches);
@@ -346,6 +394,7 @@ impl ServeArgs {
             listen: self.listen.listen,
             admin_listen: self.admin.listen(),
             admin: self.admin.config(),
+            keys: self.keys.keys,
             workers: self.workers.workers(),
             router: RouterConfig {
                 outlier: self.outlier.config(),

@@ -245,13 +245,21 @@ fn a_reload_names_every_setting_that_changed() {
     let router = Router::start("names", "", &[]);
     let key = router.file.with_extension("key");
     std::fs::write(&key, "secret").unwrap();
-    let mut text = CHANGED.to_owned();
+    let keys = router.file.with_extension("keys");
+    let hash = "0".repeat(64);
+    std::fs::write(
+        &keys,
+        format!("[[key]]\nid = \"a\"\nhash = \"sha256:{hash}\"\n"),
+    )
+    .unwrap();
+    let mut text = format!("{CHANGED}key-file = {keys:?}\n");
     for name in ["admin-key-file", "metrics-key-file", "worker-api-key-file"] {
         text.push_str(&format!("{name} = {key:?}\n"));
     }
     router.write(&text);
     let (status, report) = router.reload();
     std::fs::remove_file(&key).unwrap();
+    std::fs::remove_file(&keys).unwrap();
     assert_eq!(status, 200, "{report}");
     let lists = [&report["changed"], &report["needs_restart"]];
     let named = lists.iter().flat_map(|list| list.as_array().unwrap());
@@ -262,6 +270,9 @@ fn a_reload_names_every_setting_that_changed() {
     let other = ["listen", "admin-listen", "log-level", "log-format"];
     let mut expected = all_keys();
     expected.retain(|key| !other.contains(&key.as_str()));
+    // Keys come from this file and from tables of the configuration file.
+    assert!(expected.remove("key-file"));
+    expected.insert("key".to_owned());
     assert_eq!(named, expected);
 }
 

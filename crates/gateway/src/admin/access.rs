@@ -15,8 +15,9 @@ use http::request::Parts;
 use http::uri::Authority;
 use http::{HeaderMap, HeaderValue, Method};
 
-use super::key::AdminKey;
 use super::settings::{AdminConfig, AdminListen};
+use crate::keys::key_config::Scope;
+use crate::keys::{KeyRefusal, KeyRing};
 
 /// Maximum number of characters of a header that an error message repeats.
 const MAX_QUOTED_CHARS: usize = 200;
@@ -43,13 +44,46 @@ impl Area {
     }
 }
 
+/// What a request does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Access {
+    Health,
+    Metrics,
+    /// Reads the admin API.
+    AdminRead,
+    /// Changes something, or calls an unknown path.
+    AdminChange,
+}
+
+/// Who sent a request: the id of a key, `admin key`, or `anonymous` if no key is needed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Principal(String);
+
+impl Principal {
+    fn anonymous() -> Self {
+        Self("anonymous".to_owned())
+    }
+}
+
+impl std::fmt::Display for Principal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
 impl AdminConfig {
-    /// Checks that a request may be handled. `listen` is the listener that it arrived at.
+    /// Checks that a request may be handled, and returns who sent it. `listen` is the listener that it
+    /// arrived at; `keys` are those of clients, some of which may open it.
     ///
     /// # Errors
-    /// Fails with a 403 for a foreign origin or host, with a 401 for a missing or wrong key, and
-    /// with a 415 for a body of another type than JSON.
-    pub(super) fn check_request(&self, listen: &AdminListen, head: &Parts) -> Result<(), ApiError> {
+    /// Fails with a 403 for a foreign origin or host, or for a key of another scope, with a 401 for a
+    /// missing or wrong key, and with a 415 for a body of another type than JSON.
+    pub(super) fn check_request(
+        &self,
+        listen: &AdminListen,
+        keys: &KeyRing,
+        head: &Parts,
+    ) -> Result<Principal, ApiError> {
         let area = Area::of(head.uri.path());
         check_origin(head)?;
         // Probes and scrapers reach the listener by names of services, and browsers cannot open a
@@ -59,8 +93,16 @@ impl AdminConfig {
         if !is_exempt {
             self.check_host(head)?;
         }
-        self.check_key(area, &head.headers)?;
-        check_content_type(head)
+        let access = match area {
+            // An explanation changes nothing.
+            Area::Admin if is_read || head.uri.path() == "/admin/explain" => Access::AdminRead,
+            Area::Admin => Access::AdminChange,
+            Area::Metrics => Access::Metrics,
+            Area::Health => Access::Health,
+        };
+        let principal = self.check_key(access, keys, &head.headers)?;
+        check_content_type(head)?;
+        Ok(principal)
     }
 
     /// Checks that the request was sent to an accepted host: an IP address, `localhost`, or one of
@@ -107,26 +149,54 @@ impl AdminConfig {
                 .any(|name| host.eq_ignore_ascii_case(name))
     }
 
-    /// Checks that the request has the key that its area needs. Fails with a 401.
-    fn check_key(&self, area: Area, headers: &HeaderMap) -> Result<(), ApiError> {
-        let (required, alternative) = match area {
-            Area::Health => return Ok(()),
-            Area::Metrics => (&self.metrics_key, &self.key),
-            Area::Admin => (&self.key, &None),
+    /// Checks that the request has a key that opens what it calls, if there is such a key, and returns
+    /// whose it is. Fails with a 401, and with a 403 for a key that opens only other things.
+    fn check_key(
+        &self,
+        access: Access,
+        keys: &KeyRing,
+        headers: &HeaderMap,
+    ) -> Result<Principal, ApiError> {
+        let (own_keys, protecting, opening): (_, &[Scope], &[Scope]) = match access {
+            Access::Health => return Ok(Principal::anonymous()),
+            Access::Metrics => (
+                [&self.metrics_key, &self.key],
+                &[Scope::Metrics],
+                &[Scope::Metrics, Scope::AdminRead, Scope::Admin],
+            ),
+            Access::AdminRead => (
+                [&self.key, &None],
+                &[Scope::AdminRead, Scope::Admin],
+                &[Scope::AdminRead, Scope::Admin],
+            ),
+            Access::AdminChange => (
+                [&self.key, &None],
+                &[Scope::AdminRead, Scope::Admin],
+                &[Scope::Admin],
+            ),
         };
-        let Some(required) = required else {
-            return Ok(());
-        };
+        let [required, _] = own_keys;
+        if required.is_none() && !keys.has_key_for(protecting) {
+            return Ok(Principal::anonymous());
+        }
         let Some(given) = bearer_token(headers) else {
             let message = "This path needs the header `Authorization: Bearer KEY`.";
             return Err(ApiError::unauthorized(message));
         };
-        let is_alternative = |key: &AdminKey| key.matches(given);
-        if required.matches(given) || alternative.as_ref().is_some_and(is_alternative) {
-            return Ok(());
+        if own_keys
+            .iter()
+            .any(|key| key.as_ref().is_some_and(|key| key.matches(given)))
+        {
+            return Ok(Principal("admin key".to_owned()));
         }
-        let message = "The key of the `Authorization` header is wrong for this path.";
-        Err(ApiError::unauthorized(message))
+        match keys.find(headers, opening) {
+            Ok(key) => Ok(Principal(key.config.id.clone())),
+            Err(KeyRefusal::Scope) => Err(KeyRefusal::Scope.into_response()),
+            Err(_) => {
+                let message = "The key of the `Authorization` header is wrong for this path.";
+                Err(ApiError::unauthorized(message))
+            }
+        }
     }
 }
 
@@ -221,11 +291,34 @@ pub(super) fn refusal(status: u16, code: &'static str, message: impl Into<String
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::sync::Arc;
+
     use http::Request;
 
-    /// Returns the status of a request with these headers, 200 if it is accepted.
+    use super::super::key::AdminKey;
+    use super::*;
+    use crate::clock::Clock;
+    use crate::keys::key_config::{KeyConfig, KeyHash, KeyLimits};
+    use crate::metrics::Metrics;
+
+    /// Returns the status of a request with these headers, 200 if it is accepted. Clients have no
+    /// keys.
     fn status(config: &AdminConfig, request: &str, headers: &[(&str, &str)]) -> u16 {
+        status_with(&ring(None), config, request, headers)
+    }
+
+    /// Returns a ring of these keys.
+    fn ring(keys: Option<&[KeyConfig]>) -> KeyRing {
+        KeyRing::new(keys, Clock::start(), Arc::new(Metrics::new()))
+    }
+
+    /// As [`status`], with keys of clients.
+    fn status_with(
+        keys: &KeyRing,
+        config: &AdminConfig,
+        request: &str,
+        headers: &[(&str, &str)],
+    ) -> u16 {
         let (method, target) = request.split_once(' ').unwrap();
         let mut builder = Request::builder().method(method).uri(target);
         for (name, value) in headers {
@@ -233,8 +326,8 @@ mod tests {
         }
         let (head, ()) = builder.body(()).unwrap().into_parts();
         let listen = "127.0.0.1:8081".parse().unwrap();
-        match config.check_request(&listen, &head) {
-            Ok(()) => 200,
+        match config.check_request(&listen, keys, &head) {
+            Ok(_) => 200,
             Err(error) => error.status,
         }
     }
@@ -389,6 +482,46 @@ mod tests {
             let statuses = [none, wrong, admin, scraper, basic]
                 .map(|headers| status(config, request, headers));
             assert_eq!(statuses, expected, "{request}");
+        }
+    }
+
+    #[test]
+    fn keys_of_clients_open_what_their_scopes_say() {
+        let key = |name: &str, scope| KeyConfig {
+            id: name.to_owned(),
+            hash: KeyHash::of(name.as_bytes()),
+            tenant: String::new(),
+            scopes: vec![scope],
+            models: Vec::new(),
+            limits: KeyLimits::default(),
+            highest_priority: 0,
+            expires: None,
+        };
+        let all = ring(Some(&[
+            key("client", Scope::Api),
+            key("scraper", Scope::Metrics),
+            key("reader", Scope::AdminRead),
+            key("admin", Scope::Admin),
+        ]));
+        let only_clients = ring(Some(&[key("client", Scope::Api)]));
+        let config = AdminConfig::default();
+        // Without a key, and with those of the client, scraper, reader and admin.
+        for (request, expected) in [
+            ("GET /health/live", [200, 200, 200, 200, 200]),
+            ("GET /metrics", [401, 403, 200, 200, 200]),
+            ("GET /admin/workers", [401, 403, 403, 200, 200]),
+            ("POST /admin/explain", [401, 403, 403, 200, 200]),
+            ("POST /admin/workers", [401, 403, 403, 403, 200]),
+            ("DELETE /admin/workers/a", [401, 403, 403, 403, 200]),
+        ] {
+            let names = ["client", "scraper", "reader", "admin"];
+            let mut statuses = vec![status_with(&all, &config, request, &[])];
+            statuses.extend(names.map(|name| {
+                let value = format!("Bearer {name}");
+                status_with(&all, &config, request, &[("authorization", &value)])
+            }));
+            assert_eq!(statuses, expected, "{request}");
+            assert_eq!(status_with(&only_clients, &config, request, &[]), 200);
         }
     }
 }

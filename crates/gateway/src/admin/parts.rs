@@ -5,6 +5,7 @@ use std::sync::Arc;
 use foresee_core::router::Router;
 
 use crate::clock::Clock;
+use crate::keys::KeyRing;
 use crate::metrics::Metrics;
 use crate::parse_pool::ParsePool;
 use crate::placement::Placement;
@@ -25,6 +26,8 @@ pub(crate) struct AdminParts {
     pub(crate) placement: Arc<Placement>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) clock: Clock,
+    /// Keys of clients, some of which open the admin listener.
+    pub(crate) keys: Arc<KeyRing>,
     /// Reader of request bodies, which counts their bytes.
     pub(crate) bodies: Arc<RequestBodies>,
     /// Threads that parse long bodies.

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use super::key::AdminKey;
+use crate::keys::key_config::{KeyConfig, Scope};
 
 /// Prefix of the text form of a Unix socket.
 const UNIX_PREFIX: &str = "unix:";
@@ -87,14 +88,19 @@ impl Default for AdminConfig {
 pub struct UnprotectedAdmin(pub SocketAddr);
 
 impl AdminConfig {
-    /// Checks that a listener at `listen` needs a key if other hosts can reach it.
+    /// Checks that a listener at `listen` needs a key if other hosts can reach it. `keys` are those of
+    /// clients, some of which may open the admin API.
     ///
     /// # Errors
-    /// Fails for a TCP address that is not a loopback address, unless a key is set or the listener
+    /// Fails for a TCP address that is not a loopback address, unless there is a key or the listener
     /// is [`open`](Self::open).
-    pub fn check(&self, listen: &AdminListen) -> Result<(), UnprotectedAdmin> {
+    pub fn check(
+        &self,
+        listen: &AdminListen,
+        keys: Option<&[KeyConfig]>,
+    ) -> Result<(), UnprotectedAdmin> {
         match listen {
-            AdminListen::Tcp(address) if self.is_unprotected(listen) && !self.open => {
+            AdminListen::Tcp(address) if self.is_unprotected(listen, keys) && !self.open => {
                 Err(UnprotectedAdmin(*address))
             }
             _ => Ok(()),
@@ -103,12 +109,17 @@ impl AdminConfig {
 
     /// Returns whether other hosts can send requests to `listen` without a key.
     #[must_use]
-    pub fn is_unprotected(&self, listen: &AdminListen) -> bool {
+    pub fn is_unprotected(&self, listen: &AdminListen, keys: Option<&[KeyConfig]>) -> bool {
         let is_remote = match listen {
             AdminListen::Tcp(address) => !address.ip().to_canonical().is_loopback(),
             AdminListen::Off | AdminListen::Unix(_) => false,
         };
-        is_remote && self.key.is_none()
+        let opens_admin = |key: &KeyConfig| {
+            let mut scopes = key.scopes.iter();
+            scopes.any(|scope| matches!(scope, Scope::Admin | Scope::AdminRead))
+        };
+        let has_key = self.key.is_some() || keys.unwrap_or_default().iter().any(opens_admin);
+        is_remote && !has_key
     }
 }
 
@@ -146,18 +157,18 @@ mod tests {
         };
         for text in ["0.0.0.0:1", "[::]:1", "10.0.0.7:1", "[::ffff:10.0.0.7]:1"] {
             let listen = text.parse().unwrap();
-            let error = closed.check(&listen).unwrap_err().to_string();
+            let error = closed.check(&listen, None).unwrap_err().to_string();
             for remedy in ["--admin-key-file", "loopback", "--admin-open"] {
                 assert!(error.contains(remedy), "{error}");
             }
-            assert!(with_metrics_key.check(&listen).is_err());
-            assert_eq!(with_key.check(&listen), Ok(()));
-            assert_eq!(open.check(&listen), Ok(()));
-            assert!(open.is_unprotected(&listen) && !with_key.is_unprotected(&listen));
+            assert!(with_metrics_key.check(&listen, None).is_err());
+            assert_eq!(with_key.check(&listen, None), Ok(()));
+            assert_eq!(open.check(&listen, None), Ok(()));
+            assert!(open.is_unprotected(&listen, None) && !with_key.is_unprotected(&listen, None));
         }
         for text in ["127.0.0.1:1", "127.1.2.3:1", "[::1]:1", "off", "unix:/x"] {
             let listen = text.parse().unwrap();
-            assert_eq!(closed.check(&listen), Ok(()), "{text}");
+            assert_eq!(closed.check(&listen, None), Ok(()), "{text}");
         }
     }
 }

@@ -20,6 +20,11 @@ impl RequestContext {
         if let (Some(recorder), Some(sequences)) = (&self.shared.recorder, self.recorded.take()) {
             recorder.record(self.arrived_at, &self.model, sequences, completion);
         }
+        if let Some(key) = &mut self.key {
+            let prompt = usage.prompt_tokens.unwrap_or(self.prompt_tokens);
+            let output = usage.completion_tokens.unwrap_or(completion.output_tokens);
+            key.settle(f64::from(prompt) + f64::from(output));
+        }
         let metrics = &self.shared.metrics;
         metrics.record_outcome(*outcome);
         let decision = self.batch.decision();

@@ -6,6 +6,7 @@ use std::time::Duration;
 use foresee_core::batch::Batch;
 use foresee_engine::request::Endpoint;
 
+use crate::keys::KeyGuard;
 use crate::placement::parsed_request::ParsedRequest;
 use crate::placement::request_context::{Observation, RequestContext};
 use crate::workers::worker::Worker;
@@ -20,6 +21,8 @@ pub(crate) struct PlacedRequest {
     pub(crate) parsed: ParsedRequest,
     /// One booking for each choice; the last one may stand for several.
     pub(crate) batch: Batch,
+    /// The request in the limits of its key, if it has one.
+    pub(crate) key: Option<KeyGuard>,
 }
 
 impl PlacedRequest {
@@ -46,6 +49,7 @@ impl PlacedRequest {
             arrived_at,
             parsed,
             batch,
+            key,
         } = self;
         let now = observation.clock.now();
         observation
@@ -59,6 +63,7 @@ impl PlacedRequest {
             shared: Arc::clone(observation),
             worker,
             batch,
+            key,
             endpoint,
             arrived_at,
             request_id,

@@ -10,6 +10,7 @@ use foresee_engine::output_text::Continuation;
 use foresee_engine::request::{Endpoint, PromptSequences};
 
 use crate::clock::Clock;
+use crate::keys::KeyGuard;
 use crate::metrics::Metrics;
 use crate::parse_pool::ParsePool;
 use crate::placement::affinity::Affinity;
@@ -50,6 +51,8 @@ pub(crate) struct RequestContext {
     pub(crate) worker: Arc<Worker>,
     /// One booking for each choice; the last one may stand for several.
     pub(crate) batch: Batch,
+    /// The request in the limits of its key, if it has one.
+    pub(crate) key: Option<KeyGuard>,
     /// API that the request called.
     pub(crate) endpoint: Endpoint,
     /// When the request arrived, by the gateway's clock.

@@ -65,6 +65,7 @@ impl SettingChanges {
                 "admin-key-file": admin.key,
                 "metrics-key-file": admin.metrics_key,
                 "admin-open": admin.open,
+                "key": keys,
                 "overlap-weight": router.overlap_weight,
                 "ttft-weight": router.ttft_weight,
                 "temperature": router.temperature,
@@ -132,6 +133,7 @@ impl GatewayConfig {
             max_reservations: self.admin.max_reservations,
             ..new.admin
         };
+        self.keys = new.keys;
         self.router.overlap_weight = new.router.overlap_weight;
         self.router.ttft_weight = new.router.ttft_weight;
         self.router.temperature = new.router.temperature;

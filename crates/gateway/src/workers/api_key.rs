@@ -145,9 +145,10 @@ impl WorkerKey {
     }
 
     /// Returns the `authorization` of clients' requests that have none; `None` without a key, or if
-    /// clients do not share it.
-    pub(crate) fn authorization_for_clients(&self) -> Option<HeaderValue> {
-        self.for_clients.then(|| self.authorization()).flatten()
+    /// clients do not share it. A client whose own key the gateway has checked does: `is_shared`.
+    pub(crate) fn authorization_for_clients(&self, is_shared: bool) -> Option<HeaderValue> {
+        let is_shared = is_shared || self.for_clients;
+        is_shared.then(|| self.authorization()).flatten()
     }
 }
 
@@ -166,7 +167,7 @@ mod tests {
             for_clients: true,
         };
         let key = WorkerKey::load(None, &config, "a");
-        assert_eq!(key.authorization_for_clients(), key.authorization());
+        assert_eq!(key.authorization_for_clients(false), key.authorization());
         for shown in [format!("{config:?}"), format!("{key:?}")] {
             assert!(!shown.contains("secret"), "{shown}");
         }

@@ -115,6 +115,7 @@ impl WorkerQueries {
             is_repeatable: true,
             full_report_mode: false,
             expects_result: false,
+            needs_worker_key: false,
         };
         let exchange = async {
             let connection = ConnectionChoice::IdleOrNew;

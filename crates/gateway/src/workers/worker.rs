@@ -108,8 +108,8 @@ impl Worker {
 
     /// Returns the `authorization` of a client's request that has none; `None` unless the
     /// configuration shares the worker's key with clients.
-    pub(crate) fn authorization_for_clients(&self) -> Option<HeaderValue> {
-        self.key.authorization_for_clients()
+    pub(crate) fn authorization_for_clients(&self, is_shared: bool) -> Option<HeaderValue> {
+        self.key.authorization_for_clients(is_shared)
     }
 
     /// Sends later connections to `ip`, one of the addresses of the worker's host name, those to

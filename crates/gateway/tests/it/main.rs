@@ -13,6 +13,7 @@ mod fidelity;
 mod fleet;
 mod health;
 mod host_names;
+mod keys;
 mod metrics_docs;
 mod misbehaving_workers;
 mod paths;
