@@ -6,6 +6,7 @@ mod connections;
 mod health_args;
 mod outlier;
 mod settings;
+mod tls_args;
 mod watch;
 
 use std::ffi::OsString;
@@ -70,9 +71,10 @@ fn read_config(arguments: Vec<OsString>) -> anyhow::Result<GatewayConfig> {
 ///
 /// # Errors
 /// If a weight is out of range, the admin API would be open to other hosts, two workers have one
-/// name, or an API key of workers cannot be read.
+/// name, or an API key of workers or a file of TLS cannot be used.
 pub(crate) fn check_settings(config: &GatewayConfig) -> anyhow::Result<()> {
     config.check_api_keys().context(InvalidConfiguration)?;
+    config.check_tls().context(InvalidConfiguration)?;
     let router = Router::new(config.router.clone()).context(InvalidConfiguration)?;
     let admin = config
         .admin

@@ -25,6 +25,7 @@ use crate::listen::Listener;
 use crate::log_limit::warn_limited;
 use crate::reply::Body;
 use crate::shutdown::{ShutdownPhase, ShutdownSignal};
+use crate::tls::{ServerStream, TlsTermination};
 
 /// Time to wait after a failed `accept`. The usual cause is that no file descriptor is left; some may
 /// be closed in that time.
@@ -118,6 +119,7 @@ fn increment_below(number: &AtomicUsize, max: usize) -> bool {
 pub(crate) struct ConnectionSettings {
     pub(crate) config: ConnectionConfig,
     pub(crate) limit: Arc<ConnectionLimit>,
+    pub(crate) tls: Arc<TlsTermination>,
     pub(crate) shutdown: Arc<ShutdownSignal>,
 }
 
@@ -134,19 +136,29 @@ impl ConnectionSettings {
             return;
         };
         if place.is_served {
-            let shutdown = Arc::clone(&self.shutdown);
-            let handle = handle.clone();
-            connections.spawn(serve_connection(
-                stream,
-                self.config,
-                shutdown,
-                handle,
-                place,
-            ));
+            let (config, handle) = (self.config, handle.clone());
+            let (tls, shutdown) = (Arc::clone(&self.tls), Arc::clone(&self.shutdown));
+            connections.spawn(async move {
+                // The place is taken until the end of the connection, or of a failed handshake.
+                let _place = place;
+                match tls.accept(stream).await {
+                    Ok(ServerStream::Plain(stream)) => {
+                        serve_connection(stream, false, config, shutdown, handle).await;
+                    }
+                    Ok(ServerStream::Tls(stream)) => {
+                        serve_connection(stream, true, config, shutdown, handle).await;
+                    }
+                    Err(_) => {}
+                }
+            });
             return;
         }
         let max = self.limit.max;
         warn_limited!(key: "", max, "too many client connections; raise --max-connections");
+        // A response without TLS would be of no use to a client that expects a handshake.
+        if self.tls.is_on() {
+            return;
+        }
         connections.spawn(async move {
             let _place = place;
             let _ = timeout(REFUSAL_TIMEOUT, refuse(stream)).await;

@@ -29,6 +29,7 @@ use crate::request_body::RequestBodies;
 use crate::request_ids::RequestIds;
 use crate::shutdown::ShutdownSignal;
 use crate::state_file::StateFile;
+use crate::tls::TlsTermination;
 use crate::tracked_body::ResponseLimits;
 use crate::workers::removals::Removals;
 use crate::workers::{Workers, WorkersConfig};
@@ -44,6 +45,8 @@ pub(crate) struct GatewayParts {
     pub(crate) clock: Clock,
     /// Drained workers that are to be removed.
     removals: Arc<Removals>,
+    /// TLS of the listeners.
+    pub(crate) tls: Arc<TlsTermination>,
     /// Keys of clients.
     keys: Arc<KeyRing>,
     bodies: Arc<RequestBodies>,
@@ -64,6 +67,7 @@ impl GatewayParts {
         metrics: Arc<Metrics>,
         tokenizer: Option<PromptTokenizer>,
         recorder: Option<Arc<Recorder>>,
+        tls: Arc<TlsTermination>,
     ) -> Self {
         let clock = Clock::start();
         let workers = Workers::new(
@@ -84,6 +88,7 @@ impl GatewayParts {
             clock,
         );
         Self {
+            tls,
             keys: Arc::new(KeyRing::new(
                 config.keys.as_deref(),
                 clock,
@@ -168,6 +173,7 @@ impl GatewayParts {
             removals: Arc::clone(&self.removals),
             router: self.router.clone(),
             metrics: Arc::clone(&self.metrics),
+            tls: Arc::clone(&self.tls),
             apply_settings: Box::new(move |config| {
                 parts.keys.replace(config.keys.as_deref());
                 proxy.store(Arc::new(parts.proxy(config)));
@@ -214,6 +220,7 @@ impl GatewayParts {
         ConnectionSettings {
             config: config.connections,
             limit: Arc::new(limit),
+            tls: Arc::clone(&self.tls),
             shutdown: Arc::clone(&self.shutdown),
         }
     }

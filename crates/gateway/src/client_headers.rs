@@ -4,7 +4,7 @@
 //! From clients that are not trusted, hints are ignored or clamped, and control headers are not
 //! passed on to engines.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -14,6 +14,7 @@ use http::header::{ACCEPT_ENCODING, FORWARDED, HOST, HeaderName, VIA};
 use http::{HeaderMap, HeaderValue};
 use ipnet::IpNet;
 
+use crate::connection_state::Peer;
 use crate::keys::Key;
 use crate::placement::hints::{RequestHints, tenant_hash};
 use crate::workers::registry::WorkerRegistry;
@@ -100,12 +101,7 @@ impl ClientHeaders {
     /// Changes the headers of a client at `peer` into the headers for a worker. Removes control
     /// headers of clients that are not trusted, and `Accept-Encoding` if the response `is_observed`:
     /// a compressed response cannot be. Adds `Via` and `X-Forwarded-*`.
-    pub(crate) fn forward(
-        &self,
-        headers: &mut HeaderMap,
-        peer: Option<SocketAddr>,
-        is_observed: bool,
-    ) {
+    pub(crate) fn forward(&self, headers: &mut HeaderMap, peer: Option<Peer>, is_observed: bool) {
         if !self.trust.control_headers {
             let is_control = |name: &HeaderName| {
                 let name = name.as_str();
@@ -123,10 +119,14 @@ impl ClientHeaders {
         if is_observed {
             headers.remove(ACCEPT_ENCODING);
         }
-        let peer = peer.map(|peer| peer.ip().to_canonical());
+        let address = peer.map(|peer| peer.address.ip().to_canonical());
         let proxies = &self.trust.proxies;
-        let is_proxy = peer.is_some_and(|peer| proxies.iter().any(|net| net.contains(&peer)));
-        add_forwarding(headers, peer, is_proxy);
+        let is_proxy = address.is_some_and(|peer| proxies.iter().any(|net| net.contains(&peer)));
+        let scheme = match peer.is_some_and(|peer| peer.is_encrypted) {
+            true => HeaderValue::from_static("https"),
+            false => HeaderValue::from_static("http"),
+        };
+        add_forwarding(headers, address, scheme, is_proxy);
     }
 }
 
@@ -139,7 +139,12 @@ fn named_rank(headers: &HeaderMap) -> Option<u32> {
 
 /// Adds `Via` and the `X-Forwarded-*` headers of this hop. The values that the request came with are
 /// kept if `keeps_earlier`, and replaced otherwise. Has to be called before `Host` is removed.
-fn add_forwarding(headers: &mut HeaderMap, peer: Option<IpAddr>, keeps_earlier: bool) {
+fn add_forwarding(
+    headers: &mut HeaderMap,
+    peer: Option<IpAddr>,
+    scheme: HeaderValue,
+    keeps_earlier: bool,
+) {
     if !keeps_earlier {
         for name in [FORWARDED_FOR, FORWARDED_PROTO, FORWARDED_HOST, FORWARDED] {
             headers.remove(name);
@@ -150,9 +155,7 @@ fn add_forwarding(headers: &mut HeaderMap, peer: Option<IpAddr>, keeps_earlier: 
     {
         append(headers, FORWARDED_FOR, peer);
     }
-    headers
-        .entry(FORWARDED_PROTO)
-        .or_insert(HeaderValue::from_static("http"));
+    headers.entry(FORWARDED_PROTO).or_insert(scheme);
     if let Some(host) = headers.get(HOST).cloned() {
         headers.entry(FORWARDED_HOST).or_insert(host);
     }
@@ -217,6 +220,8 @@ mod tests {
             .collect()
     }
 
+    const HTTP: HeaderValue = HeaderValue::from_static("http");
+
     const SENT: &[(&str, &str)] = &[
         ("host", "api.example"),
         ("via", "1.1 cdn"),
@@ -230,7 +235,7 @@ mod tests {
     #[test]
     fn a_trusted_proxys_forwarding_headers_are_extended() {
         let mut sent = headers(SENT);
-        add_forwarding(&mut sent, Some("10.0.0.2".parse().unwrap()), true);
+        add_forwarding(&mut sent, Some("10.0.0.2".parse().unwrap()), HTTP, true);
         assert_eq!(values(&sent, "x-forwarded-for"), ["203.0.113.9, 10.0.0.2"]);
         assert_eq!(values(&sent, "x-forwarded-proto"), ["https"]);
         assert_eq!(values(&sent, "x-forwarded-host"), ["front.example"]);
@@ -241,7 +246,7 @@ mod tests {
     #[test]
     fn a_clients_own_forwarding_headers_are_replaced() {
         let mut sent = headers(SENT);
-        add_forwarding(&mut sent, Some("10.0.0.2".parse().unwrap()), false);
+        add_forwarding(&mut sent, Some("10.0.0.2".parse().unwrap()), HTTP, false);
         assert_eq!(values(&sent, "x-forwarded-for"), ["10.0.0.2"]);
         assert_eq!(values(&sent, "x-forwarded-proto"), ["http"]);
         assert_eq!(values(&sent, "x-forwarded-host"), ["api.example"]);

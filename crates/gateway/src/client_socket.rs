@@ -15,6 +15,7 @@ use tokio::time::{Instant, Sleep, sleep};
 use crate::connection_state::{ConnectionConfig, ConnectionState, RequestStage};
 use crate::shutdown::ShutdownPhase;
 use crate::tcp_timeouts::{KEEPALIVE_INTERVAL, KEEPALIVE_PROBES, USER_TIMEOUT};
+use crate::tls::ClientStream;
 
 /// Maximum number of bytes of one read. The HTTP library enlarges its buffer after a read of 8 KiB or
 /// more, and keeps it until the connection ends. A long prompt would double the memory of a stream.
@@ -88,9 +89,9 @@ struct HalfClosed {
 
 /// Socket of a client.
 #[derive(Debug)]
-pub(crate) struct ClientSocket {
+pub(crate) struct ClientSocket<S> {
     /// Limited to [`MAX_READ_BYTES`] for each read.
-    stream: Take<TcpStream>,
+    stream: Take<S>,
     config: ConnectionConfig,
     state: Arc<ConnectionState>,
     /// Number of requests at the latest read. If it has changed, a head was completed since.
@@ -104,6 +105,8 @@ pub(crate) struct ClientSocket {
     read_deadline: Option<(ReadWait, Pin<Box<Sleep>>)>,
     /// Deadline of the blocked write; `None` if no write is blocked.
     write_deadline: Option<Pin<Box<Sleep>>>,
+    /// Whether the blocked write is a flush.
+    is_flush_blocked: bool,
     half_closed: Option<HalfClosed>,
     /// End of the time for the client to close its side; `None` until the gateway has closed its own.
     linger: Option<Pin<Box<Sleep>>>,
@@ -113,13 +116,9 @@ pub(crate) struct ClientSocket {
     repeated_reads: u8,
 }
 
-impl ClientSocket {
+impl<S: ClientStream> ClientSocket<S> {
     /// Creates a socket without deadlines from a connected stream.
-    pub(crate) fn new(
-        stream: TcpStream,
-        config: ConnectionConfig,
-        state: Arc<ConnectionState>,
-    ) -> Self {
+    pub(crate) fn new(stream: S, config: ConnectionConfig, state: Arc<ConnectionState>) -> Self {
         Self {
             stream: stream.take(MAX_READ_BYTES),
             config,
@@ -129,6 +128,7 @@ impl ClientSocket {
             has_partial_head: false,
             read_deadline: None,
             write_deadline: None,
+            is_flush_blocked: false,
             half_closed: None,
             linger: None,
             has_ended: false,
@@ -227,7 +227,7 @@ impl ClientSocket {
         if stage == RequestStage::Idle {
             return Poll::Ready(Ok(()));
         }
-        let socket = SockRef::from(self.stream.get_ref());
+        let socket = SockRef::from(self.stream.get_ref().tcp());
         let Some(half_closed) = &mut self.half_closed else {
             return Poll::Pending;
         };
@@ -263,7 +263,7 @@ impl ClientSocket {
     }
 }
 
-impl AsyncRead for ClientSocket {
+impl<S: ClientStream> AsyncRead for ClientSocket<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -296,7 +296,7 @@ impl AsyncRead for ClientSocket {
     }
 }
 
-impl AsyncWrite for ClientSocket {
+impl<S: ClientStream> AsyncWrite for ClientSocket<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -328,7 +328,19 @@ impl AsyncWrite for ClientSocket {
             self.completed_requests = requests;
             context.waker().wake_by_ref();
         }
-        Pin::new(self.stream.get_mut()).poll_flush(context)
+        // TLS encrypts a write at once, and may have to wait until the client takes it.
+        match Pin::new(self.stream.get_mut()).poll_flush(context) {
+            Poll::Pending => {
+                self.is_flush_blocked = true;
+                self.check_write(Poll::Pending, context).map_ok(|_| ())
+            }
+            flushed => {
+                if std::mem::take(&mut self.is_flush_blocked) {
+                    self.write_deadline = None;
+                }
+                flushed
+            }
+        }
     }
 
     /// Closes the gateway's side, and waits at most [`LINGER_TIMEOUT`] for the client to close its

@@ -17,6 +17,7 @@ use crate::pass_through::PassThroughPath;
 use crate::placement::tokenization::PromptTokenizer;
 use crate::request_body::RequestBodyConfig;
 use crate::shutdown::ShutdownConfig;
+use crate::tls::{TlsConfig, TlsError};
 use crate::workers::api_key::{ApiKeyError, ApiKeySource, WorkerKeyConfig};
 use crate::workers::health_config::HealthConfig;
 use crate::workers::resolve::DnsConfig;
@@ -32,6 +33,10 @@ pub struct GatewayConfig {
     pub admin_listen: AdminListen,
     /// Which requests the admin listener accepts.
     pub admin: AdminConfig,
+    /// TLS of the API; `None` for plain HTTP.
+    pub tls: Option<TlsConfig>,
+    /// Whether the admin listener has the TLS of the API, too.
+    pub admin_tls: bool,
     /// Keys of clients; `None` to need no keys.
     pub keys: Option<Vec<KeyConfig>>,
     /// Workers that the gateway starts with.
@@ -118,6 +123,19 @@ impl GatewayConfig {
         }
     }
 
+    /// Checks that the files of TLS can be used.
+    ///
+    /// # Errors
+    /// Fails if a file cannot be read, or the key does not belong to the certificate; then a gateway
+    /// would not start either.
+    pub fn check_tls(&self) -> Result<(), TlsError> {
+        self.tls
+            .as_ref()
+            .map(TlsConfig::load)
+            .transpose()
+            .map(|_| ())
+    }
+
     /// Checks that the API keys of workers can be read.
     ///
     /// # Errors
@@ -140,6 +158,8 @@ impl Default for GatewayConfig {
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 8080)),
             admin_listen: AdminListen::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, 8081))),
             admin: AdminConfig::default(),
+            tls: None,
+            admin_tls: false,
             keys: None,
             workers: Vec::new(),
             router: RouterConfig::default(),

@@ -17,14 +17,14 @@ use hyper::body::{Body as _, Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
 
 use crate::client_socket::ClientSocket;
 use crate::connection_state::{
-    ConnectionConfig, ConnectionHandle, ConnectionState, PeerAddress, RequestStage, begin_request,
+    ConnectionConfig, ConnectionHandle, ConnectionState, Peer, RequestStage, begin_request,
 };
 use crate::reply::Body;
 use crate::shutdown::ShutdownSignal;
+use crate::tls::ClientStream;
 
 /// Maximum size of a request's head. It also bounds what is buffered of a response for a client that
 /// reads slowly. A head has at most 100 headers, which is the HTTP library's default.
@@ -64,19 +64,23 @@ impl hyper::body::Body for ConnectionBody {
 }
 
 /// Serves the requests of one connection with `handle` until the client or the shutdown closes it.
-/// Each request has a [`ConnectionHandle`] among its extensions. `place` is dropped at the end.
-pub(crate) async fn serve_connection<H, F, P>(
-    stream: TcpStream,
+/// Each request has a [`ConnectionHandle`] and the [`Peer`] among its extensions. `is_encrypted` says
+/// whether the stream is one of TLS.
+pub(crate) async fn serve_connection<S, H, F>(
+    stream: S,
+    is_encrypted: bool,
     config: ConnectionConfig,
     shutdown: Arc<ShutdownSignal>,
     handle: H,
-    place: P,
 ) where
+    S: ClientStream,
     H: Fn(Request<Incoming>) -> F + Send + 'static,
     F: Future<Output = Response<Body>> + Send + 'static,
 {
-    let _place = place;
-    let peer = stream.peer_addr().ok().map(PeerAddress);
+    let peer = stream.tcp().peer_addr().ok().map(|address| Peer {
+        address,
+        is_encrypted,
+    });
     let mut phases = shutdown.subscribe();
     let state = Arc::new(ConnectionState::new(shutdown));
     let socket = ClientSocket::new(stream, config, Arc::clone(&state));

@@ -135,9 +135,13 @@ impl ConnectionHandle {
     }
 }
 
-/// Address of the client's end of a connection, as an extension of each request.
+/// The client's end of a connection, as an extension of each request.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct PeerAddress(pub(crate) SocketAddr);
+pub(crate) struct Peer {
+    pub(crate) address: SocketAddr,
+    /// Whether the connection is one of TLS.
+    pub(crate) is_encrypted: bool,
+}
 
 /// Records the start of a request, and adds its [`ConnectionHandle`] to it.
 pub(crate) fn begin_request(

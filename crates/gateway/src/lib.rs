@@ -59,6 +59,7 @@ mod shutdown;
 mod state_file;
 mod subscribe;
 mod tcp_timeouts;
+mod tls;
 mod tracked_body;
 mod upstream;
 mod worker_info;
@@ -80,6 +81,7 @@ pub use reload::{ConfigSource, ReloadError};
 pub use request_body::RequestBodyConfig;
 pub use server::{Gateway, StartError};
 pub use shutdown::ShutdownConfig;
+pub use tls::{ClientAuth, TlsConfig, TlsError};
 
 pub use workers::api_key::{ApiKeyError, ApiKeySource, WorkerKeyConfig};
 pub use workers::health_config::{HealthConfig, HealthMethod, HealthPath};

@@ -159,6 +159,10 @@ declare_metrics! {
         "Bookings: prompts and outputs of the requests that are queued or running";
     prefix_tree_nodes: Gauge, "nodes", NO_LABEL,
         "Nodes of the prefix trees; the router's memory is proportional to them";
+    pub(crate) tls_certificate_expiry_timestamp_seconds: FloatGauge, "seconds", NO_LABEL,
+        "Unix time at which the certificate of the listeners expires; 0 without TLS";
+    pub(crate) tls_handshake_failures: Counter, "handshakes", NO_LABEL,
+        "Handshakes with clients that failed";
     pub(crate) config_last_reload_successful: Gauge, "0 or 1", NO_LABEL,
         "Whether the latest reload of the configuration succeeded; 1 before the first one";
     pub(crate) config_last_reload_success_timestamp_seconds: FloatGauge, "seconds", NO_LABEL,

@@ -19,7 +19,7 @@ use hyper::body::Incoming;
 
 use crate::client_headers::ClientHeaders;
 use crate::clock::Clock;
-use crate::connection_state::{ConnectionHandle, PeerAddress};
+use crate::connection_state::{ConnectionHandle, Peer};
 use crate::failover::{Failover, FailoverContext, UpstreamResponse};
 use crate::keys::{Key, KeyRing, remove_keys};
 use crate::metrics::{Metrics, Outcome};
@@ -194,7 +194,7 @@ impl Proxy {
             .apply_affinity(&mut parsed, call.response_id.as_deref(), session);
         let mut placed = self.placement.place(call.endpoint, parsed, arrived_at)?;
         placed.key = key_guard;
-        let peer = head.extensions.get::<PeerAddress>().map(|peer| peer.0);
+        let peer = head.extensions.get::<Peer>().copied();
         self.client_headers
             .forward(&mut head.headers, peer, call.is_observed);
         if allowed.is_some() {

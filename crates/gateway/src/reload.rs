@@ -18,6 +18,7 @@ use parking_lot::Mutex;
 
 use crate::config::GatewayConfig;
 use crate::metrics::Metrics;
+use crate::tls::{TlsConfig, TlsTermination};
 use crate::workers::Workers;
 use crate::workers::removals::{DEFAULT_DRAIN_TIMEOUT, Removals};
 use crate::workers::worker_config::WorkerConfig;
@@ -55,6 +56,7 @@ pub(crate) struct ReloadParts {
     pub(crate) removals: Arc<Removals>,
     pub(crate) router: Router,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) tls: Arc<TlsTermination>,
     pub(crate) apply_settings: ApplySettings,
 }
 
@@ -145,11 +147,15 @@ impl Reloader {
         let tuning = new.router_tuning();
         tuning.check().map_err(|error| invalid(&error))?;
 
+        let loaded = new.tls.as_ref().map(TlsConfig::load).transpose();
+        let loaded = loaded.map_err(|error| invalid(&error))?;
+
         let workers = WorkerChanges::between(&in_force.workers, &new.workers);
         self.change_workers(&workers)?;
         let settings = SettingChanges::between(in_force, &new);
         // The ranges are checked above.
         let _ = self.parts.router.set_tuning(tuning);
+        self.parts.tls.install(new.tls.clone(), loaded);
         (self.parts.apply_settings)(&new);
         in_force.take_live_settings(new);
         Ok(Reload {

@@ -36,6 +36,7 @@ use crate::recorder::Recorder;
 use crate::reload::{ConfigSource, ReloadError, Reloader};
 use crate::shutdown::{ShutdownPhase, ShutdownSignal};
 use crate::state_file::StateFile;
+use crate::tls::{TlsError, TlsTermination};
 use crate::workers::Workers;
 use crate::workers::api_key::ApiKeyError;
 
@@ -85,6 +86,9 @@ pub enum StartError {
     /// The tokenizer cannot be used.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// A file of TLS cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// An API key of workers cannot be used.
     #[error(transparent)]
     ApiKey(#[from] ApiKeyError),
@@ -106,8 +110,8 @@ pub struct Gateway {
     recorder: Option<Arc<Recorder>>,
     /// File of learned values, if there is one.
     state_file: Option<Arc<StateFile>>,
-    /// Tasks that run in intervals: one dispatches queued requests, if there is a queue, and one
-    /// writes the state file, if there is one.
+    /// Tasks that run in intervals: one dispatches queued requests, if there is a queue, one writes
+    /// the state file, if there is one, and one looks at the files of TLS.
     tasks: Vec<JoinHandle<()>>,
     /// Address of the API's listener.
     address: SocketAddr,
@@ -180,7 +184,10 @@ impl Gateway {
             queue_limit: config.queue_limit,
             ..config.router.clone()
         })?;
-        let parts = GatewayParts::new(&config, router, metrics, tokenizer, recorder.clone());
+        let tls = TlsTermination::new(config.tls.clone(), Arc::clone(&metrics))?;
+        let tls = Arc::new(tls);
+        let recording = recorder.clone();
+        let parts = GatewayParts::new(&config, router, metrics, tokenizer, recording, tls);
         let proxy = Arc::new(ArcSwap::from_pointee(parts.proxy(&config)));
         let connections = parts.connections(&config);
         let workers = Arc::clone(&parts.workers);
@@ -196,6 +203,7 @@ impl Gateway {
         if config.router.queue_order.is_some() {
             tasks.push(tokio::spawn(tick_queue(parts.router.clone(), parts.clock)));
         }
+        tasks.push(tokio::spawn(Arc::clone(&parts.tls).watch()));
         if let Some(file) = &state_file {
             tasks.push(tokio::spawn(Arc::clone(file).save_in_intervals()));
         }
@@ -209,7 +217,8 @@ impl Gateway {
             tokio::spawn(admin_api.expire_reservations());
             let api = Arc::clone(&admin_api);
             let handle = move |request| Arc::clone(&api).handle(request);
-            tokio::spawn(admin.serve(stopped, ABORT_TIMEOUT, handle))
+            let tls = config.admin_tls.then(|| Arc::clone(&parts.tls));
+            tokio::spawn(admin.serve(stopped, ABORT_TIMEOUT, tls, handle))
         });
         Ok(Self {
             router: parts.router,

@@ -14,6 +14,7 @@ use super::admin_args::AdminArgs;
 use super::client_args::ClientArgs;
 use super::connections::ConnectionArgs;
 use super::outlier::OutlierArgs;
+use super::tls_args::TlsArgs;
 use crate::config_file::FileTables;
 use crate::flags::{DEFAULTS, RoutingArgs, Switch};
 use crate::key_file::{KeyTable, keys, read};
@@ -57,6 +58,8 @@ pub(crate) struct ServeArgs {
     outlier: OutlierArgs,
     #[command(flatten)]
     queue_limits: QueueLimitArgs,
+    #[command(flatten)]
+    tls: TlsArgs,
     #[command(flatten)]
     keys: KeyArgs,
     #[command(flatten)]
@@ -420,6 +423,7 @@ impl ServeArgs {
             io_threads: self.limits.io_threads.unwrap_or(DEFAULTS.io_threads),
             ..GatewayConfig::default()
         };
+        self.tls.apply(&mut config);
         self.clients.apply(&mut config);
         connections.apply_to(config)
     }

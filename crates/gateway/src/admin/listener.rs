@@ -29,6 +29,7 @@ use super::settings::AdminListen;
 use crate::listen::listen;
 use crate::log_limit::warn_limited;
 use crate::reply::Body;
+use crate::tls::{ServerStream, TlsTermination};
 
 /// Maximum number of concurrent connections. Further clients wait in the accept queue.
 const MAX_CONNECTIONS: usize = 256;
@@ -103,11 +104,12 @@ impl AdminListener {
 
     /// Accepts connections and serves their requests with `handle` until `stopped` is true. Then
     /// closes the socket, removes the file of a Unix socket, and waits at most `timeout` for
-    /// running responses.
+    /// running responses. With `tls`, TCP connections are encrypted.
     pub(crate) async fn serve<H, F>(
         self,
         mut stopped: watch::Receiver<bool>,
         timeout: Duration,
+        tls: Option<Arc<TlsTermination>>,
         handle: H,
     ) where
         H: Fn(Request<Incoming>) -> F + Clone + Send + 'static,
@@ -124,10 +126,24 @@ impl AdminListener {
                 _ = stopped.wait_for(|stopped| *stopped) => break,
                 accepted = accept => accepted,
             };
-            let (handle, stopped) = (handle.clone(), stopped.clone());
+            let (handle, stopped, tls) = (handle.clone(), stopped.clone(), tls.clone());
             connections.spawn(async move {
                 match stream {
-                    AdminStream::Tcp(stream) => serve_connection(stream, stopped, handle).await,
+                    AdminStream::Tcp(stream) => {
+                        let stream = match tls {
+                            Some(tls) => tls.accept(stream).await,
+                            None => Ok(ServerStream::Plain(stream)),
+                        };
+                        match stream {
+                            Ok(ServerStream::Plain(stream)) => {
+                                serve_connection(stream, stopped, handle).await;
+                            }
+                            Ok(ServerStream::Tls(stream)) => {
+                                serve_connection(stream, stopped, handle).await;
+                            }
+                            Err(_) => {}
+                        }
+                    }
                     AdminStream::Unix(stream) => serve_connection(stream, stopped, handle).await,
                 }
                 drop(permit);

@@ -66,6 +66,7 @@ impl SettingChanges {
                 "metrics-key-file": admin.metrics_key,
                 "admin-open": admin.open,
                 "key": keys,
+                "tls": tls,
                 "overlap-weight": router.overlap_weight,
                 "ttft-weight": router.ttft_weight,
                 "temperature": router.temperature,
@@ -83,6 +84,7 @@ impl SettingChanges {
             fixed: differences! { old, new,
                 "listen": listen,
                 "admin-listen": admin_listen,
+                "admin-tls": admin_tls,
                 "max-reservations": admin.max_reservations,
                 "worker-api-key-file": worker_key.source,
                 "worker-api-key-for-clients": worker_key.for_clients,
@@ -134,6 +136,7 @@ impl GatewayConfig {
             ..new.admin
         };
         self.keys = new.keys;
+        self.tls = new.tls;
         self.router.overlap_weight = new.router.overlap_weight;
         self.router.ttft_weight = new.router.ttft_weight;
         self.router.temperature = new.router.temperature;

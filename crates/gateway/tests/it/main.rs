@@ -22,6 +22,7 @@ mod ranks;
 mod selection;
 mod shutdown;
 mod streaming;
+mod tls;
 mod tokens;
 mod worker_keys;
 

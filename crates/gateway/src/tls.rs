@@ -1,0 +1,311 @@
+//! TLS of the listeners: certificates from files, which are read again when they change.
+//!
+//! A connection takes the certificate in force when it begins. New files replace it only if they can be
+//! used: the key must belong to the certificate.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwapOption;
+use parking_lot::Mutex;
+use rustls::RootCertStore;
+use rustls::crypto::ring::default_provider;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem};
+use rustls::server::WebPkiClientVerifier;
+use rustls::server::danger::ClientCertVerifier;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+
+use crate::log_limit::warn_limited;
+use crate::metrics::Metrics;
+
+/// Maximum time of a handshake.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Time between two looks at the files.
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Which clients need a certificate.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ClientAuth {
+    /// A client may have a certificate; one that is not signed by the authority is refused.
+    Optional,
+    /// Every client needs a certificate that the authority has signed.
+    #[default]
+    Required,
+}
+
+/// Files of a listener's TLS.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsConfig {
+    /// Certificate chain in PEM, the server's own certificate first.
+    pub certificate: PathBuf,
+    /// Private key in PEM.
+    pub key: PathBuf,
+    /// Certificates in PEM of the authorities that sign clients' certificates; `None` to ask clients
+    /// for none.
+    pub client_ca: Option<PathBuf>,
+    /// Which clients need a certificate. Has no effect without `client_ca`.
+    pub client_auth: ClientAuth,
+}
+
+/// Why a file cannot be used for TLS.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// A file cannot be read, or is not PEM.
+    #[error("cannot use {}: {error}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        error: pem::Error,
+    },
+    /// A file has no certificate.
+    #[error("{} has no certificate in PEM", .0.display())]
+    NoCertificate(PathBuf),
+    /// The certificate cannot be used with the key.
+    #[error("cannot use the certificate in {} with the key in {}: {error}", certificate.display(), key.display())]
+    Certificate {
+        /// File of the certificate.
+        certificate: PathBuf,
+        /// File of the key.
+        key: PathBuf,
+        /// What is wrong with it.
+        error: rustls::Error,
+    },
+    /// The certificates of the authorities cannot be used.
+    #[error("cannot use the authorities in {}: {error}", path.display())]
+    ClientCa {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        error: String,
+    },
+}
+
+impl TlsConfig {
+    /// Reads the files.
+    ///
+    /// # Errors
+    /// Fails if a file cannot be read, or the key does not belong to the certificate.
+    pub(crate) fn load(&self) -> Result<LoadedTls, TlsError> {
+        let chain = certificates(&self.certificate)?;
+        let expires = chain.first().and_then(expiry);
+        let key = PrivateKeyDer::from_pem_file(&self.key);
+        let key = key.map_err(|error| TlsError::File {
+            path: self.key.clone(),
+            error,
+        })?;
+        let invalid = |error| TlsError::Certificate {
+            certificate: self.certificate.clone(),
+            key: self.key.clone(),
+            error,
+        };
+        let provider = Arc::new(default_provider());
+        let builder = rustls::ServerConfig::builder_with_provider(provider);
+        let builder = builder.with_safe_default_protocol_versions();
+        let builder = builder.map_err(invalid)?;
+        let builder = match &self.client_ca {
+            Some(path) => builder.with_client_cert_verifier(self.client_verifier(path)?),
+            None => builder.with_no_client_auth(),
+        };
+        let mut server = builder.with_single_cert(chain, key).map_err(invalid)?;
+        server.alpn_protocols = vec![b"http/1.1".to_vec()];
+        Ok(LoadedTls {
+            server: Arc::new(server),
+            expires,
+        })
+    }
+
+    /// Returns the check of clients' certificates.
+    fn client_verifier(&self, path: &Path) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
+        let invalid = |error: String| TlsError::ClientCa {
+            path: path.to_owned(),
+            error,
+        };
+        let mut roots = RootCertStore::empty();
+        for certificate in certificates(path)? {
+            let added = roots.add(certificate);
+            added.map_err(|error| invalid(error.to_string()))?;
+        }
+        let provider = Arc::new(default_provider());
+        let builder = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
+        let builder = match self.client_auth {
+            ClientAuth::Optional => builder.allow_unauthenticated(),
+            ClientAuth::Required => builder,
+        };
+        builder.build().map_err(|error| invalid(error.to_string()))
+    }
+
+    /// Returns the hash of the content of all files; `None` if one of them cannot be read.
+    fn content_hash(&self) -> Option<u64> {
+        let mut hasher = DefaultHasher::new();
+        let files = [
+            Some(&self.certificate),
+            Some(&self.key),
+            self.client_ca.as_ref(),
+        ];
+        for path in files.into_iter().flatten() {
+            std::fs::read(path).ok()?.hash(&mut hasher);
+        }
+        Some(hasher.finish())
+    }
+}
+
+/// Returns the certificates in a file, at least one.
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let read = CertificateDer::pem_file_iter(path).and_then(Iterator::collect);
+    let certificates: Vec<_> = read.map_err(|error| TlsError::File {
+        path: path.to_owned(),
+        error,
+    })?;
+    if certificates.is_empty() {
+        return Err(TlsError::NoCertificate(path.to_owned()));
+    }
+    Ok(certificates)
+}
+
+/// Returns when a certificate expires, in seconds since 1970; `None` if it cannot be parsed.
+fn expiry(certificate: &CertificateDer<'_>) -> Option<i64> {
+    let (_, certificate) = x509_parser::parse_x509_certificate(certificate).ok()?;
+    Some(certificate.validity().not_after.timestamp())
+}
+
+/// Content of the files.
+#[derive(Clone, Debug)]
+pub(crate) struct LoadedTls {
+    server: Arc<rustls::ServerConfig>,
+    /// When the certificate expires, in seconds since 1970.
+    expires: Option<i64>,
+}
+
+/// TLS of the listeners: the certificate in force, or none.
+#[derive(Debug)]
+pub(crate) struct TlsTermination {
+    in_force: ArcSwapOption<rustls::ServerConfig>,
+    /// Files of the certificate in force.
+    config: Mutex<Option<TlsConfig>>,
+    metrics: Arc<Metrics>,
+}
+
+impl TlsTermination {
+    /// Creates the TLS of these files; without any, connections are not encrypted.
+    ///
+    /// # Errors
+    /// As [`TlsConfig::load`].
+    pub(crate) fn new(config: Option<TlsConfig>, metrics: Arc<Metrics>) -> Result<Self, TlsError> {
+        let loaded = config.as_ref().map(TlsConfig::load).transpose()?;
+        let termination = Self {
+            in_force: ArcSwapOption::empty(),
+            config: Mutex::default(),
+            metrics,
+        };
+        termination.install(config, loaded);
+        Ok(termination)
+    }
+
+    /// Puts files in force whose content was loaded. Connections that are open keep theirs.
+    pub(crate) fn install(&self, config: Option<TlsConfig>, loaded: Option<LoadedTls>) {
+        *self.config.lock() = config;
+        let expires = loaded.as_ref().and_then(|loaded| loaded.expires);
+        self.metrics
+            .tls_certificate_expiry_timestamp_seconds
+            .set(expires.unwrap_or_default() as f64);
+        self.in_force.store(loaded.map(|loaded| loaded.server));
+    }
+
+    /// Returns whether new connections are encrypted.
+    pub(crate) fn is_on(&self) -> bool {
+        self.in_force.load().is_some()
+    }
+
+    /// Performs the handshake of a new connection. Returns the stream as it is without TLS.
+    ///
+    /// # Errors
+    /// Fails if the client does not complete a handshake in time.
+    pub(crate) async fn accept(&self, stream: TcpStream) -> io::Result<ServerStream> {
+        let Some(config) = self.in_force.load_full() else {
+            return Ok(ServerStream::Plain(stream));
+        };
+        let handshake = TlsAcceptor::from(config).accept(stream);
+        let result = timeout(HANDSHAKE_TIMEOUT, handshake).await;
+        let result = result.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        match result {
+            Ok(stream) => Ok(ServerStream::Tls(Box::new(stream))),
+            Err(error) => {
+                self.metrics.tls_handshake_failures.inc();
+                warn_limited!(key: "", %error, "handshake with a client failed");
+                Err(error)
+            }
+        }
+    }
+
+    /// Looks at the files in intervals, and puts a new content in force once it has not changed for
+    /// one interval. Content that cannot be used is logged. Never returns.
+    pub(crate) async fn watch(self: Arc<Self>) {
+        let hash_now = || {
+            let termination = Arc::clone(&self);
+            let config = termination.config.lock().clone();
+            let hash = move || config.and_then(|config| config.content_hash());
+            async move { tokio::task::spawn_blocking(hash).await.ok().flatten() }
+        };
+        let mut tried = hash_now().await;
+        let mut seen = tried;
+        loop {
+            tokio::time::sleep(WATCH_INTERVAL).await;
+            let hash = hash_now().await;
+            let is_stable = hash == seen;
+            seen = hash;
+            if hash.is_none() || !is_stable || hash == tried {
+                continue;
+            }
+            tried = hash;
+            let Some(config) = self.config.lock().clone() else {
+                continue;
+            };
+            let path = config.certificate.display();
+            match config.load() {
+                Ok(loaded) => {
+                    tracing::info!(%path, "loaded a changed certificate");
+                    self.install(Some(config), Some(loaded));
+                }
+                Err(error) => tracing::error!(
+                    %error,
+                    "cannot use the changed certificate; keeping the one in force"
+                ),
+            }
+        }
+    }
+}
+
+/// Connection of a client, encrypted or not.
+pub(crate) enum ServerStream {
+    Plain(TcpStream),
+    /// Boxed, because it is much larger than a plain one.
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+/// Stream of a client's connection, and the TCP connection below it.
+pub(crate) trait ClientStream: AsyncRead + AsyncWrite + Unpin {
+    /// Returns the TCP connection.
+    fn tcp(&self) -> &TcpStream;
+}
+
+impl ClientStream for TcpStream {
+    fn tcp(&self) -> &TcpStream {
+        self
+    }
+}
+
+impl ClientStream for Box<TlsStream<TcpStream>> {
+    fn tcp(&self) -> &TcpStream {
+        self.get_ref().0
+    }
+}

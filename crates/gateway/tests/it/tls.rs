@@ -1,0 +1,313 @@
+//! TLS of the listeners: certificates that change, certificates of clients, and streams.
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use foresee_gateway::{ClientAuth, Gateway, TlsConfig};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+use rustls::crypto::ring::default_provider;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::{ClientConfig, RootCertStore};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+use crate::fake_worker::*;
+
+/// An authority that signs certificates.
+struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    /// Its own certificate in PEM.
+    certificate: String,
+}
+
+/// A certificate and its key, in PEM.
+#[derive(Clone)]
+struct Identity {
+    certificate: String,
+    key: String,
+}
+
+impl Authority {
+    fn new() -> Self {
+        let mut parameters = CertificateParams::new(Vec::new()).unwrap();
+        parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate().unwrap();
+        let certificate = parameters.self_signed(&key).unwrap().pem();
+        Self {
+            issuer: Issuer::new(parameters, key),
+            certificate,
+        }
+    }
+
+    /// Signs a certificate for `localhost` with this common name.
+    fn sign(&self, name: &str) -> Identity {
+        let mut parameters = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+        parameters.distinguished_name.push(DnType::CommonName, name);
+        let key = KeyPair::generate().unwrap();
+        Identity {
+            certificate: parameters.signed_by(&key, &self.issuer).unwrap().pem(),
+            key: key.serialize_pem(),
+        }
+    }
+}
+
+/// Files of a listener, which are removed at the end of the test.
+struct Files(PathBuf);
+
+impl Files {
+    fn new(name: &str, identity: &Identity) -> Self {
+        let name = format!("foresee-tls-{}-{name}", std::process::id());
+        let files = Self(std::env::temp_dir().join(name));
+        std::fs::create_dir_all(&files.0).unwrap();
+        files.write(identity);
+        files
+    }
+
+    /// Replaces the certificate and the key.
+    fn write(&self, identity: &Identity) {
+        self.write_file("key.pem", &identity.key);
+        self.write_file("certificate.pem", &identity.certificate);
+    }
+
+    fn write_file(&self, name: &str, text: &str) {
+        let new = self.0.join("new");
+        std::fs::write(&new, text).unwrap();
+        std::fs::rename(new, self.0.join(name)).unwrap();
+    }
+
+    /// Returns the configuration; with an authority of clients if `client_auth` is given.
+    fn config(&self, client_auth: Option<ClientAuth>) -> TlsConfig {
+        TlsConfig {
+            certificate: self.0.join("certificate.pem"),
+            key: self.0.join("key.pem"),
+            client_ca: client_auth.map(|_| self.0.join("clients.pem")),
+            client_auth: client_auth.unwrap_or_default(),
+        }
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Connects to a listener whose certificate the authority has signed.
+async fn connect(
+    address: SocketAddr,
+    authority: &Authority,
+    client: Option<&Identity>,
+) -> std::io::Result<TlsStream<TcpStream>> {
+    let mut roots = RootCertStore::empty();
+    let root = CertificateDer::from_pem_slice(authority.certificate.as_bytes()).unwrap();
+    roots.add(root).unwrap();
+    let builder = ClientConfig::builder_with_provider(Arc::new(default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots);
+    let config = match client {
+        Some(identity) => {
+            let certificate = CertificateDer::from_pem_slice(identity.certificate.as_bytes());
+            let key = PrivateKeyDer::from_pem_slice(identity.key.as_bytes()).unwrap();
+            builder
+                .with_client_auth_cert(vec![certificate.unwrap()], key)
+                .unwrap()
+        }
+        None => builder.with_no_client_auth(),
+    };
+    let stream = TcpStream::connect(address).await?;
+    let name = ServerName::try_from("localhost").unwrap();
+    within(
+        "a handshake",
+        TlsConnector::from(Arc::new(config)).connect(name, stream),
+    )
+    .await
+}
+
+/// Returns the certificate that the listener has sent, in DER.
+fn certificate_of(stream: &TlsStream<TcpStream>) -> Vec<u8> {
+    let (_, session) = stream.get_ref();
+    session.peer_certificates().unwrap()[0].to_vec()
+}
+
+/// Sends `GET path` and returns the status. Fails if the connection ends without a response.
+async fn get(stream: &mut TlsStream<TcpStream>, path: &str) -> std::io::Result<u16> {
+    let request = format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
+    let mut bytes = [0; 4096];
+    let read = within("a response", stream.read(&mut bytes)).await?;
+    let text = String::from_utf8_lossy(&bytes[..read]).into_owned();
+    let status = text
+        .split(' ')
+        .nth(1)
+        .and_then(|status| status.parse().ok());
+    status.ok_or_else(|| std::io::ErrorKind::UnexpectedEof.into())
+}
+
+/// Starts a gateway with one worker and these files.
+async fn start(worker: &FakeWorker, tls: TlsConfig) -> Gateway {
+    let mut config = config(&[worker]);
+    config.tls = Some(tls);
+    gateway_with(config).await
+}
+
+#[tokio::test]
+async fn a_stream_passes_through_tls_and_ends_with_its_client() {
+    let mut worker = FakeWorker::start().await;
+    let authority = Authority::new();
+    let files = Files::new("stream", &authority.sign("a"));
+    let gateway = start(&worker, files.config(None)).await;
+    let mut client = connect(gateway.address(), &authority, None).await.unwrap();
+    client
+        .write_all(&http("POST", CHAT, chat("hi", true)))
+        .await
+        .unwrap();
+    let mut exchange = worker.request().await;
+    assert_eq!(exchange.head.get("x-forwarded-proto"), Some("https"));
+    exchange.start_stream().await;
+    let mut received = String::new();
+    for text in ["one", "two"] {
+        exchange.send_chunk(token(text)).await;
+        // Each event arrives before the next one is sent.
+        while !received.contains(text) {
+            let mut bytes = [0; 4096];
+            let read = within("an event", client.read(&mut bytes)).await.unwrap();
+            received += std::str::from_utf8(&bytes[..read]).unwrap();
+        }
+    }
+    drop(client);
+    within("the connection to be closed", exchange.closed()).await;
+    until_released(&gateway).await;
+    // Plain HTTP gets no response.
+    let mut plain = Client::sending(gateway.address(), http("GET", "/health", "")).await;
+    assert!(plain.try_response().await.is_err());
+}
+
+#[tokio::test]
+async fn changed_files_apply_to_new_connections_without_a_failed_handshake() {
+    let worker = FakeWorker::start().await;
+    let authority = Authority::new();
+    let first = authority.sign("first");
+    let files = Files::new("change", &first);
+    let gateway = start(&worker, files.config(None)).await;
+    let address = gateway.address();
+    let mut open = connect(address, &authority, None).await.unwrap();
+    let original = certificate_of(&open);
+
+    // A key that belongs to no certificate, and half a certificate, change nothing.
+    files.write_file("key.pem", &authority.sign("other").key);
+    files.write_file("certificate.pem", &first.certificate[..100]);
+    for round in 0..100 {
+        let mut client = connect(address, &authority, None).await.unwrap();
+        assert_eq!(get(&mut client, "/health").await.unwrap(), 200, "{round}");
+        assert_eq!(certificate_of(&client), original);
+    }
+    files.write(&authority.sign("second"));
+    let mut handshakes = 0;
+    loop {
+        let mut client = connect(address, &authority, None).await.unwrap();
+        assert_eq!(get(&mut client, "/health").await.unwrap(), 200);
+        handshakes += 1;
+        if certificate_of(&client) != original {
+            break;
+        }
+        assert!(handshakes < 100_000, "the certificate never changed");
+    }
+    // The open connection keeps its certificate and works.
+    assert_eq!(get(&mut open, "/health").await.unwrap(), 200);
+    let text = metrics(&gateway).await;
+    assert_eq!(
+        value(&text, "foresee_tls_handshake_failures_total"),
+        Some(0.0)
+    );
+    let expiry = value(&text, "foresee_tls_certificate_expiry_timestamp_seconds");
+    assert!(expiry.unwrap() > 1.7e9, "{expiry:?}");
+}
+
+#[tokio::test]
+async fn clients_need_a_certificate_of_their_authority() {
+    let worker = FakeWorker::start().await;
+    let (servers, clients, others) = (Authority::new(), Authority::new(), Authority::new());
+    for (client_auth, expected) in [
+        (ClientAuth::Required, [false, true, false]),
+        (ClientAuth::Optional, [true, true, false]),
+    ] {
+        let files = Files::new(&format!("{client_auth:?}"), &servers.sign("a"));
+        files.write_file("clients.pem", &clients.certificate);
+        let gateway = start(&worker, files.config(Some(client_auth))).await;
+        let identities = [None, Some(clients.sign("c")), Some(others.sign("o"))];
+        for (identity, expected) in identities.iter().zip(expected) {
+            // A client of TLS 1.3 learns only from the first read that it was refused.
+            let response = async {
+                let mut client = connect(gateway.address(), &servers, identity.as_ref()).await?;
+                get(&mut client, "/health").await
+            };
+            assert_eq!(response.await.is_ok(), expected, "{client_auth:?}");
+        }
+        gateway.shut_down().await;
+    }
+}
+
+#[tokio::test]
+async fn the_admin_listener_has_tls_if_that_is_configured() {
+    let worker = FakeWorker::start().await;
+    let authority = Authority::new();
+    let files = Files::new("admin", &authority.sign("a"));
+    let mut config = config(&[&worker]);
+    config.tls = Some(files.config(None));
+    config.admin_tls = true;
+    let gateway = gateway_with(config).await;
+    let address = gateway.admin_address().unwrap();
+    let mut client = connect(address, &authority, None).await.unwrap();
+    assert_eq!(get(&mut client, "/health/live").await.unwrap(), 200);
+}
+
+#[tokio::test]
+async fn files_that_cannot_be_used_fail_the_start() {
+    let worker = FakeWorker::start().await;
+    let authority = Authority::new();
+    let files = Files::new("invalid", &authority.sign("a"));
+    files.write_file("other.pem", &authority.sign("b").key);
+    files.write_file("empty.pem", "");
+    let valid = files.config(None);
+    for (change, part) in [
+        (
+            TlsConfig {
+                key: files.0.join("other.pem"),
+                ..valid.clone()
+            },
+            "other.pem",
+        ),
+        (
+            TlsConfig {
+                key: files.0.join("missing.pem"),
+                ..valid.clone()
+            },
+            "missing.pem",
+        ),
+        (
+            TlsConfig {
+                certificate: files.0.join("empty.pem"),
+                ..valid.clone()
+            },
+            "no certificate",
+        ),
+        (
+            TlsConfig {
+                client_ca: Some(files.0.join("empty.pem")),
+                ..valid
+            },
+            "empty.pem",
+        ),
+    ] {
+        let mut config = config(&[&worker]);
+        config.tls = Some(change);
+        let error = Gateway::start(config).unwrap_err().to_string();
+        assert!(error.contains(part), "{error}");
+    }
+}
