@@ -232,6 +232,7 @@ fn workers_config(config: &GatewayConfig) -> WorkersConfig {
         block_size: config.router.block_size,
         prefix_caching: config.prefix_caching,
         key: config.worker_key.clone(),
+        tls: config.worker_tls.clone(),
         health: config.health.clone(),
         probe_interval: config.probe_interval,
         dns: config.dns.clone(),

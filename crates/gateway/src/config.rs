@@ -22,6 +22,7 @@ use crate::workers::api_key::{ApiKeyError, ApiKeySource, WorkerKeyConfig};
 use crate::workers::health_config::HealthConfig;
 use crate::workers::resolve::DnsConfig;
 use crate::workers::worker_config::WorkerConfig;
+use crate::workers::worker_tls::WorkerTlsConfig;
 
 /// Settings of a gateway: where it listens, how it routes, and its timeouts. The defaults are those
 /// of the command line.
@@ -61,6 +62,8 @@ pub struct GatewayConfig {
     pub health: HealthConfig,
     /// API key of the gateway's own requests to workers.
     pub worker_key: WorkerKeyConfig,
+    /// Files of TLS of workers whose description names none.
+    pub worker_tls: WorkerTlsConfig,
     /// How host names of workers are resolved.
     pub dns: DnsConfig,
     /// Time for which a worker's KV events may be unusable before its cache is estimated instead.
@@ -129,11 +132,13 @@ impl GatewayConfig {
     /// Fails if a file cannot be read, or the key does not belong to the certificate; then a gateway
     /// would not start either.
     pub fn check_tls(&self) -> Result<(), TlsError> {
-        self.tls
-            .as_ref()
-            .map(TlsConfig::load)
-            .transpose()
-            .map(|_| ())
+        self.tls.as_ref().map(TlsConfig::load).transpose()?;
+        for worker in &self.workers {
+            if let Some(tls) = &worker.tls {
+                tls.or(&self.worker_tls).load(worker.host())?;
+            }
+        }
+        Ok(())
     }
 
     /// Checks that the API keys of workers can be read.
@@ -171,6 +176,7 @@ impl Default for GatewayConfig {
             probe_interval: Duration::from_secs(1),
             health: HealthConfig::default(),
             worker_key: WorkerKeyConfig::default(),
+            worker_tls: WorkerTlsConfig::default(),
             dns: DnsConfig::default(),
             events_grace: Duration::from_secs(5),
             engine_metrics_interval: None,

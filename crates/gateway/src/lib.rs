@@ -87,3 +87,4 @@ pub use workers::api_key::{ApiKeyError, ApiKeySource, WorkerKeyConfig};
 pub use workers::health_config::{HealthConfig, HealthMethod, HealthPath};
 pub use workers::resolve::{DnsConfig, Resolver};
 pub use workers::worker_config::{WorkerConfig, WorkerConfigError};
+pub use workers::worker_tls::WorkerTlsConfig;

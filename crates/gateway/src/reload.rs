@@ -142,6 +142,7 @@ impl Reloader {
     ) -> Result<Reload, ReloadError> {
         let invalid = |error: &dyn fmt::Display| ReloadError::Invalid(error.to_string());
         new.check_api_keys().map_err(|error| invalid(&error))?;
+        new.check_tls().map_err(|error| invalid(&error))?;
         let protection = new.admin.check(&in_force.admin_listen, new.keys.as_deref());
         protection.map_err(|error| invalid(&error))?;
         let tuning = new.router_tuning();

@@ -150,6 +150,7 @@ impl Gateway {
         source: Option<ConfigSource>,
     ) -> Result<Self, StartError> {
         config.check_api_keys()?;
+        config.check_tls()?;
         // Loading takes seconds, so it happens before the first connection is accepted.
         let tokenizer = config
             .tokenizer

@@ -82,12 +82,18 @@ pub enum TlsError {
     },
     /// The certificates of the authorities cannot be used.
     #[error("cannot use the authorities in {}: {error}", path.display())]
-    ClientCa {
+    Ca {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
         error: String,
     },
+    /// A worker's name is neither that of a host nor an address.
+    #[error("`{0}` is not the name of a host: set tls-server-name=NAME")]
+    ServerName(String),
+    /// The cryptography cannot be used.
+    #[error("cannot use TLS: {0}")]
+    Provider(String),
 }
 
 impl TlsConfig {
@@ -126,22 +132,17 @@ impl TlsConfig {
 
     /// Returns the check of clients' certificates.
     fn client_verifier(&self, path: &Path) -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
-        let invalid = |error: String| TlsError::ClientCa {
-            path: path.to_owned(),
-            error,
-        };
-        let mut roots = RootCertStore::empty();
-        for certificate in certificates(path)? {
-            let added = roots.add(certificate);
-            added.map_err(|error| invalid(error.to_string()))?;
-        }
+        let roots = roots_of(path)?;
         let provider = Arc::new(default_provider());
         let builder = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
         let builder = match self.client_auth {
             ClientAuth::Optional => builder.allow_unauthenticated(),
             ClientAuth::Required => builder,
         };
-        builder.build().map_err(|error| invalid(error.to_string()))
+        builder.build().map_err(|error| TlsError::Ca {
+            path: path.to_owned(),
+            error: error.to_string(),
+        })
     }
 
     /// Returns the hash of the content of all files; `None` if one of them cannot be read.
@@ -160,7 +161,7 @@ impl TlsConfig {
 }
 
 /// Returns the certificates in a file, at least one.
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+pub(crate) fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let read = CertificateDer::pem_file_iter(path).and_then(Iterator::collect);
     let certificates: Vec<_> = read.map_err(|error| TlsError::File {
         path: path.to_owned(),
@@ -170,6 +171,18 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
         return Err(TlsError::NoCertificate(path.to_owned()));
     }
     Ok(certificates)
+}
+
+/// Returns the authorities in a file.
+pub(crate) fn roots_of(path: &Path) -> Result<RootCertStore, TlsError> {
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(path)? {
+        roots.add(certificate).map_err(|error| TlsError::Ca {
+            path: path.to_owned(),
+            error: error.to_string(),
+        })?;
+    }
+    Ok(roots)
 }
 
 /// Returns when a certificate expires, in seconds since 1970; `None` if it cannot be parsed.

@@ -16,7 +16,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 
 use crate::tcp_timeouts::{KEEPALIVE_INTERVAL, KEEPALIVE_PROBES, USER_TIMEOUT};
 pub(crate) use crate::upstream::body::UpstreamBody;
-use crate::upstream::pool::ConnectionPool;
+use crate::upstream::pool::{ConnectionPool, Destination};
 use crate::workers::worker::{RANK_HEADER, Worker};
 
 /// Headers that apply to one connection and not to the message (RFC 9110, section 7.6.1).
@@ -208,7 +208,7 @@ impl UpstreamClient {
         #[cfg(any(target_os = "android", target_os = "fuchsia", target_os = "linux"))]
         connector.set_tcp_user_timeout(Some(USER_TIMEOUT));
         Self {
-            connections: ConnectionPool::start(connector),
+            connections: ConnectionPool::start(connector, connect_timeout),
         }
     }
 
@@ -225,11 +225,14 @@ impl UpstreamClient {
         upstream_request: &UpstreamRequest,
         choice: ConnectionChoice,
     ) -> Result<Response<UpstreamBody>, UpstreamError> {
-        let authority = worker.address.authority();
+        let destination = Destination {
+            authority: worker.address.authority(),
+            tls: worker.tls().map_err(UpstreamError::Unreachable)?,
+        };
         let mut request = request_to(worker, upstream_request)?;
         loop {
             let idle = match choice {
-                ConnectionChoice::IdleOrNew => self.connections.take_idle(&authority),
+                ConnectionChoice::IdleOrNew => self.connections.take_idle(&destination),
                 ConnectionChoice::New => None,
             };
             let is_reused = idle.is_some();
@@ -237,7 +240,7 @@ impl UpstreamClient {
                 Some(idle) => idle,
                 None => self
                     .connections
-                    .connect(&authority)
+                    .connect(&destination)
                     .await
                     .map_err(|error| UpstreamError::connect(&*error))?,
             };

@@ -24,6 +24,7 @@ pub(crate) mod resolve;
 mod tasks;
 pub(crate) mod worker;
 pub(crate) mod worker_config;
+pub(crate) mod worker_tls;
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -46,6 +47,7 @@ use resolve::DnsConfig;
 use tasks::WorkerTasks;
 use worker::Worker;
 use worker_config::WorkerConfig;
+use worker_tls::WorkerTlsConfig;
 
 /// Settings of the workers of a gateway.
 #[derive(Debug)]
@@ -56,6 +58,8 @@ pub(crate) struct WorkersConfig {
     pub(crate) prefix_caching: bool,
     /// Key of workers whose description names none.
     pub(crate) key: WorkerKeyConfig,
+    /// Files of TLS of workers whose description names none.
+    pub(crate) tls: WorkerTlsConfig,
     pub(crate) health: HealthConfig,
     /// Time between two health checks of a worker.
     pub(crate) probe_interval: Duration,
@@ -86,7 +90,7 @@ impl Workers {
         metrics: Arc<Metrics>,
         clock: Clock,
     ) -> Self {
-        let registry = Arc::new(WorkerRegistry::new(config.key));
+        let registry = Arc::new(WorkerRegistry::new(config.key, config.tls));
         let queries = WorkerQueries::new(config.connect_timeout, config.health.timeout);
         let tasks = WorkerTasks {
             router: router.clone(),

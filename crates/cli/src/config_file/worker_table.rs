@@ -6,7 +6,7 @@ use toml::{Table, Value};
 use crate::values::nearest;
 
 /// Options of `--worker`; the keys of the table are the same, with `_` or `-`.
-const OPTIONS: [&str; 11] = [
+const OPTIONS: [&str; 16] = [
     "name",
     "ranks",
     "blocks",
@@ -18,10 +18,15 @@ const OPTIONS: [&str; 11] = [
     "health-path",
     "api-key-file",
     "resolve",
+    "tls-ca",
+    "tls-certificate",
+    "tls-key",
+    "tls-server-name",
+    "tls-verify",
 ];
 
 /// Options that may be booleans in TOML.
-const SWITCHES: [&str; 3] = ["prefix-caching", "kv-events", "resolve"];
+const SWITCHES: [&str; 4] = ["prefix-caching", "kv-events", "resolve", "tls-verify"];
 /// Options that may be integers in TOML.
 const NUMBERS: [&str; 2] = ["ranks", "blocks"];
 
@@ -109,7 +114,7 @@ mod tests {
 
     #[test]
     fn a_worker_table_keeps_its_options_as_a_flag() {
-        let flag = "http://a:1,name=x,ranks=2,blocks=7,prefix-caching=off,eviction=radix,\
+        let flag = "https://a:1,name=x,tls-ca=/ca,tls-verify=off,ranks=2,blocks=7,prefix-caching=off,eviction=radix,\
                     kv-events=tcp://a:5557,replay=tcp://a:5657,topic=12,\
                     health-path=none,api-key-file=/run/key,resolve=off";
         let text = from_flag(flag, "x");

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 use foresee_gateway::{
     ApiKeySource, DnsConfig, HealthConfig, HealthMethod, HealthPath, WorkerKeyConfig,
+    WorkerTlsConfig,
 };
 
 use crate::flags::{DEFAULTS, Switch};
@@ -104,6 +105,26 @@ pub(crate) struct WorkerAccessArgs {
         env = "FORESEE_WORKER_API_KEY_FOR_CLIENTS"
     )]
     worker_api_key_for_clients: Switch,
+    /// Names the file with the authorities that sign the certificates of https:// workers in PEM
+    /// [default: those that the system trusts]
+    #[arg(long, value_name = "FILE", env = "FORESEE_WORKER_TLS_CA")]
+    worker_tls_ca: Option<PathBuf>,
+    /// Names the file with the certificate chain in PEM that the router shows to https:// workers
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "FORESEE_WORKER_TLS_CERTIFICATE",
+        requires = "worker_tls_key"
+    )]
+    worker_tls_certificate: Option<PathBuf>,
+    /// Names the file with the private key of --worker-tls-certificate in PEM
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "FORESEE_WORKER_TLS_KEY",
+        requires = "worker_tls_certificate"
+    )]
+    worker_tls_key: Option<PathBuf>,
     /// Sets the time between two look-ups of a worker's host name, such as 30s
     ///
     /// Each address of a name becomes a worker. If a look-up fails, the last addresses stay in use.
@@ -129,6 +150,16 @@ impl WorkerAccessArgs {
         WorkerKeyConfig {
             source: file.or_else(value),
             for_clients: self.worker_api_key_for_clients == Switch::On,
+        }
+    }
+
+    /// Returns the files of TLS of workers that name none.
+    pub(crate) fn tls_config(&self) -> WorkerTlsConfig {
+        let certificate = self.worker_tls_certificate.clone();
+        WorkerTlsConfig {
+            ca: self.worker_tls_ca.clone(),
+            identity: certificate.zip(self.worker_tls_key.clone()),
+            ..WorkerTlsConfig::default()
         }
     }
 

@@ -129,7 +129,8 @@ pub(crate) struct WorkerArgs {
     ///
     /// Options: name=NAME, ranks=N, blocks=N, prefix-caching=on|off, eviction=queue|radix,
     /// kv-events=tcp://HOST:PORT|off, replay=tcp://HOST:PORT, topic=TOPIC, health-path=PATH|none,
-    /// api-key-file=FILE, resolve=on|off.
+    /// api-key-file=FILE, resolve=on|off; with an https:// URL also tls-ca=FILE, tls-certificate=FILE,
+    /// tls-key=FILE, tls-server-name=NAME, tls-verify=on|off.
     ///
     /// ranks=N makes N workers of an engine with N data-parallel ranks, named NAME/0 and so on;
     /// rank r publishes and replays at PORT + r. Without kv-events, the router follows the events
@@ -412,6 +413,7 @@ impl ServeArgs {
             health: self.health.config(),
             worker_key: self.worker_access.key_config(),
             dns: self.worker_access.dns_config(),
+            worker_tls: self.worker_access.tls_config(),
             engine_metrics_interval: self.observability.engine_metrics_interval.map(Into::into),
             record: self.observability.record,
             state: self.observability.state,

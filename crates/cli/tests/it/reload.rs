@@ -4,7 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -253,6 +253,9 @@ fn a_reload_names_every_setting_that_changed() {
     )
     .unwrap();
     let mut text = format!("{CHANGED}key-file = {keys:?}\n");
+    // Each file is named by its own key, and those of TLS by one for all.
+    let tls = TlsFiles::new(&router.file);
+    text.push_str(&tls.settings());
     for name in ["admin-key-file", "metrics-key-file", "worker-api-key-file"] {
         text.push_str(&format!("{name} = {key:?}\n"));
     }
@@ -271,9 +274,49 @@ fn a_reload_names_every_setting_that_changed() {
     let mut expected = all_keys();
     expected.retain(|key| !other.contains(&key.as_str()));
     // Keys come from this file and from tables of the configuration file.
-    assert!(expected.remove("key-file"));
-    expected.insert("key".to_owned());
+    for (key, reported) in [
+        ("key-file", "key"),
+        ("tls-certificate", "tls"),
+        ("tls-key", "tls"),
+        ("tls-client-ca", "tls"),
+        ("tls-client-auth", "tls"),
+        ("worker-tls-key", "worker-tls-certificate"),
+    ] {
+        assert!(expected.remove(key), "{key}");
+        expected.insert(reported.to_owned());
+    }
     assert_eq!(named, expected);
+}
+
+/// A certificate and its key, which are removed at the end of the test.
+struct TlsFiles([PathBuf; 2]);
+
+impl TlsFiles {
+    fn new(path: &Path) -> Self {
+        let signed = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        let files = ["certificate", "private"].map(|end| path.with_extension(end));
+        std::fs::write(&files[0], signed.cert.pem()).unwrap();
+        std::fs::write(&files[1], signed.signing_key.serialize_pem()).unwrap();
+        Self(files)
+    }
+
+    /// Returns all settings of TLS as lines of a configuration file.
+    fn settings(&self) -> String {
+        let [certificate, key] = &self.0;
+        format!(
+            "tls-certificate = {certificate:?}\ntls-key = {key:?}\ntls-client-ca = {certificate:?}\n\
+             tls-client-auth = \"optional\"\nadmin-tls = true\nworker-tls-ca = {certificate:?}\n\
+             worker-tls-certificate = {certificate:?}\nworker-tls-key = {key:?}\n"
+        )
+    }
+}
+
+impl Drop for TlsFiles {
+    fn drop(&mut self) {
+        for path in &self.0 {
+            let _ = std::fs::remove_file(path);
+        }
+    }
 }
 
 /// Returns all keys of a configuration file, apart from the workers.

@@ -6,6 +6,7 @@ use serde::Deserialize;
 use super::access::refusal;
 use crate::kv_events::source::KvEvents;
 use crate::workers::worker_config::WorkerConfig;
+use crate::workers::worker_tls::WorkerTlsConfig;
 
 /// Parses the body `{"url": "URL[,name=NAME][,ranks=N][,blocks=N]…"}`, whose `url` is a description
 /// as for `--worker`.
@@ -32,6 +33,17 @@ pub fn parse_new_worker(body: &[u8]) -> Result<WorkerConfig, ApiError> {
         // Such a request could send any file of this machine to a server of its choice.
         let message = "`api-key-file` is not accepted here: name the file with --worker or \
                        --worker-api-key-file, which apply when the router starts.";
+        return Err(ApiError::bad_request(message, Some("url")));
+    }
+    if config
+        .tls
+        .as_ref()
+        .is_some_and(WorkerTlsConfig::names_files)
+    {
+        // The certificate could be shown to a server of the client's choice.
+        let message = "`tls-ca`, `tls-certificate` and `tls-key` are not accepted here: name the files \
+                       with --worker, or with --worker-tls-ca and --worker-tls-certificate, which \
+                       apply to all workers.";
         return Err(ApiError::bad_request(message, Some("url")));
     }
     check_event_endpoints(&config)?;

@@ -88,6 +88,8 @@ impl SettingChanges {
                 "max-reservations": admin.max_reservations,
                 "worker-api-key-file": worker_key.source,
                 "worker-api-key-for-clients": worker_key.for_clients,
+                "worker-tls-ca": worker_tls.ca,
+                "worker-tls-certificate": worker_tls.identity,
                 "dns-refresh": dns.refresh,
                 "health-path": health.path,
                 "health-method": health.method,

@@ -10,6 +10,8 @@ use std::collections::HashMap;
 use std::error::Error;
 use std::fmt;
 use std::future::poll_fn;
+use std::hash::{Hash, Hasher};
+use std::io;
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Waker};
@@ -27,6 +29,11 @@ use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
 use parking_lot::Mutex;
 use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::client::TlsStream;
+use tokio_util::either::Either;
+
+use crate::workers::worker_tls::WorkerTls;
 
 /// Time after which an idle connection is closed. Engines close idle connections too (vLLM after
 /// 5 s); closing them first avoids sending a request on a connection that the engine is about to
@@ -43,15 +50,46 @@ pub(super) const READ_BUFFER_BYTES: usize = 4 << 10;
 /// Maximum number of idle connections per worker: about as many as a burst leaves open.
 const IDLE_CONNECTIONS: usize = 1024;
 
+/// Where a connection goes, and how it is encrypted.
+#[derive(Clone, Debug)]
+pub(super) struct Destination {
+    /// Host and port.
+    pub(super) authority: Authority,
+    /// TLS; `None` for plain HTTP.
+    pub(super) tls: Option<Arc<WorkerTls>>,
+}
+
+impl PartialEq for Destination {
+    fn eq(&self, other: &Self) -> bool {
+        let is_same_tls = match (&self.tls, &other.tls) {
+            (Some(one), Some(other)) => Arc::ptr_eq(one, other),
+            (None, None) => true,
+            _ => false,
+        };
+        self.authority == other.authority && is_same_tls
+    }
+}
+
+impl Eq for Destination {}
+
+impl Hash for Destination {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.authority.hash(state);
+    }
+}
+
+/// Stream of a connection, encrypted or not. The encrypted one is boxed, because it is much larger.
+type WorkerStream = Either<TcpStream, Box<TlsStream<TcpStream>>>;
+
 /// Connection to a worker.
 struct Connection {
-    /// Host and port that it was opened to.
-    authority: Authority,
+    /// Where it was opened to.
+    destination: Destination,
     /// Value of the `host` header of requests that have none.
     host: HeaderValue,
     sender: http1::SendRequest<Full<Bytes>>,
     /// Future that reads and writes; the connection is closed when it is ready.
-    driver: http1::Connection<TokioIo<TcpStream>, Full<Bytes>>,
+    driver: http1::Connection<TokioIo<WorkerStream>, Full<Bytes>>,
 }
 
 impl Connection {
@@ -76,32 +114,38 @@ impl IdleConnection {
     }
 }
 
-/// Idle connections, by the host and port that they were opened to. Those used last come last.
-type IdleConnections = HashMap<Authority, Vec<IdleConnection>>;
+/// Idle connections, by where they were opened to. Those used last come last.
+type IdleConnections = HashMap<Destination, Vec<IdleConnection>>;
 
 /// Connections to all workers.
 pub(super) struct ConnectionPool {
     connector: TowerToHyperService<HttpConnector>,
+    /// Maximum time of a handshake of TLS.
+    handshake_timeout: Duration,
     idle: Mutex<IdleConnections>,
 }
 
 impl ConnectionPool {
     /// Creates a pool without connections. Starts the task that closes idle connections, so this
     /// must run inside a tokio runtime.
-    pub(super) fn start(connector: HttpConnector) -> Arc<Self> {
+    pub(super) fn start(connector: HttpConnector, handshake_timeout: Duration) -> Arc<Self> {
         let pool = Arc::new(Self {
             connector: TowerToHyperService::new(connector),
+            handshake_timeout,
             idle: Mutex::default(),
         });
         tokio::spawn(close_unused(Arc::downgrade(&pool)));
         pool
     }
 
-    /// Takes the idle connection to `authority` that was used last; `None` if there is none that is
+    /// Takes the idle connection to `destination` that was used last; `None` if there is none that is
     /// still open.
-    pub(super) fn take_idle(self: &Arc<Self>, authority: &Authority) -> Option<ConnectionLease> {
+    pub(super) fn take_idle(
+        self: &Arc<Self>,
+        destination: &Destination,
+    ) -> Option<ConnectionLease> {
         let mut idle = self.idle.lock();
-        let connections = idle.get_mut(authority)?;
+        let connections = idle.get_mut(destination)?;
         while let Some(mut idle) = connections.pop() {
             if idle.is_usable() {
                 return Some(ConnectionLease {
@@ -113,14 +157,16 @@ impl ConnectionPool {
         None
     }
 
-    /// Opens a connection to `authority`.
+    /// Opens a connection to `destination`.
     ///
     /// # Errors
-    /// Returns the connector's error, with the I/O error that caused it among its sources.
+    /// Returns the error of the connector or of the handshake, with the I/O error that caused it among
+    /// its sources.
     pub(super) async fn connect(
         self: &Arc<Self>,
-        authority: &Authority,
+        destination: &Destination,
     ) -> Result<ConnectionLease, Box<dyn Error + Send + Sync>> {
+        let Destination { authority, tls } = destination;
         let url = Uri::builder()
             .scheme(Scheme::HTTP)
             .authority(authority.clone())
@@ -128,18 +174,27 @@ impl ConnectionPool {
             .build()?;
         // As HTTP clients write it: the port is left out if it is the scheme's.
         let host = match authority.port_u16() {
-            Some(port) if port != 80 => format!("{}:{port}", authority.host()),
+            Some(port) if port != default_port(tls.is_some()) => {
+                format!("{}:{port}", authority.host())
+            }
             _ => authority.host().to_owned(),
         };
         let host = HeaderValue::try_from(host)?;
-        let stream = self.connector.call(url).await?;
+        let stream = self.connector.call(url).await?.into_inner();
+        let stream = match tls {
+            None => Either::Left(stream),
+            Some(tls) => {
+                let handshake = timeout(self.handshake_timeout, tls.connect(stream)).await;
+                let timed_out = |_| io::Error::from(io::ErrorKind::TimedOut);
+                Either::Right(Box::new(handshake.map_err(timed_out)??))
+            }
+        };
         let (sender, driver) = http1::Builder::new()
             .read_buf_exact_size(Some(READ_BUFFER_BYTES))
-            .handshake(stream)
+            .handshake(TokioIo::new(stream))
             .await?;
-        let authority = authority.clone();
         let connection = Connection {
-            authority,
+            destination: destination.clone(),
             host,
             sender,
             driver,
@@ -149,6 +204,11 @@ impl ConnectionPool {
             pool: Arc::clone(self),
         })
     }
+}
+
+/// Returns the port of a URL that names none.
+fn default_port(is_encrypted: bool) -> u16 {
+    if is_encrypted { 443 } else { 80 }
 }
 
 impl fmt::Debug for ConnectionPool {
@@ -230,7 +290,7 @@ impl Drop for ConnectionLease {
             return;
         }
         let mut idle = self.pool.idle.lock();
-        let connections = idle.entry(connection.authority.clone()).or_default();
+        let connections = idle.entry(connection.destination.clone()).or_default();
         if connections.len() < IDLE_CONNECTIONS {
             connections.push(IdleConnection {
                 connection,

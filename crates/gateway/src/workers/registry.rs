@@ -13,6 +13,7 @@ use crate::workers::model_catalog::ModelCatalog;
 use crate::workers::model_list::ListedModel;
 use crate::workers::worker::Worker;
 use crate::workers::worker_config::WorkerConfig;
+use crate::workers::worker_tls::WorkerTlsConfig;
 
 /// All workers of a gateway, by id. The router decides which of them can be chosen.
 #[derive(Debug, Default)]
@@ -22,13 +23,17 @@ pub(crate) struct WorkerRegistry {
     catalog: ModelCatalog,
     /// Key of workers whose description names none.
     default_key: WorkerKeyConfig,
+    /// Files of TLS of workers whose description names none.
+    default_tls: WorkerTlsConfig,
 }
 
 impl WorkerRegistry {
-    /// Creates an empty list, for workers with this API key unless their description names one.
-    pub(crate) fn new(default_key: WorkerKeyConfig) -> Self {
+    /// Creates an empty list, for workers with this API key and these files of TLS unless their
+    /// description names others.
+    pub(crate) fn new(default_key: WorkerKeyConfig, default_tls: WorkerTlsConfig) -> Self {
         Self {
             default_key,
+            default_tls,
             ..Self::default()
         }
     }
@@ -88,7 +93,12 @@ impl WorkerRegistry {
             prefix_caching: config.prefix_caching.unwrap_or(prefix_caching),
             eviction: config.eviction.unwrap_or_default(),
         })?;
-        let worker = Arc::new(Worker::new(id, config, &self.default_key));
+        let worker = Arc::new(Worker::new(
+            id,
+            config,
+            &self.default_key,
+            &self.default_tls,
+        ));
         self.by_id.write().insert(id, Arc::clone(&worker));
         Ok(worker)
     }

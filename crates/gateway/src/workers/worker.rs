@@ -1,6 +1,7 @@
 //! The gateway's record of one worker: how requests reach it, and what it reported about itself.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,7 @@ use crate::workers::health_record::HealthRecord;
 use crate::workers::liveness::Liveness;
 use crate::workers::model_list::ModelList;
 use crate::workers::worker_config::WorkerConfig;
+use crate::workers::worker_tls::{WorkerTls, WorkerTlsConfig};
 
 /// Header that pins a request to one data-parallel rank of an engine, for vLLM and SGLang alike.
 pub(crate) const RANK_HEADER: &str = "x-data-parallel-rank";
@@ -57,6 +59,8 @@ pub(crate) struct Worker {
     pub(crate) event_source: watch::Sender<Option<EventSource>>,
     /// Requests a new connection to the worker's KV events, because the worker was unreachable.
     pub(crate) resubscribe: Notify,
+    /// TLS of connections to the worker, or why it cannot be used; `None` for plain HTTP.
+    tls: Option<Result<Arc<WorkerTls>, String>>,
     /// Whether the router had ejected the worker when that was last noted.
     is_ejected: AtomicBool,
     /// Whether the worker was removed, which ends its tasks.
@@ -65,10 +69,26 @@ pub(crate) struct Worker {
 
 impl Worker {
     /// Returns a worker without models that was not heard of yet. `default_key` is its key unless
-    /// `config` names one.
-    pub(super) fn new(id: WorkerId, config: WorkerConfig, default_key: &WorkerKeyConfig) -> Self {
+    /// `config` names one, and `default_tls` has the files of its TLS.
+    pub(super) fn new(
+        id: WorkerId,
+        config: WorkerConfig,
+        default_key: &WorkerKeyConfig,
+        default_tls: &WorkerTlsConfig,
+    ) -> Self {
+        let tls = config.tls.as_ref().map(|tls| {
+            if !tls.verifies {
+                tracing::warn!(
+                    worker = %config.name,
+                    "the worker's certificate is not verified: another server can take its place"
+                );
+            }
+            let loaded = tls.or(default_tls).load(config.host());
+            loaded.map(Arc::new).map_err(|error| error.to_string())
+        });
         Self {
             id,
+            tls,
             header: config.header(),
             rank_header: config.rank.map(HeaderValue::from),
             event_source: watch::Sender::new(match &config.kv_events {
@@ -88,6 +108,14 @@ impl Worker {
             is_ejected: AtomicBool::new(false),
             removed: watch::Sender::new(false),
         }
+    }
+
+    /// Returns the TLS of connections to the worker; `None` for plain HTTP.
+    ///
+    /// # Errors
+    /// Fails with a text if the files cannot be used.
+    pub(crate) fn tls(&self) -> Result<Option<Arc<WorkerTls>>, String> {
+        self.tls.clone().transpose()
     }
 
     /// Returns the configured capacity or else the reported one, in engine blocks; `None` if neither

@@ -11,9 +11,13 @@ use http::{HeaderValue, Uri};
 
 use crate::kv_events::source::{KvEvents, check_endpoint};
 use crate::workers::health_config::HealthPath;
+use crate::workers::worker_tls::WorkerTlsConfig;
 
 /// Port of a URL without one.
 const DEFAULT_PORT: u16 = 80;
+
+/// Port of an `https://` URL that names none.
+const DEFAULT_TLS_PORT: u16 = 443;
 
 /// Maximum number of data-parallel ranks of one engine.
 const MAX_RANKS: u32 = 1024;
@@ -22,7 +26,8 @@ const MAX_RANKS: u32 = 1024;
 ///
 /// The text form is `URL[,name=NAME][,ranks=N][,blocks=N][,prefix-caching=on|off]
 /// [,eviction=queue|radix][,kv-events=ENDPOINT|off[,replay=ENDPOINT][,topic=TOPIC]]
-/// [,health-path=PATH|none][,api-key-file=PATH][,resolve=on|off]`.
+/// [,health-path=PATH|none][,api-key-file=PATH][,resolve=on|off][,tls-ca=PATH]
+/// [,tls-certificate=PATH,tls-key=PATH][,tls-server-name=NAME][,tls-verify=on|off]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkerConfig {
     /// Unique name; by default the host and port of the URL.
@@ -47,6 +52,8 @@ pub struct WorkerConfig {
     pub health_path: Option<HealthPath>,
     /// File with the API key of the gateway's own requests; `None` for the gateway's key.
     pub api_key_file: Option<PathBuf>,
+    /// TLS, for an `https://` URL; `None` for plain HTTP.
+    pub tls: Option<WorkerTlsConfig>,
     /// Whether the gateway resolves a host name in the background, to one worker for each address.
     /// Otherwise the name is one worker and is resolved for each connection.
     pub resolve: bool,
@@ -69,7 +76,8 @@ impl WorkerConfig {
     /// Returns the URL, without a slash at its end.
     #[must_use]
     pub fn url(&self) -> String {
-        format!("http://{}{}", self.authority, self.base_path)
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}{}", self.authority, self.base_path)
     }
 
     /// Returns the name of the engine: without the rank and the address, if this worker is one rank
@@ -94,7 +102,11 @@ impl WorkerConfig {
 
     /// Returns the port of the URL.
     pub(crate) fn port(&self) -> u16 {
-        self.authority.port_u16().unwrap_or(DEFAULT_PORT)
+        let default = match self.tls {
+            Some(_) => DEFAULT_TLS_PORT,
+            None => DEFAULT_PORT,
+        };
+        self.authority.port_u16().unwrap_or(default)
     }
 
     /// Returns whether the gateway resolves the host of the URL in the background: the host is a
@@ -166,6 +178,30 @@ impl WorkerConfig {
         Ok(())
     }
 
+    /// Sets an option of TLS. Fails with the problem as text if the URL is not one of `https://`, or
+    /// the option or its value is unknown. A certificate without its key is left half.
+    fn set_tls_option(&mut self, option: &str, value: &str) -> Result<(), String> {
+        let tls = self.tls.as_mut();
+        let tls = tls.ok_or_else(|| format!("`{option}` needs a URL that begins with https://"))?;
+        match (option, value) {
+            ("tls-verify", "on") => tls.verifies = true,
+            ("tls-verify", "off") => tls.verifies = false,
+            ("tls-verify", _) => return Err("`tls-verify` must be on or off".to_owned()),
+            (_, "") => return Err(format!("`{option}` must not be empty")),
+            ("tls-ca", path) => tls.ca = Some(path.into()),
+            ("tls-certificate", path) => tls.identity.get_or_insert_default().0 = path.into(),
+            ("tls-key", path) => tls.identity.get_or_insert_default().1 = path.into(),
+            ("tls-server-name", name) => tls.server_name = Some(name.to_owned()),
+            _ => {
+                return Err(format!(
+                    "unknown option `{option}`: use tls-ca, tls-certificate, tls-key, \
+                     tls-server-name or tls-verify"
+                ));
+            }
+        }
+        Ok(())
+    }
+
     /// Parses the URL of a description, without options. `http://` may be left out. The name is the
     /// host and port. Fails with the problem as text if the URL has another scheme, no host, a user
     /// name, an invalid port or a query.
@@ -178,9 +214,11 @@ impl WorkerConfig {
         let uri: Uri = with_scheme
             .parse()
             .map_err(|error| format!("not a URL ({error}); write http://HOST:PORT"))?;
-        if uri.scheme() != Some(&Scheme::HTTP) {
-            return Err("only http:// URLs are supported".to_owned());
-        }
+        let tls = match uri.scheme() {
+            Some(scheme) if *scheme == Scheme::HTTP => None,
+            Some(scheme) if *scheme == Scheme::HTTPS => Some(WorkerTlsConfig::default()),
+            _ => return Err("the URL must begin with http:// or https://".to_owned()),
+        };
         let authority = uri
             .authority()
             .filter(|authority| !authority.host().is_empty())
@@ -207,6 +245,7 @@ impl WorkerConfig {
             kv_events: KvEvents::default(),
             health_path: None,
             api_key_file: None,
+            tls,
             resolve: true,
             member: None,
         })
@@ -280,15 +319,27 @@ impl FromStr for WorkerConfig {
                     return Err(fail("`api-key-file` must not be empty".to_owned()));
                 }
                 ("api-key-file", path) => worker.api_key_file = Some(path.into()),
+                (option, value) if option.starts_with("tls-") => {
+                    worker.set_tls_option(option, value).map_err(fail)?;
+                }
                 ("resolve", "on") => worker.resolve = true,
                 ("resolve", "off") => worker.resolve = false,
                 ("resolve", _) => return Err(fail("`resolve` must be on or off".to_owned())),
                 (key, _) => {
                     let known = "name, ranks, blocks, prefix-caching, eviction, kv-events, replay, \
-                                 topic, health-path, api-key-file or resolve";
+                                 topic, health-path, api-key-file, resolve, tls-ca, \
+                                 tls-certificate, tls-key, tls-server-name or tls-verify";
                     return Err(fail(format!("unknown option `{key}`: use {known}")));
                 }
             }
+        }
+        let identity = worker.tls.as_ref().and_then(|tls| tls.identity.as_ref());
+        let is_half = |(certificate, key): &(PathBuf, PathBuf)| {
+            certificate.as_os_str().is_empty() || key.as_os_str().is_empty()
+        };
+        if identity.is_some_and(is_half) {
+            let problem = "`tls-certificate` and `tls-key` need each other";
+            return Err(fail(problem.to_owned()));
         }
         worker.complete_events(replay, topic).map_err(fail)?;
         Ok(worker)

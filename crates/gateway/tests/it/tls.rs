@@ -5,16 +5,18 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use foresee_core::workers::WorkerState;
 use foresee_gateway::{ClientAuth, Gateway, TlsConfig};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use rustls::crypto::ring::default_provider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, RootCertStore};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
+use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::client::TlsStream;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use crate::fake_worker::*;
 
@@ -309,5 +311,143 @@ async fn files_that_cannot_be_used_fail_the_start() {
         config.tls = Some(change);
         let error = Gateway::start(config).unwrap_err().to_string();
         assert!(error.contains(part), "{error}");
+    }
+}
+
+/// Starts an engine that speaks TLS, and responds to every request with a model list. With `clients`,
+/// it needs a certificate of that authority.
+async fn tls_engine(authority: &Authority, clients: Option<&Authority>) -> SocketAddr {
+    let identity = authority.sign("engine");
+    let provider = Arc::new(default_provider());
+    let builder = rustls::ServerConfig::builder_with_provider(Arc::clone(&provider))
+        .with_safe_default_protocol_versions()
+        .unwrap();
+    let builder = match clients {
+        Some(clients) => {
+            let mut roots = RootCertStore::empty();
+            let root = CertificateDer::from_pem_slice(clients.certificate.as_bytes());
+            roots.add(root.unwrap()).unwrap();
+            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
+            builder.with_client_cert_verifier(verifier.build().unwrap())
+        }
+        None => builder.with_no_client_auth(),
+    };
+    let certificate = CertificateDer::from_pem_slice(identity.certificate.as_bytes()).unwrap();
+    let key = PrivateKeyDer::from_pem_slice(identity.key.as_bytes()).unwrap();
+    let config = builder.with_single_cert(vec![certificate], key).unwrap();
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            let acceptor = acceptor.clone();
+            tokio::spawn(async move {
+                let Ok(mut stream) = acceptor.accept(stream).await else {
+                    return;
+                };
+                let list = format!("{{\"data\": [{{\"id\": \"{MODEL}\"}}]}}");
+                let response = whole("200 OK", "application/json", list);
+                let mut bytes = [0; 65536];
+                // Requests of the test are shorter than a read.
+                while let Ok(1..) = stream.read(&mut bytes).await {
+                    stream.write_all(&response).await.unwrap();
+                }
+            });
+        }
+    });
+    address
+}
+
+#[tokio::test]
+async fn workers_are_reached_over_tls_if_their_certificate_is_trusted() {
+    let (authority, other, clients) = (Authority::new(), Authority::new(), Authority::new());
+    let identity = clients.sign("router");
+    let files = Files::new("workers", &identity);
+    files.write_file("ca.pem", &authority.certificate);
+    files.write_file("other.pem", &other.certificate);
+    let path = |name: &str| files.0.join(name).display().to_string();
+    let (ca, other) = (path("ca.pem"), path("other.pem"));
+    let shown = format!(
+        "tls-certificate={},tls-key={}",
+        path("certificate.pem"),
+        path("key.pem")
+    );
+    let open = tls_engine(&authority, None).await.port();
+    let closed = tls_engine(&authority, Some(&clients)).await.port();
+    for (worker, is_healthy) in [
+        (
+            format!("https://localhost:{open},resolve=off,tls-ca={ca}"),
+            true,
+        ),
+        (
+            format!("https://localhost:{open},resolve=off,tls-ca={other}"),
+            false,
+        ),
+        (format!("https://localhost:{open},resolve=off"), false),
+        (
+            format!("https://localhost:{open},resolve=off,tls-verify=off"),
+            true,
+        ),
+        (format!("https://127.0.0.1:{open},tls-ca={ca}"), false),
+        (
+            format!("https://127.0.0.1:{open},tls-ca={ca},tls-server-name=localhost"),
+            true,
+        ),
+        (format!("http://127.0.0.1:{open}"), false),
+        (
+            format!("https://localhost:{closed},resolve=off,tls-ca={ca}"),
+            false,
+        ),
+        (
+            format!("https://localhost:{closed},resolve=off,tls-ca={ca},{shown}"),
+            true,
+        ),
+    ] {
+        let mut config = config(&[]);
+        config.workers = vec![worker.parse().unwrap()];
+        let gateway = Gateway::start(config).unwrap();
+        let name = workers(&gateway).into_keys().next().unwrap();
+        if is_healthy {
+            until("a healthy worker", || {
+                state(&gateway, &name) == WorkerState::Healthy
+            })
+            .await;
+            let response = call(gateway.address(), "POST", CHAT, chat("hi", false)).await;
+            assert_eq!(response.status(), 200, "{worker}");
+        } else {
+            a_few_probe_intervals().await;
+            assert_eq!(state(&gateway, &name), WorkerState::Unhealthy, "{worker}");
+        }
+        gateway.shut_down().await;
+    }
+}
+
+#[tokio::test]
+async fn files_of_workers_are_checked_at_the_start_and_not_taken_from_clients() {
+    let mut with_missing = config(&[]);
+    let worker = "https://localhost:1,tls-ca=/nonexistent";
+    with_missing.workers = vec![worker.parse().unwrap()];
+    let error = Gateway::start(with_missing).unwrap_err().to_string();
+    assert!(error.contains("/nonexistent"), "{error}");
+    let gateway = gateway(&[]).await;
+    let body = format!("{{\"url\": \"{worker}\"}}");
+    let response = call(gateway.admin_address(), "POST", "/admin/workers", body).await;
+    let error = response.error(400);
+    assert!(
+        error["message"].as_str().unwrap().contains("tls-ca"),
+        "{error}"
+    );
+    for invalid in [
+        "http://a:1,tls-ca=/x",
+        "https://a:1,tls-verify=maybe",
+        "https://a:1,tls-certificate=/x",
+        "https://a:1,tls-unknown=x",
+        "ftp://a:1",
+    ] {
+        assert!(
+            invalid.parse::<foresee_gateway::WorkerConfig>().is_err(),
+            "{invalid}"
+        );
     }
 }

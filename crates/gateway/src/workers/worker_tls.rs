@@ -1,0 +1,182 @@
+//! TLS of connections to one worker: which certificates are trusted, and which one the gateway shows.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::ring::default_provider;
+use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+use crate::tls::{TlsError, certificates, roots_of};
+
+/// Files and checks of TLS with a worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkerTlsConfig {
+    /// Certificates in PEM of the authorities that sign the worker's; `None` for those that the
+    /// system trusts.
+    pub ca: Option<PathBuf>,
+    /// Certificate chain and key in PEM that the gateway shows to the worker.
+    pub identity: Option<(PathBuf, PathBuf)>,
+    /// Name that the worker's certificate must have; `None` for the host of its URL.
+    pub server_name: Option<String>,
+    /// Whether the worker's certificate is verified.
+    pub verifies: bool,
+}
+
+impl Default for WorkerTlsConfig {
+    fn default() -> Self {
+        Self {
+            ca: None,
+            identity: None,
+            server_name: None,
+            verifies: true,
+        }
+    }
+}
+
+impl WorkerTlsConfig {
+    /// Returns whether files of this machine are named.
+    pub(crate) fn names_files(&self) -> bool {
+        self.ca.is_some() || self.identity.is_some()
+    }
+
+    /// Returns this configuration with the files of `defaults` where it names none.
+    pub(crate) fn or(&self, defaults: &Self) -> Self {
+        Self {
+            ca: self.ca.clone().or_else(|| defaults.ca.clone()),
+            identity: self.identity.clone().or_else(|| defaults.identity.clone()),
+            ..self.clone()
+        }
+    }
+
+    /// Reads the files. `host` is that of the worker's URL.
+    ///
+    /// # Errors
+    /// Fails if a file cannot be used, or the name is not one of a host.
+    pub(crate) fn load(&self, host: &str) -> Result<WorkerTls, TlsError> {
+        let name = self.server_name.as_deref().unwrap_or(host);
+        let server_name = ServerName::try_from(name.to_owned());
+        let server_name = server_name.map_err(|_| TlsError::ServerName(name.to_owned()))?;
+        let provider = Arc::new(default_provider());
+        let builder = ClientConfig::builder_with_provider(Arc::clone(&provider));
+        let builder = builder.with_safe_default_protocol_versions();
+        let builder = builder.map_err(|error| TlsError::Provider(error.to_string()))?;
+        let builder = if self.verifies {
+            builder.with_root_certificates(self.roots()?)
+        } else {
+            let verifier = Arc::new(NoVerification(provider));
+            builder
+                .dangerous()
+                .with_custom_certificate_verifier(verifier)
+        };
+        let mut config = match &self.identity {
+            Some((certificate, key)) => {
+                let chain = certificates(certificate)?;
+                let private_key = PrivateKeyDer::from_pem_file(key);
+                let private_key = private_key.map_err(|error| TlsError::File {
+                    path: key.clone(),
+                    error,
+                })?;
+                let identity = builder.with_client_auth_cert(chain, private_key);
+                identity.map_err(|error| TlsError::Certificate {
+                    certificate: certificate.clone(),
+                    key: key.clone(),
+                    error,
+                })?
+            }
+            None => builder.with_no_client_auth(),
+        };
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        Ok(WorkerTls {
+            connector: TlsConnector::from(Arc::new(config)),
+            server_name,
+        })
+    }
+
+    /// Returns the trusted authorities.
+    fn roots(&self) -> Result<RootCertStore, TlsError> {
+        let Some(path) = &self.ca else {
+            let mut roots = RootCertStore::empty();
+            // Certificates of the system that cannot be parsed are left out.
+            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+            return Ok(roots);
+        };
+        roots_of(path)
+    }
+}
+
+/// TLS of connections to one worker.
+#[derive(Clone)]
+pub(crate) struct WorkerTls {
+    connector: TlsConnector,
+    server_name: ServerName<'static>,
+}
+
+impl WorkerTls {
+    /// Performs the handshake of a new connection.
+    ///
+    /// # Errors
+    /// Fails if the connection is lost, or a side does not accept the other's certificate.
+    pub(crate) async fn connect(&self, stream: TcpStream) -> std::io::Result<TlsStream<TcpStream>> {
+        self.connector
+            .connect(self.server_name.clone(), stream)
+            .await
+    }
+}
+
+impl fmt::Debug for WorkerTls {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = &self.server_name;
+        f.debug_struct("WorkerTls")
+            .field("server_name", name)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Accepts every certificate of a worker.
+#[derive(Debug)]
+struct NoVerification(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for NoVerification {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        verify_tls12_signature(message, certificate, signature, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        verify_tls13_signature(message, certificate, signature, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
