@@ -3,6 +3,7 @@
 mod admin_args;
 mod client_args;
 mod connections;
+mod discovery_args;
 mod health_args;
 mod outlier;
 mod settings;

@@ -318,7 +318,7 @@ impl AdminApi {
             let (status, code) = match error {
                 ReloadError::NoSource => (409, "no_configuration"),
                 ReloadError::Invalid(_) => (400, "invalid_configuration"),
-                ReloadError::Worker { .. } => (409, "worker_conflict"),
+                ReloadError::Worker(_) => (409, "worker_conflict"),
             };
             refusal(status, code, format!("Nothing was reloaded: {error}."))
         })?;

@@ -8,12 +8,14 @@ use foresee_core::queue::QueueOrder;
 use foresee_core::retry_budget::RetryBudget;
 use foresee_core::router::Router;
 use parking_lot::Mutex;
+use tokio::task::JoinHandle;
 
 use crate::accept::{ConnectionLimit, ConnectionSettings};
 use crate::admin::{AdminApi, AdminConfig, AdminParts};
 use crate::client_headers::ClientHeaders;
 use crate::clock::Clock;
 use crate::config::GatewayConfig;
+use crate::discovery::Discovery;
 use crate::failover::{FailoverContext, new_retry_budget};
 use crate::keys::KeyRing;
 use crate::listen::default_max_connections;
@@ -31,6 +33,7 @@ use crate::shutdown::ShutdownSignal;
 use crate::state_file::StateFile;
 use crate::tls::TlsTermination;
 use crate::tracked_body::ResponseLimits;
+use crate::workers::reconcile::Reconciler;
 use crate::workers::removals::Removals;
 use crate::workers::{Workers, WorkersConfig};
 
@@ -158,19 +161,32 @@ impl GatewayParts {
         }
     }
 
+    /// Returns the reconciler of workers, and starts the tasks that follow the lists of workers.
+    pub(crate) fn discovery(
+        &self,
+        config: &GatewayConfig,
+    ) -> (Arc<Reconciler>, Vec<JoinHandle<()>>) {
+        let (workers, removals) = (Arc::clone(&self.workers), Arc::clone(&self.removals));
+        let reconciler = Reconciler::new(workers, removals, config.workers.clone());
+        let reconciler = Arc::new(reconciler);
+        let metrics = Arc::clone(&self.metrics);
+        let tasks = Discovery::start(config.discovery.clone(), Arc::clone(&reconciler), metrics);
+        (reconciler, tasks)
+    }
+
     /// Returns the reloader, which swaps `proxy` and `admin` for ones with the settings of another
     /// configuration.
     pub(crate) fn reloader(
         &self,
         config: GatewayConfig,
         source: Option<ConfigSource>,
+        reconciler: Arc<Reconciler>,
         proxy: &Arc<ArcSwap<Proxy>>,
         admin: &Arc<ArcSwap<AdminConfig>>,
     ) -> Reloader {
         let (parts, proxy, admin) = (self.clone(), Arc::clone(proxy), Arc::clone(admin));
         let parts = ReloadParts {
-            workers: Arc::clone(&self.workers),
-            removals: Arc::clone(&self.removals),
+            reconciler,
             router: self.router.clone(),
             metrics: Arc::clone(&self.metrics),
             tls: Arc::clone(&self.tls),

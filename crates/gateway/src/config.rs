@@ -12,6 +12,7 @@ use http::header::{AUTHORIZATION, HeaderName};
 use crate::admin::settings::{AdminConfig, AdminListen};
 use crate::client_headers::ClientTrust;
 use crate::connection_state::ConnectionConfig;
+use crate::discovery::DiscoveryConfig;
 use crate::keys::key_config::KeyConfig;
 use crate::pass_through::PassThroughPath;
 use crate::placement::tokenization::PromptTokenizer;
@@ -42,6 +43,8 @@ pub struct GatewayConfig {
     pub keys: Option<Vec<KeyConfig>>,
     /// Workers that the gateway starts with.
     pub workers: Vec<WorkerConfig>,
+    /// Lists of further workers.
+    pub discovery: DiscoveryConfig,
     /// How requests are routed and queued.
     pub router: RouterConfig,
     /// Maximum number of requests queued in the router; further requests are refused. `None` for no
@@ -167,6 +170,7 @@ impl Default for GatewayConfig {
             admin_tls: false,
             keys: None,
             workers: Vec::new(),
+            discovery: DiscoveryConfig::default(),
             router: RouterConfig::default(),
             queue_limit: None,
             tenant_header: AUTHORIZATION,

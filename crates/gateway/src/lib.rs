@@ -37,6 +37,7 @@ mod completion;
 mod config;
 mod connection;
 mod connection_state;
+mod discovery;
 mod engine_metrics;
 mod failover;
 mod keys;
@@ -69,8 +70,9 @@ pub use admin::{AdminConfig, AdminKey, AdminListen, KeyError, UnprotectedAdmin, 
 pub use client_headers::ClientTrust;
 pub use config::{GatewayConfig, default_io_threads};
 pub use connection_state::ConnectionConfig;
+pub use discovery::DiscoveryConfig;
 pub use foresee_api::admin::Reload;
-pub use http::HeaderName;
+pub use http::{HeaderName, Uri};
 pub use ipnet::IpNet;
 pub use keys::key_config::{KeyConfig, KeyHash, KeyLimits, Scope, new_key};
 pub use kv_events::source::{EventSource, KvEvents};
@@ -85,6 +87,7 @@ pub use tls::{ClientAuth, TlsConfig, TlsError};
 
 pub use workers::api_key::{ApiKeyError, ApiKeySource, WorkerKeyConfig};
 pub use workers::health_config::{HealthConfig, HealthMethod, HealthPath};
+pub use workers::reconcile::AddError;
 pub use workers::resolve::{DnsConfig, Resolver};
 pub use workers::worker_config::{WorkerConfig, WorkerConfigError};
 pub use workers::worker_tls::WorkerTlsConfig;

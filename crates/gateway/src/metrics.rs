@@ -159,6 +159,10 @@ declare_metrics! {
         "Bookings: prompts and outputs of the requests that are queued or running";
     prefix_tree_nodes: Gauge, "nodes", NO_LABEL,
         "Nodes of the prefix trees; the router's memory is proportional to them";
+    pub(crate) discovery_errors: Counter, "lists", NO_LABEL,
+        "Lists of workers that could not be used, or not as a whole";
+    pub(crate) discovery_last_success_timestamp_seconds: FloatGauge, "seconds", NO_LABEL,
+        "Unix time at which a list of workers was used last; 0 without lists";
     pub(crate) tls_certificate_expiry_timestamp_seconds: FloatGauge, "seconds", NO_LABEL,
         "Unix time at which the certificate of the listeners expires; 0 without TLS";
     pub(crate) tls_handshake_failures: Counter, "handshakes", NO_LABEL,

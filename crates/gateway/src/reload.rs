@@ -13,16 +13,14 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use foresee_api::admin::Reload;
 use foresee_core::router::Router;
-use foresee_core::workers::WorkerError;
 use parking_lot::Mutex;
 
 use crate::config::GatewayConfig;
 use crate::metrics::Metrics;
 use crate::tls::{TlsConfig, TlsTermination};
-use crate::workers::Workers;
-use crate::workers::removals::{DEFAULT_DRAIN_TIMEOUT, Removals};
+use crate::workers::reconcile::{AddError, Reconciler, Source};
 use crate::workers::worker_config::WorkerConfig;
-use changes::{SettingChanges, WorkerChanges};
+use changes::SettingChanges;
 
 /// Reads the configuration anew, from the same flags, variables and files as at the start. The error
 /// is a text for the operator.
@@ -38,13 +36,8 @@ pub enum ReloadError {
     #[error("{0}")]
     Invalid(String),
     /// A worker cannot be added.
-    #[error("cannot add worker `{name}`: {error}")]
-    Worker {
-        /// Name of the worker.
-        name: String,
-        /// Why it cannot be added.
-        error: WorkerError,
-    },
+    #[error(transparent)]
+    Worker(#[from] AddError),
 }
 
 /// Applies the settings of requests and of the admin listener.
@@ -52,8 +45,7 @@ pub(crate) type ApplySettings = Box<dyn Fn(&GatewayConfig) + Send + Sync>;
 
 /// Parts of a gateway that a reload changes.
 pub(crate) struct ReloadParts {
-    pub(crate) workers: Arc<Workers>,
-    pub(crate) removals: Arc<Removals>,
+    pub(crate) reconciler: Arc<Reconciler>,
     pub(crate) router: Router,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) tls: Arc<TlsTermination>,
@@ -151,8 +143,8 @@ impl Reloader {
         let loaded = new.tls.as_ref().map(TlsConfig::load).transpose();
         let loaded = loaded.map_err(|error| invalid(&error))?;
 
-        let workers = WorkerChanges::between(&in_force.workers, &new.workers);
-        self.change_workers(&workers)?;
+        let reconciler = &self.parts.reconciler;
+        let workers = reconciler.reconcile(&Source::Config, new.workers.clone())?;
         let settings = SettingChanges::between(in_force, &new);
         // The ranges are checked above.
         let _ = self.parts.router.set_tuning(tuning);
@@ -166,69 +158,6 @@ impl Reloader {
             workers_replaced: names(workers.replaced.iter().map(|(_, new)| new)),
             workers_removed: names(&workers.removed),
         })
-    }
-
-    /// Adds and replaces workers, and drains those that are removed. If a worker cannot be added,
-    /// removes those that were added before it, and changes no other.
-    fn change_workers(&self, changes: &WorkerChanges) -> Result<(), ReloadError> {
-        let mut added: Vec<&WorkerConfig> = Vec::new();
-        for engine in &changes.added {
-            if let Err(error) = self.add(engine) {
-                for engine in added {
-                    self.parts.removals.remove_now(&engine.name);
-                }
-                return Err(error);
-            }
-            added.push(engine);
-        }
-        for (old, new) in &changes.replaced {
-            self.parts.removals.remove_now(&old.name);
-            if let Err(error) = self.add(new) {
-                // The old one fits where it was.
-                let _ = self.add(old);
-                for engine in added {
-                    self.parts.removals.remove_now(&engine.name);
-                }
-                return Err(error);
-            }
-        }
-        for engine in &changes.removed {
-            let removals = &self.parts.removals;
-            removals.remove_when_drained(&engine.name, DEFAULT_DRAIN_TIMEOUT);
-        }
-        Ok(())
-    }
-
-    /// Adds an engine and starts its tasks. An engine of this name that is being removed stays, if it
-    /// has the same description, and is otherwise removed at once. Has no effect if the engine was
-    /// added over HTTP with the same description.
-    fn add(&self, engine: &WorkerConfig) -> Result<(), ReloadError> {
-        let ReloadParts {
-            workers, removals, ..
-        } = &self.parts;
-        let present = workers.registry().all();
-        let present = present
-            .iter()
-            .find(|worker| worker.config.engine_name() == engine.name);
-        if let Some(present) = present {
-            let is_same = engine.workers().contains(&present.config);
-            let is_leaving = removals.is_pending(present.id);
-            match (is_same, is_leaving) {
-                (true, true) => {
-                    removals.set_draining(&engine.name, false);
-                    return Ok(());
-                }
-                (true, false) => return Ok(()),
-                (false, true) => removals.remove_now(&engine.name),
-                (false, false) => {}
-            }
-        }
-        let added = workers.add(engine).map_err(|error| ReloadError::Worker {
-            name: engine.name.clone(),
-            error,
-        })?;
-        workers.start(added);
-        Ok(())
     }
 }
 

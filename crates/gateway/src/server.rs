@@ -209,7 +209,9 @@ impl Gateway {
             tasks.push(tokio::spawn(Arc::clone(file).save_in_intervals()));
         }
         let admin_config = Arc::new(ArcSwap::from_pointee(config.admin.clone()));
-        let reloader = parts.reloader(config.clone(), source, &proxy, &admin_config);
+        let (reconciler, lists) = parts.discovery(&config);
+        tasks.extend(lists);
+        let reloader = parts.reloader(config.clone(), source, reconciler, &proxy, &admin_config);
         let reloader = Arc::new(reloader);
         let admin_api = parts.admin_api(&config, admin_config, Arc::clone(&reloader));
         let admin_api = Arc::new(admin_api);

@@ -18,6 +18,7 @@ mod liveness;
 pub(crate) mod model_catalog;
 mod model_list;
 pub(crate) mod query;
+pub(crate) mod reconcile;
 pub(crate) mod registry;
 pub(crate) mod removals;
 pub(crate) mod resolve;

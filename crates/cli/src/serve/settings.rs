@@ -13,6 +13,7 @@ use foresee_gateway::{GatewayConfig, HeaderName, KeyConfig, WorkerConfig};
 use super::admin_args::AdminArgs;
 use super::client_args::ClientArgs;
 use super::connections::ConnectionArgs;
+use super::discovery_args::DiscoveryArgs;
 use super::outlier::OutlierArgs;
 use super::tls_args::TlsArgs;
 use crate::config_file::FileTables;
@@ -46,6 +47,8 @@ pub(crate) struct ServeArgs {
     admin: AdminArgs,
     #[command(flatten)]
     workers: WorkerArgs,
+    #[command(flatten)]
+    discovery: DiscoveryArgs,
     #[command(flatten)]
     worker_access: WorkerAccessArgs,
     #[command(flatten)]
@@ -400,6 +403,7 @@ impl ServeArgs {
             admin: self.admin.config(),
             keys: self.keys.keys,
             workers: self.workers.workers(),
+            discovery: self.discovery.config(),
             router: RouterConfig {
                 outlier: self.outlier.config(),
                 ..self.routing.config()

@@ -2,37 +2,6 @@
 
 use crate::admin::settings::AdminConfig;
 use crate::config::GatewayConfig;
-use crate::workers::worker_config::WorkerConfig;
-
-/// Differences between the engines of two configurations, by name.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct WorkerChanges {
-    pub(super) added: Vec<WorkerConfig>,
-    /// Engines with another description: the old one and the new one.
-    pub(super) replaced: Vec<(WorkerConfig, WorkerConfig)>,
-    pub(super) removed: Vec<WorkerConfig>,
-}
-
-impl WorkerChanges {
-    /// Compares the engines of two configurations. Names are unique in each.
-    pub(super) fn between(old: &[WorkerConfig], new: &[WorkerConfig]) -> Self {
-        let find = |engines: &[WorkerConfig], name: &str| {
-            let found = engines.iter().find(|engine| engine.name == name);
-            found.cloned()
-        };
-        let mut changes = Self::default();
-        for engine in new {
-            match find(old, &engine.name) {
-                None => changes.added.push(engine.clone()),
-                Some(old) if old != *engine => changes.replaced.push((old, engine.clone())),
-                Some(_) => {}
-            }
-        }
-        let is_removed = |engine: &&WorkerConfig| find(new, &engine.name).is_none();
-        changes.removed = old.iter().filter(is_removed).cloned().collect();
-        changes
-    }
-}
 
 /// Settings that differ between two configurations, apart from the workers, by their keys in a
 /// configuration file.
@@ -114,6 +83,10 @@ impl SettingChanges {
                 "max-body-size": max_body_bytes,
                 "probe-interval": probe_interval,
                 "connect-timeout": connect_timeout,
+                "discovery-file": discovery.files,
+                "discovery-url": discovery.urls,
+                "discovery-refresh": discovery.refresh,
+                "discovery-allow-empty": discovery.allows_empty,
                 "io-threads": io_threads,
                 "max-connections": connections.max_connections,
                 "client-head-timeout": connections.head_timeout,
@@ -157,22 +130,6 @@ impl GatewayConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn engines(descriptions: &[&str]) -> Vec<WorkerConfig> {
-        let parsed = descriptions.iter().map(|text| text.parse().unwrap());
-        parsed.collect()
-    }
-
-    #[test]
-    fn engines_are_compared_by_name() {
-        let old = engines(&["a:1", "b:1", "c:1,name=c"]);
-        let new = engines(&["a:1", "c:2,name=c", "d:1"]);
-        let changes = WorkerChanges::between(&old, &new);
-        assert_eq!(changes.added, engines(&["d:1"]));
-        assert_eq!(changes.removed, engines(&["b:1"]));
-        assert_eq!(changes.replaced, [(old[2].clone(), new[1].clone())]);
-        assert_eq!(WorkerChanges::between(&old, &old), WorkerChanges::default());
-    }
 
     #[test]
     fn settings_that_need_a_restart_keep_their_values() {

@@ -467,7 +467,7 @@ mod tests {
     #[test]
     fn errors_name_the_invalid_part() {
         for (given, expected) in [
-            ("https://a:1", "only http://"),
+            ("ftp://a:1", "https://"),
             ("http://", "URL"),
             ("http://a:1,blocks=none", "`blocks`"),
             ("http://a:1,colour=red", "`colour`"),

@@ -7,6 +7,7 @@ mod admin_drain;
 mod batches;
 mod cache_feedback;
 mod connections;
+mod discovery;
 mod failures;
 mod fake_worker;
 mod fidelity;

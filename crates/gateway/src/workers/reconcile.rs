@@ -1,0 +1,225 @@
+//! Reconciliation: makes the workers of a gateway those that a source lists.
+//!
+//! Each source owns the workers that it has listed, and no other source changes them. Workers that
+//! were added over HTTP belong to no source.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use foresee_core::workers::WorkerError;
+use parking_lot::Mutex;
+
+use crate::workers::Workers;
+use crate::workers::removals::{DEFAULT_DRAIN_TIMEOUT, Removals};
+use crate::workers::worker_config::WorkerConfig;
+
+/// Where descriptions of workers come from.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Source {
+    /// The configuration.
+    Config,
+    /// A file that lists workers.
+    File(PathBuf),
+    /// A URL that lists workers.
+    Url(String),
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Config => f.write_str("the configuration"),
+            Self::File(path) => path.display().fmt(f),
+            Self::Url(url) => f.write_str(url),
+        }
+    }
+}
+
+/// A worker cannot be added.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot add worker `{name}`: {error}")]
+pub struct AddError {
+    /// Name of the worker.
+    pub name: String,
+    /// Why it cannot be added.
+    pub error: WorkerError,
+}
+
+/// Differences between the engines of two lists, by name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct WorkerChanges {
+    pub(crate) added: Vec<WorkerConfig>,
+    /// Engines with another description: the old one and the new one.
+    pub(crate) replaced: Vec<(WorkerConfig, WorkerConfig)>,
+    pub(crate) removed: Vec<WorkerConfig>,
+}
+
+impl WorkerChanges {
+    /// Compares the engines of two lists. Names are unique in each.
+    fn between(old: &[WorkerConfig], new: &[WorkerConfig]) -> Self {
+        let by_name = |engines: &[WorkerConfig]| -> HashMap<String, WorkerConfig> {
+            let engines = engines.iter();
+            engines
+                .map(|engine| (engine.name.clone(), engine.clone()))
+                .collect()
+        };
+        let (old_by_name, new_by_name) = (by_name(old), by_name(new));
+        let mut changes = Self::default();
+        for engine in new {
+            match old_by_name.get(&engine.name) {
+                None => changes.added.push(engine.clone()),
+                Some(old) if old != engine => changes.replaced.push((old.clone(), engine.clone())),
+                Some(_) => {}
+            }
+        }
+        let is_removed = |engine: &&WorkerConfig| !new_by_name.contains_key(&engine.name);
+        changes.removed = old.iter().filter(is_removed).cloned().collect();
+        changes
+    }
+
+    /// Returns whether nothing differs.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.added.is_empty() && self.replaced.is_empty() && self.removed.is_empty()
+    }
+}
+
+/// Changes the workers of a gateway to those that its sources list.
+#[derive(Debug)]
+pub(crate) struct Reconciler {
+    workers: Arc<Workers>,
+    removals: Arc<Removals>,
+    /// Engines of each source. Locked during a reconciliation.
+    by_source: Mutex<HashMap<Source, Vec<WorkerConfig>>>,
+}
+
+impl Reconciler {
+    /// Creates the reconciler of a gateway that starts with the engines of its configuration.
+    pub(crate) fn new(
+        workers: Arc<Workers>,
+        removals: Arc<Removals>,
+        configured: Vec<WorkerConfig>,
+    ) -> Self {
+        Self {
+            workers,
+            removals,
+            by_source: Mutex::new(HashMap::from([(Source::Config, configured)])),
+        }
+    }
+
+    /// Makes the engines of a source these: adds and replaces workers, and drains those that the
+    /// source no longer lists. Must run inside a tokio runtime.
+    ///
+    /// # Errors
+    /// Fails if a worker cannot be added. Those that were added before it are removed again, and no
+    /// other is changed.
+    pub(crate) fn reconcile(
+        &self,
+        source: &Source,
+        engines: Vec<WorkerConfig>,
+    ) -> Result<WorkerChanges, AddError> {
+        let mut by_source = self.by_source.lock();
+        let old = by_source.entry(source.clone()).or_default();
+        let changes = WorkerChanges::between(old, &engines);
+        self.apply(&changes)?;
+        *old = engines;
+        Ok(changes)
+    }
+
+    /// As [`reconcile`](Self::reconcile), but leaves out workers that cannot be added, and returns why.
+    /// They are tried again the next time.
+    pub(crate) fn reconcile_each(
+        &self,
+        source: &Source,
+        mut engines: Vec<WorkerConfig>,
+    ) -> (WorkerChanges, Vec<AddError>) {
+        let mut errors = Vec::new();
+        loop {
+            match self.reconcile(source, engines.clone()) {
+                Ok(changes) => return (changes, errors),
+                Err(error) => {
+                    engines.retain(|engine| engine.name != error.name);
+                    errors.push(error);
+                }
+            }
+        }
+    }
+
+    /// Applies changes: see [`reconcile`](Self::reconcile).
+    fn apply(&self, changes: &WorkerChanges) -> Result<(), AddError> {
+        let mut added: Vec<&WorkerConfig> = Vec::new();
+        let undo = |added: &[&WorkerConfig]| {
+            for engine in added {
+                self.removals.remove_now(&engine.name);
+            }
+        };
+        for engine in &changes.added {
+            self.add(engine).inspect_err(|_| undo(&added))?;
+            added.push(engine);
+        }
+        for (old, new) in &changes.replaced {
+            self.removals.remove_now(&old.name);
+            if let Err(error) = self.add(new) {
+                // The old one fits where it was.
+                let _ = self.add(old);
+                undo(&added);
+                return Err(error);
+            }
+        }
+        for engine in &changes.removed {
+            let removals = &self.removals;
+            removals.remove_when_drained(&engine.name, DEFAULT_DRAIN_TIMEOUT);
+        }
+        Ok(())
+    }
+
+    /// Adds an engine and starts its tasks. An engine of this name that is being removed stays, if it
+    /// has the same description, and is otherwise removed at once. Has no effect if the engine is
+    /// present with the same description.
+    fn add(&self, engine: &WorkerConfig) -> Result<(), AddError> {
+        let present = self.workers.registry().all();
+        let present = present
+            .iter()
+            .find(|worker| worker.config.engine_name() == engine.name);
+        if let Some(present) = present {
+            let is_same = engine.workers().contains(&present.config);
+            let is_leaving = self.removals.is_pending(present.id);
+            match (is_same, is_leaving) {
+                (true, true) => {
+                    self.removals.set_draining(&engine.name, false);
+                    return Ok(());
+                }
+                (true, false) => return Ok(()),
+                (false, true) => self.removals.remove_now(&engine.name),
+                (false, false) => {}
+            }
+        }
+        let added = self.workers.add(engine).map_err(|error| AddError {
+            name: engine.name.clone(),
+            error,
+        })?;
+        self.workers.start(added);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn engines(descriptions: &[&str]) -> Vec<WorkerConfig> {
+        let parsed = descriptions.iter().map(|text| text.parse().unwrap());
+        parsed.collect()
+    }
+
+    #[test]
+    fn engines_are_compared_by_name() {
+        let old = engines(&["a:1", "b:1", "c:1,name=c"]);
+        let new = engines(&["a:1", "c:2,name=c", "d:1"]);
+        let changes = WorkerChanges::between(&old, &new);
+        assert_eq!(changes.added, engines(&["d:1"]));
+        assert_eq!(changes.removed, engines(&["b:1"]));
+        assert_eq!(changes.replaced, [(old[2].clone(), new[1].clone())]);
+        assert!(WorkerChanges::between(&old, &old).is_empty());
+    }
+}

@@ -1,0 +1,163 @@
+//! Discovery: workers that files and URLs list.
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::net::TcpListener;
+
+use crate::fake_worker::*;
+use foresee_gateway::{Gateway, GatewayConfig};
+
+/// File with a list, which is removed at the end of the test.
+struct ListFile(PathBuf);
+
+impl ListFile {
+    fn new(name: &str, text: &str) -> Self {
+        let name = format!("foresee-list-{}-{name}", std::process::id());
+        let file = Self(std::env::temp_dir().join(name));
+        file.write(text);
+        file
+    }
+
+    /// Replaces the file as a whole.
+    fn write(&self, text: &str) {
+        let new = self.0.with_extension("new");
+        std::fs::write(&new, text).unwrap();
+        std::fs::rename(&new, &self.0).unwrap();
+    }
+}
+
+impl Drop for ListFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// Returns a list of workers with these names.
+fn list(workers: &[(&str, &FakeWorker)]) -> String {
+    let groups = workers.iter().map(|(name, worker)| {
+        let target = worker.address;
+        format!("{{\"targets\": [\"{target}\"], \"labels\": {{\"foresee_name\": \"{name}\"}}}}")
+    });
+    format!("[{}]", groups.collect::<Vec<_>>().join(","))
+}
+
+/// Waits until the gateway has exactly these workers.
+async fn until_workers(gateway: &Gateway, expected: &[&str]) {
+    until("the listed workers", || {
+        let mut names: Vec<_> = workers(gateway).into_keys().collect();
+        names.sort();
+        names == expected
+    })
+    .await;
+}
+
+/// Returns the number of lists that could not be used.
+async fn errors(gateway: &Gateway) -> f64 {
+    value(&metrics(gateway).await, "foresee_discovery_errors_total").unwrap()
+}
+
+#[tokio::test]
+async fn a_file_adds_and_removes_its_own_workers() {
+    let mut engines = [FakeWorker::start().await, FakeWorker::start().await];
+    let configured = FakeWorker::start().await;
+    let file = ListFile::new("file", &list(&[("x", &engines[0])]));
+    let mut config = config(&[&configured]);
+    config.discovery.files = vec![file.0.clone()];
+    let gateway = gateway_with(config).await;
+    until_workers(&gateway, &["a", "x"]).await;
+    assert_eq!(errors(&gateway).await, 0.0);
+
+    // Lists that cannot be used, and an empty one, change nothing.
+    for text in ["[{\"targets\": [\"1.2.", "[]", "{}"] {
+        let before = errors(&gateway).await;
+        file.write(text);
+        let started = std::time::Instant::now();
+        while errors(&gateway).await == before {
+            assert!(started.elapsed() < Duration::from_secs(20), "{text}");
+        }
+        until_workers(&gateway, &["a", "x"]).await;
+    }
+
+    // A worker with a running request is drained.
+    file.write(&list(&[("x", &engines[0]), ("y", &engines[1])]));
+    until_workers(&gateway, &["a", "x", "y"]).await;
+    until("three healthy workers", || {
+        let healthy = foresee_core::workers::WorkerState::Healthy;
+        workers(&gateway)
+            .values()
+            .all(|worker| worker.state == healthy)
+    })
+    .await;
+    let mut clients = Vec::new();
+    let mut exchange = None;
+    while exchange.is_none() {
+        let request = http("POST", CHAT, chat("hi", false));
+        clients.push(Client::sending(gateway.address(), request).await);
+        until("a request", || {
+            exchange = engines[0].try_request();
+            exchange.is_some() || gateway.router().booking_count() == clients.len()
+        })
+        .await;
+    }
+    file.write(&list(&[("y", &engines[1])]));
+    until("the worker to drain", || {
+        state(&gateway, "x") == foresee_core::workers::WorkerState::Draining
+    })
+    .await;
+    exchange.unwrap().respond_json("{}").await;
+    until_workers(&gateway, &["a", "y"]).await;
+}
+
+#[tokio::test]
+async fn a_name_that_another_source_has_is_left_out() {
+    let engines = [FakeWorker::start().await, FakeWorker::start().await];
+    let file = ListFile::new("names", &list(&[("a", &engines[1]), ("b", &engines[1])]));
+    let mut config = config(&[&engines[0]]);
+    config.discovery.files = vec![file.0.clone()];
+    let gateway = gateway_with(config).await;
+    until_workers(&gateway, &["a", "b"]).await;
+    let configured = worker_json(&gateway, "a").await.unwrap();
+    assert_eq!(configured["url"], format!("http://{}", engines[0].address));
+    assert!(errors(&gateway).await > 0.0);
+}
+
+#[tokio::test]
+async fn a_url_is_read_in_intervals() {
+    let engines = [FakeWorker::start().await, FakeWorker::start().await];
+    let response = Arc::new(Mutex::new(whole(
+        "200 OK",
+        "application/json",
+        list(&[("x", &engines[0])]),
+    )));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let served = Arc::clone(&response);
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut connection = Connection::new(stream);
+            connection.head().await.unwrap();
+            let bytes = served.lock().clone();
+            tokio::io::AsyncWriteExt::write_all(&mut connection.stream, &bytes)
+                .await
+                .unwrap();
+        }
+    });
+    let mut config: GatewayConfig = config(&[]);
+    config.discovery.urls = vec![format!("http://{address}/targets").parse().unwrap()];
+    config.discovery.refresh = Duration::from_millis(20);
+    let gateway = gateway_with(config).await;
+    until_workers(&gateway, &["x"]).await;
+    *response.lock() = whole("500 Internal Server Error", "text/plain", "");
+    let started = std::time::Instant::now();
+    while errors(&gateway).await == 0.0 {
+        assert!(started.elapsed() < Duration::from_secs(20));
+    }
+    until_workers(&gateway, &["x"]).await;
+    *response.lock() = whole("200 OK", "application/json", list(&[("y", &engines[1])]));
+    until_workers(&gateway, &["y"]).await;
+}
