@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 use tokio::task::JoinHandle;
 
 use crate::accept::{ConnectionLimit, ConnectionSettings};
+use crate::access_log::AccessLog;
 use crate::admin::{AdminApi, AdminConfig, AdminParts};
 use crate::client_headers::ClientHeaders;
 use crate::clock::Clock;
@@ -48,6 +49,8 @@ pub(crate) struct GatewayParts {
     pub(crate) clock: Clock,
     /// Drained workers that are to be removed.
     removals: Arc<Removals>,
+    /// Writer of the access log.
+    access_log: Option<Arc<AccessLog>>,
     /// TLS of the listeners.
     pub(crate) tls: Arc<TlsTermination>,
     /// Keys of clients.
@@ -70,6 +73,7 @@ impl GatewayParts {
         metrics: Arc<Metrics>,
         tokenizer: Option<PromptTokenizer>,
         recorder: Option<Arc<Recorder>>,
+        access_log: Option<Arc<AccessLog>>,
         tls: Arc<TlsTermination>,
     ) -> Self {
         let clock = Clock::start();
@@ -91,6 +95,7 @@ impl GatewayParts {
             clock,
         );
         Self {
+            access_log,
             tls,
             keys: Arc::new(KeyRing::new(
                 config.keys.as_deref(),
@@ -149,6 +154,7 @@ impl GatewayParts {
                 exposes_workers: config.expose_worker_header,
             },
             keys: Arc::clone(&self.keys),
+            access_log: self.access_log.clone(),
             bodies: Arc::clone(&self.bodies),
             request_ids: Arc::clone(&self.request_ids),
             limits: Arc::new(ResponseLimits {
@@ -192,6 +198,9 @@ impl GatewayParts {
             tls: Arc::clone(&self.tls),
             apply_settings: Box::new(move |config| {
                 parts.keys.replace(config.keys.as_deref());
+                if let Some(log) = &parts.access_log {
+                    log.reopen();
+                }
                 proxy.store(Arc::new(parts.proxy(config)));
                 admin.store(Arc::new(config.admin.clone()));
             }),

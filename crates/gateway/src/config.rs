@@ -77,6 +77,8 @@ pub struct GatewayConfig {
     /// File to which one line is appended for each completed request, so that the traffic can be
     /// replayed. It contains hashes of the prompts' blocks, and no text.
     pub record: Option<PathBuf>,
+    /// File to which one line of JSON is appended for each request; `-` for the standard output.
+    pub access_log: Option<PathBuf>,
     /// File that keeps what the gateway has learned over a restart.
     pub state: Option<PathBuf>,
     /// Maximum time in which a worker accepts a connection.
@@ -185,6 +187,7 @@ impl Default for GatewayConfig {
             events_grace: Duration::from_secs(5),
             engine_metrics_interval: None,
             record: None,
+            access_log: None,
             state: None,
             connect_timeout: Duration::from_secs(2),
             first_byte_timeout: Duration::from_secs(600),

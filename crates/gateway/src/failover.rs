@@ -118,6 +118,13 @@ enum NoRetry {
     NoOtherWorker,
 }
 
+impl Failover<'_> {
+    /// Returns the number of requests sent so far.
+    pub(crate) fn attempts(&self) -> u32 {
+        self.attempts
+    }
+}
+
 impl<'a> Failover<'a> {
     /// Prepares to send a request that arrived at `arrived_at`, but not to the workers in
     /// `excluded`. Adds the request to the retry budget. The first byte of the response must arrive

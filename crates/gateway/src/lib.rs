@@ -25,9 +25,11 @@
 //!
 //! `assembly` builds the parts and gives each front end the parts that it uses, `server` starts and
 //! stops everything, and `shutdown` has the phases in which it stops.
-//! `reload` applies another configuration, and `state_file` keeps what was learned over a restart. `metrics` reports the state, and `recorder` writes a trace of the requests.
+//! `reload` applies another configuration, and `state_file` keeps what was learned over a restart. `metrics` reports the state, `recorder` writes a trace of the requests, and
+//! `access_log` a line for each.
 
 mod accept;
+mod access_log;
 mod admin;
 mod assembly;
 mod client_headers;

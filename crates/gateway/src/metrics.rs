@@ -159,6 +159,8 @@ declare_metrics! {
         "Bookings: prompts and outputs of the requests that are queued or running";
     prefix_tree_nodes: Gauge, "nodes", NO_LABEL,
         "Nodes of the prefix trees; the router's memory is proportional to them";
+    pub(crate) access_log_dropped: Counter, "lines", NO_LABEL,
+        "Lines of the access log dropped because the file was too slow";
     pub(crate) discovery_errors: Counter, "lists", NO_LABEL,
         "Lists of workers that could not be used, or not as a whole";
     pub(crate) discovery_last_success_timestamp_seconds: FloatGauge, "seconds", NO_LABEL,

@@ -228,6 +228,7 @@ impl Placement {
             parsed,
             batch,
             key: None,
+            access: None,
         })
     }
 

@@ -17,6 +17,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response};
 use http_body_util::Either;
 use hyper::body::Incoming;
 
+use crate::access_log::{AccessEntry, AccessLog, PlacedFields};
 use crate::client_headers::ClientHeaders;
 use crate::clock::Clock;
 use crate::connection_state::{ConnectionHandle, Peer};
@@ -51,6 +52,15 @@ struct Call {
     response_id: Option<String>,
 }
 
+/// What is known of a request before it has a response.
+#[derive(Debug)]
+struct RequestNotes {
+    /// Key of the request, if it has one.
+    key: Option<Arc<Key>>,
+    /// Line of the access log, if there is one.
+    entry: Option<AccessEntry>,
+}
+
 /// Guard of a request without a response. Dropping it while it has metrics counts the request as one
 /// whose client left.
 #[derive(Debug)]
@@ -76,6 +86,8 @@ pub(crate) struct Proxy {
     pub(crate) failover: FailoverContext,
     /// Keys of clients.
     pub(crate) keys: Arc<KeyRing>,
+    /// Writer of the access log, if there is one.
+    pub(crate) access_log: Option<Arc<AccessLog>>,
     /// Reader of request bodies, which counts their bytes.
     pub(crate) bodies: Arc<RequestBodies>,
     pub(crate) request_ids: Arc<RequestIds>,
@@ -109,29 +121,45 @@ impl Proxy {
         let call = self.find_call(&request);
         let endpoint = call.as_ref().map_or(Endpoint::Other, |call| call.endpoint);
         let mut guard = OutcomeGuard(Some(&self.metrics));
-        let mut key = None;
+        let (head, body) = request.into_parts();
+        let log = self.access_log.as_ref();
+        let entry = log.map(|log| {
+            let id = String::from_utf8_lossy(request_id.as_bytes());
+            log.begin(&head, &id)
+        });
+        let mut notes = RequestNotes { key: None, entry };
+        let request = Request::from_parts(head, body);
         let connection = request.extensions().get::<ConnectionHandle>();
         let result = if connection.is_some_and(ConnectionHandle::is_too_late) {
             Err(shutting_down())
         } else {
-            let handled = self.try_handle(&client, request, call, request_id.clone(), &mut key);
+            let handled = self.try_handle(&client, request, call, request_id.clone(), &mut notes);
             self.limits.shutdown.unless_aborting(handled).await
         };
         guard.0 = None;
         let mut response = match result {
-            Ok(response) => response,
+            Ok(response) => {
+                if let Some(mut entry) = notes.entry {
+                    entry.respond(Outcome::Ok, response.status().as_u16(), None);
+                }
+                response
+            }
             Err(error) => {
-                self.metrics.record_outcome(match error.status {
+                let outcome = match error.status {
                     _ if error.code == Some(SHUTTING_DOWN) => Outcome::ShutDown,
                     503 => Outcome::Unavailable,
                     500.. if error.status != 501 => Outcome::WorkerFailed,
                     _ => Outcome::Refused,
-                });
+                };
+                self.metrics.record_outcome(outcome);
+                if let Some(mut entry) = notes.entry {
+                    entry.respond(outcome, error.status, error.code);
+                }
                 reply::error(endpoint, &error)
             }
         };
         let headers = response.headers_mut();
-        if let Some(key) = key {
+        if let Some(key) = notes.key {
             self.keys.add_limit_headers(&key, headers);
         }
         let sent_id = headers
@@ -147,7 +175,8 @@ impl Proxy {
 
     /// Responds to the model list and to `GET /health` itself, and books and sends every request
     /// that calls an inference path. `call` is the inference that the path names, and `request_id` is
-    /// used unless the client sent an id. Sets `key` to the request's key, as soon as it is known.
+    /// used unless the client sent an id. Adds to `notes` what it finds out; their entry of the log
+    /// goes to the response of a worker.
     ///
     /// # Errors
     /// Returns the error response for the client: the key is refused or has reached a limit, the path
@@ -158,15 +187,19 @@ impl Proxy {
         request: Request<Incoming>,
         call: Result<Call, ApiError>,
         request_id: HeaderValue,
-        key: &mut Option<Arc<Key>>,
+        notes: &mut RequestNotes,
     ) -> Result<Response<Body>, ApiError> {
         let arrived_at = self.clock.now();
         let (mut head, body) = request.into_parts();
         refuse_upgrade(&head.headers)?;
         if !is_health_check(&head) {
-            *key = self.keys.authenticate(&head.headers)?;
+            notes.key = self.keys.authenticate(&head.headers)?;
         }
+        let RequestNotes { key, entry } = notes;
         let allowed = key.as_deref();
+        if let (Some(entry), Some(key)) = (entry.as_mut(), allowed) {
+            entry.set_key(&key.config.id, &key.config.tenant);
+        }
         if let Some(response) = self.own_responses.respond(&head, allowed)? {
             return Ok(response);
         }
@@ -189,6 +222,9 @@ impl Proxy {
             self.keys.reserve_tokens(guard, tokens as f64)?;
         }
         parsed.hints = self.client_headers.hints(&head.headers, allowed)?;
+        if let Some(entry) = entry.as_mut() {
+            entry.set_body(body.len(), parsed.hints.priority);
+        }
         let session = session_of(&head.headers);
         self.placement
             .apply_affinity(&mut parsed, call.response_id.as_deref(), session);
@@ -215,6 +251,16 @@ impl Proxy {
         );
         let response = failover.send(&mut placed.batch).await?;
         let request_id = upstream_request.request_id();
+        placed.access = entry.take().map(|mut entry| {
+            entry.set_placed(&PlacedFields {
+                model: &placed.parsed.model,
+                worker: &response.worker.config.name,
+                status: response.response.status().as_u16(),
+                attempts: failover.attempts(),
+                predicted_cached_tokens: placed.overlap_tokens(),
+            });
+            Box::new(entry)
+        });
         Ok(self.pass_through(response, placed, &request_id))
     }
 

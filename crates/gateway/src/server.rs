@@ -24,6 +24,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, timeout};
 
 use crate::accept::{ConnectionSettings, serve};
+use crate::access_log::AccessLog;
 use crate::admin::{AdminApi, AdminListen, AdminListener, UnprotectedAdmin};
 use crate::assembly::GatewayParts;
 use crate::clock::Clock;
@@ -72,8 +73,8 @@ pub enum StartError {
     /// The operating system provides no thread or event loop.
     #[error("cannot start an I/O thread: {0}")]
     Thread(io::Error),
-    /// The recording cannot be written.
-    #[error("cannot record to {}: {error}", path.display())]
+    /// The recording or the access log cannot be written.
+    #[error("cannot write to {}: {error}", path.display())]
     Record {
         /// The file.
         path: PathBuf,
@@ -108,6 +109,8 @@ pub struct Gateway {
     reloader: Arc<Reloader>,
     /// Writer of the recording, if there is one.
     recorder: Option<Arc<Recorder>>,
+    /// Writer of the access log, if there is one.
+    access_log: Option<Arc<AccessLog>>,
     /// File of learned values, if there is one.
     state_file: Option<Arc<StateFile>>,
     /// Tasks that run in intervals: one dispatches queued requests, if there is a queue, one writes
@@ -188,7 +191,23 @@ impl Gateway {
         let tls = TlsTermination::new(config.tls.clone(), Arc::clone(&metrics))?;
         let tls = Arc::new(tls);
         let recording = recorder.clone();
-        let parts = GatewayParts::new(&config, router, metrics, tokenizer, recording, tls);
+        let access_log = config.access_log.as_deref().map(|path| {
+            let log = AccessLog::start(path, &metrics);
+            log.map(Arc::new).map_err(|error| StartError::Record {
+                path: path.to_owned(),
+                error,
+            })
+        });
+        let access_log = access_log.transpose()?;
+        let parts = GatewayParts::new(
+            &config,
+            router,
+            metrics,
+            tokenizer,
+            recording,
+            access_log.clone(),
+            tls,
+        );
         let proxy = Arc::new(ArcSwap::from_pointee(parts.proxy(&config)));
         let connections = parts.connections(&config);
         let workers = Arc::clone(&parts.workers);
@@ -230,6 +249,7 @@ impl Gateway {
             shutdown: parts.shutdown,
             reloader,
             recorder,
+            access_log,
             state_file,
             tasks,
             address,
@@ -322,10 +342,15 @@ impl Gateway {
         if let Some(file) = &self.state_file {
             file.save().await;
         }
-        let Some(recorder) = self.recorder else {
-            return;
-        };
-        let written = tokio::task::spawn_blocking(move || recorder.finish());
+        let (recorder, access_log) = (self.recorder, self.access_log);
+        let written = tokio::task::spawn_blocking(move || {
+            if let Some(log) = access_log {
+                log.finish();
+            }
+            if let Some(recorder) = recorder {
+                recorder.finish();
+            }
+        });
         if let Err(error) = written.await {
             tracing::error!(%error, "finishing the recording failed; its last entries may be missing");
         }

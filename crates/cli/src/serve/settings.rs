@@ -360,6 +360,13 @@ struct ObservabilityArgs {
     /// A line contains times, lengths, and the hashes of the prompt's blocks, without any text.
     #[arg(long, value_name = "FILE", env = "FORESEE_RECORD")]
     record: Option<PathBuf>,
+    /// Appends a line of JSON for each request to a file, when the request has ended; - is the
+    /// standard output
+    ///
+    /// A line contains times, lengths and outcomes, and no text of prompts or outputs. A reload opens
+    /// the file again, so that it can be rotated.
+    #[arg(long, value_name = "FILE", env = "FORESEE_ACCESS_LOG")]
+    access_log: Option<PathBuf>,
     /// Keeps learned speeds and output lengths in a file, so that a restart does not lose them
     ///
     /// The file is written every five minutes and at the shutdown. It contains no text of requests.
@@ -421,6 +428,7 @@ impl ServeArgs {
             engine_metrics_interval: self.observability.engine_metrics_interval.map(Into::into),
             record: self.observability.record,
             state: self.observability.state,
+            access_log: self.observability.access_log,
             connect_timeout: self.limits.connect_timeout.into(),
             first_byte_timeout: self.limits.first_byte_timeout.into(),
             min_first_byte_timeout: self.limits.min_first_byte_timeout.into(),

@@ -237,6 +237,7 @@ max-body-bytes-in-flight = "7MiB"
 shutdown-delay = "7s"
 engine-metrics-interval = "7s"
 record = "/nonexistent"
+access-log = "/nonexistent"
 discovery-file = ["/nonexistent"]
 discovery-url = ["http://127.0.0.1:1"]
 discovery-refresh = "7s"

@@ -25,6 +25,11 @@ impl RequestContext {
             let output = usage.completion_tokens.unwrap_or(completion.output_tokens);
             key.settle(f64::from(prompt) + f64::from(output));
         }
+        if let Some(access) = &mut self.access {
+            let since_arrival = |at: Duration| at.saturating_sub(self.arrived_at);
+            let ttft = completion.first_token.map(since_arrival);
+            access.complete(completion, self.prompt_tokens, ttft);
+        }
         let metrics = &self.shared.metrics;
         metrics.record_outcome(*outcome);
         let decision = self.batch.decision();

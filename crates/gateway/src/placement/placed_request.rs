@@ -6,6 +6,7 @@ use std::time::Duration;
 use foresee_core::batch::Batch;
 use foresee_engine::request::Endpoint;
 
+use crate::access_log::AccessEntry;
 use crate::keys::KeyGuard;
 use crate::placement::parsed_request::ParsedRequest;
 use crate::placement::request_context::{Observation, RequestContext};
@@ -23,6 +24,8 @@ pub(crate) struct PlacedRequest {
     pub(crate) batch: Batch,
     /// The request in the limits of its key, if it has one.
     pub(crate) key: Option<KeyGuard>,
+    /// Line of the access log, if there is one.
+    pub(crate) access: Option<Box<AccessEntry>>,
 }
 
 impl PlacedRequest {
@@ -50,6 +53,7 @@ impl PlacedRequest {
             parsed,
             batch,
             key,
+            access,
         } = self;
         let now = observation.clock.now();
         observation
@@ -64,6 +68,7 @@ impl PlacedRequest {
             worker,
             batch,
             key,
+            access,
             endpoint,
             arrived_at,
             request_id,

@@ -9,6 +9,7 @@ use foresee_core::router::Router;
 use foresee_engine::output_text::Continuation;
 use foresee_engine::request::{Endpoint, PromptSequences};
 
+use crate::access_log::AccessEntry;
 use crate::clock::Clock;
 use crate::keys::KeyGuard;
 use crate::metrics::Metrics;
@@ -53,6 +54,8 @@ pub(crate) struct RequestContext {
     pub(crate) batch: Batch,
     /// The request in the limits of its key, if it has one.
     pub(crate) key: Option<KeyGuard>,
+    /// Line of the access log, if there is one.
+    pub(crate) access: Option<Box<AccessEntry>>,
     /// API that the request called.
     pub(crate) endpoint: Endpoint,
     /// When the request arrived, by the gateway's clock.

@@ -96,6 +96,7 @@ impl SettingChanges {
                 "max-body-bytes-in-flight": bodies.max_bytes_in_flight,
                 "engine-metrics-interval": engine_metrics_interval,
                 "record": record,
+                "access-log": access_log,
                 "state": state,
             },
         }

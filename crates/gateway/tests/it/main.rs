@@ -2,6 +2,7 @@
 
 mod abort_phases;
 mod abort_soak;
+mod access_log;
 mod admin;
 mod admin_drain;
 mod batches;

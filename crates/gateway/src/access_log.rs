@@ -1,0 +1,307 @@
+//! `--access-log`: one line of JSON for each request to the API, when it has ended.
+//!
+//! A line has times, lengths and outcomes, and no text of prompts or outputs. A thread of its own
+//! writes the lines, so that requests never wait for it; lines that it cannot keep up with are dropped
+//! and counted.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufWriter, Write};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime};
+
+use http::HeaderMap;
+use http::header::USER_AGENT;
+use http::request::Parts;
+use parking_lot::Mutex;
+use prometheus_client::metrics::counter::Counter;
+use serde::Serialize;
+
+use crate::completion::Completion;
+use crate::connection_state::Peer;
+use crate::metrics::{Metrics, Outcome};
+
+/// Maximum number of lines that wait to be written.
+const MAX_PENDING_LINES: usize = 8192;
+
+/// Longest text of a client that a line repeats, in characters.
+const MAX_TEXT_CHARS: usize = 256;
+
+/// Message to the thread that writes the file.
+#[derive(Debug)]
+enum Message {
+    Line(String),
+    /// Open the file again, because the old one was moved away.
+    Reopen,
+    End,
+}
+
+/// Sends lines to the thread that writes them.
+#[derive(Debug)]
+pub(crate) struct AccessLog {
+    messages: SyncSender<Message>,
+    /// Handle of the thread; `None` after [`finish`](Self::finish).
+    writer: Mutex<Option<JoinHandle<()>>>,
+    /// Counts lines that were dropped.
+    dropped: Counter,
+}
+
+impl AccessLog {
+    /// Opens the file at `path` for appending, creates it if needed, and starts the thread. `-` is the
+    /// standard output.
+    ///
+    /// # Errors
+    /// Fails if the file cannot be opened or no thread can be started.
+    pub(crate) fn start(path: &Path, metrics: &Metrics) -> io::Result<Self> {
+        let output = open(path)?;
+        let (messages, receiver) = sync_channel(MAX_PENDING_LINES);
+        let path = path.to_owned();
+        let thread = std::thread::Builder::new().name("access-log".to_owned());
+        let writer = thread.spawn(move || write_lines(&path, output, &receiver))?;
+        Ok(Self {
+            messages,
+            writer: Mutex::new(Some(writer)),
+            dropped: metrics.access_log_dropped.clone(),
+        })
+    }
+
+    /// Begins the line of a request that has just arrived. `request_id` is that of the gateway.
+    pub(crate) fn begin(self: &Arc<Self>, head: &Parts, request_id: &str) -> AccessEntry {
+        let peer = head.extensions.get::<Peer>();
+        let line = Line {
+            time: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
+            request_id: text_of(&head.headers, "x-request-id").unwrap_or_else(|| request_id.into()),
+            trace_id: trace_id(&head.headers),
+            method: head.method.to_string(),
+            path: shortened(head.uri.path()),
+            client: peer.map(|peer| peer.address.ip().to_canonical().to_string()),
+            user_agent: text_of(&head.headers, USER_AGENT.as_str()),
+            ..Line::default()
+        };
+        AccessEntry {
+            log: Arc::clone(self),
+            line,
+            arrived: Instant::now(),
+            is_written: false,
+        }
+    }
+
+    /// Opens the file again, for a program that has moved it away.
+    pub(crate) fn reopen(&self) {
+        // A full queue means that the thread is busy; the next reload tries again.
+        let _ = self.messages.try_send(Message::Reopen);
+    }
+
+    /// Writes all lines and ends the thread. Blocks until that is done.
+    pub(crate) fn finish(&self) {
+        if let Some(writer) = self.writer.lock().take() {
+            // Both fail only if the thread has panicked.
+            let _ = self.messages.send(Message::End);
+            let _ = writer.join();
+        }
+    }
+}
+
+/// Fields of one line. A field without a value is left out.
+#[derive(Debug, Default, Serialize)]
+struct Line {
+    time: String,
+    request_id: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    trace_id: Option<String>,
+    method: String,
+    path: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    client: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    user_agent: Option<String>,
+    /// Id of the key.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    key: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tenant: Option<String>,
+    /// Model as the client named it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    model: Option<String>,
+    status: u16,
+    outcome: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error_code: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    worker: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    attempts: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bytes_in: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    priority: Option<i32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_tokens: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cached_tokens: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    predicted_cached_tokens: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    output_tokens: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ttft_seconds: Option<f64>,
+    duration_seconds: f64,
+}
+
+/// The line of one request. Dropping it before it is written writes it as that of a client that left.
+#[derive(Debug)]
+pub(crate) struct AccessEntry {
+    log: Arc<AccessLog>,
+    line: Line,
+    arrived: Instant,
+    is_written: bool,
+}
+
+/// What is known of a request once it is placed on a worker.
+#[derive(Debug)]
+pub(crate) struct PlacedFields<'a> {
+    pub(crate) model: &'a str,
+    pub(crate) worker: &'a str,
+    pub(crate) status: u16,
+    pub(crate) attempts: u32,
+    pub(crate) predicted_cached_tokens: u32,
+}
+
+impl AccessEntry {
+    /// Adds the key of the request.
+    pub(crate) fn set_key(&mut self, id: &str, tenant: &str) {
+        self.line.key = Some(id.to_owned());
+        self.line.tenant = Some(tenant.to_owned());
+    }
+
+    /// Adds the size of the body, and the priority.
+    pub(crate) fn set_body(&mut self, bytes: usize, priority: i32) {
+        self.line.bytes_in = Some(bytes);
+        self.line.priority = (priority != 0).then_some(priority);
+    }
+
+    /// Adds what is known once a worker responds.
+    pub(crate) fn set_placed(&mut self, fields: &PlacedFields<'_>) {
+        self.line.model = Some(shortened(fields.model));
+        self.line.worker = Some(fields.worker.to_owned());
+        self.line.status = fields.status;
+        self.line.attempts = Some(fields.attempts);
+        self.line.predicted_cached_tokens = Some(fields.predicted_cached_tokens);
+    }
+
+    /// Writes the line of a request whose response has ended. `prompt_tokens` are those that the
+    /// gateway counted; `ttft` is the time from the arrival to the first token.
+    pub(crate) fn complete(
+        &mut self,
+        completion: &Completion,
+        prompt_tokens: u32,
+        ttft: Option<Duration>,
+    ) {
+        let usage = &completion.usage;
+        let output_tokens = usage.completion_tokens.unwrap_or(completion.output_tokens);
+        self.line.prompt_tokens = Some(usage.prompt_tokens.unwrap_or(prompt_tokens));
+        self.line.cached_tokens = usage.cached_tokens;
+        self.line.output_tokens = Some(output_tokens);
+        self.line.ttft_seconds = ttft.map(|ttft| ttft.as_secs_f64());
+        self.write(completion.outcome);
+    }
+
+    /// Writes the line of a request to which the gateway responds itself.
+    pub(crate) fn respond(&mut self, outcome: Outcome, status: u16, code: Option<&'static str>) {
+        self.line.status = status;
+        self.line.error_code = code;
+        self.write(outcome);
+    }
+
+    /// Writes the line, once.
+    fn write(&mut self, outcome: Outcome) {
+        if std::mem::replace(&mut self.is_written, true) {
+            return;
+        }
+        self.line.outcome = outcome.as_str();
+        self.line.duration_seconds = self.arrived.elapsed().as_secs_f64();
+        // Serialisation fails only for maps with keys other than strings.
+        let Ok(line) = serde_json::to_string(&self.line) else {
+            return;
+        };
+        if self.log.messages.try_send(Message::Line(line)).is_err() {
+            self.log.dropped.inc();
+        }
+    }
+}
+
+impl Drop for AccessEntry {
+    fn drop(&mut self) {
+        self.write(Outcome::ClientLeft);
+    }
+}
+
+/// Returns the beginning of a text.
+fn shortened(text: &str) -> String {
+    text.chars().take(MAX_TEXT_CHARS).collect()
+}
+
+/// Returns the beginning of a header's text; `None` without the header, or if it is not text.
+fn text_of(headers: &HeaderMap, name: &str) -> Option<String> {
+    headers.get(name)?.to_str().ok().map(shortened)
+}
+
+/// Returns the trace id of a valid `traceparent` header.
+fn trace_id(headers: &HeaderMap) -> Option<String> {
+    let mut parts = headers.get("traceparent")?.to_str().ok()?.split('-');
+    let (_, id) = (parts.next()?, parts.next()?);
+    let is_hex = id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit());
+    (is_hex && id.bytes().any(|byte| byte != b'0')).then(|| id.to_owned())
+}
+
+/// Opens the output.
+fn open(path: &Path) -> io::Result<Box<dyn Write + Send>> {
+    if path == Path::new("-") {
+        return Ok(Box::new(BufWriter::new(io::stdout())));
+    }
+    let file: File = OpenOptions::new().create(true).append(true).open(path)?;
+    Ok(Box::new(BufWriter::new(file)))
+}
+
+/// Writes lines until [`Message::End`]. Flushes whenever no line waits. The first error is logged.
+fn write_lines(path: &Path, output: Box<dyn Write + Send>, messages: &Receiver<Message>) {
+    let mut output = output;
+    let mut has_failed = false;
+    let mut note = |result: io::Result<()>| {
+        if let Err(error) = result
+            && !std::mem::replace(&mut has_failed, true)
+        {
+            tracing::error!(
+                path = %path.display(), %error,
+                "cannot write the access log; requests are still served"
+            );
+        }
+    };
+    loop {
+        let message = match messages.try_recv() {
+            Ok(message) => message,
+            Err(TryRecvError::Disconnected) => break,
+            Err(TryRecvError::Empty) => {
+                note(output.flush());
+                match messages.recv() {
+                    Ok(message) => message,
+                    Err(_) => break,
+                }
+            }
+        };
+        match message {
+            Message::Line(line) => note(writeln!(output, "{line}")),
+            Message::Reopen => {
+                note(output.flush());
+                match open(path) {
+                    Ok(opened) => output = opened,
+                    Err(error) => note(Err(error)),
+                }
+            }
+            Message::End => break,
+        }
+    }
+    note(output.flush());
+}
