@@ -10,6 +10,10 @@ pub const PRIORITY: &str = "x-foresee-priority";
 /// Request header with the expected number of output tokens.
 pub const EXPECTED_TOKENS: &str = "x-foresee-expected-tokens";
 
+/// Request header with the time, in milliseconds from the arrival, after which the first byte of the
+/// response is of no use to the client.
+pub const DEADLINE: &str = "x-foresee-deadline-ms";
+
 /// Response header with the name of the worker that the router chose.
 pub const WORKER: &str = "x-foresee-worker";
 

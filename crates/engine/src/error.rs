@@ -160,6 +160,16 @@ impl ApiError {
         }
     }
 
+    /// Returns a 429: the first byte of the response would come after the deadline that the client has
+    /// set. `retry_after` is by how much.
+    #[must_use]
+    pub fn deadline_unreachable(message: impl Into<String>, retry_after: Option<Duration>) -> Self {
+        Self {
+            retry_after,
+            ..Self::new(429, OVERLOADED, Some("deadline_unreachable"), message)
+        }
+    }
+
     /// Returns a 429: workers serve the model, and the request waited in the queue as long as it
     /// may. There is no time to retry after, because the wait says nothing about the next one.
     #[must_use]

@@ -7,8 +7,9 @@
 use std::net::IpAddr;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
-use foresee_api::headers::{CONTROL_PREFIX, EXPECTED_TOKENS, PRIORITY};
+use foresee_api::headers::{CONTROL_PREFIX, DEADLINE, EXPECTED_TOKENS, PRIORITY};
 use foresee_engine::error::ApiError;
 use http::header::{ACCEPT_ENCODING, FORWARDED, HOST, HeaderName, VIA};
 use http::{HeaderMap, HeaderValue};
@@ -57,8 +58,8 @@ impl ClientHeaders {
     /// Returns the routing hints in `headers`. The tenant is 0 unless the queue order is `fair` and
     /// the request has the tenant header. From clients that are not trusted, the priority is at
     /// least 0 and the other hints are ignored. With a `key`, the tenant and the bound of the priority
-    /// are the key's. Fails with a 400 if the priority or the expected number of tokens is not an
-    /// integer in range.
+    /// are the key's. Fails with a 400 if the priority, the deadline or the expected number of tokens
+    /// is not an integer in range.
     pub(crate) fn hints(
         &self,
         headers: &HeaderMap,
@@ -78,7 +79,10 @@ impl ClientHeaders {
             None => 0,
         };
         let named_priority: Option<i32> = integer_header(headers, PRIORITY, priority)?;
+        let milliseconds = "an integer: milliseconds until the first byte of the response";
+        let deadline: Option<u32> = integer_header(headers, DEADLINE, milliseconds)?;
         let hints = RequestHints {
+            deadline: deadline.map(|deadline| Duration::from_millis(deadline.into())),
             expected_output_tokens: integer_header(headers, EXPECTED_TOKENS, tokens)?,
             priority: named_priority.unwrap_or_default().max(highest_priority),
             tenant,

@@ -102,6 +102,8 @@ pub(crate) struct Failover<'a> {
     retries: u32,
     /// Number of connections that were lost after the request was sent.
     connection_losses: u32,
+    /// Maximum time from the arrival until the first byte of the response.
+    max_wait: Duration,
     /// Time by the gateway's clock until which the request may wait: in the queue, for a connection
     /// and for the first byte, all attempts together.
     deadline: Duration,
@@ -128,14 +130,18 @@ impl Failover<'_> {
 impl<'a> Failover<'a> {
     /// Prepares to send a request that arrived at `arrived_at`, but not to the workers in
     /// `excluded`. Adds the request to the retry budget. The first byte of the response must arrive
-    /// within `first_byte_timeout` of the arrival, all attempts and the queue included.
+    /// within `max_wait` and `first_byte_timeout` of the arrival, all attempts and the queue included.
     pub(crate) fn new(
         shared: &'a FailoverContext,
         client: &'a UpstreamClient,
         request: &'a UpstreamRequest,
         excluded: &[WorkerId],
         arrived_at: Duration,
+        max_wait: Option<Duration>,
     ) -> Self {
+        let max_wait = max_wait.map_or(shared.first_byte_timeout, |wait| {
+            wait.min(shared.first_byte_timeout)
+        });
         shared.retry_budget.lock().on_request(shared.clock.now());
         Self {
             shared,
@@ -145,7 +151,8 @@ impl<'a> Failover<'a> {
             attempts: 0,
             retries: 0,
             connection_losses: 0,
-            deadline: arrived_at + shared.first_byte_timeout,
+            max_wait,
+            deadline: arrived_at + max_wait,
         }
     }
 
@@ -373,9 +380,10 @@ impl<'a> Failover<'a> {
 
     /// Returns the response to a request whose deadline has passed.
     fn timed_out(&self) -> ApiError {
-        let limit = self.shared.first_byte_timeout;
+        let limit = self.max_wait;
         ApiError::timed_out(format!(
-            "No response began within {limit:?} (--first-byte-timeout)."
+            "No response began within {limit:?} (--first-byte-timeout, or the deadline of the \
+             request)."
         ))
     }
 

@@ -127,6 +127,8 @@ const RECORDING_RESULT: &[LabelInfo] = &[LabelInfo {
 declare_metrics! {
     requests: CounterByLabel, "requests", OUTCOME,
         "Requests that ended, by outcome";
+    pub(crate) deadlines_unreachable: Counter, "requests", NO_LABEL,
+        "Requests refused because their first byte was predicted after their deadline";
     key_refusals: CounterByLabel, "requests", KEY_REFUSAL,
         "Requests refused because of their key or its limits";
     pub(crate) retries: Counter, "requests", NO_LABEL,

@@ -230,6 +230,14 @@ impl Proxy {
             .apply_affinity(&mut parsed, call.response_id.as_deref(), session);
         let mut placed = self.placement.place(call.endpoint, parsed, arrived_at)?;
         placed.key = key_guard;
+        let max_wait = placed.parsed.hints.deadline;
+        if let Some(max_wait) = max_wait {
+            let elapsed = self.clock.now().saturating_sub(arrived_at);
+            let result = placed.check_deadline(max_wait.saturating_sub(elapsed));
+            result.inspect_err(|_| {
+                self.metrics.deadlines_unreachable.inc();
+            })?;
+        }
         let peer = head.extensions.get::<Peer>().copied();
         self.client_headers
             .forward(&mut head.headers, peer, call.is_observed);
@@ -248,6 +256,7 @@ impl Proxy {
             &upstream_request,
             excluded,
             arrived_at,
+            max_wait,
         );
         let response = failover.send(&mut placed.batch).await?;
         let request_id = upstream_request.request_id();

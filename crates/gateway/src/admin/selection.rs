@@ -181,6 +181,7 @@ impl SelectionApi {
                 Some(tenant) => tenant_hash(tenant.as_bytes()),
                 None => 0,
             },
+            deadline: None,
             excluded_workers: self.ids_of(&request.excluded_workers)?,
         };
         let session = request.session.as_deref().map(str::as_bytes);

@@ -1,6 +1,7 @@
 //! Hints of a request: what its client says beside the body.
 
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
+use std::time::Duration;
 
 use foresee_core::workers::WorkerId;
 
@@ -14,6 +15,8 @@ pub(crate) struct RequestHints {
     /// [Hash](tenant_hash) of the tenant, for the queue order `fair`. All requests without a tenant
     /// are one tenant, 0.
     pub(crate) tenant: u64,
+    /// Time from the arrival after which the first byte of the response is of no use to the client.
+    pub(crate) deadline: Option<Duration>,
     /// Workers that the client excluded.
     pub(crate) excluded_workers: Vec<WorkerId>,
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use foresee_core::batch::Batch;
+use foresee_engine::error::ApiError;
 use foresee_engine::request::Endpoint;
 
 use crate::access_log::AccessEntry;
@@ -11,6 +12,9 @@ use crate::keys::KeyGuard;
 use crate::placement::parsed_request::ParsedRequest;
 use crate::placement::request_context::{Observation, RequestContext};
 use crate::workers::worker::Worker;
+
+/// Longest time to retry after that a refusal names.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(30);
 
 /// A request that is booked on a worker. Dropping it releases the bookings.
 #[derive(Debug)]
@@ -29,6 +33,28 @@ pub(crate) struct PlacedRequest {
 }
 
 impl PlacedRequest {
+    /// Checks that the first byte of the response is predicted to come within `time_left`. A response
+    /// whose time cannot be predicted is given the chance.
+    ///
+    /// # Errors
+    /// Fails with a 429 if it is predicted to come later.
+    pub(crate) fn check_deadline(&self, time_left: Duration) -> Result<(), ApiError> {
+        let Some(predicted) = self.batch.predicted_first_byte() else {
+            return Ok(());
+        };
+        let late_by = predicted.saturating_sub(time_left);
+        if late_by.is_zero() {
+            return Ok(());
+        }
+        let message = format!(
+            "The first byte of the response is predicted after {} ms, which is later than the deadline \
+             of the request.",
+            predicted.as_millis()
+        );
+        let retry_after = Some(late_by.min(MAX_RETRY_AFTER));
+        Err(ApiError::deadline_unreachable(message, retry_after))
+    }
+
     /// Returns the prompt tokens that are predicted to be cached on the chosen worker.
     pub(crate) fn overlap_tokens(&self) -> u32 {
         let overlap_blocks = self.batch.decision().cost.overlap_blocks;

@@ -220,3 +220,47 @@ async fn the_time_in_the_queue_is_limited_by_the_first_byte_timeout() {
     exchange.keep();
     until_released(&gateway).await;
 }
+
+#[tokio::test]
+async fn a_request_that_would_miss_its_deadline_is_refused_at_once() {
+    let mut worker = FakeWorker::start().await;
+    let gateway = gateway(&[&worker]).await;
+    let with_deadline = |milliseconds: &str, prompt: &str| {
+        let request = String::from_utf8(http("POST", CHAT, chat(prompt, true))).unwrap();
+        let header = format!("\r\nx-foresee-deadline-ms: {milliseconds}\r\n");
+        request.replacen("\r\n", &header, 1)
+    };
+    // The initial estimate is 100 µs for each token.
+    let long = with_deadline("100", &"word ".repeat(20_000));
+    let response = Client::sending(gateway.address(), long)
+        .await
+        .response()
+        .await;
+    let error = response.error(429);
+    assert_eq!(error["code"], "deadline_unreachable");
+    assert!(response.head.get("retry-after").is_some());
+    assert!(worker.is_idle() && has_no_bookings(&gateway));
+    let text = metrics(&gateway).await;
+    assert_eq!(
+        value(&text, "foresee_deadlines_unreachable_total"),
+        Some(1.0)
+    );
+
+    // A worker that lets the deadline pass is not to blame.
+    let short = with_deadline("200", "hi");
+    let mut client = Client::sending(gateway.address(), short).await;
+    let mut exchange = worker.request().await;
+    client.response().await.error(504);
+    exchange.closed().await;
+    assert_eq!(
+        state(&gateway, "a"),
+        foresee_core::workers::WorkerState::Healthy
+    );
+
+    let invalid = with_deadline("soon", "hi");
+    let response = Client::sending(gateway.address(), invalid)
+        .await
+        .response()
+        .await;
+    assert_eq!(response.error(400)["param"], "x-foresee-deadline-ms");
+}
