@@ -280,6 +280,7 @@ fn placement_config(
         prefix_caching: config.prefix_caching,
         exposes_workers: config.expose_worker_header,
         probe_interval: config.probe_interval,
+        dry_run: config.dry_run,
         tokenizer,
         recorder,
     }

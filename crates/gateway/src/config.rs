@@ -47,6 +47,8 @@ pub struct GatewayConfig {
     pub discovery: DiscoveryConfig,
     /// How requests are routed and queued.
     pub router: RouterConfig,
+    /// Whether decisions are compared with those of the least predicted delay, in the metrics.
+    pub dry_run: bool,
     /// Maximum number of requests queued in the router; further requests are refused. `None` for no
     /// limit. Has no effect without a queue.
     pub queue_limit: Option<usize>,
@@ -174,6 +176,7 @@ impl Default for GatewayConfig {
             workers: Vec::new(),
             discovery: DiscoveryConfig::default(),
             router: RouterConfig::default(),
+            dry_run: false,
             queue_limit: None,
             tenant_header: AUTHORIZATION,
             prefix_caching: true,

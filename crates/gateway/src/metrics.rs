@@ -106,6 +106,14 @@ const PARITY_RESULT: &[LabelInfo] = &[LabelInfo {
     name: "result",
     values: &["equal", "different"],
 }];
+const DRY_RUN_RESULT: &[LabelInfo] = &[LabelInfo {
+    name: "result",
+    values: &["same", "different"],
+}];
+const DRY_RUN_KIND: &[LabelInfo] = &[LabelInfo {
+    name: "kind",
+    values: &["chosen", "least_delay"],
+}];
 const KEY_REFUSAL: &[LabelInfo] = &[LabelInfo {
     name: "reason",
     values: &[
@@ -180,6 +188,12 @@ declare_metrics! {
         "Prompt blocks predicted to be cached on the chosen worker, on the best worker, and reported as cached by the engine";
     overlap_predictions: CounterByLabel, "requests", PREDICTION_RESULT,
         "Requests whose overlap in blocks was predicted exactly, too large or too small, where the engine reports it";
+    dry_run_decisions: CounterByLabel, "requests", DRY_RUN_RESULT,
+        "Requests whose worker is the one of the least predicted delay, or is not; only with --dry-run";
+    dry_run_overlap_blocks: CounterByLabel, "blocks", DRY_RUN_KIND,
+        "Prompt blocks predicted to be cached on the chosen worker, and on that of the least predicted delay; only with --dry-run";
+    dry_run_delay_seconds: Histogram = histogram(1e-3, 20), "seconds", NO_LABEL,
+        "Predicted delay of the chosen worker beyond the least one, over all requests; only with --dry-run";
     tokenized_prompts: CounterByLabel, "prompts", TOKENIZATION_RESULT,
         "Text prompts that were matched as tokens, or the reason why they were matched as text";
     token_parity: CounterByLabel, "responses", PARITY_RESULT,
@@ -308,6 +322,21 @@ impl Metrics {
             None => {
                 self.worker_engine_active_blocks.remove(&label);
             }
+        }
+    }
+
+    /// Counts a decision of a dry run: whether the worker of the least predicted delay was chosen, by
+    /// how many seconds the chosen one's is longer, and the overlap of both in blocks.
+    pub(crate) fn record_dry_run(&self, is_same: bool, longer_by: f64, overlaps: [u32; 2]) {
+        let result = if is_same { "same" } else { "different" };
+        self.dry_run_decisions
+            .get_or_create(&[("result", result)])
+            .inc();
+        self.dry_run_delay_seconds.observe(longer_by);
+        for (kind, blocks) in ["chosen", "least_delay"].into_iter().zip(overlaps) {
+            self.dry_run_overlap_blocks
+                .get_or_create(&[("kind", kind)])
+                .inc_by(u64::from(blocks));
         }
     }
 

@@ -26,6 +26,7 @@ mod cache_feedback;
 mod completion_log;
 pub(crate) mod dispatch;
 mod drain_rate;
+mod dry_run;
 pub(crate) mod hints;
 pub(crate) mod parsed_request;
 pub(crate) mod placed_request;
@@ -56,6 +57,7 @@ use affinity::Affinity;
 use bytes_per_token::TextRatios;
 use dispatch::QueueWait;
 use drain_rate::DrainRate;
+use dry_run::DryRun;
 use parsed_request::{BodyForm, ParsedRequest};
 use placed_request::PlacedRequest;
 use reader::RequestReader;
@@ -80,6 +82,8 @@ pub(crate) struct PlacementConfig {
     pub(crate) probe_interval: Duration,
     /// Tokenizer of `--tokenizer`; without one, prompts are matched as text.
     pub(crate) tokenizer: Option<PromptTokenizer>,
+    /// Whether decisions are compared with those of the least predicted delay.
+    pub(crate) dry_run: bool,
     /// Writer of `--record`.
     pub(crate) recorder: Option<Arc<Recorder>>,
 }
@@ -94,6 +98,8 @@ pub(crate) struct Placement {
     refusals: Arc<Refusals>,
     queue: QueueWait,
     observation: Arc<Observation>,
+    /// Comparison of the decisions, if they are compared.
+    dry_run: Option<DryRun>,
 }
 
 impl Placement {
@@ -114,7 +120,11 @@ impl Placement {
             clock,
             probe_interval: config.probe_interval,
         });
+        let dry_run = config.dry_run.then(|| DryRun {
+            metrics: Arc::clone(&metrics),
+        });
         Self {
+            dry_run,
             reader: Arc::new(RequestReader {
                 registry,
                 tokenizer: tokenizer.clone(),
@@ -209,12 +219,20 @@ impl Placement {
         parsed: ParsedRequest,
         arrived_at: Duration,
     ) -> Result<PlacedRequest, ApiError> {
+        let dry_run = self.dry_run.as_ref().and_then(|dry_run| {
+            // Without a candidate, the decision fails as well.
+            let explanation = self.explain(&parsed).ok()?;
+            Some((dry_run, explanation))
+        });
         let started = self.clock.now();
         let batch = self
             .router
             .route_batch(&parsed.request(), &parsed.sequences.rest, started)
             .map_err(|error| self.refusal(&error))?;
         let duration = self.clock.now().saturating_sub(started);
+        if let Some((dry_run, explanation)) = dry_run {
+            dry_run.compare(&explanation, batch.worker());
+        }
         let metrics = &self.metrics;
         metrics
             .decision_duration_seconds

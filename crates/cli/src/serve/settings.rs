@@ -58,6 +58,8 @@ pub(crate) struct ServeArgs {
     #[command(flatten)]
     routing: RoutingArgs,
     #[command(flatten)]
+    dry_run: DryRunArgs,
+    #[command(flatten)]
     outlier: OutlierArgs,
     #[command(flatten)]
     queue_limits: QueueLimitArgs,
@@ -249,6 +251,26 @@ pub(crate) struct PromptArgs {
     pub(crate) prefix_caching: Switch,
 }
 
+/// Comparison of the policy with the least predicted delay.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Routing")]
+struct DryRunArgs {
+    /// Compares each decision with the one of the least predicted delay, without following it
+    ///
+    /// The metrics foresee_dry_run_* report the comparison. Use it with the --policy of another
+    /// router, to see what the default would change.
+    #[arg(
+        long,
+        default_value_t = Switch::Off,
+        default_missing_value = "on",
+        num_args = 0..=1,
+        require_equals = true,
+        value_name = "SWITCH",
+        env = "FORESEE_DRY_RUN"
+    )]
+    dry_run: Switch,
+}
+
 /// Limits of the queue, and its tenants.
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Queue")]
@@ -415,6 +437,7 @@ impl ServeArgs {
                 outlier: self.outlier.config(),
                 ..self.routing.config()
             },
+            dry_run: self.dry_run.dry_run == Switch::On,
             queue_limit: self.queue_limits.queue_limit,
             tenant_header: self.queue_limits.tenant_header,
             prefix_caching: self.prompts.prefix_caching == Switch::On,

@@ -206,6 +206,7 @@ temperature = 7
 block-size = 32
 seed = 7
 queue = "fcfs"
+dry-run = true
 ejection-consecutive-failures = 7
 ejection-failure-rate = 0.7
 ejection-time = "7s"

@@ -71,6 +71,7 @@ impl SettingChanges {
                 "block-size": router.block_size,
                 "seed": router.seed,
                 "queue": router.queue_order,
+                "dry-run": dry_run,
                 "ejection-consecutive-failures": router.outlier.consecutive_failures,
                 "ejection-failure-rate": router.outlier.failure_rate,
                 "ejection-time": router.outlier.base_ejection,

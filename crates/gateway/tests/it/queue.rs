@@ -264,3 +264,27 @@ async fn a_request_that_would_miss_its_deadline_is_refused_at_once() {
         .await;
     assert_eq!(response.error(400)["param"], "x-foresee-deadline-ms");
 }
+
+#[tokio::test]
+async fn a_dry_run_reports_what_the_least_delay_would_have_chosen() {
+    let mut workers = [FakeWorker::start().await, FakeWorker::start().await];
+    let mut config = config(&[&workers[0], &workers[1]]);
+    config.dry_run = true;
+    let gateway = gateway_with(config).await;
+    // Round robin sends the second request, of the same prompt, to the other worker.
+    let prompt = "word ".repeat(2000);
+    for worker in &mut workers {
+        let request = http("POST", CHAT, chat(&prompt, false));
+        let mut client = Client::sending(gateway.address(), request).await;
+        worker.request().await.respond_json("{}").await;
+        assert_eq!(client.response().await.status(), 200);
+        until_released(&gateway).await;
+    }
+    let text = metrics(&gateway).await;
+    let count = |labels: &str| value(&text, &format!("foresee_dry_run_{labels}"));
+    assert_eq!(count("decisions_total{result=\"different\"}"), Some(1.0));
+    assert_eq!(count("decisions_total{result=\"same\"}"), Some(1.0));
+    assert_eq!(count("overlap_blocks_total{kind=\"chosen\"}"), Some(0.0));
+    assert!(count("overlap_blocks_total{kind=\"least_delay\"}").unwrap() > 100.0);
+    assert!(count("delay_seconds_sum").unwrap() > 0.1);
+}

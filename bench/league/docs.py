@@ -1,0 +1,158 @@
+#!/usr/bin/env python3
+"""Writes the league's tables into docs/benchmarks.md, and its picture, from the saved runs.
+
+    bench/league/docs.py [RESULTS]
+
+A table replaces the text between `<!-- NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from pathlib import Path
+
+import rows
+import svg
+from report import MEASURES, OURS, Measure, Result, Results
+from store import Store
+from tables import table
+from verdicts import geometric_mean, mean
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+DOCS = ROOT / "docs"
+
+#: Names of the routers in the tables.
+NAMES = {
+    "foresee": "Foresee",
+    "foresee-events": "Foresee, KV events",
+    "smg": "SMG",
+    "smg-least-load": "SMG, least_load",
+    "sglang-router": "sglang-router",
+    "vllm-router": "vllm-router",
+    "vllm-router-events": "vllm-router, kv_aware",
+    "nginx": "nginx, round-robin",
+}
+#: Rivals in the picture.
+SHOWN = ["smg", "sglang-router", "vllm-router", "nginx"]
+#: Measures of the table, with their headings.
+COLUMNS = {
+    "E2E mean, s": "E2E mean",
+    "E2E p99, s": "E2E p99",
+    "TTFT mean, s": "TTFT mean",
+    "TTFT p99, s": "TTFT p99",
+    "within SLO, %": "within SLO",
+    "lost": "lost",
+    "CPU, ms/request": "router CPU",
+}
+
+
+def main() -> int:
+    """Writes the documents and returns the exit code."""
+    directory = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "target" / "league" / "results"
+    league = rows.read(HERE / "rows.toml")
+    results = Results(league, Store(directory).all())
+    if not results.all:
+        print(f"error: {directory} has no results", file=sys.stderr)
+        return 1
+    path = DOCS / "benchmarks.md"
+    text = path.read_text()
+    for name, lines in {
+        "league verdicts": verdict_table(results),
+        "league": measure_table(results),
+    }.items():
+        place = re.search(f"<!-- {name} -->\n(.*?)<!-- end -->", text, re.DOTALL)
+        if place is None:
+            print(f"error: {path} has no place `<!-- {name} -->`", file=sys.stderr)
+            return 1
+        text = text[: place.start(1)] + "\n".join(lines) + "\n" + text[place.end(1) :]
+    path.write_text(text)
+    (DOCS / "images" / "league.svg").write_text(picture(results))
+    return 0
+
+
+def runs_of(results: Results, row: str, router: str) -> tuple[list[Result], bool]:
+    """Returns the valid runs of a router in a row, or else the void ones, and whether they are
+    valid."""
+    valid = list(results.of(row, router).values())
+    if valid:
+        return valid, True
+    return [
+        run
+        for run in results.all
+        if (run["row"], run["router"]) == (row, router) and run["error"] is None
+    ], False
+
+
+def value(results: Results, row: str, router: str, measure: Measure) -> float:
+    """Returns the mean of a measure over a router's runs in a row; not a number without any."""
+    runs, _ = runs_of(results, row, router)
+    return mean([measure.value(run) for run in runs]) if runs else math.nan
+
+
+def measure_table(results: Results) -> list[str]:
+    """Returns all rows and routers with their measures; those of void runs in parentheses."""
+    measures = [measure for measure in MEASURES if measure.name in COLUMNS]
+    lines = []
+    for row in results.rows:
+        for number, router in enumerate(results.routers(row)):
+            runs, is_valid = runs_of(results, row, router)
+            cells = [f"`{row}`" if number == 0 else "", NAMES.get(router, router), str(len(runs))]
+            for measure in measures:
+                number_text = f"{value(results, row, router, measure):.{measure.digits}f}"
+                cells.append(number_text if is_valid else f"({number_text})")
+            lines.append(cells)
+    return table(["row", "router", "seeds", *(COLUMNS[measure.name] for measure in measures)], lines)
+
+
+def verdict_table(results: Results) -> list[str]:
+    """Returns the verdict of each row and judged measure, against the best rival."""
+    judged = [measure for measure in MEASURES if measure.tolerance is not None]
+    lines = []
+    ratios: dict[str, list[float]] = {measure.name: [] for measure in judged}
+    for row in results.rows:
+        cells = [f"`{row}`"]
+        for measure in judged:
+            comparison = results.comparison(row, measure)
+            if comparison is None:
+                cells.append("–")
+                continue
+            ratios[measure.name].append(comparison.ratio)
+            margin = "?" if math.isinf(comparison.margin) else f"{comparison.margin * 100:.1f}"
+            sign = "−" if comparison.advantage < 0 else "+"
+            rival = NAMES.get(comparison.rival, comparison.rival)
+            cells.append(
+                f"{comparison.verdict.value}, {sign}{abs(comparison.advantage) * 100:.1f} ± {margin} "
+                f"({rival}, {comparison.seeds})"
+            )
+        lines.append(cells)
+    means = [
+        f"{(geometric_mean(ratios[measure.name]) - 1) * 100:+.1f} %".replace("-", "−")
+        if all(ratio > 0 for ratio in ratios[measure.name]) and ratios[measure.name]
+        else "–"
+        for measure in judged
+    ]
+    lines.append(["geometric mean", *means])
+    return table(["row", *(measure.name for measure in judged)], lines)
+
+
+def picture(results: Results) -> str:
+    """Returns a picture of the mean latency of each rival, relative to ours."""
+    measure = next(measure for measure in MEASURES if measure.name == "E2E mean, s")
+    lines = []
+    for row in results.rows:
+        ours = value(results, row, OURS, measure)
+        lines.append((row, [value(results, row, rival, measure) / ours for rival in SHOWN]))
+    return svg.dots(
+        "Mean end-to-end latency in the league, relative to Foresee",
+        "The routers' own programs before the same mock engines. Right of the line is slower.",
+        [NAMES[rival] for rival in SHOWN],
+        lines,
+        "Mean end-to-end latency of four routers in each row of the league, relative to Foresee",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
