@@ -1,21 +1,51 @@
 //! `foresee check-config`: checks the settings of `serve` and prints all of them as TOML.
 
 use std::fmt::Write as _;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use clap::{Arg, ArgAction, ArgMatches};
-use foresee_gateway::{GatewayConfig, WorkerConfig};
+use clap::{Arg, ArgAction, ArgMatches, Args};
+use foresee_gateway::{AdminListen, Gateway, GatewayConfig, WorkerCheck, WorkerConfig};
 use toml::Value;
 
 use crate::config_file::{from_flag, keys};
-use crate::flags::Queue;
+use crate::flags::{Queue, Switch};
 use crate::output::print;
-use crate::serve::{ServeArgs, check_settings};
+use crate::serve::{ServeArgs, check_settings, runtime};
 use crate::value_kind::Kind;
-use crate::{InvalidConfiguration, command};
+use crate::{FAILURE, InvalidConfiguration, command};
 
-/// Checks all settings and prints them as a file for `--config`. No socket is opened and no worker
-/// is contacted. `args` must be [resolved](ServeArgs::resolve), and `matches` must be those of the
+/// Time that the first checks may take in addition to their own limits.
+const EXTRA_TIME: Duration = Duration::from_secs(1);
+
+/// Settings of `serve`, and what is checked of them.
+#[derive(Args, Debug)]
+pub(crate) struct CheckConfigArgs {
+    #[command(flatten)]
+    pub(crate) serve: ServeArgs,
+    /// Selects whether the health of each worker is checked, too
+    #[arg(
+        long,
+        default_value_t = Switch::Off,
+        default_missing_value = "on",
+        num_args = 0..=1,
+        require_equals = true,
+        value_name = "SWITCH"
+    )]
+    check_workers: Switch,
+}
+
+impl CheckConfigArgs {
+    /// Returns whether the health of each worker is checked.
+    pub(crate) fn checks_workers(&self) -> bool {
+        self.check_workers == Switch::On
+    }
+}
+
+/// Checks all settings and prints them as a file for `--config`. Workers are contacted only if
+/// `checks_workers`; a worker that is not healthy makes the exit code a failure. `args` must be [resolved](ServeArgs::resolve), and `matches` must be those of the
 /// subcommand. `tables` are the tables of the file that have no flag, as text.
 ///
 /// # Errors
@@ -24,14 +54,68 @@ pub(crate) fn check_config(
     args: ServeArgs,
     matches: &ArgMatches,
     tables: &str,
-) -> anyhow::Result<()> {
+    checks_workers: bool,
+) -> anyhow::Result<ExitCode> {
     let config = args.gateway();
     check_settings(&config)?;
     config.check_tokenizer().context(InvalidConfiguration)?;
     print(format!("{}\n{tables}", effective(&config, matches)?).trim_end())?;
     print("\n")?;
     eprintln!("Configuration is valid.");
-    Ok(())
+    if checks_workers {
+        return check_workers(config);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Starts a gateway at a free port, waits until each worker has passed or failed a health check,
+/// and prints the results.
+fn check_workers(config: GatewayConfig) -> anyhow::Result<ExitCode> {
+    let limit = config.health.timeout + config.connect_timeout + EXTRA_TIME;
+    let config = GatewayConfig {
+        listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+        admin_listen: AdminListen::Off,
+        tokenizer: None,
+        record: None,
+        access_log: None,
+        state: None,
+        ..config
+    };
+    let runtime = runtime()?;
+    let checks = runtime.block_on(async {
+        let gateway = Gateway::start(config)?;
+        let started = Instant::now();
+        loop {
+            let checks = gateway.worker_checks();
+            let is_done = |check: &WorkerCheck| check.is_healthy || check.problem.is_some();
+            if checks.iter().all(is_done) || started.elapsed() > limit {
+                return Ok::<_, anyhow::Error>(checks);
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })?;
+    runtime.shutdown_background();
+    for WorkerCheck {
+        name,
+        url,
+        is_healthy,
+        models,
+        problem,
+    } in &checks
+    {
+        if *is_healthy {
+            eprintln!("{name} ({url}): healthy; models: {}", models.join(", "));
+        } else {
+            let problem = problem.as_deref().unwrap_or("no result in time");
+            eprintln!("{name} ({url}): not healthy: {problem}");
+        }
+    }
+    let are_healthy = checks.iter().all(|check| check.is_healthy);
+    Ok(if are_healthy {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(FAILURE)
+    })
 }
 
 /// Returns all settings as a file for `--config`: a comment for each setting without a value, and a

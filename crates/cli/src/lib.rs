@@ -93,8 +93,8 @@ enum Command {
     /// Checks the configuration of `serve` and prints all settings as TOML
     ///
     /// The output is a file for `serve --config`. The exit code is 2 if the configuration is
-    /// invalid.
-    CheckConfig(serve::ServeArgs),
+    /// invalid, and 1 if a worker is not healthy with --check-workers.
+    CheckConfig(check_config::CheckConfigArgs),
     /// Creates keys of clients
     #[command(subcommand)]
     Key(key_new::KeyCommand),
@@ -179,7 +179,9 @@ fn execute(arguments: Vec<OsString>) -> anyhow::Result<ExitCode> {
         Command::Serve(args) => serve::serve(args.resolve(matches, tables)?, arguments)?,
         Command::CheckConfig(args) => {
             let text = tables.to_toml()?;
-            check_config::check_config(args.resolve(matches, tables)?, matches, &text)?;
+            let checks_workers = args.checks_workers();
+            let args = args.serve.resolve(matches, tables)?;
+            return check_config::check_config(args, matches, &text, checks_workers);
         }
         Command::Demo(args) => demo::demo(args)?,
         Command::Verify(args) => return Ok(verify::verify(args.resolve(matches))),

@@ -83,7 +83,7 @@ pub use metrics::{LabelInfo, MetricInfo, metric_reference, metrics_page};
 pub use pass_through::{InvalidPath, PassThroughPath};
 pub use reload::{ConfigSource, ReloadError};
 pub use request_body::RequestBodyConfig;
-pub use server::{Gateway, StartError};
+pub use server::{Gateway, StartError, WorkerCheck};
 pub use shutdown::ShutdownConfig;
 pub use tls::{ClientAuth, TlsConfig, TlsError};
 

@@ -15,7 +15,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use foresee_api::admin::Reload;
 use foresee_core::router::{ConfigError, Router, RouterConfig};
-use foresee_core::workers::WorkerError;
+use foresee_core::workers::{WorkerError, WorkerState};
 use foresee_engine::tokenizer::TokenizerError;
 use futures_util::future::join_all;
 use tokio::net::TcpListener;
@@ -96,6 +96,21 @@ pub enum StartError {
     /// A worker cannot be added.
     #[error(transparent)]
     Worker(#[from] WorkerError),
+}
+
+/// Result of a worker's health checks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkerCheck {
+    /// Name of the worker.
+    pub name: String,
+    /// URL of the worker.
+    pub url: String,
+    /// Whether the worker can be chosen.
+    pub is_healthy: bool,
+    /// Models that the worker lists.
+    pub models: Vec<String>,
+    /// Error of the last check, if it failed.
+    pub problem: Option<String>,
 }
 
 /// A running gateway.
@@ -287,6 +302,26 @@ impl Gateway {
     #[must_use]
     pub fn router(&self) -> &Router {
         &self.router
+    }
+
+    /// Returns the result of each worker's health checks so far.
+    #[must_use]
+    pub fn worker_checks(&self) -> Vec<WorkerCheck> {
+        let snapshots = self.router.workers(Duration::ZERO);
+        let checks = self.workers.registry().all().into_iter().map(|worker| {
+            let snapshot = snapshots.iter().find(|snapshot| snapshot.id == worker.id);
+            let health = worker.health_status();
+            let is_healthy =
+                snapshot.is_some_and(|snapshot| snapshot.state == WorkerState::Healthy);
+            WorkerCheck {
+                name: worker.config.name.clone(),
+                url: worker.config.url(),
+                is_healthy,
+                models: snapshot.map_or_else(Vec::new, |snapshot| snapshot.models.to_vec()),
+                problem: health.last_error.filter(|_| !is_healthy),
+            }
+        });
+        checks.collect()
     }
 
     /// Reads the configuration from the source of [`start_on`](Self::start_on) and applies it. The

@@ -2,9 +2,13 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::ports::free_port;
+use crate::process::{Process, eventually, exchange};
 
 /// A configuration file, removed at the end of a test.
 struct ConfigFile(PathBuf);
@@ -381,4 +385,30 @@ fn a_key_that_cannot_be_used_is_an_invalid_configuration() {
     assert_eq!(invalid.status.code(), Some(2));
     let error = String::from_utf8(invalid.stderr).unwrap();
     assert!(!error.contains("secret"), "{error}");
+}
+
+#[test]
+fn check_config_reports_the_health_of_workers() {
+    let engine = format!("127.0.0.1:{}", free_port());
+    let address: SocketAddr = engine.parse().unwrap();
+    let _engine = Process::start(&["mock-engine", "--listen", &engine]);
+    eventually(|| exchange(address, "GET /health", "").filter(|(status, _)| *status == 200));
+    let check = |workers: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_foresee"));
+        command.args(["check-config", "--check-workers", "--worker-urls"]);
+        let output = command.args(workers).output().unwrap();
+        (
+            output.status.code(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
+    };
+    let (code, text) = check(&[&engine]);
+    assert_eq!(code, Some(0), "{text}");
+    assert!(text.contains("healthy; models: model"), "{text}");
+    let (code, text) = check(&[&engine, "127.0.0.1:1"]);
+    assert_eq!(code, Some(1), "{text}");
+    assert!(
+        text.contains("127.0.0.1:1 (http://127.0.0.1:1): not healthy: "),
+        "{text}"
+    );
 }
