@@ -61,6 +61,7 @@ def main() -> int:
     text = path.read_text()
     for name, lines in {
         "league verdicts": verdict_table(results),
+        "league behind": behind_table(results),
         "league": measure_table(results),
     }.items():
         place = re.search(f"<!-- {name} -->\n(.*?)<!-- end -->", text, re.DOTALL)
@@ -136,6 +137,43 @@ def verdict_table(results: Results) -> list[str]:
     ]
     lines.append(["geometric mean", *means])
     return table(["row", *(measure.name for measure in judged)], lines)
+
+
+def behind_table(results: Results) -> list[str]:
+    """Returns every router that was better than ours by more than the tolerance of a tie, over the
+    seeds that it has in common with ours."""
+    lines = []
+    for row in results.rows:
+        for measure in [measure for measure in MEASURES if measure.tolerance is not None]:
+            for router in results.rivals(row):
+                gap = gap_to(results, row, router, measure)
+                if gap is None or gap[0] <= (measure.tolerance or 0.0):
+                    continue
+                unit = "points" if measure.higher_is_better else "%"
+                lines.append(
+                    [
+                        f"`{row}`",
+                        measure.name,
+                        NAMES.get(router, router),
+                        f"{gap[0] * 100:.1f} {unit}",
+                        str(gap[1]),
+                    ]
+                )
+    return table(["row", "measure", "better router", "by", "common seeds"], lines)
+
+
+def gap_to(
+    results: Results, row: str, router: str, measure: Measure
+) -> tuple[float, int] | None:
+    """Returns by how much a router is better than ours in a measure, and over how many seeds."""
+    ours, theirs = results.of(row, OURS), results.of(row, router)
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds or (results.loses_too_much(row, router) and not measure.higher_is_better):
+        return None
+    our_mean = mean([measure.value(ours[seed]) for seed in seeds])
+    their_mean = mean([measure.value(theirs[seed]) for seed in seeds])
+    difference = their_mean - our_mean if measure.higher_is_better else our_mean - their_mean
+    return difference / (measure.scale or abs(their_mean) or 1.0), len(seeds)
 
 
 def picture(results: Results) -> str:
