@@ -153,10 +153,10 @@ def main(files: list[str]) -> None:
     page = DOCS / "benchmarks.md"
     text = page.read_text()
     for name, content in parts.items():
-        place = re.compile(f"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not place.search(text):
-            sys.exit(f"{page} has no place `<!-- {name} -->` for this table")
-        text = place.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
+        try:
+            text = tables.replace_place(text, name, [content])
+        except KeyError as error:
+            sys.exit(f"{page}: {error.args[0]}")
     page.write_text(text)
     images = DOCS / "images"
     (images / "latency-by-policy.svg").write_text(pictures.by_policy(suite, OWN, OTHERS))

@@ -9,16 +9,15 @@ A table replaces the text between `<!-- NAME -->` and `<!-- end -->`.
 from __future__ import annotations
 
 import math
-import re
 import sys
 from pathlib import Path
 
 import rows
 import svg
-from report import MEASURES, OURS, Measure, Result, Results
+from report import MEASURES, OURS, Measure, Result, Results, verdict_table
 from store import Store
-from tables import table
-from verdicts import geometric_mean, mean
+from tables import replace_place, table
+from verdicts import mean
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -60,15 +59,15 @@ def main() -> int:
     path = DOCS / "benchmarks.md"
     text = path.read_text()
     for name, lines in {
-        "league verdicts": verdict_table(results),
+        "league verdicts": verdict_table(results, NAMES),
         "league behind": behind_table(results),
         "league": measure_table(results),
     }.items():
-        place = re.search(f"<!-- {name} -->\n(.*?)<!-- end -->", text, re.DOTALL)
-        if place is None:
-            print(f"error: {path} has no place `<!-- {name} -->`", file=sys.stderr)
+        try:
+            text = replace_place(text, name, lines)
+        except KeyError as error:
+            print(f"error: {path}: {error.args[0]}", file=sys.stderr)
             return 1
-        text = text[: place.start(1)] + "\n".join(lines) + "\n" + text[place.end(1) :]
     path.write_text(text)
     (DOCS / "images" / "league.svg").write_text(picture(results))
     return 0
@@ -106,37 +105,6 @@ def measure_table(results: Results) -> list[str]:
                 cells.append(number_text if is_valid else f"({number_text})")
             lines.append(cells)
     return table(["row", "router", "seeds", *(COLUMNS[measure.name] for measure in measures)], lines)
-
-
-def verdict_table(results: Results) -> list[str]:
-    """Returns the verdict of each row and judged measure, against the best rival."""
-    judged = [measure for measure in MEASURES if measure.tolerance is not None]
-    lines = []
-    ratios: dict[str, list[float]] = {measure.name: [] for measure in judged}
-    for row in results.rows:
-        cells = [f"`{row}`"]
-        for measure in judged:
-            comparison = results.comparison(row, measure)
-            if comparison is None:
-                cells.append("–")
-                continue
-            ratios[measure.name].append(comparison.ratio)
-            margin = "?" if math.isinf(comparison.margin) else f"{comparison.margin * 100:.1f}"
-            sign = "−" if comparison.advantage < 0 else "+"
-            rival = NAMES.get(comparison.rival, comparison.rival)
-            cells.append(
-                f"{comparison.verdict.value}, {sign}{abs(comparison.advantage) * 100:.1f} ± {margin} "
-                f"({rival}, {comparison.seeds})"
-            )
-        lines.append(cells)
-    means = [
-        f"{(geometric_mean(ratios[measure.name]) - 1) * 100:+.1f} %".replace("-", "−")
-        if all(ratio > 0 for ratio in ratios[measure.name]) and ratios[measure.name]
-        else "–"
-        for measure in judged
-    ]
-    lines.append(["geometric mean", *means])
-    return table(["row", *(measure.name for measure in judged)], lines)
 
 
 def behind_table(results: Results) -> list[str]:

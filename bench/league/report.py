@@ -168,7 +168,16 @@ def markdown(league: League, results: list[Result], versions: dict[str, str]) ->
     """Returns the report as text."""
     table = Results(league, results)
     parts = ["# League", "", "Versions: " + ", ".join(versions.values()) + ".", ""]
-    parts += _verdict_table(table)
+    parts += [
+        "## Verdicts",
+        "",
+        f"`{OURS}` against the best rival of each row and measure: advantage ± half of the 95 % "
+        "interval (in percent; in points for the SLO), rival, seeds. Geometric means are those of "
+        "the ratios.",
+        "",
+        *verdict_table(table, {}),
+        "",
+    ]
     parts += ["## Measures", "", "Means over seeds, in the engines' time.", ""]
     for row in table.rows:
         parts += _row_table(table, row)
@@ -177,19 +186,14 @@ def markdown(league: League, results: list[Result], versions: dict[str, str]) ->
     return "\n".join(parts) + "\n"
 
 
-def _verdict_table(table: Results) -> list[str]:
+def verdict_table(table: Results, names: dict[str, str]) -> list[str]:
+    """Returns the verdict of each row and judged measure against the best rival. `names` are those of
+    the routers in the table."""
     judged = [measure for measure in MEASURES if measure.tolerance is not None]
-    lines = [
-        "## Verdicts",
-        "",
-        f"`{OURS}` against the best rival of each row and measure: advantage ± half of the 95 % "
-        "interval (points for the SLO), rival, seeds.",
-        "",
-    ]
     rows = []
     ratios: dict[str, list[float]] = {measure.name: [] for measure in judged}
     for row in table.rows:
-        cells = [row]
+        cells = [f"`{row}`"]
         for measure in judged:
             comparison = table.comparison(row, measure)
             if comparison is None:
@@ -197,15 +201,20 @@ def _verdict_table(table: Results) -> list[str]:
                 continue
             ratios[measure.name].append(comparison.ratio)
             margin = "?" if math.isinf(comparison.margin) else f"{comparison.margin * 100:.1f}"
+            advantage = f"{comparison.advantage * 100:+.1f}".replace("-", "−")
+            rival = names.get(comparison.rival, comparison.rival)
             cells.append(
-                f"{comparison.verdict.value}: {comparison.advantage * 100:+.1f} ± {margin} % "
-                f"({comparison.rival}, {comparison.seeds})"
+                f"{comparison.verdict.value}, {advantage} ± {margin} ({rival}, {comparison.seeds})"
             )
         rows.append(cells)
-    means = [f"{geometric_mean(ratios[measure.name]):.3f}" for measure in judged]
-    rows.append(["geometric mean of the ratios", *means])
-    lines += markdown_table(["row", *(measure.name for measure in judged)], rows)
-    return [*lines, "", "A ratio above 1 means that Foresee is better.", ""]
+    means = [
+        f"{(geometric_mean(ratios[measure.name]) - 1) * 100:+.1f} %".replace("-", "−")
+        if ratios[measure.name]
+        else "–"
+        for measure in judged
+    ]
+    rows.append(["geometric mean", *means])
+    return markdown_table(["row", *(measure.name for measure in judged)], rows)
 
 
 def _row_table(table: Results, row: str) -> list[str]:

@@ -45,8 +45,9 @@ impl CheckConfigArgs {
 }
 
 /// Checks all settings and prints them as a file for `--config`. Workers are contacted only if
-/// `checks_workers`; a worker that is not healthy makes the exit code a failure. `args` must be [resolved](ServeArgs::resolve), and `matches` must be those of the
-/// subcommand. `tables` are the tables of the file that have no flag, as text.
+/// `checks_workers`; a worker that is not healthy makes the exit code a failure. `args` must be
+/// [resolved](ServeArgs::resolve), and `matches` must be those of the subcommand. `tables` are the
+/// tables of the file that have no flag, as text.
 ///
 /// # Errors
 /// If a setting is invalid, or the tokenizer cannot be loaded.

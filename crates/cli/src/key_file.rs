@@ -54,28 +54,28 @@ impl KeyTable {
             is_visible,
             "`id` of a key must be visible ASCII characters without spaces"
         );
-        let scopes = self.scopes.unwrap_or_else(|| vec!["api".to_owned()]);
-        let scopes = scopes.iter().map(|scope| scope.parse::<Scope>());
-        let scopes: Result<Vec<Scope>, _> = scopes.collect();
         let in_key = || format!("key `{id}`");
-        Ok(KeyConfig {
-            hash: self
-                .hash
-                .parse()
-                .map_err(|error: &str| anyhow::anyhow!("`hash` {error}"))
-                .with_context(in_key)?,
-            tenant: self.tenant.unwrap_or_else(|| id.clone()),
-            scopes: scopes.map_err(anyhow::Error::msg).with_context(in_key)?,
-            models: self.models.unwrap_or_else(|| vec!["*".to_owned()]),
-            limits: KeyLimits {
-                requests_per_minute: self.requests_per_minute,
-                tokens_per_minute: self.tokens_per_minute,
-                concurrent_requests: self.concurrent_requests,
-            },
-            highest_priority: self.highest_priority,
-            expires: self.expires.map(time_of).transpose().with_context(in_key)?,
-            id,
-        })
+        let hash = self.hash.parse();
+        let hash = hash.map_err(|error: &str| anyhow::anyhow!("`hash` {error}"));
+        let mut key = KeyConfig::new(&id, hash.with_context(in_key)?);
+        if let Some(tenant) = self.tenant {
+            key.tenant = tenant;
+        }
+        if let Some(scopes) = self.scopes {
+            let scopes: Result<_, _> = scopes.iter().map(|scope| scope.parse::<Scope>()).collect();
+            key.scopes = scopes.map_err(anyhow::Error::msg).with_context(in_key)?;
+        }
+        if let Some(models) = self.models {
+            key.models = models;
+        }
+        key.limits = KeyLimits {
+            requests_per_minute: self.requests_per_minute,
+            tokens_per_minute: self.tokens_per_minute,
+            concurrent_requests: self.concurrent_requests,
+        };
+        key.highest_priority = self.highest_priority;
+        key.expires = self.expires.map(time_of).transpose().with_context(in_key)?;
+        Ok(key)
     }
 }
 

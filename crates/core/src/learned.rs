@@ -1,12 +1,12 @@
-//! What a router has learned from its traffic, as a plain value that can be stored and given to another
-//! router.
+//! Knowledge that a router has learned from its traffic, as a plain value that can be stored and given
+//! to another router.
 
 pub use foresee_forecast::{
     InvalidLearned, LearnedLatency, LearnedLengths, LearnedPhase, LearnedSpeed, LengthBin,
 };
 use serde::{Deserialize, Serialize};
 
-/// What a router has learned: speeds of models and workers, and lengths of outputs.
+/// Knowledge that a router has learned: speeds of models and workers, and lengths of outputs.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Learned {
     /// Latency models, by the name of the model that the workers run.
@@ -22,7 +22,7 @@ pub struct Learned {
 pub struct LearnedModel {
     /// Name of the model.
     pub model: String,
-    /// Its latency.
+    /// Latency of the model.
     pub latency: LearnedLatency,
 }
 
@@ -33,6 +33,6 @@ pub struct LearnedWorker {
     pub worker: String,
     /// Name of the model that it runs.
     pub model: String,
-    /// Its speed.
+    /// Speed of the worker.
     pub speed: LearnedSpeed,
 }

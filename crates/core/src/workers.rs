@@ -26,7 +26,7 @@ use crate::sglang_admission::OutputReservation;
 pub(crate) use bound_columns::BoundColumns;
 pub(crate) use earlier::Earlier;
 use eligibility::Eligibility;
-use latency_groups::LatencyGroups;
+use latency_groups::{LatencyGroups, model_of};
 pub use snapshot::WorkerSnapshot;
 
 pub use crate::worker_id::WorkerId;
@@ -164,7 +164,7 @@ pub(crate) struct Workers {
     retiring: Vec<WorkerIndex>,
     /// Recent failures, ejections and backpressure of each worker.
     pub(crate) outliers: Outliers,
-    /// What an earlier router has learned.
+    /// Speeds that an earlier router has learned.
     earlier: Earlier,
     /// Number of workers that were ever added.
     generations: u64,
@@ -190,7 +190,7 @@ impl Workers {
         }
     }
 
-    /// Sets what an earlier router has learned, for workers that are added afterwards.
+    /// Sets the speeds that an earlier router has learned, for workers that are added afterwards.
     pub(crate) fn set_earlier(&mut self, earlier: Earlier) {
         self.earlier = earlier;
     }
@@ -254,8 +254,8 @@ impl Workers {
             ..Load::default()
         };
         let mut pending_work = PendingWork::new(self.latency_groups.join(&models, &self.earlier));
-        let model = models.first().map(String::as_str).unwrap_or_default();
-        if let Some(latency) = self.earlier.estimator(&spec.name, model, now) {
+        let earlier = self.earlier.estimator(&spec.name, model_of(&models), now);
+        if let Some(latency) = earlier {
             pending_work.latency = latency;
         }
         self.pending_work[index] = pending_work;
@@ -472,8 +472,7 @@ impl Workers {
             .set_queue_length(group, id.index, 0, queue_length);
         if group != old_group {
             pending_work.latency_group = group;
-            let model = models.first().map(String::as_str).unwrap_or_default();
-            match self.earlier.estimator(&name, model, now) {
+            match self.earlier.estimator(&name, model_of(&models), now) {
                 Some(latency) => pending_work.latency = latency,
                 None => pending_work.latency.reset_factors(),
             }

@@ -31,7 +31,7 @@ pub struct LearnedPhase {
 pub struct LearnedSpeed {
     /// Ratio of the worker's prefill durations to the group's forecasts; 0 without samples.
     pub prefill_factor: f64,
-    /// The same ratio of decode steps.
+    /// Ratio of the durations of its decode steps to the forecasts; 0 without samples.
     pub decode_factor: f64,
     /// Mean number of prompts whose first tokens come in one step.
     pub mean_prefill_batch: f64,

@@ -12,9 +12,8 @@ use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
-use http::HeaderMap;
 use http::header::USER_AGENT;
-use http::request::Parts;
+use http::{HeaderMap, HeaderValue, Request};
 use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
 use serde::Serialize;
@@ -68,16 +67,21 @@ impl AccessLog {
     }
 
     /// Begins the line of a request that has just arrived. `request_id` is that of the gateway.
-    pub(crate) fn begin(self: &Arc<Self>, head: &Parts, request_id: &str) -> AccessEntry {
-        let peer = head.extensions.get::<Peer>();
+    pub(crate) fn begin<B>(
+        self: &Arc<Self>,
+        request: &Request<B>,
+        request_id: &HeaderValue,
+    ) -> AccessEntry {
+        let (headers, peer) = (request.headers(), request.extensions().get::<Peer>());
+        let own_id = || String::from_utf8_lossy(request_id.as_bytes()).into_owned();
         let line = Line {
             time: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
-            request_id: text_of(&head.headers, "x-request-id").unwrap_or_else(|| request_id.into()),
-            trace_id: trace_id(&head.headers),
-            method: head.method.to_string(),
-            path: shortened(head.uri.path()),
+            request_id: text_of(headers, "x-request-id").unwrap_or_else(own_id),
+            trace_id: trace_id(headers),
+            method: request.method().to_string(),
+            path: shortened(request.uri().path()),
             client: peer.map(|peer| peer.address.ip().to_canonical().to_string()),
-            user_agent: text_of(&head.headers, USER_AGENT.as_str()),
+            user_agent: text_of(headers, USER_AGENT.as_str()),
             ..Line::default()
         };
         AccessEntry {
@@ -159,7 +163,7 @@ pub(crate) struct AccessEntry {
     is_written: bool,
 }
 
-/// What is known of a request once it is placed on a worker.
+/// Fields of a request that is placed on a worker.
 #[derive(Debug)]
 pub(crate) struct PlacedFields<'a> {
     pub(crate) model: &'a str,
@@ -182,7 +186,7 @@ impl AccessEntry {
         self.line.priority = (priority != 0).then_some(priority);
     }
 
-    /// Adds what is known once a worker responds.
+    /// Adds the fields that are known once a worker responds.
     pub(crate) fn set_placed(&mut self, fields: &PlacedFields<'_>) {
         self.line.model = Some(shortened(fields.model));
         self.line.worker = Some(fields.worker.to_owned());

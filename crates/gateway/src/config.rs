@@ -18,7 +18,7 @@ use crate::pass_through::PassThroughPath;
 use crate::placement::tokenization::PromptTokenizer;
 use crate::request_body::RequestBodyConfig;
 use crate::shutdown::ShutdownConfig;
-use crate::tls::{TlsConfig, TlsError};
+use crate::tls::{LoadedTls, TlsConfig, TlsError};
 use crate::workers::api_key::{ApiKeyError, ApiKeySource, WorkerKeyConfig};
 use crate::workers::health_config::HealthConfig;
 use crate::workers::resolve::DnsConfig;
@@ -133,19 +133,26 @@ impl GatewayConfig {
         }
     }
 
-    /// Checks that the files of TLS can be used.
+    /// Checks that the files of TLS can be used, those of workers included.
     ///
     /// # Errors
-    /// Fails if a file cannot be read, or the key does not belong to the certificate; then a gateway
+    /// Fails if a file cannot be read, or a key does not belong to its certificate; then a gateway
     /// would not start either.
     pub fn check_tls(&self) -> Result<(), TlsError> {
-        self.tls.as_ref().map(TlsConfig::load).transpose()?;
+        self.load_tls().map(|_| ())
+    }
+
+    /// Reads the files of the listeners' TLS, if there are any, and checks those of workers.
+    ///
+    /// # Errors
+    /// As [`check_tls`](Self::check_tls).
+    pub(crate) fn load_tls(&self) -> Result<Option<LoadedTls>, TlsError> {
         for worker in &self.workers {
             if let Some(tls) = &worker.tls {
                 tls.or(&self.worker_tls).load(worker.host())?;
             }
         }
-        Ok(())
+        self.tls.as_ref().map(TlsConfig::load).transpose()
     }
 
     /// Checks that the API keys of workers can be read.

@@ -6,7 +6,7 @@
 mod targets;
 
 use std::error::Error;
-use std::hash::{BuildHasher, DefaultHasher, Hash, Hasher, RandomState};
+use std::hash::{BuildHasher, RandomState};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -16,12 +16,14 @@ use http::header::{ACCEPT, USER_AGENT};
 use http::{Request, Uri};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
+use crate::content_watch::ContentWatch;
 use crate::log_limit::warn_limited;
 use crate::metrics::Metrics;
 use crate::workers::reconcile::{Reconciler, Source};
@@ -95,27 +97,22 @@ impl Discovery {
     /// between two looks. Never returns.
     async fn follow_file(self: Arc<Self>, path: PathBuf) {
         let source = Source::File(path.clone());
-        let mut applied = None;
-        let mut seen = None;
-        let mut is_first = true;
+        let mut watch: Option<ContentWatch> = None;
         loop {
             let path = path.clone();
             let read = move || std::fs::read_to_string(&path);
             let read = tokio::task::spawn_blocking(read).await;
             let text = read.unwrap_or_else(|error| Err(std::io::Error::other(error)));
+            let content = text.as_ref().ok().map(String::as_bytes);
+            let watch = watch.get_or_insert_with(|| ContentWatch::unused(content));
+            let has_changed = watch.has_changed(content);
             match text {
-                Ok(text) => {
-                    let hash = Some(content_hash(&text));
-                    let is_stable = hash == seen || is_first;
-                    seen = hash;
-                    if is_stable && hash != applied {
-                        applied = hash;
-                        self.apply(&source, &text, Trust::Local);
-                    }
+                Ok(text) if has_changed => {
+                    self.apply(&source, &text, Trust::Local);
                 }
+                Ok(_) => {}
                 Err(error) => self.fail(&source, &error.to_string()),
             }
-            is_first = false;
             sleep(FILE_INTERVAL).await;
         }
     }
@@ -124,15 +121,14 @@ impl Discovery {
     async fn follow_url(self: Arc<Self>, url: Uri) {
         let source = Source::Url(url.to_string());
         let mut random = SmallRng::seed_from_u64(RandomState::new().hash_one(&url));
+        let client = Client::builder(TokioExecutor::new()).build_http();
         let mut applied = None;
         loop {
-            match timeout(REQUEST_TIMEOUT, self.fetch(&url)).await {
+            match timeout(REQUEST_TIMEOUT, self.fetch(&client, &url)).await {
+                Ok(Ok(text)) if applied.as_ref() == Some(&text) => self.succeed(),
                 Ok(Ok(text)) => {
-                    let hash = Some(content_hash(&text));
-                    if hash == applied {
-                        self.succeed();
-                    } else if self.apply(&source, &text, Trust::Remote) {
-                        applied = hash;
+                    if self.apply(&source, &text, Trust::Remote) {
+                        applied = Some(text);
                     }
                 }
                 Ok(Err(error)) => self.fail(&source, &error.to_string()),
@@ -144,8 +140,11 @@ impl Discovery {
     }
 
     /// Returns the list at a URL.
-    async fn fetch(&self, url: &Uri) -> Result<String, Box<dyn Error + Send + Sync>> {
-        let client = Client::builder(TokioExecutor::new()).build_http::<Empty<Bytes>>();
+    async fn fetch(
+        &self,
+        client: &Client<HttpConnector, Empty<Bytes>>,
+        url: &Uri,
+    ) -> Result<String, Box<dyn Error + Send + Sync>> {
         let refresh = self.config.refresh.as_secs().max(1);
         let request = Request::get(url.clone())
             .header(ACCEPT, "application/json")
@@ -211,11 +210,4 @@ impl Discovery {
             .discovery_last_success_timestamp_seconds
             .set(since_epoch.unwrap_or_default().as_secs_f64());
     }
-}
-
-/// Returns the hash of a list.
-fn content_hash(text: &str) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    text.hash(&mut hasher);
-    hasher.finish()
 }

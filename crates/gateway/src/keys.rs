@@ -44,6 +44,8 @@ pub(crate) struct Key {
 #[derive(Debug)]
 struct Keys {
     by_hash: HashMap<KeyHash, Arc<Key>>,
+    /// Every scope that a key has.
+    scopes: Vec<Scope>,
 }
 
 /// The keys in force. Without any, every client may send requests.
@@ -75,7 +77,13 @@ impl KeyRing {
         }
         let keys = keys.map(|keys| {
             let mut by_hash = HashMap::new();
+            let mut scopes = Vec::new();
             for config in keys {
+                for scope in &config.scopes {
+                    if !scopes.contains(scope) {
+                        scopes.push(*scope);
+                    }
+                }
                 let usage = usage.entry(&config.id).or_default();
                 let key = Key {
                     config: config.clone(),
@@ -83,7 +91,7 @@ impl KeyRing {
                 };
                 by_hash.insert(config.hash, Arc::new(key));
             }
-            Arc::new(Keys { by_hash })
+            Arc::new(Keys { by_hash, scopes })
         });
         self.keys.store(keys);
     }
@@ -96,8 +104,8 @@ impl KeyRing {
     /// Returns whether there is a key with one of these scopes.
     pub(crate) fn has_key_for(&self, scopes: &[Scope]) -> bool {
         let keys = self.keys.load();
-        let mut keys = keys.iter().flat_map(|keys| keys.by_hash.values());
-        keys.any(|key| key.config.scopes.iter().any(|scope| scopes.contains(scope)))
+        let has_scope = |keys: &Arc<Keys>| keys.scopes.iter().any(|scope| scopes.contains(scope));
+        keys.as_ref().is_some_and(has_scope)
     }
 
     /// Returns the key of a request with these headers, if it has one of the scopes and has not
@@ -370,16 +378,7 @@ mod tests {
     use super::*;
 
     fn config(id: &str, key: &str) -> KeyConfig {
-        KeyConfig {
-            id: id.to_owned(),
-            hash: KeyHash::of(key.as_bytes()),
-            tenant: id.to_owned(),
-            scopes: vec![Scope::Api],
-            models: vec!["*".to_owned()],
-            limits: KeyLimits::default(),
-            highest_priority: 0,
-            expires: None,
-        }
+        KeyConfig::new(id, KeyHash::of(key.as_bytes()))
     }
 
     fn ring(keys: &[KeyConfig]) -> KeyRing {

@@ -39,6 +39,7 @@ mod completion;
 mod config;
 mod connection;
 mod connection_state;
+mod content_watch;
 mod discovery;
 mod engine_metrics;
 mod failover;
@@ -72,6 +73,7 @@ pub use admin::{AdminConfig, AdminKey, AdminListen, KeyError, UnprotectedAdmin, 
 pub use client_headers::ClientTrust;
 pub use config::{GatewayConfig, default_io_threads};
 pub use connection_state::ConnectionConfig;
+pub use content_watch::ContentWatch;
 pub use discovery::DiscoveryConfig;
 pub use foresee_api::admin::Reload;
 pub use http::{HeaderName, Uri};

@@ -52,7 +52,7 @@ struct Call {
     response_id: Option<String>,
 }
 
-/// What is known of a request before it has a response.
+/// Findings about a request that its response needs.
 #[derive(Debug)]
 struct RequestNotes {
     /// Key of the request, if it has one.
@@ -121,14 +121,11 @@ impl Proxy {
         let call = self.find_call(&request);
         let endpoint = call.as_ref().map_or(Endpoint::Other, |call| call.endpoint);
         let mut guard = OutcomeGuard(Some(&self.metrics));
-        let (head, body) = request.into_parts();
         let log = self.access_log.as_ref();
-        let entry = log.map(|log| {
-            let id = String::from_utf8_lossy(request_id.as_bytes());
-            log.begin(&head, &id)
-        });
-        let mut notes = RequestNotes { key: None, entry };
-        let request = Request::from_parts(head, body);
+        let mut notes = RequestNotes {
+            key: None,
+            entry: log.map(|log| log.begin(&request, &request_id)),
+        };
         let connection = request.extensions().get::<ConnectionHandle>();
         let result = if connection.is_some_and(ConnectionHandle::is_too_late) {
             Err(shutting_down())

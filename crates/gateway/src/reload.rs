@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 
 use crate::config::GatewayConfig;
 use crate::metrics::Metrics;
-use crate::tls::{TlsConfig, TlsTermination};
+use crate::tls::TlsTermination;
 use crate::workers::reconcile::{AddError, Reconciler, Source};
 use crate::workers::worker_config::WorkerConfig;
 use changes::SettingChanges;
@@ -134,23 +134,21 @@ impl Reloader {
     ) -> Result<Reload, ReloadError> {
         let invalid = |error: &dyn fmt::Display| ReloadError::Invalid(error.to_string());
         new.check_api_keys().map_err(|error| invalid(&error))?;
-        new.check_tls().map_err(|error| invalid(&error))?;
         let protection = new.admin.check(&in_force.admin_listen, new.keys.as_deref());
         protection.map_err(|error| invalid(&error))?;
         let tuning = new.router_tuning();
         tuning.check().map_err(|error| invalid(&error))?;
 
-        let loaded = new.tls.as_ref().map(TlsConfig::load).transpose();
-        let loaded = loaded.map_err(|error| invalid(&error))?;
+        let loaded_tls = new.load_tls().map_err(|error| invalid(&error))?;
 
         let reconciler = &self.parts.reconciler;
         let workers = reconciler.reconcile(&Source::Config, new.workers.clone())?;
         let settings = SettingChanges::between(in_force, &new);
         // The ranges are checked above.
         let _ = self.parts.router.set_tuning(tuning);
-        self.parts.tls.install(new.tls.clone(), loaded);
+        self.parts.tls.install(new.tls.clone(), loaded_tls);
         (self.parts.apply_settings)(&new);
-        in_force.take_live_settings(new);
+        in_force.take_live_settings(&new);
         Ok(Reload {
             changed: settings.live,
             needs_restart: settings.fixed,

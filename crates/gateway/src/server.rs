@@ -8,7 +8,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -168,7 +168,7 @@ impl Gateway {
         source: Option<ConfigSource>,
     ) -> Result<Self, StartError> {
         config.check_api_keys()?;
-        config.check_tls()?;
+        let loaded_tls = config.load_tls()?;
         // Loading takes seconds, so it happens before the first connection is accepted.
         let tokenizer = config
             .tokenizer
@@ -193,27 +193,21 @@ impl Gateway {
         let record = config.record.as_deref();
         let recorder = record.map(|path| {
             let recorder = Recorder::start(path, &metrics);
-            recorder.map(Arc::new).map_err(|error| StartError::Record {
-                path: path.to_owned(),
-                error,
-            })
+            recorder.map(Arc::new).map_err(cannot_write(path))
         });
         let recorder = recorder.transpose()?;
+        let access_log = config.access_log.as_deref().map(|path| {
+            let log = AccessLog::start(path, &metrics);
+            log.map(Arc::new).map_err(cannot_write(path))
+        });
+        let access_log = access_log.transpose()?;
         let router = Router::new(RouterConfig {
             queue_limit: config.queue_limit,
             ..config.router.clone()
         })?;
-        let tls = TlsTermination::new(config.tls.clone(), Arc::clone(&metrics))?;
+        let tls = TlsTermination::new(config.tls.clone(), loaded_tls, Arc::clone(&metrics));
         let tls = Arc::new(tls);
         let recording = recorder.clone();
-        let access_log = config.access_log.as_deref().map(|path| {
-            let log = AccessLog::start(path, &metrics);
-            log.map(Arc::new).map_err(|error| StartError::Record {
-                path: path.to_owned(),
-                error,
-            })
-        });
-        let access_log = access_log.transpose()?;
         let parts = GatewayParts::new(
             &config,
             router,
@@ -390,6 +384,12 @@ impl Gateway {
             tracing::error!(%error, "finishing the recording failed; its last entries may be missing");
         }
     }
+}
+
+/// Returns the error of starting a writer of the file at `path`.
+fn cannot_write(path: &Path) -> impl FnOnce(io::Error) -> StartError {
+    let path = path.to_owned();
+    move |error| StartError::Record { path, error }
 }
 
 /// Calls the router's `tick` in intervals. Never returns.

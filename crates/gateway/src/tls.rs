@@ -3,7 +3,6 @@
 //! A connection takes the certificate in force when it begins. New files replace it only if they can be
 //! used: the key must belong to the certificate.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,6 +22,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
+use crate::content_watch::ContentWatch;
 use crate::log_limit::warn_limited;
 use crate::metrics::Metrics;
 
@@ -145,18 +145,18 @@ impl TlsConfig {
         })
     }
 
-    /// Returns the hash of the content of all files; `None` if one of them cannot be read.
-    fn content_hash(&self) -> Option<u64> {
-        let mut hasher = DefaultHasher::new();
+    /// Returns the content of all files; `None` if one of them cannot be read.
+    fn content(&self) -> Option<Vec<u8>> {
         let files = [
             Some(&self.certificate),
             Some(&self.key),
             self.client_ca.as_ref(),
         ];
+        let mut content = Vec::new();
         for path in files.into_iter().flatten() {
-            std::fs::read(path).ok()?.hash(&mut hasher);
+            content.extend(std::fs::read(path).ok()?);
         }
-        Some(hasher.finish())
+        Some(content)
     }
 }
 
@@ -209,19 +209,19 @@ pub(crate) struct TlsTermination {
 }
 
 impl TlsTermination {
-    /// Creates the TLS of these files; without any, connections are not encrypted.
-    ///
-    /// # Errors
-    /// As [`TlsConfig::load`].
-    pub(crate) fn new(config: Option<TlsConfig>, metrics: Arc<Metrics>) -> Result<Self, TlsError> {
-        let loaded = config.as_ref().map(TlsConfig::load).transpose()?;
+    /// Creates the TLS of files whose content was loaded; without any, connections are not encrypted.
+    pub(crate) fn new(
+        config: Option<TlsConfig>,
+        loaded: Option<LoadedTls>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         let termination = Self {
             in_force: ArcSwapOption::empty(),
             config: Mutex::default(),
             metrics,
         };
         termination.install(config, loaded);
-        Ok(termination)
+        termination
     }
 
     /// Puts files in force whose content was loaded. Connections that are open keep theirs.
@@ -263,23 +263,12 @@ impl TlsTermination {
     /// Looks at the files in intervals, and puts a new content in force once it has not changed for
     /// one interval. Content that cannot be used is logged. Never returns.
     pub(crate) async fn watch(self: Arc<Self>) {
-        let hash_now = || {
-            let termination = Arc::clone(&self);
-            let config = termination.config.lock().clone();
-            let hash = move || config.and_then(|config| config.content_hash());
-            async move { tokio::task::spawn_blocking(hash).await.ok().flatten() }
-        };
-        let mut tried = hash_now().await;
-        let mut seen = tried;
+        let mut watch = ContentWatch::used(self.content().await.as_deref());
         loop {
             tokio::time::sleep(WATCH_INTERVAL).await;
-            let hash = hash_now().await;
-            let is_stable = hash == seen;
-            seen = hash;
-            if hash.is_none() || !is_stable || hash == tried {
+            if !watch.has_changed(self.content().await.as_deref()) {
                 continue;
             }
-            tried = hash;
             let Some(config) = self.config.lock().clone() else {
                 continue;
             };
@@ -295,6 +284,13 @@ impl TlsTermination {
                 ),
             }
         }
+    }
+
+    /// Returns the content of the files in force; `None` without files, or if one cannot be read.
+    async fn content(&self) -> Option<Vec<u8>> {
+        let config = self.config.lock().clone()?;
+        let read = tokio::task::spawn_blocking(move || config.content());
+        read.await.ok().flatten()
     }
 }
 

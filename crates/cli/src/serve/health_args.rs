@@ -106,7 +106,7 @@ pub(crate) struct WorkerAccessArgs {
     )]
     worker_api_key_for_clients: Switch,
     /// Names the file with the authorities that sign the certificates of https:// workers in PEM
-    /// [default: those that the system trusts]
+    /// [default: the authorities of the system]
     #[arg(long, value_name = "FILE", env = "FORESEE_WORKER_TLS_CA")]
     worker_tls_ca: Option<PathBuf>,
     /// Names the file with the certificate chain in PEM that the router shows to https:// workers

@@ -41,14 +41,20 @@ struct LatencyGroup {
     queue_lengths: BTreeSet<(u32, WorkerIndex)>,
 }
 
+/// Returns the model that decides the group of a worker with these models; empty if they are unknown.
+/// Only the first name counts: engines list the model that they run before its LoRA adapters, which
+/// come and go.
+pub(super) fn model_of(models: &[String]) -> &str {
+    models.first().map(String::as_str).unwrap_or_default()
+}
+
 impl LatencyGroups {
     /// Adds a worker that serves these models to its group, and returns the index of the group.
-    /// Only the first name counts: engines list the model that they run before its LoRA adapters,
-    /// which come and go. Workers of unknown models share a group. A new group beyond
+    /// Workers of unknown models share a group. A new group beyond
     /// [`MAX_GROUPS`] replaces the one that has been without a worker for longest, and starts with
     /// what an earlier router has learned.
     pub(super) fn join(&mut self, models: &[String], earlier: &Earlier) -> usize {
-        let model = models.first().map(String::as_str).unwrap_or_default();
+        let model = model_of(models);
         let index = match self.by_model.get(model) {
             Some(&index) => index,
             None => self.create(model, earlier.latency_model(model)),

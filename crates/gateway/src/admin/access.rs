@@ -44,7 +44,7 @@ impl Area {
     }
 }
 
-/// What a request does.
+/// Access that a request needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Access {
     Health,
@@ -55,7 +55,7 @@ enum Access {
     AdminChange,
 }
 
-/// Who sent a request: the id of a key, `admin key`, or `anonymous` if no key is needed.
+/// Sender of a request: the id of a key, `admin key`, or `anonymous` if no key is needed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Principal(String);
 
@@ -72,7 +72,7 @@ impl std::fmt::Display for Principal {
 }
 
 impl AdminConfig {
-    /// Checks that a request may be handled, and returns who sent it. `listen` is the listener that it
+    /// Checks that a request may be handled, and returns its sender. `listen` is the listener that it
     /// arrived at; `keys` are those of clients, some of which may open it.
     ///
     /// # Errors
@@ -298,7 +298,7 @@ mod tests {
     use super::super::key::AdminKey;
     use super::*;
     use crate::clock::Clock;
-    use crate::keys::key_config::{KeyConfig, KeyHash, KeyLimits};
+    use crate::keys::key_config::{KeyConfig, KeyHash};
     use crate::metrics::Metrics;
 
     /// Returns the status of a request with these headers, 200 if it is accepted. Clients have no
@@ -488,14 +488,8 @@ mod tests {
     #[test]
     fn keys_of_clients_open_what_their_scopes_say() {
         let key = |name: &str, scope| KeyConfig {
-            id: name.to_owned(),
-            hash: KeyHash::of(name.as_bytes()),
-            tenant: String::new(),
             scopes: vec![scope],
-            models: Vec::new(),
-            limits: KeyLimits::default(),
-            highest_priority: 0,
-            expires: None,
+            ..KeyConfig::new(name, KeyHash::of(name.as_bytes()))
         };
         let all = ring(Some(&[
             key("client", Scope::Api),

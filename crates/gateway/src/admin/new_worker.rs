@@ -4,9 +4,7 @@ use foresee_engine::error::ApiError;
 use serde::Deserialize;
 
 use super::access::refusal;
-use crate::kv_events::source::KvEvents;
-use crate::workers::worker_config::WorkerConfig;
-use crate::workers::worker_tls::WorkerTlsConfig;
+use crate::workers::worker_config::{LocalOption, WorkerConfig};
 
 /// Parses the body `{"url": "URL[,name=NAME][,ranks=N][,blocks=N]…"}`, whose `url` is a description
 /// as for `--worker`.
@@ -29,45 +27,30 @@ pub fn parse_new_worker(body: &[u8]) -> Result<WorkerConfig, ApiError> {
         let message = format!("The description in `url` is invalid: {error}.");
         ApiError::bad_request(message, Some("url"))
     })?;
-    if config.api_key_file.is_some() {
-        // Such a request could send any file of this machine to a server of its choice.
-        let message = "`api-key-file` is not accepted here: name the file with --worker or \
-                       --worker-api-key-file, which apply when the router starts.";
-        return Err(ApiError::bad_request(message, Some("url")));
+    match config.local_option() {
+        None => Ok(config),
+        Some(LocalOption::KeyFile) => {
+            // Such a request could send any file of this machine to a server of its choice.
+            let message = "`api-key-file` is not accepted here: name the file with --worker or \
+                           --worker-api-key-file, which apply when the router starts.";
+            Err(ApiError::bad_request(message, Some("url")))
+        }
+        Some(LocalOption::TlsFiles) => {
+            // The certificate could be shown to a server of the client's choice.
+            let message = "`tls-ca`, `tls-certificate` and `tls-key` are not accepted here: name the \
+                           files with --worker, or with --worker-tls-ca and \
+                           --worker-tls-certificate, which apply to all workers.";
+            Err(ApiError::bad_request(message, Some("url")))
+        }
+        Some(LocalOption::Endpoint(field)) => {
+            let message = format!(
+                "`{field}` must be `tcp://HOST:PORT` for a worker that is added over HTTP. Configure \
+                 an endpoint with `bind:` or `ipc:` by --worker at the start of the router."
+            );
+            Err(ApiError {
+                param: Some("url"),
+                ..refusal(403, "endpoint_not_allowed", message)
+            })
+        }
     }
-    if config
-        .tls
-        .as_ref()
-        .is_some_and(WorkerTlsConfig::names_files)
-    {
-        // The certificate could be shown to a server of the client's choice.
-        let message = "`tls-ca`, `tls-certificate` and `tls-key` are not accepted here: name the files \
-                       with --worker, or with --worker-tls-ca and --worker-tls-certificate, which \
-                       apply to all workers.";
-        return Err(ApiError::bad_request(message, Some("url")));
-    }
-    check_event_endpoints(&config)?;
-    Ok(config)
-}
-
-/// Checks that a worker that is added over HTTP has only `tcp://` endpoints that the router connects
-/// to. Other endpoints would open a port or a file on the router's host. Fails with a 403.
-fn check_event_endpoints(config: &WorkerConfig) -> Result<(), ApiError> {
-    let KvEvents::At(source) = &config.kv_events else {
-        return Ok(());
-    };
-    let is_remote = |endpoint: &str| endpoint.starts_with("tcp://");
-    let field = match &source.replay {
-        _ if source.binds || !is_remote(&source.endpoint) => "kv-events",
-        Some(replay) if !is_remote(replay) => "replay",
-        _ => return Ok(()),
-    };
-    let message = format!(
-        "`{field}` must be `tcp://HOST:PORT` for a worker that is added over HTTP. Configure an \
-         endpoint with `bind:` or `ipc:` by --worker at the start of the router."
-    );
-    Err(ApiError {
-        param: Some("url"),
-        ..refusal(403, "endpoint_not_allowed", message)
-    })
 }

@@ -5,7 +5,6 @@ use std::collections::{BTreeMap, HashSet};
 use serde::Deserialize;
 
 use crate::workers::worker_config::WorkerConfig;
-use crate::workers::worker_tls::WorkerTlsConfig;
 
 /// Largest number of workers in a list.
 const MAX_TARGETS: usize = 4096;
@@ -108,12 +107,7 @@ pub(super) fn parse(text: &str, trust: Trust) -> Result<Vec<WorkerConfig>, Strin
         if !names.insert(&engine.name) {
             return Err(format!("two workers are named `{}`", engine.name));
         }
-        let names_files = engine.api_key_file.is_some()
-            || engine
-                .tls
-                .as_ref()
-                .is_some_and(WorkerTlsConfig::names_files);
-        if trust == Trust::Remote && (names_files || !engine.kv_events.is_remote()) {
+        if trust == Trust::Remote && engine.local_option().is_some() {
             return Err(format!(
                 "worker `{}` names a file or an endpoint of this machine, which a list from a URL \
                  may not",

@@ -69,7 +69,7 @@ pub fn new_key() -> std::io::Result<String> {
     Ok(format!("{KEY_PREFIX}{digits}"))
 }
 
-/// What a key opens.
+/// Part of the gateway that a key opens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
     /// The inference APIs of the public listener.
@@ -124,7 +124,7 @@ pub struct KeyConfig {
     pub hash: KeyHash,
     /// Tenant of the requests, for the queue order `fair`.
     pub tenant: String,
-    /// What the key opens.
+    /// Parts of the gateway that the key opens.
     pub scopes: Vec<Scope>,
     /// Models that requests may name: exact names, or the beginning of names with `*` at its end.
     pub models: Vec<String>,
@@ -137,6 +137,22 @@ pub struct KeyConfig {
 }
 
 impl KeyConfig {
+    /// Returns a key of the public API for all models, without limits and without an expiry. Its tenant
+    /// has the name of the key.
+    #[must_use]
+    pub fn new(id: &str, hash: KeyHash) -> Self {
+        Self {
+            id: id.to_owned(),
+            hash,
+            tenant: id.to_owned(),
+            scopes: vec![Scope::Api],
+            models: vec!["*".to_owned()],
+            limits: KeyLimits::default(),
+            highest_priority: 0,
+            expires: None,
+        }
+    }
+
     /// Returns whether requests with the key may name a model.
     #[must_use]
     pub fn allows_model(&self, model: &str) -> bool {

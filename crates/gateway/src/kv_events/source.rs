@@ -17,18 +17,6 @@ pub enum KvEvents {
     At(EventSource),
 }
 
-impl KvEvents {
-    /// Returns whether the gateway opens no port and no file of its own for the events: every
-    /// configured endpoint is one of TCP that it connects to.
-    pub(crate) fn is_remote(&self) -> bool {
-        let Self::At(source) = self else {
-            return true;
-        };
-        let is_tcp = |endpoint: &str| endpoint.starts_with("tcp://");
-        !source.binds && is_tcp(&source.endpoint) && source.replay.as_deref().is_none_or(is_tcp)
-    }
-}
-
 /// Where a worker publishes its KV events.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EventSource {

@@ -1,6 +1,5 @@
 //! Differences between two configurations, and which of them a reload applies.
 
-use crate::admin::settings::AdminConfig;
 use crate::config::GatewayConfig;
 
 /// Settings that differ between two configurations, apart from the workers, by their keys in a
@@ -24,32 +23,52 @@ macro_rules! differences {
     }};
 }
 
+/// Declares the settings that a reload applies.
+macro_rules! live_settings {
+    ($($key:literal: $($field:ident).+),* $(,)?) => {
+        /// Returns the keys of these settings that differ between two configurations.
+        fn live_differences(old: &GatewayConfig, new: &GatewayConfig) -> Vec<String> {
+            differences! { old, new, $($key: $($field).+),* }
+        }
+
+        impl GatewayConfig {
+            /// Takes over the workers and these settings. Keeps all others.
+            pub(super) fn take_live_settings(&mut self, new: &Self) {
+                self.workers.clone_from(&new.workers);
+                $(self.$($field).+.clone_from(&new.$($field).+);)*
+            }
+        }
+    };
+}
+
+live_settings! {
+    "admin-host": admin.hosts,
+    "admin-key-file": admin.key,
+    "metrics-key-file": admin.metrics_key,
+    "admin-open": admin.open,
+    "key": keys,
+    "tls": tls,
+    "overlap-weight": router.overlap_weight,
+    "ttft-weight": router.ttft_weight,
+    "temperature": router.temperature,
+    "queue-limit": queue_limit,
+    "tenant-header": tenant_header,
+    "pass-through": pass_through,
+    "trusted-proxies": client_trust.proxies,
+    "trust-client-headers": client_trust.control_headers,
+    "first-byte-timeout": first_byte_timeout,
+    "min-first-byte-timeout": min_first_byte_timeout,
+    "stream-idle-timeout": stream_idle_timeout,
+    "shutdown-delay": shutdown.delay,
+    "shutdown-timeout": shutdown_timeout,
+}
+
 impl SettingChanges {
-    /// Compares two configurations. A new setting belongs here; the test of the command line that
-    /// changes every key fails without it.
+    /// Compares two configurations. A new setting belongs here or above; the test of the command line
+    /// that changes every key fails without it.
     pub(super) fn between(old: &GatewayConfig, new: &GatewayConfig) -> Self {
         Self {
-            live: differences! { old, new,
-                "admin-host": admin.hosts,
-                "admin-key-file": admin.key,
-                "metrics-key-file": admin.metrics_key,
-                "admin-open": admin.open,
-                "key": keys,
-                "tls": tls,
-                "overlap-weight": router.overlap_weight,
-                "ttft-weight": router.ttft_weight,
-                "temperature": router.temperature,
-                "queue-limit": queue_limit,
-                "tenant-header": tenant_header,
-                "pass-through": pass_through,
-                "trusted-proxies": client_trust.proxies,
-                "trust-client-headers": client_trust.control_headers,
-                "first-byte-timeout": first_byte_timeout,
-                "min-first-byte-timeout": min_first_byte_timeout,
-                "stream-idle-timeout": stream_idle_timeout,
-                "shutdown-delay": shutdown.delay,
-                "shutdown-timeout": shutdown_timeout,
-            },
+            live: live_differences(old, new),
             fixed: differences! { old, new,
                 "listen": listen,
                 "admin-listen": admin_listen,
@@ -104,31 +123,6 @@ impl SettingChanges {
     }
 }
 
-impl GatewayConfig {
-    /// Takes over the workers and the settings that a reload applies. Keeps all others.
-    pub(super) fn take_live_settings(&mut self, new: Self) {
-        self.workers = new.workers;
-        self.admin = AdminConfig {
-            max_reservations: self.admin.max_reservations,
-            ..new.admin
-        };
-        self.keys = new.keys;
-        self.tls = new.tls;
-        self.router.overlap_weight = new.router.overlap_weight;
-        self.router.ttft_weight = new.router.ttft_weight;
-        self.router.temperature = new.router.temperature;
-        self.queue_limit = new.queue_limit;
-        self.tenant_header = new.tenant_header;
-        self.pass_through = new.pass_through;
-        self.client_trust = new.client_trust;
-        self.first_byte_timeout = new.first_byte_timeout;
-        self.min_first_byte_timeout = new.min_first_byte_timeout;
-        self.stream_idle_timeout = new.stream_idle_timeout;
-        self.shutdown = new.shutdown;
-        self.shutdown_timeout = new.shutdown_timeout;
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -144,7 +138,7 @@ mod tests {
         let changes = SettingChanges::between(&config, &new);
         assert_eq!(changes.live, ["queue-limit"]);
         assert_eq!(changes.fixed, ["max-body-size"]);
-        config.take_live_settings(new.clone());
+        config.take_live_settings(&new);
         assert_eq!(config.queue_limit, Some(9));
         // The next reload names it again.
         let changes = SettingChanges::between(&config, &new);

@@ -62,6 +62,17 @@ pub struct WorkerConfig {
     pub(crate) member: Option<IpAddr>,
 }
 
+/// Option of a worker that concerns the machine of the gateway.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LocalOption {
+    /// `api-key-file`.
+    KeyFile,
+    /// `tls-ca`, `tls-certificate` or `tls-key`.
+    TlsFiles,
+    /// An endpoint of KV events, by the name of the option.
+    Endpoint(&'static str),
+}
+
 /// Invalid description of a worker.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("worker `{given}`: {problem}")]
@@ -93,6 +104,28 @@ impl WorkerConfig {
             name.strip_suffix(&suffix)
         });
         without_address.unwrap_or(name)
+    }
+
+    /// Returns the first option that names a file of this machine, or an endpoint for KV events at which
+    /// this machine would open a port or a file. A client that is not the operator may set none.
+    pub(crate) fn local_option(&self) -> Option<LocalOption> {
+        if self.api_key_file.is_some() {
+            return Some(LocalOption::KeyFile);
+        }
+        if self.tls.as_ref().is_some_and(WorkerTlsConfig::names_files) {
+            return Some(LocalOption::TlsFiles);
+        }
+        let KvEvents::At(source) = &self.kv_events else {
+            return None;
+        };
+        let is_remote = |endpoint: &str| endpoint.starts_with("tcp://");
+        match &source.replay {
+            _ if source.binds || !is_remote(&source.endpoint) => {
+                Some(LocalOption::Endpoint("kv-events"))
+            }
+            Some(replay) if !is_remote(replay) => Some(LocalOption::Endpoint("replay")),
+            _ => None,
+        }
     }
 
     /// Returns the host of the URL, an IPv6 address without brackets.

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::ring::default_provider;
@@ -15,6 +15,13 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use crate::tls::{TlsError, certificates, roots_of};
+
+/// Authorities that the system trusts, read once. Certificates that cannot be parsed are left out.
+static SYSTEM_ROOTS: LazyLock<Arc<RootCertStore>> = LazyLock::new(|| {
+    let mut roots = RootCertStore::empty();
+    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    Arc::new(roots)
+});
 
 /// Files and checks of TLS with a worker.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -101,14 +108,11 @@ impl WorkerTlsConfig {
     }
 
     /// Returns the trusted authorities.
-    fn roots(&self) -> Result<RootCertStore, TlsError> {
-        let Some(path) = &self.ca else {
-            let mut roots = RootCertStore::empty();
-            // Certificates of the system that cannot be parsed are left out.
-            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-            return Ok(roots);
-        };
-        roots_of(path)
+    fn roots(&self) -> Result<Arc<RootCertStore>, TlsError> {
+        match &self.ca {
+            Some(path) => roots_of(path).map(Arc::new),
+            None => Ok(Arc::clone(&SYSTEM_ROOTS)),
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 
 use crate::fake_worker::*;
-use foresee_gateway::{KeyConfig, KeyHash, KeyLimits, Scope};
+use foresee_gateway::{KeyConfig, KeyHash};
 
 #[tokio::test]
 async fn every_request_gets_a_line_without_its_text() {
@@ -13,14 +13,8 @@ async fn every_request_gets_a_line_without_its_text() {
     let mut config = config(&[&worker]);
     config.access_log = Some(path.clone());
     config.keys = Some(vec![KeyConfig {
-        id: "team".to_owned(),
-        hash: KeyHash::of(b"secret"),
         tenant: "t".to_owned(),
-        scopes: vec![Scope::Api],
-        models: vec!["*".to_owned()],
-        limits: KeyLimits::default(),
-        highest_priority: 0,
-        expires: None,
+        ..KeyConfig::new("team", KeyHash::of(b"secret"))
     }]);
     let gateway = gateway_with(config).await;
     let trace = "0af7651916cd43dd8448eb211c80319c";

@@ -4,20 +4,11 @@
 use std::num::NonZeroU32;
 
 use crate::fake_worker::*;
-use foresee_gateway::{ApiKeySource, Gateway, GatewayConfig, KeyConfig, KeyHash, KeyLimits, Scope};
+use foresee_gateway::{ApiKeySource, Gateway, GatewayConfig, KeyConfig, KeyHash, KeyLimits};
 
 /// Returns a key named `id` for all models, without limits. The key is the id as well.
 fn key(id: &str) -> KeyConfig {
-    KeyConfig {
-        id: id.to_owned(),
-        hash: KeyHash::of(id.as_bytes()),
-        tenant: id.to_owned(),
-        scopes: vec![Scope::Api],
-        models: vec!["*".to_owned()],
-        limits: KeyLimits::default(),
-        highest_priority: 0,
-        expires: None,
-    }
+    KeyConfig::new(id, KeyHash::of(id.as_bytes()))
 }
 
 /// Returns the configuration of a gateway with one worker and these keys.
