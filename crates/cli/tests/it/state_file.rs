@@ -56,10 +56,11 @@ impl Router {
         .map(|value| value.as_f64().unwrap())
     }
 
-    /// Sends some requests of different lengths.
+    /// Sends requests whose prompts have 10 to 6,010 words, so that prefill takes far longer than
+    /// the delays of a loaded machine.
     fn teach(&self) {
         for index in 0..60 {
-            let prompt = "word ".repeat(50 * (index % 7) + 10);
+            let prompt = "word ".repeat(1_000 * (index % 7) + 10);
             let body = format!(
                 "{{\"model\": \"model\", \"prompt\": \"{index} {prompt}\", \"max_tokens\": 20, \
                  \"stream\": true}}"
@@ -94,6 +95,7 @@ fn learned_speeds_survive_a_restart() {
     let learned = router.forecast();
     router.stop();
     assert!(learned[0] < initial[0] / 2.0, "{initial:?} {learned:?}");
+    assert!(learned[1] > 0.0, "{learned:?}");
     let router = Router::start(engine, state);
     let restored = router.forecast();
     router.stop();
