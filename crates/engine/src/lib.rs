@@ -21,6 +21,7 @@ pub mod kv_events;
 mod loose_value;
 mod media;
 mod messages_request;
+pub mod model_name;
 mod msgpack;
 pub mod multipart;
 pub mod output_text;

@@ -22,6 +22,17 @@ const MAX_PARTS: usize = 1_000;
 /// If the content type is not `multipart/form-data` with a boundary, or the model's name is not
 /// UTF-8 or longer than 1 KiB.
 pub fn model_field(content_type: &str, body: &[u8]) -> Result<Option<String>, BodyError> {
+    find_model(content_type, body)?.map(parse_model).transpose()
+}
+
+/// Returns the bytes of the field `model`: see [`model_field`].
+///
+/// # Errors
+/// If the content type is not `multipart/form-data` with a boundary.
+pub(crate) fn find_model<'b>(
+    content_type: &str,
+    body: &'b [u8],
+) -> Result<Option<&'b [u8]>, BodyError> {
     let boundary = boundary(content_type).ok_or_else(|| BodyError {
         message: "The content type must be `multipart/form-data` with a boundary of at most 70 \
                   characters."
@@ -53,7 +64,7 @@ pub fn model_field(content_type: &str, body: &[u8]) -> Result<Option<String>, Bo
         let end = finder.find(part);
         let content = &part[..end.unwrap_or(part.len())];
         if let Some(value) = model_value(content) {
-            return parse_model(value).map(Some);
+            return Ok(Some(value));
         }
         match end {
             Some(end) => rest = &part[end + part_end.len()..],

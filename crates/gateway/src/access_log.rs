@@ -129,6 +129,9 @@ struct Line {
     /// Model as the client named it.
     #[serde(skip_serializing_if = "Option::is_none")]
     model: Option<String>,
+    /// Model behind the alias that the client named.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    served_model: Option<String>,
     status: u16,
     outcome: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -166,7 +169,10 @@ pub(crate) struct AccessEntry {
 /// Fields of a request that is placed on a worker.
 #[derive(Debug)]
 pub(crate) struct PlacedFields<'a> {
+    /// Model as the client named it.
     pub(crate) model: &'a str,
+    /// Model behind the alias that the client named.
+    pub(crate) served_model: Option<&'a str>,
     pub(crate) worker: &'a str,
     pub(crate) status: u16,
     pub(crate) attempts: u32,
@@ -189,6 +195,7 @@ impl AccessEntry {
     /// Adds the fields that are known once a worker responds.
     pub(crate) fn set_placed(&mut self, fields: &PlacedFields<'_>) {
         self.line.model = Some(shortened(fields.model));
+        self.line.served_model = fields.served_model.map(str::to_owned);
         self.line.worker = Some(fields.worker.to_owned());
         self.line.status = fields.status;
         self.line.attempts = Some(fields.attempts);

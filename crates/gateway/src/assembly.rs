@@ -34,6 +34,7 @@ use crate::shutdown::ShutdownSignal;
 use crate::state_file::StateFile;
 use crate::tls::TlsTermination;
 use crate::tracked_body::ResponseLimits;
+use crate::workers::model_names::ModelNames;
 use crate::workers::reconcile::Reconciler;
 use crate::workers::removals::Removals;
 use crate::workers::{Workers, WorkersConfig};
@@ -43,6 +44,8 @@ use crate::workers::{Workers, WorkersConfig};
 pub(crate) struct GatewayParts {
     pub(crate) router: Router,
     pub(crate) workers: Arc<Workers>,
+    /// Names of models that clients can use.
+    names: Arc<ModelNames>,
     placement: Arc<Placement>,
     metrics: Arc<Metrics>,
     /// Clock of all times that are passed to the router.
@@ -86,10 +89,13 @@ impl GatewayParts {
         let workers = Arc::new(workers);
         let removals = Removals::new(Arc::clone(&workers), router.clone(), clock);
         let parse_pool = Arc::new(ParsePool::new());
+        let names = ModelNames::new(Arc::clone(workers.registry()), &config.model_aliases);
+        let names = Arc::new(names);
         let placement = Placement::new(
             placement_config(config, tokenizer, recorder),
             router.clone(),
             Arc::clone(workers.registry()),
+            Arc::clone(&names),
             Arc::clone(&parse_pool),
             Arc::clone(&metrics),
             clock,
@@ -105,6 +111,7 @@ impl GatewayParts {
             router,
             workers,
             removals: Arc::new(removals),
+            names,
             placement: Arc::new(placement),
             metrics,
             clock,
@@ -134,7 +141,7 @@ impl GatewayParts {
             clock: self.clock,
             own_responses: OwnResponses {
                 router: self.router.clone(),
-                registry: Arc::clone(registry),
+                names: Arc::clone(&self.names),
                 shutdown: Arc::clone(&self.shutdown),
             },
             client_headers: ClientHeaders {
@@ -198,6 +205,7 @@ impl GatewayParts {
             tls: Arc::clone(&self.tls),
             apply_settings: Box::new(move |config| {
                 parts.keys.replace(config.keys.as_deref());
+                parts.names.set_aliases(&config.model_aliases);
                 if let Some(log) = &parts.access_log {
                     log.reopen();
                 }

@@ -14,6 +14,7 @@ use crate::client_headers::ClientTrust;
 use crate::connection_state::ConnectionConfig;
 use crate::discovery::DiscoveryConfig;
 use crate::keys::key_config::KeyConfig;
+use crate::model_alias::ModelAlias;
 use crate::pass_through::PassThroughPath;
 use crate::placement::tokenization::PromptTokenizer;
 use crate::request_body::RequestBodyConfig;
@@ -100,6 +101,8 @@ pub struct GatewayConfig {
     pub client_trust: ClientTrust,
     /// Paths that reach a worker in addition to the inference paths.
     pub pass_through: Vec<PassThroughPath>,
+    /// Further names of models.
+    pub model_aliases: Vec<ModelAlias>,
     /// Limits of the clients' connections.
     pub connections: ConnectionConfig,
     /// Limits of request bodies, apart from `max_body_bytes`.
@@ -206,6 +209,7 @@ impl Default for GatewayConfig {
             expose_worker_header: false,
             client_trust: ClientTrust::default(),
             pass_through: Vec::new(),
+            model_aliases: Vec::new(),
             connections: ConnectionConfig::default(),
             bodies: RequestBodyConfig::default(),
             shutdown: ShutdownConfig::default(),

@@ -14,11 +14,12 @@
 //!    and `request_body` reads its body.
 //! 2. `proxy` finds the inference path that it calls; `client_headers` takes the hints from its
 //!    headers; `own_responses` answers what is not sent to a worker.
-//! 3. `placement` parses, tokenises and hashes its body, a long one on a thread of `parse_pool`, and
+//! 3. `placement` parses, tokenises and hashes its body, under the model's name if it has an alias
+//!    (`workers::model_names`), a long one on a thread of `parse_pool`, and
 //!    books it on a worker, or refuses it (`placement::refusals`).
 //! 4. `failover` waits in the router's queue and sends it, to another worker if one fails.
 //! 5. `upstream` writes it to the worker over a pooled connection.
-//! 6. `tracked_body` passes the response on, and `placement::response_observer` reports its tokens to
+//! 6. `tracked_body` passes the response on, `model_renaming` with the alias of its model, and `placement::response_observer` reports its tokens to
 //!    the booking.
 //! 7. `placement::completion_log` records how the response ended, and `placement::cache_feedback` what
 //!    it left in the worker's cache. Dropping the response's body releases the booking.
@@ -48,6 +49,8 @@ mod kv_events;
 mod listen;
 mod log_limit;
 mod metrics;
+mod model_alias;
+mod model_renaming;
 mod own_responses;
 mod parse_pool;
 mod pass_through;
@@ -82,6 +85,7 @@ pub use keys::key_config::{KeyConfig, KeyHash, KeyLimits, Scope, new_key};
 pub use kv_events::source::{EventSource, KvEvents};
 pub use listen::{InheritedListeners, raise_open_file_limit};
 pub use metrics::{LabelInfo, MetricInfo, metric_reference, metrics_page};
+pub use model_alias::{InvalidAlias, ModelAlias};
 pub use pass_through::{InvalidPath, PassThroughPath};
 pub use reload::{ConfigSource, ReloadError};
 pub use request_body::RequestBodyConfig;

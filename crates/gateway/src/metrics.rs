@@ -22,8 +22,8 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
 use declaration::{
-    CounterByLabel, CounterByWorker, FloatGauge, FloatGaugeByWorker, GaugeByWorker, Series,
-    WorkerLabel, declare_metrics, register, type_name,
+    CounterByAlias, CounterByLabel, CounterByWorker, FloatGauge, FloatGaugeByWorker, GaugeByWorker,
+    Series, WorkerLabel, declare_metrics, register, type_name,
 };
 pub use declaration::{LabelInfo, MetricInfo};
 pub use page::metrics_page;
@@ -106,6 +106,16 @@ const PARITY_RESULT: &[LabelInfo] = &[LabelInfo {
     name: "result",
     values: &["equal", "different"],
 }];
+const ALIAS_AND_MODEL: &[LabelInfo] = &[
+    LabelInfo {
+        name: "alias",
+        values: &[],
+    },
+    LabelInfo {
+        name: "model",
+        values: &[],
+    },
+];
 const DRY_RUN_RESULT: &[LabelInfo] = &[LabelInfo {
     name: "result",
     values: &["same", "different"],
@@ -139,6 +149,8 @@ declare_metrics! {
         "Requests refused because their first byte was predicted after their deadline";
     key_refusals: CounterByLabel, "requests", KEY_REFUSAL,
         "Requests refused because of their key or its limits";
+    model_alias_requests: CounterByAlias, "requests", ALIAS_AND_MODEL,
+        "Requests for an alias, by the model that they were sent to; only with --model-alias";
     pub(crate) retries: Counter, "requests", NO_LABEL,
         "Requests sent again to another worker before the first byte of a response";
     pub(crate) retries_over_budget: Counter, "requests", NO_LABEL,
@@ -294,6 +306,12 @@ impl Metrics {
     /// Counts a request that was refused because of its key.
     pub(crate) fn record_key_refusal(&self, reason: &'static str) {
         self.key_refusals.get_or_create(&[("reason", reason)]).inc();
+    }
+
+    /// Counts a request for `alias` that is sent to `model`. Both are names of the configuration.
+    pub(crate) fn record_alias(&self, alias: &str, model: &str) {
+        let labels = [("alias", alias.to_owned()), ("model", model.to_owned())];
+        self.model_alias_requests.get_or_create(&labels).inc();
     }
 
     /// Sets whether KV events are a worker's cache source.

@@ -11,13 +11,13 @@ use percent_encoding::percent_decode_str;
 use crate::keys::Key;
 use crate::reply::{self, Body};
 use crate::shutdown::ShutdownSignal;
-use crate::workers::registry::WorkerRegistry;
+use crate::workers::model_names::ModelNames;
 
 /// Contents of the gateway's own responses.
 #[derive(Debug)]
 pub(crate) struct OwnResponses {
     pub(crate) router: Router,
-    pub(crate) registry: Arc<WorkerRegistry>,
+    pub(crate) names: Arc<ModelNames>,
     pub(crate) shutdown: Arc<ShutdownSignal>,
 }
 
@@ -44,19 +44,16 @@ impl OwnResponses {
         }))
     }
 
-    /// Lists the models of all workers. Each entry is as the first worker that serves the model
-    /// wrote it. Workers are taken in the order in which they were added, unhealthy ones included.
-    /// A worker that has not listed its models yet adds none.
+    /// Lists the aliases and the models of all workers. Each entry is as the first worker that serves
+    /// the model wrote it. Workers are taken in the order in which they were added, unhealthy ones
+    /// included. A worker that has not listed its models yet adds none.
     fn models(&self, key: Option<&Key>) -> Response<Body> {
-        let mut listed: Vec<(String, String)> = Vec::new();
-        for worker in self.registry.all() {
-            for (id, entry) in worker.models.read().iter() {
-                if is_open(key, id) && !listed.iter().any(|(known, _)| known == id) {
-                    listed.push((id.clone(), entry.get().to_owned()));
-                }
-            }
-        }
-        let entries: Vec<&str> = listed.iter().map(|(_, entry)| entry.as_str()).collect();
+        let mut names = self.names.all();
+        names.retain(|name| is_open(key, name));
+        let entries: Vec<String> = names
+            .iter()
+            .filter_map(|name| self.names.entry(name))
+            .collect();
         let list = format!(r#"{{"object":"list","data":[{}]}}"#, entries.join(","));
         reply::json(StatusCode::OK, list)
     }
@@ -65,10 +62,10 @@ impl OwnResponses {
     /// percent escapes. Fails with a 404 if no worker serves the model.
     fn model(&self, name: &str, key: Option<&Key>) -> Result<Response<Body>, ApiError> {
         let name = percent_decode_str(name).decode_utf8_lossy();
-        let entry = self.registry.model_entry(&name);
+        let entry = self.names.entry(&name);
         let entry = entry.filter(|_| is_open(key, &name));
         let unknown = || {
-            let mut served = self.registry.served_models();
+            let mut served = self.names.all();
             served.retain(|model| is_open(key, model));
             ApiError::model_not_found(&name, &served)
         };

@@ -5,9 +5,9 @@
 //! passes bytes of the response, or reports, in. All front ends use it in the same way:
 //!
 //! ```text
-//! let mut parsed = placement.read(endpoint, form, body).await?;     // read, tokenise, hash
+//! let mut parsed = placement.read(endpoint, form, body, session).await?; // read, tokenise, hash
 //! parsed.hints = hints;                                             // said beside the body
-//! placement.apply_affinity(&mut parsed, response_id, session);
+//! placement.apply_affinity(&mut parsed, response_id);
 //! let mut placed = placement.place(endpoint, parsed, arrived_at)?;  // choose and book
 //! placement.wait_in_queue(&mut placed.batch, &excluded, max_wait).await?;
 //! let predicted = announce(&worker, &mut placed.batch, full_report_mode);
@@ -51,6 +51,7 @@ use crate::clock::Clock;
 use crate::metrics::Metrics;
 use crate::parse_pool::ParsePool;
 use crate::recorder::Recorder;
+use crate::workers::model_names::ModelNames;
 use crate::workers::registry::WorkerRegistry;
 use crate::workers::worker::Worker;
 use affinity::Affinity;
@@ -108,14 +109,17 @@ impl Placement {
         config: PlacementConfig,
         router: Router,
         registry: Arc<WorkerRegistry>,
+        names: Arc<ModelNames>,
         parse_pool: Arc<ParsePool>,
         metrics: Arc<Metrics>,
         clock: Clock,
     ) -> Self {
         let tokenizer = config.tokenizer.map(Arc::new);
         let text_ratios = Arc::new(TextRatios::default());
+        let affinity = Arc::new(Affinity::default());
         let refusals = Arc::new(Refusals {
             registry: Arc::clone(&registry),
+            names: Arc::clone(&names),
             drain_rate: DrainRate::default(),
             clock,
             probe_interval: config.probe_interval,
@@ -127,6 +131,9 @@ impl Placement {
             dry_run,
             reader: Arc::new(RequestReader {
                 registry,
+                names,
+                affinity: Arc::clone(&affinity),
+                clock,
                 tokenizer: tokenizer.clone(),
                 text_ratios: Arc::clone(&text_ratios),
                 parse_pool: Arc::clone(&parse_pool),
@@ -145,7 +152,7 @@ impl Placement {
                 clock,
                 metrics: Arc::clone(&metrics),
                 parse_pool,
-                affinity: Affinity::default(),
+                affinity,
                 text_ratios,
                 tokenizer,
                 recorder: config.recorder,
@@ -162,7 +169,8 @@ impl Placement {
 
     /// Reads a request's body as `form` says how: parses JSON, and takes only the model's name from a
     /// multipart body. A request without a body is routed by load alone. The hints of the result are
-    /// empty.
+    /// empty. `session` is that of the request beside its body, and takes precedence over that of the
+    /// body.
     ///
     /// # Errors
     /// Returns the error response for the client if the body is invalid, its content coding is not
@@ -172,20 +180,16 @@ impl Placement {
         endpoint: Endpoint,
         form: BodyForm,
         body: Bytes,
+        session: Option<&[u8]>,
     ) -> Result<ParsedRequest, ApiError> {
-        self.reader.read(endpoint, form, body).await
+        self.reader.read(endpoint, form, body, session).await
     }
 
     /// Sets the worker that a parsed request has to go to, and the one that it prefers, by what
     /// workers remember of earlier requests: see [`Affinity::apply`].
-    pub(crate) fn apply_affinity(
-        &self,
-        parsed: &mut ParsedRequest,
-        response_id: Option<&str>,
-        session: Option<&[u8]>,
-    ) {
+    pub(crate) fn apply_affinity(&self, parsed: &mut ParsedRequest, response_id: Option<&str>) {
         let affinity = &self.observation.affinity;
-        affinity.apply(parsed, response_id, session, self.clock.now());
+        affinity.apply(parsed, response_id, self.clock.now());
     }
 
     /// Returns the tokens of a request: all its prompts, and the outputs that are expected of it.

@@ -12,7 +12,7 @@ use foresee_api::headers as api_headers;
 use foresee_engine::error::ApiError;
 use foresee_engine::paths::{self, BodyFormat};
 use foresee_engine::request::Endpoint;
-use http::header::{CONTENT_ENCODING, CONTENT_TYPE, UPGRADE};
+use http::header::{ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, UPGRADE};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response};
 use http_body_util::Either;
 use hyper::body::Incoming;
@@ -24,6 +24,7 @@ use crate::connection_state::{ConnectionHandle, Peer};
 use crate::failover::{Failover, FailoverContext, UpstreamResponse};
 use crate::keys::{Key, KeyRing, remove_keys};
 use crate::metrics::{Metrics, Outcome};
+use crate::model_renaming::RenamedBody;
 use crate::own_responses::OwnResponses;
 use crate::pass_through::PassThroughPath;
 use crate::placement::Placement;
@@ -209,12 +210,14 @@ impl Proxy {
             permit: _permit,
         } = self.bodies.read(&head, body).await?;
         let form = body_form(&call, &head.headers);
+        let session = session_of(&head.headers);
         let mut parsed = self
             .placement
-            .read(call.endpoint, form, body.clone())
+            .read(call.endpoint, form, body.clone(), session)
             .await?;
         if let Some(guard) = &mut key_guard {
-            self.keys.check_model(&guard.key, &parsed.model)?;
+            self.keys
+                .check_model(&guard.key, parsed.requested_model())?;
             let tokens = self.placement.expected_tokens(call.endpoint, &parsed);
             self.keys.reserve_tokens(guard, tokens as f64)?;
         }
@@ -222,9 +225,8 @@ impl Proxy {
         if let Some(entry) = entry.as_mut() {
             entry.set_body(body.len(), parsed.hints.priority);
         }
-        let session = session_of(&head.headers);
         self.placement
-            .apply_affinity(&mut parsed, call.response_id.as_deref(), session);
+            .apply_affinity(&mut parsed, call.response_id.as_deref());
         let mut placed = self.placement.place(call.endpoint, parsed, arrived_at)?;
         placed.key = key_guard;
         let max_wait = placed.parsed.hints.deadline;
@@ -241,8 +243,17 @@ impl Proxy {
         if allowed.is_some() {
             remove_keys(&mut head.headers);
         }
-        let mut upstream_request =
-            UpstreamRequest::new(head, body.clone(), request_id, call.is_repeatable);
+        let body = match &placed.parsed.rewrite {
+            Some(rewrite) => {
+                // The new body is not compressed, and the response's model is renamed.
+                for header in [CONTENT_ENCODING, CONTENT_LENGTH, ACCEPT_ENCODING] {
+                    head.headers.remove(header);
+                }
+                rewrite.body.clone()
+            }
+            None => body.clone(),
+        };
+        let mut upstream_request = UpstreamRequest::new(head, body, request_id, call.is_repeatable);
         upstream_request.full_report_mode = placed.parsed.full_report_mode;
         upstream_request.expects_result = call.is_observed;
         upstream_request.needs_worker_key = allowed.is_some();
@@ -259,7 +270,12 @@ impl Proxy {
         let request_id = upstream_request.request_id();
         placed.access = entry.take().map(|mut entry| {
             entry.set_placed(&PlacedFields {
-                model: &placed.parsed.model,
+                model: placed.parsed.requested_model(),
+                served_model: placed
+                    .parsed
+                    .rewrite
+                    .as_ref()
+                    .map(|_| &*placed.parsed.model),
                 worker: &response.worker.config.name,
                 status: response.response.status().as_u16(),
                 attempts: failover.attempts(),
@@ -307,7 +323,7 @@ impl Proxy {
     fn pass_through(
         &self,
         upstream: UpstreamResponse,
-        placed: PlacedRequest,
+        mut placed: PlacedRequest,
         request_id: &HeaderValue,
     ) -> Response<Body> {
         let (mut head, body) = upstream.response.into_parts();
@@ -319,6 +335,8 @@ impl Proxy {
         }
         headers.insert(api_headers::OVERLAP_TOKENS, placed.overlap_tokens().into());
         let request_id = String::from_utf8_lossy(request_id.as_bytes()).into_owned();
+        let rewrite = placed.parsed.rewrite.take();
+        let model = rewrite.as_ref().map(|_| placed.parsed.model.clone());
         let context = self.placement.begin_response(
             placed,
             upstream.worker,
@@ -326,6 +344,10 @@ impl Proxy {
             request_id,
         );
         let body = TrackedBody::new(&head, body, upstream.first_frame, context, &self.limits);
+        let body = match rewrite.zip(model) {
+            Some((rewrite, model)) => RenamedBody::renamed(&mut head, body, &model, &rewrite.alias),
+            None => RenamedBody::unchanged(body),
+        };
         Response::from_parts(head, Either::Right(body))
     }
 }

@@ -7,10 +7,10 @@ use http::header::{CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderValue, Response, StatusCode};
 use http_body_util::{Either, Full};
 
-use crate::tracked_body::TrackedBody;
+use crate::model_renaming::RenamedBody;
 
 /// Body of a response: the gateway's own, or a worker's that is passed on.
-pub(crate) type Body = Either<Full<Bytes>, TrackedBody>;
+pub(crate) type Body = Either<Full<Bytes>, RenamedBody>;
 
 /// Returns a response with a body of known length.
 pub(crate) fn whole(

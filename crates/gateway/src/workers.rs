@@ -17,6 +17,7 @@ mod health_state;
 mod liveness;
 pub(crate) mod model_catalog;
 mod model_list;
+pub(crate) mod model_names;
 pub(crate) mod query;
 pub(crate) mod reconcile;
 pub(crate) mod registry;

@@ -2,7 +2,7 @@
 //! they see of the workers.
 
 use clap::Args;
-use foresee_gateway::{ClientTrust, GatewayConfig, IpNet, PassThroughPath};
+use foresee_gateway::{ClientTrust, GatewayConfig, IpNet, ModelAlias, PassThroughPath};
 
 use crate::flags::Switch;
 
@@ -21,6 +21,19 @@ pub(crate) struct ClientArgs {
         value_delimiter = ','
     )]
     pass_through: Vec<PassThroughPath>,
+    /// Adds a name under which clients can request a model, or one of several by weight; may be repeated
+    ///
+    /// The request is sent with the model's name, and the response names the alias. In
+    /// `fast=llama-3:90,llama-4:10`, one of ten requests goes to the second model; all requests of a
+    /// session go to the same one. A model that no worker lists gets none. An alias may have the name
+    /// of a model. In FORESEE_MODEL_ALIAS, semicolons separate aliases.
+    #[arg(
+        long,
+        value_name = "NAME=MODEL[:WEIGHT,MODEL:WEIGHT...]",
+        env = "FORESEE_MODEL_ALIAS",
+        value_delimiter = ';'
+    )]
+    model_alias: Vec<ModelAlias>,
     /// Names the networks of proxies whose X-Forwarded-* headers are kept, such as 10.0.0.0/8
     #[arg(
         long,
@@ -58,6 +71,7 @@ impl ClientArgs {
     /// Sets the fields of a gateway's configuration that these flags are about.
     pub(crate) fn apply(self, config: &mut GatewayConfig) {
         config.pass_through = self.pass_through;
+        config.model_aliases = self.model_alias;
         config.client_trust = ClientTrust {
             control_headers: self.trust_client_headers == Switch::On,
             proxies: self.trusted_proxies,

@@ -218,6 +218,7 @@ warm-up-requests = 7
 queue-limit = 7
 tenant-header = "x-tenant"
 pass-through = ["/other"]
+model-alias = ["public=a:9,b:1"]
 trusted-proxies = ["10.0.0.0/8"]
 trust-client-headers = true
 expose-worker-header = true

@@ -66,7 +66,7 @@ impl Explainer {
         let endpoint = endpoint.unwrap_or(Endpoint::ChatCompletions);
         // Headers are not considered, so the request has the default hints.
         let form = BodyForm::plain_json();
-        let parsed = self.placement.read(endpoint, form, body).await?;
+        let parsed = self.placement.read(endpoint, form, body, None).await?;
         let explanation = self.placement.explain(&parsed)?;
         let body = explanation_json(&explanation).to_string();
         Ok(reply::json(StatusCode::OK, body))

@@ -173,7 +173,9 @@ impl SelectionApi {
         arrived_at: Duration,
     ) -> Result<(PlacedRequest, Option<Explanation>), ApiError> {
         let (form, body) = (BodyForm::plain_json(), request.body.clone());
-        let mut parsed = self.placement.read(request.endpoint, form, body).await?;
+        let session = request.session.as_deref().map(str::as_bytes);
+        let parsed = self.placement.read(request.endpoint, form, body, session);
+        let mut parsed = parsed.await?;
         parsed.hints = RequestHints {
             expected_output_tokens: request.expected_output_tokens,
             priority: request.priority,
@@ -184,8 +186,7 @@ impl SelectionApi {
             deadline: None,
             excluded_workers: self.ids_of(&request.excluded_workers)?,
         };
-        let session = request.session.as_deref().map(str::as_bytes);
-        self.placement.apply_affinity(&mut parsed, None, session);
+        self.placement.apply_affinity(&mut parsed, None);
         let explanation = request.explain.then(|| self.placement.explain(&parsed));
         let explanation = explanation.transpose()?;
         let mut placed = self.placement.place(request.endpoint, parsed, arrived_at)?;
@@ -241,6 +242,7 @@ impl SelectionApi {
         };
         let full_report_mode = placed.parsed.full_report_mode;
         let predicted_tokens = announce(&worker, &mut placed.batch, full_report_mode);
+        let model = placed.parsed.model.clone();
         let (prompt_tokens, overlap_tokens) = (
             placed.parsed.sequences.prompt_tokens,
             placed.overlap_tokens(),
@@ -261,6 +263,7 @@ impl SelectionApi {
             "ttl_seconds": ttl.as_secs_f64(),
             "expires_at": timestamp_after(ttl),
             "worker": worker_json(&worker),
+            "model": model,
             "prompt_tokens": prompt_tokens,
             "overlap_tokens": overlap_tokens,
             "decision": explanation.map(explanation_json),

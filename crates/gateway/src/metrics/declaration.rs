@@ -13,8 +13,12 @@ use prometheus_client::registry::{Metric, Registry, Unit};
 pub(super) type FixedLabel = [(&'static str, &'static str); 1];
 /// Label with the name of a worker.
 pub(super) type WorkerLabel = [(&'static str, String); 1];
+/// Labels with the name of an alias, and of a model.
+pub(super) type AliasLabels = [(&'static str, String); 2];
 /// Counter with one series for each value of a fixed label.
 pub(super) type CounterByLabel = Family<FixedLabel, Counter>;
+/// Counter with one series for each model of each alias.
+pub(super) type CounterByAlias = Family<AliasLabels, Counter>;
 /// Counter with one series for each worker.
 pub(super) type CounterByWorker = Family<WorkerLabel, Counter>;
 /// Gauge with one series for each worker.
@@ -159,6 +163,8 @@ impl Series for CounterByLabel {
         }
     }
 }
+
+impl Series for CounterByAlias {}
 
 impl Series for CounterByWorker {
     fn add_worker(&self, worker: &str) {

@@ -63,21 +63,16 @@ impl Affinity {
     }
 
     /// Sets the worker that a parsed request has to go to, because it names a stored response of that
-    /// worker, and the one that it prefers, because of its session or its first medium. `session` is
-    /// that of the request beside its body and takes precedence over that of the body.
+    /// worker, and the one that it prefers, because of its session or its first medium.
     pub(crate) fn apply(
         &self,
         parsed: &mut ParsedRequest,
         response_id: Option<&str>,
-        session: Option<&[u8]>,
         now: Duration,
     ) {
         let known = |memory| self.worker(memory, now);
         let response_id = response_id.or(parsed.previous_response_id.as_deref());
         parsed.only_worker = response_id.and_then(|id| known(Memory::Response(id)));
-        if let Some(session) = session {
-            parsed.session = Some(session.to_vec());
-        }
         let by_session = parsed
             .session
             .as_deref()

@@ -2,6 +2,7 @@
 
 use std::num::NonZeroU32;
 
+use bytes::Bytes;
 use foresee_core::router::Request as RouteRequest;
 use foresee_core::sequence::Sequence;
 use foresee_core::workers::WorkerId;
@@ -32,14 +33,25 @@ impl BodyForm {
     }
 }
 
+/// Replacement of an alias in a request by the name of the model.
+#[derive(Debug)]
+pub(crate) struct ModelRewrite {
+    /// Name that the client used.
+    pub(crate) alias: String,
+    /// Body of the request with the model's name. It is not compressed.
+    pub(crate) body: Bytes,
+}
+
 /// Properties of a request that routing and the response's observation need.
 #[derive(Debug)]
 pub(crate) struct ParsedRequest {
-    /// Name of the model as the request gave it. If it gave none, the model that all workers list
-    /// first; empty if there is no such model.
+    /// Name of the model as workers serve it: that of the request, or the one behind an alias. If the
+    /// request gave none, the model that all workers list first; empty if there is no such model.
     pub(crate) model: String,
     /// Whether the request named the model.
     pub(super) names_model: bool,
+    /// Replacement of the model's name, if the request named an alias.
+    pub(crate) rewrite: Option<ModelRewrite>,
     /// Hashed prompts of the request, one for each output.
     pub(crate) sequences: PromptSequences,
     /// Limit of output tokens.
@@ -74,12 +86,20 @@ pub(crate) struct ParsedRequest {
 }
 
 impl ParsedRequest {
+    /// Returns the name of the model that the client used.
+    pub(crate) fn requested_model(&self) -> &str {
+        self.rewrite
+            .as_ref()
+            .map_or(&self.model, |rewrite| &rewrite.alias)
+    }
+
     /// Returns a request of unknown content, which is routed by load alone. `model` is empty if it
     /// is unknown.
     pub(super) fn unread(block_size: NonZeroU32, model: String) -> Self {
         Self {
             names_model: !model.is_empty(),
             model,
+            rewrite: None,
             sequences: PromptSequences::repeated(Sequence::unhashed(0, block_size), 1),
             max_tokens: None,
             ignore_eos: false,

@@ -6,18 +6,22 @@ use std::sync::Arc;
 use bytes::Bytes;
 use foresee_engine::decompress::{DecompressError, decompress};
 use foresee_engine::error::ApiError;
+use foresee_engine::model_name::replace_model;
 use foresee_engine::multipart::model_field;
 use foresee_engine::paths::BodyFormat;
-use foresee_engine::request::{ApiRequest, BodyError, Endpoint};
+use foresee_engine::request::{ApiRequest, Endpoint};
 
+use crate::clock::Clock;
 use crate::metrics::Metrics;
 use crate::parse_pool::ParsePool;
+use crate::placement::affinity::{Affinity, Memory};
 use crate::placement::bytes_per_token::TextRatios;
 use crate::placement::hints::RequestHints;
-use crate::placement::parsed_request::{BodyForm, ParsedRequest};
+use crate::placement::parsed_request::{BodyForm, ModelRewrite, ParsedRequest};
 use crate::placement::tokenization::{
     MAX_INLINE_TOKENIZE_BYTES, PromptTokenizer, TokenizedPrompts,
 };
+use crate::workers::model_names::{Conversation, ModelNames};
 use crate::workers::registry::WorkerRegistry;
 
 /// Maximum size of a body that is parsed and hashed on the I/O thread. At about 1 GB/s, such a body
@@ -29,6 +33,11 @@ const MAX_INLINE_PARSE_BYTES: usize = 256 << 10;
 pub(super) struct RequestReader {
     /// Workers, which say how a model's prompts are hashed.
     pub(super) registry: Arc<WorkerRegistry>,
+    /// Names of models, which include aliases.
+    pub(super) names: Arc<ModelNames>,
+    /// Workers that remember the responses which requests continue.
+    pub(super) affinity: Arc<Affinity>,
+    pub(super) clock: Clock,
     /// Tokenizer of `--tokenizer`; without one, prompts are matched as text.
     pub(super) tokenizer: Option<Arc<PromptTokenizer>>,
     /// Learned bytes per token of each model, for prompts that are matched as text.
@@ -44,7 +53,8 @@ pub(super) struct RequestReader {
 impl RequestReader {
     /// Reads a request's body as `form` says how: parses JSON, and takes only the model's name from a
     /// multipart body. A request without a body is routed by load alone. The hints of the result are
-    /// empty.
+    /// empty. `session` is that of the request beside its body, and takes precedence over that of the
+    /// body.
     ///
     /// A short body is read on this thread, a long one in the parse pool. With a tokenizer, the
     /// limit for a short body is lower.
@@ -57,16 +67,17 @@ impl RequestReader {
         endpoint: Endpoint,
         form: BodyForm,
         body: Bytes,
+        session: Option<&[u8]>,
     ) -> Result<ParsedRequest, ApiError> {
         let max_inline_bytes = match (&self.tokenizer, &form.coding) {
             (None, None) => MAX_INLINE_PARSE_BYTES,
             _ => MAX_INLINE_TOKENIZE_BYTES,
         };
         if body.len() <= max_inline_bytes {
-            return self.read_now(endpoint, &form, &body);
+            return self.read_now(endpoint, &form, &body, session);
         }
-        let reader = Arc::clone(self);
-        let reading = move || reader.read_now(endpoint, &form, &body);
+        let (reader, session) = (Arc::clone(self), session.map(<[u8]>::to_vec));
+        let reading = move || reader.read_now(endpoint, &form, &body, session.as_deref());
         match self.parse_pool.run(reading).await {
             Ok(parsed) => parsed,
             Err(error) => Err(error.into_response()),
@@ -79,6 +90,7 @@ impl RequestReader {
         endpoint: Endpoint,
         form: &BodyForm,
         body: &[u8],
+        session: Option<&[u8]>,
     ) -> Result<ParsedRequest, ApiError> {
         let decoded;
         let body = match &form.coding {
@@ -91,15 +103,48 @@ impl RequestReader {
         };
         match form.format {
             BodyFormat::None => Ok(ParsedRequest::unread(self.block_size, String::new())),
-            BodyFormat::Json => Ok(self.parse_request(endpoint, body)?),
+            BodyFormat::Json => self.parse_request(endpoint, body, session),
             BodyFormat::Multipart => {
-                let model = model_field(&form.content_type, body)?;
-                Ok(ParsedRequest::unread(
-                    self.block_size,
-                    model.unwrap_or_default(),
-                ))
+                let model = model_field(&form.content_type, body)?.unwrap_or_default();
+                let conversation = Conversation {
+                    session,
+                    worker: None,
+                };
+                let (model, rewrite) = self.resolve(form, body, model, conversation)?;
+                let mut unread = ParsedRequest::unread(self.block_size, model);
+                unread.rewrite = rewrite;
+                unread.session = session.map(<[u8]>::to_vec);
+                Ok(unread)
             }
         }
+    }
+
+    /// Returns the model that a request for `name` is sent to, and the replacement of the name in
+    /// the body if that is another one. Counts the replacement in the metrics.
+    ///
+    /// # Errors
+    /// Fails with a 404 if `name` is an alias of models that no worker lists.
+    fn resolve(
+        &self,
+        form: &BodyForm,
+        body: &[u8],
+        name: String,
+        conversation: Conversation<'_>,
+    ) -> Result<(String, Option<ModelRewrite>), ApiError> {
+        let Some(model) = self.names.resolve(&name, conversation)? else {
+            return Ok((name, None));
+        };
+        self.metrics.record_alias(&name, &model);
+        if model == name {
+            return Ok((name, None));
+        }
+        // The body has been read, and names a model.
+        let rewritten = replace_model(form.format, &form.content_type, body, &model);
+        let rewrite = rewritten.map(|body| ModelRewrite {
+            alias: name,
+            body: body.into(),
+        });
+        Ok((model, rewrite))
     }
 
     /// Parses, tokenises and hashes an uncompressed body on this thread. The hints of the result
@@ -107,14 +152,35 @@ impl RequestReader {
     /// [`ModelCatalog::only_model`](crate::workers::model_catalog::ModelCatalog::only_model), or an empty name if there is
     /// none. Prompts that cannot be tokenised are hashed as text. With a tokenizer, the text
     /// prompts are counted in the metrics, even if the caller does not send the request.
-    fn parse_request(&self, endpoint: Endpoint, body: &[u8]) -> Result<ParsedRequest, BodyError> {
+    fn parse_request(
+        &self,
+        endpoint: Endpoint,
+        body: &[u8],
+        session: Option<&[u8]>,
+    ) -> Result<ParsedRequest, ApiError> {
         let mut request = ApiRequest::parse(endpoint, body)?;
+        let session = session.map(<[u8]>::to_vec);
+        let session = session.or_else(|| request.session_key.take().map(String::into_bytes));
         let catalog = self.registry.catalog();
         let names_model = !request.model.is_empty();
         if !names_model {
             // Engines use their own model then, so the prompt is hashed like the blocks that they
             // report.
             request.model = catalog.only_model().unwrap_or_default();
+        }
+        let mut rewrite = None;
+        if names_model && self.names.has_aliases() {
+            let name = std::mem::take(&mut request.model);
+            let previous = request.previous_response_id.as_deref();
+            let conversation = Conversation {
+                session: session.as_deref(),
+                worker: previous.and_then(|id| {
+                    let now = self.clock.now();
+                    self.affinity.worker(Memory::Response(id), now)
+                }),
+            };
+            let form = BodyForm::plain_json();
+            (request.model, rewrite) = self.resolve(&form, body, name, conversation)?;
         }
         let bytes_per_token = self.text_ratios.get(&request.model);
         let block_size = self.block_size;
@@ -125,10 +191,10 @@ impl RequestReader {
             }
             None => TokenizedPrompts::default(),
         };
-        // The request is sent, counted and logged under the name that the client used.
+        // The request is sent, counted and logged under the model's name, and hashed under the hash name.
         let model = request.model.clone();
-        if let Some(alias) = catalog.alias_of(&model) {
-            request.model = alias;
+        if let Some(hash_name) = catalog.hash_name_of(&model) {
+            request.model = hash_name;
         }
         let limit = catalog.context_limit(&model);
         // Every engine refuses the prompt before it allocates a block. If the prompt were booked with
@@ -142,6 +208,8 @@ impl RequestReader {
         if is_too_long {
             let mut unread = ParsedRequest::unread(self.block_size, model);
             unread.names_model = names_model;
+            unread.rewrite = rewrite;
+            unread.session = session;
             unread.is_streaming = request.stream;
             return Ok(unread);
         }
@@ -168,9 +236,10 @@ impl RequestReader {
             is_streaming: request.stream,
             prompt_bytes: request.prompt_bytes(),
             model,
+            rewrite,
             hints: RequestHints::default(),
             previous_response_id: request.previous_response_id,
-            session: request.session_key.map(String::into_bytes),
+            session,
             medium: request.media_hash,
             only_worker: None,
             preferred_worker: None,

@@ -12,12 +12,15 @@ use foresee_engine::error::ApiError;
 
 use crate::clock::Clock;
 use crate::placement::drain_rate::DrainRate;
+use crate::workers::model_names::ModelNames;
 use crate::workers::registry::WorkerRegistry;
 
 /// State of the workers and of the queue, as error responses describe it.
 #[derive(Debug)]
 pub(super) struct Refusals {
     pub(super) registry: Arc<WorkerRegistry>,
+    /// Names of models that clients can use.
+    pub(super) names: Arc<ModelNames>,
     /// Rate at which queued requests are dispatched.
     pub(super) drain_rate: DrainRate,
     pub(super) clock: Clock,
@@ -29,9 +32,7 @@ impl Refusals {
     /// Returns the response to a request for which no worker was chosen.
     pub(super) fn refusal(&self, error: &RouteError) -> ApiError {
         match error {
-            RouteError::UnknownModel(model) => {
-                ApiError::model_not_found(model, &self.registry.served_models())
-            }
+            RouteError::UnknownModel(model) => ApiError::model_not_found(model, &self.names.all()),
             RouteError::NoWorker(_) => ApiError::no_worker(
                 "No worker that serves this model can take requests now. Try again shortly.",
                 Some(self.until_next_check()),

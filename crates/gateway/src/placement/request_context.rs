@@ -29,7 +29,7 @@ pub(crate) struct Observation {
     /// Threads that parse long responses.
     pub(super) parse_pool: Arc<ParsePool>,
     /// Workers that remember stored responses, sessions and media.
-    pub(super) affinity: Affinity,
+    pub(super) affinity: Arc<Affinity>,
     /// Learned bytes per token of each model.
     pub(super) text_ratios: Arc<TextRatios>,
     pub(super) tokenizer: Option<Arc<PromptTokenizer>>,
@@ -62,7 +62,7 @@ pub(crate) struct RequestContext {
     pub(crate) arrived_at: Duration,
     /// Request id that the client and the worker know, for log lines.
     pub(crate) request_id: String,
-    /// Model as the client named it; without a name, the model that all workers list first.
+    /// Model as workers serve it; if the request named none, the model that all workers list first.
     pub(crate) model: String,
     /// Whether the request has one prompt, all of it hashed, and one output, so that the reported
     /// usage can be compared with the prediction.

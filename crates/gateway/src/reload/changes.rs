@@ -54,6 +54,7 @@ live_settings! {
     "queue-limit": queue_limit,
     "tenant-header": tenant_header,
     "pass-through": pass_through,
+    "model-alias": model_aliases,
     "trusted-proxies": client_trust.proxies,
     "trust-client-headers": client_trust.control_headers,
     "first-byte-timeout": first_byte_timeout,

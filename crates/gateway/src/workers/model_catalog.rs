@@ -17,7 +17,7 @@ pub(crate) struct ModelCatalog {
     /// Dialect of all workers; see [`dialect`](Self::dialect).
     dialect: RwLock<Dialect>,
     /// Hash name of each model whose hash name differs from its name.
-    aliases: RwLock<HashMap<String, String>>,
+    hash_names: RwLock<HashMap<String, String>>,
     /// Longest context of each model; see [`context_limit`](Self::context_limit).
     context_limits: RwLock<HashMap<String, u32>>,
 }
@@ -34,8 +34,8 @@ impl ModelCatalog {
     /// Returns the hash name of `model` if it differs from the name: a worker's events do not contain
     /// the name under which the base model was requested. `None` if the name is its own hash name, or
     /// workers disagree.
-    pub(crate) fn alias_of(&self, model: &str) -> Option<String> {
-        self.aliases.read().get(model).cloned()
+    pub(crate) fn hash_name_of(&self, model: &str) -> Option<String> {
+        self.hash_names.read().get(model).cloned()
     }
 
     /// Returns the longest context of `model`, in tokens, on any worker. Every engine refuses a longer
@@ -55,7 +55,7 @@ impl ModelCatalog {
         // Locked throughout: of two concurrent calls, the later one sees all changes.
         let mut only_model = self.only_model.write();
         let workers = workers();
-        *self.aliases.write() = find_aliases(workers.iter());
+        *self.hash_names.write() = find_hash_names(workers.iter());
         *self.context_limits.write() = find_context_limits(workers.iter());
         let mut known = workers
             .iter()
@@ -78,19 +78,19 @@ impl ModelCatalog {
 
 /// Returns the hash name of each model whose hash name differs from its name, if all workers that
 /// serve the model agree.
-fn find_aliases<'w>(workers: impl Iterator<Item = &'w Arc<Worker>>) -> HashMap<String, String> {
-    let mut aliases = HashMap::<String, String>::new();
+fn find_hash_names<'w>(workers: impl Iterator<Item = &'w Arc<Worker>>) -> HashMap<String, String> {
+    let mut hash_names = HashMap::<String, String>::new();
     let mut disputed = HashSet::new();
     for worker in workers {
         for (name, hash_name) in worker.models.hash_names().iter() {
-            let known = aliases.entry(name.clone());
+            let known = hash_names.entry(name.clone());
             if known.or_insert_with(|| hash_name.clone()) != hash_name {
                 disputed.insert(name.clone());
             }
         }
     }
-    aliases.retain(|name, hash_name| name != hash_name && !disputed.contains(name));
-    aliases
+    hash_names.retain(|name, hash_name| name != hash_name && !disputed.contains(name));
+    hash_names
 }
 
 /// Returns the longest context of each model on any worker, if all workers that serve the model

@@ -18,6 +18,7 @@ mod host_names;
 mod keys;
 mod metrics_docs;
 mod misbehaving_workers;
+mod model_aliases;
 mod paths;
 mod queue;
 mod ranks;

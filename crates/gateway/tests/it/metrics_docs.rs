@@ -8,6 +8,7 @@ use std::time::Duration;
 use crate::fake_worker::*;
 use foresee_api::metrics::TOKEN_PARITY;
 use foresee_gateway::{MetricInfo, metric_reference, metrics_page};
+use serde_json::json;
 
 /// Returns the value of a comment line of each family, such as its type, by the family's name.
 fn comments(exposition: &str, keyword: &str) -> BTreeMap<String, String> {
@@ -61,7 +62,7 @@ fn the_metrics_page_is_up_to_date() {
 
 #[tokio::test]
 async fn a_gateway_exposes_exactly_the_documented_metrics() {
-    let worker = FakeWorker::start().await;
+    let mut worker = FakeWorker::start().await;
     worker.set_metrics(
         "vllm:cache_config_info{engine=\"0\",block_size=\"16\",num_gpu_blocks=\"100\"} 1\n\
          vllm:kv_cache_usage_perc{engine=\"0\"} 0.5\n",
@@ -71,8 +72,12 @@ async fn a_gateway_exposes_exactly_the_documented_metrics() {
     // No engine publishes there, so the worker has an event source whose events are not live.
     let description = format!("{},kv-events=tcp://127.0.0.1:1", worker.spec("a"));
     config.workers = vec![description.parse().unwrap()];
+    config.model_aliases = vec![format!("public={MODEL}").parse().unwrap()];
     let gateway = gateway_with(config).await;
     let engine_blocks = "foresee_worker_engine_active_blocks{worker=\"a\"}";
+    let chat = json!({"messages": [], "model": "public"}).to_string();
+    let _client = Client::sending(gateway.address(), http("POST", CHAT, chat)).await;
+    worker.request().await.keep();
     within("the engine's metrics to be read", async {
         while value(&metrics(&gateway).await, engine_blocks).is_none() {}
     })

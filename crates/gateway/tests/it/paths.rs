@@ -191,7 +191,7 @@ async fn the_model_is_read_from_compressed_and_multipart_bodies() {
 }
 
 /// Returns `data` in gzip format, in one stored block.
-fn stored_gzip(data: &[u8]) -> Vec<u8> {
+pub(crate) fn stored_gzip(data: &[u8]) -> Vec<u8> {
     let length = data.len() as u16;
     let mut gzip = vec![0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 255, 1];
     gzip.extend(length.to_le_bytes());
