@@ -17,15 +17,17 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
+use tokio_rustls::server::TlsStream;
 
 use crate::client_socket::set_tcp_options;
 use crate::connection::serve_connection;
 use crate::connection_state::ConnectionConfig;
+use crate::http2_connection::serve_http2;
 use crate::listen::Listener;
 use crate::log_limit::warn_limited;
 use crate::reply::Body;
 use crate::shutdown::{ShutdownPhase, ShutdownSignal};
-use crate::tls::{ServerStream, TlsTermination};
+use crate::tls::{HTTP2_PROTOCOL, ServerStream, TlsTermination};
 
 /// Time to wait after a failed `accept`. The usual cause is that no file descriptor is left; some may
 /// be closed in that time.
@@ -145,6 +147,9 @@ impl ConnectionSettings {
                     Ok(ServerStream::Plain(stream)) => {
                         serve_connection(stream, false, config, shutdown, handle).await;
                     }
+                    Ok(ServerStream::Tls(stream)) if is_http2(&stream) => {
+                        serve_http2(stream, config, shutdown, handle).await;
+                    }
                     Ok(ServerStream::Tls(stream)) => {
                         serve_connection(stream, true, config, shutdown, handle).await;
                     }
@@ -205,6 +210,12 @@ where
         () = settings.shutdown.reached(ShutdownPhase::Closed) => {}
     }
     connections.shutdown().await;
+}
+
+/// Returns whether the handshake has selected HTTP/2.
+fn is_http2(stream: &TlsStream<TcpStream>) -> bool {
+    let (_, session) = stream.get_ref();
+    session.alpn_protocol() == Some(HTTP2_PROTOCOL)
 }
 
 /// Accepts one connection. Retries until that succeeds; errors are logged, at a limited rate.

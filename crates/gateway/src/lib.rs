@@ -10,8 +10,8 @@
 //!
 //! A request to the proxy passes these modules in order:
 //!
-//! 1. `accept` admits its connection, `connection` and `client_socket` carry it and its response,
-//!    and `request_body` reads its body.
+//! 1. `accept` admits its connection; `connection` and `client_socket` carry it and its response, or
+//!    `http2_connection` does; and `request_body` reads its body.
 //! 2. `proxy` finds the inference path that it calls; `client_headers` takes the hints from its
 //!    headers; `own_responses` answers what is not sent to a worker.
 //! 3. `placement` parses, tokenises and hashes its body, under the model's name if it has an alias
@@ -19,15 +19,16 @@
 //!    books it on a worker, or refuses it (`placement::refusals`).
 //! 4. `failover` waits in the router's queue and sends it, to another worker if one fails.
 //! 5. `upstream` writes it to the worker over a pooled connection.
-//! 6. `tracked_body` passes the response on, `model_renaming` with the alias of its model, and `placement::response_observer` reports its tokens to
-//!    the booking.
+//! 6. `tracked_body` passes the response on, and `model_renaming` writes the alias of its model into
+//!    it. `placement::response_observer` reports its tokens to the booking.
 //! 7. `placement::completion_log` records how the response ended, and `placement::cache_feedback` what
 //!    it left in the worker's cache. Dropping the response's body releases the booking.
 //!
 //! `assembly` builds the parts and gives each front end the parts that it uses, `server` starts and
 //! stops everything, and `shutdown` has the phases in which it stops.
-//! `reload` applies another configuration, and `state_file` keeps what was learned over a restart. `metrics` reports the state, `recorder` writes a trace of the requests, and
-//! `access_log` a line for each.
+//! `reload` applies another configuration, and `state_file` keeps what was learned over a restart.
+//! `metrics` reports the state, `recorder` writes a trace of the requests, and `access_log` a line
+//! for each.
 
 mod accept;
 mod access_log;
@@ -44,6 +45,7 @@ mod content_watch;
 mod discovery;
 mod engine_metrics;
 mod failover;
+mod http2_connection;
 mod keys;
 mod kv_events;
 mod listen;

@@ -29,6 +29,9 @@ use crate::metrics::Metrics;
 /// Maximum time of a handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Name of HTTP/2 in the negotiation of TLS.
+pub(crate) const HTTP2_PROTOCOL: &[u8] = b"h2";
+
 /// Time between two looks at the files.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -123,7 +126,7 @@ impl TlsConfig {
             None => builder.with_no_client_auth(),
         };
         let mut server = builder.with_single_cert(chain, key).map_err(invalid)?;
-        server.alpn_protocols = vec![b"http/1.1".to_vec()];
+        server.alpn_protocols = vec![HTTP2_PROTOCOL.to_vec(), b"http/1.1".to_vec()];
         Ok(LoadedTls {
             server: Arc::new(server),
             expires,

@@ -15,6 +15,7 @@ mod fidelity;
 mod fleet;
 mod health;
 mod host_names;
+mod http2;
 mod keys;
 mod metrics_docs;
 mod misbehaving_workers;

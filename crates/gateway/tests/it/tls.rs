@@ -21,7 +21,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 use crate::fake_worker::*;
 
 /// An authority that signs certificates.
-struct Authority {
+pub(crate) struct Authority {
     issuer: Issuer<'static, KeyPair>,
     /// Its own certificate in PEM.
     certificate: String,
@@ -29,13 +29,13 @@ struct Authority {
 
 /// A certificate and its key, in PEM.
 #[derive(Clone)]
-struct Identity {
+pub(crate) struct Identity {
     certificate: String,
     key: String,
 }
 
 impl Authority {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut parameters = CertificateParams::new(Vec::new()).unwrap();
         parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let key = KeyPair::generate().unwrap();
@@ -47,7 +47,7 @@ impl Authority {
     }
 
     /// Signs a certificate for `localhost` with this common name.
-    fn sign(&self, name: &str) -> Identity {
+    pub(crate) fn sign(&self, name: &str) -> Identity {
         let mut parameters = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
         parameters.distinguished_name.push(DnType::CommonName, name);
         let key = KeyPair::generate().unwrap();
@@ -59,10 +59,10 @@ impl Authority {
 }
 
 /// Files of a listener, which are removed at the end of the test.
-struct Files(PathBuf);
+pub(crate) struct Files(PathBuf);
 
 impl Files {
-    fn new(name: &str, identity: &Identity) -> Self {
+    pub(crate) fn new(name: &str, identity: &Identity) -> Self {
         let name = format!("foresee-tls-{}-{name}", std::process::id());
         let files = Self(std::env::temp_dir().join(name));
         std::fs::create_dir_all(&files.0).unwrap();
@@ -83,7 +83,7 @@ impl Files {
     }
 
     /// Returns the configuration; with an authority of clients if `client_auth` is given.
-    fn config(&self, client_auth: Option<ClientAuth>) -> TlsConfig {
+    pub(crate) fn config(&self, client_auth: Option<ClientAuth>) -> TlsConfig {
         TlsConfig {
             certificate: self.0.join("certificate.pem"),
             key: self.0.join("key.pem"),
@@ -105,6 +105,16 @@ async fn connect(
     authority: &Authority,
     client: Option<&Identity>,
 ) -> std::io::Result<TlsStream<TcpStream>> {
+    connect_offering(address, authority, client, &[]).await
+}
+
+/// As [`connect`], and offers these protocols.
+pub(crate) async fn connect_offering(
+    address: SocketAddr,
+    authority: &Authority,
+    client: Option<&Identity>,
+    protocols: &[&str],
+) -> std::io::Result<TlsStream<TcpStream>> {
     let mut roots = RootCertStore::empty();
     let root = CertificateDer::from_pem_slice(authority.certificate.as_bytes()).unwrap();
     roots.add(root).unwrap();
@@ -112,7 +122,7 @@ async fn connect(
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_root_certificates(roots);
-    let config = match client {
+    let mut config = match client {
         Some(identity) => {
             let certificate = CertificateDer::from_pem_slice(identity.certificate.as_bytes());
             let key = PrivateKeyDer::from_pem_slice(identity.key.as_bytes()).unwrap();
@@ -122,6 +132,8 @@ async fn connect(
         }
         None => builder.with_no_client_auth(),
     };
+    let protocols = protocols.iter().map(|name| name.as_bytes().to_vec());
+    config.alpn_protocols = protocols.collect();
     let stream = TcpStream::connect(address).await?;
     let name = ServerName::try_from("localhost").unwrap();
     within(
