@@ -20,7 +20,7 @@ use crate::placement::tokenization::PromptTokenizer;
 use crate::request_body::RequestBodyConfig;
 use crate::shutdown::ShutdownConfig;
 use crate::tls::{LoadedTls, TlsConfig, TlsError};
-use crate::workers::api_key::{ApiKeyError, ApiKeySource, WorkerKeyConfig};
+use crate::workers::api_key::{ApiKeyError, WorkerKeyConfig};
 use crate::workers::health_config::HealthConfig;
 use crate::workers::resolve::DnsConfig;
 use crate::workers::worker_config::WorkerConfig;
@@ -161,12 +161,11 @@ impl GatewayConfig {
     /// Checks that the API keys of workers can be read.
     ///
     /// # Errors
-    /// Fails if a file with a key cannot be read, or a key is empty or has a character other than
+    /// Fails if a file with a key cannot be read, a variable is not set, or a key is empty or has a character other than
     /// visible ASCII; then a gateway would not start either.
     pub fn check_api_keys(&self) -> Result<(), ApiKeyError> {
-        let files = self.workers.iter();
-        let files = files.filter_map(|worker| worker.api_key_file.clone());
-        let sources = files.map(ApiKeySource::File);
+        let sources = self.workers.iter();
+        let sources = sources.filter_map(|worker| worker.api_key.clone());
         for source in sources.chain(self.worker_key.source.clone()) {
             source.load()?;
         }

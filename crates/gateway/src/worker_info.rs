@@ -48,7 +48,7 @@ impl WorkerInfoReader {
                         key: &worker.config.name, worker = %worker.config.name,
                         status = status.as_u16(),
                         "worker refuses the request for its models; set --worker-api-key-file, or \
-                         api-key-file= of the worker, to a file with the engine's API key"
+                         api-key=file:PATH of the worker, to a file with the engine's API key"
                     );
                 }
                 worker.models.set_unknown();

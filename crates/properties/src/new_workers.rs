@@ -15,7 +15,7 @@ pub fn check(bytes: &[u8]) {
             return;
         }
     };
-    assert_eq!(config.api_key_file, None);
+    assert_eq!(config.api_key, None);
     if let KvEvents::At(source) = &config.kv_events {
         assert!(!source.binds, "{source:?}");
         for endpoint in [Some(&source.endpoint), source.replay.as_ref()] {

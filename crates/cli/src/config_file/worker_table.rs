@@ -16,7 +16,7 @@ const OPTIONS: [&str; 16] = [
     "replay",
     "topic",
     "health-path",
-    "api-key-file",
+    "api-key",
     "resolve",
     "tls-ca",
     "tls-certificate",
@@ -116,7 +116,7 @@ mod tests {
     fn a_worker_table_keeps_its_options_as_a_flag() {
         let flag = "https://a:1,name=x,tls-ca=/ca,tls-verify=off,ranks=2,blocks=7,prefix-caching=off,eviction=radix,\
                     kv-events=tcp://a:5557,replay=tcp://a:5657,topic=12,\
-                    health-path=none,api-key-file=/run/key,resolve=off";
+                    health-path=none,api-key=file:/run/key,resolve=off";
         let text = from_flag(flag, "x");
         let file: Table = text.parse().unwrap();
         let table = file["worker"][0].as_table().unwrap();

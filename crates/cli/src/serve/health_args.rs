@@ -91,7 +91,7 @@ pub(crate) struct WorkerAccessArgs {
     /// Names a file whose first line is the API key of the workers [default: no key]
     ///
     /// Health checks and queries of models, metrics and event sources carry the key. The file is
-    /// read again while the router runs. A worker's option api-key-file overrides it for that
+    /// read again while the router runs. A worker's option api-key overrides it for that
     /// worker. Without the file, the variable FORESEE_WORKER_API_KEY may contain the key itself.
     #[arg(long, value_name = "FILE", env = "FORESEE_WORKER_API_KEY_FILE")]
     worker_api_key_file: Option<PathBuf>,

@@ -134,7 +134,7 @@ pub(crate) struct WorkerArgs {
     ///
     /// Options: name=NAME, ranks=N, blocks=N, prefix-caching=on|off, eviction=queue|radix,
     /// kv-events=tcp://HOST:PORT|off, replay=tcp://HOST:PORT, topic=TOPIC, health-path=PATH|none,
-    /// api-key-file=FILE, resolve=on|off; with an https:// URL also tls-ca=FILE, tls-certificate=FILE,
+    /// api-key=env:NAME|file:FILE, resolve=on|off; with an https:// URL also tls-ca=FILE, tls-certificate=FILE,
     /// tls-key=FILE, tls-server-name=NAME, tls-verify=on|off.
     ///
     /// ranks=N makes N workers of an engine with N data-parallel ranks, named NAME/0 and so on;

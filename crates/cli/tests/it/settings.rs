@@ -354,7 +354,7 @@ fn health_checks_and_keys_of_workers_are_settings() {
         "health-path = \"/ping\"\nhealthy_threshold = 3\nhealth-timeout = \"500ms\"\n\
          worker-api-key-file = \"{0}\"\n\n\
          [[worker]]\nurl = \"http://gpu1:8000\"\nhealth_path = \"none\"\nresolve = false\n\
-         api_key_file = \"{0}\"\n",
+         api_key = \"file:{0}\"\n",
         key.path()
     );
     let file = ConfigFile::new(&text);
@@ -370,7 +370,8 @@ fn health_checks_and_keys_of_workers_are_settings() {
     let worker = &settings["worker"][0];
     assert_eq!(worker["health_path"].as_str(), Some("none"));
     assert_eq!(worker["resolve"].as_bool(), Some(false));
-    assert_eq!(worker["api_key_file"].as_str(), Some(key.path()));
+    let source = format!("file:{}", key.path());
+    assert_eq!(worker["api_key"].as_str(), Some(&*source));
 }
 
 #[test]

@@ -29,9 +29,9 @@ pub fn parse_new_worker(body: &[u8]) -> Result<WorkerConfig, ApiError> {
     })?;
     match config.local_option() {
         None => Ok(config),
-        Some(LocalOption::KeyFile) => {
-            // Such a request could send any file of this machine to a server of its choice.
-            let message = "`api-key-file` is not accepted here: name the file with --worker or \
+        Some(LocalOption::Key) => {
+            // Such a request could send any file or variable of this machine to a server of its choice.
+            let message = "`api-key` is not accepted here: name the file with --worker or \
                            --worker-api-key-file, which apply when the router starts.";
             Err(ApiError::bad_request(message, Some("url")))
         }

@@ -191,7 +191,7 @@ mod tests {
             assert!(error.contains(part), "{text}: {error}");
         }
         let files =
-            "[{\"targets\": [\"a:1\"], \"labels\": {\"foresee_api_key_file\": \"/etc/x\"}}]";
+            "[{\"targets\": [\"a:1\"], \"labels\": {\"foresee_api_key\": \"file:/etc/x\"}}]";
         assert!(parse(files, Trust::Local).is_ok());
         assert!(parse(files, Trust::Remote).is_err());
         let binds =

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use http::HeaderValue;
 use parking_lot::RwLock;
@@ -27,6 +28,8 @@ pub struct WorkerKeyConfig {
 pub enum ApiKeySource {
     /// The first line of a file, which is read again while the gateway runs.
     File(PathBuf),
+    /// A variable of the gateway's environment.
+    Variable(String),
     /// The key itself.
     Value(String),
 }
@@ -36,7 +39,28 @@ impl fmt::Debug for ApiKeySource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::File(path) => f.debug_tuple("File").field(path).finish(),
+            Self::Variable(name) => f.debug_tuple("Variable").field(name).finish(),
             Self::Value(_) => f.write_str("Value(redacted)"),
+        }
+    }
+}
+
+/// Text that does not say where an API key comes from. It may be a key, so it is not shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("write env:NAME or file:PATH; a key itself would be visible to other users of the machine")]
+pub struct UnknownKeySource;
+
+impl FromStr for ApiKeySource {
+    type Err = UnknownKeySource;
+
+    /// Parses `file:PATH` or `env:NAME`.
+    fn from_str(text: &str) -> Result<Self, UnknownKeySource> {
+        match text.split_once(':') {
+            Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
+            Some(("env", name)) if !name.is_empty() && !name.contains(['=', '\0']) => {
+                Ok(Self::Variable(name.to_owned()))
+            }
+            _ => Err(UnknownKeySource),
         }
     }
 }
@@ -52,6 +76,9 @@ pub enum ApiKeyError {
         /// Error of the operating system.
         error: io::Error,
     },
+    /// The variable of the environment is not set, or is not text.
+    #[error("the variable {0} with a worker's API key is not set")]
+    Unset(String),
     /// The key is empty or has a character that a header cannot contain. Does not contain the key.
     #[error("the worker API key is empty or has characters other than visible ASCII")]
     Invalid,
@@ -61,7 +88,7 @@ impl ApiKeySource {
     /// Reads the key and returns the value of the `authorization` header, marked as sensitive.
     ///
     /// # Errors
-    /// If the file cannot be read, or the key is empty or has a character other than visible ASCII.
+    /// If the file cannot be read, the variable is not set, or the key is empty or has a character other than visible ASCII.
     pub fn load(&self) -> Result<HeaderValue, ApiKeyError> {
         let text = match self {
             Self::File(path) => {
@@ -70,6 +97,9 @@ impl ApiKeySource {
                     path: path.clone(),
                     error,
                 })?
+            }
+            Self::Variable(name) => {
+                std::env::var(name).map_err(|_| ApiKeyError::Unset(name.clone()))?
             }
             Self::Value(key) => key.clone(),
         };
@@ -106,10 +136,9 @@ pub(crate) struct WorkerKey {
 }
 
 impl WorkerKey {
-    /// Reads the key of a worker whose description names `file`, or else the key of `config`. A key
+    /// Reads the key of a worker whose description names `own`, or else the key of `config`. A key
     /// that cannot be read is logged and read again later.
-    pub(crate) fn load(file: Option<&Path>, config: &WorkerKeyConfig, worker: &str) -> Self {
-        let own = file.map(|path| ApiKeySource::File(path.to_owned()));
+    pub(crate) fn load(own: Option<ApiKeySource>, config: &WorkerKeyConfig, worker: &str) -> Self {
         let key = Self {
             source: own.or_else(|| config.source.clone()),
             authorization: RwLock::default(),
@@ -170,6 +199,19 @@ mod tests {
         assert_eq!(key.authorization_for_clients(false), key.authorization());
         for shown in [format!("{config:?}"), format!("{key:?}")] {
             assert!(!shown.contains("secret"), "{shown}");
+        }
+    }
+
+    #[test]
+    fn a_source_is_a_variable_or_a_file_and_never_a_key() {
+        let parse = |text: &str| text.parse::<ApiKeySource>();
+        assert_eq!(parse("file:/a:b"), Ok(ApiKeySource::File("/a:b".into())));
+        let variable = parse("env:FORESEE_TEST_UNSET").unwrap();
+        let error = variable.load().unwrap_err().to_string();
+        assert!(error.contains("FORESEE_TEST_UNSET"), "{error}");
+        for text in ["", "sk-secret", "file:", "env:", "env:A=B", "key:sk-secret"] {
+            let error = parse(text).unwrap_err().to_string();
+            assert!(!error.contains("secret"), "{error}");
         }
     }
 

@@ -74,6 +74,15 @@ impl WorkerTasks {
             tokio::spawn(events.follow(Arc::clone(&worker))),
             tokio::spawn(engine_metrics.watch(Arc::clone(&worker))),
         ];
+        if let Some(files) = worker.tls_files.clone() {
+            let worker = Arc::clone(&worker);
+            tokio::spawn(async move {
+                tokio::select! {
+                    () = files.watch(worker.config.name.clone()) => {}
+                    () = worker.until_removed() => {}
+                }
+            });
+        }
         let (registry, metrics) = (Arc::clone(&self.registry), Arc::clone(&self.metrics));
         tokio::spawn(async move {
             for task in tasks {

@@ -23,7 +23,7 @@ use crate::workers::health_record::HealthRecord;
 use crate::workers::liveness::Liveness;
 use crate::workers::model_list::ModelList;
 use crate::workers::worker_config::WorkerConfig;
-use crate::workers::worker_tls::{WorkerTls, WorkerTlsConfig};
+use crate::workers::worker_tls::{WorkerTls, WorkerTlsConfig, WorkerTlsFiles};
 
 /// Header that pins a request to one data-parallel rank of an engine, for vLLM and SGLang alike.
 pub(crate) const RANK_HEADER: &str = "x-data-parallel-rank";
@@ -59,8 +59,8 @@ pub(crate) struct Worker {
     pub(crate) event_source: watch::Sender<Option<EventSource>>,
     /// Requests a new connection to the worker's KV events, because the worker was unreachable.
     pub(crate) resubscribe: Notify,
-    /// TLS of connections to the worker, or why it cannot be used; `None` for plain HTTP.
-    tls: Option<Result<Arc<WorkerTls>, String>>,
+    /// TLS of connections to the worker; `None` for plain HTTP.
+    pub(super) tls_files: Option<Arc<WorkerTlsFiles>>,
     /// Whether the router had ejected the worker when that was last noted.
     is_ejected: AtomicBool,
     /// Whether the worker was removed, which ends its tasks.
@@ -76,19 +76,19 @@ impl Worker {
         default_key: &WorkerKeyConfig,
         default_tls: &WorkerTlsConfig,
     ) -> Self {
-        let tls = config.tls.as_ref().map(|tls| {
+        let tls_files = config.tls.as_ref().map(|tls| {
             if !tls.verifies {
                 tracing::warn!(
                     worker = %config.name,
                     "the worker's certificate is not verified: another server can take its place"
                 );
             }
-            let loaded = tls.or(default_tls).load(config.host());
-            loaded.map(Arc::new).map_err(|error| error.to_string())
+            let files = WorkerTlsFiles::load(tls.or(default_tls), config.host());
+            Arc::new(files)
         });
         Self {
             id,
-            tls,
+            tls_files,
             header: config.header(),
             rank_header: config.rank.map(HeaderValue::from),
             event_source: watch::Sender::new(match &config.kv_events {
@@ -96,7 +96,7 @@ impl Worker {
                 KvEvents::Discovered | KvEvents::Off => None,
             }),
             address: WorkerAddress::new(&config),
-            key: WorkerKey::load(config.api_key_file.as_deref(), default_key, &config.name),
+            key: WorkerKey::load(config.api_key.clone(), default_key, &config.name),
             health: HealthRecord::default(),
             config,
             models: ModelList::default(),
@@ -115,7 +115,8 @@ impl Worker {
     /// # Errors
     /// Fails with a text if the files cannot be used.
     pub(crate) fn tls(&self) -> Result<Option<Arc<WorkerTls>>, String> {
-        self.tls.clone().transpose()
+        let files = self.tls_files.as_ref();
+        files.map(|files| files.in_force()).transpose()
     }
 
     /// Returns the configured capacity or else the reported one, in engine blocks; `None` if neither

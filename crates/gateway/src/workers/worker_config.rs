@@ -10,6 +10,7 @@ use http::uri::{Authority, Scheme};
 use http::{HeaderValue, Uri};
 
 use crate::kv_events::source::{KvEvents, check_endpoint};
+use crate::workers::api_key::ApiKeySource;
 use crate::workers::health_config::HealthPath;
 use crate::workers::worker_tls::WorkerTlsConfig;
 
@@ -26,8 +27,8 @@ const MAX_RANKS: u32 = 1024;
 ///
 /// The text form is `URL[,name=NAME][,ranks=N][,blocks=N][,prefix-caching=on|off]
 /// [,eviction=queue|radix][,kv-events=ENDPOINT|off[,replay=ENDPOINT][,topic=TOPIC]]
-/// [,health-path=PATH|none][,api-key-file=PATH][,resolve=on|off][,tls-ca=PATH]
-/// [,tls-certificate=PATH,tls-key=PATH][,tls-server-name=NAME][,tls-verify=on|off]`.
+/// [,health-path=PATH|none][,api-key=env:NAME|file:PATH][,resolve=on|off]
+/// [,tls-ca=PATH][,tls-certificate=PATH,tls-key=PATH][,tls-server-name=NAME][,tls-verify=on|off]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkerConfig {
     /// Unique name; by default the host and port of the URL.
@@ -50,8 +51,8 @@ pub struct WorkerConfig {
     pub kv_events: KvEvents,
     /// Path of the health check; `None` for the gateway's.
     pub health_path: Option<HealthPath>,
-    /// File with the API key of the gateway's own requests; `None` for the gateway's key.
-    pub api_key_file: Option<PathBuf>,
+    /// API key of requests to the worker; `None` for the gateway's key for workers.
+    pub api_key: Option<ApiKeySource>,
     /// TLS, for an `https://` URL; `None` for plain HTTP.
     pub tls: Option<WorkerTlsConfig>,
     /// Whether the gateway resolves a host name in the background, to one worker for each address.
@@ -65,8 +66,8 @@ pub struct WorkerConfig {
 /// Option of a worker that concerns the machine of the gateway.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum LocalOption {
-    /// `api-key-file`.
-    KeyFile,
+    /// `api-key`.
+    Key,
     /// `tls-ca`, `tls-certificate` or `tls-key`.
     TlsFiles,
     /// An endpoint of KV events, by the name of the option.
@@ -106,11 +107,11 @@ impl WorkerConfig {
         without_address.unwrap_or(name)
     }
 
-    /// Returns the first option that names a file of this machine, or an endpoint for KV events at which
+    /// Returns the first option that names a file or a variable of this machine, or an endpoint for KV events at which
     /// this machine would open a port or a file. A client that is not the operator may set none.
     pub(crate) fn local_option(&self) -> Option<LocalOption> {
-        if self.api_key_file.is_some() {
-            return Some(LocalOption::KeyFile);
+        if self.api_key.is_some() {
+            return Some(LocalOption::Key);
         }
         if self.tls.as_ref().is_some_and(WorkerTlsConfig::names_files) {
             return Some(LocalOption::TlsFiles);
@@ -277,7 +278,7 @@ impl WorkerConfig {
             eviction: None,
             kv_events: KvEvents::default(),
             health_path: None,
-            api_key_file: None,
+            api_key: None,
             tls,
             resolve: true,
             member: None,
@@ -348,10 +349,14 @@ impl FromStr for WorkerConfig {
                     let path = path.map_err(|error| fail(format!("`health-path`: {error}")))?;
                     worker.health_path = Some(path);
                 }
-                ("api-key-file", "") => {
-                    return Err(fail("`api-key-file` must not be empty".to_owned()));
+                ("api-key", source) => {
+                    // An error does not show the source, which may be the key.
+                    let error = |error| WorkerConfigError {
+                        given: given.replace(&format!("api-key={source}"), "api-key=…"),
+                        problem: format!("`api-key`: {error}"),
+                    };
+                    worker.api_key = Some(source.parse::<ApiKeySource>().map_err(error)?);
                 }
-                ("api-key-file", path) => worker.api_key_file = Some(path.into()),
                 (option, value) if option.starts_with("tls-") => {
                     worker.set_tls_option(option, value).map_err(fail)?;
                 }
@@ -360,7 +365,7 @@ impl FromStr for WorkerConfig {
                 ("resolve", _) => return Err(fail("`resolve` must be on or off".to_owned())),
                 (key, _) => {
                     let known = "name, ranks, blocks, prefix-caching, eviction, kv-events, replay, \
-                                 topic, health-path, api-key-file, resolve, tls-ca, \
+                                 topic, health-path, api-key, resolve, tls-ca, \
                                  tls-certificate, tls-key, tls-server-name or tls-verify";
                     return Err(fail(format!("unknown option `{key}`: use {known}")));
                 }
@@ -383,6 +388,14 @@ impl FromStr for WorkerConfig {
 mod tests {
     use super::*;
     use crate::kv_events::source::EventSource;
+
+    #[test]
+    fn a_key_in_the_place_of_its_source_is_not_shown() {
+        let error = "a:1,api-key=sk-secret".parse::<WorkerConfig>().unwrap_err();
+        let error = error.to_string();
+        assert!(error.contains("a:1,api-key=…"), "{error}");
+        assert!(!error.contains("secret"), "{error}");
+    }
 
     #[test]
     fn a_worker_is_parsed_from_a_url_and_options() {
@@ -415,11 +428,11 @@ mod tests {
         let off: WorkerConfig = "a:1,kv-events=off".parse().unwrap();
         assert_eq!(off.kv_events, KvEvents::Off);
 
-        let access: WorkerConfig = "a:1,health-path=/ping,api-key-file=/run/key,resolve=off"
+        let access: WorkerConfig = "a:1,health-path=/ping,api-key=file:/run/key,resolve=off"
             .parse()
             .unwrap();
         assert_eq!(access.health_path, Some("/ping".parse().unwrap()));
-        assert_eq!(access.api_key_file.as_deref(), Some("/run/key".as_ref()));
+        assert_eq!(access.api_key, Some(ApiKeySource::File("/run/key".into())));
         assert!(!access.is_resolved_in_background());
     }
 
@@ -513,7 +526,7 @@ mod tests {
             ("http://a:1,kv-events=tcp://a:1,topic=", "`topic`"),
             ("http://a:1,ranks=0", "`ranks`"),
             ("http://a:1,health-path=ping", "`health-path`"),
-            ("http://a:1,api-key-file=", "`api-key-file`"),
+            ("http://a:1,api-key=", "`api-key`: write env:NAME"),
             ("http://a:1,resolve=never", "`resolve`"),
             ("http://a:1,ranks=1025", "`ranks`"),
             ("http://a:1,ranks=2,kv-events=ipc:///tmp/a", "PORT + 1"),

@@ -3,6 +3,9 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
+use std::time::Duration;
+
+use parking_lot::RwLock;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::ring::default_provider;
@@ -14,7 +17,11 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
+use crate::content_watch::ContentWatch;
 use crate::tls::{TlsError, certificates, roots_of};
+
+/// Time between two looks at the files.
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Authorities that the system trusts, read once. Certificates that cannot be parsed are left out.
 static SYSTEM_ROOTS: LazyLock<Arc<RootCertStore>> = LazyLock::new(|| {
@@ -107,11 +114,83 @@ impl WorkerTlsConfig {
         })
     }
 
+    /// Returns the content of all files; `None` if one of them cannot be read.
+    fn content(&self) -> Option<Vec<u8>> {
+        let identity = self.identity.iter();
+        let identity = identity.flat_map(|(certificate, key)| [certificate, key]);
+        let mut content = Vec::new();
+        for path in identity.chain(&self.ca) {
+            content.extend(std::fs::read(path).ok()?);
+        }
+        Some(content)
+    }
+
     /// Returns the trusted authorities.
     fn roots(&self) -> Result<Arc<RootCertStore>, TlsError> {
         match &self.ca {
             Some(path) => roots_of(path).map(Arc::new),
             None => Ok(Arc::clone(&SYSTEM_ROOTS)),
+        }
+    }
+}
+
+/// TLS of connections to one worker, from files that can change.
+#[derive(Debug)]
+pub(crate) struct WorkerTlsFiles {
+    config: WorkerTlsConfig,
+    /// Host of the worker's URL.
+    host: String,
+    /// TLS of new connections, or why it cannot be used.
+    in_force: RwLock<Result<Arc<WorkerTls>, String>>,
+}
+
+impl WorkerTlsFiles {
+    /// Reads the files of a worker at `host`.
+    pub(crate) fn load(config: WorkerTlsConfig, host: &str) -> Self {
+        let loaded = config.load(host);
+        Self {
+            in_force: RwLock::new(loaded.map(Arc::new).map_err(|error| error.to_string())),
+            host: host.to_owned(),
+            config,
+        }
+    }
+
+    /// Returns the TLS of new connections.
+    ///
+    /// # Errors
+    /// Fails with a text if the files could not be used.
+    pub(crate) fn in_force(&self) -> Result<Arc<WorkerTls>, String> {
+        self.in_force.read().clone()
+    }
+
+    /// Looks at the files in intervals, and puts a new content in force once it has not changed for
+    /// one interval. Content that cannot be used is logged, and the one in force stays. Never
+    /// returns, unless no files are named. `worker` is the worker's name, for log lines.
+    pub(crate) async fn watch(self: Arc<Self>, worker: String) {
+        if !self.config.names_files() {
+            return;
+        }
+        let content = async |files: &Arc<Self>| {
+            let files = Arc::clone(files);
+            let read = tokio::task::spawn_blocking(move || files.config.content());
+            read.await.ok().flatten()
+        };
+        let mut watch = ContentWatch::used(content(&self).await.as_deref());
+        loop {
+            tokio::time::sleep(WATCH_INTERVAL).await;
+            if !watch.has_changed(content(&self).await.as_deref()) {
+                continue;
+            }
+            match self.config.load(&self.host) {
+                Ok(loaded) => {
+                    tracing::info!(%worker, "loaded changed TLS files of a worker");
+                    *self.in_force.write() = Ok(Arc::new(loaded));
+                }
+                Err(error) => tracing::error!(
+                    %worker, %error,
+                    "cannot use the changed TLS files of a worker; keeping those in force"
+                ),
+            }
         }
     }
 }

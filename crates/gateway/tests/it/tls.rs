@@ -463,3 +463,33 @@ async fn files_of_workers_are_checked_at_the_start_and_not_taken_from_clients() 
         );
     }
 }
+
+#[tokio::test]
+async fn changed_files_of_a_worker_apply_to_new_connections() {
+    let (authority, clients) = (Authority::new(), Authority::new());
+    let files = Files::new("worker-change", &Authority::new().sign("stranger"));
+    files.write_file("ca.pem", &authority.certificate);
+    let port = tls_engine(&authority, Some(&clients)).await.port();
+    let path = |name: &str| files.0.join(name).display().to_string();
+    let worker = format!(
+        "https://localhost:{port},resolve=off,tls-ca={},tls-certificate={},tls-key={}",
+        path("ca.pem"),
+        path("certificate.pem"),
+        path("key.pem")
+    );
+    let mut config = config(&[]);
+    config.workers = vec![worker.parse().unwrap()];
+    let gateway = Gateway::start(config).unwrap();
+    let name = workers(&gateway).into_keys().next().unwrap();
+    a_few_probe_intervals().await;
+    assert_eq!(state(&gateway, &name), WorkerState::Unhealthy);
+    files.write(&clients.sign("router"));
+    until("a healthy worker", || {
+        state(&gateway, &name) == WorkerState::Healthy
+    })
+    .await;
+    // Files that cannot be used change nothing.
+    files.write_file("key.pem", "no key");
+    let response = call(gateway.address(), "POST", CHAT, chat("hi", false)).await;
+    assert_eq!(response.status(), 200);
+}

@@ -62,7 +62,7 @@ async fn every_query_of_the_gateway_carries_the_key_and_clients_keep_their_own()
     let own = KeyFile::new("own", "own");
     let mut config = config(&[&first, &second]);
     config.worker_key.source = Some(ApiKeySource::File(shared.0.clone()));
-    config.workers[1].api_key_file = Some(own.0.clone());
+    config.workers[1].api_key = Some(ApiKeySource::File(own.0.clone()));
     config.engine_metrics_interval = Some(Duration::from_millis(10));
     let gateway = gateway_with(config).await;
     let asked = |worker: &FakeWorker, key: &str, paths: &[&str]| {
@@ -133,7 +133,7 @@ async fn a_key_that_cannot_be_read_fails_the_start() {
     let mut with_default = config(&[&worker]);
     with_default.worker_key.source = Some(ApiKeySource::File("/nonexistent/key".into()));
     let mut with_own = config(&[&worker]);
-    with_own.workers[0].api_key_file = Some("/nonexistent/key".into());
+    with_own.workers[0].api_key = Some(ApiKeySource::File("/nonexistent/key".into()));
     for config in [with_default, with_own] {
         let started = Gateway::start(config);
         let error = started.unwrap_err();
@@ -146,7 +146,7 @@ async fn a_key_that_cannot_be_read_fails_the_start() {
 async fn a_key_file_cannot_be_named_over_http() {
     let worker = FakeWorker::start().await;
     let gateway = gateway(&[]).await;
-    let url = format!("{},api-key-file=/etc/hostname", worker.spec("new"));
+    let url = format!("{},api-key=file:/etc/hostname", worker.spec("new"));
     let body = json!({ "url": url }).to_string();
     let response = call(gateway.admin_address(), "POST", "/admin/workers", body).await;
     let error = response.error(400);
