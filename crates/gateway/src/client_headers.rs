@@ -15,6 +15,7 @@ use http::header::{ACCEPT_ENCODING, FORWARDED, HOST, HeaderName, VIA};
 use http::{HeaderMap, HeaderValue};
 use ipnet::IpNet;
 
+use crate::client_deadlines::deadlines;
 use crate::connection_state::Peer;
 use crate::keys::Key;
 use crate::placement::hints::{RequestHints, tenant_hash};
@@ -79,10 +80,11 @@ impl ClientHeaders {
             None => 0,
         };
         let named_priority: Option<i32> = integer_header(headers, PRIORITY, priority)?;
-        let milliseconds = "an integer: milliseconds until the first byte of the response";
-        let deadline: Option<u32> = integer_header(headers, DEADLINE, milliseconds)?;
+        let requirement = "an integer: milliseconds until the first byte of the response";
+        let deadline: Option<u32> = integer_header(headers, DEADLINE, requirement)?;
+        let milliseconds = |number: u32| Duration::from_millis(number.into());
         let hints = RequestHints {
-            deadline: deadline.map(|deadline| Duration::from_millis(deadline.into())),
+            deadlines: deadlines(headers, deadline.map(milliseconds)),
             expected_output_tokens: integer_header(headers, EXPECTED_TOKENS, tokens)?,
             priority: named_priority.unwrap_or_default().max(highest_priority),
             tenant,

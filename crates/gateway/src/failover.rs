@@ -27,6 +27,7 @@ use crate::log_limit::warn_limited;
 use crate::metrics::Metrics;
 use crate::placement::Placement;
 use crate::placement::dispatch::announce;
+use crate::placement::hints::Deadlines;
 use crate::tracked_body::TrackedBody;
 use crate::upstream::{
     ConnectionChoice, UpstreamBody, UpstreamClient, UpstreamError, UpstreamRequest,
@@ -107,6 +108,8 @@ pub(crate) struct Failover<'a> {
     /// Time by the gateway's clock until which the request may wait: in the queue, for a connection
     /// and for the first byte, all attempts together.
     deadline: Duration,
+    /// Time until which the request may wait in the queue.
+    queue_deadline: Duration,
 }
 
 /// Why no further attempt is made.
@@ -130,18 +133,20 @@ impl Failover<'_> {
 impl<'a> Failover<'a> {
     /// Prepares to send a request that arrived at `arrived_at`, but not to the workers in
     /// `excluded`. Adds the request to the retry budget. The first byte of the response must arrive
-    /// within `max_wait` and `first_byte_timeout` of the arrival, all attempts and the queue included.
+    /// within `first_byte_timeout` and the client's deadline, all attempts and the queue included.
     pub(crate) fn new(
         shared: &'a FailoverContext,
         client: &'a UpstreamClient,
         request: &'a UpstreamRequest,
         excluded: &[WorkerId],
         arrived_at: Duration,
-        max_wait: Option<Duration>,
+        deadlines: Deadlines,
     ) -> Self {
-        let max_wait = max_wait.map_or(shared.first_byte_timeout, |wait| {
-            wait.min(shared.first_byte_timeout)
-        });
+        let longest = shared.first_byte_timeout;
+        let max_wait = deadlines
+            .first_byte
+            .map_or(longest, |wait| wait.min(longest));
+        let max_queue_wait = deadlines.queue.map_or(max_wait, |wait| wait.min(max_wait));
         shared.retry_budget.lock().on_request(shared.clock.now());
         Self {
             shared,
@@ -153,6 +158,7 @@ impl<'a> Failover<'a> {
             connection_losses: 0,
             max_wait,
             deadline: arrived_at + max_wait,
+            queue_deadline: arrived_at + max_queue_wait,
         }
     }
 
@@ -166,7 +172,7 @@ impl<'a> Failover<'a> {
     /// request. `batch` keeps its bookings until it is dropped.
     pub(crate) async fn send(&mut self, batch: &mut Batch) -> Result<UpstreamResponse, ApiError> {
         loop {
-            let max_wait = self.deadline.saturating_sub(self.shared.clock.now());
+            let max_wait = self.queue_deadline.saturating_sub(self.shared.clock.now());
             self.shared
                 .placement
                 .wait_in_queue(batch, &self.excluded, max_wait)

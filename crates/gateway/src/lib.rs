@@ -34,6 +34,7 @@ mod accept;
 mod access_log;
 mod admin;
 mod assembly;
+mod client_deadlines;
 mod client_headers;
 mod client_socket;
 mod clock;

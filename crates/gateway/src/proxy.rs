@@ -229,8 +229,8 @@ impl Proxy {
             .apply_affinity(&mut parsed, call.response_id.as_deref());
         let mut placed = self.placement.place(call.endpoint, parsed, arrived_at)?;
         placed.key = key_guard;
-        let max_wait = placed.parsed.hints.deadline;
-        if let Some(max_wait) = max_wait {
+        let deadlines = placed.parsed.hints.deadlines;
+        if let Some(max_wait) = deadlines.first_byte {
             let elapsed = self.clock.now().saturating_sub(arrived_at);
             let result = placed.check_deadline(max_wait.saturating_sub(elapsed));
             result.inspect_err(|_| {
@@ -264,7 +264,7 @@ impl Proxy {
             &upstream_request,
             excluded,
             arrived_at,
-            max_wait,
+            deadlines,
         );
         let response = failover.send(&mut placed.batch).await?;
         let request_id = upstream_request.request_id();

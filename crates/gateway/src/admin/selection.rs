@@ -36,7 +36,7 @@ use crate::metrics::Outcome;
 use crate::parse_pool::ParsePool;
 use crate::placement::Placement;
 use crate::placement::dispatch::announce;
-use crate::placement::hints::{RequestHints, tenant_hash};
+use crate::placement::hints::{Deadlines, RequestHints, tenant_hash};
 use crate::placement::parsed_request::BodyForm;
 use crate::placement::placed_request::PlacedRequest;
 use crate::placement::response_observer::{ResponseForm, ResponseObserver};
@@ -183,7 +183,7 @@ impl SelectionApi {
                 Some(tenant) => tenant_hash(tenant.as_bytes()),
                 None => 0,
             },
-            deadline: None,
+            deadlines: Deadlines::default(),
             excluded_workers: self.ids_of(&request.excluded_workers)?,
         };
         self.placement.apply_affinity(&mut parsed, None);

@@ -5,6 +5,15 @@ use std::time::Duration;
 
 use foresee_core::workers::WorkerId;
 
+/// How long a client waits, from the arrival of its request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Deadlines {
+    /// Time until the first byte of the response, after which it is of no use.
+    pub(crate) first_byte: Option<Duration>,
+    /// Time in the router's queue.
+    pub(crate) queue: Option<Duration>,
+}
+
 /// Routing hints of one request. A front end takes them from where its clients put them.
 #[derive(Debug, Default)]
 pub(crate) struct RequestHints {
@@ -15,8 +24,8 @@ pub(crate) struct RequestHints {
     /// [Hash](tenant_hash) of the tenant, for the queue order `fair`. All requests without a tenant
     /// are one tenant, 0.
     pub(crate) tenant: u64,
-    /// Time from the arrival after which the first byte of the response is of no use to the client.
-    pub(crate) deadline: Option<Duration>,
+    /// How long the client waits.
+    pub(crate) deadlines: Deadlines,
     /// Workers that the client excluded.
     pub(crate) excluded_workers: Vec<WorkerId>,
 }

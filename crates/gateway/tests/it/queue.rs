@@ -266,6 +266,19 @@ async fn a_request_that_would_miss_its_deadline_is_refused_at_once() {
 }
 
 #[tokio::test]
+async fn a_request_leaves_the_queue_when_its_time_there_ends() {
+    let mut worker = FakeWorker::start().await;
+    let gateway = gateway_with(queueing(&[&worker], QueueOrder::Fcfs)).await;
+    let _first = send(&gateway, "a", "").await;
+    let exchange = worker.request().await;
+    let mut second = send(&gateway, "b", "x-llm-d-inference-ttl: 100ms\r\n").await;
+    let error = second.response().await.error(429);
+    assert_eq!(error["code"], "queue_timeout");
+    assert!(worker.try_request().is_none());
+    exchange.keep();
+}
+
+#[tokio::test]
 async fn a_dry_run_reports_what_the_least_delay_would_have_chosen() {
     let mut workers = [FakeWorker::start().await, FakeWorker::start().await];
     let mut config = config(&[&workers[0], &workers[1]]);
