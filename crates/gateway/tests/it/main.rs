@@ -26,6 +26,7 @@ mod ranks;
 mod selection;
 mod shutdown;
 mod streaming;
+mod swaps;
 mod tls;
 mod tokens;
 mod worker_keys;

@@ -30,7 +30,7 @@ pub(crate) struct Authority {
 /// A certificate and its key, in PEM.
 #[derive(Clone)]
 pub(crate) struct Identity {
-    certificate: String,
+    pub(crate) certificate: String,
     key: String,
 }
 
@@ -71,12 +71,12 @@ impl Files {
     }
 
     /// Replaces the certificate and the key.
-    fn write(&self, identity: &Identity) {
+    pub(crate) fn write(&self, identity: &Identity) {
         self.write_file("key.pem", &identity.key);
         self.write_file("certificate.pem", &identity.certificate);
     }
 
-    fn write_file(&self, name: &str, text: &str) {
+    pub(crate) fn write_file(&self, name: &str, text: &str) {
         let new = self.0.join("new");
         std::fs::write(&new, text).unwrap();
         std::fs::rename(new, self.0.join(name)).unwrap();
