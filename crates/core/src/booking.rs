@@ -167,7 +167,9 @@ impl Booking {
     /// # Errors
     /// Fails once the worker accepts no more requests and no other one can be chosen. The request
     /// stays queued, but a caller that polls again is not woken before another worker can be
-    /// chosen.
+    /// chosen. Fails with [`RouteError::QueueFull`] once the request has lost its place in a full
+    /// queue to one of a higher priority or, under fair queueing, of a tenant with less service; it
+    /// is never dispatched then, and is to be dropped.
     pub fn poll_dispatch(
         &mut self,
         context: &mut Context<'_>,
@@ -177,6 +179,10 @@ impl Booking {
         let shared = self.state.clone();
         let mut state = shared.lock();
         state.advance_to(now);
+        if let Some(error) = state.displacement(self.id) {
+            drop(state);
+            return Poll::Ready(Err(error.for_model(self.request(excluded).model)));
+        }
         if state.bookings.take_rebalance_offer(self.id)
             && let Some(moved) = state.rebalance(self.id, &self.request(excluded))
         {

@@ -39,7 +39,8 @@ pub struct RouterConfig {
     /// Outlier ejection, failure charge and warm-up limit.
     pub outlier: OutlierConfig,
     /// Maximum number of queued requests. A request that would have to be queued beyond it is
-    /// refused. `None` sets no limit. A request that was booked before, and is booked again or
+    /// refused, unless it takes the place of one with a lower priority or, under fair queueing, of a
+    /// tenant with more service. `None` sets no limit. A request that was booked before, and is booked again or
     /// moved, may be queued in any case.
     pub queue_limit: Option<usize>,
     /// Seed of every random choice.

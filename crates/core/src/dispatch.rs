@@ -15,6 +15,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use foresee_prefix::WorkerIndex;
+use foresee_prefix::counter::Counter;
 
 use crate::assessment::RequestAssessment;
 use crate::booking_id::BookingId;
@@ -49,7 +50,8 @@ impl State {
     /// and queued otherwise.
     ///
     /// # Errors
-    /// [`SelectError::QueueFull`] if it would have to be queued and the queue limit is reached.
+    /// [`SelectError::QueueFull`] if it would have to be queued, the queue limit is reached, and no
+    /// queued request has a weaker claim to its place.
     pub(crate) fn book_on_arrival(
         &mut self,
         worker: WorkerId,
@@ -58,7 +60,7 @@ impl State {
     ) -> Result<(BookingId, Decision), SelectError> {
         let can_dispatch = self.can_dispatch_now(worker, assessment, request);
         if !can_dispatch {
-            self.dispatcher.check_limit()?;
+            self.make_room(&assessment.ticket)?;
         }
         let (id, decision) = match can_dispatch {
             true => self.book_dispatched(worker, assessment, request),
@@ -67,6 +69,45 @@ impl State {
         self.try_dispatch_next(worker.index);
         self.record_arrival(&assessment.ticket, std::iter::once(id));
         Ok((id, decision))
+    }
+
+    /// Makes room in the queue for a request that arrives with this ticket. If the queue is full, the
+    /// queued request with the weakest [claim](QueueTicket::claim) loses its place: its task is woken,
+    /// and fails with the same error when it polls.
+    ///
+    /// # Errors
+    /// [`SelectError::QueueFull`] if the queue is full and no claim is weaker than the new one.
+    fn make_room(&mut self, ticket: &QueueTicket) -> Result<(), SelectError> {
+        let Err(full) = self.dispatcher.check_limit() else {
+            return Ok(());
+        };
+        let queues = self.workers.pending_work.iter().map(|work| &work.queue);
+        let lasts = queues.enumerate().filter_map(|(index, queue)| {
+            let (key, id) = queue.last()?;
+            Some((self.bookings.get(id)?.ticket.claim(), index, key, id))
+        });
+        let weakest = lasts.max_by_key(|(claim, ..)| *claim);
+        let weaker = weakest.filter(|(claim, ..)| *claim > ticket.claim());
+        let (_, index, key, id) = weaker.ok_or(full)?;
+        self.workers.pending_work[index].queue.displace(key);
+        self.dispatcher.queued_total.subtract(1);
+        if let Some(record) = self.bookings.get(id) {
+            let service_time = record.service_time(&self.workers, self.now);
+            self.dispatcher.on_displaced(&record.ticket, service_time);
+        }
+        let waker = self.bookings.queued_mut(id);
+        let waker = waker.and_then(|queued| queued.waker.take());
+        self.dispatcher.pending_wakers.extend(waker);
+        Ok(())
+    }
+
+    /// Returns the error of a queued request that has lost its place; `None` for any other.
+    pub(crate) fn displacement(&self, id: BookingId) -> Option<SelectError> {
+        let record = self.bookings.get(id)?;
+        let key = record.queued.as_ref()?.key;
+        let queue = &self.workers.pending_work(record.worker)?.queue;
+        let is_displaced = queue.is_displaced(key);
+        is_displaced.then(|| self.dispatcher.full())
     }
 
     /// Books a request on `worker` as sent to it now, and counts the dispatch.

@@ -145,9 +145,21 @@ impl Dispatcher {
     /// [`SelectError::QueueFull`] at the limit.
     pub(crate) fn check_limit(&self) -> Result<(), SelectError> {
         match self.limit {
-            Some(limit) if self.queued_total >= limit => Err(SelectError::QueueFull { limit }),
+            Some(limit) if self.queued_total >= limit => Err(self.full()),
             _ => Ok(()),
         }
+    }
+
+    /// Returns the error of a request that has no place in the queue.
+    pub(crate) fn full(&self) -> SelectError {
+        SelectError::QueueFull {
+            limit: self.limit.unwrap_or(usize::MAX),
+        }
+    }
+
+    /// Takes back the service of a request that lost its place: see [`QueueTickets::on_displaced`].
+    pub(crate) fn on_displaced(&mut self, ticket: &QueueTicket, service_time: Duration) {
+        self.tickets.on_displaced(ticket, service_time);
     }
 
     /// Returns whether a new request can be sent to the worker at once: no other request is queued

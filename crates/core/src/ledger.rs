@@ -414,9 +414,10 @@ impl State {
             return self.unpin_from_removed_worker(record);
         }
         let mut queued_blocks = 0;
-        if let Some(blocks) = self.workers.dequeue(record.worker, queued.key) {
-            self.dispatcher.queued_total.subtract(1);
-            queued_blocks = blocks;
+        if let Some(removed) = self.workers.dequeue(record.worker, queued.key) {
+            let waiting = usize::from(!removed.was_displaced);
+            self.dispatcher.queued_total.subtract(waiting);
+            queued_blocks = removed.blocks;
         }
         if let Some((worker, load)) = self.workers.get_mut(record.worker) {
             load.requests.subtract(1);

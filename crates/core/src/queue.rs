@@ -135,6 +135,17 @@ impl QueueTicket {
             backfill_until,
         }
     }
+
+    /// Returns the claim to a place in a full queue, the strongest first: the priority, and under fair
+    /// queueing the start tag, which is late for a tenant that has more than its share. Requests with
+    /// equal claims keep their places.
+    pub(crate) fn claim(&self) -> (i32, Duration) {
+        let tag = match self.order {
+            QueueOrder::FairByTenant => self.start_tag,
+            QueueOrder::Fcfs | QueueOrder::ShortestPrefillFirst => Duration::ZERO,
+        };
+        (self.priority, tag)
+    }
 }
 
 /// Maximum number of tenants with a finish tag of their own. At the limit, tags that have passed are
@@ -230,6 +241,16 @@ impl QueueTickets {
         *shared_tag = finish_tag.max(*shared_tag);
     }
 
+    /// Takes back the service of a request that lost its place, `service_time`, from its tenant, unless
+    /// the tenant shares its tag.
+    pub(crate) fn on_displaced(&mut self, ticket: &QueueTicket, service_time: Duration) {
+        if let Some(finish_tag) = self.tenant_finish_tags.get_mut(&ticket.tenant) {
+            *finish_tag = finish_tag
+                .saturating_sub(service_time)
+                .max(ticket.start_tag);
+        }
+    }
+
     /// Records the dispatch of a request, which advances the virtual time.
     pub(crate) fn on_dispatch(&mut self, ticket: &QueueTicket) {
         self.virtual_time = self.virtual_time.max(ticket.start_tag);
@@ -281,6 +302,18 @@ struct QueueEntry {
     output_reservation: OutputReservation,
     /// Totals of all entries before this one.
     totals_before: PrefillTotals,
+    /// Whether the request has lost its place to another one. It stays until its task has learned of
+    /// that.
+    is_displaced: bool,
+}
+
+/// Request that was removed from a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Removed {
+    /// KV blocks that the request would have pinned in addition.
+    pub(crate) blocks: u64,
+    /// Whether it had lost its place before.
+    pub(crate) was_displaced: bool,
 }
 
 /// Requests that wait for one worker. Queries take O(log n) time. Insertion and removal take O(n),
@@ -290,6 +323,8 @@ pub(crate) struct WorkerQueue {
     /// Entries by ascending queue key.
     entries: VecDeque<QueueEntry>,
     totals: PrefillTotals,
+    /// Number of displaced entries.
+    displaced: usize,
     /// Key of the request whose task was woken and has not polled yet. No other request is
     /// dispatched until then.
     pub(crate) dispatching: Option<QueueKey>,
@@ -303,6 +338,35 @@ impl WorkerQueue {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.entries.is_empty()
+    }
+
+    /// Returns the number of requests that have not lost their place.
+    pub(crate) fn waiting(&self) -> usize {
+        self.entries.len() - self.displaced
+    }
+
+    /// Returns the request with the largest key that has not lost its place and is not
+    /// [`dispatching`](Self::dispatching).
+    pub(crate) fn last(&self) -> Option<(QueueKey, BookingId)> {
+        let mut entries = self.entries.iter().rev();
+        let last = entries.find(|entry| !entry.is_displaced && self.dispatching != Some(entry.key));
+        last.map(|entry| (entry.key, entry.booking))
+    }
+
+    /// Takes its place from the request with this key. Has no effect if it is not queued.
+    pub(crate) fn displace(&mut self, key: QueueKey) {
+        let index = self.position(key);
+        let entry = self.entries.get_mut(index);
+        if let Some(entry) = entry.filter(|entry| entry.key == key && !entry.is_displaced) {
+            entry.is_displaced = true;
+            self.displaced += 1;
+        }
+    }
+
+    /// Returns whether the request with this key has lost its place.
+    pub(crate) fn is_displaced(&self, key: QueueKey) -> bool {
+        let entry = self.entries.get(self.position(key));
+        entry.is_some_and(|entry| entry.key == key && entry.is_displaced)
     }
 
     /// Returns the booking with the smallest key.
@@ -323,7 +387,8 @@ impl WorkerQueue {
         fits: impl Fn(u64, OutputReservation) -> bool,
     ) -> Option<(QueueKey, BookingId, bool)> {
         let priority = self.entries.front()?.key.priority;
-        let entries = self.entries.iter().take(MAX_BACKFILL_CANDIDATES);
+        let entries = self.entries.iter().filter(|entry| !entry.is_displaced);
+        let entries = entries.take(MAX_BACKFILL_CANDIDATES);
         let mut highest_priority = entries.take_while(|entry| entry.key.priority == priority);
         highest_priority.find_map(|entry| {
             let does_fit = fits(entry.blocks, entry.output_reservation);
@@ -387,6 +452,7 @@ impl WorkerQueue {
                 blocks,
                 output_reservation,
                 totals_before,
+                is_displaced: false,
             },
         );
         for later in self.entries.range_mut(index + 1..) {
@@ -395,10 +461,9 @@ impl WorkerQueue {
         self.totals += prompt;
     }
 
-    /// Removes the request with this key. Returns its `blocks`, or `None` if there is no such
-    /// request. If this request was [`dispatching`](Self::dispatching), no request is dispatching
+    /// Removes the request with this key. Returns `None` if there is no such request. If this request was [`dispatching`](Self::dispatching), no request is dispatching
     /// afterwards.
-    pub(crate) fn remove(&mut self, key: QueueKey) -> Option<u64> {
+    pub(crate) fn remove(&mut self, key: QueueKey) -> Option<Removed> {
         let index = self.position(key);
         self.entries.get(index).filter(|entry| entry.key == key)?;
         let removed = self.entries.remove(index)?;
@@ -407,7 +472,11 @@ impl WorkerQueue {
         }
         self.totals -= removed.prompt;
         self.dispatching = self.dispatching.filter(|dispatching| *dispatching != key);
-        Some(removed.blocks)
+        self.displaced -= usize::from(removed.is_displaced);
+        Some(Removed {
+            blocks: removed.blocks,
+            was_displaced: removed.is_displaced,
+        })
     }
 }
 

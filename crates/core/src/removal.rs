@@ -126,7 +126,7 @@ impl State {
         let pending_work = self.workers.remove(id)?;
         let now = self.now;
         self.workers.enforce_ejection_limit(now);
-        let queued = pending_work.queue.totals().requests as usize;
+        let queued = pending_work.queue.waiting();
         self.dispatcher.queued_total.subtract(queued);
         Some((pending_work, self.prefixes.retire_worker(id.index)))
     }

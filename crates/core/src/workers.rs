@@ -21,7 +21,7 @@ use crate::load::Load;
 use crate::model_name::ModelName;
 use crate::outlier::{OutlierConfig, Outliers};
 use crate::pending_work::PendingWork;
-use crate::queue::QueueKey;
+use crate::queue::{QueueKey, Removed};
 use crate::sglang_admission::OutputReservation;
 pub(crate) use bound_columns::BoundColumns;
 pub(crate) use earlier::Earlier;
@@ -387,19 +387,19 @@ impl Workers {
         true
     }
 
-    /// Removes the booking with this key from the queue of a worker. Returns its KV blocks: see
+    /// Removes the booking with this key from the queue of a worker: see
     /// [`WorkerQueue::remove`](crate::queue::WorkerQueue::remove). `None` if the worker does not
     /// exist or the key is not queued there.
-    pub(crate) fn dequeue(&mut self, id: WorkerId, key: QueueKey) -> Option<u64> {
+    pub(crate) fn dequeue(&mut self, id: WorkerId, key: QueueKey) -> Option<Removed> {
         let (pending_work, _) = self.pending_work_mut(id)?;
-        let blocks = pending_work.queue.remove(key)?;
+        let removed = pending_work.queue.remove(key)?;
         let (group, length) = (
             pending_work.latency_group,
             pending_work.queue.totals().requests,
         );
         self.latency_groups
             .set_queue_length(group, id.index, length + 1, length);
-        Some(blocks)
+        Some(removed)
     }
 
     /// Returns the first booking of the longest queue among the workers that share the latency

@@ -159,6 +159,8 @@ declare_metrics! {
         "Time of one routing decision";
     pub(crate) queue_duration_seconds: Histogram = histogram(1e-3, 20), "seconds", NO_LABEL,
         "Time requests spent queued in the router";
+    pub(crate) queue_displaced: Counter, "requests", NO_LABEL,
+        "Queued requests that lost their place in a full queue to one of a higher priority or of a tenant with less service";
     pub(crate) time_to_first_token_seconds: Histogram = histogram(1e-3, 20), "seconds", NO_LABEL,
         "Time from the arrival of a request to its first output token";
     pub(crate) inter_token_latency_seconds: Histogram = histogram(1e-4, 20), "seconds", NO_LABEL,

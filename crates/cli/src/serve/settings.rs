@@ -276,6 +276,9 @@ struct DryRunArgs {
 #[command(next_help_heading = "Queue")]
 struct QueueLimitArgs {
     /// Sets the maximum number of queued requests; further requests are refused [default: no limit]
+    ///
+    /// At the limit, a request of a higher priority takes the place of one of the lowest, and with
+    /// --queue fair a request of a tenant with less service takes that of the one with the most.
     #[arg(long, value_name = "REQUESTS", env = "FORESEE_QUEUE_LIMIT")]
     queue_limit: Option<usize>,
     /// Names the request header that identifies a tenant, for --queue fair

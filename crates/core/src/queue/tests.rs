@@ -173,13 +173,23 @@ proptest! {
     /// Compares the queue with a sorted list.
     #[test]
     fn totals_before_a_key_equal_those_of_a_sorted_list(
-        steps in prop::collection::vec((any::<bool>(), 0..9u64, 0..50u32), 1..120)
+        steps in prop::collection::vec((0..5, 0..9u64, 0..50u32), 1..120)
     ) {
-        let (mut queue, mut naive) = (WorkerQueue::default(), Vec::new());
-        for (arrival, (inserts, tag, tokens)) in (0..).zip(steps) {
+        let mut queue = WorkerQueue::default();
+        let mut naive: Vec<(QueueKey, BookingId, PrefillWork)> = Vec::new();
+        let mut displaced = Vec::new();
+        for (arrival, (step, tag, tokens)) in (0..).zip(steps) {
             let tag = Duration::from_secs(tag);
             let key = QueueKey { priority: 0, order_tag: tag, arrival_number: arrival, backfill_until: tag };
-            if inserts || naive.is_empty() {
+            if step == 0 {
+                let waiting = naive.iter().rev().find(|(key, ..)| !displaced.contains(key));
+                let last = waiting.map(|(key, booking, _)| (*key, *booking));
+                prop_assert_eq!(queue.last(), last);
+                if let Some((key, _)) = last {
+                    queue.displace(key);
+                    displaced.push(key);
+                }
+            } else if step < 4 || naive.is_empty() {
                 let booking = BookingId { serial: arrival, index: 0 };
                 let work = PrefillWork::new(tokens, tokens);
                 queue.insert(key, booking, work, (tokens.into(), OutputReservation::default()));
@@ -187,8 +197,11 @@ proptest! {
                 naive.sort_unstable_by_key(|(key, ..)| *key);
             } else {
                 let (removed, _, work) = naive.remove(tokens as usize % naive.len());
-                prop_assert_eq!(queue.remove(removed), Some(work.new_tokens));
+                let was_displaced = displaced.contains(&removed);
+                let expected = Removed { blocks: work.new_tokens, was_displaced };
+                prop_assert_eq!(queue.remove(removed), Some(expected));
                 prop_assert_eq!(queue.remove(removed), None);
+                displaced.retain(|key| *key != removed);
             }
             let before = |limit: QueueKey| {
                 let mut sum = PrefillTotals::default();
@@ -197,6 +210,14 @@ proptest! {
                 }
                 sum
             };
+            prop_assert_eq!(queue.waiting(), naive.len() - displaced.len());
+            for (key, ..) in &naive {
+                prop_assert_eq!(queue.is_displaced(*key), displaced.contains(key));
+            }
+            let next = queue.next_dispatchable(Duration::ZERO, |_, _| true);
+            let waiting = naive.iter().find(|(key, ..)| !displaced.contains(key));
+            let expected = waiting.map(|(key, booking, _)| (*key, *booking, true));
+            prop_assert_eq!(next, expected);
             prop_assert_eq!(queue.first(), naive.first().map(|(_, booking, _)| *booking));
             prop_assert_eq!(queue.totals_before(key), before(key));
             let last = QueueKey { priority: i32::MAX, ..key };

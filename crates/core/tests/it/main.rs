@@ -4,6 +4,7 @@ mod batches;
 mod bookings;
 mod bounds;
 mod event_index;
+mod full_queue;
 mod hit_audit;
 mod lifetimes;
 mod naive;

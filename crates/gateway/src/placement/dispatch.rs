@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use foresee_core::batch::Batch;
 use foresee_core::policy::Decision;
+use foresee_core::router::RouteError;
 use foresee_core::workers::WorkerId;
 use foresee_engine::error::ApiError;
 
@@ -29,8 +30,8 @@ pub(super) struct QueueWait {
 impl QueueWait {
     /// Waits until the router dispatches the request to its worker. Returns immediately if the
     /// router has no queue. Meanwhile the router can move the booking to another worker that is not
-    /// excluded. Fails with a 429 after `max_wait`, and with a 503 once no worker can take the
-    /// request. Records the waiting time of a dispatched request, also if it was not queued.
+    /// excluded. Fails with a 429 after `max_wait` or once the request has lost its place in a full
+    /// queue, and with a 503 once no worker can take the request. Records the waiting time of a dispatched request, also if it was not queued.
     pub(super) async fn until_dispatched(
         &self,
         batch: &mut Batch,
@@ -59,7 +60,12 @@ impl QueueWait {
                 dispatched
             }
         };
-        dispatched.map_err(|error| self.refusals.refusal(&error))?;
+        dispatched.map_err(|error| {
+            if matches!(error, RouteError::QueueFull { .. }) {
+                self.metrics.queue_displaced.inc();
+            }
+            self.refusals.refusal(&error)
+        })?;
         let queued_for = self.clock.now().saturating_sub(started);
         self.metrics
             .queue_duration_seconds

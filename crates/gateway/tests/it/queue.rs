@@ -266,6 +266,30 @@ async fn a_request_that_would_miss_its_deadline_is_refused_at_once() {
 }
 
 #[tokio::test]
+async fn a_tenant_that_fills_the_queue_loses_its_own_requests() {
+    let mut worker = FakeWorker::start().await;
+    let mut config = queueing(&[&worker], QueueOrder::FairByTenant);
+    config.queue_limit = Some(2);
+    let gateway = gateway_with(config).await;
+    let _running = send(&gateway, "running", "authorization: greedy\r\n").await;
+    let exchange = worker.request().await;
+    let _first = send(&gateway, "a", "authorization: greedy\r\n").await;
+    until_queued(&gateway, 1).await;
+    let mut second = send(&gateway, "b", "authorization: greedy\r\n").await;
+    until_queued(&gateway, 2).await;
+    let mut third = send(&gateway, "c", "authorization: greedy\r\n").await;
+    let error = third.response().await.error(429);
+    assert_eq!(error["code"], "capacity_exceeded");
+
+    let _modest = send(&gateway, "d", "authorization: modest\r\n").await;
+    let error = second.response().await.error(429);
+    assert_eq!(error["code"], "capacity_exceeded");
+    until_queued(&gateway, 2).await;
+    until_metric(&gateway, "foresee_queue_displaced_total", 1.0).await;
+    exchange.keep();
+}
+
+#[tokio::test]
 async fn a_request_leaves_the_queue_when_its_time_there_ends() {
     let mut worker = FakeWorker::start().await;
     let gateway = gateway_with(queueing(&[&worker], QueueOrder::Fcfs)).await;
