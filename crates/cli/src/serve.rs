@@ -72,8 +72,10 @@ fn read_config(arguments: Vec<OsString>) -> anyhow::Result<GatewayConfig> {
 ///
 /// # Errors
 /// If a weight is out of range, the admin API would be open to other hosts, two workers have one
-/// name, or an API key of workers or a file of TLS cannot be used.
+/// name, an API key of workers or a file of TLS cannot be used, or the program was built without a source
+/// of workers.
 pub(crate) fn check_settings(config: &GatewayConfig) -> anyhow::Result<()> {
+    config.discovery.check().context(InvalidConfiguration)?;
     config.check_api_keys().context(InvalidConfiguration)?;
     config.check_tls().context(InvalidConfiguration)?;
     let router = Router::new(config.router.clone()).context(InvalidConfiguration)?;

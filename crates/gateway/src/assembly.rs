@@ -16,7 +16,7 @@ use crate::admin::{AdminApi, AdminConfig, AdminParts};
 use crate::client_headers::ClientHeaders;
 use crate::clock::Clock;
 use crate::config::GatewayConfig;
-use crate::discovery::Discovery;
+use crate::discovery;
 use crate::failover::{FailoverContext, new_retry_budget};
 use crate::keys::KeyRing;
 use crate::listen::default_max_connections;
@@ -182,8 +182,7 @@ impl GatewayParts {
         let (workers, removals) = (Arc::clone(&self.workers), Arc::clone(&self.removals));
         let reconciler = Reconciler::new(workers, removals, config.workers.clone());
         let reconciler = Arc::new(reconciler);
-        let metrics = Arc::clone(&self.metrics);
-        let tasks = Discovery::start(config.discovery.clone(), Arc::clone(&reconciler), metrics);
+        let tasks = discovery::start(&config.discovery, &reconciler, &self.metrics);
         (reconciler, tasks)
     }
 

@@ -12,7 +12,7 @@ use http::header::{AUTHORIZATION, HeaderName};
 use crate::admin::settings::{AdminConfig, AdminListen};
 use crate::client_headers::ClientTrust;
 use crate::connection_state::ConnectionConfig;
-use crate::discovery::DiscoveryConfig;
+use crate::discovery::config::DiscoveryConfig;
 use crate::keys::key_config::KeyConfig;
 use crate::model_alias::ModelAlias;
 use crate::pass_through::PassThroughPath;

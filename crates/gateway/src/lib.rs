@@ -80,7 +80,10 @@ pub use client_headers::ClientTrust;
 pub use config::{GatewayConfig, default_io_threads};
 pub use connection_state::ConnectionConfig;
 pub use content_watch::ContentWatch;
-pub use discovery::DiscoveryConfig;
+pub use discovery::UnsupportedSource;
+pub use discovery::config::{
+    DiscoveryConfig, DnsName, KubernetesConfig, PoolName, is_kubernetes_name,
+};
 pub use foresee_api::admin::Reload;
 pub use http::{HeaderName, Uri};
 pub use ipnet::IpNet;

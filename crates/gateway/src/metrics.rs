@@ -22,8 +22,9 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
 use declaration::{
-    CounterByAlias, CounterByLabel, CounterByWorker, FloatGauge, FloatGaugeByWorker, GaugeByWorker,
-    Series, WorkerLabel, declare_metrics, register, type_name,
+    CounterByAlias, CounterByLabel, CounterBySource, CounterByWorker, FloatGauge,
+    FloatGaugeBySource, FloatGaugeByWorker, GaugeBySource, GaugeByWorker, Series, WorkerLabel,
+    declare_metrics, register, type_name,
 };
 pub use declaration::{LabelInfo, MetricInfo};
 pub use page::metrics_page;
@@ -68,6 +69,10 @@ const PREFIX: &str = "foresee";
 const NO_LABEL: &[LabelInfo] = &[];
 const WORKER: &[LabelInfo] = &[LabelInfo {
     name: "worker",
+    values: &[],
+}];
+const SOURCE: &[LabelInfo] = &[LabelInfo {
+    name: "source",
     values: &[],
 }];
 const OUTCOME: &[LabelInfo] = &[LabelInfo {
@@ -185,10 +190,12 @@ declare_metrics! {
         "Nodes of the prefix trees; the router's memory is proportional to them";
     pub(crate) access_log_dropped: Counter, "lines", NO_LABEL,
         "Lines of the access log dropped because the file was too slow";
-    pub(crate) discovery_errors: Counter, "lists", NO_LABEL,
-        "Lists of workers that could not be used, or not as a whole";
-    pub(crate) discovery_last_success_timestamp_seconds: FloatGauge, "seconds", NO_LABEL,
-        "Unix time at which a list of workers was used last; 0 without lists";
+    pub(crate) discovery_workers: GaugeBySource, "workers", SOURCE,
+        "Workers that a source of discovery lists, each with all of its ranks counted once";
+    pub(crate) discovery_errors: CounterBySource, "lists", SOURCE,
+        "Lists of a source of discovery that could not be read or used, or not as a whole";
+    pub(crate) discovery_last_success_timestamp_seconds: FloatGaugeBySource, "seconds", SOURCE,
+        "Unix time at which the list of a source of discovery was used last; 0 before that";
     pub(crate) tls_certificate_expiry_timestamp_seconds: FloatGauge, "seconds", NO_LABEL,
         "Unix time at which the certificate of the listeners expires; 0 without TLS";
     pub(crate) tls_handshake_failures: Counter, "handshakes", NO_LABEL,

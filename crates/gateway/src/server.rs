@@ -29,6 +29,7 @@ use crate::admin::{AdminApi, AdminListen, AdminListener, UnprotectedAdmin};
 use crate::assembly::GatewayParts;
 use crate::clock::Clock;
 use crate::config::GatewayConfig;
+use crate::discovery::UnsupportedSource;
 use crate::listen::{InheritedListeners, Listener};
 use crate::metrics::Metrics;
 use crate::placement::tokenization::PromptTokenizer;
@@ -70,6 +71,9 @@ pub enum StartError {
     /// The admin listener would accept requests of other hosts without a key.
     #[error(transparent)]
     UnprotectedAdmin(#[from] UnprotectedAdmin),
+    /// A source of workers needs a feature that the program was built without.
+    #[error(transparent)]
+    UnsupportedSource(#[from] UnsupportedSource),
     /// The operating system provides no thread or event loop.
     #[error("cannot start an I/O thread: {0}")]
     Thread(io::Error),
@@ -167,6 +171,7 @@ impl Gateway {
         config: GatewayConfig,
         source: Option<ConfigSource>,
     ) -> Result<Self, StartError> {
+        config.discovery.check()?;
         config.check_api_keys()?;
         let loaded_tls = config.load_tls()?;
         // Loading takes seconds, so it happens before the first connection is accepted.

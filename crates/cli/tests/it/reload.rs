@@ -244,6 +244,13 @@ discovery-file = ["/nonexistent"]
 discovery-url = ["http://127.0.0.1:1"]
 discovery-refresh = "7s"
 discovery-allow-empty = true
+discovery-ca = "/nonexistent"
+discovery-dns = ["localhost:1"]
+discovery-dns-server = "127.0.0.1:1"
+kubernetes-namespace = "other"
+kubernetes-ports = [7]
+kubernetes-resync = "7s"
+kubernetes-config = "/nonexistent"
 state = "/nonexistent"
 "#;
 
@@ -260,6 +267,11 @@ fn a_reload_names_every_setting_that_changed() {
     )
     .unwrap();
     let mut text = format!("{CHANGED}key-file = {keys:?}\n");
+    // Others are refused by a program that cannot follow pods.
+    let pods = ["kubernetes-selector", "kubernetes-pool"];
+    if cfg!(feature = "kubernetes") {
+        text.push_str("kubernetes-selector = \"app=x\"\nkubernetes-pool = [\"pool\"]\n");
+    }
     // Each file is named by its own key, and those of TLS by one for all.
     let tls = TlsFiles::new(&router.file);
     text.push_str(&tls.settings());
@@ -280,6 +292,9 @@ fn a_reload_names_every_setting_that_changed() {
     let other = ["listen", "admin-listen", "log-level", "log-format"];
     let mut expected = all_keys();
     expected.retain(|key| !other.contains(&key.as_str()));
+    if !cfg!(feature = "kubernetes") {
+        expected.retain(|key| !pods.contains(&key.as_str()));
+    }
     // Keys come from this file and from tables of the configuration file.
     for (key, reported) in [
         ("key-file", "key"),

@@ -79,7 +79,7 @@ pub(super) fn parse(text: &str, trust: Trust) -> Result<Vec<WorkerConfig>, Strin
         List::Prometheus(groups) => groups
             .iter()
             .flat_map(|group| group.targets.iter().map(|target| (target, &group.labels)))
-            .map(|(target, labels)| engine(target, None, labels))
+            .map(|(target, labels)| engine(target, None, labels, trust))
             .collect(),
         List::LlmD(list) => list
             .endpoints
@@ -94,7 +94,7 @@ pub(super) fn parse(text: &str, trust: Trust) -> Result<Vec<WorkerConfig>, Strin
                     false => endpoint.address.clone(),
                 };
                 let target = format!("{host}:{port}");
-                engine(&target, Some(&endpoint.name), &endpoint.labels)
+                engine(&target, Some(&endpoint.name), &endpoint.labels, trust)
             })
             .collect(),
     };
@@ -107,13 +107,6 @@ pub(super) fn parse(text: &str, trust: Trust) -> Result<Vec<WorkerConfig>, Strin
         if !names.insert(&engine.name) {
             return Err(format!("two workers are named `{}`", engine.name));
         }
-        if trust == Trust::Remote && engine.local_option().is_some() {
-            return Err(format!(
-                "worker `{}` names a file or an endpoint of this machine, which a list from a URL \
-                 may not",
-                engine.name
-            ));
-        }
     }
     Ok(engines)
 }
@@ -123,28 +116,51 @@ fn engine(
     target: &str,
     name: Option<&str>,
     labels: &BTreeMap<String, String>,
+    trust: Trust,
 ) -> Result<WorkerConfig, String> {
-    let has_separator = |text: &str| text.contains([',', ' ', '\t', '\n']);
-    let mut description = match labels.get(SCHEME) {
+    let url = match labels.get(SCHEME) {
         Some(scheme) => format!("{scheme}://{target}"),
         None => target.to_owned(),
     };
-    let mut options: Vec<(String, &str)> = Vec::new();
-    options.extend(name.map(|name| ("name".to_owned(), name)));
+    let mut options: Vec<(String, String)> = Vec::new();
+    options.extend(name.map(|name| ("name".to_owned(), name.to_owned())));
     for (label, value) in labels {
         if let Some(option) = label.strip_prefix(OPTION_PREFIX) {
-            options.push((option.replace('_', "-"), value));
+            options.push((option.replace('_', "-"), value.clone()));
         }
     }
-    if has_separator(&description) || options.iter().any(|(_, value)| has_separator(value)) {
+    describe(&url, &options, trust)
+}
+
+/// Returns the engine at a URL with options of `--worker`.
+///
+/// # Errors
+/// Fails with a text if the URL or an option is invalid, or names a file or an endpoint of this
+/// machine although the source is remote.
+pub(super) fn describe(
+    url: &str,
+    options: &[(String, String)],
+    trust: Trust,
+) -> Result<WorkerConfig, String> {
+    let has_separator = |text: &str| text.contains([',', ' ', '\t', '\n']);
+    if has_separator(url) || options.iter().any(|(_, value)| has_separator(value)) {
         return Err(format!(
-            "target `{target}`: values have no commas and no spaces"
+            "target `{url}`: values have no commas and no spaces"
         ));
     }
+    let mut description = url.to_owned();
     for (option, value) in options {
         description.push_str(&format!(",{option}={value}"));
     }
-    description.parse().map_err(|error| format!("{error}"))
+    let engine: WorkerConfig = description.parse().map_err(|error| format!("{error}"))?;
+    if trust == Trust::Remote && engine.local_option().is_some() {
+        return Err(format!(
+            "worker `{}` names a file or an endpoint of this machine, which only the operator's \
+             files may",
+            engine.name
+        ));
+    }
+    Ok(engine)
 }
 
 #[cfg(test)]

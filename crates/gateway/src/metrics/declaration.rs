@@ -15,6 +15,15 @@ pub(super) type FixedLabel = [(&'static str, &'static str); 1];
 pub(super) type WorkerLabel = [(&'static str, String); 1];
 /// Labels with the name of an alias, and of a model.
 pub(super) type AliasLabels = [(&'static str, String); 2];
+/// Label with a source of workers. Another type than the label with a worker, because its series stay
+/// when workers leave.
+pub(crate) type SourceLabel = Vec<(&'static str, String)>;
+/// Counter with one series for each source of workers.
+pub(super) type CounterBySource = Family<SourceLabel, Counter>;
+/// Gauge with one series for each source of workers.
+pub(super) type GaugeBySource = Family<SourceLabel, Gauge>;
+/// Gauge of a real number with one series for each source of workers.
+pub(super) type FloatGaugeBySource = Family<SourceLabel, FloatGauge>;
 /// Counter with one series for each value of a fixed label.
 pub(super) type CounterByLabel = Family<FixedLabel, Counter>;
 /// Counter with one series for each model of each alias.
@@ -153,6 +162,9 @@ pub(super) trait Series {
 impl Series for Counter {}
 impl Series for Histogram {}
 impl<N, A> Series for Gauge<N, A> {}
+
+impl Series for CounterBySource {}
+impl<N, A> Series for Family<SourceLabel, Gauge<N, A>> {}
 
 impl Series for CounterByLabel {
     fn create_series(&self, labels: &[LabelInfo]) {

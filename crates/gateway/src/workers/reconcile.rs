@@ -24,6 +24,11 @@ pub(crate) enum Source {
     File(PathBuf),
     /// A URL that lists workers.
     Url(String),
+    /// A name in DNS whose records are workers.
+    Dns(String),
+    /// Pods of Kubernetes, by their selector or pool.
+    #[cfg_attr(not(feature = "kubernetes"), expect(dead_code))]
+    Kubernetes(String),
 }
 
 impl fmt::Display for Source {
@@ -32,6 +37,8 @@ impl fmt::Display for Source {
             Self::Config => f.write_str("the configuration"),
             Self::File(path) => path.display().fmt(f),
             Self::Url(url) => f.write_str(url),
+            Self::Dns(name) => write!(f, "dns:{name}"),
+            Self::Kubernetes(pods) => write!(f, "kubernetes:{pods}"),
         }
     }
 }
@@ -111,8 +118,8 @@ impl Reconciler {
     /// source no longer lists. Must run inside a tokio runtime.
     ///
     /// # Errors
-    /// Fails if a worker cannot be added. Those that were added before it are removed again, and no
-    /// other is changed.
+    /// Fails if a worker cannot be added. What was changed before it is changed back, and nothing else
+    /// is changed.
     pub(crate) fn reconcile(
         &self,
         source: &Source,
@@ -121,75 +128,141 @@ impl Reconciler {
         let mut by_source = self.by_source.lock();
         let old = by_source.entry(source.clone()).or_default();
         let changes = WorkerChanges::between(old, &engines);
-        self.apply(&changes)?;
+        let mut done = Vec::new();
+        let result = self.add_and_replace(&changes, &mut done);
+        result.inspect_err(|_| self.undo(&done))?;
+        self.drain(&changes.removed);
         *old = engines;
         Ok(changes)
     }
 
     /// As [`reconcile`](Self::reconcile), but leaves out workers that cannot be added, and returns why.
-    /// They are tried again the next time.
+    /// They are tried again the next time. Other workers are changed at most once.
     pub(crate) fn reconcile_each(
         &self,
         source: &Source,
         mut engines: Vec<WorkerConfig>,
     ) -> (WorkerChanges, Vec<AddError>) {
-        let mut errors = Vec::new();
-        loop {
-            match self.reconcile(source, engines.clone()) {
-                Ok(changes) => return (changes, errors),
-                Err(error) => {
-                    engines.retain(|engine| engine.name != error.name);
-                    errors.push(error);
+        let mut by_source = self.by_source.lock();
+        let old = by_source.entry(source.clone()).or_default();
+        let mut changes = WorkerChanges::between(old, &engines);
+        let mut errors: HashMap<String, AddError> = HashMap::new();
+        for engine in &changes.added {
+            if let Err(error) = self.add(engine) {
+                errors.insert(engine.name.clone(), error);
+            }
+        }
+        for (present, new) in &changes.replaced {
+            if let Err(error) = self.replace(present, new) {
+                errors.insert(new.name.clone(), error);
+            }
+        }
+        self.drain(&changes.removed);
+        self.remove_displaced(&changes.added);
+        let failed = |name: &String| errors.contains_key(name);
+        engines.retain(|engine| !failed(&engine.name));
+        let unreplaced = changes.replaced.iter().filter(|(_, new)| failed(&new.name));
+        engines.extend(unreplaced.map(|(present, _)| present.clone()));
+        changes.added.retain(|engine| !failed(&engine.name));
+        changes.replaced.retain(|(_, new)| !failed(&new.name));
+        *old = engines;
+        (changes, errors.into_values().collect())
+    }
+
+    /// Returns the number of engines of a source.
+    pub(crate) fn engine_count(&self, source: &Source) -> usize {
+        self.by_source.lock().get(source).map_or(0, Vec::len)
+    }
+
+    /// Adds and replaces workers until one cannot be added. Writes what was done to `done`.
+    fn add_and_replace<'a>(
+        &self,
+        changes: &'a WorkerChanges,
+        done: &mut Vec<Step<'a>>,
+    ) -> Result<(), AddError> {
+        for engine in &changes.added {
+            done.push(match self.add(engine)? {
+                Addition::New => Step::Added(engine),
+                Addition::Kept => Step::Kept,
+                Addition::Undrained => Step::Undrained(engine),
+            });
+        }
+        for (old, new) in &changes.replaced {
+            self.replace(old, new)?;
+            done.push(Step::Replaced(old, new));
+        }
+        Ok(())
+    }
+
+    /// Takes steps back, the last one first.
+    fn undo(&self, done: &[Step<'_>]) {
+        for step in done.iter().rev() {
+            match step {
+                Step::Added(engine) => self.removals.remove_now(&engine.name),
+                Step::Kept => {}
+                Step::Undrained(engine) => self.drain(std::slice::from_ref(*engine)),
+                Step::Replaced(old, new) => {
+                    self.removals.remove_now(&new.name);
+                    // The old one fits where it was.
+                    let _ = self.add(old);
                 }
             }
         }
     }
 
-    /// Applies changes: see [`reconcile`](Self::reconcile).
-    fn apply(&self, changes: &WorkerChanges) -> Result<(), AddError> {
-        let mut added: Vec<&WorkerConfig> = Vec::new();
-        let undo = |added: &[&WorkerConfig]| {
-            for engine in added {
-                self.removals.remove_now(&engine.name);
-            }
-        };
-        for engine in &changes.added {
-            self.add(engine).inspect_err(|_| undo(&added))?;
-            added.push(engine);
-        }
-        for (old, new) in &changes.replaced {
-            self.removals.remove_now(&old.name);
-            if let Err(error) = self.add(new) {
-                // The old one fits where it was.
-                let _ = self.add(old);
-                undo(&added);
-                return Err(error);
-            }
-        }
-        for engine in &changes.removed {
+    /// Removes an engine and adds another one of its name. The old one stays if that fails.
+    fn replace(&self, old: &WorkerConfig, new: &WorkerConfig) -> Result<(), AddError> {
+        self.removals.remove_now(&old.name);
+        self.add(new).map(|_| ()).inspect_err(|_| {
+            // The old one fits where it was.
+            let _ = self.add(old);
+        })
+    }
+
+    /// Drains engines, and removes them when they have no requests.
+    fn drain(&self, engines: &[WorkerConfig]) {
+        for engine in engines {
             let removals = &self.removals;
             removals.remove_when_drained(&engine.name, DEFAULT_DRAIN_TIMEOUT);
         }
-        Ok(())
+    }
+
+    /// Removes at once the workers that are being drained and whose address another process has now:
+    /// their own is gone, and so are its responses.
+    fn remove_displaced(&self, added: &[WorkerConfig]) {
+        let added = added.iter().filter(|engine| engine.instance.is_some());
+        let owners: HashMap<_, _> = added
+            .map(|engine| (&engine.authority, &engine.instance))
+            .collect();
+        if owners.is_empty() {
+            return;
+        }
+        for worker in self.workers.registry().all() {
+            let config = &worker.config;
+            let owner = owners.get(&config.authority);
+            let is_displaced = owner.is_some_and(|owner| **owner != config.instance);
+            if is_displaced && self.removals.is_pending(worker.id) {
+                self.removals.remove_now(&config.name);
+            }
+        }
     }
 
     /// Adds an engine and starts its tasks. An engine of this name that is being removed stays, if it
     /// has the same description, and is otherwise removed at once. Has no effect if the engine is
     /// present with the same description.
-    fn add(&self, engine: &WorkerConfig) -> Result<(), AddError> {
+    fn add(&self, engine: &WorkerConfig) -> Result<Addition, AddError> {
         let present = self.workers.registry().all();
-        let present = present
-            .iter()
-            .find(|worker| worker.config.engine_name() == engine.name);
+        let mut present = present.iter();
+        let present = present.find(|worker| worker.config.engine_name() == engine.name);
         if let Some(present) = present {
             let is_same = engine.workers().contains(&present.config);
             let is_leaving = self.removals.is_pending(present.id);
             match (is_same, is_leaving) {
                 (true, true) => {
                     self.removals.set_draining(&engine.name, false);
-                    return Ok(());
+                    return Ok(Addition::Undrained);
                 }
-                (true, false) => return Ok(()),
+                (true, false) => return Ok(Addition::Kept),
                 (false, true) => self.removals.remove_now(&engine.name),
                 (false, false) => {}
             }
@@ -199,8 +272,26 @@ impl Reconciler {
             error,
         })?;
         self.workers.start(added);
-        Ok(())
+        Ok(Addition::New)
     }
+}
+
+/// How an engine came to be present.
+enum Addition {
+    /// Its workers are new.
+    New,
+    /// It was present with the same description.
+    Kept,
+    /// It was being removed, with the same description, and stays.
+    Undrained,
+}
+
+/// A change that can be taken back.
+enum Step<'a> {
+    Added(&'a WorkerConfig),
+    Kept,
+    Undrained(&'a WorkerConfig),
+    Replaced(&'a WorkerConfig, &'a WorkerConfig),
 }
 
 #[cfg(test)]

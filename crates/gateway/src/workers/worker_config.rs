@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use foresee_core::EvictionRule;
 use http::uri::{Authority, Scheme};
@@ -61,6 +62,9 @@ pub struct WorkerConfig {
     /// Address that tells this worker from others of the same host name; part of its name. `None`
     /// for the worker of the first address.
     pub(crate) member: Option<IpAddr>,
+    /// Identity of the process behind the URL, such as the uid of a pod: another one is another
+    /// worker, even at the same URL. `None` if the source of the description knows none.
+    pub(crate) instance: Option<Arc<str>>,
 }
 
 /// Option of a worker that concerns the machine of the gateway.
@@ -282,6 +286,7 @@ impl WorkerConfig {
             tls,
             resolve: true,
             member: None,
+            instance: None,
         })
     }
 }

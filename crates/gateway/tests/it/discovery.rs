@@ -55,9 +55,13 @@ async fn until_workers(gateway: &Gateway, expected: &[&str]) {
     .await;
 }
 
-/// Returns the number of lists that could not be used.
+/// Returns the number of lists that could not be used, of all sources.
 async fn errors(gateway: &Gateway) -> f64 {
-    value(&metrics(gateway).await, "foresee_discovery_errors_total").unwrap()
+    let text = metrics(gateway).await;
+    let series = text.lines();
+    let series = series.filter(|line| line.starts_with("foresee_discovery_errors_total{"));
+    let values = series.map(|line| line.rsplit_once(' ').unwrap().1);
+    values.map(|value| value.parse::<f64>().unwrap()).sum()
 }
 
 #[tokio::test]

@@ -10,6 +10,8 @@ mod cache_feedback;
 mod connections;
 mod discovery;
 mod failures;
+#[cfg(feature = "kubernetes")]
+mod fake_api_server;
 mod fake_worker;
 mod fidelity;
 mod fleet;
@@ -17,6 +19,8 @@ mod health;
 mod host_names;
 mod http2;
 mod keys;
+#[cfg(feature = "kubernetes")]
+mod kubernetes;
 mod metrics_docs;
 mod misbehaving_workers;
 mod model_aliases;
