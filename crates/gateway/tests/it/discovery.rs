@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use tokio::net::TcpListener;
 
 use crate::fake_worker::*;
+use crate::tls::Authority;
 use foresee_gateway::{Gateway, GatewayConfig};
 
 /// File with a list, which is removed at the end of the test.
@@ -164,4 +165,79 @@ async fn a_url_is_read_in_intervals() {
     until_workers(&gateway, &["x"]).await;
     *response.lock() = whole("200 OK", "application/json", list(&[("y", &engines[1])]));
     until_workers(&gateway, &["y"]).await;
+}
+
+#[tokio::test]
+async fn workers_that_cannot_be_added_do_not_disturb_others() {
+    let engines = [FakeWorker::start().await, FakeWorker::start().await];
+    let (listed, configured) = (&engines[0], &engines[1]);
+    // Every name of the configuration is taken; one worker of the list is new and one is replaced.
+    let file = ListFile::new("disturb", &list(&[("x", listed)]));
+    let mut config = config(&[configured, configured, configured]);
+    config.discovery.files = vec![file.0.clone()];
+    let gateway = gateway_with(config).await;
+    until_workers(&gateway, &["a", "b", "c", "x"]).await;
+    let before = generation(&gateway, "x");
+    let listed_anew = [
+        ("x", configured),
+        ("y", listed),
+        ("a", listed),
+        ("z", listed),
+        ("b", listed),
+        ("c", listed),
+    ];
+    file.write(&list(&listed_anew));
+    until_workers(&gateway, &["a", "b", "c", "x", "y", "z"]).await;
+    // Each was added once: y, z, and x with its other address.
+    let mut added = ["x", "y", "z"].map(|name| generation(&gateway, name));
+    added.sort_unstable();
+    assert_eq!(added, [before + 1, before + 2, before + 3]);
+    assert_eq!(errors(&gateway).await, 3.0);
+}
+
+/// Returns the number of a worker, counted over all that were ever added.
+fn generation(gateway: &Gateway, name: &str) -> u64 {
+    let id = format!("{:?}", workers(gateway)[name].id);
+    let (_, number) = id.split_once("generation: ").unwrap();
+    number.split(',').next().unwrap().parse().unwrap()
+}
+
+#[tokio::test]
+async fn a_list_is_read_over_https() {
+    let engine = FakeWorker::start().await;
+    let authority = Authority::new();
+    let tls = authority.sign("server").acceptor(None);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let response = whole("200 OK", "application/json", list(&[("x", &engine)]));
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            // A client that does not trust the certificate ends the handshake.
+            let Ok(mut stream) = tls.accept(stream).await else {
+                continue;
+            };
+            let mut head = [0; 1024];
+            tokio::io::AsyncReadExt::read(&mut stream, &mut head)
+                .await
+                .unwrap();
+            tokio::io::AsyncWriteExt::write_all(&mut stream, &response)
+                .await
+                .unwrap();
+        }
+    });
+    let mut config: GatewayConfig = config(&[]);
+    config.discovery.urls = vec![format!("https://localhost:{port}/targets").parse().unwrap()];
+    config.discovery.refresh = Duration::from_millis(20);
+    // The system does not trust the authority.
+    let gateway = gateway_with(config.clone()).await;
+    let started = std::time::Instant::now();
+    while errors(&gateway).await == 0.0 {
+        assert!(started.elapsed() < Duration::from_secs(20));
+    }
+    assert!(workers(&gateway).is_empty());
+    let ca = ListFile::new("ca", &authority.certificate);
+    config.discovery.url_ca = Some(ca.0.clone());
+    let gateway = gateway_with(config).await;
+    until_workers(&gateway, &["x"]).await;
 }

@@ -9,6 +9,7 @@ mod batches;
 mod cache_feedback;
 mod connections;
 mod discovery;
+mod discovery_dns;
 mod failures;
 #[cfg(feature = "kubernetes")]
 mod fake_api_server;

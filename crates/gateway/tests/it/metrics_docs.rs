@@ -69,6 +69,8 @@ async fn a_gateway_exposes_exactly_the_documented_metrics() {
     );
     let mut config = config(&[]);
     config.engine_metrics_interval = Some(Duration::from_millis(10));
+    // A source of workers, which has series of its own.
+    config.discovery.files = vec!["/nonexistent".into()];
     // No engine publishes there, so the worker has an event source whose events are not live.
     let description = format!("{},kv-events=tcp://127.0.0.1:1", worker.spec("a"));
     config.workers = vec![description.parse().unwrap()];

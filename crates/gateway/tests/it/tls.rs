@@ -24,7 +24,7 @@ use crate::fake_worker::*;
 pub(crate) struct Authority {
     issuer: Issuer<'static, KeyPair>,
     /// Its own certificate in PEM.
-    certificate: String,
+    pub(crate) certificate: String,
 }
 
 /// A certificate and its key, in PEM.
@@ -55,6 +55,31 @@ impl Authority {
             certificate: parameters.signed_by(&key, &self.issuer).unwrap().pem(),
             key: key.serialize_pem(),
         }
+    }
+}
+
+impl Identity {
+    /// Returns a server's side of TLS; clients need a certificate of `clients`, if given.
+    pub(crate) fn acceptor(&self, clients: Option<&Authority>) -> TlsAcceptor {
+        let provider = Arc::new(default_provider());
+        let builder = rustls::ServerConfig::builder_with_provider(Arc::clone(&provider))
+            .with_safe_default_protocol_versions()
+            .unwrap();
+        let builder = match clients {
+            Some(clients) => {
+                let mut roots = RootCertStore::empty();
+                let root = CertificateDer::from_pem_slice(clients.certificate.as_bytes());
+                roots.add(root.unwrap()).unwrap();
+                let verifier =
+                    WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
+                builder.with_client_cert_verifier(verifier.build().unwrap())
+            }
+            None => builder.with_no_client_auth(),
+        };
+        let certificate = CertificateDer::from_pem_slice(self.certificate.as_bytes()).unwrap();
+        let key = PrivateKeyDer::from_pem_slice(self.key.as_bytes()).unwrap();
+        let config = builder.with_single_cert(vec![certificate], key).unwrap();
+        TlsAcceptor::from(Arc::new(config))
     }
 }
 
@@ -329,25 +354,7 @@ async fn files_that_cannot_be_used_fail_the_start() {
 /// Starts an engine that speaks TLS, and responds to every request with a model list. With `clients`,
 /// it needs a certificate of that authority.
 async fn tls_engine(authority: &Authority, clients: Option<&Authority>) -> SocketAddr {
-    let identity = authority.sign("engine");
-    let provider = Arc::new(default_provider());
-    let builder = rustls::ServerConfig::builder_with_provider(Arc::clone(&provider))
-        .with_safe_default_protocol_versions()
-        .unwrap();
-    let builder = match clients {
-        Some(clients) => {
-            let mut roots = RootCertStore::empty();
-            let root = CertificateDer::from_pem_slice(clients.certificate.as_bytes());
-            roots.add(root.unwrap()).unwrap();
-            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
-            builder.with_client_cert_verifier(verifier.build().unwrap())
-        }
-        None => builder.with_no_client_auth(),
-    };
-    let certificate = CertificateDer::from_pem_slice(identity.certificate.as_bytes()).unwrap();
-    let key = PrivateKeyDer::from_pem_slice(identity.key.as_bytes()).unwrap();
-    let config = builder.with_single_cert(vec![certificate], key).unwrap();
-    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let acceptor = authority.sign("engine").acceptor(clients);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     tokio::spawn(async move {
