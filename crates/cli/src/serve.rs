@@ -110,7 +110,7 @@ async fn run(
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hang_up = signal(SignalKind::hangup())?;
-    if config.workers.is_empty() {
+    if config.workers.is_empty() && !config.discovery.has_sources() {
         tracing::warn!("no worker is configured; add workers with POST /admin/workers");
     }
     let (workers, policy) = (config.workers.len(), config.router.policy);

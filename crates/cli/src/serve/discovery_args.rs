@@ -171,7 +171,10 @@ fn list_url(text: &str) -> Result<Uri, String> {
     let is_known =
         |url: &Uri| matches!(url.scheme_str(), Some("http" | "https")) && url.host().is_some();
     url.filter(is_known).ok_or_else(|| {
-        format!("`{text}` is not an http:// or https:// URL, such as http://host:8000/targets")
+        format!(
+            "`{text}` is not an http:// or https:// URL without a user name, such as \
+             http://host:8000/targets"
+        )
     })
 }
 

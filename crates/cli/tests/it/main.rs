@@ -2,6 +2,7 @@
 
 mod command_line;
 mod configuration;
+mod deploy;
 mod fleet;
 mod kv_events;
 mod layout;

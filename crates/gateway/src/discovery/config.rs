@@ -30,6 +30,17 @@ pub struct DiscoveryConfig {
     pub kubernetes: KubernetesConfig,
 }
 
+impl DiscoveryConfig {
+    /// Returns whether workers are listed anywhere.
+    #[must_use]
+    pub fn has_sources(&self) -> bool {
+        !self.files.is_empty()
+            || !self.urls.is_empty()
+            || !self.names.is_empty()
+            || self.kubernetes.is_used()
+    }
+}
+
 impl Default for DiscoveryConfig {
     fn default() -> Self {
         Self {

@@ -97,8 +97,11 @@ pub(crate) struct Reconciler {
     workers: Arc<Workers>,
     removals: Arc<Removals>,
     /// Engines of each source. Locked during a reconciliation.
-    by_source: Mutex<HashMap<Source, Vec<WorkerConfig>>>,
+    by_source: Mutex<BySource>,
 }
+
+/// Engines of each source.
+type BySource = HashMap<Source, Vec<WorkerConfig>>;
 
 impl Reconciler {
     /// Creates the reconciler of a gateway that starts with the engines of its configuration.
@@ -126,14 +129,18 @@ impl Reconciler {
         engines: Vec<WorkerConfig>,
     ) -> Result<WorkerChanges, AddError> {
         let mut by_source = self.by_source.lock();
-        let old = by_source.entry(source.clone()).or_default();
-        let changes = WorkerChanges::between(old, &engines);
+        let old = by_source.remove(source).unwrap_or_default();
+        let changes = WorkerChanges::between(&old, &engines);
         let mut done = Vec::new();
-        let result = self.add_and_replace(&changes, &mut done);
-        result.inspect_err(|_| self.undo(&done))?;
-        self.drain(&changes.removed);
-        *old = engines;
-        Ok(changes)
+        let result = self.add_and_replace(&by_source, &changes, &mut done);
+        if result.is_err() {
+            self.undo(&done);
+        } else {
+            self.drain(&changes.removed);
+        }
+        let engines = if result.is_ok() { engines } else { old };
+        by_source.insert(source.clone(), engines);
+        result.map(|()| changes)
     }
 
     /// As [`reconcile`](Self::reconcile), but leaves out workers that cannot be added, and returns why.
@@ -144,11 +151,11 @@ impl Reconciler {
         mut engines: Vec<WorkerConfig>,
     ) -> (WorkerChanges, Vec<AddError>) {
         let mut by_source = self.by_source.lock();
-        let old = by_source.entry(source.clone()).or_default();
-        let mut changes = WorkerChanges::between(old, &engines);
+        let old = by_source.remove(source).unwrap_or_default();
+        let mut changes = WorkerChanges::between(&old, &engines);
         let mut errors: HashMap<String, AddError> = HashMap::new();
         for engine in &changes.added {
-            if let Err(error) = self.add(engine) {
+            if let Err(error) = self.add_unowned(&by_source, engine) {
                 errors.insert(engine.name.clone(), error);
             }
         }
@@ -165,7 +172,7 @@ impl Reconciler {
         engines.extend(unreplaced.map(|(present, _)| present.clone()));
         changes.added.retain(|engine| !failed(&engine.name));
         changes.replaced.retain(|(_, new)| !failed(&new.name));
-        *old = engines;
+        by_source.insert(source.clone(), engines);
         (changes, errors.into_values().collect())
     }
 
@@ -177,11 +184,12 @@ impl Reconciler {
     /// Adds and replaces workers until one cannot be added. Writes what was done to `done`.
     fn add_and_replace<'a>(
         &self,
+        others: &BySource,
         changes: &'a WorkerChanges,
         done: &mut Vec<Step<'a>>,
     ) -> Result<(), AddError> {
         for engine in &changes.added {
-            done.push(match self.add(engine)? {
+            done.push(match self.add_unowned(others, engine)? {
                 Addition::New => Step::Added(engine),
                 Addition::Kept => Step::Kept,
                 Addition::Undrained => Step::Undrained(engine),
@@ -240,21 +248,32 @@ impl Reconciler {
         for worker in self.workers.registry().all() {
             let config = &worker.config;
             let owner = owners.get(&config.authority);
-            let is_displaced = owner.is_some_and(|owner| **owner != config.instance);
+            let is_displaced =
+                config.instance.is_some() && owner.is_some_and(|owner| **owner != config.instance);
             if is_displaced && self.removals.is_pending(worker.id) {
                 self.removals.remove_now(&config.name);
             }
         }
     }
 
+    /// As [`add`](Self::add), but fails if one of the `others`, the engines of the other sources, has
+    /// the name, even with the same description: that source alone removes it.
+    fn add_unowned(&self, others: &BySource, engine: &WorkerConfig) -> Result<Addition, AddError> {
+        let mut owned = others.values().flatten();
+        if owned.any(|owned| owned.name == engine.name) {
+            return Err(AddError {
+                name: engine.name.clone(),
+                error: WorkerError::NameTaken(engine.name.clone()),
+            });
+        }
+        self.add(engine)
+    }
+
     /// Adds an engine and starts its tasks. An engine of this name that is being removed stays, if it
     /// has the same description, and is otherwise removed at once. Has no effect if the engine is
     /// present with the same description.
     fn add(&self, engine: &WorkerConfig) -> Result<Addition, AddError> {
-        let present = self.workers.registry().all();
-        let mut present = present.iter();
-        let present = present.find(|worker| worker.config.engine_name() == engine.name);
-        if let Some(present) = present {
+        if let Some(present) = self.workers.registry().first_of_engine(&engine.name) {
             let is_same = engine.workers().contains(&present.config);
             let is_leaving = self.removals.is_pending(present.id);
             match (is_same, is_leaving) {

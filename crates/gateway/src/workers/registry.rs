@@ -158,6 +158,14 @@ impl WorkerRegistry {
         self.by_id.read().get(&id).cloned()
     }
 
+    /// Returns the first worker of the engine of this name.
+    pub(crate) fn first_of_engine(&self, name: &str) -> Option<Arc<Worker>> {
+        let by_id = self.by_id.read();
+        let workers = by_id.values();
+        let workers = workers.filter(|worker| worker.config.engine_name() == name);
+        workers.min_by_key(|worker| worker.id).cloned()
+    }
+
     /// Returns the workers of other ranks than `named`. Returns none if that would be all workers:
     /// then the request is routed as usual, and the engine reports the error. Workers without a
     /// rank are never among them.

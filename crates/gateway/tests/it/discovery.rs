@@ -131,6 +131,24 @@ async fn a_name_that_another_source_has_is_left_out() {
 }
 
 #[tokio::test]
+async fn a_list_does_not_remove_the_worker_of_another_source() {
+    let engines = [FakeWorker::start().await, FakeWorker::start().await];
+    // The description of `a` is that of the configuration.
+    let file = ListFile::new("owner", &list(&[("a", &engines[0]), ("b", &engines[1])]));
+    let mut config = config(&[&engines[0]]);
+    config.discovery.files = vec![file.0.clone()];
+    let gateway = gateway_with(config).await;
+    until_workers(&gateway, &["a", "b"]).await;
+    assert_eq!(errors(&gateway).await, 1.0);
+    file.write(&list(&[("c", &engines[1])]));
+    until_workers(&gateway, &["a", "c"]).await;
+    assert_eq!(
+        state(&gateway, "a"),
+        foresee_core::workers::WorkerState::Healthy
+    );
+}
+
+#[tokio::test]
 async fn a_url_is_read_in_intervals() {
     let engines = [FakeWorker::start().await, FakeWorker::start().await];
     let response = Arc::new(Mutex::new(whole(

@@ -440,6 +440,9 @@ async fn respond(
     if let Some(pool) = state.pools.get(uri.path()) {
         return Ok(reply(200, pool));
     }
+    if let Some(body) = api_description(uri.path()) {
+        return Ok(reply(200, &body));
+    }
     let in_namespace = format!("/api/v1/namespaces/{NAMESPACE}/pods");
     if uri.path() != in_namespace && uri.path() != "/api/v1/pods" {
         return Ok(reply(
@@ -465,9 +468,14 @@ async fn respond(
             }
         }
     }
-    let bookmark = json!({ "type": "BOOKMARK", "object": { "kind": "Pod", "apiVersion": "v1",
-        "metadata": { "resourceVersion": state.version.to_string() } } });
-    events.send(line(&bookmark)).unwrap();
+    if query
+        .get("allowWatchBookmarks")
+        .is_some_and(|value| value == "true")
+    {
+        let bookmark = json!({ "type": "BOOKMARK", "object": { "kind": "Pod", "apiVersion": "v1",
+            "metadata": { "resourceVersion": state.version.to_string() } } });
+        events.send(line(&bookmark)).unwrap();
+    }
     state.watches.push(Watch { selector, events });
     let frames = poll_fn(move |context| {
         let received = received.poll_recv(context);
@@ -477,6 +485,21 @@ async fn respond(
     Ok(response
         .body(BoxBody::new(StreamBody::new(frames)))
         .unwrap())
+}
+
+/// Returns what the server says of its API, which `kubectl` asks for.
+fn api_description(path: &str) -> Option<Value> {
+    match path {
+        "/api" => Some(json!({ "kind": "APIVersions", "versions": ["v1"],
+            "serverAddressByClientCIDRs": [] })),
+        "/apis" => Some(json!({ "kind": "APIGroupList", "apiVersion": "v1", "groups": [] })),
+        "/api/v1" => Some(
+            json!({ "kind": "APIResourceList", "groupVersion": "v1", "resources": [{
+            "name": "pods", "singularName": "pod", "namespaced": true, "kind": "Pod",
+            "verbs": ["get", "list", "watch"] }] }),
+        ),
+        _ => None,
+    }
 }
 
 /// Returns one page of a list.

@@ -22,6 +22,8 @@ mod http2;
 mod keys;
 #[cfg(feature = "kubernetes")]
 mod kubernetes;
+#[cfg(feature = "kubernetes")]
+mod kubernetes_rollout;
 mod metrics_docs;
 mod misbehaving_workers;
 mod model_aliases;
