@@ -196,7 +196,7 @@ impl ApiServer {
 /// Returns what went wrong, with the remedy if credentials or rights are the cause.
 fn describe(error: &Error) -> String {
     let Error::Api(status) = error else {
-        return chain(error);
+        return format!("the request to the API server failed: {}", chain(error));
     };
     let message = status.message.trim();
     match StatusCode::from_u16(status.code) {
