@@ -20,6 +20,7 @@ use crate::placement::tokenization::PromptTokenizer;
 use crate::request_body::RequestBodyConfig;
 use crate::shutdown::ShutdownConfig;
 use crate::tls::{LoadedTls, TlsConfig, TlsError};
+use crate::traces::config::TraceConfig;
 use crate::workers::api_key::{ApiKeyError, WorkerKeyConfig};
 use crate::workers::health_config::HealthConfig;
 use crate::workers::resolve::DnsConfig;
@@ -82,6 +83,8 @@ pub struct GatewayConfig {
     pub record: Option<PathBuf>,
     /// File to which one line of JSON is appended for each request; `-` for the standard output.
     pub access_log: Option<PathBuf>,
+    /// Where spans of sampled requests are sent to; `None` for no spans.
+    pub traces: Option<TraceConfig>,
     /// File that keeps what the gateway has learned over a restart.
     pub state: Option<PathBuf>,
     /// Maximum time in which a worker accepts a connection.
@@ -200,6 +203,7 @@ impl Default for GatewayConfig {
             engine_metrics_interval: None,
             record: None,
             access_log: None,
+            traces: None,
             state: None,
             connect_timeout: Duration::from_secs(2),
             first_byte_timeout: Duration::from_secs(600),

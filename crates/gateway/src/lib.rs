@@ -27,8 +27,8 @@
 //! `assembly` builds the parts and gives each front end the parts that it uses, `server` starts and
 //! stops everything, and `shutdown` has the phases in which it stops.
 //! `reload` applies another configuration, and `state_file` keeps what was learned over a restart.
-//! `metrics` reports the state, `recorder` writes a trace of the requests, and `access_log` a line
-//! for each.
+//! `metrics` reports the state, `recorder` writes a trace of the requests, `access_log` a line for
+//! each, and `traces` sends spans of the sampled ones to a collector.
 
 mod accept;
 mod access_log;
@@ -70,6 +70,7 @@ mod state_file;
 mod subscribe;
 mod tcp_timeouts;
 mod tls;
+mod traces;
 mod tracked_body;
 mod upstream;
 mod worker_info;
@@ -95,6 +96,7 @@ pub use request_body::RequestBodyConfig;
 pub use server::{Gateway, StartError, WorkerCheck};
 pub use shutdown::ShutdownConfig;
 pub use tls::{ClientAuth, TlsConfig, TlsError};
+pub use traces::config::{CollectorUrl, InvalidCollector, TraceConfig, TraceError};
 
 pub use workers::api_key::{ApiKeyError, ApiKeySource, WorkerKeyConfig};
 pub use workers::health_config::{HealthConfig, HealthMethod, HealthPath};

@@ -9,6 +9,7 @@ mod prometheus_text;
 
 use std::cmp::Ordering;
 use std::fmt;
+use std::time::{Duration, SystemTime};
 
 use foresee_core::OutputLengthAccuracy;
 use foresee_core::workers::{WorkerSnapshot, WorkerState};
@@ -16,14 +17,16 @@ use parking_lot::Mutex;
 use prometheus_client::encoding::text;
 use prometheus_client::metrics::TypedMetric;
 use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::exemplar::HistogramWithExemplars;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::{Atomic, Gauge};
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
+pub(crate) use declaration::Exemplar;
 use declaration::{
     CounterByAlias, CounterByLabel, CounterByWorker, FloatGauge, FloatGaugeByWorker, GaugeByWorker,
-    Series, WorkerLabel, declare_metrics, register, type_name,
+    Series, TracedHistogram, WorkerLabel, declare_metrics, register, type_name,
 };
 pub use declaration::{LabelInfo, MetricInfo};
 pub use page::metrics_page;
@@ -61,6 +64,15 @@ impl Outcome {
             Self::ShutDown => "shut_down",
         }
     }
+}
+
+/// Tokens of one request and its response.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ResponseTokens {
+    pub(crate) prompt: u32,
+    /// Prompt tokens that the engine reports as cached.
+    pub(crate) cached: Option<u32>,
+    pub(crate) output: u32,
 }
 
 const PREFIX: &str = "foresee";
@@ -137,6 +149,10 @@ const KEY_REFUSAL: &[LabelInfo] = &[LabelInfo {
         "concurrency",
     ],
 }];
+const SPAN_RESULT: &[LabelInfo] = &[LabelInfo {
+    name: "result",
+    values: &["sent", "queue_full", "failed"],
+}];
 const RECORDING_RESULT: &[LabelInfo] = &[LabelInfo {
     name: "result",
     values: &["written", "dropped"],
@@ -157,16 +173,24 @@ declare_metrics! {
         "Requests that were not sent again because the retry budget was used up";
     pub(crate) decision_duration_seconds: Histogram = histogram(1e-6, 17), "seconds", NO_LABEL,
         "Time of one routing decision";
-    pub(crate) queue_duration_seconds: Histogram = histogram(1e-3, 20), "seconds", NO_LABEL,
+    queue_duration_seconds: TracedHistogram = traced_histogram(1e-3, 20), "seconds", NO_LABEL,
         "Time requests spent queued in the router";
     pub(crate) queue_displaced: Counter, "requests", NO_LABEL,
         "Queued requests that lost their place in a full queue to one of a higher priority or of a tenant with less service";
-    pub(crate) time_to_first_token_seconds: Histogram = histogram(1e-3, 20), "seconds", NO_LABEL,
+    time_to_first_token_seconds: TracedHistogram = traced_histogram(1e-3, 20), "seconds", NO_LABEL,
         "Time from the arrival of a request to its first output token";
+    request_duration_seconds: TracedHistogram = traced_histogram(1e-3, 22), "seconds", NO_LABEL,
+        "Time from the arrival of a request to the end of its response, of requests that were sent to a worker";
     pub(crate) inter_token_latency_seconds: Histogram = histogram(1e-4, 20), "seconds", NO_LABEL,
         "Time between two output tokens of one request";
     pub(crate) prompt_tokens: Counter, "tokens", NO_LABEL,
         "Prompt tokens routed, counted or estimated by the router";
+    request_prompt_tokens: Histogram = token_histogram(), "tokens", NO_LABEL,
+        "Prompt tokens of one request, reported by the engine or else counted by the router";
+    request_cached_tokens: Histogram = token_histogram(), "tokens", NO_LABEL,
+        "Prompt tokens of one request that the engine reports as cached";
+    request_output_tokens: Histogram = token_histogram(), "tokens", NO_LABEL,
+        "Output tokens of one request, reported by the engine or else observed";
     pub(crate) output_tokens: Counter, "tokens", NO_LABEL,
         "Output tokens observed in responses";
     pub(crate) client_connections: Gauge, "connections", NO_LABEL,
@@ -185,6 +209,8 @@ declare_metrics! {
         "Nodes of the prefix trees; the router's memory is proportional to them";
     pub(crate) access_log_dropped: Counter, "lines", NO_LABEL,
         "Lines of the access log dropped because the file was too slow";
+    trace_spans: CounterByLabel, "spans", SPAN_RESULT,
+        "Spans of traces that the collector accepted, that found the queue full, or that could not be sent";
     pub(crate) discovery_errors: Counter, "lists", NO_LABEL,
         "Lists of workers that could not be used, or not as a whole";
     pub(crate) discovery_last_success_timestamp_seconds: FloatGauge, "seconds", NO_LABEL,
@@ -297,7 +323,56 @@ fn histogram(first: f64, bucket_count: u16) -> Histogram {
     Histogram::new(exponential_buckets(first, 2.0, bucket_count))
 }
 
+/// Adds an observation, with the time of now if it names a trace.
+fn observe(histogram: &TracedHistogram, time: Duration, exemplar: Option<Exemplar>) {
+    let now = exemplar.is_some().then(SystemTime::now);
+    histogram.observe(time.as_secs_f64(), exemplar, now);
+}
+
+/// Creates a histogram like [`histogram`] whose buckets name traces.
+fn traced_histogram(first: f64, bucket_count: u16) -> TracedHistogram {
+    HistogramWithExemplars::new(exponential_buckets(first, 2.0, bucket_count))
+}
+
+/// Creates a histogram of numbers of tokens: 16 buckets, the first up to 16 tokens.
+fn token_histogram() -> Histogram {
+    histogram(16.0, 16)
+}
+
 impl Metrics {
+    /// Records the time that a request was queued. `exemplar` names its trace, if it is sampled.
+    pub(crate) fn observe_queue_time(&self, time: Duration, exemplar: Option<Exemplar>) {
+        observe(&self.queue_duration_seconds, time, exemplar);
+    }
+
+    /// Records the time to the first token of a request. `exemplar` is as above.
+    pub(crate) fn observe_first_token(&self, time: Duration, exemplar: Option<Exemplar>) {
+        observe(&self.time_to_first_token_seconds, time, exemplar);
+    }
+
+    /// Records a response that has ended: its time since the arrival of the request, and its tokens.
+    /// `exemplar` is as above.
+    pub(crate) fn observe_response(
+        &self,
+        time: Duration,
+        tokens: ResponseTokens,
+        exemplar: Option<Exemplar>,
+    ) {
+        observe(&self.request_duration_seconds, time, exemplar);
+        self.request_prompt_tokens.observe(tokens.prompt.into());
+        self.request_output_tokens.observe(tokens.output.into());
+        if let Some(cached) = tokens.cached {
+            self.request_cached_tokens.observe(cached.into());
+        }
+    }
+
+    /// Returns the counter of spans with this `result`.
+    pub(crate) fn trace_span_counter(&self, result: &'static str) -> Counter {
+        self.trace_spans
+            .get_or_create(&[("result", result)])
+            .clone()
+    }
+
     /// Counts a request that ended.
     pub(crate) fn record_outcome(&self, outcome: Outcome) {
         self.requests

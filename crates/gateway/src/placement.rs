@@ -9,7 +9,7 @@
 //! parsed.hints = hints;                                             // said beside the body
 //! placement.apply_affinity(&mut parsed, response_id);
 //! let mut placed = placement.place(endpoint, parsed, arrived_at)?;  // choose and book
-//! placement.wait_in_queue(&mut placed.batch, &excluded, max_wait).await?;
+//! placement.wait_in_queue(&mut placed.batch, &excluded, max_wait, None).await?;
 //! let predicted = announce(&worker, &mut placed.batch, full_report_mode);
 //! // … the front end sends the request to the worker, and its response begins …
 //! let context = placement.begin_response(placed, worker, predicted, request_id);
@@ -48,7 +48,7 @@ use foresee_engine::error::ApiError;
 use foresee_engine::request::Endpoint;
 
 use crate::clock::Clock;
-use crate::metrics::Metrics;
+use crate::metrics::{Exemplar, Metrics};
 use crate::parse_pool::ParsePool;
 use crate::recorder::Recorder;
 use crate::workers::model_names::ModelNames;
@@ -251,20 +251,26 @@ impl Placement {
             batch,
             key: None,
             access: None,
+            trace: None,
+            decided_in: duration,
+            queued_for: Duration::ZERO,
         })
     }
 
     /// Waits until the router dispatches the request to its worker. Returns immediately if the
     /// router has no queue. Meanwhile the router can move the booking to another worker that is not
     /// excluded. Fails with a 429 after `max_wait`, and with a 503 once no worker can take the
-    /// request.
+    /// request. Returns the time that it waited; `exemplar` names its trace, if it is sampled.
     pub(crate) async fn wait_in_queue(
         &self,
         batch: &mut Batch,
         excluded: &[WorkerId],
         max_wait: Duration,
-    ) -> Result<(), ApiError> {
-        self.queue.until_dispatched(batch, excluded, max_wait).await
+        exemplar: Option<Exemplar>,
+    ) -> Result<Duration, ApiError> {
+        self.queue
+            .until_dispatched(batch, excluded, max_wait, exemplar)
+            .await
     }
 
     /// Returns what the observation of the response of `worker` needs: see
@@ -282,6 +288,11 @@ impl Placement {
     /// Returns the learned bytes per token of each model.
     pub(crate) fn text_ratios(&self) -> &TextRatios {
         &self.observation.text_ratios
+    }
+
+    /// Returns whether requests can be queued in the router.
+    pub(crate) fn has_queue(&self) -> bool {
+        self.queue.has_queue
     }
 
     /// Returns the response to a request for which no worker was chosen.
