@@ -18,6 +18,7 @@ use crate::clock::Clock;
 use crate::config::GatewayConfig;
 use crate::discovery::Discovery;
 use crate::failover::{FailoverContext, new_retry_budget};
+use crate::fleet_demand::FleetDemand;
 use crate::keys::KeyRing;
 use crate::listen::default_max_connections;
 use crate::metrics::Metrics;
@@ -246,6 +247,7 @@ impl GatewayParts {
             reloader,
             placement: Arc::clone(&self.placement),
             metrics: Arc::clone(&self.metrics),
+            metrics_compat: config.metrics_compat,
             clock: self.clock,
             keys: Arc::clone(&self.keys),
             bodies: Arc::clone(&self.bodies),
@@ -307,5 +309,9 @@ fn placement_config(
         dry_run: config.dry_run,
         tokenizer,
         recorder,
+        demand: Arc::new(FleetDemand::new(
+            config.autoscaling,
+            config.router.block_size,
+        )),
     }
 }

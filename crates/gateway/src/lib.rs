@@ -28,7 +28,8 @@
 //! stops everything, and `shutdown` has the phases in which it stops.
 //! `reload` applies another configuration, and `state_file` keeps what was learned over a restart.
 //! `metrics` reports the state, `recorder` writes a trace of the requests, `access_log` a line for
-//! each, and `traces` sends spans of the sampled ones to a collector.
+//! each, and `traces` sends spans of the sampled ones to a collector. `fleet_demand` forecasts how
+//! many workers the load needs.
 
 mod accept;
 mod access_log;
@@ -46,6 +47,7 @@ mod content_watch;
 mod discovery;
 mod engine_metrics;
 mod failover;
+mod fleet_demand;
 mod http2_connection;
 mod keys;
 mod kv_events;
@@ -82,13 +84,17 @@ pub use config::{GatewayConfig, default_io_threads};
 pub use connection_state::ConnectionConfig;
 pub use content_watch::ContentWatch;
 pub use discovery::DiscoveryConfig;
+pub use fleet_demand::AutoscalingConfig;
 pub use foresee_api::admin::Reload;
 pub use http::{HeaderName, Uri};
 pub use ipnet::IpNet;
 pub use keys::key_config::{KeyConfig, KeyHash, KeyLimits, Scope, new_key};
 pub use kv_events::source::{EventSource, KvEvents};
 pub use listen::{InheritedListeners, raise_open_file_limit};
-pub use metrics::{LabelInfo, MetricInfo, metric_reference, metrics_page};
+pub use metrics::{
+    CompatName, LabelInfo, MetricInfo, MetricsCompat, compat_reference, metric_reference,
+    metrics_page,
+};
 pub use model_alias::{InvalidAlias, ModelAlias};
 pub use pass_through::{InvalidPath, PassThroughPath};
 pub use reload::{ConfigSource, ReloadError};

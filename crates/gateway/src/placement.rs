@@ -48,6 +48,7 @@ use foresee_engine::error::ApiError;
 use foresee_engine::request::Endpoint;
 
 use crate::clock::Clock;
+use crate::fleet_demand::FleetDemand;
 use crate::metrics::{Exemplar, Metrics};
 use crate::parse_pool::ParsePool;
 use crate::recorder::Recorder;
@@ -87,6 +88,8 @@ pub(crate) struct PlacementConfig {
     pub(crate) dry_run: bool,
     /// Writer of `--record`.
     pub(crate) recorder: Option<Arc<Recorder>>,
+    /// Load of the fleet, for autoscaling.
+    pub(crate) demand: Arc<FleetDemand>,
 }
 
 /// Places requests on the workers of one router.
@@ -156,6 +159,7 @@ impl Placement {
                 text_ratios,
                 tokenizer,
                 recorder: config.recorder,
+                demand: config.demand,
                 block_size: config.block_size,
                 prefix_caching: config.prefix_caching,
                 exposes_workers: config.exposes_workers,
@@ -223,6 +227,7 @@ impl Placement {
         parsed: ParsedRequest,
         arrived_at: Duration,
     ) -> Result<PlacedRequest, ApiError> {
+        self.observation.demand.observe_arrival(arrived_at);
         let dry_run = self.dry_run.as_ref().and_then(|dry_run| {
             // Without a candidate, the decision fails as well.
             let explanation = self.explain(&parsed).ok()?;
@@ -283,6 +288,11 @@ impl Placement {
         request_id: String,
     ) -> RequestContext {
         placed.into_context(&self.observation, worker, predicted_tokens, request_id)
+    }
+
+    /// Returns the load of the fleet.
+    pub(crate) fn demand(&self) -> &FleetDemand {
+        &self.observation.demand
     }
 
     /// Returns the learned bytes per token of each model.

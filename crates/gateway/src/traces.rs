@@ -15,13 +15,14 @@ mod exporter;
 mod gen_ai;
 pub(crate) mod request_trace;
 mod response_facts;
+mod traceparent;
 
 use std::fmt;
 use std::time::Duration;
 
-use http::{HeaderMap, HeaderValue, Request};
+use http::Request;
 use opentelemetry::trace::{
-    Span as _, SpanContext, SpanKind, TraceContextExt, Tracer as _, TracerProvider as _,
+    Span as _, SpanKind, TraceContextExt, Tracer as _, TracerProvider as _,
 };
 use opentelemetry::{Context, InstrumentationScope};
 use opentelemetry_http::HeaderExtractor;
@@ -33,12 +34,7 @@ use crate::metrics::Metrics;
 use config::{TraceConfig, TraceError};
 use exporter::Exporter;
 use request_trace::{RequestTrace, ServerRequest};
-
-/// Header with the trace id, the id of the caller's span and the sampling flag.
-const TRACEPARENT: &str = "traceparent";
-
-/// Header with data of tracing systems, which belongs to [`TRACEPARENT`].
-const TRACESTATE: &str = "tracestate";
+use traceparent::replace_caller;
 
 /// Name of the service, unless `OTEL_SERVICE_NAME` or `OTEL_RESOURCE_ATTRIBUTES` has one.
 const SERVICE_NAME: &str = "foresee";
@@ -103,9 +99,7 @@ impl Traces {
         let builder = self.tracer.span_builder(name).with_kind(SpanKind::Server);
         let span = self.tracer.build_with_context(builder, &parent);
         if !parent.span().span_context().is_valid() {
-            let headers = request.headers_mut();
-            headers.remove(TRACESTATE);
-            set_traceparent(headers, span.span_context());
+            replace_caller(request.headers_mut(), span.span_context());
         }
         span.is_recording().then(|| {
             let request = ServerRequest::new(request, route);
@@ -135,40 +129,5 @@ fn resource() -> Resource {
     match is_named {
         true => builder.build(),
         false => builder.with_service_name(SERVICE_NAME).build(),
-    }
-}
-
-/// Sets the header `traceparent` to a span.
-fn set_traceparent(headers: &mut HeaderMap, span: &SpanContext) {
-    if let Some(value) = traceparent(span) {
-        headers.insert(TRACEPARENT, value);
-    }
-}
-
-/// Returns the value of the header `traceparent` for requests of a span.
-fn traceparent(span: &SpanContext) -> Option<HeaderValue> {
-    let (trace, id, flags) = (span.trace_id(), span.span_id(), span.trace_flags());
-    let value = format!("00-{trace}-{id}-{:02x}", flags.to_u8());
-    HeaderValue::try_from(value).ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use opentelemetry::trace::{SpanId, TraceFlags, TraceId, TraceState};
-
-    use super::*;
-
-    #[test]
-    fn a_traceparent_has_the_ids_and_the_flag() {
-        let span = |flags| {
-            let (trace, id) = (TraceId::from(0xab << 100), SpanId::from(7));
-            SpanContext::new(trace, id, flags, false, TraceState::default())
-        };
-        assert_eq!(
-            traceparent(&span(TraceFlags::SAMPLED)).unwrap(),
-            "00-00000ab0000000000000000000000000-0000000000000007-01"
-        );
-        let unsampled = traceparent(&span(TraceFlags::default())).unwrap();
-        assert!(unsampled.to_str().unwrap().ends_with("-00"));
     }
 }

@@ -245,6 +245,12 @@ discovery-url = ["http://127.0.0.1:1"]
 discovery-refresh = "7s"
 discovery-allow-empty = true
 state = "/nonexistent"
+otlp-endpoint = "http://127.0.0.1:1"
+trace-sample-ratio = 0.7
+metrics-compat = "llm-d"
+slo-ttft = "7s"
+slo-itl = "7s"
+scale-horizon = "7s"
 "#;
 
 #[test]

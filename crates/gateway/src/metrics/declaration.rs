@@ -28,6 +28,8 @@ pub(super) type GaugeByWorker = Family<WorkerLabel, Gauge>;
 pub(crate) type Exemplar = [(&'static str, String); 1];
 /// Histogram whose buckets name the trace of a sampled request.
 pub(crate) type TracedHistogram = HistogramWithExemplars<Exemplar>;
+/// Gauge that is 1, with labels that describe the build.
+pub(super) type BuildInfo = Family<[(&'static str, &'static str); 3], Gauge>;
 /// Gauge of a real number.
 pub(super) type FloatGauge = Gauge<f64, AtomicU64>;
 /// Gauge of a real number with one series for each worker.
@@ -157,6 +159,7 @@ pub(super) trait Series {
 
 impl Series for Counter {}
 impl Series for Histogram {}
+impl Series for BuildInfo {}
 impl Series for TracedHistogram {}
 impl<N, A> Series for Gauge<N, A> {}
 

@@ -39,6 +39,13 @@ impl RequestContext {
             output: usage.completion_tokens.unwrap_or(completion.output_tokens),
         };
         metrics.observe_response(lasted, tokens, self.exemplar());
+        if *outcome == Outcome::Ok {
+            let overlap_blocks = self.batch.decision().cost.overlap_blocks;
+            let predicted = overlap_blocks.saturating_mul(self.shared.block_size.get());
+            let cached = tokens.cached.unwrap_or(predicted);
+            let demand = &self.shared.demand;
+            demand.observe_lengths(tokens.prompt, cached, tokens.output);
+        }
         metrics.record_outcome(*outcome);
         let decision = self.batch.decision();
         let block_size = self.shared.block_size.get();

@@ -11,6 +11,7 @@ use foresee_engine::request::{Endpoint, PromptSequences};
 
 use crate::access_log::AccessEntry;
 use crate::clock::Clock;
+use crate::fleet_demand::FleetDemand;
 use crate::keys::KeyGuard;
 use crate::metrics::{Exemplar, Metrics};
 use crate::parse_pool::ParsePool;
@@ -36,6 +37,8 @@ pub(crate) struct Observation {
     pub(super) tokenizer: Option<Arc<PromptTokenizer>>,
     /// Writer of `--record`.
     pub(super) recorder: Option<Arc<Recorder>>,
+    /// Load of the fleet, for autoscaling.
+    pub(super) demand: Arc<FleetDemand>,
     /// The router's block size.
     pub(super) block_size: NonZeroU32,
     /// Whether workers share cached blocks between requests, unless their descriptions say otherwise.

@@ -16,7 +16,7 @@ use crate::metrics::{Exemplar, Outcome};
 use crate::placement::parsed_request::ParsedRequest;
 use crate::traces::gen_ai::{operation, request_attributes, shortened};
 use crate::traces::response_facts::ResponseFacts;
-use crate::traces::traceparent;
+use crate::traces::traceparent::traceparent;
 use crate::workers::worker::Worker;
 
 /// Attributes of a request that has arrived.
