@@ -5,6 +5,7 @@ mod client_args;
 mod connections;
 mod discovery_args;
 mod health_args;
+mod observability;
 mod outlier;
 mod settings;
 mod tls_args;

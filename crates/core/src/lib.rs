@@ -112,7 +112,10 @@ mod worker_id;
 pub mod workers;
 
 pub use config::DEFAULT_TTFT_WEIGHT;
-pub use foresee_forecast::{LatencyAccuracy, LatencyModel, OutputLengthAccuracy};
+pub use foresee_forecast::{
+    DemandForecast, LatencyAccuracy, LatencyLimits, LatencyModel, MeanLengths,
+    OutputLengthAccuracy, sustainable_rate,
+};
 pub use foresee_prefix::{CapacitySource, DEFAULT_CAPACITY_BLOCKS, EvictionRule, PrefixMatch};
 
 pub mod event_index {

@@ -38,6 +38,8 @@ pub struct InferencePath<'p> {
     /// Id of the stored response that the path names. Only the worker that generated this response
     /// has it.
     pub response_id: Option<&'p str>,
+    /// The path, with `{response_id}` in the place of an id.
+    pub route: &'static str,
 }
 
 /// A row of the table.
@@ -58,6 +60,7 @@ const fn post(path: &'static str, endpoint: Endpoint, kind: Kind, body: BodyForm
             output_grows: matches!(kind, Kind::Generates),
             is_repeatable: true,
             response_id: None,
+            route: path,
         },
     }
 }
@@ -169,9 +172,9 @@ pub fn allowed_method(path: &str) -> Option<&'static str> {
 /// `POST /v1/responses/{id}/cancel`. Engines accept only ids that start with `resp_`.
 fn stored_response<'p>(method: &str, path: &'p str) -> Option<InferencePath<'p>> {
     let rest = path.strip_prefix("/v1/responses/")?;
-    let (id, is_repeatable) = match (method, rest.split_once('/')) {
-        ("GET", None) => (rest, true),
-        ("POST", Some((id, "cancel"))) => (id, false),
+    let (id, is_repeatable, route) = match (method, rest.split_once('/')) {
+        ("GET", None) => (rest, true, "/v1/responses/{response_id}"),
+        ("POST", Some((id, "cancel"))) => (id, false, "/v1/responses/{response_id}/cancel"),
         _ => return None,
     };
     let entry = InferencePath {
@@ -180,6 +183,7 @@ fn stored_response<'p>(method: &str, path: &'p str) -> Option<InferencePath<'p>>
         output_grows: false,
         is_repeatable,
         response_id: Some(id),
+        route,
     };
     id.starts_with("resp_").then_some(entry)
 }

@@ -8,6 +8,7 @@
 //! | How long does a worker take to compute a prompt, and how long does one decode step take? | [`LatencyEstimator`] and [`SharedLatencyModel`], which together give a [`LatencyModel`] | the times at which tokens arrive |
 //! | How many tokens will an output still have? | [`OutputLengthModel`] | the lengths of outputs that ended |
 //! | How many requests arrive per second, and how much of the worker's time do their prefills take? | [`ArrivalRate`] | the times at which requests are sent |
+//! | How many requests will arrive at the whole fleet, and how many workers do they need? | [`DemandForecast`] and [`sustainable_rate`] | arrivals, and the lengths of requests that ended |
 //!
 //! The memory of every model is bounded, and old samples are forgotten, so the forecasts follow a
 //! worker that becomes slower and traffic that changes.
@@ -30,6 +31,7 @@
 //!    learn from each other.
 //! 4. [`OutputLengthModel`]: how many tokens an output has left, given how many it has already.
 //! 5. [`ArrivalRate`]: what a worker's time will be spent on soon.
+//! 6. [`DemandForecast`] and [`sustainable_rate`]: how large the fleet has to be.
 //!
 //! # Example
 //!
@@ -61,6 +63,8 @@
 //! ```
 
 mod arrival_rate;
+mod demand;
+mod fleet_size;
 mod latency;
 mod latency_model;
 mod learned;
@@ -68,6 +72,8 @@ mod output_length;
 mod regression;
 
 pub use arrival_rate::{ArrivalRate, ArrivalRates};
+pub use demand::DemandForecast;
+pub use fleet_size::{LatencyLimits, MeanLengths, sustainable_rate};
 pub use latency::{LatencyEstimator, SharedLatencyModel, SpeedFactors, WeightedFactor};
 pub use latency_model::{LatencyAccuracy, LatencyModel, MAX_ATTENTION_TOKENS, PrefillWork};
 pub use learned::{

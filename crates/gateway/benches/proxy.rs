@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use foresee_core::queue::QueueOrder;
 use foresee_core::router::RouterConfig;
 use foresee_core::workers::WorkerState;
-use foresee_gateway::{Gateway, GatewayConfig, raise_open_file_limit};
+use foresee_gateway::{Gateway, GatewayConfig, TraceConfig, raise_open_file_limit};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
@@ -116,13 +116,32 @@ async fn measure() {
         "{:44}{:>10}{:>12}{:>12}",
         "", "requests", "CPU µs each", "requests/s"
     );
-    for (label, kind, requests) in [
-        ("2 KB chat, whole response", Kind::Whole, 40_000),
-        ("2 KB chat, stream of 16 events", Kind::Stream, 20_000),
-        ("2 KB chat, 16 events 1 ms apart", Kind::SlowStream, 20_000),
-        ("28 KB chat, distinct prompts", Kind::Distinct, 100_000),
+    for (label, kind, requests, sampled) in [
+        ("2 KB chat, whole response", Kind::Whole, 40_000, None),
+        ("2 KB chat, stream of 16 events", Kind::Stream, 20_000, None),
+        (
+            "the same, none of them traced",
+            Kind::Stream,
+            20_000,
+            Some(0.0),
+        ),
+        ("the same, a tenth traced", Kind::Stream, 20_000, Some(0.1)),
+        ("the same, all traced", Kind::Stream, 20_000, Some(1.0)),
+        (
+            "2 KB chat, 16 events 1 ms apart",
+            Kind::SlowStream,
+            20_000,
+            None,
+        ),
+        (
+            "28 KB chat, distinct prompts",
+            Kind::Distinct,
+            100_000,
+            None,
+        ),
     ] {
-        let (mut worker, gateway) = start(RouterConfig::default().queue_order).await;
+        let queue = RouterConfig::default().queue_order;
+        let (mut worker, gateway) = start(queue, sampled).await;
         // Opens connections and fills caches before the measurement.
         run_clients(&gateway, kind, 2_000).await;
         let (cpu, memory, start) = (cpu_time(), resident_bytes(), Instant::now());
@@ -150,7 +169,7 @@ async fn measure() {
 /// Measures memory before, with and after [`OPEN_STREAMS`] streams that are open at once.
 async fn measure_open_streams() {
     // The one worker would not be sent that many requests at once.
-    let (mut worker, gateway) = start(None).await;
+    let (mut worker, gateway) = start(None, None).await;
     run_clients(&gateway, Kind::Stream, 2_000).await;
     let before = resident_bytes();
     let (mut clients, mut output) = spawn(&["open-streams", &gateway.address().to_string()]);
@@ -178,12 +197,18 @@ async fn measure_open_streams() {
     worker.wait().unwrap();
 }
 
-/// Starts a worker as a child process and a gateway in front of it.
-async fn start(queue_order: Option<QueueOrder>) -> (Child, Gateway) {
+/// Starts a worker as a child process and a gateway in front of it. With a fraction, that many requests
+/// are traced, and the worker is the collector as well: it responds to anything.
+async fn start(queue_order: Option<QueueOrder>, sampled: Option<f64>) -> (Child, Gateway) {
     let (worker, mut output) = spawn(&["worker"]);
     let mut address = String::new();
     output.read_line(&mut address).unwrap();
+    let traces = sampled.map(|ratio| TraceConfig {
+        sample_ratio: Some(ratio),
+        ..TraceConfig::new(address.trim().parse().unwrap())
+    });
     let gateway = Gateway::start(GatewayConfig {
+        traces,
         listen: "127.0.0.1:0".parse().unwrap(),
         admin_listen: "127.0.0.1:0".parse().unwrap(),
         workers: vec![address.trim().parse().unwrap()],

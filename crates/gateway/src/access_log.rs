@@ -21,6 +21,7 @@ use serde::Serialize;
 use crate::completion::Completion;
 use crate::connection_state::Peer;
 use crate::metrics::{Metrics, Outcome};
+use crate::placement::hints::RequestHints;
 
 /// Maximum number of lines that wait to be written.
 const MAX_PENDING_LINES: usize = 8192;
@@ -115,6 +116,9 @@ struct Line {
     request_id: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     trace_id: Option<String>,
+    /// Id of the gateway's span of the request; only of sampled requests.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    span_id: Option<String>,
     method: String,
     path: String,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -132,6 +136,9 @@ struct Line {
     /// Model behind the alias that the client named.
     #[serde(skip_serializing_if = "Option::is_none")]
     served_model: Option<String>,
+    /// Whether the client asked for a streamed response.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stream: Option<bool>,
     status: u16,
     outcome: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -142,8 +149,13 @@ struct Line {
     attempts: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     bytes_in: Option<usize>,
+    /// Bytes of the response's body, as far as the client got it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bytes_out: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     priority: Option<i32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    deadline_seconds: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_tokens: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -153,7 +165,20 @@ struct Line {
     #[serde(skip_serializing_if = "Option::is_none")]
     output_tokens: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    queue_seconds: Option<f64>,
+    /// Time of the decision.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    route_seconds: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    predicted_ttft_seconds: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     ttft_seconds: Option<f64>,
+    /// Mean time between output tokens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    itl_mean_seconds: Option<f64>,
+    /// Longest time between two arrivals of output tokens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    itl_max_seconds: Option<f64>,
     duration_seconds: f64,
 }
 
@@ -177,6 +202,11 @@ pub(crate) struct PlacedFields<'a> {
     pub(crate) status: u16,
     pub(crate) attempts: u32,
     pub(crate) predicted_cached_tokens: u32,
+    pub(crate) predicted_ttft: Duration,
+    /// Time in the router's queue.
+    pub(crate) queued_for: Duration,
+    /// Time of the decision.
+    pub(crate) decided_in: Duration,
 }
 
 impl AccessEntry {
@@ -186,9 +216,21 @@ impl AccessEntry {
         self.line.tenant = Some(tenant.to_owned());
     }
 
-    /// Adds the size of the body, and the priority.
-    pub(crate) fn set_body(&mut self, bytes: usize, priority: i32) {
+    /// Adds the ids of the request's trace and of its span in it.
+    pub(crate) fn set_trace(&mut self, trace_id: String, span_id: String) {
+        self.line.trace_id = Some(trace_id);
+        self.line.span_id = Some(span_id);
+    }
+
+    /// Adds the size of the body, whether it asks for a stream, and the hints of the client.
+    pub(crate) fn set_body(&mut self, bytes: usize, streams: bool, hints: &RequestHints) {
+        let priority = hints.priority;
         self.line.bytes_in = Some(bytes);
+        self.line.stream = Some(streams);
+        self.line.deadline_seconds = hints
+            .deadlines
+            .first_byte
+            .map(|deadline| deadline.as_secs_f64());
         self.line.priority = (priority != 0).then_some(priority);
     }
 
@@ -200,6 +242,9 @@ impl AccessEntry {
         self.line.status = fields.status;
         self.line.attempts = Some(fields.attempts);
         self.line.predicted_cached_tokens = Some(fields.predicted_cached_tokens);
+        self.line.predicted_ttft_seconds = Some(fields.predicted_ttft.as_secs_f64());
+        self.line.queue_seconds = Some(fields.queued_for.as_secs_f64());
+        self.line.route_seconds = Some(fields.decided_in.as_secs_f64());
     }
 
     /// Writes the line of a request whose response has ended. `prompt_tokens` are those that the
@@ -216,6 +261,14 @@ impl AccessEntry {
         self.line.cached_tokens = usage.cached_tokens;
         self.line.output_tokens = Some(output_tokens);
         self.line.ttft_seconds = ttft.map(|ttft| ttft.as_secs_f64());
+        self.line.bytes_out = Some(completion.bytes);
+        if let (Some(first), Some(last)) = (completion.first_token, completion.last_token)
+            && output_tokens > 1
+        {
+            let decoding = last.saturating_sub(first).as_secs_f64();
+            self.line.itl_mean_seconds = Some(decoding / f64::from(output_tokens - 1));
+            self.line.itl_max_seconds = Some(completion.longest_gap.as_secs_f64());
+        }
         self.write(completion.outcome);
     }
 

@@ -37,7 +37,10 @@ use serde_json::json;
 
 use crate::kv_events::source::KvEvents;
 use crate::log_limit::warn_limited;
-use crate::metrics::{OPEN_METRICS, PROMETHEUS_TEXT, gauge_value, prometheus_text};
+use crate::metrics::{
+    CompatNames, MetricsCompat, OPEN_METRICS, PROMETHEUS_TEXT, PresentState, gauge_value,
+    prometheus_text,
+};
 use crate::reload::ReloadError;
 use crate::reply::{self, Body};
 use crate::shutdown::shutting_down;
@@ -215,7 +218,8 @@ impl AdminApi {
     /// Returns the metrics in OpenMetrics text format if the client accepts it, and otherwise in
     /// the older text format of Prometheus.
     fn expose_metrics(&self, headers: &HeaderMap) -> Result<Response<Body>, ApiError> {
-        let workers = self.parts.router.workers(self.parts.clock.now());
+        let now = self.parts.clock.now();
+        let workers = self.parts.router.workers(now);
         let body_bytes = self.parts.bodies.bytes_in_flight() as u64;
         self.parts
             .metrics
@@ -226,12 +230,19 @@ impl AdminApi {
             .metrics
             .reservations
             .set(gauge_value(reservations));
-        let text = self.parts.metrics.expose(
-            &workers,
-            self.parts.router.output_length_accuracy(),
-            self.parts.router.booking_count(),
-            self.parts.router.prefix_tree_nodes(),
-        );
+        let state = PresentState {
+            workers: &workers,
+            output_lengths: self.parts.router.output_length_accuracy(),
+            bookings: self.parts.router.booking_count(),
+            prefix_tree_nodes: self.parts.router.prefix_tree_nodes(),
+            need: &self.parts.placement.demand().need(&workers, now),
+        };
+        let model = self.parts.workers.registry().catalog().only_model();
+        let compat = self.parts.metrics_compat.map(|MetricsCompat::LlmD| {
+            let model = model.as_deref();
+            CompatNames { model }
+        });
+        let text = self.parts.metrics.expose(&state, compat);
         let text = text.map_err(|error| ApiError::unavailable(error.to_string()))?;
         let accepts_open_metrics = headers
             .get_all(ACCEPT)

@@ -18,6 +18,7 @@ use crate::clock::Clock;
 use crate::config::GatewayConfig;
 use crate::discovery;
 use crate::failover::{FailoverContext, new_retry_budget};
+use crate::fleet_demand::FleetDemand;
 use crate::keys::KeyRing;
 use crate::listen::default_max_connections;
 use crate::metrics::Metrics;
@@ -33,11 +34,23 @@ use crate::request_ids::RequestIds;
 use crate::shutdown::ShutdownSignal;
 use crate::state_file::StateFile;
 use crate::tls::TlsTermination;
+use crate::traces::Traces;
 use crate::tracked_body::ResponseLimits;
 use crate::workers::model_names::ModelNames;
 use crate::workers::reconcile::Reconciler;
 use crate::workers::removals::Removals;
 use crate::workers::{Workers, WorkersConfig};
+
+/// Writers of what happens to each request.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Writers {
+    /// Writer of the recording.
+    pub(crate) recorder: Option<Arc<Recorder>>,
+    /// Writer of the access log.
+    pub(crate) access_log: Option<Arc<AccessLog>>,
+    /// Source of spans.
+    pub(crate) traces: Option<Arc<Traces>>,
+}
 
 /// Parts of a gateway that stay the same while it runs.
 #[derive(Clone, Debug)]
@@ -54,6 +67,8 @@ pub(crate) struct GatewayParts {
     removals: Arc<Removals>,
     /// Writer of the access log.
     access_log: Option<Arc<AccessLog>>,
+    /// Source of spans, if there is a collector.
+    traces: Option<Arc<Traces>>,
     /// TLS of the listeners.
     pub(crate) tls: Arc<TlsTermination>,
     /// Keys of clients.
@@ -75,8 +90,7 @@ impl GatewayParts {
         router: Router,
         metrics: Arc<Metrics>,
         tokenizer: Option<PromptTokenizer>,
-        recorder: Option<Arc<Recorder>>,
-        access_log: Option<Arc<AccessLog>>,
+        writers: Writers,
         tls: Arc<TlsTermination>,
     ) -> Self {
         let clock = Clock::start();
@@ -92,7 +106,7 @@ impl GatewayParts {
         let names = ModelNames::new(Arc::clone(workers.registry()), &config.model_aliases);
         let names = Arc::new(names);
         let placement = Placement::new(
-            placement_config(config, tokenizer, recorder),
+            placement_config(config, tokenizer, writers.recorder),
             router.clone(),
             Arc::clone(workers.registry()),
             Arc::clone(&names),
@@ -101,7 +115,8 @@ impl GatewayParts {
             clock,
         );
         Self {
-            access_log,
+            access_log: writers.access_log,
+            traces: writers.traces,
             tls,
             keys: Arc::new(KeyRing::new(
                 config.keys.as_deref(),
@@ -162,6 +177,8 @@ impl GatewayParts {
             },
             keys: Arc::clone(&self.keys),
             access_log: self.access_log.clone(),
+            traces: self.traces.clone(),
+            policy: config.router.policy.to_string().into(),
             bodies: Arc::clone(&self.bodies),
             request_ids: Arc::clone(&self.request_ids),
             limits: Arc::new(ResponseLimits {
@@ -229,6 +246,7 @@ impl GatewayParts {
             reloader,
             placement: Arc::clone(&self.placement),
             metrics: Arc::clone(&self.metrics),
+            metrics_compat: config.metrics_compat,
             clock: self.clock,
             keys: Arc::clone(&self.keys),
             bodies: Arc::clone(&self.bodies),
@@ -290,5 +308,9 @@ fn placement_config(
         dry_run: config.dry_run,
         tokenizer,
         recorder,
+        demand: Arc::new(FleetDemand::new(
+            config.autoscaling,
+            config.router.block_size,
+        )),
     }
 }

@@ -19,4 +19,10 @@ pub(crate) struct Completion {
     pub(crate) output_tokens_by_choice: Vec<u32>,
     /// When the first output token arrived, by the gateway's clock; `None` if that was not observed.
     pub(crate) first_token: Option<Duration>,
+    /// When the latest output tokens arrived; `None` if that was not observed.
+    pub(crate) last_token: Option<Duration>,
+    /// Longest time between two arrivals of output tokens.
+    pub(crate) longest_gap: Duration,
+    /// Bytes of the response's body.
+    pub(crate) bytes: u64,
 }

@@ -13,13 +13,16 @@ use crate::admin::settings::{AdminConfig, AdminListen};
 use crate::client_headers::ClientTrust;
 use crate::connection_state::ConnectionConfig;
 use crate::discovery::config::DiscoveryConfig;
+use crate::fleet_demand::AutoscalingConfig;
 use crate::keys::key_config::KeyConfig;
+use crate::metrics::MetricsCompat;
 use crate::model_alias::ModelAlias;
 use crate::pass_through::PassThroughPath;
 use crate::placement::tokenization::PromptTokenizer;
 use crate::request_body::RequestBodyConfig;
 use crate::shutdown::ShutdownConfig;
 use crate::tls::{LoadedTls, TlsConfig, TlsError};
+use crate::traces::config::TraceConfig;
 use crate::workers::api_key::{ApiKeyError, WorkerKeyConfig};
 use crate::workers::health_config::HealthConfig;
 use crate::workers::resolve::DnsConfig;
@@ -82,6 +85,12 @@ pub struct GatewayConfig {
     pub record: Option<PathBuf>,
     /// File to which one line of JSON is appended for each request; `-` for the standard output.
     pub access_log: Option<PathBuf>,
+    /// Names of another program that the page of metrics has as well.
+    pub metrics_compat: Option<MetricsCompat>,
+    /// What the forecast size of the fleet has to achieve.
+    pub autoscaling: AutoscalingConfig,
+    /// Where spans of sampled requests are sent to; `None` for no spans.
+    pub traces: Option<TraceConfig>,
     /// File that keeps what the gateway has learned over a restart.
     pub state: Option<PathBuf>,
     /// Maximum time in which a worker accepts a connection.
@@ -200,6 +209,9 @@ impl Default for GatewayConfig {
             engine_metrics_interval: None,
             record: None,
             access_log: None,
+            metrics_compat: None,
+            autoscaling: AutoscalingConfig::default(),
+            traces: None,
             state: None,
             connect_timeout: Duration::from_secs(2),
             first_byte_timeout: Duration::from_secs(600),

@@ -17,9 +17,10 @@ use foresee_core::router::Router;
 use foresee_core::workers::WorkerId;
 use foresee_engine::error::ApiError;
 use http::header::{CONTENT_TYPE, RETRY_AFTER};
-use http::{HeaderMap, Response, StatusCode, response};
+use http::{HeaderMap, HeaderValue, Response, StatusCode, response};
 use http_body_util::BodyExt;
 use hyper::body::{Body as _, Frame};
+use opentelemetry::KeyValue;
 use parking_lot::Mutex;
 
 use crate::clock::Clock;
@@ -28,6 +29,7 @@ use crate::metrics::Metrics;
 use crate::placement::Placement;
 use crate::placement::dispatch::announce;
 use crate::placement::hints::Deadlines;
+use crate::traces::request_trace::RequestTrace;
 use crate::tracked_body::TrackedBody;
 use crate::upstream::{
     ConnectionChoice, UpstreamBody, UpstreamClient, UpstreamError, UpstreamRequest,
@@ -110,6 +112,10 @@ pub(crate) struct Failover<'a> {
     deadline: Duration,
     /// Time until which the request may wait in the queue.
     queue_deadline: Duration,
+    /// Time that the request was queued in the router so far.
+    queued_for: Duration,
+    /// Spans of the request, if it is sampled.
+    trace: Option<&'a mut RequestTrace>,
 }
 
 /// Why no further attempt is made.
@@ -128,12 +134,18 @@ impl Failover<'_> {
     pub(crate) fn attempts(&self) -> u32 {
         self.attempts
     }
+
+    /// Returns the time that the request was queued in the router so far.
+    pub(crate) fn queued_for(&self) -> Duration {
+        self.queued_for
+    }
 }
 
 impl<'a> Failover<'a> {
     /// Prepares to send a request that arrived at `arrived_at`, but not to the workers in
     /// `excluded`. Adds the request to the retry budget. The first byte of the response must arrive
     /// within `first_byte_timeout` and the client's deadline, all attempts and the queue included.
+    /// `trace` gets the spans of the queue and of the attempts.
     pub(crate) fn new(
         shared: &'a FailoverContext,
         client: &'a UpstreamClient,
@@ -141,6 +153,7 @@ impl<'a> Failover<'a> {
         excluded: &[WorkerId],
         arrived_at: Duration,
         deadlines: Deadlines,
+        trace: Option<&'a mut RequestTrace>,
     ) -> Self {
         let longest = shared.first_byte_timeout;
         let max_wait = deadlines
@@ -159,6 +172,8 @@ impl<'a> Failover<'a> {
             max_wait,
             deadline: arrived_at + max_wait,
             queue_deadline: arrived_at + max_queue_wait,
+            queued_for: Duration::ZERO,
+            trace,
         }
     }
 
@@ -172,11 +187,7 @@ impl<'a> Failover<'a> {
     /// request. `batch` keeps its bookings until it is dropped.
     pub(crate) async fn send(&mut self, batch: &mut Batch) -> Result<UpstreamResponse, ApiError> {
         loop {
-            let max_wait = self.queue_deadline.saturating_sub(self.shared.clock.now());
-            self.shared
-                .placement
-                .wait_in_queue(batch, &self.excluded, max_wait)
-                .await?;
+            self.wait_in_queue(batch).await?;
             let Some(worker) = self.shared.registry.get(batch.worker()) else {
                 // The worker was removed after it was chosen.
                 self.choose_another(batch)?;
@@ -184,7 +195,10 @@ impl<'a> Failover<'a> {
             };
             let limit = self.attempt_limit(batch)?;
             self.attempts += 1;
-            let attempt = tokio::time::timeout(limit, self.attempt(&worker, batch)).await;
+            let trace = self.trace.as_deref_mut();
+            let header = trace.and_then(|trace| trace.begin_call(&worker, self.attempts));
+            let attempt = self.attempt(&worker, batch, header);
+            let attempt = tokio::time::timeout(limit, attempt).await;
             let error = match attempt.unwrap_or(Err(UpstreamError::TimedOut(limit))) {
                 Ok(response) => match result_of_head(&response.response) {
                     ExchangeResult::Success => return Ok(response),
@@ -192,7 +206,10 @@ impl<'a> Failover<'a> {
                         batch.report(result, self.shared.clock.now());
                         self.note_ejection(&worker);
                         match self.retry(batch) {
-                            Ok(()) => continue,
+                            Ok(()) => {
+                                self.fail_call(response.response.status().as_str());
+                                continue;
+                            }
                             // No other worker can take over: the client gets this response.
                             Err(_) => return Ok(response),
                         }
@@ -200,7 +217,34 @@ impl<'a> Failover<'a> {
                 },
                 Err(error) => error,
             };
+            self.fail_call(error.kind());
             self.recover(&error, &worker, batch).await?;
+        }
+    }
+
+    /// Waits in the router's queue until the deadline for that, and notes how long.
+    async fn wait_in_queue(&mut self, batch: &mut Batch) -> Result<(), ApiError> {
+        let placement = &self.shared.placement;
+        let started = self.shared.clock.now();
+        let max_wait = self.queue_deadline.saturating_sub(started);
+        let exemplar = self.trace.as_deref().map(RequestTrace::exemplar);
+        let waited = placement
+            .wait_in_queue(batch, &self.excluded, max_wait, exemplar)
+            .await;
+        if let Some(trace) = self.trace.as_deref_mut().filter(|_| placement.has_queue()) {
+            let lasted = self.shared.clock.now().saturating_sub(started);
+            let error = waited.as_ref().err().and_then(|error| error.code);
+            let error = error.map(|code| KeyValue::new("error.type", code));
+            trace.add_step("foresee.queue", lasted, error.into_iter().collect());
+        }
+        self.queued_for += waited?;
+        Ok(())
+    }
+
+    /// Ends the span of an attempt that failed, if the request is sampled.
+    fn fail_call(&mut self, error_type: &str) {
+        if let Some(trace) = self.trace.as_deref_mut() {
+            trace.fail_call(error_type);
         }
     }
 
@@ -222,18 +266,23 @@ impl<'a> Failover<'a> {
     /// Sends the request to `worker` once. Waits for the head of the response and, if the response
     /// is a success, for the first frame of its body: engines send the head before they do anything
     /// that can fail. Announces the request to the worker's event status first. After a lost
-    /// connection, a new connection is used. The caller sets the time limit.
+    /// connection, a new connection is used. `traceparent` names the span of the attempt, if the
+    /// request is sampled. The caller sets the time limit.
     async fn attempt(
         &self,
         worker: &Arc<Worker>,
         batch: &mut Batch,
+        traceparent: Option<HeaderValue>,
     ) -> Result<UpstreamResponse, UpstreamError> {
         let predicted_tokens = announce(worker, batch, self.request.full_report_mode);
         let connection = match self.connection_losses {
             0 => ConnectionChoice::IdleOrNew,
             _ => ConnectionChoice::New,
         };
-        let response = self.client.send(worker, self.request, connection).await?;
+        let sent = self
+            .client
+            .send(worker, self.request, connection, traceparent);
+        let response = sent.await?;
         let (head, mut body) = response.into_parts();
         let is_stream = TrackedBody::is_stream(&head);
         let has_stream = is_stream && !body.is_end_stream();
@@ -473,7 +522,6 @@ async fn read_first_frame(
 
 #[cfg(test)]
 mod tests {
-    use http::HeaderValue;
     use proptest::prelude::*;
 
     use super::*;

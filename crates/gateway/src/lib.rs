@@ -27,8 +27,9 @@
 //! `assembly` builds the parts and gives each front end the parts that it uses, `server` starts and
 //! stops everything, and `shutdown` has the phases in which it stops.
 //! `reload` applies another configuration, and `state_file` keeps what was learned over a restart.
-//! `metrics` reports the state, `recorder` writes a trace of the requests, and `access_log` a line
-//! for each.
+//! `metrics` reports the state, `recorder` writes a trace of the requests, `access_log` a line for
+//! each, and `traces` sends spans of the sampled ones to a collector. `fleet_demand` forecasts how
+//! many workers the load needs.
 
 mod accept;
 mod access_log;
@@ -46,6 +47,7 @@ mod content_watch;
 mod discovery;
 mod engine_metrics;
 mod failover;
+mod fleet_demand;
 mod http2_connection;
 mod keys;
 mod kv_events;
@@ -70,6 +72,7 @@ mod state_file;
 mod subscribe;
 mod tcp_timeouts;
 mod tls;
+mod traces;
 mod tracked_body;
 mod upstream;
 mod worker_info;
@@ -84,13 +87,17 @@ pub use discovery::UnsupportedSource;
 pub use discovery::config::{
     DiscoveryConfig, DnsName, KubernetesConfig, PoolName, is_kubernetes_name,
 };
+pub use fleet_demand::AutoscalingConfig;
 pub use foresee_api::admin::Reload;
 pub use http::{HeaderName, Uri};
 pub use ipnet::IpNet;
 pub use keys::key_config::{KeyConfig, KeyHash, KeyLimits, Scope, new_key};
 pub use kv_events::source::{EventSource, KvEvents};
 pub use listen::{InheritedListeners, raise_open_file_limit};
-pub use metrics::{LabelInfo, MetricInfo, metric_reference, metrics_page};
+pub use metrics::{
+    CompatName, LabelInfo, MetricInfo, MetricsCompat, compat_reference, metric_reference,
+    metrics_page,
+};
 pub use model_alias::{InvalidAlias, ModelAlias};
 pub use pass_through::{InvalidPath, PassThroughPath};
 pub use reload::{ConfigSource, ReloadError};
@@ -98,6 +105,7 @@ pub use request_body::RequestBodyConfig;
 pub use server::{Gateway, StartError, WorkerCheck};
 pub use shutdown::ShutdownConfig;
 pub use tls::{ClientAuth, TlsConfig, TlsError};
+pub use traces::config::{CollectorUrl, InvalidCollector, TraceConfig, TraceError};
 
 pub use workers::api_key::{ApiKeyError, ApiKeySource, WorkerKeyConfig};
 pub use workers::health_config::{HealthConfig, HealthMethod, HealthPath};

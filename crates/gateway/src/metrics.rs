@@ -4,29 +4,36 @@
 //! and the reference page `docs/metrics.md`, so none of them can lack a metric.
 
 mod declaration;
+mod exposition;
+mod labels;
+mod llm_d;
+mod observations;
 mod page;
 mod prometheus_text;
 
-use std::cmp::Ordering;
-use std::fmt;
-
-use foresee_core::OutputLengthAccuracy;
-use foresee_core::workers::{WorkerSnapshot, WorkerState};
 use parking_lot::Mutex;
-use prometheus_client::encoding::text;
 use prometheus_client::metrics::TypedMetric;
 use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::{Atomic, Gauge};
+use prometheus_client::metrics::exemplar::HistogramWithExemplars;
+use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
+pub(crate) use declaration::Exemplar;
 use declaration::{
-    CounterByAlias, CounterByLabel, CounterBySource, CounterByWorker, FloatGauge,
-    FloatGaugeBySource, FloatGaugeByWorker, GaugeBySource, GaugeByWorker, Series, WorkerLabel,
+    BuildInfo, CounterByAlias, CounterByLabel, CounterBySource, CounterByWorker, FloatGauge,
+    FloatGaugeBySource, FloatGaugeByWorker, GaugeBySource, GaugeByWorker, Series, TracedHistogram,
     declare_metrics, register, type_name,
 };
 pub use declaration::{LabelInfo, MetricInfo};
+pub(crate) use exposition::{CompatNames, PresentState, gauge_value};
+use labels::{
+    ALIAS_AND_MODEL, BUILD, DRY_RUN_KIND, DRY_RUN_RESULT, KEY_REFUSAL, NO_LABEL, OUTCOME,
+    OVERLAP_KIND, PARITY_RESULT, PREDICTION_RESULT, RECORDING_RESULT, SOURCE, SPAN_RESULT,
+    TOKENIZATION_RESULT, WORKER,
+};
+pub use llm_d::{CompatName, MetricsCompat, compat_reference};
+pub(crate) use observations::ResponseTokens;
 pub use page::metrics_page;
 pub(crate) use prometheus_text::{OPEN_METRICS, PROMETHEUS_TEXT, prometheus_text};
 
@@ -66,88 +73,9 @@ impl Outcome {
 
 const PREFIX: &str = "foresee";
 
-const NO_LABEL: &[LabelInfo] = &[];
-const WORKER: &[LabelInfo] = &[LabelInfo {
-    name: "worker",
-    values: &[],
-}];
-const SOURCE: &[LabelInfo] = &[LabelInfo {
-    name: "source",
-    values: &[],
-}];
-const OUTCOME: &[LabelInfo] = &[LabelInfo {
-    name: "outcome",
-    values: &[
-        Outcome::Ok.as_str(),
-        Outcome::Refused.as_str(),
-        Outcome::WorkerError.as_str(),
-        Outcome::WorkerFailed.as_str(),
-        Outcome::Unavailable.as_str(),
-        Outcome::ClientLeft.as_str(),
-        Outcome::ShutDown.as_str(),
-    ],
-}];
-const OVERLAP_KIND: &[LabelInfo] = &[LabelInfo {
-    name: "kind",
-    values: &["predicted", "best", "actual"],
-}];
-const PREDICTION_RESULT: &[LabelInfo] = &[LabelInfo {
-    name: "result",
-    values: &["exact", "over", "under"],
-}];
-const TOKENIZATION_RESULT: &[LabelInfo] = &[LabelInfo {
-    name: "result",
-    values: &[
-        "tokens",
-        "suspended",
-        "no_template",
-        "media",
-        "not_rendered",
-        "not_text",
-        "not_encoded",
-    ],
-}];
-const PARITY_RESULT: &[LabelInfo] = &[LabelInfo {
-    name: "result",
-    values: &["equal", "different"],
-}];
-const ALIAS_AND_MODEL: &[LabelInfo] = &[
-    LabelInfo {
-        name: "alias",
-        values: &[],
-    },
-    LabelInfo {
-        name: "model",
-        values: &[],
-    },
-];
-const DRY_RUN_RESULT: &[LabelInfo] = &[LabelInfo {
-    name: "result",
-    values: &["same", "different"],
-}];
-const DRY_RUN_KIND: &[LabelInfo] = &[LabelInfo {
-    name: "kind",
-    values: &["chosen", "least_delay"],
-}];
-const KEY_REFUSAL: &[LabelInfo] = &[LabelInfo {
-    name: "reason",
-    values: &[
-        "missing",
-        "unknown",
-        "expired",
-        "scope",
-        "model",
-        "requests",
-        "tokens",
-        "concurrency",
-    ],
-}];
-const RECORDING_RESULT: &[LabelInfo] = &[LabelInfo {
-    name: "result",
-    values: &["written", "dropped"],
-}];
-
 declare_metrics! {
+    build_info: BuildInfo, "1", BUILD,
+        "1, with the version of the router and the platform that it was built for";
     requests: CounterByLabel, "requests", OUTCOME,
         "Requests that ended, by outcome";
     pub(crate) deadlines_unreachable: Counter, "requests", NO_LABEL,
@@ -162,16 +90,24 @@ declare_metrics! {
         "Requests that were not sent again because the retry budget was used up";
     pub(crate) decision_duration_seconds: Histogram = histogram(1e-6, 17), "seconds", NO_LABEL,
         "Time of one routing decision";
-    pub(crate) queue_duration_seconds: Histogram = histogram(1e-3, 20), "seconds", NO_LABEL,
+    queue_duration_seconds: TracedHistogram = traced_histogram(1e-3, 20), "seconds", NO_LABEL,
         "Time requests spent queued in the router";
     pub(crate) queue_displaced: Counter, "requests", NO_LABEL,
         "Queued requests that lost their place in a full queue to one of a higher priority or of a tenant with less service";
-    pub(crate) time_to_first_token_seconds: Histogram = histogram(1e-3, 20), "seconds", NO_LABEL,
+    time_to_first_token_seconds: TracedHistogram = traced_histogram(1e-3, 20), "seconds", NO_LABEL,
         "Time from the arrival of a request to its first output token";
+    request_duration_seconds: TracedHistogram = traced_histogram(1e-3, 22), "seconds", NO_LABEL,
+        "Time from the arrival of a request to the end of its response, of requests that were sent to a worker";
     pub(crate) inter_token_latency_seconds: Histogram = histogram(1e-4, 20), "seconds", NO_LABEL,
         "Time between two output tokens of one request";
     pub(crate) prompt_tokens: Counter, "tokens", NO_LABEL,
         "Prompt tokens routed, counted or estimated by the router";
+    request_prompt_tokens: Histogram = token_histogram(), "tokens", NO_LABEL,
+        "Prompt tokens of one request, reported by the engine or else counted by the router";
+    request_cached_tokens: Histogram = token_histogram(), "tokens", NO_LABEL,
+        "Prompt tokens of one request that the engine reports as cached";
+    request_output_tokens: Histogram = token_histogram(), "tokens", NO_LABEL,
+        "Output tokens of one request, reported by the engine or else observed";
     pub(crate) output_tokens: Counter, "tokens", NO_LABEL,
         "Output tokens observed in responses";
     pub(crate) client_connections: Gauge, "connections", NO_LABEL,
@@ -184,6 +120,12 @@ declare_metrics! {
         "Reservations of the selection API, bounded by --max-reservations";
     pub(crate) reservations_expired: Counter, "reservations", NO_LABEL,
         "Reservations released because their clients did not renew them in time";
+    forecast_requests_per_second: FloatGauge, "requests per second", NO_LABEL,
+        "Requests that are forecast to arrive, --scale-horizon from now";
+    workers_needed: FloatGauge, "workers", NO_LABEL,
+        "Workers that this load needs within --slo-ttft and --slo-itl, not rounded";
+    worker_sustainable_requests_per_second: FloatGaugeByWorker, "requests per second", WORKER,
+        "Requests of the present lengths that the worker sustains within --slo-ttft and --slo-itl; absent before the first response";
     bookings: Gauge, "bookings", NO_LABEL,
         "Bookings: prompts and outputs of the requests that are queued or running";
     prefix_tree_nodes: Gauge, "nodes", NO_LABEL,
@@ -196,6 +138,8 @@ declare_metrics! {
         "Lists of a source of discovery that could not be read or used, or not as a whole";
     pub(crate) discovery_last_success_timestamp_seconds: FloatGaugeBySource, "seconds", SOURCE,
         "Unix time at which the list of a source of discovery was used last; 0 before that";
+    trace_spans: CounterByLabel, "spans", SPAN_RESULT,
+        "Spans of traces that the collector accepted, that found the queue full, or that could not be sent";
     pub(crate) tls_certificate_expiry_timestamp_seconds: FloatGauge, "seconds", NO_LABEL,
         "Unix time at which the certificate of the listeners expires; 0 without TLS";
     pub(crate) tls_handshake_failures: Counter, "handshakes", NO_LABEL,
@@ -304,232 +248,12 @@ fn histogram(first: f64, bucket_count: u16) -> Histogram {
     Histogram::new(exponential_buckets(first, 2.0, bucket_count))
 }
 
-impl Metrics {
-    /// Counts a request that ended.
-    pub(crate) fn record_outcome(&self, outcome: Outcome) {
-        self.requests
-            .get_or_create(&[("outcome", outcome.as_str())])
-            .inc();
-    }
-
-    /// Counts a request that was refused because of its key.
-    pub(crate) fn record_key_refusal(&self, reason: &'static str) {
-        self.key_refusals.get_or_create(&[("reason", reason)]).inc();
-    }
-
-    /// Counts a request for `alias` that is sent to `model`. Both are names of the configuration.
-    pub(crate) fn record_alias(&self, alias: &str, model: &str) {
-        let labels = [("alias", alias.to_owned()), ("model", model.to_owned())];
-        self.model_alias_requests.get_or_create(&labels).inc();
-    }
-
-    /// Sets whether KV events are a worker's cache source.
-    pub(crate) fn set_events_live(&self, worker: &str, live: bool) {
-        self.worker_events_live
-            .get_or_create(&[("worker", worker.to_owned())])
-            .set(live.into());
-    }
-
-    /// Removes the series of [`set_events_live`](Self::set_events_live): the worker has no event
-    /// source or was removed.
-    pub(crate) fn remove_events_live(&self, worker: &str) {
-        self.worker_events_live
-            .remove(&[("worker", worker.to_owned())]);
-    }
-
-    /// Sets the number of active blocks that a worker's engine reports, in its own block size. `None`
-    /// removes the series: the engine does not report it.
-    pub(crate) fn set_engine_active_blocks(&self, worker: &str, blocks: Option<u64>) {
-        let label = [("worker", worker.to_owned())];
-        match blocks {
-            Some(blocks) => {
-                let gauge = self.worker_engine_active_blocks.get_or_create(&label);
-                gauge.set(gauge_value(blocks));
-            }
-            None => {
-                self.worker_engine_active_blocks.remove(&label);
-            }
-        }
-    }
-
-    /// Counts a decision of a dry run: whether the worker of the least predicted delay was chosen, by
-    /// how many seconds the chosen one's is longer, and the overlap of both in blocks.
-    pub(crate) fn record_dry_run(&self, is_same: bool, longer_by: f64, overlaps: [u32; 2]) {
-        let result = if is_same { "same" } else { "different" };
-        self.dry_run_decisions
-            .get_or_create(&[("result", result)])
-            .inc();
-        self.dry_run_delay_seconds.observe(longer_by);
-        for (kind, blocks) in ["chosen", "least_delay"].into_iter().zip(overlaps) {
-            self.dry_run_overlap_blocks
-                .get_or_create(&[("kind", kind)])
-                .inc_by(u64::from(blocks));
-        }
-    }
-
-    /// Counts a text prompt. `result` is `tokens` if it was matched as tokens, and otherwise the
-    /// reason why it was matched as text.
-    pub(crate) fn record_tokenization(&self, result: &'static str) {
-        self.tokenized_prompts
-            .get_or_create(&[("result", result)])
-            .inc();
-    }
-
-    /// Counts a response whose reported prompt tokens were compared with the tokenizer's.
-    pub(crate) fn record_token_parity(&self, equal: bool) {
-        let result = if equal { "equal" } else { "different" };
-        self.token_parity.get_or_create(&[("result", result)]).inc();
-    }
-
-    /// Returns the counter of recorded requests with this `result`: `written` or `dropped`.
-    pub(crate) fn recorded_counter(&self, result: &'static str) -> Counter {
-        self.recorded_requests
-            .get_or_create(&[("result", result)])
-            .clone()
-    }
-
-    /// Adds prompt blocks of one request to the overlap of a `kind`: `predicted`, `best` or `actual`.
-    pub(crate) fn add_overlap_blocks(&self, kind: &'static str, blocks: u32) {
-        self.overlap_blocks
-            .get_or_create(&[("kind", kind)])
-            .inc_by(u64::from(blocks));
-    }
-
-    /// Counts a request by how its predicted overlap compares with the reported one, both in blocks.
-    pub(crate) fn record_overlap_prediction(&self, predicted: u32, actual: u32) {
-        let result = match predicted.cmp(&actual) {
-            Ordering::Equal => "exact",
-            Ordering::Greater => "over",
-            Ordering::Less => "under",
-        };
-        self.overlap_predictions
-            .get_or_create(&[("result", result)])
-            .inc();
-    }
-
-    /// Returns the exposition in OpenMetrics text format. The arguments are the router's present
-    /// state, to which the gauges are set first. Series of workers that are not in `workers` are
-    /// removed from these gauges.
-    pub(crate) fn expose(
-        &self,
-        workers: &[WorkerSnapshot],
-        output_lengths: OutputLengthAccuracy,
-        bookings: usize,
-        prefix_tree_nodes: usize,
-    ) -> Result<String, fmt::Error> {
-        let _exposition = self.exposition.lock();
-        self.bookings.set(gauge_value(bookings as u64));
-        self.prefix_tree_nodes
-            .set(gauge_value(prefix_tree_nodes as u64));
-        self.output_expected_tokens
-            .set(output_lengths.expected_tokens);
-        self.output_length_bias_ratio.set(output_lengths.bias);
-        self.output_length_error_ratio
-            .set(output_lengths.mean_abs_relative_error);
-        self.set_loads(workers);
-        self.set_forecasts(workers);
-        let mut exposition = String::new();
-        text::encode(&mut exposition, &self.registry)?;
-        Ok(exposition)
-    }
-
-    /// Sets the gauges of the state, requests and blocks of every worker.
-    fn set_loads(&self, workers: &[WorkerSnapshot]) {
-        let set = |gauge: &GaugeByWorker, value: fn(&WorkerSnapshot) -> u64| {
-            set_per_worker(gauge, workers, |worker| gauge_value(value(worker)));
-        };
-        set(&self.worker_up, |worker| {
-            u64::from(worker.state == WorkerState::Healthy)
-        });
-        set(&self.worker_ejected, |worker| {
-            worker.outlier.is_ejected.into()
-        });
-        set(&self.worker_requests, |worker| worker.requests.into());
-        set(&self.worker_queued_requests, |worker| {
-            worker.queued_requests.into()
-        });
-        set(&self.worker_active_blocks, |worker| worker.active_blocks);
-        set(&self.worker_queued_blocks, |worker| worker.queued_blocks);
-        set(&self.worker_cached_blocks, |worker| worker.cached_blocks);
-        set(&self.worker_capacity_blocks, |worker| {
-            worker.capacity_blocks.into()
-        });
-        set(&self.worker_prefill_tokens, |worker| worker.prefill_tokens);
-        set(&self.worker_context_tokens, |worker| worker.context_tokens);
-    }
-
-    /// Sets the gauges of every worker's latency model and of its accuracy.
-    fn set_forecasts(&self, workers: &[WorkerSnapshot]) {
-        let set = |gauge: &FloatGaugeByWorker, value: fn(&WorkerSnapshot) -> f64| {
-            set_per_worker(gauge, workers, value);
-        };
-        set(&self.worker_failure_charge_seconds, |worker| {
-            worker.outlier.charge_seconds
-        });
-        set(&self.worker_inter_token_latency_seconds, |worker| {
-            worker.inter_token_latency.as_secs_f64()
-        });
-        set(&self.worker_prefill_tokens_per_second, |worker| {
-            worker.latency.prefill_speed()
-        });
-        set(&self.worker_prefill_base_seconds, |worker| {
-            worker.latency.prefill_base
-        });
-        set(&self.worker_prefill_token_seconds, |worker| {
-            worker.latency.prefill_per_token
-        });
-        set(&self.worker_prefill_attention_pair_seconds, |worker| {
-            worker.latency.prefill_per_attention_pair
-        });
-        set(&self.worker_prefill_error_ratio, |worker| {
-            worker.latency.prefill_accuracy.mean_abs_relative_error
-        });
-        set(&self.worker_decode_step_base_seconds, |worker| {
-            worker.latency.decode_base
-        });
-        set(&self.worker_decode_step_request_seconds, |worker| {
-            worker.latency.decode_per_request
-        });
-        set(&self.worker_decode_step_context_token_seconds, |worker| {
-            worker.latency.decode_per_context_token
-        });
-        set(&self.worker_decode_step_error_ratio, |worker| {
-            worker.latency.decode_accuracy.mean_abs_relative_error
-        });
-        set(&self.worker_time_to_first_token_error_ratio, |worker| {
-            worker.ttft_accuracy.mean_abs_relative_error
-        });
-        let set = |gauge: &GaugeByWorker, samples: fn(&WorkerSnapshot) -> u64| {
-            set_per_worker(gauge, workers, |worker| gauge_value(samples(worker)));
-        };
-        set(&self.worker_prefill_samples, |worker| {
-            worker.latency.prefill_accuracy.samples
-        });
-        set(&self.worker_decode_step_samples, |worker| {
-            worker.latency.decode_accuracy.samples
-        });
-        set(&self.worker_time_to_first_token_samples, |worker| {
-            worker.ttft_accuracy.samples
-        });
-    }
+/// Creates a histogram like [`histogram`] whose buckets name traces.
+fn traced_histogram(first: f64, bucket_count: u16) -> TracedHistogram {
+    HistogramWithExemplars::new(exponential_buckets(first, 2.0, bucket_count))
 }
 
-/// Sets a gauge of every worker in `workers` to its `value` and removes all other series of the
-/// gauge.
-fn set_per_worker<N, A: Atomic<N> + Default>(
-    gauge: &Family<WorkerLabel, Gauge<N, A>>,
-    workers: &[WorkerSnapshot],
-    value: impl Fn(&WorkerSnapshot) -> N,
-) {
-    gauge.clear();
-    for worker in workers {
-        gauge
-            .get_or_create(&[("worker", worker.name.to_string())])
-            .set(value(worker));
-    }
-}
-
-/// Converts a count to a gauge's type; the largest value stands for all that are larger.
-pub(crate) fn gauge_value(count: u64) -> i64 {
-    i64::try_from(count).unwrap_or(i64::MAX)
+/// Creates a histogram of numbers of tokens: 16 buckets, the first up to 16 tokens.
+fn token_histogram() -> Histogram {
+    histogram(16.0, 16)
 }

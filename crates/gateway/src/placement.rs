@@ -9,7 +9,7 @@
 //! parsed.hints = hints;                                             // said beside the body
 //! placement.apply_affinity(&mut parsed, response_id);
 //! let mut placed = placement.place(endpoint, parsed, arrived_at)?;  // choose and book
-//! placement.wait_in_queue(&mut placed.batch, &excluded, max_wait).await?;
+//! placement.wait_in_queue(&mut placed.batch, &excluded, max_wait, None).await?;
 //! let predicted = announce(&worker, &mut placed.batch, full_report_mode);
 //! // … the front end sends the request to the worker, and its response begins …
 //! let context = placement.begin_response(placed, worker, predicted, request_id);
@@ -48,7 +48,8 @@ use foresee_engine::error::ApiError;
 use foresee_engine::request::Endpoint;
 
 use crate::clock::Clock;
-use crate::metrics::Metrics;
+use crate::fleet_demand::FleetDemand;
+use crate::metrics::{Exemplar, Metrics};
 use crate::parse_pool::ParsePool;
 use crate::recorder::Recorder;
 use crate::workers::model_names::ModelNames;
@@ -87,6 +88,8 @@ pub(crate) struct PlacementConfig {
     pub(crate) dry_run: bool,
     /// Writer of `--record`.
     pub(crate) recorder: Option<Arc<Recorder>>,
+    /// Load of the fleet, for autoscaling.
+    pub(crate) demand: Arc<FleetDemand>,
 }
 
 /// Places requests on the workers of one router.
@@ -156,6 +159,7 @@ impl Placement {
                 text_ratios,
                 tokenizer,
                 recorder: config.recorder,
+                demand: config.demand,
                 block_size: config.block_size,
                 prefix_caching: config.prefix_caching,
                 exposes_workers: config.exposes_workers,
@@ -223,6 +227,7 @@ impl Placement {
         parsed: ParsedRequest,
         arrived_at: Duration,
     ) -> Result<PlacedRequest, ApiError> {
+        self.observation.demand.observe_arrival(arrived_at);
         let dry_run = self.dry_run.as_ref().and_then(|dry_run| {
             // Without a candidate, the decision fails as well.
             let explanation = self.explain(&parsed).ok()?;
@@ -251,20 +256,26 @@ impl Placement {
             batch,
             key: None,
             access: None,
+            trace: None,
+            decided_in: duration,
+            queued_for: Duration::ZERO,
         })
     }
 
     /// Waits until the router dispatches the request to its worker. Returns immediately if the
     /// router has no queue. Meanwhile the router can move the booking to another worker that is not
     /// excluded. Fails with a 429 after `max_wait`, and with a 503 once no worker can take the
-    /// request.
+    /// request. Returns the time that it waited; `exemplar` names its trace, if it is sampled.
     pub(crate) async fn wait_in_queue(
         &self,
         batch: &mut Batch,
         excluded: &[WorkerId],
         max_wait: Duration,
-    ) -> Result<(), ApiError> {
-        self.queue.until_dispatched(batch, excluded, max_wait).await
+        exemplar: Option<Exemplar>,
+    ) -> Result<Duration, ApiError> {
+        self.queue
+            .until_dispatched(batch, excluded, max_wait, exemplar)
+            .await
     }
 
     /// Returns what the observation of the response of `worker` needs: see
@@ -279,9 +290,19 @@ impl Placement {
         placed.into_context(&self.observation, worker, predicted_tokens, request_id)
     }
 
+    /// Returns the load of the fleet.
+    pub(crate) fn demand(&self) -> &FleetDemand {
+        &self.observation.demand
+    }
+
     /// Returns the learned bytes per token of each model.
     pub(crate) fn text_ratios(&self) -> &TextRatios {
         &self.observation.text_ratios
+    }
+
+    /// Returns whether requests can be queued in the router.
+    pub(crate) fn has_queue(&self) -> bool {
+        self.queue.has_queue
     }
 
     /// Returns the response to a request for which no worker was chosen.

@@ -16,6 +16,7 @@ use http::header::{ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TY
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response};
 use http_body_util::Either;
 use hyper::body::Incoming;
+use opentelemetry::KeyValue;
 
 use crate::access_log::{AccessEntry, AccessLog, PlacedFields};
 use crate::client_headers::ClientHeaders;
@@ -34,6 +35,8 @@ use crate::reply::{self, Body};
 use crate::request_body::{RequestBodies, RequestBody};
 use crate::request_ids::RequestIds;
 use crate::shutdown::{SHUTTING_DOWN, shutting_down};
+use crate::traces::Traces;
+use crate::traces::request_trace::RequestTrace;
 use crate::tracked_body::{ResponseLimits, TrackedBody};
 use crate::upstream::{UpstreamClient, UpstreamRequest, strip_hop_by_hop};
 
@@ -51,6 +54,8 @@ struct Call {
     is_repeatable: bool,
     /// Id of the stored response that the path names.
     response_id: Option<String>,
+    /// Path that was matched, without parts that vary; `None` for the operator's paths.
+    route: Option<&'static str>,
 }
 
 /// Findings about a request that its response needs.
@@ -60,6 +65,20 @@ struct RequestNotes {
     key: Option<Arc<Key>>,
     /// Line of the access log, if there is one.
     entry: Option<AccessEntry>,
+    /// Spans of the request, if it is sampled.
+    trace: Option<Box<RequestTrace>>,
+}
+
+impl RequestNotes {
+    /// Ends the line and the spans of a request that no worker's response has taken over.
+    fn respond(&mut self, outcome: Outcome, status: u16, code: Option<&'static str>) {
+        if let Some(mut entry) = self.entry.take() {
+            entry.respond(outcome, status, code);
+        }
+        if let Some(mut trace) = self.trace.take() {
+            trace.respond(outcome, status, code);
+        }
+    }
 }
 
 /// Guard of a request without a response. Dropping it while it has metrics counts the request as one
@@ -89,6 +108,10 @@ pub(crate) struct Proxy {
     pub(crate) keys: Arc<KeyRing>,
     /// Writer of the access log, if there is one.
     pub(crate) access_log: Option<Arc<AccessLog>>,
+    /// Source of spans, if there is a collector.
+    pub(crate) traces: Option<Arc<Traces>>,
+    /// Name of the policy, for spans.
+    pub(crate) policy: Arc<str>,
     /// Reader of request bodies, which counts their bytes.
     pub(crate) bodies: Arc<RequestBodies>,
     pub(crate) request_ids: Arc<RequestIds>,
@@ -115,17 +138,26 @@ impl Proxy {
     pub(crate) async fn handle(
         self: Arc<Self>,
         client: Arc<UpstreamClient>,
-        request: Request<Incoming>,
+        mut request: Request<Incoming>,
     ) -> Response<Body> {
         let request_id = self.request_ids.next();
         let client_request_id = request.headers().get("x-request-id").cloned();
         let call = self.find_call(&request);
         let endpoint = call.as_ref().map_or(Endpoint::Other, |call| call.endpoint);
         let mut guard = OutcomeGuard(Some(&self.metrics));
+        let trace = self.traces.as_ref().and_then(|traces| {
+            let call = call.as_ref().ok();
+            traces.begin(&mut request, call.and_then(|call| call.route))
+        });
         let log = self.access_log.as_ref();
+        let mut entry = log.map(|log| log.begin(&request, &request_id));
+        if let (Some(entry), Some(trace)) = (&mut entry, &trace) {
+            entry.set_trace(trace.trace_id(), trace.span_id());
+        }
         let mut notes = RequestNotes {
             key: None,
-            entry: log.map(|log| log.begin(&request, &request_id)),
+            entry,
+            trace,
         };
         let connection = request.extensions().get::<ConnectionHandle>();
         let result = if connection.is_some_and(ConnectionHandle::is_too_late) {
@@ -137,9 +169,7 @@ impl Proxy {
         guard.0 = None;
         let mut response = match result {
             Ok(response) => {
-                if let Some(mut entry) = notes.entry {
-                    entry.respond(Outcome::Ok, response.status().as_u16(), None);
-                }
+                notes.respond(Outcome::Ok, response.status().as_u16(), None);
                 response
             }
             Err(error) => {
@@ -150,9 +180,7 @@ impl Proxy {
                     _ => Outcome::Refused,
                 };
                 self.metrics.record_outcome(outcome);
-                if let Some(mut entry) = notes.entry {
-                    entry.respond(outcome, error.status, error.code);
-                }
+                notes.respond(outcome, error.status, error.code);
                 reply::error(endpoint, &error)
             }
         };
@@ -193,7 +221,7 @@ impl Proxy {
         if !is_health_check(&head) {
             notes.key = self.keys.authenticate(&head.headers)?;
         }
-        let RequestNotes { key, entry } = notes;
+        let RequestNotes { key, entry, trace } = notes;
         let allowed = key.as_deref();
         if let (Some(entry), Some(key)) = (entry.as_mut(), allowed) {
             entry.set_key(&key.config.id, &key.config.tenant);
@@ -211,10 +239,16 @@ impl Proxy {
         } = self.bodies.read(&head, body).await?;
         let form = body_form(&call, &head.headers);
         let session = session_of(&head.headers);
+        let reading_since = self.clock.now();
         let mut parsed = self
             .placement
             .read(call.endpoint, form, body.clone(), session)
             .await?;
+        if let Some(trace) = trace {
+            let lasted = self.clock.now().saturating_sub(reading_since);
+            trace.add_step("foresee.tokenize", lasted, Vec::new());
+            trace.describe_calls(call.endpoint, &parsed, &body);
+        }
         if let Some(guard) = &mut key_guard {
             self.keys
                 .check_model(&guard.key, parsed.requested_model())?;
@@ -223,12 +257,15 @@ impl Proxy {
         }
         parsed.hints = self.client_headers.hints(&head.headers, allowed)?;
         if let Some(entry) = entry.as_mut() {
-            entry.set_body(body.len(), parsed.hints.priority);
+            entry.set_body(body.len(), parsed.is_streaming, &parsed.hints);
         }
         self.placement
             .apply_affinity(&mut parsed, call.response_id.as_deref());
         let mut placed = self.placement.place(call.endpoint, parsed, arrived_at)?;
         placed.key = key_guard;
+        if let Some(trace) = trace {
+            self.trace_decision(trace, &placed);
+        }
         let deadlines = placed.parsed.hints.deadlines;
         if let Some(max_wait) = deadlines.first_byte {
             let elapsed = self.clock.now().saturating_sub(arrived_at);
@@ -265,8 +302,16 @@ impl Proxy {
             excluded,
             arrived_at,
             deadlines,
+            trace.as_deref_mut(),
         );
         let response = failover.send(&mut placed.batch).await?;
+        let attempts = failover.attempts();
+        placed.queued_for = failover.queued_for();
+        let status = response.response.status().as_u16();
+        placed.trace = trace.take();
+        if let Some(trace) = &mut placed.trace {
+            trace.set_status(status);
+        }
         let request_id = upstream_request.request_id();
         placed.access = entry.take().map(|mut entry| {
             entry.set_placed(&PlacedFields {
@@ -277,13 +322,38 @@ impl Proxy {
                     .as_ref()
                     .map(|_| &*placed.parsed.model),
                 worker: &response.worker.config.name,
-                status: response.response.status().as_u16(),
-                attempts: failover.attempts(),
+                status,
+                attempts,
                 predicted_cached_tokens: placed.overlap_tokens(),
+                predicted_ttft: placed.batch.predicted_ttft(),
+                queued_for: placed.queued_for,
+                decided_in: placed.decided_in,
             });
             Box::new(entry)
         });
         Ok(self.pass_through(response, placed, &request_id))
+    }
+
+    /// Adds the span of the decision to the trace of a sampled request.
+    fn trace_decision(&self, trace: &mut RequestTrace, placed: &PlacedRequest) {
+        let worker = self.failover.registry.get(placed.batch.worker());
+        let decision = placed.batch.decision();
+        let block_size = placed.parsed.sequences.first.block_size().get();
+        let best_tokens = decision.best_overlap_blocks.saturating_mul(block_size);
+        let prompt_tokens = placed.parsed.sequences.prompt_tokens;
+        let mut attributes = vec![
+            KeyValue::new("foresee.policy", Arc::clone(&self.policy)),
+            KeyValue::new("foresee.prompt_tokens", i64::from(prompt_tokens)),
+            KeyValue::new("foresee.overlap_tokens", i64::from(placed.overlap_tokens())),
+            KeyValue::new("foresee.best_overlap_tokens", i64::from(best_tokens)),
+            KeyValue::new(
+                "foresee.predicted_ttft",
+                placed.batch.predicted_ttft().as_secs_f64(),
+            ),
+        ];
+        let name = worker.map(|worker| worker.config.name.clone());
+        attributes.extend(name.map(|name| KeyValue::new("foresee.worker", name)));
+        trace.add_step("foresee.route", placed.decided_in, attributes);
     }
 
     /// Returns the inference that a request calls.
@@ -300,6 +370,7 @@ impl Proxy {
                 is_observed: found.body == BodyFormat::Json,
                 is_repeatable: found.is_repeatable,
                 response_id: found.response_id.map(str::to_owned),
+                route: Some(found.route),
             });
         }
         if self.pass_through.iter().any(|added| added.matches(path)) {
@@ -309,6 +380,7 @@ impl Proxy {
                 is_observed: false,
                 is_repeatable: false,
                 response_id: None,
+                route: None,
             });
         }
         Err(match paths::allowed_method(path) {

@@ -227,6 +227,9 @@ mod tests {
             output_tokens,
             output_tokens_by_choice: Vec::new(),
             first_token: None,
+            last_token: None,
+            longest_gap: Duration::ZERO,
+            bytes: 0,
         }
     }
 

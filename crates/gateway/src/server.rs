@@ -26,7 +26,7 @@ use tokio::time::{MissedTickBehavior, timeout};
 use crate::accept::{ConnectionSettings, serve};
 use crate::access_log::AccessLog;
 use crate::admin::{AdminApi, AdminListen, AdminListener, UnprotectedAdmin};
-use crate::assembly::GatewayParts;
+use crate::assembly::{GatewayParts, Writers};
 use crate::clock::Clock;
 use crate::config::GatewayConfig;
 use crate::discovery::UnsupportedSource;
@@ -39,6 +39,8 @@ use crate::reload::{ConfigSource, ReloadError, Reloader};
 use crate::shutdown::{ShutdownPhase, ShutdownSignal};
 use crate::state_file::StateFile;
 use crate::tls::{TlsError, TlsTermination};
+use crate::traces::Traces;
+use crate::traces::config::TraceError;
 use crate::workers::Workers;
 use crate::workers::api_key::ApiKeyError;
 
@@ -48,6 +50,9 @@ const TICK_INTERVAL: Duration = Duration::from_millis(10);
 /// Maximum time in which aborted responses, and the admin listener, may end before their connections
 /// are closed.
 const ABORT_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Maximum time at shutdown in which the collector may take the last spans.
+const LAST_SPANS_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Why a gateway did not start.
 #[derive(Debug, thiserror::Error)]
@@ -97,6 +102,9 @@ pub enum StartError {
     /// An API key of workers cannot be used.
     #[error(transparent)]
     ApiKey(#[from] ApiKeyError),
+    /// Traces cannot be sent.
+    #[error(transparent)]
+    Traces(#[from] TraceError),
     /// A worker cannot be added.
     #[error(transparent)]
     Worker(#[from] WorkerError),
@@ -126,10 +134,8 @@ pub struct Gateway {
     /// Shutdown of the API's listener.
     shutdown: Arc<ShutdownSignal>,
     reloader: Arc<Reloader>,
-    /// Writer of the recording, if there is one.
-    recorder: Option<Arc<Recorder>>,
-    /// Writer of the access log, if there is one.
-    access_log: Option<Arc<AccessLog>>,
+    /// Writers of what happens to each request.
+    writers: Writers,
     /// File of learned values, if there is one.
     state_file: Option<Arc<StateFile>>,
     /// Tasks that run in intervals: one dispatches queued requests, if there is a queue, one writes
@@ -206,22 +212,20 @@ impl Gateway {
             log.map(Arc::new).map_err(cannot_write(path))
         });
         let access_log = access_log.transpose()?;
+        let traces = config.traces.as_ref();
+        let traces = traces.map(|config| Traces::start(config, &metrics).map(Arc::new));
+        let writers = Writers {
+            recorder,
+            access_log,
+            traces: traces.transpose()?,
+        };
         let router = Router::new(RouterConfig {
             queue_limit: config.queue_limit,
             ..config.router.clone()
         })?;
         let tls = TlsTermination::new(config.tls.clone(), loaded_tls, Arc::clone(&metrics));
         let tls = Arc::new(tls);
-        let recording = recorder.clone();
-        let parts = GatewayParts::new(
-            &config,
-            router,
-            metrics,
-            tokenizer,
-            recording,
-            access_log.clone(),
-            tls,
-        );
+        let parts = GatewayParts::new(&config, router, metrics, tokenizer, writers.clone(), tls);
         let proxy = Arc::new(ArcSwap::from_pointee(parts.proxy(&config)));
         let connections = parts.connections(&config);
         let workers = Arc::clone(&parts.workers);
@@ -262,8 +266,7 @@ impl Gateway {
             admin_api,
             shutdown: parts.shutdown,
             reloader,
-            recorder,
-            access_log,
+            writers,
             state_file,
             tasks,
             address,
@@ -376,7 +379,14 @@ impl Gateway {
         if let Some(file) = &self.state_file {
             file.save().await;
         }
-        let (recorder, access_log) = (self.recorder, self.access_log);
+        let Writers {
+            recorder,
+            access_log,
+            traces,
+        } = self.writers;
+        if let Some(traces) = traces {
+            traces.finish(LAST_SPANS_TIMEOUT).await;
+        }
         let written = tokio::task::spawn_blocking(move || {
             if let Some(log) = access_log {
                 log.finish();

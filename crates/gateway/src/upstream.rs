@@ -144,6 +144,20 @@ pub(crate) enum UpstreamError {
 }
 
 impl UpstreamError {
+    /// Returns one word for the kind of error.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            Self::ConnectionRefused(_) => "connection_refused",
+            Self::Unreachable(_) => "unreachable",
+            Self::LocalExhaustion(_) => "local_exhaustion",
+            Self::ConnectionLost(_) => "connection_lost",
+            Self::TimedOut(_) => "timeout",
+            Self::Silent(_) => "silent",
+            Self::UnusableResponse(_) => "unusable_response",
+            Self::Unsendable(_) => "unsendable",
+        }
+    }
+
     /// Classifies an error of establishing a connection, by the I/O error that caused it. Without
     /// one, the worker counts as unreachable.
     fn connect(error: &(dyn std::error::Error + 'static)) -> Self {
@@ -217,6 +231,8 @@ impl UpstreamClient {
     /// status is a success; every error after the connection was made is
     /// [`UpstreamError::ConnectionLost`]. The caller sets the time limit.
     ///
+    /// `traceparent` replaces the header of this name, if the request is sampled.
+    ///
     /// If an idle connection turns out to be closed before any of the request was sent, another one
     /// is used.
     pub(crate) async fn send(
@@ -224,12 +240,16 @@ impl UpstreamClient {
         worker: &Worker,
         upstream_request: &UpstreamRequest,
         choice: ConnectionChoice,
+        traceparent: Option<HeaderValue>,
     ) -> Result<Response<UpstreamBody>, UpstreamError> {
         let destination = Destination {
             authority: worker.address.authority(),
             tls: worker.tls().map_err(UpstreamError::Unreachable)?,
         };
         let mut request = request_to(worker, upstream_request)?;
+        if let Some(traceparent) = traceparent {
+            request.headers_mut().insert("traceparent", traceparent);
+        }
         loop {
             let idle = match choice {
                 ConnectionChoice::IdleOrNew => self.connections.take_idle(&destination),

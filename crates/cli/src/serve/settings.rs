@@ -14,6 +14,7 @@ use super::admin_args::AdminArgs;
 use super::client_args::ClientArgs;
 use super::connections::ConnectionArgs;
 use super::discovery_args::DiscoveryArgs;
+use super::observability::ObservabilityArgs;
 use super::outlier::OutlierArgs;
 use super::tls_args::TlsArgs;
 use crate::config_file::FileTables;
@@ -366,39 +367,6 @@ struct LimitArgs {
     io_threads: Option<NonZeroUsize>,
 }
 
-/// Reports in addition to the router's own metrics.
-#[derive(Args, Debug)]
-#[command(next_help_heading = "Observability")]
-struct ObservabilityArgs {
-    /// Sets the time between two reads of each engine's /metrics [default: never]
-    ///
-    /// The engines' own load is then exported next to the prediction. Routing does not use it.
-    #[arg(
-        long,
-        value_parser = positive_duration,
-        value_name = "DURATION",
-        env = "FORESEE_ENGINE_METRICS_INTERVAL"
-    )]
-    engine_metrics_interval: Option<humantime::Duration>,
-    /// Appends a line for each completed request to a file, for `foresee replay run --trace`
-    ///
-    /// A line contains times, lengths, and the hashes of the prompt's blocks, without any text.
-    #[arg(long, value_name = "FILE", env = "FORESEE_RECORD")]
-    record: Option<PathBuf>,
-    /// Appends a line of JSON for each request to a file, when the request has ended; - is the
-    /// standard output
-    ///
-    /// A line contains times, lengths and outcomes, and no text of prompts or outputs. A reload opens
-    /// the file again, so that it can be rotated.
-    #[arg(long, value_name = "FILE", env = "FORESEE_ACCESS_LOG")]
-    access_log: Option<PathBuf>,
-    /// Keeps learned speeds and output lengths in a file, so that a restart does not lose them
-    ///
-    /// The file is written every five minutes and at the shutdown. It contains no text of requests.
-    #[arg(long, value_name = "FILE", env = "FORESEE_STATE")]
-    state: Option<PathBuf>,
-}
-
 impl ServeArgs {
     /// Resolves settings that several flags can set, the listen address and the workers, and reads
     /// the keys of clients and of the admin listener. `matches` must be those of the subcommand, and
@@ -414,6 +382,7 @@ impl ServeArgs {
         self.keys = self.keys.resolve(tables.keys)?;
         self.listen = self.listen.resolve(matches)?;
         self.admin = self.admin.resolve()?;
+        self.observability = self.observability.resolve()?;
         self.workers = self.workers.resolve(matches);
         Ok(self)
     }
@@ -451,10 +420,6 @@ impl ServeArgs {
             worker_key: self.worker_access.key_config(),
             dns: self.worker_access.dns_config(),
             worker_tls: self.worker_access.tls_config(),
-            engine_metrics_interval: self.observability.engine_metrics_interval.map(Into::into),
-            record: self.observability.record,
-            state: self.observability.state,
-            access_log: self.observability.access_log,
             connect_timeout: self.limits.connect_timeout.into(),
             first_byte_timeout: self.limits.first_byte_timeout.into(),
             min_first_byte_timeout: self.limits.min_first_byte_timeout.into(),
@@ -465,6 +430,7 @@ impl ServeArgs {
         };
         self.tls.apply(&mut config);
         self.clients.apply(&mut config);
+        self.observability.apply(&mut config);
         connections.apply_to(config)
     }
 }

@@ -252,6 +252,12 @@ kubernetes-ports = [7]
 kubernetes-resync = "7s"
 kubernetes-config = "/nonexistent"
 state = "/nonexistent"
+otlp-endpoint = "http://127.0.0.1:1"
+trace-sample-ratio = 0.7
+metrics-compat = "llm-d"
+slo-ttft = "7s"
+slo-itl = "7s"
+scale-horizon = "7s"
 "#;
 
 #[test]

@@ -6,7 +6,7 @@ use foresee_core::router::Router;
 
 use crate::clock::Clock;
 use crate::keys::KeyRing;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, MetricsCompat};
 use crate::parse_pool::ParsePool;
 use crate::placement::Placement;
 use crate::reload::Reloader;
@@ -25,6 +25,8 @@ pub(crate) struct AdminParts {
     pub(crate) reloader: Arc<Reloader>,
     pub(crate) placement: Arc<Placement>,
     pub(crate) metrics: Arc<Metrics>,
+    /// Names of another program that the page of metrics has as well.
+    pub(crate) metrics_compat: Option<MetricsCompat>,
     pub(crate) clock: Clock,
     /// Keys of clients, some of which open the admin listener.
     pub(crate) keys: Arc<KeyRing>,

@@ -195,7 +195,7 @@ impl SelectionApi {
             Some(max_wait) => {
                 let excluded = &placed.parsed.hints.excluded_workers;
                 self.placement
-                    .wait_in_queue(&mut placed.batch, excluded, max_wait)
+                    .wait_in_queue(&mut placed.batch, excluded, max_wait, None)
                     .await?;
             }
         }

@@ -4,6 +4,7 @@ use std::sync::atomic::AtomicU64;
 
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::exemplar::HistogramWithExemplars;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
@@ -32,6 +33,12 @@ pub(super) type CounterByAlias = Family<AliasLabels, Counter>;
 pub(super) type CounterByWorker = Family<WorkerLabel, Counter>;
 /// Gauge with one series for each worker.
 pub(super) type GaugeByWorker = Family<WorkerLabel, Gauge>;
+/// Label by which an observation names the trace of its request.
+pub(crate) type Exemplar = [(&'static str, String); 1];
+/// Histogram whose buckets name the trace of a sampled request.
+pub(crate) type TracedHistogram = HistogramWithExemplars<Exemplar>;
+/// Gauge that is 1, with labels that describe the build.
+pub(super) type BuildInfo = Family<[(&'static str, &'static str); 3], Gauge>;
 /// Gauge of a real number.
 pub(super) type FloatGauge = Gauge<f64, AtomicU64>;
 /// Gauge of a real number with one series for each worker.
@@ -161,6 +168,8 @@ pub(super) trait Series {
 
 impl Series for Counter {}
 impl Series for Histogram {}
+impl Series for BuildInfo {}
+impl Series for TracedHistogram {}
 impl<N, A> Series for Gauge<N, A> {}
 
 impl Series for CounterBySource {}

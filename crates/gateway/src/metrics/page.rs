@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::metrics::{LabelInfo, metric_reference};
+use crate::metrics::{CompatName, LabelInfo, compat_reference, metric_reference};
 
 /// Part of the page that is written by hand.
 const TEMPLATE: &str = include_str!("../../../../docs/metrics.in.md");
@@ -10,7 +10,11 @@ const TEMPLATE: &str = include_str!("../../../../docs/metrics.in.md");
 /// Line of the template that the table replaces.
 const TABLE_MARK: &str = "<!-- table of metrics -->\n";
 
-/// Returns the text of `docs/metrics.md`: an introduction and a table of all metrics.
+/// Line of the template that the table of llm-d's names replaces.
+const COMPAT_MARK: &str = "<!-- table of llm-d's names -->\n";
+
+/// Returns the text of `docs/metrics.md`: an introduction, a table of all metrics, and one of the names
+/// of `--metrics-compat`.
 #[must_use]
 pub fn metrics_page() -> String {
     let mut table =
@@ -33,7 +37,14 @@ pub fn metrics_page() -> String {
             metric.help
         );
     }
-    TEMPLATE.replace(TABLE_MARK, &table)
+    let mut compat = "| llm-d's name | Type | The same number |\n|---|---|---|\n".to_owned();
+    for CompatName { name, kind, query } in compat_reference() {
+        let suffix = if *kind == "counter" { "_total" } else { "" };
+        let _ = writeln!(compat, "| `{name}{suffix}` | {kind} | `{query}` |");
+    }
+    TEMPLATE
+        .replace(TABLE_MARK, &table)
+        .replace(COMPAT_MARK, &compat)
 }
 
 /// Returns a label's name and values, as in `result`: `equal`, `different`.

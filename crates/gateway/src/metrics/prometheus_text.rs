@@ -10,7 +10,7 @@ pub(crate) const PROMETHEUS_TEXT: &str = "text/plain; version=0.0.4; charset=utf
 /// text format.
 ///
 /// In the older format the name of a counter's family ends in `_total`, `unknown` is `untyped`, and
-/// there are no units and no mark of the end. Series are the same. Exemplars, info metrics and
+/// there are no units, no mark of the end and no exemplars. Series are the same. Info metrics and
 /// state sets are not converted: the gateway has none.
 pub(crate) fn prometheus_text(open_metrics: &str) -> String {
     let mut text = String::with_capacity(open_metrics.len());
@@ -30,11 +30,18 @@ pub(crate) fn prometheus_text(open_metrics: &str) -> String {
             }
             text += &format!("# TYPE {name}{suffix} {kind}\n");
         } else if !line.starts_with('#') {
-            text += line;
+            text += without_exemplar(line);
             text.push('\n');
         }
     }
     text
+}
+
+/// Returns the line of a series without its exemplar. Only buckets have one, and its label has no text
+/// of others.
+fn without_exemplar(line: &str) -> &str {
+    let exemplar = line.rfind(" # {").filter(|_| line.contains("_bucket{"));
+    exemplar.map_or(line, |start| &line[..start])
 }
 
 #[cfg(test)]
@@ -46,11 +53,12 @@ mod tests {
         let open_metrics = "# HELP a_seconds Time of a.\n# TYPE a_seconds counter\n\
                             # UNIT a_seconds seconds\na_seconds_total{w=\"x y\"} 3.5\n\
                             # HELP b Number of b.\n# TYPE b gauge\nb 1\n\
-                            # TYPE c unknown\nc 2\n# EOF\n";
+                            # TYPE c unknown\nc 2\n# TYPE d histogram\n\
+                            d_bucket{le=\"1.0\"} 3 # {trace_id=\"0af7\"} 0.5 1.25\n# EOF\n";
         let expected = "# HELP a_seconds_total Time of a.\n# TYPE a_seconds_total counter\n\
                         a_seconds_total{w=\"x y\"} 3.5\n\
                         # HELP b Number of b.\n# TYPE b gauge\nb 1\n\
-                        # TYPE c untyped\nc 2\n";
+                        # TYPE c untyped\nc 2\n# TYPE d histogram\nd_bucket{le=\"1.0\"} 3\n";
         assert_eq!(prometheus_text(open_metrics), expected);
     }
 }

@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use crate::completion::Completion;
 use crate::kv_events::event_trust::HitCheck;
-use crate::metrics::Outcome;
+use crate::metrics::{Outcome, ResponseTokens};
 use crate::placement::request_context::RequestContext;
+use crate::traces::request_trace::ResponseEnd;
 
 impl RequestContext {
     /// Records the end of a response, once: adds it to the recording, counts it, compares the
@@ -31,6 +32,20 @@ impl RequestContext {
             access.complete(completion, self.prompt_tokens, ttft);
         }
         let metrics = &self.shared.metrics;
+        let lasted = self.shared.clock.now().saturating_sub(self.arrived_at);
+        let tokens = ResponseTokens {
+            prompt: usage.prompt_tokens.unwrap_or(self.prompt_tokens),
+            cached: usage.cached_tokens,
+            output: usage.completion_tokens.unwrap_or(completion.output_tokens),
+        };
+        metrics.observe_response(lasted, tokens, self.exemplar());
+        if *outcome == Outcome::Ok {
+            let overlap_blocks = self.batch.decision().cost.overlap_blocks;
+            let predicted = overlap_blocks.saturating_mul(self.shared.block_size.get());
+            let cached = tokens.cached.unwrap_or(predicted);
+            let demand = &self.shared.demand;
+            demand.observe_lengths(tokens.prompt, cached, tokens.output);
+        }
         metrics.record_outcome(*outcome);
         let decision = self.batch.decision();
         let block_size = self.shared.block_size.get();
@@ -56,7 +71,16 @@ impl RequestContext {
                 events.record_computed(computed, block_size, now);
             }
         }
-        let since_arrival = |at: Duration| at.saturating_sub(self.arrived_at).as_secs_f64();
+        let ttft = completion
+            .first_token
+            .map(|at| at.saturating_sub(self.arrived_at));
+        if let Some(trace) = &mut self.trace {
+            trace.complete(&ResponseEnd {
+                completion,
+                prompt_tokens: self.prompt_tokens,
+                ttft,
+            });
+        }
         tracing::debug!(
             target: "foresee::completion",
             request = ?self.request_id,
@@ -68,8 +92,8 @@ impl RequestContext {
             predicted_blocks = predicted,
             best_blocks = decision.best_overlap_blocks,
             actual_blocks = actual,
-            ttft_seconds = completion.first_token.map(since_arrival),
-            seconds = since_arrival(self.shared.clock.now()),
+            ttft_seconds = ttft.map(|ttft| ttft.as_secs_f64()),
+            seconds = lasted.as_secs_f64(),
             "response ended"
         );
     }

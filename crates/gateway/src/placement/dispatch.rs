@@ -13,7 +13,7 @@ use foresee_core::workers::WorkerId;
 use foresee_engine::error::ApiError;
 
 use crate::clock::Clock;
-use crate::metrics::Metrics;
+use crate::metrics::{Exemplar, Metrics};
 use crate::placement::refusals::Refusals;
 use crate::workers::worker::Worker;
 
@@ -31,15 +31,18 @@ impl QueueWait {
     /// Waits until the router dispatches the request to its worker. Returns immediately if the
     /// router has no queue. Meanwhile the router can move the booking to another worker that is not
     /// excluded. Fails with a 429 after `max_wait` or once the request has lost its place in a full
-    /// queue, and with a 503 once no worker can take the request. Records the waiting time of a dispatched request, also if it was not queued.
+    /// queue, and with a 503 once no worker can take the request. Records and returns the waiting
+    /// time of a dispatched request, also if it was not queued; `exemplar` names its trace, if it is
+    /// sampled.
     pub(super) async fn until_dispatched(
         &self,
         batch: &mut Batch,
         excluded: &[WorkerId],
         max_wait: Duration,
-    ) -> Result<(), ApiError> {
+        exemplar: Option<Exemplar>,
+    ) -> Result<Duration, ApiError> {
         if !self.has_queue {
-            return Ok(());
+            return Ok(Duration::ZERO);
         }
         let started = self.clock.now();
         let mut poll =
@@ -67,10 +70,8 @@ impl QueueWait {
             self.refusals.refusal(&error)
         })?;
         let queued_for = self.clock.now().saturating_sub(started);
-        self.metrics
-            .queue_duration_seconds
-            .observe(queued_for.as_secs_f64());
-        Ok(())
+        self.metrics.observe_queue_time(queued_for, exemplar);
+        Ok(queued_for)
     }
 }
 

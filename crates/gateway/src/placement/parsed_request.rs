@@ -55,12 +55,12 @@ pub(crate) struct ParsedRequest {
     /// Hashed prompts of the request, one for each output.
     pub(crate) sequences: PromptSequences,
     /// Limit of output tokens.
-    pub(super) max_tokens: Option<u32>,
+    pub(crate) max_tokens: Option<u32>,
     /// Whether the output continues to `max_tokens`.
     pub(super) ignore_eos: bool,
     /// Whether the request offers tools to the model.
     pub(super) has_tools: bool,
-    pub(super) is_streaming: bool,
+    pub(crate) is_streaming: bool,
     /// Bytes of prompt text, from which bytes per token are learned; 0 if there is nothing to learn.
     pub(crate) prompt_bytes: usize,
     /// Whether the request has one prompt, all of it hashed, and asks for one output.

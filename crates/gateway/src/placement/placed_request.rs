@@ -11,6 +11,7 @@ use crate::access_log::AccessEntry;
 use crate::keys::KeyGuard;
 use crate::placement::parsed_request::ParsedRequest;
 use crate::placement::request_context::{Observation, RequestContext};
+use crate::traces::request_trace::RequestTrace;
 use crate::workers::worker::Worker;
 
 /// Longest time to retry after that a refusal names.
@@ -30,6 +31,12 @@ pub(crate) struct PlacedRequest {
     pub(crate) key: Option<KeyGuard>,
     /// Line of the access log, if there is one.
     pub(crate) access: Option<Box<AccessEntry>>,
+    /// Spans of the request, if it is sampled.
+    pub(crate) trace: Option<Box<RequestTrace>>,
+    /// Time that the decision took.
+    pub(crate) decided_in: Duration,
+    /// Time that the request was queued in the router.
+    pub(crate) queued_for: Duration,
 }
 
 impl PlacedRequest {
@@ -80,6 +87,9 @@ impl PlacedRequest {
             batch,
             key,
             access,
+            trace,
+            decided_in: _,
+            queued_for: _,
         } = self;
         let now = observation.clock.now();
         observation
@@ -95,6 +105,7 @@ impl PlacedRequest {
             batch,
             key,
             access,
+            trace,
             endpoint,
             arrived_at,
             request_id,

@@ -11,13 +11,15 @@ use foresee_engine::request::{Endpoint, PromptSequences};
 
 use crate::access_log::AccessEntry;
 use crate::clock::Clock;
+use crate::fleet_demand::FleetDemand;
 use crate::keys::KeyGuard;
-use crate::metrics::Metrics;
+use crate::metrics::{Exemplar, Metrics};
 use crate::parse_pool::ParsePool;
 use crate::placement::affinity::Affinity;
 use crate::placement::bytes_per_token::TextRatios;
 use crate::placement::tokenization::PromptTokenizer;
 use crate::recorder::Recorder;
+use crate::traces::request_trace::RequestTrace;
 use crate::workers::worker::Worker;
 
 /// Parts of the gateway that the observations of all responses use.
@@ -35,6 +37,8 @@ pub(crate) struct Observation {
     pub(super) tokenizer: Option<Arc<PromptTokenizer>>,
     /// Writer of `--record`.
     pub(super) recorder: Option<Arc<Recorder>>,
+    /// Load of the fleet, for autoscaling.
+    pub(super) demand: Arc<FleetDemand>,
     /// The router's block size.
     pub(super) block_size: NonZeroU32,
     /// Whether workers share cached blocks between requests, unless their descriptions say otherwise.
@@ -56,6 +60,8 @@ pub(crate) struct RequestContext {
     pub(crate) key: Option<KeyGuard>,
     /// Line of the access log, if there is one.
     pub(crate) access: Option<Box<AccessEntry>>,
+    /// Spans of the request, if it is sampled.
+    pub(crate) trace: Option<Box<RequestTrace>>,
     /// API that the request called.
     pub(crate) endpoint: Endpoint,
     /// When the request arrived, by the gateway's clock.
@@ -80,4 +86,11 @@ pub(crate) struct RequestContext {
     pub(crate) tokenizer_count: Option<u32>,
     /// The prompts, if the request has to be added to a recording.
     pub(crate) recorded: Option<PromptSequences>,
+}
+
+impl RequestContext {
+    /// Returns the label that names the request's trace, if it is sampled.
+    pub(crate) fn exemplar(&self) -> Option<Exemplar> {
+        self.trace.as_ref().map(|trace| trace.exemplar())
+    }
 }

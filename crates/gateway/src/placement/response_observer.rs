@@ -67,6 +67,10 @@ pub(crate) struct ResponseObserver {
     first_token: Option<Duration>,
     /// When the latest output tokens arrived.
     last_token: Option<Duration>,
+    /// Longest time between two arrivals of output tokens.
+    longest_gap: Duration,
+    /// Bytes of the body so far.
+    bytes: u64,
     /// Whether the data so far end with `[DONE]`, even if the event has no blank line after it.
     ends_with_mark: bool,
     /// Context of the request; `None` once the response has ended and was recorded.
@@ -94,6 +98,8 @@ impl ResponseObserver {
             observed_by_choice: Vec::new(),
             first_token: None,
             last_token: None,
+            longest_gap: Duration::ZERO,
+            bytes: 0,
             ends_with_mark: false,
             context: Some(Box::new(context)),
         }
@@ -113,11 +119,15 @@ impl ResponseObserver {
     /// activity of the worker. A JSON body longer than [`MAX_KEPT_BYTES`] is no longer read, so its
     /// usage remains unknown.
     pub(crate) fn on_data(&mut self, data: &Bytes) {
-        let Some(context) = &self.context else {
+        let Some(context) = &mut self.context else {
             return;
         };
         let now = context.shared.clock.now();
         context.worker.liveness.note_activity(now);
+        self.bytes += data.len() as u64;
+        if let Some(trace) = &mut context.trace {
+            trace.on_data(data);
+        }
         match &mut self.reader {
             ResponseReader::Unread | ResponseReader::Reported(_) => {}
             ResponseReader::Json(_, length) if *length + data.len() > MAX_KEPT_BYTES => {
@@ -192,15 +202,14 @@ impl ResponseObserver {
             None => {
                 self.first_token = Some(now);
                 let waited = now.saturating_sub(context.arrived_at);
-                metrics
-                    .time_to_first_token_seconds
-                    .observe(waited.as_secs_f64());
+                metrics.observe_first_token(waited, context.exemplar());
             }
             Some(last) => {
-                let gap = now.saturating_sub(last).as_secs_f64();
+                let gap = now.saturating_sub(last);
                 metrics
                     .inter_token_latency_seconds
-                    .observe(gap / f64::from(new));
+                    .observe(gap.as_secs_f64() / f64::from(new));
+                self.longest_gap = self.longest_gap.max(gap);
             }
         }
     }
@@ -287,6 +296,9 @@ impl ResponseObserver {
             output_tokens: self.observed_tokens,
             output_tokens_by_choice: self.observed_by_choice.clone(),
             first_token: self.first_token,
+            last_token: self.last_token,
+            longest_gap: self.longest_gap,
+            bytes: self.bytes,
         }
     }
 

@@ -68,6 +68,20 @@ impl SettingChanges {
     /// Compares two configurations. A new setting belongs here or above; the test of the command line
     /// that changes every key fails without it.
     pub(super) fn between(old: &GatewayConfig, new: &GatewayConfig) -> Self {
+        let mut changes = Self::of_fields(old, new);
+        let ratio = |config: &GatewayConfig| config.traces.as_ref()?.sample_ratio;
+        let endpoint = |config: &GatewayConfig| Some(config.traces.as_ref()?.endpoint.clone());
+        for (key, has_changed) in [
+            ("otlp-endpoint", endpoint(old) != endpoint(new)),
+            ("trace-sample-ratio", ratio(old) != ratio(new)),
+        ] {
+            changes.fixed.extend(has_changed.then(|| key.to_owned()));
+        }
+        changes
+    }
+
+    /// Compares the settings that are a field each.
+    fn of_fields(old: &GatewayConfig, new: &GatewayConfig) -> Self {
         Self {
             live: live_differences(old, new),
             fixed: differences! { old, new,
@@ -128,6 +142,10 @@ impl SettingChanges {
                 "record": record,
                 "access-log": access_log,
                 "state": state,
+                "metrics-compat": metrics_compat,
+                "slo-ttft": autoscaling.slo_ttft,
+                "slo-itl": autoscaling.slo_itl,
+                "scale-horizon": autoscaling.horizon,
             },
         }
     }

@@ -119,7 +119,7 @@ impl WorkerQueries {
         };
         let exchange = async {
             let connection = ConnectionChoice::IdleOrNew;
-            let response = self.client.send(worker, &request, connection).await?;
+            let response = self.client.send(worker, &request, connection, None).await?;
             let status = response.status();
             if !status.is_success() {
                 return Err(QueryError::Status(status));

@@ -78,6 +78,19 @@ impl WorkerTlsConfig {
         let name = self.server_name.as_deref().unwrap_or(host);
         let server_name = ServerName::try_from(name.to_owned());
         let server_name = server_name.map_err(|_| TlsError::ServerName(name.to_owned()))?;
+        let mut config = self.client_config()?;
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        Ok(WorkerTls {
+            connector: TlsConnector::from(Arc::new(config)),
+            server_name,
+        })
+    }
+
+    /// Reads the files, and returns settings of TLS without a protocol (ALPN).
+    ///
+    /// # Errors
+    /// Fails if a file cannot be used.
+    pub(crate) fn client_config(&self) -> Result<ClientConfig, TlsError> {
         let provider = Arc::new(default_provider());
         let builder = ClientConfig::builder_with_provider(Arc::clone(&provider));
         let builder = builder.with_safe_default_protocol_versions();
@@ -90,7 +103,7 @@ impl WorkerTlsConfig {
                 .dangerous()
                 .with_custom_certificate_verifier(verifier)
         };
-        let mut config = match &self.identity {
+        Ok(match &self.identity {
             Some((certificate, key)) => {
                 let chain = certificates(certificate)?;
                 let private_key = PrivateKeyDer::from_pem_file(key);
@@ -106,11 +119,6 @@ impl WorkerTlsConfig {
                 })?
             }
             None => builder.with_no_client_auth(),
-        };
-        config.alpn_protocols = vec![b"http/1.1".to_vec()];
-        Ok(WorkerTls {
-            connector: TlsConnector::from(Arc::new(config)),
-            server_name,
         })
     }
 

@@ -36,6 +36,7 @@ mod streaming;
 mod swaps;
 mod tls;
 mod tokens;
+mod traces;
 mod worker_keys;
 
 /// Folder of a tokenizer and chat template small enough for the repository.

@@ -4,6 +4,7 @@ mod conditions;
 mod engine;
 mod estimated_cache;
 mod faults;
+mod fleet_size;
 mod guard;
 mod replay;
 
