@@ -2,8 +2,8 @@
 //! far they are trusted. [`subscribe`](crate::subscribe) follows them over sockets.
 
 pub(crate) mod event_trust;
-pub(crate) mod follower;
-pub(crate) mod repeated_stores;
+#[cfg(test)]
+mod follower_tests;
 pub(crate) mod replay_backoff;
 pub(crate) mod source;
 pub(crate) mod status;
