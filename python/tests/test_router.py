@@ -327,7 +327,7 @@ class Arguments(unittest.TestCase):
             ({"tokenizer": "/nowhere"}, "no tokenizer.json in /nowhere"),
         ):
             with self.subTest(message), self.assertRaisesRegex(ValueError, message) as raised:
-                Router(**settings)  # type: ignore[arg-type]
+                Router(**settings)
             self.assertIsInstance(raised.exception, foresee_router.ForeseeError)
 
     def test_contents_are_checked(self) -> None:
