@@ -8,32 +8,23 @@ use foresee_core::booking::Booking as CoreBooking;
 use foresee_core::outlier::ExchangeResult;
 use foresee_core::policy::Decision;
 use foresee_core::sequence::PartialBlock;
-use foresee_core::text_ratios::TextRatios;
 use parking_lot::Mutex;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
+use pyo3::{PyTraverseError, PyVisit};
 
-use crate::clock::Clock;
 use crate::errors::Error;
-use crate::fleet::{Fleet, FleetWorker};
+use crate::fleet::FleetWorker;
 use crate::prompt::{PlacedContent, token_ids};
+use crate::router::Router;
 use crate::snapshot;
-
-/// Parts of a router that its bookings use.
-#[derive(Clone, Debug)]
-pub(crate) struct BookingParts {
-    pub(crate) clock: Arc<Clock>,
-    pub(crate) fleet: Arc<Fleet>,
-    pub(crate) text_ratios: Arc<TextRatios>,
-    pub(crate) block_size: u32,
-}
 
 /// Everything that one routed request occupies on one worker. The end of the `with` block, a call of
 /// `release`, or the garbage collector releases it.
 #[pyclass(frozen, module = "foresee_router")]
 #[derive(Debug)]
 pub(crate) struct Booking {
-    parts: BookingParts,
+    router: Py<Router>,
     content: ContentFacts,
     explanation: Option<Py<PyAny>>,
     state: Mutex<BookingState>,
@@ -69,9 +60,10 @@ impl BookingState {
 }
 
 impl Booking {
-    /// Returns the handle of a batch that was just booked on `worker` for a request of this content.
+    /// Returns the handle of a batch that `router` has just booked on `worker` for a request of this
+    /// content.
     pub(crate) fn new(
-        parts: BookingParts,
+        router: Py<Router>,
         content: PlacedContent,
         batch: Batch,
         worker: Arc<FleetWorker>,
@@ -79,7 +71,7 @@ impl Booking {
     ) -> Self {
         let decision = *batch.decision();
         Self {
-            parts,
+            router,
             content: ContentFacts {
                 model: content.model,
                 prompt_tokens: content.sequences.prompt_tokens,
@@ -102,7 +94,7 @@ impl Booking {
         py: Python<'_>,
         report: impl FnOnce(&mut Batch, Duration) -> Result<T, Error> + Send,
     ) -> PyResult<T> {
-        let time = self.parts.clock.at_call(py)?;
+        let time = self.router.get().clock.at_call(py)?;
         let reported = py.detach(|| report(self.state.lock().batch()?, time.now()));
         Ok(reported?)
     }
@@ -144,7 +136,8 @@ impl Booking {
     /// Number of prompt tokens that the worker is predicted to have cached.
     #[getter]
     fn overlap_tokens(&self) -> u32 {
-        self.overlap_blocks().saturating_mul(self.parts.block_size)
+        let block_size = self.router.get().reader.block_size.get();
+        self.overlap_blocks().saturating_mul(block_size)
     }
 
     /// Number of leading blocks that the worker is predicted to have cached.
@@ -206,7 +199,7 @@ impl Booking {
         completion_tokens: Option<u32>,
         cached_tokens: Option<u32>,
     ) -> PyResult<()> {
-        let content = &self.content;
+        let (content, router) = (&self.content, self.router.get());
         self.with_batch(py, |batch, now| {
             let has_one_choice = batch.prompt_count() == 1;
             if let Some(booking) = batch.booking(0).filter(|_| has_one_choice) {
@@ -218,7 +211,7 @@ impl Booking {
                 }
             }
             if let Some(tokens) = prompt_tokens {
-                let ratios = &self.parts.text_ratios;
+                let ratios = &router.reader.text_ratios;
                 ratios.observe(&content.model, content.text_bytes, tokens);
             }
             Ok(())
@@ -254,14 +247,15 @@ impl Booking {
     /// Books the request on another worker.
     #[pyo3(signature = (*, exclude = Vec::new()))]
     fn reroute(&self, py: Python<'_>, exclude: Vec<String>) -> PyResult<()> {
-        let time = self.parts.clock.at_call(py)?;
+        let time = self.router.get().clock.at_call(py)?;
+        let fleet = &self.router.get().fleet;
         let rerouted = py.detach(|| {
-            let excluded = self.parts.fleet.ids(&exclude)?;
+            let excluded = fleet.ids(&exclude)?;
             let mut state = self.state.lock();
             let batch = state.batch()?;
             batch.reroute(&excluded, time.now())?;
             let (worker, decision) = (batch.worker(), *batch.decision());
-            if let Some(worker) = self.parts.fleet.by_id(worker) {
+            if let Some(worker) = fleet.by_id(worker) {
                 state.worker = worker;
             }
             state.decision = decision;
@@ -280,7 +274,7 @@ impl Booking {
                 Ok(())
             });
         }
-        let time = self.parts.clock.at_call(py)?;
+        let time = self.router.get().clock.at_call(py)?;
         let completed = py.detach(|| {
             let batch = self.take().ok_or(Error::BookingEnded)?;
             batch.complete(time.now());
@@ -312,6 +306,11 @@ impl Booking {
             self.release(py);
         }
         Ok(false)
+    }
+
+    /// Shows the garbage collector what the booking refers to.
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.router)
     }
 
     fn __repr__(&self) -> String {

@@ -30,6 +30,14 @@ impl Clock {
         function.map_or_else(|| Self::Monotonic(Instant::now()), Self::Function)
     }
 
+    /// Returns the function, if the clock is one.
+    pub(crate) fn function(&self) -> Option<&Py<PyAny>> {
+        match self {
+            Self::Monotonic(_) => None,
+            Self::Function(function) => Some(function),
+        }
+    }
+
     /// Returns the time of a call. Calls the function, if the clock is one.
     ///
     /// # Errors

@@ -47,6 +47,8 @@ pub(crate) enum Error {
     Worker(#[from] WorkerError),
     #[error("there is no worker named `{0}`")]
     UnknownWorker(String),
+    #[error("the chosen worker was removed meanwhile: route the request again")]
+    RemovedMeanwhile,
     #[error(
         "KV events need the model of worker `{0}`, whose name is part of its blocks' hashes: add it \
          as Worker(name, models=[...])"
@@ -90,8 +92,12 @@ impl From<Error> for PyErr {
             Error::Route(RouteError::Backpressure { retry_after }) => {
                 python::BackpressureError::new_err((message, retry_after.as_secs_f64()))
             }
-            Error::Route(RouteError::UnknownModel(_)) => python::UnknownModelError::new_err(message),
-            Error::Route(RouteError::NoWorker(_)) => python::NoWorkerError::new_err(message),
+            Error::Route(RouteError::UnknownModel(_)) => {
+                python::UnknownModelError::new_err(message)
+            }
+            Error::Route(RouteError::NoWorker(_)) | Error::RemovedMeanwhile => {
+                python::NoWorkerError::new_err(message)
+            }
             Error::Route(_) => python::RouteError::new_err(message),
             Error::Config(_) | Error::Policy(_) | Error::Choice { .. } => {
                 python::ConfigError::new_err(message)

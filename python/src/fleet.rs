@@ -139,13 +139,14 @@ impl Fleet {
     /// # Errors
     /// If no worker has the name.
     pub(crate) fn remove(&self, router: &Router, name: &str) -> Result<(), Error> {
+        let removed = self.get(name)?;
+        // Known by id for as long as it can be chosen.
+        router.remove_worker(removed.id);
         let mut workers = self.workers.write();
-        let removed = workers.by_name.remove(name);
-        let removed = removed.ok_or_else(|| Error::UnknownWorker(name.to_owned()))?;
+        // Another worker may have been added under the name meanwhile.
+        workers.by_name.retain(|_, worker| worker.id != removed.id);
         workers.by_id.remove(&removed.id);
         workers.update_only_model();
-        drop(workers);
-        router.remove_worker(removed.id);
         Ok(())
     }
 
@@ -168,7 +169,9 @@ impl Fleet {
     /// # Errors
     /// If a name is unknown.
     pub(crate) fn ids(&self, names: &[String]) -> Result<Vec<WorkerId>, Error> {
-        let ids = names.iter().map(|name| self.get(name).map(|worker| worker.id));
+        let ids = names
+            .iter()
+            .map(|name| self.get(name).map(|worker| worker.id));
         ids.collect()
     }
 

@@ -2,7 +2,6 @@
 
 use std::num::NonZeroU32;
 use std::path::Path;
-use std::sync::Arc;
 
 use foresee_core::router::Request;
 use foresee_core::sequence::{PartialBlock, Sequence, prefix_salt};
@@ -143,7 +142,7 @@ pub(crate) struct PromptReader {
     /// Chat template beside the tokenizer; without one, chats are matched as text.
     template: Option<ChatTemplate>,
     /// Learned bytes per token of each model.
-    pub(crate) text_ratios: Arc<TextRatios>,
+    pub(crate) text_ratios: TextRatios,
 }
 
 impl PromptReader {
@@ -162,7 +161,7 @@ impl PromptReader {
             dialect,
             template: tokenizer.and_then(|folder| ChatTemplate::load(folder).ok()),
             tokenizer: tokenizer.map(Tokenizer::load).transpose()?,
-            text_ratios: Arc::default(),
+            text_ratios: TextRatios::default(),
         })
     }
 

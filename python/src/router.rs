@@ -2,7 +2,6 @@
 
 use std::num::NonZeroU32;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use foresee_api::explanation::explanation_json;
 use foresee_api::state_file;
@@ -11,9 +10,10 @@ use foresee_core::policy::NamedPolicy;
 use foresee_core::router::{CacheSource, Observed, Router as CoreRouter, RouterConfig};
 use foresee_engine::conversion::Dialect;
 use pyo3::prelude::*;
+use pyo3::{PyTraverseError, PyVisit};
 use serde_json::Value;
 
-use crate::booking::{Booking, BookingParts};
+use crate::booking::Booking;
 use crate::clock::Clock;
 use crate::errors::Error;
 use crate::events::EventMessage;
@@ -26,8 +26,9 @@ use crate::snapshot;
 #[derive(Debug)]
 pub(crate) struct Router {
     core: CoreRouter,
-    reader: PromptReader,
-    parts: BookingParts,
+    pub(crate) reader: PromptReader,
+    pub(crate) fleet: Fleet,
+    pub(crate) clock: Clock,
 }
 
 /// Reads the name of an engine whose conversion of requests to chats is followed.
@@ -116,45 +117,41 @@ impl Router {
         });
         let (core, reader, fleet) = created?;
         Ok(Self {
-            parts: BookingParts {
-                clock: Arc::new(Clock::new(clock)),
-                fleet: Arc::new(fleet),
-                text_ratios: Arc::clone(&reader.text_ratios),
-                block_size: block_size.get(),
-            },
             core,
             reader,
+            fleet,
+            clock: Clock::new(clock),
         })
     }
 
     /// Adds a worker, which can be chosen at once.
     fn add_worker(&self, py: Python<'_>, worker: &Bound<'_, PyAny>) -> PyResult<()> {
         let worker = WorkerDescription::read(worker)?;
-        Ok(py.detach(|| self.parts.fleet.add(&self.core, worker))?)
+        Ok(py.detach(|| self.fleet.add(&self.core, worker))?)
     }
 
     /// Removes a worker with all its bookings.
     fn remove_worker(&self, py: Python<'_>, worker: &str) -> PyResult<()> {
-        Ok(py.detach(|| self.parts.fleet.remove(&self.core, worker))?)
+        Ok(py.detach(|| self.fleet.remove(&self.core, worker))?)
     }
 
     /// Sets whether a worker can be chosen.
     fn set_healthy(&self, py: Python<'_>, worker: &str, healthy: bool) -> PyResult<()> {
-        let worker = self.parts.fleet.get(worker)?;
+        let worker = self.fleet.get(worker)?;
         py.detach(|| self.core.set_healthy(worker.id, healthy));
         Ok(())
     }
 
     /// Sets whether a worker only finishes the requests that it has.
     fn set_draining(&self, py: Python<'_>, worker: &str, draining: bool) -> PyResult<()> {
-        let worker = self.parts.fleet.get(worker)?;
+        let worker = self.fleet.get(worker)?;
         py.detach(|| self.core.set_draining(worker.id, draining));
         Ok(())
     }
 
     /// Sets the number of KV blocks of a worker, in blocks of the router.
     fn set_capacity(&self, py: Python<'_>, worker: &str, blocks: u32) -> PyResult<()> {
-        let worker = self.parts.fleet.get(worker)?;
+        let worker = self.fleet.get(worker)?;
         py.detach(|| self.core.set_capacity(worker.id, blocks));
         Ok(())
     }
@@ -166,7 +163,7 @@ impl Router {
         cache_salt = None, exclude = Vec::new(), explain = false
     ))]
     fn route(
-        &self,
+        slf: &Bound<'_, Self>,
         py: Python<'_>,
         tokens: Option<&Bound<'_, PyAny>>,
         text: Option<&str>,
@@ -181,6 +178,7 @@ impl Router {
         exclude: Vec<String>,
         explain: bool,
     ) -> PyResult<Booking> {
+        let router = slf.get();
         let content = Content::new(tokens, text, body, path)?;
         let hints = Hints {
             model,
@@ -190,21 +188,20 @@ impl Router {
             is_streaming: stream,
             cache_salt,
         };
-        let time = self.parts.clock.at_call(py)?;
-        let fleet = &self.parts.fleet;
+        let time = router.clock.at_call(py)?;
+        let fleet = &router.fleet;
         let booked = py.detach(|| {
             let excluded = fleet.ids(&exclude)?;
-            let content = self.reader.read(content, &hints, fleet.only_model())?;
+            let content = router.reader.read(content, &hints, fleet.only_model())?;
             let (request, further) = (content.request(&excluded), &content.sequences.rest);
             let now = time.now();
             let explanation = match explain {
-                true => Some(self.core.explain_batch(&request, further, now)?),
+                true => Some(router.core.explain_batch(&request, further, now)?),
                 false => None,
             };
-            let batch = self.core.route_batch(&request, further, now)?;
+            let batch = router.core.route_batch(&request, further, now)?;
             // The worker can have been removed since it was chosen.
-            let worker = fleet.by_id(batch.worker());
-            let worker = worker.ok_or_else(|| Error::UnknownWorker("removed".to_owned()))?;
+            let worker = fleet.by_id(batch.worker()).ok_or(Error::RemovedMeanwhile)?;
             if let Some(events) = worker.events.lock().as_mut() {
                 events.on_sent(&content.sequences.first);
             }
@@ -217,7 +214,7 @@ impl Router {
         });
         let explanation = explanation.transpose()?;
         Ok(Booking::new(
-            self.parts.clone(),
+            slf.clone().unbind(),
             content,
             batch,
             worker,
@@ -255,8 +252,8 @@ impl Router {
             is_streaming: stream,
             cache_salt,
         };
-        let time = self.parts.clock.at_call(py)?;
-        let fleet = &self.parts.fleet;
+        let time = self.clock.at_call(py)?;
+        let fleet = &self.fleet;
         let explained = py.detach(|| {
             let excluded = fleet.ids(&exclude)?;
             let content = self.reader.read(content, &hints, fleet.only_model())?;
@@ -278,9 +275,9 @@ impl Router {
         replayed: bool,
         skip_missing: bool,
     ) -> PyResult<Option<u64>> {
-        let time = self.parts.clock.at_call(py)?;
+        let time = self.clock.at_call(py)?;
         let applied = py.detach(|| {
-            let worker = self.parts.fleet.get(worker)?;
+            let worker = self.fleet.get(worker)?;
             let mut events = worker.events.lock();
             let stream = match events.take() {
                 Some(stream) => stream,
@@ -295,16 +292,14 @@ impl Router {
                     false => Observed::Live(time.now()),
                 },
             };
-            events
-                .insert(stream)
-                .apply(&self.core, worker.id, message)
+            events.insert(stream).apply(&self.core, worker.id, message)
         });
         Ok(applied?)
     }
 
     /// Forgets a worker's KV events. Its cache is estimated until the next message.
     fn stop_events(&self, py: Python<'_>, worker: &str) -> PyResult<()> {
-        let worker = self.parts.fleet.get(worker)?;
+        let worker = self.fleet.get(worker)?;
         py.detach(|| {
             let mut events = worker.events.lock();
             *events = None;
@@ -316,18 +311,18 @@ impl Router {
 
     /// Forgets what a worker has cached, because its engine restarted.
     fn clear_cache(&self, py: Python<'_>, worker: &str) -> PyResult<()> {
-        let worker = self.parts.fleet.get(worker)?;
+        let worker = self.fleet.get(worker)?;
         py.detach(|| self.core.clear_cache(worker.id));
         Ok(())
     }
 
     /// Returns the state of all workers.
     fn snapshot<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let time = self.parts.clock.at_call(py)?;
+        let time = self.clock.at_call(py)?;
         let workers = py.detach(|| {
             let workers = self.core.workers(time.now());
             let described = workers.iter().map(|worker| {
-                let fleet_worker = self.parts.fleet.by_id(worker.id);
+                let fleet_worker = self.fleet.by_id(worker.id);
                 let is_exact = fleet_worker.is_some_and(|worker| {
                     let events = worker.events.lock();
                     events.as_ref().is_some_and(|events| events.is_exact())
@@ -339,6 +334,11 @@ impl Router {
         snapshot::to_python(py, &workers)
     }
 
+    /// Shows the garbage collector what the router refers to.
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(self.clock.function())
+    }
+
     /// Number of bookings on all workers.
     #[getter]
     fn booking_count(&self, py: Python<'_>) -> usize {
@@ -347,15 +347,14 @@ impl Router {
 
     /// Writes what was learned to a file.
     fn save(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
-        let written =
-            py.detach(|| state_file::write(&path, &self.core, &self.reader.text_ratios));
+        let written = py.detach(|| state_file::write(&path, &self.core, &self.reader.text_ratios));
         Ok(written.map_err(Error::from)?)
     }
 
     /// Reads what was learned from a file.
     fn load(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
         let read = py.detach(|| {
-            if !self.parts.fleet.is_empty() {
+            if !self.fleet.is_empty() {
                 return Err(Error::LoadedLate);
             }
             state_file::read(&path, &self.core, &self.reader.text_ratios)?;

@@ -43,5 +43,6 @@ pub(crate) fn costs<'py>(py: Python<'py>, decision: &Decision) -> PyResult<Bound
 
 /// Returns a JSON value as Python's objects.
 pub(crate) fn to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'py, PyAny>> {
-    py.import("json")?.call_method1("loads", (value.to_string(),))
+    py.import("json")?
+        .call_method1("loads", (value.to_string(),))
 }

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import unittest
+import weakref
 from array import array
 from pathlib import Path
 from typing import Any
@@ -451,6 +452,15 @@ class Threads(unittest.TestCase):
             counter.join(10)
         booking.release()
         self.assertGreater(sum(begin < turn < end for turn in turns), 10)
+
+    def test_a_clock_that_refers_to_its_router_is_collected(self) -> None:
+        clock: Any = Clock()
+        clock.router = Router(["a"], clock=clock)
+        clock.booking = clock.router.route(tokens=[1])
+        reference = weakref.ref(clock)
+        del clock
+        gc.collect()
+        self.assertIsNone(reference())
 
     def test_threads_book_and_release_together(self) -> None:
         router = Router([f"w{index}" for index in range(4)])
