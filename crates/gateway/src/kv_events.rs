@@ -1,5 +1,6 @@
-//! KV events of a worker, without I/O: where they are published, what a stream of them says, and how
-//! far they are trusted. [`subscribe`](crate::subscribe) follows them over sockets.
+//! KV events of a worker, without I/O: where they are published, and how far they are trusted. What a
+//! stream of them says is in [`foresee_engine::kv_events::follower`];
+//! [`subscribe`](crate::subscribe) follows them over sockets.
 
 pub(crate) mod event_trust;
 #[cfg(test)]
