@@ -11,7 +11,7 @@ import sys
 import time
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "tests"))
@@ -26,7 +26,7 @@ ROUNDS = 5
 
 
 def measure(
-    head: Operation, operations: list[Operation], prompts: dict[int, Sequence[int]]
+    head: Operation, operations: list[Operation], prompts: Mapping[int, Sequence[int]]
 ) -> Durations:
     """Replay a trace whose prompts are `prompts`, and return the duration of each call."""
     now = 0.0

