@@ -1,4 +1,4 @@
-//! Types and names that the gateway writes and other crates read, without behaviour.
+//! What the gateway writes and other programs read: types, names and files.
 //!
 //! | modules | content |
 //! |---|---|
@@ -6,8 +6,12 @@
 //! | [`metrics`] | names of metrics |
 //! | [`admin`] | JSON of the admin API |
 //! | [`trace`] | lines of recorded traffic |
+//! | [`explanation`] | JSON of an explained decision |
+//! | [`state_file`] | file that keeps what a router has learned |
 
 pub mod admin;
+pub mod explanation;
 pub mod headers;
 pub mod metrics;
+pub mod state_file;
 pub mod trace;

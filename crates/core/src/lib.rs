@@ -19,6 +19,7 @@
 //! | [`booking`], [`batch`] | What does a routed request occupy, and how is its progress reported? |
 //! | [`workers`] | What is a worker, and what is known about it? |
 //! | [`sequence`] | What is a prompt, and how is it hashed? |
+//! | [`text_ratios`] | How many bytes of text are a token? |
 //! | [`event_index`] | How do KV events become knowledge about caches? |
 //! | [`policy`] | By which rule, and by which cost, is a worker chosen? |
 //! | [`outlier`] | Which workers get no requests because they failed or refused earlier ones? |
@@ -107,6 +108,7 @@ pub mod retry_budget;
 pub mod router;
 mod sglang_admission;
 mod state;
+pub mod text_ratios;
 mod time;
 mod worker_id;
 pub mod workers;

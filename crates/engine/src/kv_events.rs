@@ -10,7 +10,9 @@
 
 mod decode;
 mod extra_keys;
+pub mod follower;
 mod framing;
+mod repeated_stores;
 
 pub use decode::{DecodeError, decode_batch};
 pub use framing::{

@@ -1,9 +1,10 @@
-//! KV events of a worker, without I/O: where they are published, what a stream of them says, and how
-//! far they are trusted. [`subscribe`](crate::subscribe) follows them over sockets.
+//! KV events of a worker, without I/O: where they are published, and how far they are trusted. What a
+//! stream of them says is in [`foresee_engine::kv_events::follower`];
+//! [`subscribe`](crate::subscribe) follows them over sockets.
 
 pub(crate) mod event_trust;
-pub(crate) mod follower;
-pub(crate) mod repeated_stores;
+#[cfg(test)]
+mod follower_tests;
 pub(crate) mod replay_backoff;
 pub(crate) mod source;
 pub(crate) mod status;

@@ -21,7 +21,6 @@
 //! Whatever happens, dropping the placed request or the observer releases everything.
 
 pub(crate) mod affinity;
-mod bytes_per_token;
 mod cache_feedback;
 mod completion_log;
 pub(crate) mod dispatch;
@@ -43,6 +42,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use foresee_core::batch::Batch;
 use foresee_core::router::{Explanation, RouteError, Router};
+use foresee_core::text_ratios::TextRatios;
 use foresee_core::workers::WorkerId;
 use foresee_engine::error::ApiError;
 use foresee_engine::request::Endpoint;
@@ -56,7 +56,6 @@ use crate::workers::model_names::ModelNames;
 use crate::workers::registry::WorkerRegistry;
 use crate::workers::worker::Worker;
 use affinity::Affinity;
-use bytes_per_token::TextRatios;
 use dispatch::QueueWait;
 use drain_rate::DrainRate;
 use dry_run::DryRun;

@@ -16,10 +16,10 @@ use bytes::Bytes;
 use foresee_core::event_index::CacheDelta;
 use foresee_core::router::{CacheSource, Observed, Router};
 use foresee_engine::kv_events::Message;
+use foresee_engine::kv_events::follower::{Follower, Received};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::clock::Clock;
-use crate::kv_events::follower::{Follower, Received};
 use crate::kv_events::replay_backoff::ReplayBackoff;
 use crate::kv_events::source::EventSource;
 use crate::kv_events::status::{EventSnapshot, EventsState};

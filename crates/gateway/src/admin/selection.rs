@@ -14,6 +14,7 @@ mod reservations;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use foresee_api::explanation::explanation_json;
 use foresee_core::outlier::ExchangeResult;
 use foresee_core::router::Explanation;
 use foresee_core::workers::WorkerId;
@@ -28,7 +29,6 @@ use tokio::sync::Semaphore;
 
 use super::access::{quoted, refusal};
 use super::body;
-use super::explain::explanation_json;
 use super::parts::AdminParts;
 use crate::clock::Clock;
 use crate::log_limit::warn_limited;

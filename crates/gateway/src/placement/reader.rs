@@ -4,6 +4,7 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use foresee_core::text_ratios::TextRatios;
 use foresee_engine::decompress::{DecompressError, decompress};
 use foresee_engine::error::ApiError;
 use foresee_engine::model_name::replace_model;
@@ -15,7 +16,6 @@ use crate::clock::Clock;
 use crate::metrics::Metrics;
 use crate::parse_pool::ParsePool;
 use crate::placement::affinity::{Affinity, Memory};
-use crate::placement::bytes_per_token::TextRatios;
 use crate::placement::hints::RequestHints;
 use crate::placement::parsed_request::{BodyForm, ModelRewrite, ParsedRequest};
 use crate::placement::tokenization::{

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use foresee_core::batch::Batch;
 use foresee_core::router::Router;
+use foresee_core::text_ratios::TextRatios;
 use foresee_engine::output_text::Continuation;
 use foresee_engine::request::{Endpoint, PromptSequences};
 
@@ -16,7 +17,6 @@ use crate::keys::KeyGuard;
 use crate::metrics::{Exemplar, Metrics};
 use crate::parse_pool::ParsePool;
 use crate::placement::affinity::Affinity;
-use crate::placement::bytes_per_token::TextRatios;
 use crate::placement::tokenization::PromptTokenizer;
 use crate::recorder::Recorder;
 use crate::traces::request_trace::RequestTrace;

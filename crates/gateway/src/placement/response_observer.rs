@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use foresee_core::outlier::ExchangeResult;
+use foresee_core::text_ratios::RatioChange;
 use foresee_engine::error::ApiError;
 use foresee_engine::output_text::{OutputEnd, OutputText, parse_output_and_usage};
 use foresee_engine::request::Endpoint;
@@ -489,9 +490,15 @@ impl RequestContext {
             booking.on_cached_tokens(cached);
         }
         if let Some(tokens) = usage.prompt_tokens {
-            self.shared
-                .text_ratios
-                .observe(&self.model, self.prompt_bytes, tokens);
+            let text_ratios = &self.shared.text_ratios;
+            let change = text_ratios.observe(&self.model, self.prompt_bytes, tokens);
+            if let Some(RatioChange { before, now }) = change {
+                tracing::info!(
+                    model = %self.model, before, now,
+                    "bytes-per-token estimate changed; text-based prefix hashes were reset for \
+                     this model"
+                );
+            }
             if let (Some(tokenizer), Some(counted)) = (&self.shared.tokenizer, self.tokenizer_count)
             {
                 tokenizer.compare(&self.model, counted, tokens, &self.shared.metrics);

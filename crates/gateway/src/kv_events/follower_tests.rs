@@ -1,11 +1,20 @@
+//! Streams of KV events, as the mock engine encodes them and as engines were recorded, through the
+//! follower of [`foresee_engine::kv_events::follower`].
+
 use std::collections::HashMap;
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 
-use super::*;
-use crate::kv_events::event_trust::UntrustedIndex;
 use foresee_core::event_index::PrefixRuns;
-use foresee_engine::kv_events::parse_message;
+use foresee_core::sequence;
+use foresee_engine::kv_events::follower::{Follower, Received};
+use foresee_engine::kv_events::{
+    Attention, BlockKey, BlockRemoved, BlockStored, Event, EventBatch, Message, decode_batch,
+    parse_message,
+};
 use foresee_mock::{Layout, encode_batch};
+
+use crate::kv_events::event_trust::UntrustedIndex;
 
 const BLOCK: NonZeroU32 = NonZeroU32::new(2).unwrap();
 
@@ -194,7 +203,11 @@ fn a_new_process_may_differ_in_block_size_and_groups() {
         ((3, None), (2, None), 1),
     ] {
         let mut follower = follower();
-        follower.apply(&batch_with(stored_as(before.0, before.1)));
+        receive(
+            &mut follower,
+            0,
+            &payload(1.0, vec![stored_as(before.0, before.1)]),
+        );
         let contents = follower.snapshot();
         let removed = follower.clear();
         assert_eq!(removed.removed, contents.stored);
@@ -202,7 +215,11 @@ fn a_new_process_may_differ_in_block_size_and_groups() {
             removed.engine_block_ratio, contents.engine_block_ratio,
             "removed with the ratio of the store"
         );
-        follower.apply(&batch_with(stored_as(after.0, after.1)));
+        receive(
+            &mut follower,
+            0,
+            &payload(2.0, vec![stored_as(after.0, after.1)]),
+        );
         assert_eq!(follower.fault(), None, "{before:?}, {after:?}");
         assert!(follower.is_complete(), "{before:?}, {after:?}");
         let contents = follower.snapshot();
@@ -211,13 +228,6 @@ fn a_new_process_may_differ_in_block_size_and_groups() {
             (1, engine_block_ratio)
         );
         assert_eq!(follower.engine_block_size(), after.0);
-    }
-}
-
-fn batch_with(event: Event) -> EventBatch {
-    EventBatch {
-        events: vec![event],
-        ..EventBatch::default()
     }
 }
 
@@ -340,11 +350,11 @@ fn recorded_streams_leave_the_blocks_that_were_stored_and_not_removed() {
         eprintln!(
             "{}: {left} blocks expected, {} in the view, complete: {}",
             path.display(),
-            follower.view.len(),
+            follower.cached_blocks(),
             follower.is_complete()
         );
         if follower.is_complete() {
-            assert_eq!(follower.view.len(), left, "{}", path.display());
+            assert_eq!(follower.cached_blocks(), left, "{}", path.display());
         }
     }
 }

@@ -34,7 +34,7 @@ struct UncertainBlock {
 /// The uncertain stores of one engine. Blocks that leave the view are removed, so it is never larger
 /// than the view.
 #[derive(Debug)]
-pub(crate) struct RepeatedStores {
+pub(super) struct RepeatedStores {
     /// The router's block size.
     block_size: NonZeroU32,
     /// Whether uncertain stores are listings: the engine is in full report mode.
@@ -50,7 +50,7 @@ pub(crate) struct RepeatedStores {
 
 impl RepeatedStores {
     /// Creates the state for an engine with an empty cache. `block_size` is the router's.
-    pub(crate) fn new(block_size: NonZeroU32) -> Self {
+    pub(super) fn new(block_size: NonZeroU32) -> Self {
         Self {
             block_size,
             is_full_report: false,
@@ -62,7 +62,7 @@ impl RepeatedStores {
 
     /// Returns the state for an empty view of the same engine: keeps only the full report mode,
     /// because requests ask for listings as before.
-    pub(crate) fn for_new_process(&self) -> Self {
+    pub(super) fn for_new_process(&self) -> Self {
         Self {
             is_full_report: self.is_full_report,
             ..Self::new(self.block_size)
@@ -71,7 +71,7 @@ impl RepeatedStores {
 
     /// Announces a prompt of exactly one block that was sent. The engine will store it whether it is
     /// cached or not.
-    pub(crate) fn expect(&mut self, prompt: SequenceHash) {
+    pub(super) fn expect(&mut self, prompt: SequenceHash) {
         if self.expected.len() < MAX_EXPECTED_PROMPTS || self.expected.contains_key(&prompt) {
             *self.expected.entry(prompt).or_default() += 1;
         }
@@ -98,18 +98,18 @@ impl RepeatedStores {
     }
 
     /// Returns whether uncertain stores are ignored as listings.
-    pub(crate) fn is_full_report(&self) -> bool {
+    pub(super) fn is_full_report(&self) -> bool {
         self.is_full_report
     }
 
     /// Returns the number of stores that the view counts in excess if uncertain stores were listings.
-    pub(crate) fn excess(&self) -> u64 {
+    pub(super) fn excess(&self) -> u64 {
         self.excess
     }
 
     /// Applies a store event to `view` and returns the changes. In full report mode, only the
     /// unknown blocks of an uncertain store are applied. The changes can be empty.
-    pub(crate) fn store(
+    pub(super) fn store(
         &mut self,
         view: &mut CacheView,
         stored: &StoredBlocks<'_>,
@@ -153,7 +153,7 @@ impl RepeatedStores {
 
     /// Records that one copy of each block in `engine_hashes` was removed from `view`. Called after
     /// the removal. Blocks without uncertain stores are ignored.
-    pub(crate) fn removed(&mut self, view: &CacheView, engine_hashes: &[u64]) {
+    pub(super) fn removed(&mut self, view: &CacheView, engine_hashes: &[u64]) {
         for engine_hash in engine_hashes {
             let Some(block) = self.uncertain.get_mut(engine_hash) else {
                 continue;
@@ -173,7 +173,7 @@ impl RepeatedStores {
 
     /// Forgets all uncertain stores and the full report mode, because the view was emptied: earlier
     /// listings have no effect any more.
-    pub(crate) fn clear(&mut self) {
+    pub(super) fn clear(&mut self) {
         self.is_full_report = false;
         self.uncertain.clear();
         self.excess = 0;
@@ -181,7 +181,7 @@ impl RepeatedStores {
 
     /// Enters full report mode: removes the excess stores from `view`, returns the changes, and
     /// ignores uncertain stores from now on.
-    pub(crate) fn undo(&mut self, view: &mut CacheView) -> Vec<CacheDelta> {
+    pub(super) fn undo(&mut self, view: &mut CacheView) -> Vec<CacheDelta> {
         self.is_full_report = true;
         self.excess = 0;
         let uncertain = std::mem::take(&mut self.uncertain);

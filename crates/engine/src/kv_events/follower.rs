@@ -5,19 +5,19 @@ use std::num::NonZeroU32;
 
 use foresee_core::event_index::{CacheDelta, CacheView, StoredBlocks};
 use foresee_core::sequence::{self, SequenceHash};
-use foresee_engine::kv_events::{
+
+use super::repeated_stores::RepeatedStores;
+use super::{
     Adapter, Attention, BlockKey, BlockRemoved, BlockStored, Event, EventBatch, Medium, Message,
     decode_batch,
 };
-
-use crate::kv_events::repeated_stores::RepeatedStores;
 
 /// Number of successive undecodable batches from which on the stream counts as unreadable.
 const MAX_UNREADABLE: u32 = 3;
 
 /// Result of [`Follower::receive`].
 #[derive(Debug, PartialEq)]
-pub(crate) enum Received {
+pub enum Received {
     /// The batch was the next one and was applied; these are the changes, event by event.
     Applied(Vec<CacheDelta>),
     /// The batch was applied before, or belongs to another rank; nothing changed.
@@ -32,16 +32,16 @@ pub(crate) enum Received {
 
 /// The last batch that was applied. Its number and time distinguish one engine process from the next.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct LastBatch {
+pub struct LastBatch {
     /// Sequence number.
-    pub(crate) sequence: u64,
+    pub sequence: u64,
     /// Time by the engine's clock, in seconds since 1970; `None` if the engine sends none.
-    pub(crate) timestamp: Option<f64>,
+    pub timestamp: Option<f64>,
 }
 
 /// Follows the event stream of one engine.
 #[derive(Debug)]
-pub(crate) struct Follower {
+pub struct Follower {
     /// The engine's cache according to the batches applied.
     view: CacheView,
     /// Stores that may be listings of cached blocks.
@@ -79,7 +79,8 @@ pub(crate) struct Follower {
 impl Follower {
     /// Creates a follower of an engine with an empty cache. `block_size` is the router's; `rank` is
     /// the worker's configured rank.
-    pub(crate) fn new(block_size: NonZeroU32, model: String, rank: Option<u32>) -> Self {
+    #[must_use]
+    pub fn new(block_size: NonZeroU32, model: String, rank: Option<u32>) -> Self {
         Self {
             view: CacheView::new(block_size),
             repeated_stores: RepeatedStores::new(block_size),
@@ -100,7 +101,8 @@ impl Follower {
 
     /// Returns a follower with an empty cache for the same worker, serving `model`. Keeps the rank
     /// and the full report mode.
-    pub(crate) fn for_new_process(&self, model: String) -> Self {
+    #[must_use]
+    pub fn for_new_process(&self, model: String) -> Self {
         Self {
             repeated_stores: self.repeated_stores.for_new_process(),
             rank: self.rank,
@@ -109,53 +111,67 @@ impl Follower {
     }
 
     /// Returns the name of the base model.
-    pub(crate) fn model(&self) -> &str {
+    #[must_use]
+    pub fn model(&self) -> &str {
         &self.model
     }
 
     /// Returns the last batch that was applied.
-    pub(crate) fn last(&self) -> Option<LastBatch> {
+    #[must_use]
+    pub fn last(&self) -> Option<LastBatch> {
         self.last
     }
 
     /// Returns all cached blocks as stored blocks, for an empty index.
-    pub(crate) fn snapshot(&self) -> CacheDelta {
+    #[must_use]
+    pub fn snapshot(&self) -> CacheDelta {
         self.view.snapshot()
     }
 
+    /// Returns the number of distinct blocks in the view.
+    #[must_use]
+    pub fn cached_blocks(&self) -> usize {
+        self.view.len()
+    }
+
     /// Returns whether the view is exact: nothing was missed since the cache was last empty.
-    pub(crate) fn is_complete(&self) -> bool {
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
         !self.missed && self.view.is_complete()
     }
 
     /// Announces a prompt of exactly one engine block that was sent.
-    pub(crate) fn expect(&mut self, prompt: SequenceHash) {
+    pub fn expect(&mut self, prompt: SequenceHash) {
         self.repeated_stores.expect(prompt);
     }
 
     /// Returns the number of tokens per engine block; 0 before the first store.
-    pub(crate) fn engine_block_size(&self) -> u32 {
+    #[must_use]
+    pub fn engine_block_size(&self) -> u32 {
         self.engine_block_size
     }
 
     /// Marks the view as not exact, because responses contradict it.
-    pub(crate) fn mark_uncertain(&mut self) {
+    pub fn mark_uncertain(&mut self) {
         self.missed = true;
     }
 
     /// Returns whether the engine is in full report mode: repeated stores are listings.
-    pub(crate) fn is_full_report(&self) -> bool {
+    #[must_use]
+    pub fn is_full_report(&self) -> bool {
         self.repeated_stores.is_full_report()
     }
 
     /// Returns whether stores were counted that may be listings.
-    pub(crate) fn has_uncertain_stores(&self) -> bool {
+    #[must_use]
+    pub fn has_uncertain_stores(&self) -> bool {
         self.repeated_stores.excess() > 0
     }
 
     /// Returns whether the view contains more than `capacity` engine blocks, and would not without
     /// its uncertain stores.
-    pub(crate) fn is_overfull(&self, capacity: u32) -> bool {
+    #[must_use]
+    pub fn is_overfull(&self, capacity: u32) -> bool {
         let (stored, excess) = (self.view.stored_blocks(), self.repeated_stores.excess());
         let capacity = u64::from(capacity);
         stored > capacity && stored.saturating_sub(excess) <= capacity
@@ -163,13 +179,20 @@ impl Follower {
 
     /// Enters full report mode: uncertain stores are undone, and later ones ignored. Returns the
     /// changes.
-    pub(crate) fn undo_repeated_stores(&mut self) -> Vec<CacheDelta> {
+    pub fn undo_repeated_stores(&mut self) -> Vec<CacheDelta> {
         self.repeated_stores.undo(&mut self.view)
+    }
+
+    /// Returns the number of successive batches, up to the last one, that could not be decoded.
+    #[must_use]
+    pub fn unreadable_batches(&self) -> u32 {
+        self.unreadable
     }
 
     /// Returns why the events cannot be used and what to do about it; `None` if they can. Of
     /// several faults, returns one.
-    pub(crate) fn fault(&self) -> Option<String> {
+    #[must_use]
+    pub fn fault(&self) -> Option<String> {
         if let (Some(other), Some(expected)) = (self.other_rank, self.rank) {
             return Some(format!(
                 "received events of data-parallel rank {other} where rank {expected} publishes; \
@@ -193,7 +216,7 @@ impl Follower {
     /// After [`Received::Restarted`] the view is empty, and the message can be passed again. A
     /// message of another rank in the middle of a connection is ignored and becomes a
     /// [`fault`](Self::fault).
-    pub(crate) fn receive(&mut self, message: &Message<'_>) -> Received {
+    pub fn receive(&mut self, message: &Message<'_>) -> Received {
         let next = self.last.map_or(0, |last| last.sequence.saturating_add(1));
         let decoded = decode_batch(message.payload);
         let sender = decoded
@@ -247,7 +270,7 @@ impl Follower {
     /// If more batches are missing than blocks are stored, hardly any of the known blocks can still
     /// be cached, since each batch took some. Then all are removed, and returned. `None` means that
     /// the known blocks were kept.
-    pub(crate) fn skip_to(&mut self, sequence: u64) -> Option<CacheDelta> {
+    pub fn skip_to(&mut self, sequence: u64) -> Option<CacheDelta> {
         let is_long = self.last.is_some_and(|last| {
             sequence.saturating_sub(last.sequence.saturating_add(1)) > self.view.stored_blocks()
         });
@@ -262,7 +285,7 @@ impl Follower {
     }
 
     /// Records that a connection was made: its ranks may differ from those seen before.
-    pub(crate) fn on_connected(&mut self) {
+    pub fn on_connected(&mut self) {
         self.other_rank = None;
         self.accepts_any_rank = true;
     }
@@ -271,7 +294,7 @@ impl Follower {
     /// Keeps the model, the configured rank and the announced prompts, because the new process may
     /// have received them. Nothing else that was learned of the previous process is kept; the next
     /// batch has number 0.
-    pub(crate) fn clear(&mut self) -> CacheDelta {
+    pub fn clear(&mut self) -> CacheDelta {
         let removed = self.clear_blocks();
         let fresh = Self::new(
             self.block_size,
@@ -370,6 +393,3 @@ impl Follower {
         Some(changes)
     }
 }
-
-#[cfg(test)]
-mod tests;
