@@ -273,6 +273,7 @@ impl DemoFleet {
             "  curl http://{api}/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{{\"model\": \"{MODEL}\", \"stream\": true, \"messages\": [{{\"role\": \"user\", \"content\": \"Hello\"}}]}}'"
         );
         if let Some(admin) = self.gateway.admin_address() {
+            println!("  http://{admin}/dashboard in a browser");
             println!("  curl http://{admin}/admin/workers");
             println!("  curl http://{admin}/metrics");
         }

@@ -2,15 +2,18 @@
 //!
 //! `settings` and `listener` say where it listens, `access` which requests it accepts, `new_worker`
 //! which workers may be added, `drain` how workers leave, `explain` how a request would be routed,
-//! and `selection` is a front end for proxies that send requests themselves.
+//! `dashboard` has the page and what it reads, and `selection` is a front end for proxies that send
+//! requests themselves.
 //!
 //! `docs/api.md` describes the paths and all JSON fields.
 
 mod access;
 mod body;
+mod dashboard;
 mod drain;
+mod event_stream;
 mod explain;
-mod key;
+pub(crate) mod key;
 mod listener;
 mod new_worker;
 mod parts;
@@ -31,6 +34,7 @@ use foresee_engine::error::ApiError;
 use foresee_engine::request::Endpoint;
 use http::header::{ACCEPT, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, request};
+use http_body_util::Either;
 use hyper::body::Incoming;
 use percent_encoding::percent_decode_str;
 use serde_json::json;
@@ -42,16 +46,19 @@ use crate::metrics::{
     prometheus_text,
 };
 use crate::reload::ReloadError;
+use crate::reload::changes::settings_in_force;
 use crate::reply::{self, Body};
 use crate::shutdown::shutting_down;
 use crate::workers::worker::Worker;
 use access::refusal;
 use drain::{remove_when_drained, set_draining, timeout_of};
 use explain::Explainer;
+use listener::ConnectionCloser;
 use selection::SelectionApi;
 
+pub(crate) use dashboard::{Dashboard, DashboardFeed, DashboardParts};
 pub use key::{AdminKey, KeyError};
-pub(crate) use listener::AdminListener;
+pub(crate) use listener::{AdminBody, AdminListener};
 pub use new_worker::parse_new_worker;
 pub(crate) use parts::AdminParts;
 pub use settings::{AdminConfig, AdminListen, UnprotectedAdmin};
@@ -70,6 +77,8 @@ pub(crate) struct AdminApi {
     listen: AdminListen,
     explainer: Explainer,
     selection: SelectionApi,
+    /// The dashboard, if there is one.
+    dashboard: Option<Arc<Dashboard>>,
 }
 
 impl AdminApi {
@@ -80,6 +89,7 @@ impl AdminApi {
         config: Arc<ArcSwap<AdminConfig>>,
         listen: AdminListen,
         max_body_bytes: usize,
+        dashboard: Option<Arc<Dashboard>>,
     ) -> Self {
         let max_reservations = config.load().max_reservations;
         Self {
@@ -88,6 +98,7 @@ impl AdminApi {
             parts,
             config,
             listen,
+            dashboard,
         }
     }
 
@@ -104,7 +115,7 @@ impl AdminApi {
 
     /// Handles one request to the admin listener. Errors become responses. A request that is refused
     /// for its host, origin, key or content type is logged.
-    pub(crate) async fn handle(self: Arc<Self>, request: Request<Incoming>) -> Response<Body> {
+    pub(crate) async fn handle(self: Arc<Self>, request: Request<Incoming>) -> Response<AdminBody> {
         let result = self.try_handle(request).await;
         result.unwrap_or_else(|error| {
             let mut response = reply::error(Endpoint::Other, &error);
@@ -112,7 +123,7 @@ impl AdminApi {
                 let challenge = HeaderValue::from_static("Bearer");
                 response.headers_mut().insert(WWW_AUTHENTICATE, challenge);
             }
-            response
+            response.map(Either::Left)
         })
     }
 
@@ -123,7 +134,7 @@ impl AdminApi {
     async fn try_handle(
         self: Arc<Self>,
         request: Request<Incoming>,
-    ) -> Result<Response<Body>, ApiError> {
+    ) -> Result<Response<AdminBody>, ApiError> {
         let (head, body) = request.into_parts();
         let config = self.config.load();
         let checked = config.check_request(&self.listen, &self.parts.keys, &head);
@@ -146,9 +157,19 @@ impl AdminApi {
                 target: "foresee::audit", %principal, %method, path, status,
                 "request to change something"
             );
-            return result;
+            return result.map(whole_body);
         }
-        self.respond(head, body).await
+        if head.method == Method::GET || head.method == Method::HEAD {
+            let connection = head.extensions.get::<ConnectionCloser>().cloned();
+            let dashboard = self.dashboard.as_ref();
+            let (path, query) = (head.uri.path(), head.uri.query());
+            let response = dashboard
+                .and_then(|dashboard| dashboard.respond(path, query, &head.headers, connection));
+            if let Some(response) = response {
+                return response;
+            }
+        }
+        self.respond(head, body).await.map(whole_body)
     }
 
     /// Calls the handler of a request's method and path. The error is the response for the client.
@@ -177,6 +198,7 @@ impl AdminApi {
             }
             (&Method::GET, "/metrics") => self.expose_metrics(&head.headers),
             (&Method::GET, "/admin/workers") => Ok(self.list_workers()),
+            (&Method::GET, "/admin/config") => Ok(self.configuration()),
             (&Method::POST, "/admin/workers") => {
                 let body = body::read(&head.headers, body, MAX_BODY_BYTES).await?;
                 self.add_worker(&body)
@@ -206,6 +228,7 @@ impl AdminApi {
             Method::DELETE => {
                 remove_when_drained(removals, &percent_decoded(rest), timeout_of(query)?)
             }
+            Method::GET => self.show_worker(&percent_decoded(rest)),
             Method::POST => match rest.rsplit_once('/') {
                 Some((name, "drain")) => set_draining(removals, &percent_decoded(name), true),
                 Some((name, "undrain")) => set_draining(removals, &percent_decoded(name), false),
@@ -272,6 +295,25 @@ impl AdminApi {
         };
         // Serialisation fails only for maps with keys other than strings; the list has none.
         let body = serde_json::to_string(&list).unwrap_or_default();
+        reply::json(StatusCode::OK, body)
+    }
+
+    /// Returns the worker with this name. Fails with a 404 if there is none.
+    fn show_worker(&self, name: &str) -> Result<Response<Body>, ApiError> {
+        let snapshots = self.parts.router.workers(self.parts.clock.now());
+        let named = snapshots.iter().find(|worker| *worker.name == *name);
+        let worker = named.ok_or_else(|| drain::not_found(name))?;
+        // Serialisation fails only for maps with keys other than strings.
+        let body = serde_json::to_string(&self.describe(worker)).unwrap_or_default();
+        Ok(reply::json(StatusCode::OK, body))
+    }
+
+    /// Returns the settings in force.
+    fn configuration(&self) -> Response<Body> {
+        let settings = self.parts.reloader.in_force(settings_in_force);
+        let configuration = foresee_api::dashboard::Configuration { settings };
+        // Serialisation fails only for maps with keys other than strings.
+        let body = serde_json::to_string(&configuration).unwrap_or_default();
         reply::json(StatusCode::OK, body)
     }
 
@@ -350,6 +392,11 @@ impl AdminApi {
         let body = json!({ "name": config.name });
         Ok(reply::json(StatusCode::ACCEPTED, body.to_string()))
     }
+}
+
+/// Returns a response with a body of known length as one of the admin listener.
+fn whole_body(response: Response<Body>) -> Response<AdminBody> {
+    response.map(Either::Left)
 }
 
 /// Returns whether a request changes workers or settings. Requests of the selection API do not.

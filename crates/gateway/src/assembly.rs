@@ -12,7 +12,9 @@ use tokio::task::JoinHandle;
 
 use crate::accept::{ConnectionLimit, ConnectionSettings};
 use crate::access_log::AccessLog;
-use crate::admin::{AdminApi, AdminConfig, AdminParts};
+use crate::admin::{
+    AdminApi, AdminConfig, AdminListen, AdminParts, Dashboard, DashboardFeed, DashboardParts,
+};
 use crate::client_headers::ClientHeaders;
 use crate::clock::Clock;
 use crate::config::GatewayConfig;
@@ -78,6 +80,8 @@ pub(crate) struct GatewayParts {
     /// Limits how many requests are sent again after a worker failed them.
     retry_budget: Arc<Mutex<RetryBudget>>,
     request_ids: Arc<RequestIds>,
+    /// What the dashboard shows of requests, if there is one.
+    dashboard_feed: Option<DashboardFeed>,
     /// Shutdown of the API's listener.
     pub(crate) shutdown: Arc<ShutdownSignal>,
 }
@@ -105,8 +109,10 @@ impl GatewayParts {
         let parse_pool = Arc::new(ParsePool::new());
         let names = ModelNames::new(Arc::clone(workers.registry()), &config.model_aliases);
         let names = Arc::new(names);
+        let has_dashboard = config.admin.dashboard && config.admin_listen != AdminListen::Off;
+        let dashboard_feed = has_dashboard.then(DashboardFeed::default);
         let placement = Placement::new(
-            placement_config(config, tokenizer, writers.recorder),
+            placement_config(config, tokenizer, writers.recorder, dashboard_feed.as_ref()),
             router.clone(),
             Arc::clone(workers.registry()),
             Arc::clone(&names),
@@ -134,6 +140,7 @@ impl GatewayParts {
             parse_pool,
             retry_budget: Arc::new(Mutex::new(new_retry_budget())),
             request_ids: Arc::new(RequestIds::new()),
+            dashboard_feed,
             shutdown: Arc::new(ShutdownSignal::new()),
         }
     }
@@ -238,6 +245,7 @@ impl GatewayParts {
         config: &GatewayConfig,
         admin: Arc<ArcSwap<AdminConfig>>,
         reloader: Arc<Reloader>,
+        dashboard: Option<Arc<Dashboard>>,
     ) -> AdminApi {
         let parts = AdminParts {
             router: self.router.clone(),
@@ -254,7 +262,21 @@ impl GatewayParts {
             shutdown: Arc::clone(&self.shutdown),
         };
         let listen = config.admin_listen.clone();
-        AdminApi::new(parts, admin, listen, config.max_body_bytes)
+        AdminApi::new(parts, admin, listen, config.max_body_bytes, dashboard)
+    }
+
+    /// Returns the dashboard, if there is one.
+    pub(crate) fn dashboard(&self, reloader: &Arc<Reloader>) -> Option<Arc<Dashboard>> {
+        let feed = self.dashboard_feed.clone()?;
+        let parts = DashboardParts {
+            router: self.router.clone(),
+            workers: Arc::clone(&self.workers),
+            metrics: Arc::clone(&self.metrics),
+            reloader: Arc::clone(reloader),
+            shutdown: Arc::clone(&self.shutdown),
+            clock: self.clock,
+        };
+        Some(Arc::new(Dashboard::new(parts, feed)))
     }
 
     /// Returns the limits and the shutdown of the API's connections.
@@ -297,6 +319,7 @@ fn placement_config(
     config: &GatewayConfig,
     tokenizer: Option<PromptTokenizer>,
     recorder: Option<Arc<Recorder>>,
+    dashboard: Option<&DashboardFeed>,
 ) -> PlacementConfig {
     PlacementConfig {
         block_size: config.router.block_size,
@@ -312,5 +335,7 @@ fn placement_config(
             config.autoscaling,
             config.router.block_size,
         )),
+        decision_log: dashboard.map(|feed| Arc::clone(&feed.decisions)),
+        ended_requests: dashboard.map(|feed| Arc::clone(&feed.ended)),
     }
 }

@@ -23,9 +23,11 @@
 pub(crate) mod affinity;
 mod cache_feedback;
 mod completion_log;
+pub(crate) mod decision_log;
 pub(crate) mod dispatch;
 mod drain_rate;
 mod dry_run;
+pub(crate) mod ended_requests;
 pub(crate) mod hints;
 pub(crate) mod parsed_request;
 pub(crate) mod placed_request;
@@ -56,9 +58,11 @@ use crate::workers::model_names::ModelNames;
 use crate::workers::registry::WorkerRegistry;
 use crate::workers::worker::Worker;
 use affinity::Affinity;
+use decision_log::DecisionLog;
 use dispatch::QueueWait;
 use drain_rate::DrainRate;
 use dry_run::DryRun;
+use ended_requests::EndedRequests;
 use parsed_request::{BodyForm, ParsedRequest};
 use placed_request::PlacedRequest;
 use reader::RequestReader;
@@ -89,6 +93,10 @@ pub(crate) struct PlacementConfig {
     pub(crate) recorder: Option<Arc<Recorder>>,
     /// Load of the fleet, for autoscaling.
     pub(crate) demand: Arc<FleetDemand>,
+    /// Log of decisions, if the dashboard shows them.
+    pub(crate) decision_log: Option<Arc<DecisionLog>>,
+    /// Requests that ended, if the dashboard shows them.
+    pub(crate) ended_requests: Option<Arc<EndedRequests>>,
 }
 
 /// Places requests on the workers of one router.
@@ -103,6 +111,8 @@ pub(crate) struct Placement {
     observation: Arc<Observation>,
     /// Comparison of the decisions, if they are compared.
     dry_run: Option<DryRun>,
+    /// Log of decisions, if they are logged.
+    decision_log: Option<Arc<DecisionLog>>,
 }
 
 impl Placement {
@@ -131,6 +141,7 @@ impl Placement {
         });
         Self {
             dry_run,
+            decision_log: config.decision_log,
             reader: Arc::new(RequestReader {
                 registry,
                 names,
@@ -159,6 +170,7 @@ impl Placement {
                 tokenizer,
                 recorder: config.recorder,
                 demand: config.demand,
+                ended_requests: config.ended_requests,
                 block_size: config.block_size,
                 prefix_caching: config.prefix_caching,
                 exposes_workers: config.exposes_workers,
@@ -232,7 +244,14 @@ impl Placement {
             let explanation = self.explain(&parsed).ok()?;
             Some((dry_run, explanation))
         });
-        let started = self.clock.now();
+        let mut started = self.clock.now();
+        let due_log = self.decision_log.as_ref();
+        let logged = due_log.filter(|log| log.is_due(&parsed, started));
+        let logged = logged.and_then(|log| {
+            let explanation = self.explain(&parsed).ok()?;
+            started = self.clock.now();
+            Some((log, explanation))
+        });
         let batch = self
             .router
             .route_batch(&parsed.request(), &parsed.sequences.rest, started)
@@ -241,6 +260,10 @@ impl Placement {
         if let Some((dry_run, explanation)) = dry_run {
             dry_run.compare(&explanation, batch.worker());
         }
+        let decision = logged.map(|(log, explanation)| {
+            let output_tokens = self.router.expected_output_tokens(&parsed.request());
+            log.record(&parsed, explanation, &batch, output_tokens, started)
+        });
         let metrics = &self.metrics;
         metrics
             .decision_duration_seconds
@@ -258,6 +281,7 @@ impl Placement {
             trace: None,
             decided_in: duration,
             queued_for: Duration::ZERO,
+            decision,
         })
     }
 

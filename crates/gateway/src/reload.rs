@@ -3,9 +3,10 @@
 //! Workers of the configuration are added, replaced and drained, and settings of requests apply to the
 //! requests that arrive afterwards. Workers that were added over HTTP stay. Settings that only a
 //! restart applies are named in the report, and keep their values. [`changes`] compares two
-//! configurations.
+//! configurations and shows the one in force.
 
 pub(crate) mod changes;
+mod shown_setting;
 
 use std::fmt;
 use std::sync::Arc;

@@ -250,9 +250,18 @@ impl Gateway {
         tasks.extend(lists);
         let reloader = parts.reloader(config.clone(), source, reconciler, &proxy, &admin_config);
         let reloader = Arc::new(reloader);
-        let admin_api = parts.admin_api(&config, admin_config, Arc::clone(&reloader));
+        let dashboard = parts.dashboard(&reloader);
+        let admin_api = parts.admin_api(
+            &config,
+            admin_config,
+            Arc::clone(&reloader),
+            dashboard.clone(),
+        );
         let admin_api = Arc::new(admin_api);
         let (stop_admin, stopped) = watch::channel(false);
+        if let Some(dashboard) = dashboard {
+            tasks.push(tokio::spawn(dashboard.sample_in_intervals(stopped.clone())));
+        }
         let admin = admin.map(|admin| {
             tokio::spawn(admin_api.expire_reservations());
             let api = Arc::clone(&admin_api);

@@ -72,6 +72,17 @@ pub(super) struct AdminArgs {
         env = "FORESEE_MAX_RESERVATIONS"
     )]
     max_reservations: usize,
+    /// Selects whether the admin listener has a dashboard, at /dashboard
+    ///
+    /// With a dashboard, the router keeps a history of the fleet and a log of some decisions, in a few
+    /// megabytes. Neither contains text of prompts. The page itself needs no key, its data do.
+    #[arg(
+        long,
+        default_value_t = Switch::On,
+        value_name = "SWITCH",
+        env = "FORESEE_DASHBOARD"
+    )]
+    dashboard: Switch,
     /// Admin key, read by [`resolve`](Self::resolve).
     #[arg(skip)]
     key: Option<AdminKey>,
@@ -130,6 +141,7 @@ impl AdminArgs {
             metrics_key: self.metrics_key,
             open: self.admin_open == Switch::On,
             max_reservations: self.max_reservations,
+            dashboard: self.dashboard == Switch::On,
         }
     }
 }

@@ -15,6 +15,7 @@ use http::request::Parts;
 use http::uri::Authority;
 use http::{HeaderMap, HeaderValue, Method};
 
+use super::dashboard::assets::is_page;
 use super::settings::{AdminConfig, AdminListen};
 use crate::keys::key_config::Scope;
 use crate::keys::{KeyRefusal, KeyRing};
@@ -29,6 +30,8 @@ enum Area {
     Health,
     /// Metrics.
     Metrics,
+    /// Files of the dashboard, which have no secrets.
+    Page,
     /// The admin API, and all unknown paths.
     Admin,
 }
@@ -39,6 +42,7 @@ impl Area {
         match path {
             "/metrics" => Self::Metrics,
             path if path.starts_with("/health/") => Self::Health,
+            path if is_page(path) => Self::Page,
             _ => Self::Admin,
         }
     }
@@ -47,7 +51,8 @@ impl Area {
 /// Access that a request needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Access {
-    Health,
+    /// Needs no key.
+    Open,
     Metrics,
     /// Reads the admin API.
     AdminRead,
@@ -89,7 +94,8 @@ impl AdminConfig {
         // Probes and scrapers reach the listener by names of services, and browsers cannot open a
         // Unix socket.
         let is_read = head.method == Method::GET || head.method == Method::HEAD;
-        let is_exempt = is_read && area != Area::Admin || matches!(listen, AdminListen::Unix(_));
+        let is_probed = matches!(area, Area::Health | Area::Metrics);
+        let is_exempt = is_read && is_probed || matches!(listen, AdminListen::Unix(_));
         if !is_exempt {
             self.check_host(head)?;
         }
@@ -98,7 +104,9 @@ impl AdminConfig {
             Area::Admin if is_read || head.uri.path() == "/admin/explain" => Access::AdminRead,
             Area::Admin => Access::AdminChange,
             Area::Metrics => Access::Metrics,
-            Area::Health => Access::Health,
+            Area::Health => Access::Open,
+            Area::Page if is_read => Access::Open,
+            Area::Page => Access::AdminChange,
         };
         let principal = self.check_key(access, keys, &head.headers)?;
         check_content_type(head)?;
@@ -158,7 +166,7 @@ impl AdminConfig {
         headers: &HeaderMap,
     ) -> Result<Principal, ApiError> {
         let (own_keys, protecting, opening): (_, &[Scope], &[Scope]) = match access {
-            Access::Health => return Ok(Principal::anonymous()),
+            Access::Open => return Ok(Principal::anonymous()),
             Access::Metrics => (
                 [&self.metrics_key, &self.key],
                 &[Scope::Metrics],

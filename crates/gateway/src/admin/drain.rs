@@ -48,7 +48,7 @@ pub(super) fn set_draining(
 }
 
 /// Returns the error for a name that no worker has.
-fn not_found(name: &str) -> ApiError {
+pub(super) fn not_found(name: &str) -> ApiError {
     let message = format!(
         "No worker is named `{}`. `GET /admin/workers` lists the names of all workers.",
         quoted(name)

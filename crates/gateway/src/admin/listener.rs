@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::{Request, Response};
+use http_body_util::Either;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -22,9 +23,10 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 
+use super::event_stream::EventStream;
 use super::settings::AdminListen;
 use crate::listen::listen;
 use crate::log_limit::warn_limited;
@@ -53,6 +55,21 @@ const MAX_HEAD_BYTES: usize = 64 << 10;
 
 /// Time to wait after a failed `accept`.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(10);
+
+/// Body of a response of the admin listener.
+pub(crate) type AdminBody = Either<Body, EventStream>;
+
+/// Closes the connection that a request arrived on, whatever is being sent there. An extension of
+/// each request.
+#[derive(Clone, Debug, Default)]
+pub(super) struct ConnectionCloser(Arc<Notify>);
+
+impl ConnectionCloser {
+    /// Closes the connection.
+    pub(super) fn close(&self) {
+        self.0.notify_one();
+    }
+}
 
 /// A socket on which the admin listener accepts connections.
 #[derive(Debug)]
@@ -113,7 +130,7 @@ impl AdminListener {
         handle: H,
     ) where
         H: Fn(Request<Incoming>) -> F + Clone + Send + 'static,
-        F: Future<Output = Response<Body>> + Send + 'static,
+        F: Future<Output = Response<AdminBody>> + Send + 'static,
     {
         let free = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let mut connections = JoinSet::new();
@@ -195,9 +212,12 @@ async fn serve_connection<S, H, F>(stream: S, mut stopped: watch::Receiver<bool>
 where
     S: AsyncRead + AsyncWrite + Unpin,
     H: Fn(Request<Incoming>) -> F,
-    F: Future<Output = Response<Body>>,
+    F: Future<Output = Response<AdminBody>>,
 {
-    let service = service_fn(move |request| {
+    let closer = ConnectionCloser::default();
+    let must_drop = closer.clone();
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(closer.clone());
         let response = handle(request);
         async move { Ok::<_, Infallible>(response.await) }
     });
@@ -216,6 +236,7 @@ where
     let ended = tokio::select! {
         ended = connection.as_mut() => Some(ended),
         () = must_close => None,
+        () = must_drop.0.notified() => return,
     };
     let ended = match ended {
         Some(ended) => ended,

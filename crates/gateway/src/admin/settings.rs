@@ -64,6 +64,8 @@ pub struct AdminConfig {
     pub open: bool,
     /// Maximum number of reservations of the selection API.
     pub max_reservations: usize,
+    /// Whether there is a dashboard.
+    pub dashboard: bool,
 }
 
 impl Default for AdminConfig {
@@ -74,6 +76,7 @@ impl Default for AdminConfig {
             metrics_key: None,
             open: false,
             max_reservations: 1 << 16,
+            dashboard: true,
         }
     }
 }

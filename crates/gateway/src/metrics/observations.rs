@@ -58,6 +58,24 @@ impl Metrics {
             .inc();
     }
 
+    /// Returns the number of requests that ended with this outcome.
+    pub(crate) fn outcome_count(&self, outcome: Outcome) -> u64 {
+        let series = self
+            .requests
+            .get_or_create(&[("outcome", outcome.as_str())]);
+        series.get()
+    }
+
+    /// Returns the numbers of requests whose overlap was predicted exactly, too large and too small.
+    pub(crate) fn overlap_prediction_counts(&self) -> [u64; 3] {
+        ["exact", "over", "under"].map(|result| {
+            let series = self
+                .overlap_predictions
+                .get_or_create(&[("result", result)]);
+            series.get()
+        })
+    }
+
     /// Counts a request that was refused because of its key.
     pub(crate) fn record_key_refusal(&self, reason: &'static str) {
         self.key_refusals.get_or_create(&[("reason", reason)]).inc();

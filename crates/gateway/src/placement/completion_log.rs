@@ -9,6 +9,7 @@ use std::time::Duration;
 use crate::completion::Completion;
 use crate::kv_events::event_trust::HitCheck;
 use crate::metrics::{Outcome, ResponseTokens};
+use crate::placement::ended_requests::EndedRequest;
 use crate::placement::request_context::RequestContext;
 use crate::traces::request_trace::ResponseEnd;
 
@@ -81,6 +82,13 @@ impl RequestContext {
                 ttft,
             });
         }
+        if let Some(ended) = &self.shared.ended_requests {
+            ended.add(self.ended_request(completion, actual));
+        }
+        if let Some(ticket) = self.decision.take() {
+            let (worker, now) = (&self.worker.config.name, self.shared.clock.now());
+            ticket.complete(completion, worker, cached_tokens, now);
+        }
         tracing::debug!(
             target: "foresee::completion",
             request = ?self.request_id,
@@ -96,5 +104,25 @@ impl RequestContext {
             seconds = lasted.as_secs_f64(),
             "response ended"
         );
+    }
+
+    /// Returns the request as it ended now. `actual` are the blocks that the engine reported as cached.
+    fn ended_request(&self, completion: &Completion, actual: Option<u32>) -> EndedRequest {
+        let now = self.shared.clock.now();
+        let intervals = completion.output_tokens.saturating_sub(1);
+        let decoded_for = completion.first_token.map(|at| now.saturating_sub(at));
+        let prompt_tokens = completion.usage.prompt_tokens.unwrap_or(self.prompt_tokens);
+        EndedRequest {
+            worker: self.worker.id,
+            ttft: completion
+                .first_token
+                .map(|at| at.saturating_sub(self.arrived_at)),
+            token_interval: decoded_for
+                .filter(|_| self.batch.prompt_count() == 1)
+                .and_then(|time| time.checked_div(intervals)),
+            prompt_blocks: prompt_tokens.div_ceil(self.shared.block_size.get()),
+            predicted_blocks: self.batch.decision().cost.overlap_blocks,
+            actual_blocks: actual,
+        }
     }
 }

@@ -9,6 +9,7 @@ use foresee_engine::request::Endpoint;
 
 use crate::access_log::AccessEntry;
 use crate::keys::KeyGuard;
+use crate::placement::decision_log::DecisionTicket;
 use crate::placement::parsed_request::ParsedRequest;
 use crate::placement::request_context::{Observation, RequestContext};
 use crate::traces::request_trace::RequestTrace;
@@ -37,6 +38,8 @@ pub(crate) struct PlacedRequest {
     pub(crate) decided_in: Duration,
     /// Time that the request was queued in the router.
     pub(crate) queued_for: Duration,
+    /// Place of the outcome in the log of decisions, if this one was recorded.
+    pub(crate) decision: Option<DecisionTicket>,
 }
 
 impl PlacedRequest {
@@ -90,6 +93,7 @@ impl PlacedRequest {
             trace,
             decided_in: _,
             queued_for: _,
+            decision: ticket,
         } = self;
         let now = observation.clock.now();
         observation
@@ -106,6 +110,7 @@ impl PlacedRequest {
             key,
             access,
             trace,
+            decision: ticket,
             endpoint,
             arrived_at,
             request_id,

@@ -17,6 +17,8 @@ use crate::keys::KeyGuard;
 use crate::metrics::{Exemplar, Metrics};
 use crate::parse_pool::ParsePool;
 use crate::placement::affinity::Affinity;
+use crate::placement::decision_log::DecisionTicket;
+use crate::placement::ended_requests::EndedRequests;
 use crate::placement::tokenization::PromptTokenizer;
 use crate::recorder::Recorder;
 use crate::traces::request_trace::RequestTrace;
@@ -39,6 +41,8 @@ pub(crate) struct Observation {
     pub(super) recorder: Option<Arc<Recorder>>,
     /// Load of the fleet, for autoscaling.
     pub(super) demand: Arc<FleetDemand>,
+    /// Requests that ended, if the dashboard shows them.
+    pub(super) ended_requests: Option<Arc<EndedRequests>>,
     /// The router's block size.
     pub(super) block_size: NonZeroU32,
     /// Whether workers share cached blocks between requests, unless their descriptions say otherwise.
@@ -62,6 +66,8 @@ pub(crate) struct RequestContext {
     pub(crate) access: Option<Box<AccessEntry>>,
     /// Spans of the request, if it is sampled.
     pub(crate) trace: Option<Box<RequestTrace>>,
+    /// Place of the outcome in the log of decisions, if this one was recorded.
+    pub(crate) decision: Option<DecisionTicket>,
     /// API that the request called.
     pub(crate) endpoint: Endpoint,
     /// When the request arrived, by the gateway's clock.

@@ -8,6 +8,7 @@ mod admin_drain;
 mod batches;
 mod cache_feedback;
 mod connections;
+mod dashboard;
 mod discovery;
 mod discovery_dns;
 mod failures;
