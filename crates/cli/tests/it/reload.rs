@@ -199,6 +199,7 @@ unhealthy-threshold = 7
 health-timeout = "7s"
 tokenizer = "/nonexistent"
 prefix-caching = false
+dashboard = false
 policy = "kv"
 overlap-weight = 7
 ttft-weight = 7
