@@ -238,6 +238,7 @@ async fn boards_rules_and_examples_ask_for_metrics_that_exist() {
     worker.set_metrics(ENGINE_METRICS);
     let mut config = config(&[]);
     config.engine_metrics_interval = Some(Duration::from_millis(10));
+    config.discovery.files = vec!["/nonexistent".into()];
     let description = format!("{},kv-events=tcp://127.0.0.1:1", worker.spec("a"));
     config.workers = vec![description.parse().unwrap()];
     let gateway = gateway_with(config).await;
