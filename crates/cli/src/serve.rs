@@ -7,6 +7,7 @@ mod discovery_args;
 mod health_args;
 mod observability;
 mod outlier;
+mod service_manager;
 mod settings;
 mod tls_args;
 mod watch;
@@ -96,6 +97,7 @@ pub(crate) fn check_settings(config: &GatewayConfig) -> anyhow::Result<()> {
 
 /// Starts the gateway and waits for SIGTERM or SIGINT, then for the shutdown. A second signal ends the
 /// process at once. SIGHUP and a change that `watch` notices reload the configuration from `source`.
+/// The service manager, if there is one, is told when the gateway serves, reloads and stops.
 ///
 /// # Errors
 /// If the gateway cannot start. Errors of the tokenizer are marked as an invalid configuration.
@@ -133,6 +135,7 @@ async fn run(
              and remove workers; set --admin-key-file"
         );
     }
+    service_manager::report_ready();
     loop {
         let changed = async {
             match &mut watch {
@@ -145,9 +148,12 @@ async fn run(
             _ = hang_up.recv() => {}
             () = changed => {}
         }
+        service_manager::report_reloading();
         // The gateway logs the result.
         let _ = gateway.reload().await;
+        service_manager::report_ready();
     }
+    service_manager::report_stopping();
     tracing::info!("stopping; a second signal ends the router at once");
     tokio::select! {
         () = gateway.shut_down() => {}

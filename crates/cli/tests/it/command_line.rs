@@ -267,4 +267,25 @@ fn completions_and_manual_pages_are_printed() {
         assert!(page.contains(part), "{arguments:?}: {page}");
     }
     refused(&[], &["man", "nothing"]);
+    refused(&[], &["man", "--all", "/nonexistent", "serve"]);
+}
+
+#[test]
+fn all_manual_pages_are_written_to_a_folder() {
+    let folder = format!("foresee-man-{}", std::process::id());
+    let folder = std::env::temp_dir().join(folder);
+    std::fs::create_dir_all(&folder).unwrap();
+    let output = run(&[], &["man", "--all", folder.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let read = |name: &str| std::fs::read_to_string(folder.join(name)).unwrap_or_default();
+    assert!(read("foresee.1").contains(".TH foresee 1"));
+    for subcommand in SUBCOMMANDS {
+        let name = format!("foresee-{}", subcommand.join("-"));
+        let page = read(&format!("{name}.1"));
+        assert_eq!(page, stdout(&run(&[], &[&["man"], subcommand].concat())));
+        assert!(page.contains(&format!(".TH {name} 1")), "{name}");
+    }
+    std::fs::remove_dir_all(&folder).unwrap();
+    let output = run(&[], &["man", "--all", "/nonexistent"]);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
 }

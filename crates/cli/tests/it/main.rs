@@ -13,6 +13,7 @@ mod record;
 mod reload;
 mod replay;
 mod restart;
+mod service_manager;
 mod settings;
 mod state_file;
 mod verify;

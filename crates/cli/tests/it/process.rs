@@ -28,8 +28,14 @@ pub(crate) struct Process(Child);
 impl Process {
     /// Starts the program.
     pub(crate) fn start(arguments: &[&str]) -> Self {
+        Self::start_with(&[], arguments)
+    }
+
+    /// Starts the program with variables in addition to those of the test.
+    pub(crate) fn start_with(variables: &[(&str, &str)], arguments: &[&str]) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_foresee"));
-        command.args(arguments).stdin(Stdio::null());
+        command.args(arguments).envs(variables.iter().copied());
+        command.stdin(Stdio::null());
         command.stdout(Stdio::null()).stderr(Stdio::null());
         Self(command.spawn().unwrap())
     }
