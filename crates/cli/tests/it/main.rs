@@ -3,6 +3,7 @@
 mod command_line;
 mod configuration;
 mod deploy;
+mod deploy_files;
 mod fleet;
 mod kv_events;
 mod layout;
