@@ -9,9 +9,6 @@ use std::process::{Command, Stdio};
 
 use foresee_cli::config_file_flags;
 
-/// Flags that begin with this text may be missing: only some programs have them.
-const OPTIONAL_FLAGS: &str = "--kubernetes-";
-
 /// Returns a path in the repository.
 fn repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -73,8 +70,7 @@ fn flags_in_the_files_of_packages_exist() {
             let text = fs::read_to_string(&path).unwrap();
             // The other programs that these files name are systemd's and Kubernetes'.
             for flag in flags(&text) {
-                let is_known = known.contains(&flag) || flag.starts_with(OPTIONAL_FLAGS);
-                assert!(is_known, "{}: {flag}", path.display());
+                assert!(known.contains(&flag), "{}: {flag}", path.display());
                 seen += 1;
             }
         }
