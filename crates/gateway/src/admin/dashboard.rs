@@ -1,7 +1,7 @@
 //! The dashboard: a page that shows the fleet, the decisions and their outcomes, and the part of the
 //! admin API that it reads.
 //!
-//! A task measures the fleet once a second, whether or not somebody watches, so that a page that is
+//! A task measures the fleet once a second, whether or not a page is open, so that a page that is
 //! opened can show the last hours ([`history`]). While streams are open ([`subscribers`]), it also
 //! builds the state of each worker and sends what has changed. The page itself is in [`assets`].
 

@@ -20,10 +20,10 @@ use parking_lot::Mutex;
 use crate::completion::Completion;
 use crate::placement::parsed_request::ParsedRequest;
 
-/// Time between two recorded decisions while nobody watches.
+/// Time between two recorded decisions while no page is open.
 const UNWATCHED_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Time between two recorded decisions while somebody watches.
+/// Time between two recorded decisions while a page is open.
 const WATCHED_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Maximum number of decisions.

@@ -574,7 +574,7 @@ async fn a_decision_without_a_response_has_an_outcome_too() {
 }
 
 #[tokio::test]
-async fn few_decisions_are_recorded_while_nobody_watches() {
+async fn few_decisions_are_recorded_while_no_page_is_open() {
     let mut workers = [FakeWorker::start().await];
     let gateway = gateway(&[&workers[0]]).await;
     for _ in 0..20 {
