@@ -4,6 +4,11 @@
 //! by which Kubernetes replaces a mounted `ConfigMap`.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Time between two looks at files.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What was seen of a content.
 #[derive(Clone, Copy, Debug)]
@@ -48,6 +53,31 @@ impl ContentWatch {
         }
         has_changed
     }
+
+    /// Waits until the content that `read` returns [has changed](Self::has_changed), in looks one second
+    /// apart. `read` may block: it runs on a thread for that. Must run inside a tokio runtime.
+    pub async fn until_changed(
+        &mut self,
+        read: impl Fn() -> Option<Vec<u8>> + Clone + Send + 'static,
+    ) {
+        loop {
+            tokio::time::sleep(LOOK_INTERVAL).await;
+            let content = tokio::task::spawn_blocking(read.clone()).await;
+            if self.has_changed(content.ok().flatten().as_deref()) {
+                return;
+            }
+        }
+    }
+}
+
+/// Returns the content of files, one after the other; `None` if one of them cannot be read. Blocks on
+/// the file system.
+pub(crate) fn content_of<'p>(paths: impl IntoIterator<Item = &'p PathBuf>) -> Option<Vec<u8>> {
+    let mut content = Vec::new();
+    for path in paths {
+        content.extend(std::fs::read(path).ok()?);
+    }
+    Some(content)
 }
 
 /// Returns the hash of a content.

@@ -22,7 +22,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
-use crate::content_watch::ContentWatch;
+use crate::content_watch::{ContentWatch, content_of};
 use crate::log_limit::warn_limited;
 use crate::metrics::Metrics;
 
@@ -31,9 +31,6 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Name of HTTP/2 in the negotiation of TLS.
 pub(crate) const HTTP2_PROTOCOL: &[u8] = b"h2";
-
-/// Time between two looks at the files.
-const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Which clients need a certificate.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -150,16 +147,11 @@ impl TlsConfig {
 
     /// Returns the content of all files; `None` if one of them cannot be read.
     fn content(&self) -> Option<Vec<u8>> {
-        let files = [
-            Some(&self.certificate),
-            Some(&self.key),
-            self.client_ca.as_ref(),
-        ];
-        let mut content = Vec::new();
-        for path in files.into_iter().flatten() {
-            content.extend(std::fs::read(path).ok()?);
-        }
-        Some(content)
+        content_of(
+            [&self.certificate, &self.key]
+                .into_iter()
+                .chain(&self.client_ca),
+        )
     }
 }
 
@@ -266,12 +258,11 @@ impl TlsTermination {
     /// Looks at the files in intervals, and puts a new content in force once it has not changed for
     /// one interval. Content that cannot be used is logged. Never returns.
     pub(crate) async fn watch(self: Arc<Self>) {
-        let mut watch = ContentWatch::used(self.content().await.as_deref());
+        let termination = Arc::clone(&self);
+        let read = move || termination.config.lock().clone()?.content();
+        let mut watch = ContentWatch::used(read().as_deref());
         loop {
-            tokio::time::sleep(WATCH_INTERVAL).await;
-            if !watch.has_changed(self.content().await.as_deref()) {
-                continue;
-            }
+            watch.until_changed(read.clone()).await;
             let Some(config) = self.config.lock().clone() else {
                 continue;
             };
@@ -287,13 +278,6 @@ impl TlsTermination {
                 ),
             }
         }
-    }
-
-    /// Returns the content of the files in force; `None` without files, or if one cannot be read.
-    async fn content(&self) -> Option<Vec<u8>> {
-        let config = self.config.lock().clone()?;
-        let read = tokio::task::spawn_blocking(move || config.content());
-        read.await.ok().flatten()
     }
 }
 

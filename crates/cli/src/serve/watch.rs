@@ -1,12 +1,8 @@
 //! `--watch-config`: notices changes of the configuration file.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use foresee_gateway::ContentWatch;
-
-/// Time between two looks at the file.
-const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Watches one file by its content.
 #[derive(Debug)]
@@ -24,14 +20,8 @@ impl FileWatch {
 
     /// Waits until the file has [changed](ContentWatch::has_changed).
     pub(super) async fn changed(&mut self) {
-        loop {
-            tokio::time::sleep(INTERVAL).await;
-            let path = self.path.clone();
-            let read = tokio::task::spawn_blocking(move || std::fs::read(&path).ok()).await;
-            let content = read.ok().flatten();
-            if self.content.has_changed(content.as_deref()) {
-                return;
-            }
-        }
+        let path = self.path.clone();
+        let read = move || std::fs::read(&path).ok();
+        self.content.until_changed(read).await;
     }
 }

@@ -3,7 +3,6 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
-use std::time::Duration;
 
 use parking_lot::RwLock;
 
@@ -17,11 +16,8 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use crate::content_watch::ContentWatch;
+use crate::content_watch::{ContentWatch, content_of};
 use crate::tls::{TlsError, certificates, roots_of};
-
-/// Time between two looks at the files.
-const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Authorities that the system trusts, read once. Certificates that cannot be parsed are left out.
 static SYSTEM_ROOTS: LazyLock<Arc<RootCertStore>> = LazyLock::new(|| {
@@ -126,11 +122,7 @@ impl WorkerTlsConfig {
     fn content(&self) -> Option<Vec<u8>> {
         let identity = self.identity.iter();
         let identity = identity.flat_map(|(certificate, key)| [certificate, key]);
-        let mut content = Vec::new();
-        for path in identity.chain(&self.ca) {
-            content.extend(std::fs::read(path).ok()?);
-        }
-        Some(content)
+        content_of(identity.chain(&self.ca))
     }
 
     /// Returns the trusted authorities.
@@ -178,17 +170,11 @@ impl WorkerTlsFiles {
         if !self.config.names_files() {
             return;
         }
-        let content = async |files: &Arc<Self>| {
-            let files = Arc::clone(files);
-            let read = tokio::task::spawn_blocking(move || files.config.content());
-            read.await.ok().flatten()
-        };
-        let mut watch = ContentWatch::used(content(&self).await.as_deref());
+        let files = Arc::clone(&self);
+        let read = move || files.config.content();
+        let mut watch = ContentWatch::used(read().as_deref());
         loop {
-            tokio::time::sleep(WATCH_INTERVAL).await;
-            if !watch.has_changed(content(&self).await.as_deref()) {
-                continue;
-            }
+            watch.until_changed(read.clone()).await;
             match self.config.load(&self.host) {
                 Ok(loaded) => {
                     tracing::info!(%worker, "loaded changed TLS files of a worker");
