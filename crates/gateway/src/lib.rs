@@ -49,6 +49,7 @@ mod engine_metrics;
 mod failover;
 mod fleet_demand;
 mod http2_connection;
+mod https_client;
 mod keys;
 mod kv_events;
 mod listen;

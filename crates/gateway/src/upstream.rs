@@ -322,7 +322,7 @@ pub(crate) fn has_unknown_coding(headers: &HeaderMap) -> bool {
 }
 
 /// Returns the text of the innermost error. The outer errors say only that something failed.
-fn root_cause(error: &dyn std::error::Error) -> String {
+pub(crate) fn root_cause(error: &dyn std::error::Error) -> String {
     let mut cause = error;
     while let Some(source) = cause.source() {
         cause = source;

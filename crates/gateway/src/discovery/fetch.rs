@@ -4,18 +4,13 @@ use std::error::Error;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use bytes::Bytes;
-use http::header::{ACCEPT, HOST, USER_AGENT};
-use http::{Request, Response, StatusCode, Uri};
-use http_body_util::{BodyExt, Empty, Limited};
-use hyper::body::Incoming;
-use hyper::client::conn::http1;
-use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
+use http::header::{ACCEPT, USER_AGENT};
+use http::{Request, StatusCode, Uri};
+use http_body_util::{BodyExt, Full, Limited};
 use tokio::time::timeout;
 
-use crate::workers::worker_tls::WorkerTlsConfig;
+use crate::https_client::https_client;
+use crate::upstream::root_cause;
 
 /// Maximum time of a request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -32,7 +27,7 @@ pub(super) struct Page {
     url: Uri,
     /// Certificates of the authorities that sign the server's; `None` for those of the system.
     ca: Option<PathBuf>,
-    /// Time between two requests, which the server is told.
+    /// Time between two requests, which each request reports to the server.
     refresh: Duration,
 }
 
@@ -54,58 +49,29 @@ impl Page {
     pub(super) async fn fetch(&self) -> Result<String, String> {
         match timeout(REQUEST_TIMEOUT, self.try_fetch()).await {
             Ok(Ok(text)) => Ok(text),
-            Ok(Err(error)) => Err(error.to_string()),
+            Ok(Err(error)) => Err(root_cause(&*error)),
             Err(_) => Err(format!("no response within {REQUEST_TIMEOUT:?}")),
         }
     }
 
     async fn try_fetch(&self) -> Result<String, FetchError> {
-        let host = self.url.host().ok_or("the URL has no host")?;
-        let host = host.trim_matches(['[', ']']);
-        let is_https = self.url.scheme_str() == Some("https");
-        let port = self
-            .url
-            .port_u16()
-            .unwrap_or(if is_https { 443 } else { 80 });
-        let stream = TcpStream::connect((host, port)).await?;
-        let response = if is_https {
-            let tls = WorkerTlsConfig {
-                ca: self.ca.clone(),
-                ..WorkerTlsConfig::default()
-            };
-            let host = host.to_owned();
-            let tls = tokio::task::spawn_blocking(move || tls.load(&host)).await??;
-            self.exchange(tls.connect(stream).await?).await?
-        } else {
-            self.exchange(stream).await?
-        };
-        if response.status() != StatusCode::OK {
-            return Err(format!("the response has status {}", response.status()).into());
-        }
-        let body = Limited::new(response.into_body(), MAX_BYTES);
-        let body = body.collect().await?;
-        Ok(String::from_utf8(body.to_bytes().to_vec())?)
-    }
-
-    /// Sends the request and returns the head of its response.
-    async fn exchange<S>(&self, stream: S) -> Result<Response<Incoming>, FetchError>
-    where
-        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    {
-        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-        // Ends with the body, or when the response is dropped.
-        tokio::spawn(connection);
-        let authority = self.url.authority().ok_or("the URL has no host")?;
-        let path = self.url.path_and_query().map_or("/", |path| path.as_str());
-        let request = Request::get(path)
-            .header(HOST, authority.as_str())
+        let ca = self.ca.clone();
+        let client = tokio::task::spawn_blocking(move || https_client(ca, REQUEST_TIMEOUT));
+        let client = client.await??;
+        let request = Request::get(self.url.clone())
             .header(ACCEPT, "application/json")
             .header(USER_AGENT, "foresee")
             .header(
                 "x-prometheus-refresh-interval-seconds",
                 self.refresh.as_secs().max(1),
             )
-            .body(Empty::<Bytes>::new())?;
-        Ok(sender.send_request(request).await?)
+            .body(Full::default())?;
+        let response = client.request(request).await?;
+        if response.status() != StatusCode::OK {
+            return Err(format!("the response has status {}", response.status()).into());
+        }
+        let body = Limited::new(response.into_body(), MAX_BYTES);
+        let body = body.collect().await?;
+        Ok(String::from_utf8(body.to_bytes().to_vec())?)
     }
 }
