@@ -239,28 +239,21 @@ impl Placement {
         arrived_at: Duration,
     ) -> Result<PlacedRequest, ApiError> {
         self.observation.demand.observe_arrival(arrived_at);
-        let dry_run = self.dry_run.as_ref().and_then(|dry_run| {
-            // Without a candidate, the decision fails as well.
-            let explanation = self.explain(&parsed).ok()?;
-            Some((dry_run, explanation))
-        });
-        let mut started = self.clock.now();
-        let due_log = self.decision_log.as_ref();
-        let logged = due_log.filter(|log| log.is_due(&parsed, started));
-        let logged = logged.and_then(|log| {
-            let explanation = self.explain(&parsed).ok()?;
-            started = self.clock.now();
-            Some((log, explanation))
-        });
+        let log = self.decision_log.as_ref();
+        let log = log.filter(|log| log.is_due(&parsed, self.clock.now()));
+        let is_explained = self.dry_run.is_some() || log.is_some();
+        // Without a candidate, the decision fails as well.
+        let explanation = is_explained.then(|| self.explain(&parsed).ok()).flatten();
+        let started = self.clock.now();
         let batch = self
             .router
             .route_batch(&parsed.request(), &parsed.sequences.rest, started)
             .map_err(|error| self.refusal(&error))?;
         let duration = self.clock.now().saturating_sub(started);
-        if let Some((dry_run, explanation)) = dry_run {
-            dry_run.compare(&explanation, batch.worker());
+        if let Some((dry_run, explanation)) = self.dry_run.as_ref().zip(explanation.as_ref()) {
+            dry_run.compare(explanation, batch.worker());
         }
-        let decision = logged.map(|(log, explanation)| {
+        let decision = log.zip(explanation).map(|(log, explanation)| {
             let output_tokens = self.router.expected_output_tokens(&parsed.request());
             log.record(&parsed, explanation, &batch, output_tokens, started)
         });

@@ -4,8 +4,6 @@
 //! debug and its target is `foresee::completion`, so that it costs nothing unless enabled with
 //! `FORESEE_LOG=info,foresee::completion=debug`.
 
-use std::time::Duration;
-
 use crate::completion::Completion;
 use crate::kv_events::event_trust::HitCheck;
 use crate::metrics::{Outcome, ResponseTokens};
@@ -19,38 +17,36 @@ impl RequestContext {
     /// are released. Cached tokens of several prompts or outputs are not compared.
     pub(crate) fn record_completion(&mut self, completion: &Completion) {
         let Completion { outcome, usage, .. } = completion;
-        if let (Some(recorder), Some(sequences)) = (&self.shared.recorder, self.recorded.take()) {
-            recorder.record(self.arrived_at, &self.model, sequences, completion);
-        }
-        if let Some(key) = &mut self.key {
-            let prompt = usage.prompt_tokens.unwrap_or(self.prompt_tokens);
-            let output = usage.completion_tokens.unwrap_or(completion.output_tokens);
-            key.settle(f64::from(prompt) + f64::from(output));
-        }
-        if let Some(access) = &mut self.access {
-            let since_arrival = |at: Duration| at.saturating_sub(self.arrived_at);
-            let ttft = completion.first_token.map(since_arrival);
-            access.complete(completion, self.prompt_tokens, ttft);
-        }
-        let metrics = &self.shared.metrics;
-        let lasted = self.shared.clock.now().saturating_sub(self.arrived_at);
+        let now = self.shared.clock.now();
+        let lasted = now.saturating_sub(self.arrived_at);
+        let ttft = completion.first_token;
+        let ttft = ttft.map(|at| at.saturating_sub(self.arrived_at));
         let tokens = ResponseTokens {
             prompt: usage.prompt_tokens.unwrap_or(self.prompt_tokens),
             cached: usage.cached_tokens,
             output: usage.completion_tokens.unwrap_or(completion.output_tokens),
         };
-        metrics.observe_response(lasted, tokens, self.exemplar());
-        if *outcome == Outcome::Ok {
-            let overlap_blocks = self.batch.decision().cost.overlap_blocks;
-            let predicted = overlap_blocks.saturating_mul(self.shared.block_size.get());
-            let cached = tokens.cached.unwrap_or(predicted);
-            let demand = &self.shared.demand;
-            demand.observe_lengths(tokens.prompt, cached, tokens.output);
+        if let (Some(recorder), Some(sequences)) = (&self.shared.recorder, self.recorded.take()) {
+            recorder.record(self.arrived_at, &self.model, sequences, completion);
         }
+        if let Some(key) = &mut self.key {
+            key.settle(f64::from(tokens.prompt) + f64::from(tokens.output));
+        }
+        if let Some(access) = &mut self.access {
+            access.complete(completion, self.prompt_tokens, ttft);
+        }
+        let metrics = &self.shared.metrics;
+        metrics.observe_response(lasted, tokens, self.exemplar());
         metrics.record_outcome(*outcome);
         let decision = self.batch.decision();
         let block_size = self.shared.block_size.get();
         let predicted = decision.cost.overlap_blocks;
+        if *outcome == Outcome::Ok {
+            let predicted_tokens = predicted.saturating_mul(block_size);
+            let cached = tokens.cached.unwrap_or(predicted_tokens);
+            let demand = &self.shared.demand;
+            demand.observe_lengths(tokens.prompt, cached, tokens.output);
+        }
         // For several outputs, engines report the cached tokens of only one of them.
         let has_one_prompt = self.batch.prompt_count() == 1;
         let cached_tokens = usage.cached_tokens.filter(|_| has_one_prompt);
@@ -62,19 +58,15 @@ impl RequestContext {
             }
         }
         if let (Some(predicted), true) = (self.predicted_tokens, self.is_single) {
-            let (events, now) = (&self.worker.events, self.shared.clock.now());
+            let events = &self.worker.events;
             if let Some(actual) = usage.cached_tokens {
                 events.record_hit_check(HitCheck { predicted, actual }, now);
             } else if *outcome == Outcome::Ok {
-                let prompt_tokens = usage.prompt_tokens.unwrap_or(self.prompt_tokens);
-                let uncached_tokens = prompt_tokens.saturating_sub(predicted);
+                let uncached_tokens = tokens.prompt.saturating_sub(predicted);
                 let computed = uncached_tokens.saturating_add(completion.output_tokens);
                 events.record_computed(computed, block_size, now);
             }
         }
-        let ttft = completion
-            .first_token
-            .map(|at| at.saturating_sub(self.arrived_at));
         if let Some(trace) = &mut self.trace {
             trace.complete(&ResponseEnd {
                 completion,
@@ -83,10 +75,21 @@ impl RequestContext {
             });
         }
         if let Some(ended) = &self.shared.ended_requests {
-            ended.add(self.ended_request(completion, actual));
+            let decoded_for = completion.first_token.map(|at| now.saturating_sub(at));
+            let intervals = completion.output_tokens.saturating_sub(1);
+            ended.add(EndedRequest {
+                worker: self.worker.id,
+                ttft,
+                token_interval: decoded_for
+                    .filter(|_| has_one_prompt)
+                    .and_then(|time| time.checked_div(intervals)),
+                prompt_blocks: tokens.prompt.div_ceil(block_size),
+                predicted_blocks: predicted,
+                actual_blocks: actual,
+            });
         }
         if let Some(ticket) = self.decision.take() {
-            let (worker, now) = (&self.worker.config.name, self.shared.clock.now());
+            let worker = &self.worker.config.name;
             ticket.complete(completion, worker, cached_tokens, now);
         }
         tracing::debug!(
@@ -95,7 +98,7 @@ impl RequestContext {
             worker = %self.worker.config.name,
             model = %self.model,
             outcome = outcome.as_str(),
-            prompt_tokens = usage.prompt_tokens.unwrap_or(self.prompt_tokens),
+            prompt_tokens = tokens.prompt,
             output_tokens = completion.output_tokens,
             predicted_blocks = predicted,
             best_blocks = decision.best_overlap_blocks,
@@ -104,25 +107,5 @@ impl RequestContext {
             seconds = lasted.as_secs_f64(),
             "response ended"
         );
-    }
-
-    /// Returns the request as it ended now. `actual` are the blocks that the engine reported as cached.
-    fn ended_request(&self, completion: &Completion, actual: Option<u32>) -> EndedRequest {
-        let now = self.shared.clock.now();
-        let intervals = completion.output_tokens.saturating_sub(1);
-        let decoded_for = completion.first_token.map(|at| now.saturating_sub(at));
-        let prompt_tokens = completion.usage.prompt_tokens.unwrap_or(self.prompt_tokens);
-        EndedRequest {
-            worker: self.worker.id,
-            ttft: completion
-                .first_token
-                .map(|at| at.saturating_sub(self.arrived_at)),
-            token_interval: decoded_for
-                .filter(|_| self.batch.prompt_count() == 1)
-                .and_then(|time| time.checked_div(intervals)),
-            prompt_blocks: prompt_tokens.div_ceil(self.shared.block_size.get()),
-            predicted_blocks: self.batch.decision().cost.overlap_blocks,
-            actual_blocks: actual,
-        }
     }
 }
