@@ -77,10 +77,7 @@ pub(crate) async fn serve_connection<S, H, F>(
     H: Fn(Request<Incoming>) -> F + Send + 'static,
     F: Future<Output = Response<Body>> + Send + 'static,
 {
-    let peer = stream.tcp().peer_addr().ok().map(|address| Peer {
-        address,
-        is_encrypted,
-    });
+    let peer = Peer::of(stream.tcp(), is_encrypted);
     let mut phases = shutdown.subscribe();
     let state = Arc::new(ConnectionState::new(shutdown));
     let socket = ClientSocket::new(stream, config, Arc::clone(&state));

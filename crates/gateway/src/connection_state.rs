@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use http::{Request, Version};
 use hyper::body::{Body as _, Incoming};
+use tokio::net::TcpStream;
 
 use crate::shutdown::{ShutdownPhase, ShutdownSignal};
 
@@ -141,6 +142,17 @@ pub(crate) struct Peer {
     pub(crate) address: SocketAddr,
     /// Whether the connection is one of TLS.
     pub(crate) is_encrypted: bool,
+}
+
+impl Peer {
+    /// Returns the client at the other end of a connection; `None` if it has closed the connection.
+    pub(crate) fn of(connection: &TcpStream, is_encrypted: bool) -> Option<Self> {
+        let address = connection.peer_addr().ok()?;
+        Some(Self {
+            address,
+            is_encrypted,
+        })
+    }
 }
 
 /// Records the start of a request, and adds its [`ConnectionHandle`] to it.

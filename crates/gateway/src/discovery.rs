@@ -7,6 +7,7 @@
 pub(crate) mod config;
 mod dns;
 mod fetch;
+mod jitter;
 #[cfg(feature = "kubernetes")]
 mod kubernetes;
 mod lists;

@@ -31,6 +31,7 @@ use tokio_rustls::server::TlsStream;
 use crate::connection_state::{ConnectionConfig, ConnectionState, Peer, begin_request};
 use crate::reply::Body;
 use crate::shutdown::{ShutdownPhase, ShutdownSignal};
+use crate::tls::ClientStream;
 
 /// Maximum number of requests at a time on one connection.
 const MAX_STREAMS: u32 = 256;
@@ -63,10 +64,7 @@ pub(crate) async fn serve_http2<H, F>(
     H: Fn(Request<Incoming>) -> F + Send + 'static,
     F: Future<Output = Response<Body>> + Send + 'static,
 {
-    let peer = stream.get_ref().0.peer_addr().ok().map(|address| Peer {
-        address,
-        is_encrypted: true,
-    });
+    let peer = Peer::of(stream.tcp(), true);
     let streams = Arc::new(Streams::new());
     let mut phases = shutdown.subscribe();
     let service = service_fn({

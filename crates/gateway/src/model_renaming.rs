@@ -4,12 +4,13 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
-use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
+use http::header::CONTENT_LENGTH;
 use http::response;
 use hyper::body::{Body, Frame};
 use memchr::memmem;
 
-use crate::tracked_body::TrackedBody;
+use crate::placement::response_observer::ResponseForm;
+use crate::tracked_body::{TrackedBody, form_of_body};
 use crate::upstream::UpstreamError;
 
 /// Key of the field that is renamed, with its quotes.
@@ -45,12 +46,7 @@ impl RenamedBody {
         model: &str,
         alias: &str,
     ) -> Self {
-        let content_type = head.headers.get(CONTENT_TYPE);
-        let content_type = content_type.map_or(&b""[..], |value| value.as_bytes());
-        let is_text = [&b"application/json"[..], b"text/event-stream"]
-            .iter()
-            .any(|prefix| content_type.starts_with(prefix));
-        if !is_text || head.headers.contains_key(CONTENT_ENCODING) {
+        if form_of_body(&head.headers) == ResponseForm::Other {
             return Self::unchanged(inner);
         }
         head.headers.remove(CONTENT_LENGTH);

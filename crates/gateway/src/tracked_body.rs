@@ -13,7 +13,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use foresee_core::outlier::ExchangeResult;
 use http::header::{CONTENT_ENCODING, CONTENT_TYPE};
-use http::response;
+use http::{HeaderMap, response};
 use hyper::body::{Body, Frame};
 use tokio::time::{Instant, Sleep};
 
@@ -127,12 +127,20 @@ impl TrackedBody {
     }
 }
 
-/// Returns the form of a response with this head. An error, a compressed response and any other
-/// content type than those of JSON and of event streams are not observed.
+/// Returns the form of a response with this head. An error is not observed.
 fn form_of(head: &response::Parts) -> ResponseForm {
-    let content_type = head.headers.get(CONTENT_TYPE);
+    match head.status.is_success() {
+        true => form_of_body(&head.headers),
+        false => ResponseForm::Other,
+    }
+}
+
+/// Returns the form of a body with these headers. A compressed body, and any other content type than
+/// those of JSON and of event streams, is not observed.
+pub(crate) fn form_of_body(headers: &HeaderMap) -> ResponseForm {
+    let content_type = headers.get(CONTENT_TYPE);
     let content_type = content_type.map_or(&b""[..], |value| value.as_bytes());
-    if !head.status.is_success() || head.headers.contains_key(CONTENT_ENCODING) {
+    if headers.contains_key(CONTENT_ENCODING) {
         ResponseForm::Other
     } else if content_type.starts_with(b"text/event-stream") {
         ResponseForm::Events

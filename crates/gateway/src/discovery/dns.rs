@@ -5,7 +5,6 @@
 //! too. The weights of SRV records have no effect, because the router predicts how fast a worker is.
 
 use std::collections::BTreeSet;
-use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -16,12 +15,11 @@ use hickory_resolver::config::{
 use hickory_resolver::net::NetError;
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use hickory_resolver::proto::rr::{RData, RecordType};
-use rand::rngs::SmallRng;
-use rand::{Rng, SeedableRng};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
 use super::config::DnsName;
+use super::jitter::Jitter;
 use super::source_workers::SourceWorkers;
 use super::targets::{Trust, describe};
 use crate::workers::resolve::of_one_family;
@@ -57,7 +55,7 @@ enum Answer {
 /// Looks a name up whenever its records expire, and makes their engines the workers of the source.
 /// Never returns.
 pub(super) async fn follow(name: DnsName, server: Option<SocketAddr>, workers: SourceWorkers) {
-    let mut random = SmallRng::seed_from_u64(RandomState::new().hash_one(name.to_string()));
+    let mut jitter = Jitter::new(name.to_string());
     let mut absences: u32 = 0;
     loop {
         let answer = timeout(LOOK_UP_TIMEOUT, look_up(&name, server)).await;
@@ -83,7 +81,7 @@ pub(super) async fn follow(name: DnsName, server: Option<SocketAddr>, workers: S
                 RETRY_DELAY
             }
         };
-        sleep(delay.mul_f64(random.random_range(0.9..1.1))).await;
+        sleep(jitter.vary(delay)).await;
     }
 }
 

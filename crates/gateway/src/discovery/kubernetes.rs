@@ -10,16 +10,14 @@ mod target;
 
 use std::fmt;
 use std::future::pending;
-use std::hash::{BuildHasher, RandomState};
 use std::pin::pin;
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use rand::rngs::SmallRng;
-use rand::{Rng, SeedableRng};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::config::{KubernetesConfig, PoolName};
+use super::jitter::Jitter;
 use super::source_workers::SourceWorkers;
 use api::{ApiServer, PodEvent};
 use pods::KnownPods;
@@ -76,13 +74,12 @@ pub(super) fn sources(config: &KubernetesConfig) -> Vec<PodSource> {
 impl PodSource {
     /// Follows the pods, and makes them the workers of the source. Never returns.
     pub(super) async fn follow(self, workers: SourceWorkers) {
-        let seed = RandomState::new().hash_one(self.to_string());
-        let mut random = SmallRng::seed_from_u64(seed);
+        let mut jitter = Jitter::new(self.to_string());
         let mut pods = KnownPods::default();
         let mut delay = FIRST_RETRY_DELAY;
         loop {
             let started = Instant::now();
-            let resync = self.config.resync.mul_f64(random.random_range(0.9..1.1));
+            let resync = jitter.vary(self.config.resync);
             match self.list_and_watch(&workers, &mut pods, resync).await {
                 Ok(()) => {
                     delay = FIRST_RETRY_DELAY;
@@ -90,7 +87,7 @@ impl PodSource {
                 }
                 Err(error) => {
                     workers.fail(&error);
-                    sleep(delay.mul_f64(random.random_range(0.5..1.0))).await;
+                    sleep(jitter.scale(delay, 0.5..1.0)).await;
                     delay = (delay * 2).min(MAX_RETRY_DELAY);
                 }
             }

@@ -3,15 +3,13 @@
 //! An empty list changes nothing unless that is allowed, because the program that writes it may only
 //! have lost its own source.
 
-use std::hash::{BuildHasher, RandomState};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use rand::rngs::SmallRng;
-use rand::{Rng, SeedableRng};
 use tokio::time::sleep;
 
 use super::fetch::Page;
+use super::jitter::Jitter;
 use super::source_workers::SourceWorkers;
 use super::targets::{Trust, parse};
 use crate::content_watch::ContentWatch;
@@ -61,7 +59,7 @@ impl List {
 
     /// Reads a URL in intervals, which vary by a tenth. Never returns.
     pub(super) async fn follow_url(self, page: Page, refresh: Duration) {
-        let mut random = SmallRng::seed_from_u64(RandomState::new().hash_one(page.url()));
+        let mut jitter = Jitter::new(page.url());
         let mut applied = None;
         loop {
             match page.fetch().await {
@@ -73,7 +71,7 @@ impl List {
                 }
                 Err(error) => self.workers.fail(&error),
             }
-            sleep(refresh.mul_f64(random.random_range(0.9..1.1))).await;
+            sleep(jitter.vary(refresh)).await;
         }
     }
 

@@ -26,7 +26,7 @@ const WATCH_SECONDS: u32 = 290;
 /// Variable that is set in every pod.
 const SERVICE_HOST: &str = "KUBERNETES_SERVICE_HOST";
 
-/// What a watch reports.
+/// Report of a watch.
 #[derive(Debug)]
 pub(super) enum PodEvent {
     /// A pod is new or has changed.
@@ -103,7 +103,9 @@ impl ApiServer {
         let mut pods = Vec::new();
         let mut page = ListParams::default().labels(selector).limit(PAGE_SIZE);
         loop {
-            let list: ObjectList<Pod> = self.send(Request::new(path).list(&page)).await?;
+            let request = Request::new(path).list(&page);
+            let list = self.send(request.map_err(|error| chain(&error))?).await?;
+            let list: ObjectList<Pod> = list.map_err(|error| describe(&error))?;
             pods.extend(list.items);
             if pods.len() > MAX_PODS {
                 return Err(format!("`{selector}` selects more than {MAX_PODS} pods"));
@@ -163,26 +165,21 @@ impl ApiServer {
     pub(super) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<Option<T>, String> {
         let request = http::Request::get(path).body(Vec::new());
         let request = request.map_err(|error| error.to_string())?;
-        match timeout(self.time_limit, self.client.request(request)).await {
-            Ok(Ok(object)) => Ok(Some(object)),
-            Ok(Err(Error::Api(status))) if status.code == StatusCode::NOT_FOUND.as_u16() => {
-                Ok(None)
-            }
-            Ok(Err(error)) => Err(describe(&error)),
-            Err(_) => Err(self.no_response()),
+        match self.send(request).await? {
+            Ok(object) => Ok(Some(object)),
+            Err(Error::Api(status)) if status.code == StatusCode::NOT_FOUND.as_u16() => Ok(None),
+            Err(error) => Err(describe(&error)),
         }
     }
 
-    /// Sends a request and returns the object of its response.
+    /// Sends a request and returns the object of its response, or the error of the API server. Fails
+    /// with a text if there is no response in time.
     async fn send<T: DeserializeOwned>(
         &self,
-        request: Result<http::Request<Vec<u8>>, kube::core::request::Error>,
-    ) -> Result<T, String> {
-        let request = request.map_err(|error| chain(&error))?;
-        match timeout(self.time_limit, self.client.request(request)).await {
-            Ok(result) => result.map_err(|error| describe(&error)),
-            Err(_) => Err(self.no_response()),
-        }
+        request: http::Request<Vec<u8>>,
+    ) -> Result<Result<T, Error>, String> {
+        let sent = timeout(self.time_limit, self.client.request(request)).await;
+        sent.map_err(|_| self.no_response())
     }
 
     fn no_response(&self) -> String {
