@@ -63,7 +63,7 @@ pub struct WorkerStatus {
     pub name: String,
     /// `healthy`, `unhealthy`, `ejected` or `draining`.
     pub state: String,
-    /// What is wrong with the worker, in words; empty if nothing is.
+    /// Problems of the worker, each in a few words; empty without any.
     pub problems: Vec<String>,
     /// Requests that were sent to the worker and have not ended.
     pub running: u32,
@@ -280,13 +280,13 @@ pub struct Decision {
     pub cost: Option<f64>,
     /// Worker of the least cost among the others.
     pub runner_up: Option<String>,
-    /// Its cost.
+    /// Cost of the runner-up.
     pub runner_up_cost: Option<f64>,
     /// Number of candidates.
     pub candidate_count: usize,
     /// Predictions for the chosen worker.
     pub predicted: Predicted,
-    /// What happened afterwards; `null` while the request runs.
+    /// Outcome of the request; `null` while the request runs.
     pub outcome: Option<DecisionOutcome>,
     /// Costs of all candidates, in the order in which the workers were added. Empty in events and
     /// snapshots.
@@ -297,7 +297,7 @@ pub struct Decision {
     pub passed_over: Vec<PassedOver>,
 }
 
-/// What the router predicts of a request on the chosen worker.
+/// Predictions of the router for a request on the chosen worker.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Predicted {
     /// Time from the decision to the first token.

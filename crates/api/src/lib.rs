@@ -1,4 +1,4 @@
-//! What the gateway writes and other programs read: types, names and files.
+//! Types, names and files that the gateway writes and other programs read.
 //!
 //! | modules | content |
 //! |---|---|

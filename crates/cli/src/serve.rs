@@ -97,7 +97,7 @@ pub(crate) fn check_settings(config: &GatewayConfig) -> anyhow::Result<()> {
 
 /// Starts the gateway and waits for SIGTERM or SIGINT, then for the shutdown. A second signal ends the
 /// process at once. SIGHUP and a change that `watch` notices reload the configuration from `source`.
-/// The service manager, if there is one, is told when the gateway serves, reloads and stops.
+/// Reports to the service manager, if there is one, that the gateway serves, reloads or stops.
 ///
 /// # Errors
 /// If the gateway cannot start. Errors of the tokenizer are marked as an invalid configuration.

@@ -293,9 +293,7 @@ impl AdminApi {
                 mean_error: lengths.mean_abs_relative_error,
             },
         };
-        // Serialisation fails only for maps with keys other than strings; the list has none.
-        let body = serde_json::to_string(&list).unwrap_or_default();
-        reply::json(StatusCode::OK, body)
+        reply::serialized(&list)
     }
 
     /// Returns the worker with this name. Fails with a 404 if there is none.
@@ -303,18 +301,14 @@ impl AdminApi {
         let snapshots = self.parts.router.workers(self.parts.clock.now());
         let named = snapshots.iter().find(|worker| *worker.name == *name);
         let worker = named.ok_or_else(|| drain::not_found(name))?;
-        // Serialisation fails only for maps with keys other than strings.
-        let body = serde_json::to_string(&self.describe(worker)).unwrap_or_default();
-        Ok(reply::json(StatusCode::OK, body))
+        Ok(reply::serialized(&self.describe(worker)))
     }
 
     /// Returns the settings in force.
     fn configuration(&self) -> Response<Body> {
         let settings = self.parts.reloader.in_force(settings_in_force);
         let configuration = foresee_api::dashboard::Configuration { settings };
-        // Serialisation fails only for maps with keys other than strings.
-        let body = serde_json::to_string(&configuration).unwrap_or_default();
-        reply::json(StatusCode::OK, body)
+        reply::serialized(&configuration)
     }
 
     /// Returns one worker: the router's view, and the fields that only the gateway knows. The
@@ -375,9 +369,7 @@ impl AdminApi {
             };
             refusal(status, code, format!("Nothing was reloaded: {error}."))
         })?;
-        // Serialisation fails only for maps with keys other than strings.
-        let body = serde_json::to_string(&reload).unwrap_or_default();
-        Ok(reply::json(StatusCode::OK, body))
+        Ok(reply::serialized(&reload))
     }
 
     /// Adds the workers that the body describes. Responds with a 202 before the first health check.

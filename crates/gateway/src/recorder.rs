@@ -11,7 +11,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use foresee_api::trace::TraceRecord;
 use foresee_core::sequence::Sequence;
@@ -19,6 +19,7 @@ use foresee_engine::request::PromptSequences;
 use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
 
+use crate::clock::since_epoch;
 use crate::completion::Completion;
 use crate::metrics::{Metrics, Outcome};
 
@@ -56,10 +57,9 @@ impl Recorder {
         let file = OpenOptions::new().create(true).append(true).open(path)?;
         let (entries, receiver) = sync_channel(MAX_PENDING_ENTRIES);
         let dropped = metrics.recorded_counter("dropped");
-        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
         let writer = Writer {
             file: BufWriter::new(file),
-            started: since_1970.unwrap_or_default(),
+            started: since_epoch(),
             next_id: RandomState::new().hash_one(std::process::id()),
             written: metrics.recorded_counter("written"),
             dropped: dropped.clone(),

@@ -10,12 +10,12 @@ mod shown_setting;
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use foresee_api::admin::Reload;
 use foresee_core::router::Router;
 use parking_lot::Mutex;
 
+use crate::clock::since_epoch;
 use crate::config::GatewayConfig;
 use crate::metrics::Metrics;
 use crate::tls::TlsTermination;
@@ -169,8 +169,7 @@ fn names<'a>(engines: impl IntoIterator<Item = &'a WorkerConfig>) -> Vec<String>
 /// Records that the configuration in force is the one that was read last.
 fn record_success(metrics: &Metrics) {
     metrics.config_last_reload_successful.set(1);
-    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
     metrics
         .config_last_reload_success_timestamp_seconds
-        .set(since_epoch.unwrap_or_default().as_secs_f64());
+        .set(since_epoch().as_secs_f64());
 }

@@ -6,6 +6,7 @@ use foresee_engine::request::Endpoint;
 use http::header::{CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderValue, Response, StatusCode};
 use http_body_util::{Either, Full};
+use serde::Serialize;
 
 use crate::model_renaming::RenamedBody;
 
@@ -29,6 +30,17 @@ pub(crate) fn whole(
 /// Returns a response with a JSON body.
 pub(crate) fn json(status: StatusCode, body: impl Into<Bytes>) -> Response<Body> {
     whole(status, "application/json", body)
+}
+
+/// Returns a 200 with a value as JSON.
+pub(crate) fn serialized(value: &impl Serialize) -> Response<Body> {
+    json(StatusCode::OK, to_json(value))
+}
+
+/// Returns a value as JSON.
+pub(crate) fn to_json(value: &impl Serialize) -> String {
+    // Serialisation fails only for maps with keys other than strings.
+    serde_json::to_string(value).unwrap_or_default()
 }
 
 /// Returns an error in the form that clients of `endpoint` expect. With a time to retry, it has

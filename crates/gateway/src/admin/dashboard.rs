@@ -13,8 +13,9 @@ mod sample;
 mod status;
 mod subscribers;
 
+use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use bytes::Bytes;
 use foresee_api::dashboard::{FleetSample, Quality, Snapshot, Tick, WorkerStatus};
@@ -22,7 +23,7 @@ use foresee_core::router::Router;
 use foresee_core::workers::WorkerSnapshot;
 use foresee_engine::error::ApiError;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE};
-use http::{HeaderMap, HeaderValue, Response, StatusCode};
+use http::{HeaderMap, HeaderValue, Response};
 use http_body_util::Either;
 use parking_lot::Mutex;
 use percent_encoding::percent_decode_str;
@@ -32,13 +33,13 @@ use tokio::time::MissedTickBehavior;
 
 use super::access::{quoted, refusal};
 use super::listener::{AdminBody, ConnectionCloser};
-use crate::clock::Clock;
+use crate::clock::{Clock, since_epoch};
 use crate::log_limit::warn_limited;
 use crate::metrics::Metrics;
 use crate::placement::decision_log::DecisionLog;
 use crate::placement::ended_requests::EndedRequests;
 use crate::reload::Reloader;
-use crate::reply::{self, Body};
+use crate::reply::{self, Body, to_json};
 use crate::shutdown::ShutdownSignal;
 use crate::workers::Workers;
 use history::HistoryRings;
@@ -58,7 +59,7 @@ const TICKS_PER_PING: u64 = 15;
 /// Time after which a page reconnects, in milliseconds.
 const RETRY_MILLIS: u64 = 2000;
 
-/// What the placement of requests reports to the dashboard.
+/// Requests and decisions that the placement of requests reports to the dashboard.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct DashboardFeed {
     pub(crate) decisions: Arc<DecisionLog>,
@@ -94,12 +95,12 @@ struct State {
     history: HistoryRings,
     /// Latest sample.
     sample: FleetSample,
-    /// What the subscribers have seen last.
+    /// State that the subscribers have seen last.
     seen: Seen,
     ticks: u64,
 }
 
-/// What all subscribers have seen.
+/// State that all subscribers have seen.
 #[derive(Debug, Default)]
 struct Seen {
     workers: Vec<WorkerStatus>,
@@ -111,10 +112,7 @@ struct Seen {
 impl Dashboard {
     /// Creates the dashboard of a gateway whose placement of requests reports to `feed`.
     pub(crate) fn new(parts: DashboardParts, feed: DashboardFeed) -> Self {
-        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
-        let started = since_epoch
-            .unwrap_or_default()
-            .saturating_sub(parts.clock.now());
+        let started = since_epoch().saturating_sub(parts.clock.now());
         Self {
             parts,
             feed,
@@ -200,11 +198,8 @@ impl Dashboard {
     /// Returns what has changed since the last call, and remembers the present state.
     fn changes(&self, state: &mut State, time: f64, workers: &[WorkerSnapshot]) -> Tick {
         let present = self.statuses(&state.sampler, workers);
-        let mut seen = std::mem::take(&mut state.seen.workers);
-        let mut before = std::collections::HashMap::with_capacity(seen.len());
-        for status in seen.drain(..) {
-            before.insert(status.name.clone(), status);
-        }
+        let seen = std::mem::take(&mut state.seen.workers).into_iter();
+        let mut before: HashMap<_, _> = seen.map(|status| (status.name.clone(), status)).collect();
         let changed = present
             .iter()
             .filter(|status| before.remove(&status.name).as_ref() != Some(status));
@@ -388,7 +383,7 @@ impl Dashboard {
         )
     }
 
-    /// Returns what is wrong with the router itself, in words.
+    /// Returns the problems of the router itself, as sentences.
     fn notices(&self) -> Vec<String> {
         let mut notices = Vec::new();
         if self.parts.shutdown.has_begun() {
@@ -425,14 +420,8 @@ fn unknown_parameter(known: &str) -> ApiError {
 
 /// Returns a response with a value as JSON, which is not cached.
 fn json(value: &impl Serialize) -> Response<Body> {
-    let mut response = reply::json(StatusCode::OK, to_json(value));
+    let mut response = reply::serialized(value);
     let no_store = HeaderValue::from_static("no-store");
     response.headers_mut().insert(CACHE_CONTROL, no_store);
     response
-}
-
-/// Returns a value as JSON.
-fn to_json(value: &impl Serialize) -> String {
-    // Serialisation fails only for maps with keys other than strings.
-    serde_json::to_string(value).unwrap_or_default()
 }

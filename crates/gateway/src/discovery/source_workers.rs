@@ -1,8 +1,8 @@
 //! The workers of one source of discovery: applies what the source lists, and reports how that went.
 
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
+use crate::clock::since_epoch;
 use crate::log_limit::warn_limited;
 use crate::metrics::Metrics;
 use crate::workers::reconcile::{Reconciler, Source};
@@ -73,9 +73,8 @@ impl SourceWorkers {
 
     /// Notes that the list of the source is in force.
     pub(super) fn succeed(&self) {
-        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
         let success = &self.metrics.discovery_last_success_timestamp_seconds;
         let success = success.get_or_create(&self.label());
-        success.set(since_epoch.unwrap_or_default().as_secs_f64());
+        success.set(since_epoch().as_secs_f64());
     }
 }

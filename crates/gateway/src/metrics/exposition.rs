@@ -79,12 +79,8 @@ impl Metrics {
             .set(need.requests_per_second);
         self.workers_needed.set(need.workers);
         let gauge = &self.worker_sustainable_requests_per_second;
-        gauge.clear();
-        for (worker, rate) in workers.iter().zip(&need.sustained) {
-            gauge
-                .get_or_create(&[("worker", worker.name.to_string())])
-                .set(*rate);
-        }
+        let rates = need.sustained.iter().copied();
+        set_series(gauge, workers.iter().zip(rates));
     }
 
     /// Sets the gauges of the state, requests and blocks of every worker.
@@ -175,11 +171,19 @@ fn set_per_worker<N, A: Atomic<N> + Default>(
     workers: &[WorkerSnapshot],
     value: impl Fn(&WorkerSnapshot) -> N,
 ) {
+    set_series(gauge, workers.iter().map(|worker| (worker, value(worker))));
+}
+
+/// Sets a gauge of each worker to its value and removes all other series of the gauge.
+fn set_series<'w, N, A: Atomic<N> + Default>(
+    gauge: &Family<WorkerLabel, Gauge<N, A>>,
+    values: impl Iterator<Item = (&'w WorkerSnapshot, N)>,
+) {
     gauge.clear();
-    for worker in workers {
+    for (worker, value) in values {
         gauge
             .get_or_create(&[("worker", worker.name.to_string())])
-            .set(value(worker));
+            .set(value);
     }
 }
 

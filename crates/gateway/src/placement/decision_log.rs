@@ -10,13 +10,14 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use foresee_core::batch::Batch;
 use foresee_core::router::Explanation;
 use foresee_core::workers::WorkerId;
 use parking_lot::Mutex;
 
+use crate::clock::since_epoch;
 use crate::completion::Completion;
 use crate::placement::parsed_request::ParsedRequest;
 
@@ -144,10 +145,9 @@ impl DecisionLog {
         now: Duration,
     ) -> DecisionTicket {
         let sequences = &parsed.sequences;
-        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
         let prompts = std::iter::once(&sequences.first).chain(&sequences.rest);
         let decision = Arc::new(RecordedDecision {
-            time: since_epoch.unwrap_or_default().as_secs_f64(),
+            time: since_epoch().as_secs_f64(),
             decided_at: now,
             model: parsed.model.chars().take(MAX_MODEL_CHARS).collect(),
             prompts: batch.prompt_count(),
@@ -312,8 +312,7 @@ impl Drop for DecisionTicket {
         if self.is_settled {
             return;
         }
-        let elapsed = SystemTime::now().duration_since(UNIX_EPOCH);
-        let elapsed = elapsed.unwrap_or_default().as_secs_f64() - self.decision.time;
+        let elapsed = since_epoch().as_secs_f64() - self.decision.time;
         let outcome = RecordedOutcome {
             outcome: "no_response",
             worker: None,

@@ -70,21 +70,7 @@ fn the_metrics_page_is_up_to_date() {
 #[tokio::test]
 async fn a_gateway_exposes_exactly_the_documented_metrics() {
     let mut worker = FakeWorker::start().await;
-    worker.set_metrics(ENGINE_METRICS);
-    let mut config = config(&[]);
-    config.engine_metrics_interval = Some(Duration::from_millis(10));
-    // A source of workers, which has series of its own.
-    config.discovery.files = vec!["/nonexistent".into()];
-    // No engine publishes there, so the worker has an event source whose events are not live.
-    let description = format!("{},kv-events=tcp://127.0.0.1:1", worker.spec("a"));
-    config.workers = vec![description.parse().unwrap()];
-    config.model_aliases = vec![format!("public={MODEL}").parse().unwrap()];
-    let gateway = gateway_with(config).await;
-    let aliased = json!({"messages": [], "model": "public"}).to_string();
-    let _client = Client::sending(gateway.address(), http("POST", CHAT, aliased)).await;
-    worker.request().await.keep();
-    until_engine_metrics(&gateway).await;
-    serve_one(&gateway, &mut worker).await;
+    let gateway = gateway_with_all_series(&mut worker).await;
     let exposition = metrics(&gateway).await;
     let reference = metric_reference();
     let documented = |value: fn(&MetricInfo) -> &str| -> BTreeMap<String, String> {
@@ -109,6 +95,26 @@ async fn a_gateway_exposes_exactly_the_documented_metrics() {
     for metric in &reference {
         assert_labels(metric, &exposition);
     }
+}
+
+/// Starts a gateway in front of `worker`, and waits until every metric has a series.
+async fn gateway_with_all_series(worker: &mut FakeWorker) -> Gateway {
+    worker.set_metrics(ENGINE_METRICS);
+    let mut config = config(&[]);
+    config.engine_metrics_interval = Some(Duration::from_millis(10));
+    // A source of workers, which has series of its own.
+    config.discovery.files = vec!["/nonexistent".into()];
+    // No engine publishes there, so the worker has an event source whose events are not live.
+    let description = format!("{},kv-events=tcp://127.0.0.1:1", worker.spec("a"));
+    config.workers = vec![description.parse().unwrap()];
+    config.model_aliases = vec![format!("public={MODEL}").parse().unwrap()];
+    let gateway = gateway_with(config).await;
+    let aliased = json!({"messages": [], "model": "public"}).to_string();
+    let _client = Client::sending(gateway.address(), http("POST", CHAT, aliased)).await;
+    worker.request().await.keep();
+    until_engine_metrics(&gateway).await;
+    serve_one(&gateway, worker).await;
+    gateway
 }
 
 /// Waits until the metrics of the engine of worker `a` were read.
@@ -235,15 +241,7 @@ fn expressions<'v>(value: &'v Value, found: &mut Vec<&'v str>) {
 #[tokio::test]
 async fn boards_rules_and_examples_ask_for_metrics_that_exist() {
     let mut worker = FakeWorker::start().await;
-    worker.set_metrics(ENGINE_METRICS);
-    let mut config = config(&[]);
-    config.engine_metrics_interval = Some(Duration::from_millis(10));
-    config.discovery.files = vec!["/nonexistent".into()];
-    let description = format!("{},kv-events=tcp://127.0.0.1:1", worker.spec("a"));
-    config.workers = vec![description.parse().unwrap()];
-    let gateway = gateway_with(config).await;
-    serve_one(&gateway, &mut worker).await;
-    until_engine_metrics(&gateway).await;
+    let gateway = gateway_with_all_series(&mut worker).await;
     let exposition = metrics(&gateway).await;
     let deploy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy");
     let read = |name: &str| std::fs::read_to_string(deploy.join(name)).unwrap();

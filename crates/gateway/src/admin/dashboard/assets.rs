@@ -14,7 +14,7 @@ use crate::reply::{self, Body};
 /// Path of the page.
 const PAGE: &str = "/dashboard";
 
-/// What the page may load: its own files and the admin API.
+/// Content security policy: the page loads only its own files and the admin API.
 const POLICY: &str = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'";
 
 /// A file of the page.

@@ -49,10 +49,10 @@ impl Counts {
 /// Blocks of prompts, recent ones above all.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct HitSums {
-    /// Blocks of all prompts, and those that were predicted to be cached.
+    /// Blocks of all prompts, and the blocks that were predicted to be cached.
     all: [f64; 2],
-    /// Blocks of the prompts whose hits the engine reported, those that were predicted to be cached,
-    /// and those that were.
+    /// Blocks of the prompts whose hits the engine reported, the blocks that were predicted to be
+    /// cached, and the blocks that were cached.
     reported: [f64; 3],
 }
 

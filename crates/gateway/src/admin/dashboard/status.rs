@@ -54,7 +54,7 @@ pub(super) fn worker_status(
     }
 }
 
-/// Returns what is wrong with a worker, in words, the worst first.
+/// Returns the problems of a worker, each in a few words, the worst first.
 fn problems(
     snapshot: &WorkerSnapshot,
     worker: Option<&Worker>,

@@ -202,7 +202,7 @@ impl Pod {
     }
 }
 
-/// What is known of a pod that is a worker.
+/// A pod that is a worker.
 #[derive(Clone, Debug)]
 struct KnownPod {
     uid: String,
@@ -228,7 +228,7 @@ impl KnownPods {
         pods.flat_map(|pod| pod.engines.iter().cloned()).collect()
     }
 
-    /// Makes the pods those of a list. Returns what is wrong with annotations.
+    /// Makes the pods those of a list. Returns the errors of their annotations.
     pub(super) fn replace(&mut self, list: &[Pod], default_ports: &[u16]) -> Vec<String> {
         let mut replaced = Self(std::mem::take(&mut self.0));
         let mut errors = Vec::new();
@@ -242,7 +242,7 @@ impl KnownPods {
         errors
     }
 
-    /// Takes over a pod that is new or has changed. Returns what is wrong with its annotations: then
+    /// Takes over a pod that is new or has changed. Returns the error of its annotations: then
     /// the pod keeps the description that it had, if it was a worker already.
     pub(super) fn update(&mut self, pod: &Pod, default_ports: &[u16]) -> Option<String> {
         let key = pod.key();
