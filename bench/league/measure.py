@@ -91,7 +91,9 @@ class Bench:
             logs,
         )
         environment = self.environments.get(entry.package)
-        router = Router.prepare(entry, fleet.initial, self.foresee, environment, logs)
+        router = Router.prepare(
+            entry, fleet.initial, self.foresee, environment, row.speedup, logs
+        )
         try:
             fleet.start()
             router.start(len(fleet.initial))

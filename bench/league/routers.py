@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 import urllib.parse
@@ -16,6 +17,10 @@ from rows import Evidence, RouterEntry
 
 #: Time that a router has until all of its workers are healthy.
 READY_SECONDS = 45.0
+
+#: Default time between two polls of the engines' load by SMG. In real time it would be several times
+#: as long for an engine that runs at several times the real speed.
+POLL_SECONDS = 10.0
 
 NGINX_CONFIGURATION = """\
 worker_processes auto;
@@ -71,6 +76,7 @@ class Router:
         engines: list[Engine],
         foresee: Path,
         environment: Path | None,
+        speedup: float,
         directory: Path,
     ) -> Router:
         """Assigns ports and fills the placeholders of the command."""
@@ -105,6 +111,7 @@ class Router:
             "port": str(port),
             "admin_port": str(admin_port),
             "model": MODEL,
+            "poll_seconds": str(max(1, math.floor(POLL_SECONDS / speedup))),
             "directory": str(directory),
             "nginx": environments.find_nginx() if entry.kind == "nginx" else "",
         }
