@@ -18,13 +18,14 @@ use super::view::{self, DecisionView, EngineView, InformedPolicy};
 /// holder is left, the one with the least expected wait is chosen:
 ///
 /// `(waiting requests + requests sent since the poll) × 1,024 / 2,000 + 0.15 × k / (1 − k)` seconds,
-/// where `k` is the KV usage. Waiting requests and `k` are polled every 10 s.
+/// where `k` is the KV usage. Waiting requests and `k` are polled every 10 s. A worker that reported 8
+/// waiting requests or a KV usage of 0.8 is overloaded: it is left out while another one is not. If all
+/// are overloaded, the least expected wait decides.
 ///
 /// Source: the rule of `cache_aware` and `least_load` in SMG's policies, with their defaults; 1.13
 /// itself has no public snapshot. Differences to the original:
 /// - The history is counted in blocks, not in characters, and is never trimmed.
 /// - All holders of the prefix are compared, where the original caps their number.
-/// - Workers that report 8 waiting requests or a KV usage of 0.8 are not vetoed.
 /// - Equal waits are decided by the number of requests, then at random.
 #[derive(Default)]
 pub(super) struct SmgCacheAware {
@@ -52,6 +53,10 @@ const THROUGHPUT: f64 = 2000.0;
 const KV_USAGE_SECONDS: f64 = 0.15;
 /// Largest KV usage that is assumed.
 const MAX_KV_USAGE: f64 = 0.99;
+/// Waiting requests from which on a worker is overloaded.
+const OVERLOAD_WAITING: u32 = 8;
+/// KV usage from which on a worker is overloaded.
+const OVERLOAD_KV_USAGE: f64 = 0.8;
 
 impl SmgCacheAware {
     /// Returns the seconds that a request is expected to wait on a worker.
@@ -74,6 +79,11 @@ impl SmgCacheAware {
     }
 }
 
+/// Returns whether a worker reported so much load that it is left out while another one is not.
+fn is_overloaded(worker: &EngineView<'_>) -> bool {
+    worker.metrics.waiting >= OVERLOAD_WAITING || worker.metrics.usage() >= OVERLOAD_KV_USAGE
+}
+
 /// Returns the number of requests above which a holder of the prefix is passed over.
 fn load_bound(workers: &[EngineView<'_>]) -> f64 {
     let count = workers.len() as f64;
@@ -89,14 +99,18 @@ impl InformedPolicy for SmgCacheAware {
             self.poll = view.scrape;
             self.sent.clear();
         }
+        let are_all_overloaded = view.workers.iter().all(is_overloaded);
         let bound = load_bound(view.workers);
         let holders = self.holders(view);
         let is_holder = |worker: &EngineView<'_>| {
-            holders.contains(&worker.worker) && f64::from(worker.requests) <= bound
+            !is_overloaded(worker)
+                && holders.contains(&worker.worker)
+                && f64::from(worker.requests) <= bound
         };
         let has_holder = view.workers.iter().any(is_holder);
         let waits = view.workers.iter().map(|worker| {
-            if has_holder && !is_holder(worker) {
+            let is_left_out = is_overloaded(worker) && !are_all_overloaded;
+            if is_left_out || has_holder && !is_holder(worker) {
                 return (f64::INFINITY, 0);
             }
             (self.expected_wait(worker), worker.requests)
@@ -135,6 +149,7 @@ impl InformedPolicy for SmgCacheAware {
 mod tests {
     use rand::SeedableRng;
 
+    use super::super::view::Metrics;
     use super::*;
 
     fn choose(
@@ -143,9 +158,20 @@ mod tests {
         scrape: u64,
         requests: [u32; 3],
     ) -> usize {
+        choose_with(policy, prompt, scrape, requests, [Metrics::default(); 3])
+    }
+
+    fn choose_with(
+        policy: &mut SmgCacheAware,
+        prompt: &[SequenceHash],
+        scrape: u64,
+        requests: [u32; 3],
+        metrics: [Metrics; 3],
+    ) -> usize {
         let workers = [0, 1, 2].map(|worker| EngineView {
             worker,
             requests: requests[worker],
+            metrics: metrics[worker],
             ..EngineView::default()
         });
         let view = DecisionView {
@@ -179,6 +205,31 @@ mod tests {
         // With 5 requests on one of three workers the bound is 5.7, with 9 it is 7.
         assert_eq!(choose(&mut policy, &prompt(2), 0, on_first(5)), first);
         assert_ne!(choose(&mut policy, &prompt(3), 0, on_first(9)), first);
+    }
+
+    #[test]
+    fn an_overloaded_holder_is_left_out() {
+        let metrics = |waiting, used_blocks| Metrics {
+            waiting,
+            used_blocks,
+            blocks: 100,
+        };
+        for (holder, others, follows) in [
+            (metrics(7, 79), metrics(0, 0), true),
+            (metrics(8, 0), metrics(0, 0), false),
+            (metrics(0, 80), metrics(0, 0), false),
+        ] {
+            let mut policy = SmgCacheAware::default();
+            let first = choose(&mut policy, &prompt(1), 0, [0; 3]);
+            let mut reports = [others; 3];
+            reports[first] = holder;
+            let second = choose_with(&mut policy, &prompt(2), 0, [0; 3], reports);
+            assert_eq!(second == first, follows, "{holder:?}");
+        }
+        // If all are overloaded, the least expected wait decides.
+        let mut policy = SmgCacheAware::default();
+        let reports = [metrics(9, 0), metrics(8, 0), metrics(10, 0)];
+        assert_eq!(choose_with(&mut policy, &prompt(1), 0, [0; 3], reports), 1);
     }
 
     #[test]
