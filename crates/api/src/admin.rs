@@ -23,6 +23,13 @@ pub struct Reload {
     pub workers_removed: Vec<String>,
 }
 
+/// Body of `GET` and `PUT /admin/log`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogSettings {
+    /// Filter of the log, as of `--log-level`.
+    pub filter: String,
+}
+
 /// All workers of a router.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct WorkerList {

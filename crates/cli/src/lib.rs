@@ -172,11 +172,13 @@ pub fn run() -> ExitCode {
 /// [`clap::Error`], and an invalid configuration has the context [`InvalidConfiguration`].
 fn execute(arguments: Vec<OsString>) -> anyhow::Result<ExitCode> {
     let (cli, matches, tables) = parse(arguments.clone())?;
-    cli.log.init(cli.command.default_log_level())?;
+    let log = cli.log.init(cli.command.default_log_level())?;
     let empty = ArgMatches::default();
     let matches = matches.subcommand().map_or(&empty, |(_, matches)| matches);
     match cli.command {
-        Command::Serve(args) => serve::serve(args.resolve(matches, tables)?, arguments)?,
+        Command::Serve(args) => {
+            serve::serve(args.resolve(matches, tables)?, arguments, log)?;
+        }
         Command::CheckConfig(args) => {
             let text = tables.to_toml()?;
             let checks_workers = args.checks_workers();

@@ -1,11 +1,19 @@
-//! Logs on standard error: `--log-level`, `--log-format`, and colour.
+//! Logs on standard error: `--log-level`, `--log-format`, colour, and changes of the filter while the
+//! program runs.
 
 use std::io::IsTerminal;
 use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
-use tracing_subscriber::EnvFilter;
+use foresee_gateway::LogFilter;
 use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::reload;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Registry};
+
+/// Target of a line for each change over the admin API.
+const AUDIT_TARGET: &str = "foresee::audit";
 
 /// Flags of every subcommand for its logs.
 #[derive(Args, Clone, Debug)]
@@ -45,26 +53,49 @@ enum Format {
 }
 
 impl LogArgs {
-    /// Starts logging to standard error for the whole process. `default_level` is the filter if
-    /// neither `--log-level` nor `FORESEE_LOG` is set.
+    /// Starts logging to standard error for the whole process, and returns the filter. `default_level`
+    /// is the filter if neither `--log-level` nor `FORESEE_LOG` is set.
     ///
     /// # Errors
     /// If the filter is invalid. The value of `--log-level` was checked when it was parsed.
     ///
     /// # Panics
     /// If logging was started before.
-    pub(crate) fn init(&self, default_level: &str) -> anyhow::Result<()> {
-        let filter = self.log_level.as_deref().unwrap_or(default_level);
+    pub(crate) fn init(&self, default_level: &str) -> anyhow::Result<ProcessLog> {
+        let text = self.log_level.as_deref().unwrap_or(default_level);
         let has_colour = std::io::stderr().is_terminal() && !is_set("NO_COLOR");
-        let lines = tracing_subscriber::fmt()
-            .with_env_filter(EnvFilter::try_new(filter)?)
+        let lines = tracing_subscriber::fmt::layer()
             .with_writer(std::io::stderr)
             .with_ansi(has_colour);
+        let (filter, handle) = reload::Layer::new(EnvFilter::try_new(text)?);
+        let log = Registry::default().with(filter);
         match self.log_format {
-            Format::Text => lines.init(),
-            Format::Json => lines.json().init(),
+            Format::Text => log.with(lines).init(),
+            Format::Json => log.with(lines.json()).init(),
         }
-        Ok(())
+        Ok(ProcessLog(handle))
+    }
+}
+
+/// Filter of the log of this process.
+pub(crate) struct ProcessLog(reload::Handle<EnvFilter, Registry>);
+
+impl LogFilter for ProcessLog {
+    fn current(&self) -> String {
+        // Fails only after the log has ended.
+        let text = self.0.with_current(EnvFilter::to_string);
+        text.unwrap_or_default()
+    }
+
+    /// Replaces the filter. Lines about changes over the admin API are logged unless the filter names
+    /// their target, so that no request can hide itself by lowering the level.
+    fn replace(&self, text: &str) -> Result<(), String> {
+        let mut whole = filter(text)?;
+        if !whole.contains(AUDIT_TARGET) {
+            whole = format!("{whole},{AUDIT_TARGET}=info");
+        }
+        let new = EnvFilter::try_new(whole).map_err(|error| error.to_string())?;
+        self.0.reload(new).map_err(|error| error.to_string())
     }
 }
 

@@ -19,8 +19,8 @@ use anyhow::{Context, anyhow, bail};
 use foresee_core::router::Router;
 use foresee_core::workers::WorkerSpec;
 use foresee_gateway::{
-    ConfigSource, Gateway, GatewayConfig, InheritedListeners, StartError, WorkerConfig,
-    raise_open_file_limit,
+    ConfigSource, Gateway, GatewayConfig, InheritedListeners, ProgramParts, StartError,
+    WorkerConfig, raise_open_file_limit,
 };
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -28,15 +28,21 @@ pub(crate) use health_args::WorkerAccessArgs;
 pub(crate) use settings::{PromptArgs, ServeArgs, WorkerArgs};
 
 use crate::config_file::plain;
+use crate::logging::ProcessLog;
 use crate::{Command, InvalidConfiguration, parse};
 use watch::FileWatch;
 
 /// Checks the configuration and runs the router until a signal stops it. `args` must be
-/// [resolved](ServeArgs::resolve), from `arguments`, which are parsed again at each reload.
+/// [resolved](ServeArgs::resolve), from `arguments`, which are parsed again at each reload. The admin API
+/// can change the filter of `log`.
 ///
 /// # Errors
 /// If a setting is invalid, or the router cannot start.
-pub(crate) fn serve(args: ServeArgs, arguments: Vec<OsString>) -> anyhow::Result<()> {
+pub(crate) fn serve(
+    args: ServeArgs,
+    arguments: Vec<OsString>,
+    log: ProcessLog,
+) -> anyhow::Result<()> {
     // Removes variables of the environment, so no other thread may run yet.
     let listeners = InheritedListeners::from_environment()
         .context("cannot use the sockets of LISTEN_FDS (socket activation)")?;
@@ -45,8 +51,12 @@ pub(crate) fn serve(args: ServeArgs, arguments: Vec<OsString>) -> anyhow::Result
     check_settings(&config)?;
     let source: ConfigSource =
         Arc::new(move || read_config(arguments.clone()).map_err(|error| format!("{error:#}")));
+    let program = ProgramParts {
+        config_source: Some(source),
+        log_filter: Some(Arc::new(log)),
+    };
     let runtime = runtime()?;
-    let result = runtime.block_on(run(listeners, config, source, watch));
+    let result = runtime.block_on(run(listeners, config, program, watch));
     // A look-up of a host name that hangs occupies a thread, which must not delay the end.
     runtime.shutdown_background();
     result
@@ -96,7 +106,7 @@ pub(crate) fn check_settings(config: &GatewayConfig) -> anyhow::Result<()> {
 }
 
 /// Starts the gateway and waits for SIGTERM or SIGINT, then for the shutdown. A second signal ends the
-/// process at once. SIGHUP and a change that `watch` notices reload the configuration from `source`.
+/// process at once. SIGHUP and a change that `watch` notices reload the configuration.
 /// Reports to the service manager, if there is one, that the gateway serves, reloads or stops.
 ///
 /// # Errors
@@ -104,7 +114,7 @@ pub(crate) fn check_settings(config: &GatewayConfig) -> anyhow::Result<()> {
 async fn run(
     listeners: InheritedListeners,
     config: GatewayConfig,
-    source: ConfigSource,
+    program: ProgramParts,
     mut watch: Option<FileWatch>,
 ) -> anyhow::Result<()> {
     let open_files = raise_open_file_limit().context("cannot raise the limit of open files")?;
@@ -119,11 +129,10 @@ async fn run(
     let (workers, policy) = (config.workers.len(), config.router.policy);
     let (admin, keys) = (config.admin.clone(), config.keys.clone());
     let has_inherited_api = listeners.api.is_some();
-    let gateway =
-        Gateway::start_on(listeners, config, Some(source)).map_err(|error| match error {
-            StartError::Tokenizer(_) => anyhow::Error::new(error).context(InvalidConfiguration),
-            error => error.into(),
-        })?;
+    let gateway = Gateway::start_on(listeners, config, program).map_err(|error| match error {
+        StartError::Tokenizer(_) => anyhow::Error::new(error).context(InvalidConfiguration),
+        error => error.into(),
+    })?;
     tracing::info!(
         api = %gateway.address(), admin = %gateway.admin_listen(),
         workers, %policy, open_files, socket_activation = has_inherited_api, "listening"

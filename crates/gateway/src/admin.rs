@@ -2,7 +2,7 @@
 //!
 //! `settings` and `listener` say where it listens, `access` which requests it accepts, `new_worker`
 //! which workers may be added, `drain` how workers leave, `explain` how a request would be routed,
-//! `dashboard` has the page and what it reads, and `selection` is a front end for proxies that send
+//! `log` has the filter of the log, `dashboard` has the page and what it reads, and `selection` is a front end for proxies that send
 //! requests themselves.
 //!
 //! `docs/api.md` describes the paths and all JSON fields.
@@ -15,6 +15,7 @@ mod event_stream;
 mod explain;
 pub(crate) mod key;
 mod listener;
+mod log;
 mod new_worker;
 mod parts;
 mod selection;
@@ -204,6 +205,11 @@ impl AdminApi {
                 self.add_worker(&body)
             }
             (&Method::POST, "/admin/reload") => self.reload().await,
+            (&Method::GET, "/admin/log") => log::show(self.parts.program.log_filter.as_ref()),
+            (&Method::PUT, "/admin/log") => {
+                let body = body::read(&head.headers, body, MAX_BODY_BYTES).await?;
+                log::replace(self.parts.program.log_filter.as_ref(), &body)
+            }
             (&Method::POST, "/admin/explain") => self.explainer.explain(&head.headers, body).await,
             (&Method::POST, "/admin/select") => self.selection.select(&head, body).await,
             (method, path) => match path.strip_prefix("/admin/reservations/") {
@@ -394,8 +400,13 @@ fn whole_body(response: Response<Body>) -> Response<AdminBody> {
 /// Returns whether a request changes workers or settings. Requests of the selection API do not.
 fn is_change(head: &request::Parts) -> bool {
     let path = head.uri.path();
-    let is_write = head.method == Method::POST || head.method == Method::DELETE;
-    is_write && (path.starts_with("/admin/workers") || path == "/admin/reload")
+    match head.method {
+        Method::POST | Method::DELETE => {
+            path.starts_with("/admin/workers") || path == "/admin/reload"
+        }
+        Method::PUT => path == "/admin/log",
+        _ => false,
+    }
 }
 
 /// Returns the error response for a worker that cannot be added to the present workers.

@@ -28,6 +28,7 @@ use crate::own_responses::OwnResponses;
 use crate::parse_pool::ParsePool;
 use crate::placement::tokenization::PromptTokenizer;
 use crate::placement::{Placement, PlacementConfig};
+use crate::program::ProgramParts;
 use crate::proxy::Proxy;
 use crate::recorder::Recorder;
 use crate::reload::{ConfigSource, ReloadParts, Reloader};
@@ -245,6 +246,7 @@ impl GatewayParts {
         config: &GatewayConfig,
         admin: Arc<ArcSwap<AdminConfig>>,
         reloader: Arc<Reloader>,
+        program: ProgramParts,
         dashboard: Option<Arc<Dashboard>>,
     ) -> AdminApi {
         let parts = AdminParts {
@@ -252,6 +254,7 @@ impl GatewayParts {
             workers: Arc::clone(&self.workers),
             removals: Arc::clone(&self.removals),
             reloader,
+            program,
             placement: Arc::clone(&self.placement),
             metrics: Arc::clone(&self.metrics),
             metrics_compat: config.metrics_compat,

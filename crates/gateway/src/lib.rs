@@ -61,6 +61,7 @@ mod own_responses;
 mod parse_pool;
 mod pass_through;
 mod placement;
+mod program;
 mod proxy;
 mod recorder;
 mod reload;
@@ -101,6 +102,7 @@ pub use metrics::{
 };
 pub use model_alias::{InvalidAlias, ModelAlias};
 pub use pass_through::{InvalidPath, PassThroughPath};
+pub use program::{LogFilter, ProgramParts};
 pub use reload::{ConfigSource, ReloadError};
 pub use request_body::RequestBodyConfig;
 pub use server::{Gateway, StartError, WorkerCheck};

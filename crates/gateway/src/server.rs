@@ -33,9 +33,10 @@ use crate::discovery::UnsupportedSource;
 use crate::listen::{InheritedListeners, Listener};
 use crate::metrics::Metrics;
 use crate::placement::tokenization::PromptTokenizer;
+use crate::program::ProgramParts;
 use crate::proxy::Proxy;
 use crate::recorder::Recorder;
-use crate::reload::{ConfigSource, ReloadError, Reloader};
+use crate::reload::{ReloadError, Reloader};
 use crate::shutdown::{ShutdownPhase, ShutdownSignal};
 use crate::state_file::StateFile;
 use crate::tls::{TlsError, TlsTermination};
@@ -163,19 +164,22 @@ impl Gateway {
     /// cannot be loaded, the recording cannot be written, an API key of workers cannot be read, a
     /// setting is out of range, or two workers have the same name.
     pub fn start(config: GatewayConfig) -> Result<Self, StartError> {
-        Self::start_on(InheritedListeners::default(), config, None)
+        Self::start_on(
+            InheritedListeners::default(),
+            config,
+            ProgramParts::default(),
+        )
     }
 
     /// Starts the listeners, with `inherited` sockets where there are any, and the tasks of the
-    /// workers. Must run inside a tokio runtime. A [reload](Self::reload) reads the configuration
-    /// from `source`.
+    /// workers. Must run inside a tokio runtime. The admin API uses the parts of the `program`.
     ///
     /// # Errors
     /// As [`start`](Self::start). Also fails if an inherited socket cannot be used.
     pub fn start_on(
         inherited: InheritedListeners,
         config: GatewayConfig,
-        source: Option<ConfigSource>,
+        program: ProgramParts,
     ) -> Result<Self, StartError> {
         config.discovery.check()?;
         config.check_api_keys()?;
@@ -248,6 +252,7 @@ impl Gateway {
         let admin_config = Arc::new(ArcSwap::from_pointee(config.admin.clone()));
         let (reconciler, lists) = parts.discovery(&config);
         tasks.extend(lists);
+        let source = program.config_source.clone();
         let reloader = parts.reloader(config.clone(), source, reconciler, &proxy, &admin_config);
         let reloader = Arc::new(reloader);
         let dashboard = parts.dashboard(&reloader);
@@ -255,6 +260,7 @@ impl Gateway {
             &config,
             admin_config,
             Arc::clone(&reloader),
+            program,
             dashboard.clone(),
         );
         let admin_api = Arc::new(admin_api);
@@ -335,7 +341,7 @@ impl Gateway {
         checks.collect()
     }
 
-    /// Reads the configuration from the source of [`start_on`](Self::start_on) and applies it. The
+    /// Reads the configuration from the source of [`start_on`](Self::start_on), and applies it. The
     /// result is logged, and returned as the admin API reports it.
     ///
     /// # Errors

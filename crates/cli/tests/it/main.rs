@@ -8,6 +8,7 @@ mod fleet;
 mod kv_events;
 mod layout;
 mod load;
+mod log_filter;
 mod ports;
 mod process;
 mod record;

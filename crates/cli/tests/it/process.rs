@@ -2,8 +2,10 @@
 
 #![allow(clippy::unwrap_used)]
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -37,6 +39,16 @@ impl Process {
         command.args(arguments).envs(variables.iter().copied());
         command.stdin(Stdio::null());
         command.stdout(Stdio::null()).stderr(Stdio::null());
+        Self(command.spawn().unwrap())
+    }
+
+    /// Starts the program with its standard error in a file.
+    pub(crate) fn start_with_log(arguments: &[&str], log: &Path) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_foresee"));
+        command.args(arguments).stdin(Stdio::null());
+        command
+            .stdout(Stdio::null())
+            .stderr(File::create(log).unwrap());
         Self(command.spawn().unwrap())
     }
 

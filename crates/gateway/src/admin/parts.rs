@@ -9,6 +9,7 @@ use crate::keys::KeyRing;
 use crate::metrics::{Metrics, MetricsCompat};
 use crate::parse_pool::ParsePool;
 use crate::placement::Placement;
+use crate::program::ProgramParts;
 use crate::reload::Reloader;
 use crate::request_body::RequestBodies;
 use crate::shutdown::ShutdownSignal;
@@ -23,6 +24,7 @@ pub(crate) struct AdminParts {
     /// Drained workers that are to be removed.
     pub(crate) removals: Arc<Removals>,
     pub(crate) reloader: Arc<Reloader>,
+    pub(crate) program: ProgramParts,
     pub(crate) placement: Arc<Placement>,
     pub(crate) metrics: Arc<Metrics>,
     /// Names of another program that the page of metrics has as well.

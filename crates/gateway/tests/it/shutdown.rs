@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::fake_worker::*;
 use foresee_core::queue::QueueOrder;
-use foresee_gateway::{Gateway, InheritedListeners};
+use foresee_gateway::{Gateway, InheritedListeners, ProgramParts};
 use tokio::net::TcpStream;
 
 /// A shutdown deadline that no test waits for: a gateway that stops has not waited for it.
@@ -207,7 +207,7 @@ async fn connections_wait_at_an_inherited_socket_for_the_next_gateway() {
             api: Some(socket.try_clone().unwrap()),
             admin: None,
         };
-        Gateway::start_on(inherited, config(&[&worker]), None).unwrap()
+        Gateway::start_on(inherited, config(&[&worker]), ProgramParts::default()).unwrap()
     };
     let gateway = start();
     assert_eq!(gateway.address(), address);

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use foresee_gateway::{Gateway, InheritedListeners, KeyConfig, KeyHash};
+use foresee_gateway::{Gateway, InheritedListeners, KeyConfig, KeyHash, ProgramParts};
 use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -45,12 +45,15 @@ async fn no_handshake_fails_and_no_key_is_misjudged() {
     initial.tls = Some(files.config(None));
     initial.keys = Some(keys(0));
     let next = Arc::new(Mutex::new(initial.clone()));
-    let source = {
-        let next = Arc::clone(&next);
-        Arc::new(move || Ok(next.lock().clone()))
+    let program = ProgramParts {
+        config_source: Some({
+            let next = Arc::clone(&next);
+            Arc::new(move || Ok(next.lock().clone()))
+        }),
+        ..ProgramParts::default()
     };
     let listeners = InheritedListeners::default();
-    let gateway = Gateway::start_on(listeners, initial, Some(source)).unwrap();
+    let gateway = Gateway::start_on(listeners, initial, program).unwrap();
     let gateway = Arc::new(gateway);
 
     let is_done = Arc::new(AtomicBool::new(false));
