@@ -4,12 +4,14 @@
 Two mock engines stand behind one router with keys, the queue order `fair` and a bounded queue. The
 capacity is measured first: what one tenant gets that floods the router alone. Then all tenants send
 at once, in an open loop: the modest ones a part of their fair share each, and the greedy one the rest
-of the overload.
+of the overload. All of these requests have a deadline for the first byte. The router's access log
+shows whether a request was sent to an engine, or got its first token, after its deadline.
 
     cargo build --release && bench/overload/overload.py target/release/foresee
 """
 
 import argparse
+import collections
 import json
 import os
 import signal
@@ -28,6 +30,7 @@ def arguments():
     parser.add_argument("--tenants", type=int, default=20)
     parser.add_argument("--overload", type=float, default=3.0, help="load in multiples of the capacity")
     parser.add_argument("--modest", type=float, default=0.95, help="load of a modest tenant, in fair shares")
+    parser.add_argument("--deadline", type=float, default=20, help="time for the first byte, in seconds of the engines")
     parser.add_argument("--queue-limit", type=int, default=512)
     parser.add_argument("--flood", type=float, default=60, help="requests per second that exceed the capacity by far")
     parser.add_argument("--duration", type=float, default=30, help="seconds of sending, in real time")
@@ -79,6 +82,7 @@ class Fleet:
         self.router = self.start(
             "serve", "--listen", f"127.0.0.1:{API}", "--admin-listen", f"127.0.0.1:{ADMIN}",
             "--key-file", keys, "--queue", "fair", "--queue-limit", str(options.queue_limit), "--shutdown-delay", "1ms",
+            "--access-log", os.path.join(folder, "access"),
             *(f"--worker=http://127.0.0.1:{port},prefix-caching=off" for port in ENGINES),
         )
         wait_for(f"http://127.0.0.1:{ADMIN}/health/ready")
@@ -104,6 +108,12 @@ class Fleet:
                 return json.load(file)["outcome"]
 
         return outcome
+
+    def requests_with_deadline(self):
+        """Returns the lines of the access log about requests with a deadline."""
+        with open(os.path.join(self.folder, "access")) as file:
+            lines = [json.loads(line) for line in file]
+        return [line for line in lines if "deadline_seconds" in line]
 
     def resident_megabytes(self):
         with open(f"/proc/{self.router.pid}/statm") as file:
@@ -142,7 +152,8 @@ def run(options, fleet):
     clients = []
     for tenant in range(options.tenants):
         rate = greedy if tenant == 0 else modest
-        clients.append(fleet.send(tenant, *open_loop(rate, seconds)))
+        deadline = f"x-foresee-deadline-ms: {options.deadline / options.speedup * 1000:.0f}"
+        clients.append(fleet.send(tenant, *open_loop(rate, seconds), "--header", deadline))
     before = fleet.resident_megabytes()
     time.sleep(options.duration)
     sent_all = fleet.resident_megabytes()
@@ -157,10 +168,16 @@ def run(options, fleet):
     finished = sum(outcome["finished"] for outcome in modest_outcomes)
     sent = sum(outcome["sent"] for outcome in modest_outcomes)
     worst = min(outcome["finished"] / outcome["sent"] for outcome in modest_outcomes)
-    served = (sum(outcome["finished"] for outcome in outcomes) - options.queue_limit) / seconds
+    served = sum(outcome["finished"] for outcome in outcomes) / max(outcome["makespan"] for outcome in outcomes)
     total = sum(outcome["sent"] for outcome in outcomes) / seconds / capacity
     print(f"offered: {total:.2f} x the capacity; served: {served:.1f} requests/s")
     print(f"modest tenants: {finished} of {sent} requests finished, of the worst-off tenant {worst:.1%}")
+    lines = fleet.requests_with_deadline()
+    started_late = [line for line in lines if line.get("queue_seconds", 0) > line["deadline_seconds"]]
+    responded_late = [line for line in lines if line.get("ttft_seconds", 0) > line["deadline_seconds"]]
+    reasons = collections.Counter(line.get("error_code", line["outcome"]) for line in lines)
+    print(f"{len(lines)} requests with a deadline of {options.deadline:g} s: {dict(reasons)}")
+    print(f"sent to an engine after it: {len(started_late)}; first token after it: {len(responded_late)}")
     metrics = fetch(f"http://127.0.0.1:{ADMIN}/metrics").splitlines()
     print("left at the end:", *(line for line in metrics if line.startswith("foresee_bookings ")))
 

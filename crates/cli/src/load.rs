@@ -5,7 +5,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail, ensure};
 use clap::{Args, ValueEnum};
-use foresee_client::load::{self, ApiKey, LiveOutcome, LoadConfig, LoadSummary};
+use foresee_client::load::{
+    self, ApiKey, HeaderName, HeaderValue, LiveOutcome, LoadConfig, LoadSummary,
+};
 use foresee_gateway::raise_open_file_limit;
 use foresee_sim::trace;
 use foresee_sim::workload::{Arrival, Workload};
@@ -52,6 +54,9 @@ pub(crate) struct LoadArgs {
     /// KEY`
     #[arg(long, value_name = "NAME")]
     api_key_env: Option<String>,
+    /// Adds a header to each request, such as `x-session-id: 7`; repeat it for more headers
+    #[arg(long = "header", value_name = "NAME: VALUE", value_parser = header)]
+    headers: Vec<(HeaderName, HeaderValue)>,
     /// Leaves `ignore_eos` out of requests, for servers that refuse the field; outputs may then be
     /// shorter than in the workload
     #[arg(long)]
@@ -161,6 +166,7 @@ fn run(args: &LoadArgs) -> anyhow::Result<LiveOutcome> {
             chat: args.api == Api::Chat,
             ignore_eos: !args.no_ignore_eos,
             api_key,
+            headers: args.headers.iter().cloned().collect(),
             speedup: args.speedup,
             abort_fraction: args.abort_fraction.0,
             duration: args.duration.map(Into::into),
@@ -173,6 +179,20 @@ fn run(args: &LoadArgs) -> anyhow::Result<LiveOutcome> {
         write_report(args.json.as_deref(), &summary)?;
         Ok(summary.outcome)
     })
+}
+
+/// Parses a header, written `NAME: VALUE`.
+fn header(text: &str) -> Result<(HeaderName, HeaderValue), String> {
+    let (name, value) = text.split_once(':').ok_or("write NAME: VALUE")?;
+    let name = name
+        .trim()
+        .parse()
+        .map_err(|_| "the name is not one of a header");
+    let value = value
+        .trim()
+        .parse()
+        .map_err(|_| "the value has characters that no header has");
+    Ok((name?, value?))
 }
 
 /// Reads an API key from an environment variable.

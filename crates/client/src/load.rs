@@ -24,6 +24,7 @@ use bytes::Bytes;
 use foresee_sim::arrivals::Arrivals;
 use foresee_sim::workload::Workload;
 use hyper::Uri;
+use hyper::header::HeaderMap;
 use hyper::http::uri::InvalidUri;
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
@@ -35,6 +36,7 @@ use clock::Clock;
 use outcome::Tally;
 
 pub use crate::http::{ApiKey, FailureKind, InvalidApiKey};
+pub use hyper::header::{HeaderName, HeaderValue};
 pub use model::find_model;
 pub use outcome::{Failures, LiveOutcome, WorkerTotals};
 pub use report::{LiveReport, NamedOutcome};
@@ -56,6 +58,8 @@ pub struct LoadConfig {
     pub ignore_eos: bool,
     /// The key sent with each request.
     pub api_key: Option<ApiKey>,
+    /// Headers of each request besides the key.
+    pub headers: HeaderMap,
     /// Workers behind the address, so that a worker without requests counts as idle.
     pub workers: usize,
     /// Seconds of the engine's time in one second of real time.
@@ -82,6 +86,7 @@ impl LoadConfig {
             chat: false,
             ignore_eos: true,
             api_key: None,
+            headers: HeaderMap::new(),
             workers: 1,
             speedup: 1.0,
             abort_fraction: 0.0,
@@ -237,7 +242,7 @@ impl<'a> Load<'a> {
             "/v1/completions"
         };
         let uri = uri(&config.address, path)?;
-        let target = Target::new(uri, config.api_key.clone(), config.timeout);
+        let target = Target::new(uri, config);
         Ok(Self {
             config,
             workload,

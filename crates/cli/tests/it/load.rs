@@ -93,6 +93,8 @@ fn mock_engine() -> String {
 #[derive(Clone, Debug)]
 struct Received {
     authorization: Option<String>,
+    /// Header `x-foresee-deadline-ms`.
+    deadline: Option<String>,
     body: String,
 }
 
@@ -163,6 +165,7 @@ fn respond(
     } else {
         let request = Received {
             authorization: header("authorization"),
+            deadline: header("x-foresee-deadline-ms"),
             body: String::from_utf8(body).unwrap(),
         };
         received.send(request).unwrap();
@@ -222,10 +225,11 @@ fn failures_are_reported_by_status_and_end_in_exit_code_1() {
     let server = Scripted::start(&["m"]);
     let file = std::env::temp_dir().join(format!("foresee-load-{}.json", std::process::id()));
     let json = file.to_str().unwrap();
-    let flags = ["--rate", "50", "--api-key-env", "FORESEE_TEST_KEY"];
+    let key = ["--rate", "50", "--api-key-env", "FORESEE_TEST_KEY"];
+    let header = ["--header", "x-foresee-deadline-ms: 60000"];
     let outcome = load(
         &server.address,
-        &[&SMALL[..], &flags, &["--json", json]].concat(),
+        &[&SMALL[..], &key, &header, &["--json", json]].concat(),
     );
     assert_eq!(outcome.code, 1, "{}", outcome.stderr);
     assert!(
@@ -242,8 +246,10 @@ fn failures_are_reported_by_status_and_end_in_exit_code_1() {
     assert_eq!(results["failed"]["status 503"]["count"], 4);
     assert_eq!(results["workers"]["gpu1"]["requests"], 12);
     let mut received = server.received.try_iter();
-    let has_key = |request: &Received| request.authorization.as_deref() == Some("Bearer secret");
-    assert!(received.all(|request| has_key(&request)));
+    assert!(received.all(|request| {
+        request.authorization.as_deref() == Some("Bearer secret")
+            && request.deadline.as_deref() == Some("60000")
+    }));
 }
 
 #[test]
@@ -394,6 +400,8 @@ fn wrong_flags_end_in_exit_code_2() {
         (["--abort-fraction", "1.5"], "between 0 and 1"),
         (["--api", "responses"], "completions"),
         (["--workload", "no-such"], "shared-prefix"),
+        (["--header", "x-session-id"], "NAME: VALUE"),
+        (["--header", "x session: 1"], "name is not one of a header"),
     ] {
         let outcome = load("http://127.0.0.1:1", &flags);
         assert_eq!(outcome.code, 2, "{}", outcome.stderr);

@@ -8,10 +8,12 @@ use foresee_engine::stream::StreamObserver;
 use foresee_engine::usage::Usage;
 use hyper::Uri;
 use hyper::body::Incoming;
+use hyper::header::HeaderMap;
 
 use crate::http::{
     ApiKey, Failure, FailureKind, HttpClient, StreamEnd, client, post, read_stream, send,
 };
+use crate::load::LoadConfig;
 use crate::load::cancellation::Cancellation;
 use crate::load::clock::Clock;
 
@@ -20,17 +22,20 @@ pub(super) struct Target {
     client: HttpClient,
     uri: Uri,
     api_key: Option<ApiKey>,
+    /// Headers of all requests besides the key.
+    headers: HeaderMap,
     timeout: Duration,
 }
 
 impl Target {
-    /// Returns a target at `uri` that allows each response `timeout` of real time to end.
-    pub(super) fn new(uri: Uri, api_key: Option<ApiKey>, timeout: Duration) -> Self {
+    /// Returns a target at `uri` for requests with the key and the headers of `config`.
+    pub(super) fn new(uri: Uri, config: &LoadConfig) -> Self {
         Self {
             client: client(),
             uri,
-            api_key,
-            timeout,
+            api_key: config.api_key.clone(),
+            headers: config.headers.clone(),
+            timeout: config.timeout,
         }
     }
 }
@@ -133,7 +138,8 @@ impl Record {
         body: Bytes,
         clock: Clock,
     ) -> Result<StreamEnd, Failure> {
-        let request = post(&target.uri, body, target.api_key.as_ref());
+        let mut request = post(&target.uri, body, target.api_key.as_ref());
+        request.headers_mut().extend(target.headers.clone());
         let opened = send(&target.client, request).await?;
         self.worker = opened.worker;
         self.read(opened.body, clock).await
