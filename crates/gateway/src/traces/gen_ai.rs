@@ -54,6 +54,11 @@ pub(super) fn request_attributes(
         "gen_ai.request.model",
         shortened(&parsed.model),
     ));
+    let session = parsed.session.as_deref();
+    if let Some(session) = session.and_then(|session| std::str::from_utf8(session).ok()) {
+        let id = KeyValue::new("gen_ai.conversation.id", shortened(session));
+        attributes.push(id);
+    }
     if endpoint.generates() {
         attributes.push(KeyValue::new("gen_ai.request.stream", parsed.is_streaming));
         if let Some(tokens) = parsed.max_tokens {

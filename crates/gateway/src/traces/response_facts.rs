@@ -21,12 +21,17 @@ const MAX_REASONS: usize = 16;
 /// of an output the quotes are escaped, so that the text is not mistaken for a member.
 const REASON_MEMBERS: [&[u8]; 2] = [b"\"finish_reason\":", b"\"stop_reason\":"];
 
+/// Member of a `usage` with the output tokens of the model's reasoning.
+const REASONING_MEMBER: &[u8] = b"\"reasoning_tokens\":";
+
 /// Facts about one response.
 #[derive(Debug, Default)]
 pub(super) struct ResponseFacts {
     id: Option<String>,
     model: Option<String>,
     reasons: Vec<String>,
+    /// Output tokens of the model's reasoning, as the engine reports them.
+    reasoning_tokens: Option<i64>,
     /// Whether the beginning of the response was read.
     has_begun: bool,
 }
@@ -45,6 +50,11 @@ impl ResponseFacts {
             }
         }
         self.reasons.truncate(MAX_REASONS);
+        // The last usage of a stream has the sum.
+        if let Some(start) = memmem::rfind(data, REASONING_MEMBER) {
+            let rest = data[start + REASONING_MEMBER.len()..].trim_ascii_start();
+            self.reasoning_tokens = number(rest).or(self.reasoning_tokens);
+        }
     }
 
     /// Reads the id and the model of the first event, or of a whole JSON body.
@@ -79,6 +89,9 @@ impl ResponseFacts {
         attributes.extend(id.map(|id| KeyValue::new("gen_ai.response.id", id)));
         let model = self.model.take();
         attributes.extend(model.map(|model| KeyValue::new("gen_ai.response.model", model)));
+        let reasoning = self.reasoning_tokens;
+        let name = "gen_ai.usage.reasoning.output_tokens";
+        attributes.extend(reasoning.map(|tokens| KeyValue::new(name, tokens)));
         if !self.reasons.is_empty() {
             let reasons = std::mem::take(&mut self.reasons).into_iter();
             let reasons: Vec<StringValue> = reasons.map(StringValue::from).collect();
@@ -100,6 +113,12 @@ fn reason(rest: &[u8]) -> Option<String> {
     let is_word = |byte: &u8| byte.is_ascii_lowercase() || *byte == b'_';
     (!word.is_empty() && word.iter().all(is_word))
         .then(|| String::from_utf8_lossy(word).into_owned())
+}
+
+/// Returns the number that begins here; `None` for `null`, and for a number that the data do not end.
+fn number(rest: &[u8]) -> Option<i64> {
+    let length = rest.iter().position(|byte| !byte.is_ascii_digit())?;
+    std::str::from_utf8(&rest[..length]).ok()?.parse().ok()
 }
 
 #[cfg(test)]
@@ -128,6 +147,23 @@ mod tests {
             assert_eq!(facts.model.as_deref(), Some("m"));
             assert_eq!(facts.reasons, ["length"]);
         }
+    }
+
+    #[test]
+    fn the_last_usage_has_the_reasoning_tokens() {
+        let usage = |tokens: &str| {
+            format!(
+                "data: {{\"usage\":{{\"completion_tokens_details\":{{\"reasoning_tokens\": {tokens}}}}}}}\n\n"
+            )
+        };
+        let stream = facts(&[
+            &usage("3"),
+            &usage("17"),
+            &usage("null"),
+            "data: [DONE]\n\n",
+        ]);
+        assert_eq!(stream.reasoning_tokens, Some(17));
+        assert_eq!(facts(&["\"reasoning_tokens\":12"]).reasoning_tokens, None);
     }
 
     #[test]
