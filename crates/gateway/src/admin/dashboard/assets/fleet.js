@@ -24,7 +24,7 @@ const COLUMNS = [
     show: (w) => `${short(w.active_blocks)} of ${short(w.capacity_blocks)}` },
   { id: "backlog", label: "Backlog", help: "Prompt tokens that are booked and not computed yet", sort: (w) => w.backlog_tokens, show: (w) => `${short(w.backlog_tokens)} tok` },
   { id: "wait", label: "Wait", help: "Predicted time until a prompt that arrives now starts prefill", sort: (w) => w.wait_seconds, show: (w) => seconds(w.wait_seconds) },
-  { id: "hits", label: "Hits pred. → actual", help: "Prompt blocks of the last minutes that were predicted to be cached, and that the engine reported as cached",
+  { id: "hits", label: "Prefix hits", help: "Prompt blocks of the last minutes that were predicted to be cached → those that the engine reported as cached",
     sort: (w) => w.hits_actual ?? w.hits_predicted ?? -1, show: (w) => `${percent(w.hits_predicted)} → ${percent(w.hits_actual)}` },
   { id: "events", label: "KV events", help: "State of the worker's KV events; without events the cache is estimated", text: true, sort: (w) => w.events ?? "~",
     show: (w) => (w.events === null || w.events === "off" ? "estimated" : w.events) },
