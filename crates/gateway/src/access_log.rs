@@ -2,12 +2,13 @@
 //!
 //! A line has times, lengths and outcomes, and no text of prompts or outputs. A thread of its own
 //! writes the lines, so that requests never wait for it; lines that it cannot keep up with are dropped
-//! and counted.
+//! and counted. Of the requests that succeed, a fraction can be logged.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
@@ -46,15 +47,20 @@ pub(crate) struct AccessLog {
     writer: Mutex<Option<JoinHandle<()>>>,
     /// Counts lines that were dropped.
     dropped: Counter,
+    /// Fraction of the requests that succeed which have a line.
+    sample_ratio: f64,
+    /// Requests that have succeeded.
+    successes: AtomicU64,
 }
 
 impl AccessLog {
     /// Opens the file at `path` for appending, creates it if needed, and starts the thread. `-` is the
-    /// standard output.
+    /// standard output. Of the requests that succeed, the fraction `sample_ratio` is logged, evenly
+    /// spaced.
     ///
     /// # Errors
     /// Fails if the file cannot be opened or no thread can be started.
-    pub(crate) fn start(path: &Path, metrics: &Metrics) -> io::Result<Self> {
+    pub(crate) fn start(path: &Path, sample_ratio: f64, metrics: &Metrics) -> io::Result<Self> {
         let output = open(path)?;
         let (messages, receiver) = sync_channel(MAX_PENDING_LINES);
         let path = path.to_owned();
@@ -64,7 +70,19 @@ impl AccessLog {
             messages,
             writer: Mutex::new(Some(writer)),
             dropped: metrics.access_log_dropped.clone(),
+            sample_ratio,
+            successes: AtomicU64::new(0),
         })
+    }
+
+    /// Returns whether a request with this outcome has a line, and counts it.
+    fn is_sampled(&self, outcome: Outcome) -> bool {
+        if outcome != Outcome::Ok {
+            return true;
+        }
+        let before = self.successes.fetch_add(1, Ordering::Relaxed);
+        let lines = |requests: u64| (requests as f64 * self.sample_ratio).floor();
+        lines(before + 1) > lines(before)
     }
 
     /// Begins the line of a request that has just arrived. `request_id` is that of the gateway.
@@ -281,7 +299,7 @@ impl AccessEntry {
 
     /// Writes the line, once.
     fn write(&mut self, outcome: Outcome) {
-        if std::mem::replace(&mut self.is_written, true) {
+        if std::mem::replace(&mut self.is_written, true) || !self.log.is_sampled(outcome) {
             return;
         }
         self.line.outcome = outcome.as_str();

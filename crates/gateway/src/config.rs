@@ -85,6 +85,9 @@ pub struct GatewayConfig {
     pub record: Option<PathBuf>,
     /// File to which one line of JSON is appended for each request; `-` for the standard output.
     pub access_log: Option<PathBuf>,
+    /// Fraction of the requests that succeed which the access log has a line of, from 0 to 1. All
+    /// others have one.
+    pub access_log_sample_ratio: f64,
     /// Names of another program that the page of metrics has as well.
     pub metrics_compat: Option<MetricsCompat>,
     /// What the forecast size of the fleet has to achieve.
@@ -209,6 +212,7 @@ impl Default for GatewayConfig {
             engine_metrics_interval: None,
             record: None,
             access_log: None,
+            access_log_sample_ratio: 1.0,
             metrics_compat: None,
             autoscaling: AutoscalingConfig::default(),
             traces: None,

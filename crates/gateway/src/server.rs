@@ -212,7 +212,7 @@ impl Gateway {
         });
         let recorder = recorder.transpose()?;
         let access_log = config.access_log.as_deref().map(|path| {
-            let log = AccessLog::start(path, &metrics);
+            let log = AccessLog::start(path, config.access_log_sample_ratio, &metrics);
             log.map(Arc::new).map_err(cannot_write(path))
         });
         let access_log = access_log.transpose()?;

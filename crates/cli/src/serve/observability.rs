@@ -35,6 +35,16 @@ pub(crate) struct ObservabilityArgs {
     /// the file again, so that it can be rotated.
     #[arg(long, value_name = "FILE", env = "FORESEE_ACCESS_LOG")]
     access_log: Option<PathBuf>,
+    /// Sets the fraction of the requests that succeed which the access log has a line of
+    ///
+    /// Requests that fail or are refused always have a line.
+    #[arg(
+        long,
+        default_value_t = Fraction(DEFAULTS.access_log_sample_ratio),
+        value_name = "FRACTION",
+        env = "FORESEE_ACCESS_LOG_SAMPLE_RATIO"
+    )]
+    access_log_sample_ratio: Fraction,
     /// Keeps learned speeds and output lengths in a file, so that a restart does not lose them
     ///
     /// The file is written every five minutes and at the shutdown. It contains no text of requests.
@@ -123,6 +133,7 @@ impl ObservabilityArgs {
         config.engine_metrics_interval = self.engine_metrics_interval.map(Into::into);
         config.record = self.record;
         config.access_log = self.access_log;
+        config.access_log_sample_ratio = self.access_log_sample_ratio.0;
         config.state = self.state;
         config.traces = self.traces;
         config.metrics_compat = self.metrics_compat.map(|Compat::LlmD| MetricsCompat::LlmD);

@@ -241,6 +241,7 @@ shutdown-delay = "7s"
 engine-metrics-interval = "7s"
 record = "/nonexistent"
 access-log = "/nonexistent"
+access-log-sample-ratio = 0.7
 discovery-file = ["/nonexistent"]
 discovery-url = ["http://127.0.0.1:1"]
 discovery-refresh = "7s"

@@ -2,6 +2,7 @@
 //! reload applies.
 
 use foresee_api::dashboard::Setting;
+use http::Uri;
 
 use super::shown_setting::ShownSetting;
 use crate::config::GatewayConfig;
@@ -159,6 +160,7 @@ fixed_settings! {
     "engine-metrics-interval": engine_metrics_interval,
     "record": record,
     "access-log": access_log,
+    "access-log-sample-ratio": access_log_sample_ratio,
     "state": state,
     "metrics-compat": metrics_compat,
     "slo-ttft": autoscaling.slo_ttft,
@@ -170,7 +172,25 @@ fixed_settings! {
 pub(crate) fn settings_in_force(config: &GatewayConfig) -> Vec<Setting> {
     let mut settings = live_settings(config);
     settings.extend(fixed_settings(config));
+    settings.extend(trace_settings(config));
     settings
+}
+
+/// Returns the settings of traces, which only a restart applies.
+fn trace_settings(config: &GatewayConfig) -> [Setting; 2] {
+    let traces = config.traces.as_ref();
+    let endpoint = traces.and_then(|traces| traces.endpoint.as_str().parse::<Uri>().ok());
+    let ratio = traces.and_then(|traces| traces.sample_ratio);
+    [
+        ("otlp-endpoint", endpoint.shown(), endpoint.is_some()),
+        ("trace-sample-ratio", ratio.shown(), ratio.is_some()),
+    ]
+    .map(|(key, value, is_changed)| Setting {
+        key: key.to_owned(),
+        value,
+        is_changed,
+        is_live: false,
+    })
 }
 
 impl SettingChanges {
@@ -178,14 +198,9 @@ impl SettingChanges {
     /// command line that changes every key fails without it.
     pub(super) fn between(old: &GatewayConfig, new: &GatewayConfig) -> Self {
         let mut changes = Self::of_fields(old, new);
-        let ratio = |config: &GatewayConfig| config.traces.as_ref()?.sample_ratio;
-        let endpoint = |config: &GatewayConfig| Some(config.traces.as_ref()?.endpoint.clone());
-        for (key, has_changed) in [
-            ("otlp-endpoint", endpoint(old) != endpoint(new)),
-            ("trace-sample-ratio", ratio(old) != ratio(new)),
-        ] {
-            changes.fixed.extend(has_changed.then(|| key.to_owned()));
-        }
+        let traces = trace_settings(old).into_iter().zip(trace_settings(new));
+        let changed = traces.filter(|(old, new)| old.value != new.value);
+        changes.fixed.extend(changed.map(|(_, new)| new.key));
         changes
     }
 
@@ -202,6 +217,7 @@ impl SettingChanges {
 mod tests {
     use super::*;
     use crate::admin::key::AdminKey;
+    use crate::traces::config::TraceConfig;
     use crate::workers::api_key::ApiKeySource;
 
     #[test]
@@ -233,6 +249,7 @@ mod tests {
         let url = "http://user:s3cret@lists:9/workers?token=s3cret";
         config.discovery.urls = vec![url.parse().unwrap()];
         config.router.ttft_weight = 2.5;
+        config.traces = Some(TraceConfig::new("http://collector:4318".parse().unwrap()));
         let settings = settings_in_force(&config);
         let text = format!("{settings:?}");
         assert!(!text.contains("s3cret"), "{text}");
@@ -247,5 +264,7 @@ mod tests {
         let policy = of("policy");
         assert_eq!((policy.is_changed, policy.is_live), (false, false));
         assert_eq!(of("probe-interval").value, "1s");
+        assert_eq!(of("otlp-endpoint").value, "http://collector:4318/v1/traces");
+        assert_eq!(of("trace-sample-ratio").value, "not set");
     }
 }

@@ -99,3 +99,39 @@ async fn every_request_gets_a_line_without_its_text() {
         (&json!(401), &Value::Null)
     );
 }
+
+#[tokio::test]
+async fn of_successes_a_fraction_is_logged_and_of_failures_all() {
+    let path = std::env::temp_dir().join(format!("foresee-access-sampled-{}", std::process::id()));
+    let mut worker = FakeWorker::start().await;
+    let mut config = config(&[&worker]);
+    config.access_log = Some(path.clone());
+    config.access_log_sample_ratio = 0.25;
+    let gateway = gateway_with(config).await;
+    for number in 0..8 {
+        let body = chat(&format!("question {number}"), false);
+        let mut client = Client::sending(gateway.address(), http("POST", CHAT, body)).await;
+        worker.request().await.respond_json("{}").await;
+        client.response().await;
+    }
+    for _ in 0..3 {
+        call(gateway.address(), "POST", CHAT, "not JSON")
+            .await
+            .error(400);
+    }
+    until_released(&gateway).await;
+    gateway.shut_down().await;
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    let lines: Vec<Value> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let with = |outcome: &str| {
+        lines
+            .iter()
+            .filter(|line| line["outcome"] == outcome)
+            .count()
+    };
+    assert_eq!((with("ok"), with("refused")), (2, 3), "{text}");
+}
