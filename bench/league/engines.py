@@ -1,7 +1,10 @@
-"""The fleet of mock engines: fresh processes for each run, and faults while it lasts."""
+"""The fleet of engines: fresh mock engines for each run, and faults while it lasts; or engines that run
+already, whose caches are emptied before each run."""
 
 from __future__ import annotations
 
+import time
+import urllib.parse
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,10 +16,14 @@ MODEL = "model"
 #: Time that an engine has to start.
 START_SECONDS = 15.0
 
+#: Time that a running engine has to end the requests of the last run.
+RESET_SECONDS = 60.0
+
 
 @dataclass
 class Engine:
-    """A mock engine, which may not have been started yet."""
+    """A mock engine, which may not have been started yet, or an engine that runs already, which has no
+    command."""
 
     port: int
     events_port: int
@@ -24,11 +31,28 @@ class Engine:
     command: list[str]
     log: Path
     process: Process | None = None
+    #: Prompt tokens that the engine had computed when the run began.
+    computed_before: int = 0
 
     @property
     def url(self) -> str:
         """Base URL of the API."""
         return f"http://127.0.0.1:{self.port}"
+
+    def reset(self) -> None:
+        """Waits until a running engine has no requests, and empties its prefix cache."""
+        deadline = time.monotonic() + RESET_SECONDS
+        while not self.is_idle():
+            if time.monotonic() > deadline:
+                raise LeagueError(f"engine {self.url} still has requests")
+            time.sleep(0.1)
+        status, text = http("POST", f"{self.url}/reset_prefix_cache")
+        if status != 200:
+            raise LeagueError(
+                f"engine {self.url} cannot empty its cache: {status} {text}; start vLLM with "
+                "VLLM_SERVER_DEV_MODE=1"
+            )
+        self.computed_before = self._all_computed_tokens() or 0
 
     @property
     def events(self) -> str:
@@ -59,10 +83,14 @@ class Engine:
             raise LeagueError(f"engine {self.url} refused the fault: {status} {text}")
 
     def computed_tokens(self) -> int | None:
-        """Returns the number of prompt tokens that the engine computed, those in its cache left out;
-        `None` if the engine does not run."""
+        """Returns the number of prompt tokens that the engine computed in this run, those in its cache
+        left out; `None` if the engine does not run."""
+        computed = self._all_computed_tokens()
+        return None if computed is None else computed - self.computed_before
+
+    def _all_computed_tokens(self) -> int | None:
         status, text = http("GET", f"{self.url}/metrics")
-        if self.process is None or status != 200:
+        if (self.process is None and self.command) or status != 200:
             return None
         values = {
             line.partition("{")[0]: float(line.split()[-1])
@@ -114,17 +142,28 @@ class Fleet:
             fleet.engines.append(Engine(port, events_port, replay_port, command, log))
         return fleet
 
+    @classmethod
+    def running(cls, urls: tuple[str, ...], logs: Path) -> Fleet:
+        """Returns the engines that run at these URLs, without KV events."""
+        ports = [urllib.parse.urlsplit(url).port or 80 for url in urls]
+        return cls([Engine(port, 0, 0, [], logs / "none") for port in ports])
+
     @property
     def initial(self) -> list[Engine]:
         """The engines that run from the beginning."""
         return [engine for index, engine in enumerate(self.engines) if index not in self.late]
 
     def start(self) -> None:
-        """Starts all engines but the late ones, and waits until they are healthy."""
+        """Starts all mock engines but the late ones, and waits until they are healthy. Engines that run
+        already are reset."""
         for engine in self.initial:
-            engine.start()
+            if engine.command:
+                engine.start()
+            else:
+                engine.reset()
         for engine in self.initial:
-            engine.wait_until_healthy()
+            if engine.command:
+                engine.wait_until_healthy()
 
     def stop(self) -> None:
         """Kills all engines."""

@@ -34,6 +34,8 @@ class Bench:
     foresee: Path
     #: Directory of the trace files; `None` without them.
     traces: Path | None
+    #: Base URLs of engines that run already; empty to start mock engines.
+    engine_urls: tuple[str, ...]
     #: Environments by package.
     environments: dict[str, Path]
 
@@ -81,15 +83,7 @@ class Bench:
 
     def _measure(self, entry: RouterEntry, row: Row, seed: int, logs: Path) -> dict[str, Any]:
         settings = self.league.settings
-        fleet = Fleet.prepare(
-            self.foresee,
-            settings.engines,
-            list(row.engine),
-            row.engine_speedups(settings.engines),
-            row.late,
-            seed,
-            logs,
-        )
+        fleet = self._fleet(row, seed, logs)
         environment = self.environments.get(entry.package)
         router = Router.prepare(
             entry, fleet.initial, self.foresee, environment, row.speedup, logs
@@ -126,6 +120,21 @@ class Bench:
             "computed_tokens_by_engine": computed_tokens,
             "evidence": evidence,
         }
+
+    def _fleet(self, row: Row, seed: int, logs: Path) -> Fleet:
+        """Returns the engines of a run."""
+        if self.engine_urls:
+            return Fleet.running(self.engine_urls, logs)
+        count = self.league.settings.engines
+        return Fleet.prepare(
+            self.foresee,
+            count,
+            list(row.engine),
+            row.engine_speedups(count),
+            row.late,
+            seed,
+            logs,
+        )
 
     def _load(
         self, row: Row, seed: int, router: Router, fleet: Fleet, logs: Path

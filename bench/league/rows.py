@@ -1,4 +1,4 @@
-"""Reads rows.toml: settings of the league, routers and rows."""
+"""Reads the routers of routers.toml, and the settings and rows of rows.toml or of another file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+HERE = Path(__file__).resolve().parent
+
 #: Actions of an event.
 ACTIONS = ("join", "leave", "fail", "slow", "recover")
 
@@ -17,7 +19,7 @@ _Entry = TypeVar("_Entry", "RouterEntry", "Row")
 
 
 class RowsError(Exception):
-    """An invalid rows.toml; the message names the entry and the remedy."""
+    """An invalid file; the message names the entry and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Row:
 
 @dataclass(frozen=True)
 class League:
-    """The contents of rows.toml."""
+    """Settings, routers and rows."""
 
     settings: Settings
     routers: tuple[RouterEntry, ...]
@@ -124,19 +126,17 @@ class League:
         return _named(self.rows, name, "row")
 
 
-def read(path: Path) -> League:
-    """Reads a file. Raises `RowsError` if it is invalid."""
-    return parse(path.read_text())
+def read(path: Path, routers: Path = HERE / "routers.toml") -> League:
+    """Reads a file with rows and one with routers. Raises `RowsError` if one is invalid."""
+    return parse(path.read_text(), routers.read_text())
 
 
-def parse(text: str) -> League:
-    """Parses the text of rows.toml. Raises `RowsError` if it is invalid."""
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RowsError(f"rows.toml is not TOML: {error}") from error
+def parse(text: str, routers_text: str) -> League:
+    """Parses the texts of a file with rows and of one with routers. Raises `RowsError` if one is
+    invalid."""
+    document, routers_document = _toml(text), _toml(routers_text)
     settings = Settings(**_fields("league", document.get("league", {}), _SETTINGS, {}))
-    routers = tuple(_router(entry) for entry in document.get("router", []))
+    routers = tuple(_router(entry) for entry in routers_document.get("router", []))
     rows = tuple(_row(entry, settings.engines) for entry in document.get("row", []))
     for what, entries in (("router", routers), ("row", rows)):
         names = [entry.name for entry in entries]
@@ -144,6 +144,13 @@ def parse(text: str) -> League:
             if names.count(name) > 1:
                 raise RowsError(f"{what} {name} occurs twice: give each a name of its own")
     return League(settings, routers, rows)
+
+
+def _toml(text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RowsError(f"not TOML: {error}") from error
 
 
 _SETTINGS = {

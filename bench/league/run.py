@@ -29,7 +29,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--foresee", type=Path, default=TARGET / "release" / "foresee", help="program to measure")
-    add("--rows", type=Path, default=HERE / "rows.toml", help="rows, routers and settings")
+    add("--rows", type=Path, default=HERE / "rows.toml", help="rows and their settings")
+    add("--engines", metavar="URL,…", help="running vLLM engines, in place of mock engines")
     add("--venvs", type=Path, default=TARGET / "league" / "venvs", help="environments of the rivals")
     add("--out", type=Path, help="results and logs [default: target/league/results, or …/quick]")
     add("--trace-dir", type=Path, help="directory of the trace files")
@@ -78,8 +79,12 @@ def _run(options: argparse.Namespace, league: League, store: Store) -> None:
         chosen = [league.row(name) for name in options.only.split(",")]
     packages = {router.package for router in routers if router.package}
     venvs = options.venvs.resolve()
+    urls = tuple(options.engines.split(",")) if options.engines else ()
+    if urls and len(urls) != league.settings.engines:
+        raise LeagueError(f"the rows need {league.settings.engines} engines, not {len(urls)}")
     bench = Bench(
         league=league,
+        engine_urls=urls,
         store=store,
         foresee=foresee,
         traces=options.trace_dir.resolve() if options.trace_dir else None,

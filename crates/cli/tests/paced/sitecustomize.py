@@ -5,7 +5,9 @@ several engines slow down each other and the router, so that a test measures the
 
     PYTHONPATH=crates/cli/tests/paced STEP_MS=20 vllm serve ...
 
-a step takes at least STEP_MS milliseconds; the engine sleeps for the rest of them.
+a step takes at least STEP_MS milliseconds; the engine sleeps for the rest of them. With
+STEP_US_PER_TOKEN=100, a step of vLLM that computes many tokens takes at least 100 microseconds for
+each of them.
 """
 
 import importlib.abc
@@ -16,6 +18,8 @@ import time
 
 # Minimum duration of a step, in seconds. 0 changes nothing.
 STEP = float(os.environ.get("STEP_MS", "0")) / 1000
+# Minimum duration for each token that a step computes, in seconds.
+STEP_PER_TOKEN = float(os.environ.get("STEP_US_PER_TOKEN", "0")) / 1e6
 # Class and method that run one step, by module.
 STEPS = {
     "vllm.v1.worker.gpu_worker": ("Worker", "execute_model"),
@@ -30,8 +34,10 @@ def paced(step):
         start = time.perf_counter()
         result = step(self, batch, *args, **kwargs)
         # vLLM also calls the method for batches without tokens, which are not delayed.
-        if getattr(batch, "total_num_scheduled_tokens", 1) > 0:
-            time.sleep(max(0.0, start + STEP - time.perf_counter()))
+        tokens = getattr(batch, "total_num_scheduled_tokens", 1)
+        if tokens > 0:
+            duration = max(STEP, tokens * STEP_PER_TOKEN)
+            time.sleep(max(0.0, start + duration - time.perf_counter()))
         return result
 
     return wrapped

@@ -316,3 +316,22 @@ async fn a_name_that_is_not_resolved_in_the_background_is_one_worker() {
     assert_eq!(own[0].1, Some(format!("localhost:{port}")));
     gateway.shut_down().await;
 }
+
+#[tokio::test]
+async fn all_parts_of_a_request_can_have_ipv6_addresses() {
+    let loopback: SocketAddr = "[::1]:0".parse().unwrap();
+    let mut worker = FakeWorker::at(loopback, &[MODEL]).await;
+    let mut config = config(&[]);
+    config.listen = loopback;
+    config.admin_listen = "[::1]:0".parse().unwrap();
+    config.workers = vec![format!("http://{}", worker.address).parse().unwrap()];
+    let gateway = gateway_with(config).await;
+    assert!(gateway.address().is_ipv6());
+    let body = chat("question", false);
+    let mut client = Client::sending(gateway.address(), http("POST", CHAT, body)).await;
+    worker.request().await.respond_json("{}").await;
+    let response = client.response().await;
+    assert_eq!(response.status(), 200);
+    let name = worker.address.to_string();
+    assert_eq!(response.head.get("x-foresee-worker"), Some(&*name));
+}
