@@ -6,8 +6,9 @@
 //!
 //! | module | question |
 //! |---|---|
-//! | `router` | Which methods does `Router` have? |
+//! | `router_methods` | Which methods does `Router` have? |
 //! | `booking` | Which methods does `Booking` have? |
+//! | `router` | What does a `Router` consist of? |
 //! | `prompt` | Here are arguments of a call; what is the request? |
 //! | `fleet` | Which workers are there, and by which name? |
 //! | `events` | Here is a message of KV events; what does the router learn? |
@@ -22,6 +23,7 @@ mod events;
 mod fleet;
 mod prompt;
 mod router;
+mod router_methods;
 mod snapshot;
 
 /// The module `foresee_router._foresee_router`.

@@ -21,7 +21,7 @@ pub(crate) enum KeyCommand {
 /// Properties of the new key.
 #[derive(Args, Debug)]
 pub(crate) struct NewKeyArgs {
-    /// Names the key in logs and metrics
+    /// Names the key in logs
     #[arg(long, value_name = "ID")]
     id: String,
     /// Names the tenant of the key's requests [default: the id]

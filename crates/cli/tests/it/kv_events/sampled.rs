@@ -24,14 +24,14 @@ async fn the_load_of_an_engine_is_shown_while_the_engine_reports_it() {
         });
     }
     // Both numbers grow with the outputs beyond the blocks of the prompts. They are read at
-    // different times, so they are equal only at some moments.
+    // different times, so they are only about equal.
     let block_size = BLOCK as usize;
     let prompt_blocks: usize = prompts.iter().map(|prompt| prompt.len() / block_size).sum();
     fleet
         .becomes(|worker| {
-            let reported = worker["engine_active_blocks"].as_u64();
-            reported.is_some_and(|blocks| blocks > prompt_blocks as u64)
-                && worker["active_blocks"] == json!(reported)
+            let blocks = |field: &str| worker[field].as_u64().unwrap_or(0);
+            let (reported, predicted) = (blocks("engine_active_blocks"), blocks("active_blocks"));
+            reported > prompt_blocks as u64 && reported.abs_diff(predicted) <= predicted / 5
         })
         .await;
     let metric = "foresee_worker_engine_active_blocks{worker=\"w\"}";
