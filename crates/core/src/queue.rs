@@ -369,9 +369,14 @@ impl WorkerQueue {
         entry.is_some_and(|entry| entry.key == key && entry.is_displaced)
     }
 
-    /// Returns the booking with the smallest key.
+    /// Returns the booking with the smallest key that has not lost its place.
     pub(crate) fn first(&self) -> Option<BookingId> {
-        self.entries.front().map(|entry| entry.booking)
+        self.in_place().next().map(|entry| entry.booking)
+    }
+
+    /// Returns the entries that have not lost their place, by ascending key.
+    fn in_place(&self) -> impl Iterator<Item = &QueueEntry> {
+        self.entries.iter().filter(|entry| !entry.is_displaced)
     }
 
     /// Returns the request to dispatch next, and whether it fits the worker's memory. `fits`
@@ -386,9 +391,8 @@ impl WorkerQueue {
         now: Duration,
         fits: impl Fn(u64, OutputReservation) -> bool,
     ) -> Option<(QueueKey, BookingId, bool)> {
-        let priority = self.entries.front()?.key.priority;
-        let entries = self.entries.iter().filter(|entry| !entry.is_displaced);
-        let entries = entries.take(MAX_BACKFILL_CANDIDATES);
+        let priority = self.in_place().next()?.key.priority;
+        let entries = self.in_place().take(MAX_BACKFILL_CANDIDATES);
         let mut highest_priority = entries.take_while(|entry| entry.key.priority == priority);
         highest_priority.find_map(|entry| {
             let does_fit = fits(entry.blocks, entry.output_reservation);
