@@ -19,8 +19,8 @@ const MAX_PARTS: usize = 1_000;
 /// 1,000 parts. `content_type` is the value of the header `Content-Type`.
 ///
 /// # Errors
-/// If the content type is not `multipart/form-data` with a boundary, or the model's name is not
-/// UTF-8 or longer than 1 KiB.
+/// If the content type is not `multipart/form-data` with a boundary, the body has two such fields, or the
+/// model's name is not UTF-8 or longer than 1 KiB.
 pub fn model_field(content_type: &str, body: &[u8]) -> Result<Option<String>, BodyError> {
     find_model(content_type, body)?.map(parse_model).transpose()
 }
@@ -28,7 +28,8 @@ pub fn model_field(content_type: &str, body: &[u8]) -> Result<Option<String>, Bo
 /// Returns the bytes of the field `model`: see [`model_field`].
 ///
 /// # Errors
-/// If the content type is not `multipart/form-data` with a boundary.
+/// If the content type is not `multipart/form-data` with a boundary, or the body has two such fields, of
+/// which an engine could use the other one.
 pub(crate) fn find_model<'b>(
     content_type: &str,
     body: &'b [u8],
@@ -50,10 +51,11 @@ pub(crate) fn find_model<'b>(
             None => return Ok(None),
         },
     };
+    let mut model = None;
     for _ in 0..MAX_PARTS {
         // The last delimiter is followed by `--`, any other by a line end.
         let Some(part) = skip_line(rest) else {
-            return Ok(None);
+            return Ok(model);
         };
         // An empty part may have only the line end that is before it.
         if let Some(after) = part.strip_prefix(delimiter.as_slice()) {
@@ -63,15 +65,20 @@ pub(crate) fn find_model<'b>(
         // The line end before the delimiter belongs to the delimiter.
         let end = finder.find(part);
         let content = &part[..end.unwrap_or(part.len())];
-        if let Some(value) = model_value(content) {
-            return Ok(Some(value));
+        if let Some(value) = model_value(content)
+            && model.replace(value).is_some()
+        {
+            return Err(BodyError {
+                message: "The body has two fields `model`; send one.".to_owned(),
+                param: Some("model"),
+            });
         }
         match end {
             Some(end) => rest = &part[end + part_end.len()..],
-            None => return Ok(None),
+            None => return Ok(model),
         }
     }
-    Ok(None)
+    Ok(model)
 }
 
 /// Returns the boundary in a content type; `None` if it is not `multipart/form-data`, or has no

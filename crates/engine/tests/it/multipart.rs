@@ -33,6 +33,9 @@ fn the_model_is_found_before_and_after_a_file() {
     assert_eq!(model_field(TYPE, &body("x7", &[("file", file)])), Ok(None));
     let empty = body("x7", &[("model", b"")]);
     assert_eq!(model_field(TYPE, &empty), Ok(Some(String::new())));
+    // An engine could use the other one.
+    let twice = body("x7", &[("model", b"a"), ("file", file), ("model", b"b")]);
+    assert_eq!(model_field(TYPE, &twice).unwrap_err().param, Some("model"));
 }
 
 #[test]
@@ -88,7 +91,7 @@ fn invalid_forms_are_errors() {
 
 proptest! {
     #[test]
-    fn the_first_model_is_found_among_other_parts(
+    fn the_only_model_is_found_among_other_parts(
         parts in prop::collection::vec(
             ("(model|file|language|models)", prop::collection::vec(any::<u8>(), 0..40)),
             0..6,
@@ -105,8 +108,13 @@ proptest! {
                 name => (name, value.as_slice()),
             })
             .collect();
-        let expected = parts.iter().any(|(name, _)| *name == "model").then(|| text.clone());
-        prop_assert_eq!(model_field(&content_type, &body(boundary, &parts)), Ok(expected));
+        let models = parts.iter().filter(|(name, _)| *name == "model").count();
+        let found = model_field(&content_type, &body(boundary, &parts));
+        match models {
+            0 => prop_assert_eq!(found, Ok(None)),
+            1 => prop_assert_eq!(found, Ok(Some(text.clone()))),
+            _ => prop_assert!(found.is_err()),
+        }
     }
 
     #[test]
