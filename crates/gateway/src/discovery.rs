@@ -16,11 +16,12 @@ mod targets;
 
 use std::sync::Arc;
 
+use http::Uri;
 use tokio::task::JoinHandle;
 
 use crate::metrics::Metrics;
 use crate::workers::reconcile::{Reconciler, Source};
-use config::DiscoveryConfig;
+use config::{DiscoveryConfig, shown_url};
 use source_workers::SourceWorkers;
 
 /// A source of workers that this build of the program cannot follow.
@@ -45,6 +46,17 @@ impl DiscoveryConfig {
     }
 }
 
+/// Returns the name of a URL in logs and metrics: without its query, which may have a token, and with a
+/// number if an earlier URL has the same name.
+fn label_of(urls: &[Uri], index: usize) -> String {
+    let name = shown_url(&urls[index]);
+    let earlier = urls[..index].iter().map(shown_url);
+    match earlier.filter(|earlier| *earlier == name).count() {
+        0 => name,
+        same => format!("{name} ({})", same + 1),
+    }
+}
+
 /// Starts a task for each source of workers. Must run inside a tokio runtime.
 pub(crate) fn start(
     config: &DiscoveryConfig,
@@ -58,15 +70,15 @@ pub(crate) fn start(
         let list = lists::List::new(workers, config.allows_empty);
         tasks.push(tokio::spawn(list.follow_file(path.clone())));
     }
-    for url in &config.urls {
-        let workers = workers(Source::Url(url.to_string()));
+    for (index, url) in config.urls.iter().enumerate() {
+        let workers = workers(Source::Url(label_of(&config.urls, index)));
         let list = lists::List::new(workers, config.allows_empty);
         let page = fetch::Page::new(url.clone(), config.url_ca.clone(), config.refresh);
         tasks.push(tokio::spawn(list.follow_url(page, config.refresh)));
     }
     for name in &config.names {
         let workers = workers(Source::Dns(name.to_string()));
-        let following = dns::follow(name.clone(), config.dns_server, workers);
+        let following = dns::follow(name.clone(), config, workers);
         tasks.push(tokio::spawn(following));
     }
     #[cfg(feature = "kubernetes")]
@@ -75,4 +87,26 @@ pub(crate) fn start(
         tasks.push(tokio::spawn(pods.follow(workers)));
     }
     tasks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_urls_have_no_secrets_and_differ() {
+        let urls = [
+            "http://user:s3cret@lists:9/a?token=s3cret",
+            "http://lists:9/a?token=other",
+            "http://lists:9/b",
+        ];
+        let urls = urls.map(|url| url.parse().unwrap());
+        let names = [0, 1, 2].map(|index| label_of(&urls, index));
+        let expected = [
+            "http://lists:9/a",
+            "http://lists:9/a (2)",
+            "http://lists:9/b",
+        ];
+        assert_eq!(names, expected);
+    }
 }

@@ -168,8 +168,11 @@ impl DiscoveryArgs {
 /// Parses the URL of a list.
 fn list_url(text: &str) -> Result<Uri, String> {
     let url = Uri::from_str(text).ok();
-    let is_known =
-        |url: &Uri| matches!(url.scheme_str(), Some("http" | "https")) && url.host().is_some();
+    let is_known = |url: &Uri| {
+        let authority = url.authority().map(|authority| authority.as_str());
+        matches!(url.scheme_str(), Some("http" | "https"))
+            && authority.is_some_and(|authority| !authority.contains('@'))
+    };
     url.filter(is_known).ok_or_else(|| {
         format!(
             "`{text}` is not an http:// or https:// URL without a user name, such as \

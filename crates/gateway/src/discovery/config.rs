@@ -8,6 +8,14 @@ use std::time::Duration;
 
 use http::Uri;
 
+/// Returns a URL without a user and a query, which may have a password or a token.
+pub(crate) fn shown_url(url: &Uri) -> String {
+    let scheme = url.scheme_str().unwrap_or("http");
+    let port = url.port().map(|port| format!(":{port}"));
+    let (host, port) = (url.host().unwrap_or(""), port.unwrap_or_default());
+    format!("{scheme}://{host}{port}{}", url.path())
+}
+
 /// Where workers are listed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiscoveryConfig {

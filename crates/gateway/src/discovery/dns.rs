@@ -1,13 +1,15 @@
 //! Names in DNS as workers: the addresses of a name, or the targets of its SRV records.
 //!
-//! A name is looked up again when its records expire. Answers are kept over errors; that a name does
-//! not exist is believed when several look-ups in a row say so, because a server that restarts says it
-//! too. The weights of SRV records have no effect, because the router predicts how fast a worker is.
+//! A name is looked up again when its records expire. Its workers are kept over errors. If empty lists
+//! are allowed, a name without records loses its workers after several look-ups in a row, because a name
+//! server that restarts has no records either. The weights of SRV records have no effect, because the
+//! router predicts how fast a worker is.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use hickory_resolver::TokioResolver;
 use hickory_resolver::config::{
     ConnectionConfig, LookupIpStrategy, NameServerConfig, ResolverConfig,
@@ -18,7 +20,7 @@ use hickory_resolver::proto::rr::{RData, RecordType};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
-use super::config::DnsName;
+use super::config::{DiscoveryConfig, DnsName};
 use super::jitter::Jitter;
 use super::source_workers::SourceWorkers;
 use super::targets::{Trust, describe};
@@ -37,7 +39,8 @@ const LOOK_UP_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum time of a connection that tests whether an address family works.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Number of look-ups in a row after which a name that has no records has no workers.
+/// Number of look-ups in a row after which a name that has no records has no workers, if empty lists are
+/// allowed.
 const MAX_ABSENCES: u32 = 3;
 
 /// Largest number of workers of a name.
@@ -52,9 +55,24 @@ enum Answer {
     Absent,
 }
 
-/// Looks a name up whenever its records expire, and makes their engines the workers of the source.
-/// Never returns.
-pub(super) async fn follow(name: DnsName, server: Option<SocketAddr>, workers: SourceWorkers) {
+/// Looks a name up whenever its records expire, and makes their engines the workers of the source. A
+/// name without records keeps the workers of the last ones, unless `config` allows empty lists. Never
+/// returns.
+pub(super) fn follow(
+    name: DnsName,
+    config: &DiscoveryConfig,
+    workers: SourceWorkers,
+) -> impl Future<Output = ()> + use<> {
+    let (server, allows_empty) = (config.dns_server, config.allows_empty);
+    follow_name(name, server, allows_empty, workers)
+}
+
+async fn follow_name(
+    name: DnsName,
+    server: Option<SocketAddr>,
+    allows_empty: bool,
+    workers: SourceWorkers,
+) {
     let mut jitter = Jitter::new(name.to_string());
     let mut absences: u32 = 0;
     loop {
@@ -71,7 +89,7 @@ pub(super) async fn follow(name: DnsName, server: Option<SocketAddr>, workers: S
             Ok(Answer::Absent) => {
                 absences = absences.saturating_add(1);
                 workers.fail(&format!("{} has no records", name.name));
-                if absences == MAX_ABSENCES {
+                if absences == MAX_ABSENCES && allows_empty {
                     workers.apply(Vec::new());
                 }
                 RETRY_DELAY
@@ -148,23 +166,29 @@ async fn engines(
             hosts.insert((record.target.to_utf8(), record.port));
         }
     }
+    // At the same time, because a look-up and its connections can take seconds.
+    let found = hosts
+        .iter()
+        .map(|(host, port)| addresses_of(host, *port, resolver));
     let mut targets = BTreeSet::new();
-    for (host, port) in hosts {
-        let found = resolver.lookup_ip(host.as_str()).await?;
-        let until = found.valid_until();
+    let mut absent = None;
+    for (found, (host, port)) in join_all(found).await.into_iter().zip(&hosts) {
+        let (addresses, until) = match found {
+            Ok(found) => found,
+            // The target of an SRV record can be gone before its record.
+            Err(error) if error.is_no_records_found() => {
+                absent = Some(error);
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
         expires = Some(expires.map_or(until, |expires: Instant| expires.min(until)));
-        let addresses: BTreeSet<IpAddr> = found.iter().collect();
-        let addresses = of_one_family(addresses, |address| async move {
-            let connecting = TcpStream::connect((address, port));
-            matches!(timeout(CONNECT_TIMEOUT, connecting).await, Ok(Ok(_)))
-        });
-        let host = host.trim_end_matches('.').to_owned();
-        let addresses = addresses.await;
-        targets.extend(
-            addresses
-                .into_iter()
-                .map(|ip| (SocketAddr::new(ip, port), host.clone())),
-        );
+        let host = host.trim_end_matches('.');
+        let addresses = addresses.into_iter();
+        targets.extend(addresses.map(|ip| (SocketAddr::new(ip, *port), host.to_owned())));
+    }
+    if let Some(error) = absent.filter(|_| targets.is_empty()) {
+        return Err(error);
     }
     let mut engines = Vec::new();
     let mut seen = BTreeSet::new();
@@ -178,6 +202,21 @@ async fn engines(
         engines.into_iter().collect(),
         expires.unwrap_or_else(Instant::now),
     ))
+}
+
+/// Returns the addresses of a host, of one family, and when they expire.
+async fn addresses_of(
+    host: &str,
+    port: u16,
+    resolver: &TokioResolver,
+) -> Result<(BTreeSet<IpAddr>, Instant), NetError> {
+    let found = resolver.lookup_ip(host).await?;
+    let until = found.valid_until();
+    let addresses = of_one_family(found.iter().collect(), |address| async move {
+        let connecting = TcpStream::connect((address, port));
+        matches!(timeout(CONNECT_TIMEOUT, connecting).await, Ok(Ok(_)))
+    });
+    Ok((addresses.await, until))
 }
 
 /// Returns the engine at an address, named after it. Its certificate, if it has one, is that of `host`.

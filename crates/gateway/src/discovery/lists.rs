@@ -17,6 +17,20 @@ use crate::content_watch::ContentWatch;
 /// Time between two looks at a file.
 const FILE_INTERVAL: Duration = Duration::from_secs(1);
 
+/// Number of looks at a file after which a list is tried again, of which a worker could not be added:
+/// its name may be free by then.
+const RETRY_LOOKS: u32 = 30;
+
+/// How much of a list was used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ListUse {
+    Whole,
+    /// Some workers could not be added.
+    Part,
+    /// It is invalid, or empty without leave.
+    None,
+}
+
 /// A list of workers.
 #[derive(Debug)]
 pub(super) struct List {
@@ -38,6 +52,8 @@ impl List {
     /// between two looks. Never returns.
     pub(super) async fn follow_file(self, path: PathBuf) {
         let mut watch: Option<ContentWatch> = None;
+        // Looks until a list of which only a part was used is tried again; `None` for any other list.
+        let mut looks_until_retry: Option<u32> = None;
         loop {
             let path = path.clone();
             let read = move || std::fs::read_to_string(&path);
@@ -47,10 +63,11 @@ impl List {
             let watch = watch.get_or_insert_with(|| ContentWatch::unused(content));
             let has_changed = watch.has_changed(content);
             match text {
-                Ok(text) if has_changed => {
-                    self.apply(&text, Trust::Local);
+                Ok(text) if has_changed || looks_until_retry == Some(0) => {
+                    let list_use = self.apply(&text, Trust::Local);
+                    looks_until_retry = (list_use == ListUse::Part).then_some(RETRY_LOOKS);
                 }
-                Ok(_) => {}
+                Ok(_) => looks_until_retry = looks_until_retry.map(|looks| looks.saturating_sub(1)),
                 Err(error) => self.workers.fail(&error.to_string()),
             }
             sleep(FILE_INTERVAL).await;
@@ -65,7 +82,7 @@ impl List {
             match page.fetch().await {
                 Ok(text) if applied.as_ref() == Some(&text) => self.workers.succeed(),
                 Ok(text) => {
-                    if self.apply(&text, Trust::Remote) {
+                    if self.apply(&text, Trust::Remote) == ListUse::Whole {
                         applied = Some(text);
                     }
                 }
@@ -75,20 +92,23 @@ impl List {
         }
     }
 
-    /// Makes the workers of the source those of its list. Returns whether the list was used.
-    fn apply(&self, text: &str, trust: Trust) -> bool {
+    /// Makes the workers of the source those of its list.
+    fn apply(&self, text: &str, trust: Trust) -> ListUse {
         let engines = match parse(text, trust) {
             Ok(engines) => engines,
             Err(error) => {
                 self.workers.fail(&error);
-                return false;
+                return ListUse::None;
             }
         };
         if engines.is_empty() && !self.allows_empty {
             let error = "the list is empty; --discovery-allow-empty accepts that";
             self.workers.fail(error);
-            return false;
+            return ListUse::None;
         }
-        self.workers.apply(engines)
+        match self.workers.apply(engines) {
+            true => ListUse::Whole,
+            false => ListUse::Part,
+        }
     }
 }

@@ -13,7 +13,7 @@ use ipnet::IpNet;
 
 use crate::admin::key::AdminKey;
 use crate::admin::settings::AdminListen;
-use crate::discovery::config::{DnsName, PoolName};
+use crate::discovery::config::{DnsName, PoolName, shown_url};
 use crate::keys::key_config::KeyConfig;
 use crate::metrics::MetricsCompat;
 use crate::model_alias::ModelAlias;
@@ -70,12 +70,8 @@ impl ShownSetting for PathBuf {
 }
 
 impl ShownSetting for Uri {
-    /// Returns the URL without a user and a query, which may have a password or a token.
     fn shown(&self) -> String {
-        let scheme = self.scheme_str().unwrap_or("http");
-        let port = self.port().map(|port| format!(":{port}"));
-        let (host, port) = (self.host().unwrap_or(""), port.unwrap_or_default());
-        format!("{scheme}://{host}{port}{}", self.path())
+        shown_url(self)
     }
 }
 

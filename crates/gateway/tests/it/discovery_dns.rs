@@ -160,20 +160,26 @@ async fn the_addresses_of_a_name_are_workers_until_the_name_is_gone() {
     let mut config = config(&[]);
     config.discovery.names = vec![format!("gpu.test:{port}").parse().unwrap()];
     config.discovery.dns_server = Some(server.address);
+    let cautious = Gateway::start(config.clone()).unwrap();
+    config.discovery.allows_empty = true;
     let gateway = gateway_with(config).await;
     until_workers(&gateway, &[at(one), at(two)]).await;
     server.set_addresses("gpu.test", &[two, three]);
-    until_workers(&gateway, &[at(two), at(three)]).await;
+    for gateway in [&gateway, &cautious] {
+        until_workers(gateway, &[at(two), at(three)]).await;
+    }
 
     // A server that fails changes nothing, however long.
     *server.failure.lock() = Some(SERVFAIL);
     until_queries(&server, 4).await;
     until_workers(&gateway, &[at(two), at(three)]).await;
-    // A name that does not exist is believed after some time.
+    // A name that does not exist is believed after some time, if empty lists are allowed.
     *server.failure.lock() = Some(NXDOMAIN);
     until_queries(&server, 1).await;
     until_workers(&gateway, &[at(two), at(three)]).await;
     until_workers(&gateway, &[]).await;
+    until_queries(&server, 2).await;
+    until_workers(&cautious, &[at(two), at(three)]).await;
     *server.failure.lock() = None;
     until_workers(&gateway, &[at(two), at(three)]).await;
     let series = format!("foresee_discovery_workers{{source=\"dns:gpu.test:{port}\"}}");
@@ -200,6 +206,11 @@ async fn srv_records_name_hosts_and_ports() {
     config.discovery.names = vec![name.parse().unwrap()];
     config.discovery.dns_server = Some(server.address);
     let gateway = gateway_with(config).await;
+    until_workers(&gateway, &[first, second]).await;
+    // A target that has no address any more takes none of the others with it.
+    server.set_addresses("b.gpu.test", &[]);
+    until_workers(&gateway, &[first]).await;
+    server.set_addresses("b.gpu.test", &[Ipv4Addr::LOCALHOST]);
     until_workers(&gateway, &[first, second]).await;
     server.set_services(name, &services[1..2]);
     until_workers(&gateway, &[second]).await;
