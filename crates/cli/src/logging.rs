@@ -87,13 +87,11 @@ impl LogFilter for ProcessLog {
         text.unwrap_or_default()
     }
 
-    /// Replaces the filter. Lines about changes over the admin API are logged unless the filter names
-    /// their target, so that no request can hide itself by lowering the level.
+    /// Replaces the filter. Lines about changes over the admin API are logged by any filter, so that
+    /// no request can hide itself.
     fn replace(&self, text: &str) -> Result<(), String> {
-        let mut whole = filter(text)?;
-        if !whole.contains(AUDIT_TARGET) {
-            whole = format!("{whole},{AUDIT_TARGET}=info");
-        }
+        // Of two directives for a target, the last one counts.
+        let whole = format!("{},{AUDIT_TARGET}=info", filter(text)?);
         let new = EnvFilter::try_new(whole).map_err(|error| error.to_string())?;
         self.0.reload(new).map_err(|error| error.to_string())
     }

@@ -5,14 +5,10 @@ use std::future::Future;
 use std::io;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use foresee_engine::error::ApiError;
 use http::{Request, Response};
 use hyper::body::Incoming;
-use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::gauge::Gauge;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
@@ -21,100 +17,21 @@ use tokio_rustls::server::TlsStream;
 
 use crate::client_socket::set_tcp_options;
 use crate::connection::serve_connection;
+use crate::connection_limit::{ConnectionLimit, PlaceKind, too_many_connections};
 use crate::connection_state::ConnectionConfig;
 use crate::http2_connection::serve_http2;
 use crate::listen::Listener;
 use crate::log_limit::warn_limited;
 use crate::reply::Body;
 use crate::shutdown::{ShutdownPhase, ShutdownSignal};
-use crate::tls::{HTTP2_PROTOCOL, ServerStream, TlsTermination};
+use crate::tls::{HTTP2_PROTOCOL, NewestHttp, ServerStream, TlsTermination};
 
 /// Time to wait after a failed `accept`. The usual cause is that no file descriptor is left; some may
 /// be closed in that time.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(10);
 
-/// Maximum number of connections above the limit that get a response at a time. Further ones are
-/// closed without a response.
-const MAX_REFUSALS: usize = 256;
-
 /// Maximum time to tell a client that its connection is one too many.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// Number of connections of a listener, and its maximum.
-#[derive(Debug)]
-pub(crate) struct ConnectionLimit {
-    max: usize,
-    open: AtomicUsize,
-    /// Number of refusals that are being sent.
-    refusals: AtomicUsize,
-    /// Gauge of the open connections, for the metrics.
-    open_gauge: Gauge,
-    /// Counts the connections above the maximum.
-    refused_counter: Counter,
-}
-
-/// Place of one connection, which dropping it returns.
-#[derive(Debug)]
-struct Place {
-    limit: Arc<ConnectionLimit>,
-    /// Whether the connection is served, as opposed to refused.
-    is_served: bool,
-}
-
-impl ConnectionLimit {
-    /// Creates a limit of `max` connections that reports to these metrics.
-    pub(crate) fn new(max: usize, open_gauge: Gauge, refused_counter: Counter) -> Self {
-        Self {
-            max,
-            open: AtomicUsize::new(0),
-            refusals: AtomicUsize::new(0),
-            open_gauge,
-            refused_counter,
-        }
-    }
-
-    /// Returns the number of connections that are served.
-    pub(crate) fn open(&self) -> usize {
-        self.open.load(Ordering::Relaxed)
-    }
-
-    /// Takes a place for a new connection, to serve it or else to refuse it. Returns `None` if there
-    /// is no place for either. Counts a connection that is not served.
-    fn take(self: &Arc<Self>) -> Option<Place> {
-        let limit = Arc::clone(self);
-        if increment_below(&self.open, self.max) {
-            self.open_gauge.inc();
-            return Some(Place {
-                limit,
-                is_served: true,
-            });
-        }
-        self.refused_counter.inc();
-        increment_below(&self.refusals, MAX_REFUSALS).then_some(Place {
-            limit,
-            is_served: false,
-        })
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        if self.is_served {
-            self.limit.open.fetch_sub(1, Ordering::Relaxed);
-            self.limit.open_gauge.dec();
-        } else {
-            self.limit.refusals.fetch_sub(1, Ordering::Relaxed);
-        }
-    }
-}
-
-/// Adds 1 to a number below `max`. Returns whether it did.
-fn increment_below(number: &AtomicUsize, max: usize) -> bool {
-    let add = |number: usize| (number < max).then_some(number + 1);
-    number
-        .fetch_update(Ordering::Relaxed, Ordering::Relaxed, add)
-        .is_ok()
-}
 
 /// Limits and shutdown of the connections of one listener.
 #[derive(Clone, Debug)]
@@ -137,18 +54,19 @@ impl ConnectionSettings {
         let Some(place) = self.limit.take() else {
             return;
         };
-        if place.is_served {
+        if place.kind() == PlaceKind::Connection {
+            let limit = Arc::clone(&self.limit);
             let (config, handle) = (self.config, handle.clone());
             let (tls, shutdown) = (Arc::clone(&self.tls), Arc::clone(&self.shutdown));
             connections.spawn(async move {
                 // The place is taken until the end of the connection, or of a failed handshake.
                 let _place = place;
-                match tls.accept(stream).await {
+                match tls.accept(stream, NewestHttp::Two).await {
                     Ok(ServerStream::Plain(stream)) => {
                         serve_connection(stream, false, config, shutdown, handle).await;
                     }
                     Ok(ServerStream::Tls(stream)) if is_http2(&stream) => {
-                        serve_http2(stream, config, shutdown, handle).await;
+                        serve_http2(stream, config, limit, shutdown, handle).await;
                     }
                     Ok(ServerStream::Tls(stream)) => {
                         serve_connection(stream, true, config, shutdown, handle).await;
@@ -158,7 +76,7 @@ impl ConnectionSettings {
             });
             return;
         }
-        let max = self.limit.max;
+        let max = self.limit.max();
         warn_limited!(key: "", max, "too many client connections; raise --max-connections");
         // A response without TLS would be of no use to a client that expects a handshake.
         if self.tls.is_on() {
@@ -249,11 +167,7 @@ fn accept_waiting(listener: TcpListener) -> io::Result<Vec<TcpStream>> {
 /// Responds with a 503 before the client's request is read, then closes the connection once the client
 /// has closed it. The caller sets the time limit.
 async fn refuse(mut stream: TcpStream) -> io::Result<()> {
-    let error = ApiError {
-        code: Some("too_many_connections"),
-        ..ApiError::unavailable("The router has too many connections. Try again shortly.")
-    };
-    let body = error.to_json();
+    let body = too_many_connections().to_json();
     let head = format!(
         "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\n\
          content-length: {}\r\nretry-after: 1\r\nconnection: close\r\n\r\n",
@@ -264,27 +178,4 @@ async fn refuse(mut stream: TcpStream) -> io::Result<()> {
     let mut discarded = [0; 1024];
     while stream.read(&mut discarded).await? > 0 {}
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn places_are_bounded_and_returned() {
-        let gauge = Gauge::default();
-        let counter = Counter::default();
-        let limit = Arc::new(ConnectionLimit::new(2, gauge.clone(), counter.clone()));
-        let served = [limit.take().unwrap(), limit.take().unwrap()];
-        assert!(served.iter().all(|place| place.is_served));
-        assert_eq!((limit.open(), gauge.get()), (2, 2));
-        let refused: Vec<Place> = (0..MAX_REFUSALS).map(|_| limit.take().unwrap()).collect();
-        assert!(refused.iter().all(|place| !place.is_served));
-        assert!(limit.take().is_none());
-        assert_eq!(counter.get(), MAX_REFUSALS as u64 + 1);
-        drop(served);
-        drop(refused);
-        assert_eq!((limit.open(), gauge.get()), (0, 0));
-        assert!(limit.take().unwrap().is_served);
-    }
 }

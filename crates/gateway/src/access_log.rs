@@ -6,9 +6,9 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
@@ -22,7 +22,7 @@ use serde::Serialize;
 use crate::completion::Completion;
 use crate::connection_state::Peer;
 use crate::metrics::{Metrics, Outcome};
-use crate::placement::hints::RequestHints;
+use crate::placement::parsed_request::ParsedRequest;
 
 /// Maximum number of lines that wait to be written.
 const MAX_PENDING_LINES: usize = 8192;
@@ -34,8 +34,6 @@ const MAX_TEXT_CHARS: usize = 256;
 #[derive(Debug)]
 enum Message {
     Line(String),
-    /// Open the file again, because the old one was moved away.
-    Reopen,
     End,
 }
 
@@ -45,6 +43,8 @@ pub(crate) struct AccessLog {
     messages: SyncSender<Message>,
     /// Handle of the thread; `None` after [`finish`](Self::finish).
     writer: Mutex<Option<JoinHandle<()>>>,
+    /// Whether the thread opens the file again before the next line.
+    must_reopen: Arc<AtomicBool>,
     /// Counts lines that were dropped.
     dropped: Counter,
     /// Fraction of the requests that succeed which have a line.
@@ -63,12 +63,20 @@ impl AccessLog {
     pub(crate) fn start(path: &Path, sample_ratio: f64, metrics: &Metrics) -> io::Result<Self> {
         let output = open(path)?;
         let (messages, receiver) = sync_channel(MAX_PENDING_LINES);
-        let path = path.to_owned();
+        let must_reopen = Arc::new(AtomicBool::new(false));
+        let file = LogFile {
+            path: path.to_owned(),
+            output,
+            must_reopen: Arc::clone(&must_reopen),
+            dropped: metrics.access_log_dropped.clone(),
+            has_failed: false,
+        };
         let thread = std::thread::Builder::new().name("access-log".to_owned());
-        let writer = thread.spawn(move || write_lines(&path, output, &receiver))?;
+        let writer = thread.spawn(move || file.write_lines(&receiver))?;
         Ok(Self {
             messages,
             writer: Mutex::new(Some(writer)),
+            must_reopen,
             dropped: metrics.access_log_dropped.clone(),
             sample_ratio,
             successes: AtomicU64::new(0),
@@ -97,7 +105,7 @@ impl AccessLog {
             time: humantime::format_rfc3339_millis(SystemTime::now()).to_string(),
             request_id: text_of(headers, "x-request-id").unwrap_or_else(own_id),
             trace_id: trace_id(headers),
-            method: request.method().to_string(),
+            method: shortened(request.method().as_str()),
             path: shortened(request.uri().path()),
             client: peer.map(|peer| peer.address.ip().to_canonical().to_string()),
             user_agent: text_of(headers, USER_AGENT.as_str()),
@@ -111,10 +119,9 @@ impl AccessLog {
         }
     }
 
-    /// Opens the file again, for a program that has moved it away.
+    /// Opens the file again before the next line, for a program that has moved it away.
     pub(crate) fn reopen(&self) {
-        // A full queue means that the thread is busy; the next reload tries again.
-        let _ = self.messages.try_send(Message::Reopen);
+        self.must_reopen.store(true, Ordering::Relaxed);
     }
 
     /// Writes all lines and ends the thread. Blocks until that is done.
@@ -212,10 +219,6 @@ pub(crate) struct AccessEntry {
 /// Fields of a request that is placed on a worker.
 #[derive(Debug)]
 pub(crate) struct PlacedFields<'a> {
-    /// Model as the client named it.
-    pub(crate) model: &'a str,
-    /// Model behind the alias that the client named.
-    pub(crate) served_model: Option<&'a str>,
     pub(crate) worker: &'a str,
     pub(crate) status: u16,
     pub(crate) attempts: u32,
@@ -240,12 +243,17 @@ impl AccessEntry {
         self.line.span_id = Some(span_id);
     }
 
-    /// Adds the size of the body, whether it asks for a stream, and the hints of the client.
-    pub(crate) fn set_body(&mut self, bytes: usize, streams: bool, hints: &RequestHints) {
-        let priority = hints.priority;
+    /// Adds the size of the body, its model and whether it asks for a stream, and the hints of the
+    /// client.
+    pub(crate) fn set_body(&mut self, bytes: usize, parsed: &ParsedRequest) {
+        let priority = parsed.hints.priority;
+        let is_renamed = parsed.rewrite.is_some();
         self.line.bytes_in = Some(bytes);
-        self.line.stream = Some(streams);
-        self.line.deadline_seconds = hints
+        self.line.model = Some(shortened(parsed.requested_model()));
+        self.line.served_model = is_renamed.then(|| shortened(&parsed.model));
+        self.line.stream = Some(parsed.is_streaming);
+        self.line.deadline_seconds = parsed
+            .hints
             .deadlines
             .first_byte
             .map(|deadline| deadline.as_secs_f64());
@@ -254,8 +262,6 @@ impl AccessEntry {
 
     /// Adds the fields that are known once a worker responds.
     pub(crate) fn set_placed(&mut self, fields: &PlacedFields<'_>) {
-        self.line.model = Some(shortened(fields.model));
-        self.line.served_model = fields.served_model.map(str::to_owned);
         self.line.worker = Some(fields.worker.to_owned());
         self.line.status = fields.status;
         self.line.attempts = Some(fields.attempts);
@@ -263,6 +269,12 @@ impl AccessEntry {
         self.line.predicted_ttft_seconds = Some(fields.predicted_ttft.as_secs_f64());
         self.line.queue_seconds = Some(fields.queued_for.as_secs_f64());
         self.line.route_seconds = Some(fields.decided_in.as_secs_f64());
+    }
+
+    /// Adds the worker that failed the last of several attempts.
+    pub(crate) fn set_failed(&mut self, attempts: u32, worker: Option<&str>) {
+        self.line.attempts = Some(attempts);
+        self.line.worker = worker.map(str::to_owned);
     }
 
     /// Writes the line of a request whose response has ended. `prompt_tokens` are those that the
@@ -347,43 +359,71 @@ fn open(path: &Path) -> io::Result<Box<dyn Write + Send>> {
     Ok(Box::new(BufWriter::new(file)))
 }
 
-/// Writes lines until [`Message::End`]. Flushes whenever no line waits. The first error is logged.
-fn write_lines(path: &Path, output: Box<dyn Write + Send>, messages: &Receiver<Message>) {
-    let mut output = output;
-    let mut has_failed = false;
-    let mut note = |result: io::Result<()>| {
-        if let Err(error) = result
-            && !std::mem::replace(&mut has_failed, true)
-        {
+/// The file, and the state of the thread that writes it.
+struct LogFile {
+    path: PathBuf,
+    output: Box<dyn Write + Send>,
+    must_reopen: Arc<AtomicBool>,
+    /// Counts lines that were dropped, or could not be written.
+    dropped: Counter,
+    /// Whether the last write failed. Only the first of several errors is logged.
+    has_failed: bool,
+}
+
+impl LogFile {
+    /// Writes lines until [`Message::End`]. Flushes whenever no line waits.
+    fn write_lines(mut self, messages: &Receiver<Message>) {
+        loop {
+            let message = match messages.try_recv() {
+                Ok(message) => message,
+                Err(TryRecvError::Disconnected) => break,
+                Err(TryRecvError::Empty) => {
+                    let flushed = self.output.flush();
+                    self.note(flushed);
+                    match messages.recv() {
+                        Ok(message) => message,
+                        Err(_) => break,
+                    }
+                }
+            };
+            let Message::Line(line) = message else {
+                break;
+            };
+            if self.must_reopen.swap(false, Ordering::Relaxed) {
+                self.reopen();
+            }
+            let written = writeln!(self.output, "{line}");
+            self.note(written);
+        }
+        let flushed = self.output.flush();
+        self.note(flushed);
+    }
+
+    /// Opens the file again. After an error, the old one stays in use until the next line.
+    fn reopen(&mut self) {
+        let flushed = self.output.flush();
+        self.note(flushed);
+        match open(&self.path) {
+            Ok(output) => self.output = output,
+            Err(error) => {
+                self.must_reopen.store(true, Ordering::Relaxed);
+                self.note(Err(error));
+            }
+        }
+    }
+
+    /// Counts an error, and logs the first one after a success.
+    fn note(&mut self, result: io::Result<()>) {
+        let Err(error) = result else {
+            self.has_failed = false;
+            return;
+        };
+        self.dropped.inc();
+        if !std::mem::replace(&mut self.has_failed, true) {
             tracing::error!(
-                path = %path.display(), %error,
+                path = %self.path.display(), %error,
                 "cannot write the access log; requests are still served"
             );
         }
-    };
-    loop {
-        let message = match messages.try_recv() {
-            Ok(message) => message,
-            Err(TryRecvError::Disconnected) => break,
-            Err(TryRecvError::Empty) => {
-                note(output.flush());
-                match messages.recv() {
-                    Ok(message) => message,
-                    Err(_) => break,
-                }
-            }
-        };
-        match message {
-            Message::Line(line) => note(writeln!(output, "{line}")),
-            Message::Reopen => {
-                note(output.flush());
-                match open(path) {
-                    Ok(opened) => output = opened,
-                    Err(error) => note(Err(error)),
-                }
-            }
-            Message::End => break,
-        }
     }
-    note(output.flush());
 }

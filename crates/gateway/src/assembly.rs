@@ -10,7 +10,7 @@ use foresee_core::router::Router;
 use parking_lot::Mutex;
 use tokio::task::JoinHandle;
 
-use crate::accept::{ConnectionLimit, ConnectionSettings};
+use crate::accept::ConnectionSettings;
 use crate::access_log::AccessLog;
 use crate::admin::{
     AdminApi, AdminConfig, AdminListen, AdminParts, Dashboard, DashboardFeed, DashboardParts,
@@ -18,6 +18,7 @@ use crate::admin::{
 use crate::client_headers::ClientHeaders;
 use crate::clock::Clock;
 use crate::config::GatewayConfig;
+use crate::connection_limit::ConnectionLimit;
 use crate::discovery;
 use crate::failover::{FailoverContext, new_retry_budget};
 use crate::fleet_demand::FleetDemand;
@@ -227,12 +228,10 @@ impl GatewayParts {
             router: self.router.clone(),
             metrics: Arc::clone(&self.metrics),
             tls: Arc::clone(&self.tls),
+            access_log: self.access_log.clone(),
             apply_settings: Box::new(move |config| {
                 parts.keys.replace(config.keys.as_deref());
                 parts.names.set_aliases(&config.model_aliases);
-                if let Some(log) = &parts.access_log {
-                    log.reopen();
-                }
                 proxy.store(Arc::new(parts.proxy(config)));
                 admin.store(Arc::new(config.admin.clone()));
             }),

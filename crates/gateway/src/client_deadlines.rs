@@ -18,7 +18,11 @@ const READ_TIMEOUT: &str = "x-stainless-read-timeout";
 /// request has in the router's own header. The shortest time counts. Headers of other programs whose
 /// value is not a time are ignored.
 pub(crate) fn deadlines(headers: &HeaderMap, own: Option<Duration>) -> Deadlines {
-    let value = |name: &str| headers.get(name)?.to_str().ok().map(str::trim);
+    // Go writes microseconds as `µs`, which is not ASCII.
+    let value = |name: &str| {
+        let value = std::str::from_utf8(headers.get(name)?.as_bytes()).ok();
+        value.map(str::trim)
+    };
     let slo = SLO_TTFT.into_iter().find_map(value);
     let slo = slo.and_then(|milliseconds| seconds(milliseconds, 1e-3));
     let timeout = value(READ_TIMEOUT).and_then(|timeout| seconds(timeout, 1.0));
@@ -92,6 +96,15 @@ mod tests {
         ];
         assert_eq!(read(&pairs, None).first_byte, milliseconds(10));
         assert_eq!(read(&pairs, milliseconds(9)).first_byte, milliseconds(9));
+    }
+
+    #[test]
+    fn microseconds_are_read_as_go_prints_them() {
+        let mut headers = HeaderMap::new();
+        let value = http::HeaderValue::from_bytes("250.5µs".as_bytes()).unwrap();
+        headers.insert("x-llm-d-inference-ttl", value);
+        let found = deadlines(&headers, None).queue;
+        assert_eq!(found, Some(Duration::from_nanos(250_500)));
     }
 
     #[test]

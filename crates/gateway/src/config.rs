@@ -167,6 +167,9 @@ impl GatewayConfig {
                 tls.or(&self.worker_tls).load(worker.host())?;
             }
         }
+        if self.admin_tls && self.tls.is_none() {
+            return Err(TlsError::NoAdminCertificate);
+        }
         self.tls.as_ref().map(TlsConfig::load).transpose()
     }
 

@@ -15,6 +15,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
+use foresee_engine::request::Endpoint;
 use http::header::HOST;
 use http::{HeaderValue, Request, Response};
 use hyper::body::{Frame, Incoming, SizeHint};
@@ -24,12 +25,13 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use parking_lot::Mutex;
 use tokio::net::TcpStream;
-use tokio::task::JoinSet;
+use tokio::task::AbortHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_rustls::server::TlsStream;
 
+use crate::connection_limit::{ConnectionLimit, Place, too_many_connections};
 use crate::connection_state::{ConnectionConfig, ConnectionState, Peer, begin_request};
-use crate::reply::Body;
+use crate::reply::{self, Body};
 use crate::shutdown::{ShutdownPhase, ShutdownSignal};
 use crate::tls::ClientStream;
 
@@ -41,7 +43,8 @@ const MAX_HEADER_BYTES: u32 = 64 << 10;
 /// sends before the gateway has read them.
 const STREAM_WINDOW_BYTES: u32 = 256 << 10;
 const CONNECTION_WINDOW_BYTES: u32 = 2 << 20;
-/// Maximum number of bytes of one response that wait for the client.
+/// Number of bytes of one response that wait for the client, above which no further ones are taken from
+/// the worker.
 const MAX_SEND_BYTES: usize = 64 << 10;
 /// Time between two pings, and maximum time for the response to one.
 const PING_INTERVAL: Duration = Duration::from_secs(20);
@@ -53,11 +56,13 @@ const MAX_CHECK_INTERVAL: Duration = Duration::from_secs(5);
 /// Each request has a [`ConnectionHandle`](crate::connection_state::ConnectionHandle) of its own and
 /// the [`Peer`] among its extensions.
 ///
-/// The connection ends if it has no request for the idle timeout, or if the client takes nothing of
-/// a response that is ready for the write timeout.
+/// The connection ends if it has no request for the idle timeout. A stream is reset if the client takes
+/// nothing of its response, which is ready, for the write timeout; the others go on. `limit` bounds the
+/// requests that run at the same time, on all connections together.
 pub(crate) async fn serve_http2<H, F>(
     stream: Box<TlsStream<TcpStream>>,
     config: ConnectionConfig,
+    limit: Arc<ConnectionLimit>,
     shutdown: Arc<ShutdownSignal>,
     handle: H,
 ) where
@@ -65,12 +70,13 @@ pub(crate) async fn serve_http2<H, F>(
     F: Future<Output = Response<Body>> + Send + 'static,
 {
     let peer = Peer::of(stream.tcp(), true);
-    let streams = Arc::new(Streams::new());
+    let streams = Arc::new(Streams::new(limit));
     let mut phases = shutdown.subscribe();
     let service = service_fn({
         let (streams, shutdown) = (Arc::clone(&streams), Arc::clone(&shutdown));
         move |mut request: Request<Incoming>| {
             let stream = streams.open();
+            let is_admitted = stream.is_admitted();
             // A request of its own connection, as far as the requests' parts can tell.
             let state = Arc::new(ConnectionState::new(Arc::clone(&shutdown)));
             begin_request(&state, &mut request);
@@ -78,16 +84,19 @@ pub(crate) async fn serve_http2<H, F>(
                 request.extensions_mut().insert(peer);
             }
             name_host(&mut request);
-            let (response, shutdown) = (handle(request), Arc::clone(&shutdown));
+            let response = is_admitted.then(|| handle(request));
+            let shutdown = Arc::clone(&shutdown);
             Box::pin(async move {
-                let response = polled_when_aborting(response, &shutdown).await;
+                let response = match response {
+                    Some(response) => polled_when_aborting(response, &shutdown).await,
+                    None => reply::error(Endpoint::Other, &too_many_connections()),
+                };
                 let body = |inner| StreamBody::new(inner, stream, shutdown);
                 Ok::<_, Infallible>(response.map(body))
             })
         }
     });
-    let tasks = StreamTasks::default();
-    let mut http = http2::Builder::new(tasks.clone());
+    let mut http = http2::Builder::new(StreamTasks(Arc::clone(&streams)));
     http.timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)
         .max_header_list_size(MAX_HEADER_BYTES)
@@ -113,9 +122,8 @@ pub(crate) async fn serve_http2<H, F>(
             Ok(()) = phases.changed() => {}
             _ = checks.tick() => {}
         }
-        if streams.longest_unread() > config.write_timeout {
-            tracing::debug!("an HTTP/2 client does not read its response");
-            return;
+        if streams.reset_unread(config.write_timeout) > 0 {
+            tracing::debug!("an HTTP/2 client does not read a response");
         }
         let idle = streams.idle_for();
         let is_draining = shutdown.phase() >= ShutdownPhase::Draining;
@@ -152,15 +160,15 @@ async fn polled_when_aborting<F: Future>(future: F, shutdown: &ShutdownSignal) -
     .await
 }
 
-/// Tasks of the streams of one connection. They are aborted when the last clone is dropped.
-#[derive(Clone, Debug, Default)]
-struct StreamTasks(Arc<Mutex<JoinSet<()>>>);
+/// Starts the task of each stream, right after its request was handled. The tasks end with their
+/// connection, which wakes them.
+#[derive(Clone, Debug)]
+struct StreamTasks(Arc<Streams>);
 
 impl<F: Future<Output = ()> + Send + 'static> Executor<F> for StreamTasks {
     fn execute(&self, stream: F) {
-        let mut tasks = self.0.lock();
-        while tasks.try_join_next().is_some() {}
-        tasks.spawn(stream);
+        let task = tokio::spawn(stream);
+        self.0.set_task(task.abort_handle());
     }
 }
 
@@ -168,60 +176,106 @@ impl<F: Future<Output = ()> + Send + 'static> Executor<F> for StreamTasks {
 #[derive(Debug)]
 struct Streams {
     start: Instant,
+    /// Limit of the requests on all connections.
+    limit: Arc<ConnectionLimit>,
     state: Mutex<StreamStates>,
 }
 
 #[derive(Debug, Default)]
 struct StreamStates {
-    /// For each stream, when the gateway had data for it that the client has not taken yet, as
-    /// microseconds after the start and at least 1; 0 if there are none.
-    unread_since: HashMap<u64, Arc<AtomicU64>>,
+    streams: HashMap<u64, StreamEntry>,
     next_id: u64,
     /// When the last stream ended, after the start.
     idle_since: Duration,
 }
 
+/// An open stream.
+#[derive(Debug, Default)]
+struct StreamEntry {
+    /// When the gateway had data for the stream that the client has not taken yet, as microseconds
+    /// after the start and at least 1; 0 if there are none.
+    unread_since: Arc<AtomicU64>,
+    /// The task of the stream, once it was started.
+    task: Option<AbortHandle>,
+}
+
 impl Streams {
-    fn new() -> Self {
+    fn new(limit: Arc<ConnectionLimit>) -> Self {
         Self {
             start: Instant::now(),
+            limit,
             state: Mutex::default(),
         }
     }
 
     /// Adds a stream, which ends with the returned guard.
     fn open(self: &Arc<Self>) -> OpenStream {
-        let unread_since = Arc::<AtomicU64>::default();
+        let entry = StreamEntry::default();
+        let unread_since = Arc::clone(&entry.unread_since);
         let mut state = self.state.lock();
+        let place = match state.streams.is_empty() {
+            true => StreamPlace::OfConnection,
+            false => match self.limit.take_stream() {
+                Some(place) => StreamPlace::Own { _place: place },
+                None => StreamPlace::Missing,
+            },
+        };
         let id = state.next_id;
         state.next_id += 1;
-        state.unread_since.insert(id, Arc::clone(&unread_since));
+        state.streams.insert(id, entry);
+        drop(state);
         OpenStream {
             streams: Arc::clone(self),
             id,
             unread_since,
+            place,
+        }
+    }
+
+    /// Notes the task of the stream that was added last.
+    fn set_task(&self, task: AbortHandle) {
+        let mut state = self.state.lock();
+        let last = state.next_id.wrapping_sub(1);
+        if let Some(entry) = state.streams.get_mut(&last) {
+            entry.task.get_or_insert(task);
         }
     }
 
     /// Returns the time since the last stream ended; zero if there are streams.
     fn idle_for(&self) -> Duration {
         let state = self.state.lock();
-        match state.unread_since.is_empty() {
+        match state.streams.is_empty() {
             true => self.start.elapsed().saturating_sub(state.idle_since),
             false => Duration::ZERO,
         }
     }
 
-    /// Returns the longest time for which a client has not taken data that is ready.
-    fn longest_unread(&self) -> Duration {
+    /// Resets the streams whose client has not taken data that is ready for longer than `limit`.
+    /// Returns their number.
+    fn reset_unread(&self, limit: Duration) -> usize {
         let now = self.start.elapsed();
         let state = self.state.lock();
-        let since = state.unread_since.values();
-        let since = since.map(|since| since.load(Ordering::Relaxed));
-        let unread = since.filter(|since| *since > 0);
-        let unread = unread.map(|since| now.saturating_sub(Duration::from_micros(since)));
-        unread.max().unwrap_or_default()
+        let is_stalled = |entry: &&StreamEntry| {
+            let since = entry.unread_since.load(Ordering::Relaxed);
+            since > 0 && now.saturating_sub(Duration::from_micros(since)) > limit
+        };
+        let tasks = state.streams.values().filter(is_stalled);
+        let tasks: Vec<_> = tasks.filter_map(|entry| entry.task.clone()).collect();
+        drop(state);
+        tasks.iter().for_each(AbortHandle::abort);
+        tasks.len()
     }
+}
+
+/// The place of a stream among all requests.
+#[derive(Debug)]
+enum StreamPlace {
+    /// That of its connection: no other stream was open.
+    OfConnection,
+    /// A place of its own.
+    Own { _place: Place },
+    /// None was free.
+    Missing,
 }
 
 /// A stream of a connection. Dropping it removes the stream.
@@ -230,9 +284,15 @@ struct OpenStream {
     streams: Arc<Streams>,
     id: u64,
     unread_since: Arc<AtomicU64>,
+    place: StreamPlace,
 }
 
 impl OpenStream {
+    /// Returns whether there was a place for the request.
+    fn is_admitted(&self) -> bool {
+        !matches!(self.place, StreamPlace::Missing)
+    }
+
     /// Records that data are ready, or that the client has taken them.
     fn set_unread(&self, is_unread: bool) {
         let now = || self.streams.start.elapsed().as_micros() as u64;
@@ -244,7 +304,7 @@ impl OpenStream {
 impl Drop for OpenStream {
     fn drop(&mut self) {
         let mut state = self.streams.state.lock();
-        state.unread_since.remove(&self.id);
+        state.streams.remove(&self.id);
         state.idle_since = self.streams.start.elapsed();
     }
 }
@@ -272,7 +332,8 @@ impl hyper::body::Body for StreamBody {
     type Data = Bytes;
     type Error = <Body as hyper::body::Body>::Error;
 
-    /// Is polled only once the client has room for more data.
+    /// A frame is polled before the client has room for it, and the next one once it has taken this
+    /// one.
     fn poll_frame(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,

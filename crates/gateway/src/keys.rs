@@ -353,11 +353,14 @@ impl KeyRefusal {
 /// Returns the key that a request has sent, in the header of OpenAI's, of Anthropic's or of Azure's
 /// clients.
 fn key_of(headers: &HeaderMap) -> Option<&[u8]> {
-    if let Some(value) = headers.get(AUTHORIZATION) {
+    // A proxy in front may use another scheme, such as `Basic`, for a check of its own.
+    let bearer = headers.get(AUTHORIZATION).and_then(|value| {
         let (scheme, key) = value.as_bytes().split_at_checked("Bearer ".len())?;
-        return scheme
-            .eq_ignore_ascii_case(b"Bearer ")
-            .then(|| key.trim_ascii());
+        let is_bearer = scheme.eq_ignore_ascii_case(b"Bearer ");
+        is_bearer.then(|| key.trim_ascii())
+    });
+    if bearer.is_some() {
+        return bearer;
     }
     let value = headers.get(X_API_KEY).or_else(|| headers.get(API_KEY))?;
     Some(value.as_bytes().trim_ascii())
@@ -403,6 +406,10 @@ mod tests {
             let found = ring.authenticate(&headers(name, value)).unwrap();
             assert_eq!(found.unwrap().config.id, "a", "{name}: {value}");
         }
+        // The scheme of a proxy in front does not hide the key.
+        let mut both = headers("x-api-key", "secret");
+        both.insert(AUTHORIZATION, HeaderValue::from_static("Basic cHJveHk="));
+        assert_eq!(ring.authenticate(&both).unwrap().unwrap().config.id, "a");
         for (name, value) in [
             ("authorization", "Basic secret"),
             ("authorization", "secret"),

@@ -42,6 +42,7 @@ mod clock;
 mod completion;
 mod config;
 mod connection;
+mod connection_limit;
 mod connection_state;
 mod content_watch;
 mod discovery;

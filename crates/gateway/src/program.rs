@@ -10,7 +10,8 @@ pub trait LogFilter: Send + Sync {
     /// Returns the text of the filter in force.
     fn current(&self) -> String;
 
-    /// Replaces the filter until the program ends.
+    /// Replaces the filter until the program ends. Lines with the target `foresee::audit` must be
+    /// logged by any filter.
     ///
     /// # Errors
     /// Fails if the text is no filter, with a message for the client. The filter then stays.

@@ -257,7 +257,7 @@ impl Proxy {
         }
         parsed.hints = self.client_headers.hints(&head.headers, allowed)?;
         if let Some(entry) = entry.as_mut() {
-            entry.set_body(body.len(), parsed.is_streaming, &parsed.hints);
+            entry.set_body(body.len(), &parsed);
         }
         self.placement
             .apply_affinity(&mut parsed, call.response_id.as_deref());
@@ -304,9 +304,16 @@ impl Proxy {
             deadlines,
             trace.as_deref_mut(),
         );
-        let response = failover.send(&mut placed.batch).await?;
+        let response = failover.send(&mut placed.batch).await;
         let attempts = failover.attempts();
         placed.queued_for = failover.queued_for();
+        let response = response.inspect_err(|_| {
+            if let Some(entry) = entry.as_mut().filter(|_| attempts > 0) {
+                let worker = self.failover.registry.get(placed.batch.worker());
+                let name = worker.as_ref().map(|worker| worker.config.name.as_str());
+                entry.set_failed(attempts, name);
+            }
+        })?;
         let status = response.response.status().as_u16();
         placed.trace = trace.take();
         if let Some(trace) = &mut placed.trace {
@@ -315,12 +322,6 @@ impl Proxy {
         let request_id = upstream_request.request_id();
         placed.access = entry.take().map(|mut entry| {
             entry.set_placed(&PlacedFields {
-                model: placed.parsed.requested_model(),
-                served_model: placed
-                    .parsed
-                    .rewrite
-                    .as_ref()
-                    .map(|_| &*placed.parsed.model),
                 worker: &response.worker.config.name,
                 status,
                 attempts,

@@ -15,10 +15,11 @@ use foresee_api::admin::Reload;
 use foresee_core::router::Router;
 use parking_lot::Mutex;
 
+use crate::access_log::AccessLog;
 use crate::clock::since_epoch;
 use crate::config::GatewayConfig;
 use crate::metrics::Metrics;
-use crate::tls::TlsTermination;
+use crate::tls::{TlsError, TlsTermination};
 use crate::workers::reconcile::{AddError, Reconciler, Source};
 use crate::workers::worker_config::WorkerConfig;
 use changes::SettingChanges;
@@ -50,6 +51,7 @@ pub(crate) struct ReloadParts {
     pub(crate) router: Router,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) tls: Arc<TlsTermination>,
+    pub(crate) access_log: Option<Arc<AccessLog>>,
     pub(crate) apply_settings: ApplySettings,
 }
 
@@ -57,7 +59,9 @@ pub(crate) struct ReloadParts {
 pub(crate) struct Reloader {
     source: Option<ConfigSource>,
     parts: ReloadParts,
-    /// The configuration in force. Locked during a reload.
+    /// Locked during a reload.
+    reloading: Mutex<()>,
+    /// The configuration in force. Never locked while a file is read.
     in_force: Mutex<GatewayConfig>,
 }
 
@@ -78,6 +82,7 @@ impl Reloader {
         Self {
             source,
             parts,
+            reloading: Mutex::default(),
             in_force: Mutex::new(config),
         }
     }
@@ -102,10 +107,18 @@ impl Reloader {
 
     /// As [`reload`](Self::reload), on the present thread.
     fn reload_blocking(&self) -> Result<Reload, ReloadError> {
-        let mut in_force = self.in_force.lock();
+        let _reloading = self.reloading.lock();
+        // A program that rotates the log asks for it by a reload, whatever the configuration is.
+        if let Some(log) = &self.parts.access_log {
+            log.reopen();
+        }
         let source = self.source.as_ref().ok_or(ReloadError::NoSource)?;
+        let mut config = self.in_force.lock().clone();
         let new = source().map_err(ReloadError::Invalid);
-        let result = new.and_then(|new| self.apply(&mut in_force, new));
+        let result = new.and_then(|new| self.apply(&mut config, new));
+        if result.is_ok() {
+            *self.in_force.lock() = config;
+        }
         match &result {
             Ok(reload) => {
                 record_success(&self.parts.metrics);
@@ -137,6 +150,10 @@ impl Reloader {
         new.check_api_keys().map_err(|error| invalid(&error))?;
         let protection = new.admin.check(&in_force.admin_listen, new.keys.as_deref());
         protection.map_err(|error| invalid(&error))?;
+        // Whether the admin listener has TLS is not reloaded, but its certificate is.
+        if in_force.admin_tls && new.tls.is_none() {
+            return Err(invalid(&TlsError::NoAdminCertificate));
+        }
         let tuning = new.router_tuning();
         tuning.check().map_err(|error| invalid(&error))?;
 

@@ -55,6 +55,9 @@ const ABORT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Maximum time at shutdown in which the collector may take the last spans.
 const LAST_SPANS_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Maximum time at shutdown in which the last lines of the access log and the recording may be written.
+const LAST_LINES_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// Why a gateway did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -410,8 +413,16 @@ impl Gateway {
                 recorder.finish();
             }
         });
-        if let Err(error) = written.await {
-            tracing::error!(%error, "finishing the recording failed; its last entries may be missing");
+        match timeout(LAST_LINES_TIMEOUT, written).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::error!(
+                %error,
+                "finishing the recording failed; its last entries may be missing"
+            ),
+            Err(_) => tracing::warn!(
+                timeout = ?LAST_LINES_TIMEOUT,
+                "the last lines of the access log or the recording could not be written in time"
+            ),
         }
     }
 }

@@ -31,6 +31,8 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Name of HTTP/2 in the negotiation of TLS.
 pub(crate) const HTTP2_PROTOCOL: &[u8] = b"h2";
+/// Name of HTTP/1.1 in the negotiation of TLS.
+const HTTP1_PROTOCOL: &[u8] = b"http/1.1";
 
 /// Which clients need a certificate.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -88,6 +90,9 @@ pub enum TlsError {
         /// What is wrong with it.
         error: String,
     },
+    /// The admin listener is to have TLS, and there is no certificate.
+    #[error("--admin-tls needs a certificate: set --tls-certificate and --tls-key")]
+    NoAdminCertificate,
     /// A worker's name is neither that of a host nor an address.
     #[error("`{0}` is not the name of a host: set tls-server-name=NAME")]
     ServerName(String),
@@ -102,6 +107,8 @@ impl TlsConfig {
     /// # Errors
     /// Fails if a file cannot be read, or the key does not belong to the certificate.
     pub(crate) fn load(&self) -> Result<LoadedTls, TlsError> {
+        // Read first, so that a change while the files are loaded is noticed later.
+        let content = self.content();
         let chain = certificates(&self.certificate)?;
         let expires = chain.first().and_then(expiry);
         let key = PrivateKeyDer::from_pem_file(&self.key);
@@ -122,11 +129,17 @@ impl TlsConfig {
             Some(path) => builder.with_client_cert_verifier(self.client_verifier(path)?),
             None => builder.with_no_client_auth(),
         };
-        let mut server = builder.with_single_cert(chain, key).map_err(invalid)?;
-        server.alpn_protocols = vec![HTTP2_PROTOCOL.to_vec(), b"http/1.1".to_vec()];
+        let mut http1 = builder.with_single_cert(chain, key).map_err(invalid)?;
+        let mut http2 = http1.clone();
+        http1.alpn_protocols = vec![HTTP1_PROTOCOL.to_vec()];
+        http2.alpn_protocols = vec![HTTP2_PROTOCOL.to_vec(), HTTP1_PROTOCOL.to_vec()];
         Ok(LoadedTls {
-            server: Arc::new(server),
+            server: ServerTls {
+                http1: Arc::new(http1),
+                http2: Arc::new(http2),
+            },
             expires,
+            content,
         })
     }
 
@@ -186,20 +199,40 @@ fn expiry(certificate: &CertificateDer<'_>) -> Option<i64> {
     Some(certificate.validity().not_after.timestamp())
 }
 
+/// The most recent version of HTTP that a listener serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NewestHttp {
+    /// HTTP/1.1.
+    One,
+    /// HTTP/2.
+    Two,
+}
+
+/// TLS of one certificate, by the versions of HTTP that clients are offered.
+#[derive(Clone, Debug)]
+struct ServerTls {
+    http1: Arc<rustls::ServerConfig>,
+    http2: Arc<rustls::ServerConfig>,
+}
+
 /// Content of the files.
 #[derive(Clone, Debug)]
 pub(crate) struct LoadedTls {
-    server: Arc<rustls::ServerConfig>,
+    server: ServerTls,
     /// When the certificate expires, in seconds since 1970.
     expires: Option<i64>,
+    /// The files' bytes when they were loaded; `None` if one of them could not be read.
+    content: Option<Vec<u8>>,
 }
 
 /// TLS of the listeners: the certificate in force, or none.
 #[derive(Debug)]
 pub(crate) struct TlsTermination {
-    in_force: ArcSwapOption<rustls::ServerConfig>,
-    /// Files of the certificate in force.
+    in_force: ArcSwapOption<ServerTls>,
+    /// Files of the certificate in force. Locked while another one is put in force.
     config: Mutex<Option<TlsConfig>>,
+    /// Content of the files at the start.
+    first_content: Option<Vec<u8>>,
     metrics: Arc<Metrics>,
 }
 
@@ -213,6 +246,7 @@ impl TlsTermination {
         let termination = Self {
             in_force: ArcSwapOption::empty(),
             config: Mutex::default(),
+            first_content: loaded.as_ref().and_then(|loaded| loaded.content.clone()),
             metrics,
         };
         termination.install(config, loaded);
@@ -221,12 +255,30 @@ impl TlsTermination {
 
     /// Puts files in force whose content was loaded. Connections that are open keep theirs.
     pub(crate) fn install(&self, config: Option<TlsConfig>, loaded: Option<LoadedTls>) {
-        *self.config.lock() = config;
+        let mut in_force = self.config.lock();
+        *in_force = config;
+        self.store(loaded);
+    }
+
+    /// Puts the new content of files in force, unless other files have been put in force meanwhile.
+    /// Returns whether it did.
+    fn renew(&self, config: &TlsConfig, loaded: LoadedTls) -> bool {
+        let in_force = self.config.lock();
+        let is_current = in_force.as_ref() == Some(config);
+        if is_current {
+            self.store(Some(loaded));
+        }
+        is_current
+    }
+
+    /// Makes new connections use a certificate, or none. The files must be locked.
+    fn store(&self, loaded: Option<LoadedTls>) {
         let expires = loaded.as_ref().and_then(|loaded| loaded.expires);
         self.metrics
             .tls_certificate_expiry_timestamp_seconds
             .set(expires.unwrap_or_default() as f64);
-        self.in_force.store(loaded.map(|loaded| loaded.server));
+        let server = loaded.map(|loaded| Arc::new(loaded.server));
+        self.in_force.store(server);
     }
 
     /// Returns whether new connections are encrypted.
@@ -234,13 +286,23 @@ impl TlsTermination {
         self.in_force.load().is_some()
     }
 
-    /// Performs the handshake of a new connection. Returns the stream as it is without TLS.
+    /// Performs the handshake of a new connection to a listener that serves HTTP up to `newest`.
+    /// Returns the stream as it is without TLS.
     ///
     /// # Errors
     /// Fails if the client does not complete a handshake in time.
-    pub(crate) async fn accept(&self, stream: TcpStream) -> io::Result<ServerStream> {
-        let Some(config) = self.in_force.load_full() else {
+    pub(crate) async fn accept(
+        &self,
+        stream: TcpStream,
+        newest: NewestHttp,
+    ) -> io::Result<ServerStream> {
+        let in_force = self.in_force.load_full();
+        let Some(server) = in_force else {
             return Ok(ServerStream::Plain(stream));
+        };
+        let config = match newest {
+            NewestHttp::One => Arc::clone(&server.http1),
+            NewestHttp::Two => Arc::clone(&server.http2),
         };
         let handshake = TlsAcceptor::from(config).accept(stream);
         let result = timeout(HANDSHAKE_TIMEOUT, handshake).await;
@@ -260,23 +322,31 @@ impl TlsTermination {
     pub(crate) async fn watch(self: Arc<Self>) {
         let termination = Arc::clone(&self);
         let read = move || termination.config.lock().clone()?.content();
-        let mut watch = ContentWatch::used(read().as_deref());
+        let mut watch = ContentWatch::used(self.first_content.as_deref());
         loop {
             watch.until_changed(read.clone()).await;
-            let Some(config) = self.config.lock().clone() else {
-                continue;
-            };
-            let path = config.certificate.display();
-            match config.load() {
-                Ok(loaded) => {
+            let termination = Arc::clone(&self);
+            // A panic has been logged.
+            let _ = tokio::task::spawn_blocking(move || termination.load_again()).await;
+        }
+    }
+
+    /// Loads the files in force again. Blocks on the file system.
+    fn load_again(&self) {
+        let Some(config) = self.config.lock().clone() else {
+            return;
+        };
+        match config.load() {
+            Ok(loaded) => {
+                if self.renew(&config, loaded) {
+                    let path = config.certificate.display();
                     tracing::info!(%path, "loaded a changed certificate");
-                    self.install(Some(config), Some(loaded));
                 }
-                Err(error) => tracing::error!(
-                    %error,
-                    "cannot use the changed certificate; keeping the one in force"
-                ),
             }
+            Err(error) => tracing::error!(
+                %error,
+                "cannot use the changed certificate; keeping the one in force"
+            ),
         }
     }
 }

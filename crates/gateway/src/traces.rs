@@ -33,7 +33,7 @@ use opentelemetry_sdk::trace::{Sampler, SdkTracer, SdkTracerProvider};
 use crate::metrics::Metrics;
 use config::{TraceConfig, TraceError};
 use exporter::Exporter;
-use request_trace::{RequestTrace, ServerRequest};
+use request_trace::{RequestTrace, ServerRequest, method_name};
 use traceparent::replace_caller;
 
 /// Name of the service, unless `OTEL_SERVICE_NAME` or `OTEL_RESOURCE_ATTRIBUTES` has one.
@@ -92,9 +92,10 @@ impl Traces {
     ) -> Option<Box<RequestTrace>> {
         let extractor = HeaderExtractor(request.headers());
         let parent = self.propagator_context(&extractor);
+        let method = method_name(request.method());
         let name = match route {
-            Some(route) => format!("{} {route}", request.method()),
-            None => request.method().to_string(),
+            Some(route) => format!("{method} {route}"),
+            None => method.to_owned(),
         };
         let builder = self.tracer.span_builder(name).with_kind(SpanKind::Server);
         let span = self.tracer.build_with_context(builder, &parent);

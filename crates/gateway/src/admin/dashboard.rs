@@ -271,12 +271,12 @@ impl Dashboard {
         &self,
         connection: Option<ConnectionCloser>,
     ) -> Result<Response<AdminBody>, ApiError> {
+        // Locked until the subscriber is added, so that it misses no tick.
+        let mut state = self.state.lock();
         if !self.subscribers.has_room() {
             let message = "Too many dashboards are open. Close one of them.";
             return Err(ApiError::overloaded(message, Duration::from_secs(5)));
         }
-        // Locked until the subscriber is added, so that it misses no tick.
-        let mut state = self.state.lock();
         let now = self.parts.clock.now();
         let workers = self.parts.router.workers(now);
         if self.subscribers.is_empty() {

@@ -31,7 +31,7 @@ use super::settings::AdminListen;
 use crate::listen::listen;
 use crate::log_limit::warn_limited;
 use crate::reply::Body;
-use crate::tls::{ServerStream, TlsTermination};
+use crate::tls::{NewestHttp, ServerStream, TlsTermination};
 
 /// Maximum number of concurrent connections. Further clients wait in the accept queue.
 const MAX_CONNECTIONS: usize = 256;
@@ -148,7 +148,7 @@ impl AdminListener {
                 match stream {
                     AdminStream::Tcp(stream) => {
                         let stream = match tls {
-                            Some(tls) => tls.accept(stream).await,
+                            Some(tls) => tls.accept(stream, NewestHttp::One).await,
                             None => Ok(ServerStream::Plain(stream)),
                         };
                         match stream {

@@ -19,7 +19,7 @@ pub(super) fn show(filter: Option<&Arc<dyn LogFilter>>) -> Result<Response<Body>
     Ok(reply::serialized(&LogSettings { filter }))
 }
 
-/// Replaces the filter by that of the body, and returns it. The change is logged under the old filter.
+/// Replaces the filter by that of the body, and returns it. The change is logged.
 ///
 /// # Errors
 /// Fails with a 400 if the body or the filter is invalid, and as [`show`] does. The filter then stays.
@@ -35,9 +35,9 @@ pub(super) fn replace(
         ))
     })?;
     let old = filter.current();
-    tracing::info!(target: "foresee::audit", old, new = new.filter, "replacing the log filter");
     let replaced = filter.replace(&new.filter);
     replaced.map_err(|error| invalid(format!("The log filter is invalid: {error}.")))?;
+    tracing::info!(target: "foresee::audit", old, new = new.filter, "replaced the log filter");
     show(Some(filter))
 }
 

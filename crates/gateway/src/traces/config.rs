@@ -46,7 +46,7 @@ impl TraceConfig {
     /// `OTEL_TRACES_SAMPLER` and `OTEL_TRACES_SAMPLER_ARG` are read when the gateway starts.
     ///
     /// # Errors
-    /// Fails if the endpoint is no URL, or the protocol is not `http/protobuf`.
+    /// Fails if the endpoint is no URL, the timeout no number, or the protocol not `http/protobuf`.
     pub fn from_variables(
         endpoint: Option<CollectorUrl>,
         variable: impl Fn(&str) -> Option<String>,
@@ -72,7 +72,11 @@ impl TraceConfig {
             return Err(InvalidCollector::Protocol(protocol));
         }
         let defaults = Self::new(endpoint);
-        let milliseconds = specific("TIMEOUT").and_then(|value| value.parse().ok());
+        let milliseconds = specific("TIMEOUT").map(|value| match value.parse() {
+            Ok(0) | Err(_) => Err(InvalidCollector::Timeout(value)),
+            Ok(milliseconds) => Ok(milliseconds),
+        });
+        let milliseconds = milliseconds.transpose()?;
         Ok(Some(Self {
             ca: specific("CERTIFICATE").map(PathBuf::from),
             timeout: milliseconds.map_or(defaults.timeout, Duration::from_millis),
@@ -131,6 +135,9 @@ pub enum InvalidCollector {
         "a collector's URL must not have a user name or password: set OTEL_EXPORTER_OTLP_HEADERS"
     )]
     Password,
+    /// The time of an export is not a number of milliseconds above 0.
+    #[error("OTEL_EXPORTER_OTLP_TIMEOUT {0:?} is not a number of milliseconds above 0")]
+    Timeout(String),
     /// The protocol is not that of the gateway.
     #[error(
         "OTEL_EXPORTER_OTLP_PROTOCOL {0:?} is not supported: use http/protobuf, which collectors \
@@ -195,6 +202,14 @@ mod tests {
             ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c"),
             ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"),
         ];
+        for timeout in ["10s", "0", "-1"] {
+            let variables = [
+                ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://c"),
+                ("OTEL_EXPORTER_OTLP_TIMEOUT", timeout),
+            ];
+            let error = config(&variables).unwrap_err();
+            assert_eq!(error, InvalidCollector::Timeout(timeout.to_owned()));
+        }
         let error = config(&grpc).unwrap_err().to_string();
         assert!(error.contains("4318"), "{error}");
     }

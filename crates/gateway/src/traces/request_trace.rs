@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 use bytes::Bytes;
 use foresee_engine::request::Endpoint;
 use http::header::USER_AGENT;
-use http::{HeaderValue, Request};
+use http::{HeaderValue, Method, Request};
 use opentelemetry::trace::{Span as _, SpanKind, Status, TraceContextExt, Tracer as _};
 use opentelemetry::{Context, KeyValue};
 use opentelemetry_sdk::trace::{SdkTracer, Span};
@@ -28,7 +28,10 @@ impl ServerRequest {
     pub(super) fn new<B>(request: &Request<B>, route: Option<&str>) -> Self {
         let text = |value: &str| shortened(value);
         let mut attributes = vec![
-            KeyValue::new("http.request.method", text(request.method().as_str())),
+            KeyValue::new(
+                "http.request.method",
+                method_name(request.method()).to_owned(),
+            ),
             KeyValue::new("url.path", text(request.uri().path())),
         ];
         attributes.extend(route.map(|route| KeyValue::new("http.route", route.to_owned())));
@@ -257,6 +260,26 @@ impl Drop for RequestTrace {
     fn drop(&mut self) {
         let outcome = Outcome::ClientLeft;
         self.end(outcome, Some(outcome.as_str()));
+    }
+}
+
+/// Returns the name of a method in spans: `_OTHER` for one that HTTP does not define, by OpenTelemetry's
+/// conventions.
+pub(super) fn method_name(method: &Method) -> &str {
+    let known = [
+        Method::GET,
+        Method::HEAD,
+        Method::POST,
+        Method::PUT,
+        Method::DELETE,
+        Method::CONNECT,
+        Method::OPTIONS,
+        Method::TRACE,
+        Method::PATCH,
+    ];
+    match known.contains(method) {
+        true => method.as_str(),
+        false => "_OTHER",
     }
 }
 

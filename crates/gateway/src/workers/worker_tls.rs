@@ -140,6 +140,8 @@ pub(crate) struct WorkerTlsFiles {
     config: WorkerTlsConfig,
     /// Host of the worker's URL.
     host: String,
+    /// Content of the files when they were loaded first.
+    first_content: Option<Vec<u8>>,
     /// TLS of new connections, or why it cannot be used.
     in_force: RwLock<Result<Arc<WorkerTls>, String>>,
 }
@@ -147,8 +149,11 @@ pub(crate) struct WorkerTlsFiles {
 impl WorkerTlsFiles {
     /// Reads the files of a worker at `host`.
     pub(crate) fn load(config: WorkerTlsConfig, host: &str) -> Self {
+        // Read first, so that a change while the files are loaded is noticed later.
+        let first_content = config.content();
         let loaded = config.load(host);
         Self {
+            first_content,
             in_force: RwLock::new(loaded.map(Arc::new).map_err(|error| error.to_string())),
             host: host.to_owned(),
             config,
@@ -172,7 +177,7 @@ impl WorkerTlsFiles {
         }
         let files = Arc::clone(&self);
         let read = move || files.config.content();
-        let mut watch = ContentWatch::used(read().as_deref());
+        let mut watch = ContentWatch::used(self.first_content.as_deref());
         loop {
             watch.until_changed(read.clone()).await;
             match self.config.load(&self.host) {

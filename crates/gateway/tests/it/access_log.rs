@@ -101,6 +101,36 @@ async fn every_request_gets_a_line_without_its_text() {
 }
 
 #[tokio::test]
+async fn a_request_that_workers_fail_is_logged_with_its_model_and_worker() {
+    let path = std::env::temp_dir().join(format!("foresee-access-failed-{}", std::process::id()));
+    let mut worker = FakeWorker::start().await;
+    let mut config = config(&[&worker]);
+    config.access_log = Some(path.clone());
+    let gateway = gateway_with(config).await;
+    let mut client =
+        Client::sending(gateway.address(), http("POST", CHAT, chat("hi", false))).await;
+    worker
+        .request()
+        .await
+        .respond(whole("500 Error", "text/plain", ""))
+        .await;
+    let status = client.response().await.status();
+    until_released(&gateway).await;
+    gateway.shut_down().await;
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    let line: Value = serde_json::from_str(&text).unwrap();
+    for (field, expected) in [
+        ("status", json!(status)),
+        ("model", json!(MODEL)),
+        ("worker", json!("a")),
+        ("attempts", json!(1)),
+    ] {
+        assert_eq!(line[field], expected, "{field}: {line}");
+    }
+}
+
+#[tokio::test]
 async fn of_successes_a_fraction_is_logged_and_of_failures_all() {
     let path = std::env::temp_dir().join(format!("foresee-access-sampled-{}", std::process::id()));
     let mut worker = FakeWorker::start().await;

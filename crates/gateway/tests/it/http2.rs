@@ -194,27 +194,60 @@ async fn a_shutdown_lets_streams_end_and_then_ends_them_with_an_error() {
 }
 
 #[tokio::test]
-async fn a_client_that_does_not_read_is_disconnected() {
+async fn a_response_that_is_not_read_ends_alone() {
     let mut worker = FakeWorker::start().await;
     let server = Server::start(&worker, "h2-stall", |config| {
         config.connections.write_timeout = Duration::from_millis(200);
     })
     .await;
     let client = server.connect(16 << 10).await;
-    let response = client.send("POST", CHAT, chat("hi", true));
+    let stalled = client.send("POST", CHAT, chat("hi", true));
     let mut exchange = worker.request().await;
     exchange.start_stream().await;
+    let read = client.send("POST", CHAT, chat("ho", true));
+    let mut other = worker.request().await;
+    other.start_stream().await;
     // More than the client's window and the gateway's buffer.
     let long = token(&"x".repeat(32 << 10));
     exchange.send_chunk(&long).await;
-    let response = head_of(response).await;
+    other.send_chunk(token("a")).await;
+    let stalled = head_of(stalled).await;
+    let read = head_of(read).await;
     while exchange.try_send(chunk(&long)).await.is_ok() {}
-    within("the connection to end", client.connection)
+    other.send_chunk(token("b")).await;
+    other.end_stream().await;
+    let text = text_of(read).await;
+    assert!(text.contains("[DONE]"), "{text}");
+    within("the reset", stalled.into_body().collect())
         .await
-        .unwrap()
         .unwrap_err();
     until_released(&server.gateway).await;
-    drop(response);
+}
+
+#[tokio::test]
+async fn requests_on_a_connection_count_in_the_limit_of_connections() {
+    let mut worker = FakeWorker::start().await;
+    let server = Server::start(&worker, "h2-limit", |config| {
+        config.connections.max_connections = Some(2);
+    })
+    .await;
+    let client = server.connect(1 << 20).await;
+    let send = || client.send("POST", CHAT, chat("hi", false));
+    let running = [send(), send()];
+    let exchanges = [worker.request().await, worker.request().await];
+    let refused = head_of(send()).await;
+    assert_eq!(refused.status(), 503);
+    let text = text_of(refused).await;
+    assert!(text.contains("too_many_connections"), "{text}");
+    for exchange in exchanges {
+        exchange.respond_json("{}").await;
+    }
+    for response in running {
+        assert_eq!(head_of(response).await.status(), 200);
+    }
+    let later = send();
+    worker.request().await.respond_json("{}").await;
+    assert_eq!(head_of(later).await.status(), 200);
 }
 
 #[tokio::test]

@@ -300,10 +300,19 @@ async fn the_admin_listener_has_tls_if_that_is_configured() {
     let mut config = config(&[&worker]);
     config.tls = Some(files.config(None));
     config.admin_tls = true;
+    let mut without_certificate = config.clone();
+    without_certificate.tls = None;
     let gateway = gateway_with(config).await;
     let address = gateway.admin_address().unwrap();
-    let mut client = connect(address, &authority, None).await.unwrap();
-    assert_eq!(get(&mut client, "/health/live").await.unwrap(), 200);
+    // It speaks HTTP/1.1 also with clients that prefer HTTP/2.
+    for protocols in [&[][..], &["h2", "http/1.1"]] {
+        let client = connect_offering(address, &authority, None, protocols).await;
+        let mut client = client.unwrap();
+        assert_ne!(client.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));
+        assert_eq!(get(&mut client, "/health/live").await.unwrap(), 200);
+    }
+    let error = Gateway::start(without_certificate).unwrap_err().to_string();
+    assert!(error.contains("--tls-certificate"), "{error}");
 }
 
 #[tokio::test]

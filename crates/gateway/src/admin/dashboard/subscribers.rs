@@ -45,7 +45,8 @@ impl Subscribers {
         self.0.lock().is_empty()
     }
 
-    /// Returns whether there can be one more stream.
+    /// Returns whether there can be one more stream. Streams are added under the lock of the
+    /// dashboard's state, so the answer holds until that is released.
     pub(super) fn has_room(&self) -> bool {
         self.0.lock().len() < MAX_SUBSCRIBERS
     }
