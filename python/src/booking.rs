@@ -310,7 +310,8 @@ impl Booking {
 
     /// Shows the garbage collector what the booking refers to.
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        visit.call(&self.router)
+        visit.call(&self.router)?;
+        visit.call(&self.explanation)
     }
 
     fn __repr__(&self) -> String {

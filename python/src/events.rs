@@ -107,7 +107,9 @@ impl EventStream {
         changes: &[CacheDelta],
         observed: Observed,
     ) {
-        if self.follower.fault().is_some() {
+        // A first batch that cannot be decoded says nothing about the cache.
+        let is_unreadable = !self.is_used && self.follower.unreadable_batches() > 0;
+        if self.follower.fault().is_some() || is_unreadable {
             return;
         }
         if !std::mem::replace(&mut self.is_used, true) {

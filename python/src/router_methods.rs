@@ -22,6 +22,9 @@ use crate::prompt::{Content, Hints, PromptReader};
 use crate::router::Router;
 use crate::snapshot;
 
+/// Number of choices after which a request fails whose worker was removed each time.
+const MAX_CHOICES: u32 = 8;
+
 /// Reads the name of an engine whose conversion of requests to chats is followed.
 ///
 /// # Errors
@@ -190,9 +193,16 @@ impl Router {
                 true => Some(router.core.explain_batch(&request, further, now)?),
                 false => None,
             };
-            let batch = router.core.route_batch(&request, further, now)?;
-            // The worker can have been removed since it was chosen.
-            let worker = fleet.by_id(batch.worker()).ok_or(Error::RemovedMeanwhile)?;
+            let mut booked = None;
+            for _ in 0..MAX_CHOICES {
+                let batch = router.core.route_batch(&request, further, now)?;
+                // The worker can have been removed since it was chosen.
+                booked = fleet.by_id(batch.worker()).map(|worker| (batch, worker));
+                if booked.is_some() {
+                    break;
+                }
+            }
+            let (batch, worker) = booked.ok_or(Error::RemovedMeanwhile)?;
             if let Some(events) = worker.events.lock().as_mut() {
                 events.on_sent(&content.sequences.first);
             }

@@ -73,6 +73,7 @@ pub(crate) fn check_config(
 /// and prints the results.
 fn check_workers(config: GatewayConfig) -> anyhow::Result<ExitCode> {
     let limit = config.health.timeout + config.connect_timeout + EXTRA_TIME;
+    let has_sources = config.discovery.has_sources();
     let config = GatewayConfig {
         listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
         admin_listen: AdminListen::Off,
@@ -89,7 +90,9 @@ fn check_workers(config: GatewayConfig) -> anyhow::Result<ExitCode> {
         loop {
             let checks = gateway.worker_checks();
             let is_done = |check: &WorkerCheck| check.is_healthy || check.problem.is_some();
-            if checks.iter().all(is_done) || started.elapsed() > limit {
+            // Workers of lists are added once the lists have been read.
+            let is_complete = !checks.is_empty() || !has_sources;
+            if is_complete && checks.iter().all(is_done) || started.elapsed() > limit {
                 return Ok::<_, anyhow::Error>(checks);
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -111,8 +114,11 @@ fn check_workers(config: GatewayConfig) -> anyhow::Result<ExitCode> {
             eprintln!("{name} ({url}): not healthy: {problem}");
         }
     }
+    if checks.is_empty() {
+        eprintln!("There is no worker to check.");
+    }
     let are_healthy = checks.iter().all(|check| check.is_healthy);
-    Ok(if are_healthy {
+    Ok(if are_healthy && (!checks.is_empty() || !has_sources) {
         ExitCode::SUCCESS
     } else {
         ExitCode::from(FAILURE)
@@ -192,10 +198,17 @@ fn raw(argument: &Arg, matches: &ArgMatches) -> Vec<String> {
         .collect()
 }
 
+/// Returns whether a text is a number in TOML.
+fn is_toml_number(text: &str) -> bool {
+    let value: Result<Value, _> = text.parse();
+    value.is_ok_and(|value| value.is_integer() || value.is_float())
+}
+
 /// Returns a value in the syntax of TOML.
 fn in_toml(argument: &Arg, text: String) -> String {
     match (Kind::of(argument), text.as_str()) {
-        (kind, _) if kind.is_numeric() => text,
+        // TOML does not know every form of a number that a flag accepts, such as `.5`.
+        (kind, _) if kind.is_numeric() && is_toml_number(&text) => text,
         (Kind::Switch, "on") => true.to_string(),
         (Kind::Switch, "off") => false.to_string(),
         _ => Value::String(text).to_string(),

@@ -99,10 +99,10 @@ pub(crate) fn demo(args: DemoArgs) -> anyhow::Result<()> {
 /// # Errors
 /// The errors of [`demo`]. Failed requests are counted in the report.
 async fn compare(args: &DemoArgs, workload: &Workload) -> anyhow::Result<()> {
-    println!(
-        "{} mock engines ({}) at {} times their real speed, behind one router, over TCP.",
+    print(format_args!(
+        "{} mock engines ({}) at {} times their real speed, behind one router, over TCP.\n",
         args.workers, args.engine.preset.description, args.speedup
-    );
+    ))?;
     let mut report = LiveReport {
         workload: workload.name.clone(),
         workers: args.workers as usize,
@@ -123,17 +123,19 @@ async fn compare(args: &DemoArgs, workload: &Workload) -> anyhow::Result<()> {
         last = Some(fleet);
     }
     print(&report)?;
-    println!("All bookings are released: no worker has an active block left.");
+    print("All bookings are released: no worker has an active block left.\n")?;
     write_json(args.json.as_deref(), &report)?;
     let Some(fleet) = last else {
         return Ok(());
     };
     if args.keep {
-        fleet.print_addresses();
+        fleet.print_addresses()?;
         tokio::signal::ctrl_c().await?;
     } else {
-        println!("\nWith --keep, the router stays up for your own requests. For your own engines:");
-        println!("  foresee serve --worker http://HOST:8000 --worker http://HOST2:8000");
+        print(
+            "\nWith --keep, the router stays up for your own requests. For your own engines:\n  \
+             foresee serve --worker http://HOST:8000 --worker http://HOST2:8000\n",
+        )?;
     }
     fleet.shut_down().await;
     Ok(())
@@ -165,6 +167,7 @@ impl DemoFleet {
                 speedup: args.speedup,
                 ..MockEngineConfig::new(MODEL, engine)
             };
+            config.check().map_err(anyhow::Error::msg)?;
             let listener = bind(ANY_PORT.parse()?)?;
             let url = format!("http://{},name=engine-{number}", listener.local_addr()?);
             workers.push(url.parse::<WorkerConfig>()?);
@@ -184,6 +187,8 @@ impl DemoFleet {
                 ..AdminConfig::default()
             },
             workers,
+            // The report has the requests of each worker.
+            expose_worker_header: true,
             router: RouterConfig {
                 queue_order: args.queue.order(policy),
                 ..args.router.config(policy)
@@ -266,18 +271,21 @@ impl DemoFleet {
     }
 
     /// Prints the addresses, with commands to try.
-    fn print_addresses(&self) {
+    fn print_addresses(&self) -> anyhow::Result<()> {
         let api = self.gateway.address();
-        println!("\nPoint a client at http://{api}/v1, or try:");
-        println!(
-            "  curl http://{api}/v1/chat/completions -H 'content-type: application/json' \\\n    -d '{{\"model\": \"{MODEL}\", \"stream\": true, \"messages\": [{{\"role\": \"user\", \"content\": \"Hello\"}}]}}'"
-        );
+        print(format_args!(
+            "\nPoint a client at http://{api}/v1, or try:\n  \
+             curl http://{api}/v1/chat/completions -H 'content-type: application/json' \\\n    \
+             -d '{{\"model\": \"{MODEL}\", \"stream\": true, \"messages\": [{{\"role\": \"user\", \
+             \"content\": \"Hello\"}}]}}'\n"
+        ))?;
         if let Some(admin) = self.gateway.admin_address() {
-            println!("  http://{admin}/dashboard in a browser");
-            println!("  curl http://{admin}/admin/workers");
-            println!("  curl http://{admin}/metrics");
+            print(format_args!(
+                "  http://{admin}/dashboard in a browser\n  curl http://{admin}/admin/workers\n  \
+                 curl http://{admin}/metrics\n"
+            ))?;
         }
-        println!("Press Ctrl-C to stop.");
+        print("Press Ctrl-C to stop.\n")
     }
 
     /// Stops the gateway, then the engines.

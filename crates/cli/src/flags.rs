@@ -1,7 +1,7 @@
 //! Flags that several subcommands share.
 
 use std::fmt;
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::sync::LazyLock;
 
 use clap::{Args, ValueEnum};
@@ -241,7 +241,7 @@ pub(crate) struct WorkloadArgs {
     pub(crate) requests: Option<u32>,
     /// Sets the number of requests in flight at a time, for workloads without an arrival rate
     #[arg(long, value_name = "REQUESTS")]
-    pub(crate) concurrency: Option<usize>,
+    pub(crate) concurrency: Option<NonZeroUsize>,
     /// Sets the mean length of prompts, in tokens: of a message for chat, of the tool prompt for agent,
     /// of all documents for rag
     #[arg(long, value_name = "TOKENS")]
@@ -304,7 +304,7 @@ impl WorkloadArgs {
             } => {
                 self.reshape(shape);
                 replace(requests, self.requests);
-                replace(concurrency, self.concurrency);
+                replace(concurrency, self.concurrency.map(NonZeroUsize::get));
             }
             Recipe::Burst { shape, requests }
             | Recipe::OpenLoop {

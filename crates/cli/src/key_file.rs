@@ -42,6 +42,18 @@ pub(crate) struct KeyTable {
     expires: Option<Datetime>,
 }
 
+/// Checks the id of a key.
+///
+/// # Errors
+/// If it has other characters than visible ones of ASCII, or none.
+pub(crate) fn check_id(id: &str) -> Result<(), &'static str> {
+    let is_visible = !id.is_empty() && id.bytes().all(|byte| byte.is_ascii_graphic());
+    match is_visible {
+        true => Ok(()),
+        false => Err("`id` of a key must be visible ASCII characters without spaces"),
+    }
+}
+
 impl KeyTable {
     /// Returns the key that the table describes.
     ///
@@ -49,11 +61,7 @@ impl KeyTable {
     /// If a value is invalid. The error names the key's id and the field, and contains no hash.
     fn key(self) -> anyhow::Result<KeyConfig> {
         let id = self.id;
-        let is_visible = !id.is_empty() && id.bytes().all(|byte| byte.is_ascii_graphic());
-        ensure!(
-            is_visible,
-            "`id` of a key must be visible ASCII characters without spaces"
-        );
+        check_id(&id).map_err(anyhow::Error::msg)?;
         let in_key = || format!("key `{id}`");
         let hash = self.hash.parse();
         let hash = hash.map_err(|error: &str| anyhow::anyhow!("`hash` {error}"));

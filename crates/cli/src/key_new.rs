@@ -3,7 +3,7 @@
 use clap::{Args, Subcommand};
 use foresee_gateway::{KeyHash, Scope, new_key};
 
-use crate::key_file::{NewKey, table_text};
+use crate::key_file::{NewKey, check_id, table_text};
 use crate::output::print;
 
 /// Subcommands for keys of clients.
@@ -22,7 +22,7 @@ pub(crate) enum KeyCommand {
 #[derive(Args, Debug)]
 pub(crate) struct NewKeyArgs {
     /// Names the key in logs
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_name = "ID", value_parser = id)]
     id: String,
     /// Names the tenant of the key's requests [default: the id]
     #[arg(long, value_name = "NAME")]
@@ -30,6 +30,11 @@ pub(crate) struct NewKeyArgs {
     /// Sets what the key opens: api, metrics, admin-read or admin; repeat it for several [default: api]
     #[arg(long = "scope", value_name = "SCOPE", value_parser = scope)]
     scopes: Vec<String>,
+}
+
+/// Checks the id of a key.
+fn id(text: &str) -> Result<String, &'static str> {
+    check_id(text).map(|()| text.to_owned())
 }
 
 /// Checks the name of a scope.

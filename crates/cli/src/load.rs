@@ -12,7 +12,7 @@ use foresee_gateway::raise_open_file_limit;
 use foresee_sim::trace;
 use foresee_sim::workload::{Arrival, Workload};
 
-use crate::exit::not_carried_out;
+use crate::exit::{ensure_usage, not_carried_out};
 use crate::flags::{WorkloadArgs, workload as workload_name};
 use crate::output::{print, write_json};
 use crate::progress;
@@ -211,20 +211,20 @@ fn workload(args: &LoadArgs) -> anyhow::Result<Workload> {
     let shape = &args.shape;
     let mut workload = match &args.trace {
         Some(path) => {
-            ensure!(
+            ensure_usage(
                 shape.rps.is_none(),
-                "a trace has its own arrival times: use --rate to scale them, not --rps"
-            );
+                "a trace has its own arrival times: use --rate to scale them, not --rps",
+            )?;
             trace_workload(path, shape.requests)?
         }
         None => shape.make(&args.workload, args.seed)?,
     };
-    ensure!(
+    ensure_usage(
         shape.concurrency.is_none() || shape.rps.is_none(),
-        "--concurrency (a closed loop) and --rps (an open loop) exclude each other"
-    );
+        "--concurrency (a closed loop) and --rps (an open loop) exclude each other",
+    )?;
     if let Some(concurrency) = shape.concurrency {
-        close_loop(&mut workload, concurrency)?;
+        close_loop(&mut workload, concurrency.get())?;
     }
     ensure!(
         args.rate == 1.0 || workload.has_rate(),
@@ -247,9 +247,8 @@ fn trace_workload(path: &Path, max_requests: Option<u32>) -> anyhow::Result<Work
 /// Replaces arrival times with a closed loop of `concurrency` requests in flight.
 ///
 /// # Errors
-/// If `concurrency` is 0, or a request follows another, as the turns of a conversation do.
+/// If a request follows another, as the turns of a conversation do.
 fn close_loop(workload: &mut Workload, concurrency: usize) -> anyhow::Result<()> {
-    ensure!(concurrency > 0, "--concurrency must be at least 1");
     for request in &mut workload.requests {
         if let Arrival::After { .. } = request.arrival {
             bail!(

@@ -120,7 +120,10 @@ async fn run(args: VerifyArgs) -> anyhow::Result<Verdict> {
         admin_listen: AdminListen::Tcp(any_port),
         workers: args.workers.workers(),
         worker_key: args.worker_access.key_config(),
+        worker_tls: args.worker_access.tls_config(),
         dns: args.worker_access.dns_config(),
+        // The report names the worker of each wrong prediction.
+        expose_worker_header: true,
         router: args.routing.config(),
         prefix_caching: args.prompts.prefix_caching == Switch::On,
         tokenizer: args.prompts.tokenizer,

@@ -59,9 +59,14 @@ impl RetryBudget {
         is_allowed
     }
 
+    /// Returns a retry that was taken at `now` and not used.
+    pub fn return_retry(&mut self, now: Duration) {
+        let second = self.second(now);
+        second.retries = second.retries.saturating_sub(1);
+    }
+
     /// Returns whether [`try_retry`](Self::try_retry) would take a retry now.
-    #[must_use]
-    pub fn allows_retry(&self, now: Duration) -> bool {
+    fn allows_retry(&self, now: Duration) -> bool {
         let current = now.as_secs();
         let oldest = current.saturating_sub(WINDOW_SECONDS as u64 - 1);
         let (mut requests, mut retries) = (0, 0);

@@ -387,16 +387,16 @@ impl<'a> Failover<'a> {
             return Err(NoRetry::NotRepeatable);
         }
         let now = self.shared.clock.now();
-        let mut budget = self.shared.retry_budget.lock();
-        if !budget.allows_retry(now) {
+        // Not locked while the bookings move: every request uses the budget.
+        if !self.shared.retry_budget.lock().try_retry(now) {
             self.shared.metrics.retries_over_budget.inc();
             return Err(NoRetry::OverBudget);
         }
         self.excluded.push(batch.worker());
-        batch
-            .reroute(&self.excluded, now)
-            .map_err(|_| NoRetry::NoOtherWorker)?;
-        let _ = budget.try_retry(now);
+        if batch.reroute(&self.excluded, now).is_err() {
+            self.shared.retry_budget.lock().return_retry(now);
+            return Err(NoRetry::NoOtherWorker);
+        }
         self.retries += 1;
         self.shared.metrics.retries.inc();
         Ok(())

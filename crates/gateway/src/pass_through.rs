@@ -17,14 +17,21 @@ pub struct PassThroughPath {
 pub struct InvalidPath(String);
 
 impl PassThroughPath {
-    /// Returns whether this setting adds `path`, which has no query.
+    /// Returns whether this setting adds `path`, which has no query. A path with a dot segment (`..`) is
+    /// not added by a prefix: a proxy in front of the engine could resolve it to another path.
     pub(crate) fn matches(&self, path: &str) -> bool {
         if self.is_prefix {
-            path.starts_with(&self.path)
+            path.starts_with(&self.path) && !path.split('/').any(is_dot_segment)
         } else {
             path == self.path
         }
     }
+}
+
+/// Returns whether a segment of a path is `.` or `..`, as it is or percent-encoded.
+fn is_dot_segment(segment: &str) -> bool {
+    let segment = segment.to_ascii_lowercase().replace("%2e", ".");
+    segment == "." || segment == ".."
 }
 
 impl FromStr for PassThroughPath {
@@ -65,6 +72,15 @@ mod tests {
         let prefix: PassThroughPath = "/v1/files/*".parse().unwrap();
         assert!(prefix.matches("/v1/files/7"));
         assert!(!prefix.matches("/v1/files"));
+        assert!(prefix.matches("/v1/files/..7/a.b"));
+        for path in [
+            "/v1/files/../x",
+            "/v1/files/%2e%2E/x",
+            "/v1/files/.%2e",
+            "/v1/files/./x",
+        ] {
+            assert!(!prefix.matches(path), "{path}");
+        }
         assert_eq!(prefix.to_string(), "/v1/files/*");
     }
 

@@ -103,6 +103,7 @@ pub(crate) struct PlacementConfig {
 #[derive(Debug)]
 pub(crate) struct Placement {
     router: Router,
+    registry: Arc<WorkerRegistry>,
     metrics: Arc<Metrics>,
     clock: Clock,
     reader: Arc<RequestReader>,
@@ -140,10 +141,11 @@ impl Placement {
             metrics: Arc::clone(&metrics),
         });
         Self {
+            registry: Arc::clone(&registry),
             dry_run,
             decision_log: config.decision_log,
             reader: Arc::new(RequestReader {
-                registry,
+                registry: Arc::clone(&registry),
                 names,
                 affinity: Arc::clone(&affinity),
                 clock,
@@ -205,6 +207,10 @@ impl Placement {
     pub(crate) fn apply_affinity(&self, parsed: &mut ParsedRequest, response_id: Option<&str>) {
         let affinity = &self.observation.affinity;
         affinity.apply(parsed, response_id, self.clock.now());
+        // The worker can have been removed; the engine that gets the request then responds for itself.
+        let is_present = |id: &WorkerId| self.registry.get(*id).is_some();
+        parsed.only_worker = parsed.only_worker.filter(is_present);
+        parsed.preferred_worker = parsed.preferred_worker.filter(is_present);
     }
 
     /// Returns the tokens of a request: all its prompts, and the outputs that are expected of it.

@@ -15,7 +15,7 @@ use foresee_engine::request::Endpoint;
 use http::header::{ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, UPGRADE};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response};
 use http_body_util::Either;
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Incoming};
 use opentelemetry::KeyValue;
 
 use crate::access_log::{AccessEntry, AccessLog, PlacedFields};
@@ -31,13 +31,14 @@ use crate::pass_through::PassThroughPath;
 use crate::placement::Placement;
 use crate::placement::parsed_request::BodyForm;
 use crate::placement::placed_request::PlacedRequest;
+use crate::placement::response_observer::ResponseForm;
 use crate::reply::{self, Body};
 use crate::request_body::{RequestBodies, RequestBody};
 use crate::request_ids::RequestIds;
 use crate::shutdown::{SHUTTING_DOWN, shutting_down};
 use crate::traces::Traces;
 use crate::traces::request_trace::RequestTrace;
-use crate::tracked_body::{ResponseLimits, TrackedBody};
+use crate::tracked_body::{ResponseLimits, TrackedBody, form_of_body};
 use crate::upstream::{UpstreamClient, UpstreamRequest, strip_hop_by_hop};
 
 /// Request header with a session of the client, whose requests share a worker.
@@ -48,7 +49,8 @@ const SESSION_HEADER: &str = "x-session-id";
 struct Call {
     endpoint: Endpoint,
     body: BodyFormat,
-    /// Whether the response is observed for output and usage.
+    /// Whether the response is JSON, or a stream of it, that is observed for output and usage. Streams of
+    /// other calls are observed as far as they can be read.
     is_observed: bool,
     /// Whether the request computes a result and changes nothing else, so that it may be sent again.
     is_repeatable: bool,
@@ -235,7 +237,7 @@ impl Proxy {
         // The permit lives as long as the body: until the response begins.
         let RequestBody {
             bytes: body,
-            permit: _permit,
+            mut permit,
         } = self.bodies.read(&head, body).await?;
         let form = body_form(&call, &head.headers);
         let session = session_of(&head.headers);
@@ -244,14 +246,20 @@ impl Proxy {
             .placement
             .read(call.endpoint, form, body.clone(), session)
             .await?;
+        if let Some(rewrite) = &parsed.rewrite {
+            permit.extend_to(body.len() + rewrite.body.len())?;
+        }
         if let Some(trace) = trace {
             let lasted = self.clock.now().saturating_sub(reading_since);
             trace.add_step("foresee.tokenize", lasted, Vec::new());
             trace.describe_calls(call.endpoint, &parsed, &body);
         }
         if let Some(guard) = &mut key_guard {
-            self.keys
-                .check_model(&guard.key, parsed.requested_model())?;
+            // A request for a stored response names no model.
+            if call.response_id.is_none() {
+                self.keys
+                    .check_model(&guard.key, parsed.requested_model())?;
+            }
             let tokens = self.placement.expected_tokens(call.endpoint, &parsed);
             self.keys.reserve_tokens(guard, tokens as f64)?;
         }
@@ -275,6 +283,8 @@ impl Proxy {
             })?;
         }
         let peer = head.extensions.get::<Peer>().copied();
+        // Before the router adds its own headers, which a client could list in `Connection`.
+        strip_hop_by_hop(&mut head.headers);
         self.client_headers
             .forward(&mut head.headers, peer, call.is_observed);
         if allowed.is_some() {
@@ -402,6 +412,11 @@ impl Proxy {
         let (mut head, body) = upstream.response.into_parts();
         strip_hop_by_hop(&mut head.headers);
         let headers = &mut head.headers;
+        let has_body = upstream.first_frame.is_some() || !body.is_end_stream();
+        if has_body && form_of_body(headers) == ResponseForm::Events {
+            // A stream that fails gets an error event, which would be cut off at this length.
+            headers.remove(CONTENT_LENGTH);
+        }
         headers.remove(api_headers::WORKER);
         if self.exposes_workers {
             headers.insert(api_headers::WORKER, upstream.worker.header.clone());

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use foresee_engine::error::ApiError;
@@ -16,6 +16,12 @@ use crate::connection_state::ConnectionHandle;
 
 /// Maximum time in which a client may send the rest of a body that was refused.
 const DISCARD_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Number of idle timeouts in which a body may arrive at any rate.
+const SLOW_IDLE_TIMEOUTS: u32 = 4;
+
+/// Least mean rate of a body that takes longer, in bytes per second.
+const MIN_BYTES_PER_SECOND: f64 = 1024.0;
 
 /// Value of `Retry-After` if the bodies of other requests take all the memory.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -88,7 +94,7 @@ impl BodyPermit {
 
     /// Extends the permit to `total` bytes. Fails with a 503 if they do not fit into the budget; the
     /// permit is then as before. A smaller total than before is ignored.
-    fn extend_to(&mut self, total: usize) -> Result<(), ApiError> {
+    pub(crate) fn extend_to(&mut self, total: usize) -> Result<(), ApiError> {
         let more = total.saturating_sub(self.bytes);
         if !self.budget.reserve(more) {
             let message = "The request bodies in progress fill the router's memory for them \
@@ -147,7 +153,8 @@ impl RequestBodies {
     ///
     /// # Errors
     /// Fails with a 413 if the body exceeds the size limit, with a 503 if all bodies exceed the
-    /// budget, with a 408 if the client sends nothing for the idle timeout, with a 501 if the body
+    /// budget, with a 408 if the client sends nothing for the idle timeout or, after
+    /// [`SLOW_IDLE_TIMEOUTS`] of them, less than [`MIN_BYTES_PER_SECOND`] on average, with a 501 if the body
     /// has a transfer coding other than `chunked`, and with a 400 if the client breaks off. A
     /// separate task discards the rest of a body that does not fit.
     pub(crate) async fn read(
@@ -190,10 +197,15 @@ impl RequestBodies {
         permit.extend_to(announced)?;
         let mut bytes = BytesMut::with_capacity(announced);
         *has_begun = true;
+        let began = Instant::now();
         loop {
             let Ok(frame) = timeout(self.idle_timeout, body.frame()).await else {
                 return Err(body_timed_out(self.idle_timeout));
             };
+            let slowest = Duration::from_secs_f64(bytes.len() as f64 / MIN_BYTES_PER_SECOND);
+            if began.elapsed() > self.idle_timeout * SLOW_IDLE_TIMEOUTS + slowest {
+                return Err(body_too_slow());
+            }
             let data = match frame {
                 None => break,
                 Some(Ok(frame)) => frame.into_data().unwrap_or_default(),
@@ -243,6 +255,13 @@ fn body_timed_out(idle_timeout: Duration) -> ApiError {
         idle_timeout.as_secs_f64()
     );
     ApiError::request_timeout(message)
+}
+
+/// Returns a 408: the client sends its body so slowly that it would occupy its memory for very long.
+fn body_too_slow() -> ApiError {
+    ApiError::request_timeout(format!(
+        "The request body arrives too slowly: send at least {MIN_BYTES_PER_SECOND} bytes a second."
+    ))
 }
 
 /// Reads and discards the rest of a refused body. Most clients read no response before they have sent

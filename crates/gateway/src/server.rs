@@ -55,7 +55,8 @@ const ABORT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Maximum time at shutdown in which the collector may take the last spans.
 const LAST_SPANS_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Maximum time at shutdown in which the last lines of the access log and the recording may be written.
+/// Maximum time at shutdown in which the state file may be written, and then the last lines of the access
+/// log and the recording.
 const LAST_LINES_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why a gateway did not start.
@@ -394,8 +395,13 @@ impl Gateway {
         self.admin_api.close();
         self.workers.stop();
         self.tasks.iter().for_each(JoinHandle::abort);
-        if let Some(file) = &self.state_file {
-            file.save().await;
+        if let Some(file) = &self.state_file
+            && timeout(LAST_LINES_TIMEOUT, file.save()).await.is_err()
+        {
+            tracing::warn!(
+                timeout = ?LAST_LINES_TIMEOUT,
+                "the state file could not be written in time"
+            );
         }
         let Writers {
             recorder,

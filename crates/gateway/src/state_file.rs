@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use foresee_api::state_file::{self, ReadError};
 use foresee_core::router::Router;
+use parking_lot::Mutex;
 
 use crate::placement::Placement;
 
@@ -22,6 +23,8 @@ pub(crate) struct StateFile {
     path: PathBuf,
     router: Router,
     placement: Arc<Placement>,
+    /// Locked during a write.
+    writing: Mutex<()>,
 }
 
 impl StateFile {
@@ -48,11 +51,13 @@ impl StateFile {
             path,
             router,
             placement,
+            writing: Mutex::default(),
         }
     }
 
     /// Writes the file. A failure is logged.
     fn write(&self) {
+        let _writing = self.writing.lock();
         let text_ratios = self.placement.text_ratios();
         if let Err(error) = state_file::write(&self.path, &self.router, text_ratios) {
             tracing::warn!(path = %self.path.display(), %error, "cannot write the state file");

@@ -207,7 +207,8 @@ impl Subscription<'_> {
     /// is lost.
     async fn listen(&mut self, mut feed: Feed) {
         let grace = self.subscriber.grace;
-        let mut connected = false;
+        // A socket that binds can have a new connection before it has noticed the end of the old one.
+        let mut connections: u32 = 0;
         let (mut last_event_at, mut checks_with_news) = (Instant::now(), 0);
         let mut check_at = Instant::now() + grace;
         loop {
@@ -224,7 +225,7 @@ impl Subscription<'_> {
             };
             match event {
                 Some(FeedEvent::Connected) => {
-                    connected = true;
+                    connections = connections.saturating_add(1);
                     self.replay_backoff.reset();
                     self.refresh_worker_info();
                     self.catch_up().await;
@@ -232,7 +233,10 @@ impl Subscription<'_> {
                     check_at = Instant::now() + FIRST_CHECK_DELAY;
                 }
                 Some(FeedEvent::Disconnected) => {
-                    connected = false;
+                    connections = connections.saturating_sub(1);
+                    if connections > 0 {
+                        continue;
+                    }
                     self.set_state(EventsState::Connecting);
                     self.unusable_since.get_or_insert_with(Instant::now);
                     if !self.source.binds {
@@ -247,7 +251,7 @@ impl Subscription<'_> {
                     self.update_trust();
                     check_at = Instant::now() + CHECK_INTERVAL;
                 }
-                None if connected => {
+                None if connections > 0 => {
                     let before = self.follower.last();
                     self.catch_up().await;
                     let has_news = self.follower.last() != before;

@@ -122,7 +122,8 @@ pub(crate) enum UpstreamError {
     /// established in time. The process and its cache may well exist.
     #[error("cannot connect: {0}")]
     Unreachable(String),
-    /// Nothing was sent: this machine has no free file descriptor or port. Not the worker's fault.
+    /// Nothing was sent: this machine has no free file descriptor. Not the worker's fault. A lack of ports
+    /// is one for connections to this worker alone, so it counts as unreachable.
     #[error("this machine cannot open a connection: {0}")]
     LocalExhaustion(String),
     /// The connection was lost before the first byte of a response.
@@ -180,9 +181,7 @@ impl UpstreamError {
         const ENFILE: i32 = 23;
         const EMFILE: i32 = 24;
         match (error.kind(), error.raw_os_error()) {
-            (_, Some(ENFILE | EMFILE)) | (io::ErrorKind::AddrNotAvailable, _) => {
-                Self::LocalExhaustion(error.to_string())
-            }
+            (_, Some(ENFILE | EMFILE)) => Self::LocalExhaustion(error.to_string()),
             (io::ErrorKind::ConnectionRefused, _) => Self::ConnectionRefused(error.to_string()),
             _ => Self::Unreachable(error.to_string()),
         }

@@ -4,6 +4,9 @@ use foresee_sim::engine::EngineConfig;
 
 use crate::kv_publisher::KvEventsConfig;
 
+/// Speed-ups whose steps have a duration that can be computed.
+const SPEEDUPS: std::ops::RangeInclusive<f64> = 0.001..=1e6;
+
 /// Configuration of a mock engine.
 #[derive(Clone, Debug)]
 pub struct MockEngineConfig {
@@ -11,7 +14,7 @@ pub struct MockEngineConfig {
     pub model: String,
     /// Configuration of the simulated engine.
     pub engine: EngineConfig,
-    /// Seconds of engine time that pass in one second of real time; above 0.
+    /// Seconds of engine time that pass in one second of real time; 0.001 to 1,000,000.
     pub speedup: f64,
     /// Maximum number of tokens of a prompt and its output together. At most the capacity of the KV
     /// cache.
@@ -35,12 +38,15 @@ impl MockEngineConfig {
         }
     }
 
-    /// Returns an error that names the first contradiction in the configuration.
-    pub(crate) fn check(&self) -> Result<(), &'static str> {
+    /// Checks the configuration.
+    ///
+    /// # Errors
+    /// Names the first contradiction, or setting that is out of range.
+    pub fn check(&self) -> Result<(), &'static str> {
         let engine = &self.engine;
         let capacity = engine.blocks.saturating_mul(engine.block_size.get());
-        if !(self.speedup > 0.0 && self.speedup.is_finite()) {
-            return Err("the speedup must be above 0");
+        if !SPEEDUPS.contains(&self.speedup) {
+            return Err("the speedup must be between 0.001 and 1000000");
         }
         if engine.max_num_batched_tokens == 0 || engine.max_num_seqs == 0 {
             return Err("max_num_batched_tokens and max_num_seqs must be at least 1");

@@ -37,6 +37,10 @@ class BackpressureError(RouteError):
         self.retry_after = retry_after
         """Seconds until the first of them gets requests again."""
 
+    def __reduce__(self) -> tuple[type["BackpressureError"], tuple[str, float]]:
+        """Return how to make a copy, for :mod:`pickle`."""
+        return type(self), (str(self), self.retry_after)
+
 
 class BodyError(ForeseeError, ValueError):
     """The body of a request cannot be read."""

@@ -19,7 +19,7 @@ use foresee_sim::slo::{InvalidSlo, Slo};
 use foresee_sim::trace;
 use foresee_sim::workload::{NAMED, Workload};
 
-use crate::InvalidConfiguration;
+use crate::exit::ensure_usage;
 use crate::flags::{EngineArgs, RouterArgs, WorkloadArgs, workload};
 use crate::output::{print, write_file, write_json};
 use crate::trace_file::read_trace;
@@ -294,14 +294,6 @@ impl SignalArgs {
 /// Returns the number of replays that run at a time.
 pub(super) fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
-}
-
-/// Returns an error with the exit code of wrong usage, if a condition does not hold.
-fn ensure_usage(holds: bool, problem: &'static str) -> anyhow::Result<()> {
-    if holds {
-        return Ok(());
-    }
-    Err(anyhow::Error::msg(problem).context(InvalidConfiguration))
 }
 
 /// Parses `--slo`.

@@ -9,6 +9,7 @@ use foresee_gateway::{
     WorkerTlsConfig,
 };
 
+use super::tls_args::require_both;
 use crate::flags::{DEFAULTS, Switch};
 use crate::values::{Choice, positive_duration};
 
@@ -110,20 +111,10 @@ pub(crate) struct WorkerAccessArgs {
     #[arg(long, value_name = "FILE", env = "FORESEE_WORKER_TLS_CA")]
     worker_tls_ca: Option<PathBuf>,
     /// Names the file with the certificate chain in PEM that the router shows to https:// workers
-    #[arg(
-        long,
-        value_name = "FILE",
-        env = "FORESEE_WORKER_TLS_CERTIFICATE",
-        requires = "worker_tls_key"
-    )]
+    #[arg(long, value_name = "FILE", env = "FORESEE_WORKER_TLS_CERTIFICATE")]
     worker_tls_certificate: Option<PathBuf>,
     /// Names the file with the private key of --worker-tls-certificate in PEM
-    #[arg(
-        long,
-        value_name = "FILE",
-        env = "FORESEE_WORKER_TLS_KEY",
-        requires = "worker_tls_certificate"
-    )]
+    #[arg(long, value_name = "FILE", env = "FORESEE_WORKER_TLS_KEY")]
     worker_tls_key: Option<PathBuf>,
     /// Sets the time between two look-ups of a worker's host name, such as 30s
     ///
@@ -151,6 +142,19 @@ impl WorkerAccessArgs {
             source: file.or_else(value),
             for_clients: self.worker_api_key_for_clients == Switch::On,
         }
+    }
+
+    /// Checks that the certificate and its key are named together.
+    ///
+    /// # Errors
+    /// If one of them is missing.
+    pub(crate) fn check(&self) -> Result<(), clap::Error> {
+        let certificate = self.worker_tls_certificate.is_some();
+        let key = self.worker_tls_key.is_some();
+        require_both(
+            ("--worker-tls-certificate", certificate),
+            ("--worker-tls-key", key),
+        )
     }
 
     /// Returns the files of TLS of workers that name none.

@@ -384,6 +384,8 @@ impl ServeArgs {
         self.admin = self.admin.resolve()?;
         self.observability = self.observability.resolve()?;
         self.workers = self.workers.resolve(matches);
+        self.tls.check()?;
+        self.worker_access.check()?;
         Ok(self)
     }
 

@@ -239,6 +239,46 @@ fn mistakes_in_a_file_name_the_file_the_key_and_the_remedy() {
 }
 
 #[test]
+fn files_of_tls_can_be_named_by_flag_variable_and_file() {
+    let file = ConfigFile::new("tls-certificate = \"/nonexistent/chain.pem\"\n");
+    let flags = [
+        "--config",
+        file.path(),
+        "--tls-client-ca",
+        "/nonexistent/ca.pem",
+    ];
+    let variables = [("FORESEE_TLS_KEY", "/nonexistent/key.pem")];
+    // All of them are read; the first one does not exist.
+    let error = check(&variables, &flags);
+    let error = String::from_utf8_lossy(&error.stderr).into_owned();
+    assert!(error.contains("cannot use /nonexistent"), "{error}");
+    for (variable, missing) in [
+        (("FORESEE_TLS_KEY", "key.pem"), "--tls-certificate"),
+        (("FORESEE_TLS_CERTIFICATE", "chain.pem"), "--tls-key"),
+        (("FORESEE_TLS_CLIENT_CA", "ca.pem"), "--tls-certificate"),
+        (
+            ("FORESEE_WORKER_TLS_KEY", "key.pem"),
+            "--worker-tls-certificate",
+        ),
+    ] {
+        let output = check(&[variable], &[]);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{error}");
+        assert!(error.contains(missing), "{error}");
+    }
+}
+
+#[test]
+fn numbers_are_printed_as_toml_has_them() {
+    let settings = effective(&[], &["--overlap-weight", ".5", "--ttft-weight", "2."]);
+    let text = settings["overlap-weight"].as_str();
+    assert_eq!(text, Some(".5"));
+    let again = ConfigFile::new(&toml::to_string(&settings).unwrap());
+    let settings = effective(&[], &["--config", again.path()]);
+    assert_eq!(settings["ttft-weight"].as_str(), Some("2."));
+}
+
+#[test]
 fn the_listen_address_cannot_be_set_twice() {
     let output = check(&[], &["--listen", ":1", "--port", "2"]);
     let error = String::from_utf8(output.stderr).unwrap();

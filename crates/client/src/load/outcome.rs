@@ -57,10 +57,11 @@ pub struct LiveOutcome {
     pub hit_fraction: f64,
     /// By the worker's name in `x-foresee-worker`; empty without a Foresee router.
     pub workers: BTreeMap<String, WorkerTotals>,
-    /// Uncached prompt tokens: the maximum over workers, divided by the mean.
-    pub computed_imbalance: f64,
-    /// Requests: the maximum over workers, divided by the mean.
-    pub request_imbalance: f64,
+    /// Uncached prompt tokens: the maximum over workers, divided by the mean; `None` if no response
+    /// named its worker.
+    pub computed_imbalance: Option<f64>,
+    /// Requests: the maximum over workers, divided by the mean; `None` as above.
+    pub request_imbalance: Option<f64>,
 }
 
 /// Counts of one worker.
@@ -188,9 +189,11 @@ impl Tally {
         let mut workers_and_idle: Vec<WorkerTotals> = outcome.workers.values().copied().collect();
         workers_and_idle.resize(workers.max(workers_and_idle.len()), WorkerTotals::default());
         let totals = workers_and_idle.iter();
-        outcome.computed_imbalance =
-            imbalance(totals.clone().map(|worker| worker.uncached_prompt_tokens));
-        outcome.request_imbalance = imbalance(totals.map(|worker| worker.requests));
+        if !outcome.workers.is_empty() {
+            let computed = totals.clone().map(|worker| worker.uncached_prompt_tokens);
+            outcome.computed_imbalance = Some(imbalance(computed));
+            outcome.request_imbalance = Some(imbalance(totals.map(|worker| worker.requests)));
+        }
         outcome
     }
 }

@@ -48,9 +48,11 @@ impl fmt::Display for LiveReport {
             ("makespan, s", Ratio, |it| it.makespan),
             ("prefix hits, % of tokens", Percent, |it| it.hit_fraction),
             ("worst/mean computed tokens", Ratio, |it| {
-                it.computed_imbalance
+                it.computed_imbalance.unwrap_or(f64::NAN)
             }),
-            ("worst/mean requests", Ratio, |it| it.request_imbalance),
+            ("worst/mean requests", Ratio, |it| {
+                it.request_imbalance.unwrap_or(f64::NAN)
+            }),
             ("client delay p99, ms", Milliseconds, |it| {
                 it.client_delay.p99
             }),

@@ -227,7 +227,7 @@ async fn counts_and_latencies_describe_what_clients_received() {
     // Two of four workers had all requests.
     assert_eq!(
         (outcome.computed_imbalance, outcome.request_imbalance),
-        (2.0, 2.0)
+        (Some(2.0), Some(2.0))
     );
     let (first, end) = (outcome.time_to_first_token, outcome.end_to_end);
     assert!(first.mean > 0.0 && first.p50 <= first.p99);

@@ -242,9 +242,11 @@ impl OutlierRecord {
 
     /// Starts backpressure, or extends it to a later `Retry-After`. The back-off doubles only if
     /// earlier backpressure has ended: replies to requests that were sent before it began say
-    /// nothing new. An ejected worker gets its next trial after the backpressure.
+    /// nothing new. It lasts a second at least. An ejected worker gets its next trial after it.
     pub(crate) fn on_backpressure(&mut self, retry_after: Option<Duration>, now: Duration) {
-        let named = retry_after.map(|retry_after| retry_after.min(MAX_RETRY_AFTER));
+        // A worker that refuses requests at once would attract all others if it were chosen again at
+        // once.
+        let named = retry_after.map(|named| named.clamp(BACKPRESSURE_BASE, MAX_RETRY_AFTER));
         let backpressure = match self.backpressure {
             Some(present) if now < present.until => Backpressure {
                 until: present

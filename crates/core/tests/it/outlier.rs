@@ -372,6 +372,17 @@ fn a_failed_batch_counts_once_and_charges_every_prompt() {
 }
 
 #[test]
+fn backpressure_lasts_a_second_whatever_the_worker_names() {
+    let (router, ids) = warm_fleet(2, unqueued(NamedPolicy::default()));
+    let named = Backpressure {
+        retry_after: Some(seconds(0.0)),
+    };
+    router.report(ids[0], named, seconds(1.0));
+    let busy = snapshot(&router, ids[0], seconds(1.0));
+    assert_eq!(busy.outlier.backpressure_until, Some(seconds(2.0)));
+}
+
+#[test]
 fn backpressure_is_neither_failure_nor_success() {
     let (router, ids) = warm_fleet(2, unqueued(NamedPolicy::default()));
     report_many(&router, ids[0], [Failure; 4], seconds(1.0));

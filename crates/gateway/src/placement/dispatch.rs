@@ -52,9 +52,9 @@ impl QueueWait {
             Poll::Pending => {
                 let dispatched = tokio::time::timeout(max_wait, poll_fn(poll)).await;
                 let dispatched = dispatched.map_err(|_| {
-                    let seconds = max_wait.as_secs();
+                    let queued = self.clock.now().saturating_sub(started).as_secs_f64();
                     ApiError::queue_timeout(format!(
-                        "The request was queued for {seconds} s and no worker could take it."
+                        "The request was queued for {queued:.1} s and no worker could take it."
                     ))
                 })?;
                 if dispatched.is_ok() {

@@ -56,8 +56,8 @@ impl RequestReader {
     /// empty. `session` is that of the request beside its body, and takes precedence over that of the
     /// body.
     ///
-    /// A short body is read on this thread, a long one in the parse pool. With a tokenizer, the
-    /// limit for a short body is lower.
+    /// A short body is read on this thread, a long or compressed one in the parse pool. With a
+    /// tokenizer, the limit for a short body is lower.
     ///
     /// # Errors
     /// Returns the error response for the client if the body is invalid, its content coding is not
@@ -70,8 +70,10 @@ impl RequestReader {
         session: Option<&[u8]>,
     ) -> Result<ParsedRequest, ApiError> {
         let max_inline_bytes = match (&self.tokenizer, &form.coding) {
+            // A few bytes can be decompressed to many.
+            (_, Some(_)) => 0,
             (None, None) => MAX_INLINE_PARSE_BYTES,
-            _ => MAX_INLINE_TOKENIZE_BYTES,
+            (Some(_), None) => MAX_INLINE_TOKENIZE_BYTES,
         };
         if body.len() <= max_inline_bytes {
             return self.read_now(endpoint, &form, &body, session);

@@ -268,12 +268,16 @@ impl ResponseObserver {
     }
 
     /// Returns whether the response is a stream that contained neither its end mark nor the end of
-    /// its outputs.
+    /// its outputs. The end of a stream of an unknown API is unknown, unless it has outputs.
     fn is_cut_short(&self) -> bool {
         let ResponseReader::Events(observer) = &self.reader else {
             return false;
         };
         let choices = observer.choices();
+        let endpoint = self.context.as_ref().map(|context| context.endpoint);
+        if endpoint == Some(Endpoint::Other) && choices.is_empty() {
+            return false;
+        }
         let has_finished = !choices.is_empty() && choices.iter().all(|choice| choice.finished);
         let is_complete = observer.is_done() || self.ends_with_mark || has_finished;
         !is_complete && !observer.has_error()

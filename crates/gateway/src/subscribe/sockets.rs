@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use foresee_engine::kv_events::{Message, Replay, parse_message, parse_replay, replay_request};
@@ -35,6 +35,9 @@ const REPLAY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Time limit of each further batch of a replay. Engines send them in one burst.
 const NEXT_REPLAY_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Maximum time of a whole replay, during which no live event is applied.
+const MAX_REPLAY_TIME: Duration = Duration::from_secs(60);
 
 /// Maximum number of batches of one replay: twice what engines keep.
 const MAX_REPLAYED_BATCHES: usize = 20_000;
@@ -198,7 +201,11 @@ pub(super) async fn replay(
     let (mut next, mut count) = (from, 0);
     let mut socket = request_replay(endpoint, next).await?;
     let mut has_batch = false;
+    let began = Instant::now();
     for _ in 0..MAX_REPLAYED_BATCHES {
+        if began.elapsed() > MAX_REPLAY_TIME {
+            return Err(SocketError::TimedOut);
+        }
         let time_limit = match has_batch {
             true => NEXT_REPLAY_TIMEOUT,
             false => REPLAY_TIMEOUT,

@@ -102,6 +102,24 @@ async fn a_body_that_stops_is_a_408_and_closes_the_connection() {
 }
 
 #[tokio::test]
+async fn a_body_that_trickles_is_a_408() {
+    let worker = FakeWorker::start().await;
+    let mut config = patient(&[&worker]);
+    config.bodies.idle_timeout = SHORT;
+    let gateway = gateway_with(config).await;
+    let head = format!("POST {CHAT} HTTP/1.1\r\nhost: g\r\ncontent-length: 1000\r\n\r\n");
+    let mut client = Client::sending(gateway.address(), head).await;
+    let trickle = async {
+        loop {
+            client.send("x").await;
+            tokio::time::sleep(SHORT / 2).await;
+        }
+    };
+    let _ = tokio::time::timeout(SHORT * 6, trickle).await;
+    client.response().await.error(408);
+}
+
+#[tokio::test]
 async fn a_slow_body_is_complete_in_the_end() {
     let mut worker = FakeWorker::start().await;
     let mut config = patient(&[&worker]);

@@ -84,7 +84,7 @@ async fn a_request_needs_a_key_and_the_worker_never_sees_it() {
 
 #[tokio::test]
 async fn a_key_opens_only_its_models() {
-    let worker = FakeWorker::start().await;
+    let mut worker = FakeWorker::start().await;
     let other = KeyConfig {
         models: vec!["other-*".to_owned()],
         ..key("other")
@@ -106,6 +106,11 @@ async fn a_key_opens_only_its_models() {
         (&"model_not_allowed".into(), &"model".into())
     );
     assert!(has_no_bookings(&gateway));
+    // A stored response is fetched without naming a model.
+    let bytes = request("GET", "/v1/responses/resp_1", "x-api-key: other", "");
+    let mut client = Client::sending(gateway.address(), bytes).await;
+    worker.request().await.respond_json("{}").await;
+    assert_eq!(client.response().await.status(), 200);
 }
 
 #[tokio::test]

@@ -83,10 +83,52 @@ async fn paths_of_the_operator_pass_through_unread() {
         let response = client.response().await;
         assert_eq!((response.status(), response.text()), (207, "as\0it is"));
     }
-    call(gateway.address(), "GET", "/v1/files", "")
-        .await
-        .error(404);
+    for path in [
+        "/v1/files",
+        "/v1/files/../../flush_cache",
+        "/v1/files/%2E%2e/x",
+    ] {
+        call(gateway.address(), "GET", path, "").await.error(404);
+    }
     until_released(&gateway).await;
+}
+
+#[tokio::test]
+async fn streams_of_unknown_apis_end_as_they_are() {
+    let mut worker = FakeWorker::start().await;
+    let mut config = config(&[&worker]);
+    config.pass_through = vec!["/events".parse().unwrap()];
+    let gateway = gateway_with(config).await;
+    for path in ["/events", "/v1/responses/resp_1?stream=true"] {
+        let mut client = Client::sending(gateway.address(), http("GET", path, "")).await;
+        let mut exchange = worker.request().await;
+        exchange.start_stream().await;
+        let events = "event: response.completed\ndata: {\"type\": \"response.completed\"}\n\n";
+        exchange.send_chunk(events).await;
+        exchange.finish_chunks().await;
+        client.head().await;
+        assert_eq!(client.rest().await.unwrap(), events, "{path}");
+    }
+    until_metric(&gateway, "foresee_requests_total{outcome=\"ok\"}", 2.0).await;
+}
+
+#[tokio::test]
+async fn a_client_cannot_remove_the_headers_of_the_gateway() {
+    let mut worker = FakeWorker::start().await;
+    let gateway = gateway(&[&worker]).await;
+    let request = String::from_utf8(http("POST", CHAT, chat("hi", false))).unwrap();
+    let request = request.replacen(
+        "\r\n",
+        "\r\nconnection: keep-alive, x-forwarded-for, via, x-own\r\nx-own: 1\r\n",
+        1,
+    );
+    let mut client = Client::sending(gateway.address(), request).await;
+    let exchange = worker.request().await;
+    assert_eq!(exchange.head.get("x-forwarded-for"), Some("127.0.0.1"));
+    assert!(exchange.head.get("via").is_some());
+    assert_eq!(exchange.head.get("x-own"), None);
+    exchange.respond_json("{}").await;
+    assert_eq!(client.response().await.status(), 200);
 }
 
 /// Bodies of every kind of path, without a model.

@@ -208,6 +208,25 @@ async fn events_that_arrive_with_the_loss_of_the_connection_are_passed_on() {
 }
 
 #[tokio::test]
+async fn a_stream_of_known_length_that_breaks_off_ends_with_an_error() {
+    let mut worker = FakeWorker::start().await;
+    let gateway = gateway(&[&worker]).await;
+    let mut client = Client::sending(gateway.address(), http("POST", CHAT, chat("hi", true))).await;
+    let mut exchange = worker.request().await;
+    let event = token("a");
+    let head = format!(
+        "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: {}\r\n\r\n",
+        event.len() + 5
+    );
+    exchange.send(head + &event).await;
+    let head = client.head().await;
+    assert_eq!(head.get("content-length"), None);
+    exchange.close();
+    let rest = client.rest().await.unwrap();
+    assert!(rest.contains("worker_failed"), "{rest}");
+}
+
+#[tokio::test]
 async fn an_idle_connection_to_a_worker_is_closed() {
     let mut worker = FakeWorker::start().await;
     let gateway = gateway(&[&worker]).await;

@@ -36,12 +36,15 @@ function showAbout(time) {
 }
 
 async function start(snapshot) {
+  const isNew = !router;
   const isOther = router && router.started !== snapshot.started;
   router = snapshot;
   workers.clear();
   for (const worker of snapshot.workers) workers.set(worker.name, worker);
   fleet.reset(snapshot.workers);
-  decisions.reset(snapshot.decisions);
+  // A stream that begins again after some minutes does not disturb the reader of a decision.
+  if (isNew || isOther) decisions.reset(snapshot.decisions);
+  else decisions.update(snapshot.decisions);
   quality.update(snapshot.quality);
   if (isOther) fleet.close();
   show(snapshot);

@@ -186,6 +186,7 @@ export class Fleet {
       row.history = [...row.history, row.worker.running + row.worker.queued].slice(-SPARKLINE);
     }
     this.drawVisible();
+    if (this.opened) this.load(this.opened);
   }
 
   drawVisible() {
@@ -258,11 +259,17 @@ export class Fleet {
     if (isOpen) return;
     const content = el("div", { class: "details" }, el("p", { class: "muted" }, "Loading…"));
     const node = el("tr", { role: "row", class: "detail-row" }, el("td", { role: "cell", colSpan: COLUMNS.length }, content));
-    const opened = { row, node, charts: [] };
+    const opened = { row, node, content, charts: [] };
     this.opened = opened;
     byId("fleet-scroll").classList.add("open");
     row.button.setAttribute("aria-expanded", "true");
     row.node.after(node);
+    await this.load(opened);
+  }
+
+  // Loads the details of an opened worker.
+  async load(opened) {
+    const { row, content } = opened;
     const name = encodeURIComponent(row.worker.name);
     try {
       const [worker, history] = await Promise.all([get(`workers/${name}`),

@@ -63,7 +63,7 @@ export class Overview {
       el("span", { class: "icon", "aria-hidden": "true" }, line.bad ? "✕" : "!"),
       el("span", { class: "visually-hidden" }, line.bad ? "Problem: " : "Warning: "),
       line.name ? el("button", { class: "link", onclick: () => this.openWorker(line.name) }, line.name) : null,
-      line.name ? el("span", {}, ` ${line.state === "healthy" ? "" : `is ${line.state}: `}${line.text}`)
+      line.name ? el("span", {}, ` ${line.state === "healthy" || line.text.startsWith(line.state) ? "" : `is ${line.state}: `}${line.text}`)
         : el("span", {}, line.text)));
     if (!nodes.length) {
       const all = workers.size === 1 ? "The worker is healthy." : `All ${workers.size} workers are healthy.`;
