@@ -30,7 +30,7 @@ OWN = {
 # Policies that other routers have, and simple ones.
 OTHERS = [
     "kv", "kv:100", "least-requests", "round-robin", "consistent-hash", "dynamo", "metrics-1s",
-    "sglang", "smg", "llm-d", "llm-d-affinity", "lmetric", "production-stack", "two-tier", "min-ttft",
+    "sglang", "smg", "kv-aware", "llm-d", "llm-d-affinity", "lmetric", "production-stack", "two-tier", "min-ttft",
 ]  # fmt: skip
 # Columns of the tables by workload.
 COLUMNS = {
