@@ -2,8 +2,8 @@
 //!
 //! `settings` and `listener` say where it listens, `access` which requests it accepts, `new_worker`
 //! which workers may be added, `drain` how workers leave, `explain` how a request would be routed,
-//! `log` has the filter of the log, `dashboard` has the page and what it reads, and `selection` is a front end for proxies that send
-//! requests themselves.
+//! `log` has the filter of the log, `dashboard` has the page and its data, and `selection` is a front
+//! end for proxies that send requests themselves.
 //!
 //! `docs/api.md` describes the paths and all JSON fields.
 

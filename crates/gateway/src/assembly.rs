@@ -82,7 +82,7 @@ pub(crate) struct GatewayParts {
     /// Limits how many requests are sent again after a worker failed them.
     retry_budget: Arc<Mutex<RetryBudget>>,
     request_ids: Arc<RequestIds>,
-    /// What the dashboard shows of requests, if there is one.
+    /// Feed of requests to the dashboard; `None` without a dashboard.
     dashboard_feed: Option<DashboardFeed>,
     /// Shutdown of the API's listener.
     pub(crate) shutdown: Arc<ShutdownSignal>,

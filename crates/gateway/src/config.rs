@@ -90,7 +90,7 @@ pub struct GatewayConfig {
     pub access_log_sample_ratio: f64,
     /// Names of another program that the page of metrics has as well.
     pub metrics_compat: Option<MetricsCompat>,
-    /// What the forecast size of the fleet has to achieve.
+    /// Objectives that the forecast size of the fleet has to achieve.
     pub autoscaling: AutoscalingConfig,
     /// Where spans of sampled requests are sent to; `None` for no spans.
     pub traces: Option<TraceConfig>,

@@ -33,7 +33,7 @@ pub(crate) struct Place {
     kind: PlaceKind,
 }
 
-/// What a place is for.
+/// Purpose of a place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum PlaceKind {
     /// A connection that is served.

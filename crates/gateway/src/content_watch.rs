@@ -10,7 +10,7 @@ use std::time::Duration;
 /// Time between two looks at files.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// What was seen of a content.
+/// Observations of a content.
 #[derive(Clone, Copy, Debug)]
 pub struct ContentWatch {
     /// Hash of the content that was reported last.

@@ -7,7 +7,7 @@ use foresee_core::workers::{WorkerSnapshot, WorkerState};
 use foresee_core::{DemandForecast, LatencyLimits, sustainable_rate};
 use parking_lot::Mutex;
 
-/// What the fleet has to achieve, and how early its size is forecast.
+/// Objectives of the fleet, and how early its size is forecast.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AutoscalingConfig {
     /// Limit for the time to first token of 95 % of the requests.

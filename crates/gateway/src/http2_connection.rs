@@ -270,7 +270,7 @@ impl Streams {
 /// The place of a stream among all requests.
 #[derive(Debug)]
 enum StreamPlace {
-    /// That of its connection: no other stream was open.
+    /// The place of its connection: no other stream was open.
     OfConnection,
     /// A place of its own.
     Own { _place: Place },

@@ -121,7 +121,7 @@ struct ModelRenamer {
     kept: Vec<u8>,
 }
 
-/// What a place that begins like the key is.
+/// Kind of a place that begins like the key.
 enum Field {
     /// The field, whose value is at this place.
     Found(usize),

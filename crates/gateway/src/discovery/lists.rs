@@ -27,7 +27,7 @@ enum ListUse {
     Whole,
     /// Some workers could not be added.
     Part,
-    /// It is invalid, or empty without leave.
+    /// No worker: the list is invalid, or it is empty and empty lists are not allowed.
     None,
 }
 
