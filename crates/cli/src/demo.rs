@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use foresee_client::load::{self, LiveOutcome, LiveReport, LoadConfig, NamedOutcome};
+use foresee_client::load::{
+    self, LiveOutcome, LiveReport, LoadConfig, NamedOutcome, OutputRequest,
+};
 use foresee_core::policy::{self, NamedPolicy};
 use foresee_core::router::RouterConfig;
 use foresee_core::workers::{WorkerSnapshot, WorkerState};
@@ -27,6 +29,8 @@ use crate::values::{Fraction, address};
 
 /// Name of the model that the mock engines serve.
 const MODEL: &str = "model";
+/// `max_tokens` of each request, more than the length of any output by default.
+const MAX_TOKENS: u32 = 4096;
 /// Address with a port that the system chooses.
 const ANY_PORT: &str = "127.0.0.1:0";
 
@@ -234,6 +238,10 @@ impl DemoFleet {
             speedup: args.speedup,
             abort_fraction: args.abort_fraction.0,
             seed: args.router.seed,
+            // As in production, the router cannot read the length of an output from its request.
+            output_request: OutputRequest::AtLeast {
+                max_tokens: MAX_TOKENS,
+            },
             ..LoadConfig::new(format!("http://{}", self.gateway.address()), MODEL)
         };
         let outcome = load::run(&config, workload, |progress| {

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context, bail, ensure};
 use clap::{Args, ValueEnum};
 use foresee_client::load::{
-    self, ApiKey, HeaderName, HeaderValue, LiveOutcome, LoadConfig, LoadSummary,
+    self, ApiKey, HeaderName, HeaderValue, LiveOutcome, LoadConfig, LoadSummary, OutputRequest,
 };
 use foresee_gateway::raise_open_file_limit;
 use foresee_sim::trace;
@@ -59,8 +59,16 @@ pub(crate) struct LoadArgs {
     headers: Vec<(HeaderName, HeaderValue)>,
     /// Leaves `ignore_eos` out of requests, for servers that refuse the field; outputs may then be
     /// shorter than in the workload
-    #[arg(long)]
+    #[arg(long, conflicts_with = "max_tokens")]
     no_ignore_eos: bool,
+    /// Sets `max_tokens` of each request, and sends the output length as `min_tokens`, where a mock
+    /// engine ends the output [default: the output length, with `ignore_eos`]
+    ///
+    /// With the default, a router can read the length of each output from its request. Clients in
+    /// production send a limit that few outputs reach. Other engines than mock engines end the
+    /// output where the model does.
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    max_tokens: Option<u32>,
 
     /// Selects the workload to send
     #[arg(
@@ -127,6 +135,17 @@ pub(crate) struct LoadArgs {
     json: Option<PathBuf>,
 }
 
+impl LoadArgs {
+    /// Returns how requests ask for the output length of the workload.
+    fn output_request(&self) -> OutputRequest {
+        match self.max_tokens {
+            Some(max_tokens) => OutputRequest::AtLeast { max_tokens },
+            None if self.no_ignore_eos => OutputRequest::AtMost,
+            None => OutputRequest::Exact,
+        }
+    }
+}
+
 /// The API that requests use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Api {
@@ -164,7 +183,7 @@ fn run(args: &LoadArgs) -> anyhow::Result<LiveOutcome> {
         let model = load::find_model(&args.address, api_key.as_ref(), named_model).await?;
         let config = LoadConfig {
             chat: args.api == Api::Chat,
-            ignore_eos: !args.no_ignore_eos,
+            output_request: args.output_request(),
             api_key,
             headers: args.headers.iter().cloned().collect(),
             speedup: args.speedup,

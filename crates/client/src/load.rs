@@ -53,9 +53,8 @@ pub struct LoadConfig {
     /// Whether requests go to `/v1/chat/completions`, with the prompt as one message, instead of
     /// `/v1/completions`.
     pub chat: bool,
-    /// Whether requests ask with `ignore_eos` for exactly the workload's number of output tokens.
-    /// vLLM and SGLang know this field; other servers may refuse it.
-    pub ignore_eos: bool,
+    /// How requests ask for the workload's number of output tokens.
+    pub output_request: OutputRequest,
     /// The key sent with each request.
     pub api_key: Option<ApiKey>,
     /// Headers of each request besides the key.
@@ -75,6 +74,23 @@ pub struct LoadConfig {
     pub timeout: Duration,
 }
 
+/// How a request asks for a number of output tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OutputRequest {
+    /// Exactly this number: as `max_tokens`, with `ignore_eos`. vLLM and SGLang know the second
+    /// field; other servers may refuse it. A router can read the length of the output.
+    Exact,
+    /// At most this number: as `max_tokens`.
+    AtMost,
+    /// At least this number: as `min_tokens`, with this `max_tokens`, or the number itself if it is
+    /// larger. A mock engine ends the output after `min_tokens`, so a router knows its length as
+    /// little as it knows that of an output which ends by itself.
+    AtLeast {
+        /// `max_tokens` of each request.
+        max_tokens: u32,
+    },
+}
+
 impl LoadConfig {
     /// Returns a configuration for one worker in real time, without a key or a limit of duration,
     /// with no stream closed early and ten minutes for each request.
@@ -84,7 +100,7 @@ impl LoadConfig {
             address: address.into(),
             model: model.into(),
             chat: false,
-            ignore_eos: true,
+            output_request: OutputRequest::Exact,
             api_key: None,
             headers: HeaderMap::new(),
             workers: 1,

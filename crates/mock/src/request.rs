@@ -43,6 +43,35 @@ pub(crate) struct CompletionRequest {
     pub(crate) requests: Vec<Submission>,
 }
 
+/// Where an output ends.
+#[derive(Clone, Copy, Debug)]
+enum OutputLength {
+    /// At the length that the prompt determines.
+    Natural,
+    /// After `min_tokens`: the next token is the end-of-sequence token.
+    Minimum(u32),
+    /// At the limit, because the end-of-sequence token is ignored.
+    Limit,
+}
+
+impl OutputLength {
+    /// Returns where the outputs of a request with these fields end.
+    ///
+    /// # Errors
+    /// If `min_tokens` is above `limit`.
+    fn read(fields: &EngineFields, limit: u32) -> Result<Self, ApiError> {
+        if let Some(tokens) = fields.min_tokens.filter(|&tokens| tokens > limit) {
+            let message = format!("min_tokens must be at most max_tokens={limit}, got {tokens}.");
+            return Err(ApiError::bad_request(message, Some("min_tokens")));
+        }
+        Ok(match (fields.ignore_eos, fields.min_tokens) {
+            (Some(true), _) => Self::Limit,
+            (_, Some(tokens)) if tokens > 0 => Self::Minimum(tokens),
+            _ => Self::Natural,
+        })
+    }
+}
+
 /// An output with its length.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PlannedOutput {
@@ -57,6 +86,7 @@ pub(crate) struct PlannedOutput {
 #[serde(default)]
 struct EngineFields {
     ignore_eos: Option<bool>,
+    min_tokens: Option<u32>,
     stream_options: Option<StreamOptions>,
 }
 
@@ -109,7 +139,7 @@ impl CompletionRequest {
 
         let prompts = Prompts::read(&request, endpoint);
         let limit = output_limit(config, &request, endpoint, &prompts)?;
-        let ignore_eos = fields.ignore_eos.unwrap_or(false);
+        let length = OutputLength::read(&fields, limit)?;
         let outputs: Vec<PlannedOutput> = (0..request.prompts * request.choices)
             .map(|choice| {
                 let prompt = prompts.known(choice / request.choices);
@@ -121,7 +151,7 @@ impl CompletionRequest {
                     Some(_) => choice % request.choices,
                     None => choice,
                 };
-                PlannedOutput::limited(output.choice(choice), limit, ignore_eos)
+                PlannedOutput::limited(output.choice(choice), limit, length)
             })
             .collect();
         let requests = outputs.iter().zip(0_u32..).map(|(output, choice)| {
@@ -292,15 +322,17 @@ impl Prompts {
 }
 
 impl PlannedOutput {
-    /// Returns the output with its natural length and finish reason `stop`. If `limit` is shorter,
-    /// or if the end-of-sequence token is ignored, the output has `limit` tokens and finish reason
-    /// `length`.
-    fn limited(output: MockOutput, limit: u32, ignore_eos: bool) -> Self {
-        let length = output.length();
-        let (tokens, finish_reason) = if ignore_eos || length > limit {
-            (limit, "length")
-        } else {
-            (length, "stop")
+    /// Returns the output with finish reason `stop`. If `limit` is shorter, or if the
+    /// end-of-sequence token is ignored, the output has `limit` tokens and finish reason `length`.
+    fn limited(output: MockOutput, limit: u32, length: OutputLength) -> Self {
+        let natural = match length {
+            OutputLength::Natural => Some(output.length()),
+            OutputLength::Minimum(tokens) => Some(tokens),
+            OutputLength::Limit => None,
+        };
+        let (tokens, finish_reason) = match natural.filter(|&tokens| tokens <= limit) {
+            Some(tokens) => (tokens, "stop"),
+            None => (limit, "length"),
         };
         Self {
             output,

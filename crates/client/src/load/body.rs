@@ -6,11 +6,10 @@ use foresee_sim::prompt::{Prompt, VOCABULARY};
 use foresee_sim::workload::WorkloadRequest;
 use serde::Serialize;
 
-use crate::load::LoadConfig;
+use crate::load::{LoadConfig, OutputRequest};
 
-/// Returns the body of a request for a stream with usage at its end and at most the workload's
-/// number of output tokens; exactly this number if `ignore_eos` is set and the server supports it.
-/// The body depends on the arguments alone.
+/// Returns the body of a request for a stream with usage at its end and the workload's number of
+/// output tokens. The body depends on the arguments alone.
 pub(super) fn body(request: &WorkloadRequest, config: &LoadConfig) -> Bytes {
     let text = text(&request.prompt);
     let question = if config.chat {
@@ -21,10 +20,16 @@ pub(super) fn body(request: &WorkloadRequest, config: &LoadConfig) -> Bytes {
     } else {
         Question::Prompt(text)
     };
+    let tokens = request.output_tokens;
+    let (max_tokens, min_tokens) = match config.output_request {
+        OutputRequest::Exact | OutputRequest::AtMost => (tokens, None),
+        OutputRequest::AtLeast { max_tokens } => (max_tokens.max(tokens), Some(tokens)),
+    };
     let body = Body {
         model: &config.model,
-        max_tokens: request.output_tokens,
-        ignore_eos: config.ignore_eos,
+        max_tokens,
+        min_tokens,
+        ignore_eos: config.output_request == OutputRequest::Exact,
         temperature: 0,
         stream: true,
         stream_options: StreamOptions {
@@ -40,6 +45,8 @@ pub(super) fn body(request: &WorkloadRequest, config: &LoadConfig) -> Bytes {
 struct Body<'a> {
     model: &'a str,
     max_tokens: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    min_tokens: Option<u32>,
     #[serde(skip_serializing_if = "is_off")]
     ignore_eos: bool,
     temperature: u8,
@@ -139,7 +146,16 @@ mod tests {
         config.chat = true;
         let messages = serde_json::json!([{"role": "user", "content": text(&request.prompt)}]);
         assert_eq!(read(&config)["messages"], messages);
-        config.ignore_eos = false;
+        config.output_request = OutputRequest::AtMost;
         assert_eq!(read(&config).get("ignore_eos"), None);
+        for (limit, max_tokens) in [(4096, 4096), (5, 7)] {
+            config.output_request = OutputRequest::AtLeast { max_tokens: limit };
+            let body = read(&config);
+            assert_eq!(
+                (&body["max_tokens"], &body["min_tokens"]),
+                (&max_tokens.into(), &7.into())
+            );
+            assert_eq!(body.get("ignore_eos"), None);
+        }
     }
 }

@@ -242,6 +242,24 @@ async fn the_next_turn_finds_the_output_in_the_cache() {
 }
 
 #[tokio::test]
+async fn an_output_ends_after_min_tokens() {
+    let served = start(1000.0).await;
+    let request = json!({"prompt": "x".repeat(40), "max_tokens": 500, "min_tokens": 33});
+    let body = served.post_json("/v1/completions", request).await;
+    assert_eq!(body["usage"]["completion_tokens"], 33);
+    assert_eq!(body["choices"][0]["finish_reason"], "stop");
+
+    let request = json!({"prompt": "x", "max_tokens": 5, "min_tokens": 6});
+    let (status, body) = served.post("/v1/completions", request).await;
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+    let body = String::from_utf8_lossy(&body);
+    assert!(
+        body.contains("min_tokens must be at most max_tokens=5, got 6."),
+        "{body}"
+    );
+}
+
+#[tokio::test]
 async fn prompts_can_be_tokens_and_requests_can_have_several_prompts_and_choices() {
     let served = start(1000.0).await;
     let tokens: Vec<u32> = (0..50).collect();
