@@ -20,6 +20,40 @@ START_SECONDS = 15.0
 RESET_SECONDS = 60.0
 
 
+@dataclass(frozen=True)
+class EngineApi:
+    """Endpoint and metrics of an engine's program."""
+
+    reset_path: str
+    #: Counters of prompt tokens, and of those that were in the prefix cache.
+    prompt_tokens: str
+    cached_tokens: str
+    #: Gauges of requests.
+    running: str
+    waiting: str
+    #: How to make the engine accept `reset_path`.
+    reset_remedy: str
+
+
+VLLM = EngineApi(
+    reset_path="/reset_prefix_cache",
+    prompt_tokens="vllm:prompt_tokens_total",
+    cached_tokens="vllm:prefix_cache_hits_total",
+    running="vllm:num_requests_running",
+    waiting="vllm:num_requests_waiting",
+    reset_remedy="start vLLM with VLLM_SERVER_DEV_MODE=1",
+)
+
+SGLANG = EngineApi(
+    reset_path="/flush_cache",
+    prompt_tokens="sglang:prompt_tokens_total",
+    cached_tokens="sglang:cached_tokens_total",
+    running="sglang:num_running_reqs",
+    waiting="sglang:num_queue_reqs",
+    reset_remedy="wait until SGLang has no requests",
+)
+
+
 @dataclass
 class Engine:
     """A mock engine, which may not have been started yet, or an engine that runs already, which has no
@@ -46,11 +80,11 @@ class Engine:
             if time.monotonic() > deadline:
                 raise LeagueError(f"engine {self.url} still has requests")
             time.sleep(0.1)
-        status, text = http("POST", f"{self.url}/reset_prefix_cache")
+        api = self._api()
+        status, text = http("POST", f"{self.url}{api.reset_path}")
         if status != 200:
             raise LeagueError(
-                f"engine {self.url} cannot empty its cache: {status} {text}; start vLLM with "
-                "VLLM_SERVER_DEV_MODE=1"
+                f"engine {self.url} cannot empty its cache: {status} {text}; {api.reset_remedy}"
             )
         self.computed_before = self._all_computed_tokens() or 0
 
@@ -89,25 +123,40 @@ class Engine:
         return None if computed is None else computed - self.computed_before
 
     def _all_computed_tokens(self) -> int | None:
-        status, text = http("GET", f"{self.url}/metrics")
-        if (self.process is None and self.command) or status != 200:
+        if self.process is None and self.command:
             return None
-        values = {
-            line.partition("{")[0]: float(line.split()[-1])
-            for line in text.splitlines()
-            if line.startswith("vllm:")
-        }
-        prompt_tokens = values.get("vllm:prompt_tokens_total", 0)
-        return int(prompt_tokens - values.get("vllm:prefix_cache_hits_total", 0))
+        metrics = self._metrics()
+        if metrics is None:
+            return None
+        api = _api_of(metrics)
+        return int(metrics.get(api.prompt_tokens, 0.0) - metrics.get(api.cached_tokens, 0.0))
 
     def is_idle(self) -> bool:
         """Returns whether the engine has neither running nor waiting requests."""
+        metrics = self._metrics()
+        if metrics is None:
+            return False
+        api = _api_of(metrics)
+        return metrics.get(api.running, 0.0) == 0 and metrics.get(api.waiting, 0.0) == 0
+
+    def _api(self) -> EngineApi:
+        return _api_of(self._metrics() or {})
+
+    def _metrics(self) -> dict[str, float] | None:
+        """Returns the sum of each metric over its labels; `None` if the engine does not respond."""
         status, text = http("GET", f"{self.url}/metrics")
         if status != 200:
-            return False
-        names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
-        lines = [line for line in text.splitlines() if line.startswith(names)]
-        return all(float(line.split()[-1]) == 0 for line in lines)
+            return None
+        sums: dict[str, float] = {}
+        for line in text.splitlines():
+            if line and not line.startswith("#"):
+                name = line.partition("{")[0].partition(" ")[0]
+                sums[name] = sums.get(name, 0.0) + float(line.split()[-1])
+        return sums
+
+
+def _api_of(metrics: dict[str, float]) -> EngineApi:
+    return SGLANG if any(name.startswith("sglang:") for name in metrics) else VLLM
 
 
 @dataclass

@@ -141,8 +141,10 @@ class Bench:
     ) -> dict[str, Any]:
         """Sends the load and carries out the row's events. Returns the report."""
         report = logs / "load.json"
+        max_tokens = self.league.settings.max_tokens
         command = [str(self.foresee), "load", router.url, "--model", MODEL]
         command += ["--seed", str(seed), "--speedup", str(row.speedup), "--timeout", "2m"]
+        command += ["--max-tokens", str(max_tokens)] if max_tokens else []
         command += ["--json", str(report), *_load_flags(row, self.traces)]
         load = Process.start(command, logs / "load.log")
         began = time.monotonic()

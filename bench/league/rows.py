@@ -30,6 +30,9 @@ class Settings:
     seeds: int
     max_seeds: int
     max_client_delay_ms: float
+    #: `max_tokens` of each request, so that no router can read the length of its output; 0 to send
+    #: that length.
+    max_tokens: int
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,8 @@ class League:
 
     def fingerprint(self, row: str, router: str) -> str:
         """Returns a hash of everything that is set for a row and a router."""
-        text = repr((self.settings.engines, self.row(row), self.router(router)))
+        settings = (self.settings.engines, self.settings.max_tokens)
+        text = repr((settings, self.row(row), self.router(router)))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def row(self, name: str) -> Row:
@@ -135,7 +139,7 @@ def parse(text: str, routers_text: str) -> League:
     """Parses the texts of a file with rows and of one with routers. Raises `RowsError` if one is
     invalid."""
     document, routers_document = _toml(text), _toml(routers_text)
-    settings = Settings(**_fields("league", document.get("league", {}), _SETTINGS, {}))
+    settings = Settings(**_fields("league", document.get("league", {}), _SETTINGS, {"max_tokens": 0}))
     routers = tuple(_router(entry) for entry in routers_document.get("router", []))
     rows = tuple(_row(entry, settings.engines) for entry in document.get("row", []))
     for what, entries in (("router", routers), ("row", rows)):
