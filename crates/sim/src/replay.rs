@@ -519,14 +519,21 @@ impl<'a> Replay<'a> {
     /// If no worker has joined the fleet.
     fn route(&mut self, request: usize, now: Duration) -> Result<Booking, RouteError> {
         let prompt = self.workload.prompt(request);
+        let output_tokens = self.workload.request(request).output_tokens;
         let Some(driver) = &mut self.driver else {
-            return self.router.route(&Request::new(prompt), now);
+            let known_tokens = self.config.known_output_lengths.then_some(output_tokens);
+            let request = Request {
+                max_tokens: known_tokens,
+                expected_output_tokens: known_tokens,
+                ..Request::new(prompt)
+            };
+            return self.router.route(&request, now);
         };
         let (workers, by_id, step_ends) = (&self.workers, &self.by_id, &self.step_ends);
         let arriving = ArrivingRequest {
             request,
             prompt,
-            output_tokens: self.workload.request(request).output_tokens,
+            output_tokens,
         };
         driver.route(&arriving, &self.router, now, |id| {
             let index = by_id[&id];

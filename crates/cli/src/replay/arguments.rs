@@ -55,6 +55,12 @@ pub(super) struct SourceArgs {
         help_heading = "Traffic"
     )]
     workload: String,
+    /// Tells the router the length of each output when its request arrives, for its own policies
+    ///
+    /// Without this flag, the router forecasts it. The difference is the most that better forecasts
+    /// of output lengths can gain.
+    #[arg(long, help_heading = "Traffic")]
+    known_output_lengths: bool,
     #[command(flatten)]
     shape: WorkloadArgs,
 }
@@ -270,6 +276,7 @@ impl FleetArgs {
         let engine = self.engine.config(block_size, router.seed);
         let mut config = ReplayConfig::uniform(settings, &engine, self.workers);
         config.duration = source.send_duration();
+        config.known_output_lengths = source.known_output_lengths;
         config.slo = slo;
         config.changes.clone_from(&self.fleet_change);
         config.faults.clone_from(&self.fault);

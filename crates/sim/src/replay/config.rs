@@ -27,6 +27,8 @@ pub struct ReplayConfig {
     pub policy: Option<PolicySpec>,
     /// The router's source of knowledge about the engines' caches.
     pub cache_signal: CacheSignal,
+    /// Whether the router knows the length of each output when the request arrives.
+    pub known_output_lengths: bool,
     /// Changes of the fleet during the replay.
     pub changes: Vec<FleetChange>,
     /// Faults of workers during the replay. Only for the router's own policies.
@@ -52,6 +54,7 @@ impl ReplayConfig {
             reports_capacity: true,
             policy: None,
             cache_signal: CacheSignal::default(),
+            known_output_lengths: false,
             changes: Vec::new(),
             faults: Vec::new(),
             duration: None,

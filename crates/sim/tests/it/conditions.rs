@@ -130,6 +130,16 @@ fn the_estimated_cache_is_nearly_as_good_as_events() {
 }
 
 #[test]
+fn known_output_lengths_are_forecast_better() {
+    let mut config = fleet(4);
+    let workload = chats();
+    let forecast = outcome(&config, &workload).forecast_errors.output_length;
+    config.known_output_lengths = true;
+    let known = outcome(&config, &workload).forecast_errors.output_length;
+    assert!(known < 0.5 * forecast, "{known} and {forecast}");
+}
+
+#[test]
 fn late_or_lost_events_reduce_the_hits() {
     // The router counts the blocks of a request that has just ended as cached until the events have
     // caught up. With long think times, few requests have just ended.
