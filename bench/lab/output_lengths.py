@@ -48,7 +48,7 @@ Property = Callable[[Request], Hashable]
 
 
 def octave(tokens: int | None) -> int | None:
-    """Returns the power of two below a number of tokens."""
+    """Returns the number of binary digits of a number of tokens; `None` without a number."""
     return None if tokens is None else max(tokens, 1).bit_length()
 
 

@@ -54,6 +54,37 @@ SGLANG = EngineApi(
 )
 
 
+@dataclass(frozen=True)
+class EngineMetrics:
+    """Metrics of an engine at one time."""
+
+    api: EngineApi
+    #: Sum of each metric over its labels.
+    sums: dict[str, float]
+
+    @classmethod
+    def parse(cls, text: str) -> EngineMetrics:
+        """Parses the text of `/metrics`. The names of the metrics tell SGLang from vLLM."""
+        sums: dict[str, float] = {}
+        for line in text.splitlines():
+            if line and not line.startswith("#"):
+                name = line.partition("{")[0].partition(" ")[0]
+                sums[name] = sums.get(name, 0.0) + float(line.split()[-1])
+        is_sglang = any(name.startswith("sglang:") for name in sums)
+        return cls(SGLANG if is_sglang else VLLM, sums)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the engine has neither running nor waiting requests."""
+        return self.sums.get(self.api.running, 0) == 0 and self.sums.get(self.api.waiting, 0) == 0
+
+    @property
+    def computed_tokens(self) -> int:
+        """Number of prompt tokens computed since the start, those in the cache left out."""
+        prompt_tokens = self.sums.get(self.api.prompt_tokens, 0)
+        return int(prompt_tokens - self.sums.get(self.api.cached_tokens, 0))
+
+
 @dataclass
 class Engine:
     """A mock engine, which may not have been started yet, or an engine that runs already, which has no
@@ -76,17 +107,17 @@ class Engine:
     def reset(self) -> None:
         """Waits until a running engine has no requests, and empties its prefix cache."""
         deadline = time.monotonic() + RESET_SECONDS
-        while not self.is_idle():
+        while (metrics := self._metrics()) is None or not metrics.is_idle:
             if time.monotonic() > deadline:
                 raise LeagueError(f"engine {self.url} still has requests")
             time.sleep(0.1)
-        api = self._api()
-        status, text = http("POST", f"{self.url}{api.reset_path}")
+        status, text = http("POST", f"{self.url}{metrics.api.reset_path}")
         if status != 200:
             raise LeagueError(
-                f"engine {self.url} cannot empty its cache: {status} {text}; {api.reset_remedy}"
+                f"engine {self.url} cannot empty its cache: {status} {text}; "
+                f"{metrics.api.reset_remedy}"
             )
-        self.computed_before = self._all_computed_tokens() or 0
+        self.computed_before = metrics.computed_tokens
 
     @property
     def events(self) -> str:
@@ -119,44 +150,20 @@ class Engine:
     def computed_tokens(self) -> int | None:
         """Returns the number of prompt tokens that the engine computed in this run, those in its cache
         left out; `None` if the engine does not run."""
-        computed = self._all_computed_tokens()
-        return None if computed is None else computed - self.computed_before
-
-    def _all_computed_tokens(self) -> int | None:
         if self.process is None and self.command:
             return None
         metrics = self._metrics()
-        if metrics is None:
-            return None
-        api = _api_of(metrics)
-        return int(metrics.get(api.prompt_tokens, 0.0) - metrics.get(api.cached_tokens, 0.0))
+        return None if metrics is None else metrics.computed_tokens - self.computed_before
 
     def is_idle(self) -> bool:
         """Returns whether the engine has neither running nor waiting requests."""
         metrics = self._metrics()
-        if metrics is None:
-            return False
-        api = _api_of(metrics)
-        return metrics.get(api.running, 0.0) == 0 and metrics.get(api.waiting, 0.0) == 0
+        return metrics is not None and metrics.is_idle
 
-    def _api(self) -> EngineApi:
-        return _api_of(self._metrics() or {})
-
-    def _metrics(self) -> dict[str, float] | None:
-        """Returns the sum of each metric over its labels; `None` if the engine does not respond."""
+    def _metrics(self) -> EngineMetrics | None:
+        """Returns the metrics; `None` if the engine does not respond."""
         status, text = http("GET", f"{self.url}/metrics")
-        if status != 200:
-            return None
-        sums: dict[str, float] = {}
-        for line in text.splitlines():
-            if line and not line.startswith("#"):
-                name = line.partition("{")[0].partition(" ")[0]
-                sums[name] = sums.get(name, 0.0) + float(line.split()[-1])
-        return sums
-
-
-def _api_of(metrics: dict[str, float]) -> EngineApi:
-    return SGLANG if any(name.startswith("sglang:") for name in metrics) else VLLM
+        return EngineMetrics.parse(text) if status == 200 else None
 
 
 @dataclass
