@@ -190,8 +190,8 @@ impl BookingRecord {
         }
     }
 
-    /// Adds the booking to the pending work of its worker and to the worker's arrival rate, and
-    /// predicts its prefill time and the time of its first token.
+    /// Adds the booking to the pending work of its worker, and predicts its prefill time and the time
+    /// of its first token.
     pub(crate) fn join(
         &mut self,
         pending_work: &mut PendingWork,
@@ -207,10 +207,6 @@ impl BookingRecord {
         self.forecast.prefill_seconds = prefill_seconds;
         self.forecast.first_token_at = now.saturating_add(ttft);
         pending_work.add_prefill(&self.work);
-        let step_seconds = latency_model.decode_base;
-        pending_work
-            .arrival_rate
-            .add(prefill_seconds, step_seconds, now);
     }
 
     /// Learns from the time of the first token of a streamed response. Returns whether it is the

@@ -318,10 +318,8 @@ impl State {
     fn remove_booking(&mut self, id: BookingId) -> Option<(WorkerId, QueueTicket)> {
         let record = self.bookings.remove(id)?;
         let (worker, ticket, now) = (record.worker, record.ticket, self.now);
-        if let Some((pending_work, _)) = self.workers.pending_work_mut(worker) {
-            let arrival = (record.booked_at, record.forecast.prefill_seconds);
-            pending_work.arrival_rate.undo(arrival, now);
-        }
+        let arrival = (record.booked_at, record.forecast.prefill_seconds);
+        self.workers.undo_arrival(worker, arrival, now);
         self.undo(record, None);
         Some((worker, ticket))
     }

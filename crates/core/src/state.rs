@@ -169,10 +169,22 @@ impl State {
             output_tokens: f64::from(assessment.expected_output_tokens),
             overlap_weight: self.config.overlap_weight,
             ttft_weight: self.config.ttft_weight,
+            mean_prefill_utilisation: self.mean_prefill_utilisation(request),
             choices: self.selector.choices(),
             ticket: assessment.ticket,
             now: self.now,
         }
+    }
+
+    /// Returns the mean fraction of their time that prefills take on the workers that serve the
+    /// model of the request; 0 without such workers. Workers that serve one model share a latency
+    /// model, so one of them stands for all.
+    fn mean_prefill_utilisation(&self, request: &PreparedRequest<'_>) -> f64 {
+        let eligible = self.workers.eligible(request.model_name());
+        let first = eligible.and_then(|eligible| eligible.first());
+        first.map_or(0.0, |&index| {
+            self.workers.mean_prefill_utilisation(index, self.now)
+        })
     }
 
     /// Returns the view of the worker at `index`, where the prompt has this prefix match.

@@ -11,7 +11,7 @@ use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
-use foresee_forecast::{LatencyModel, PrefillWork, SharedLatencyModel};
+use foresee_forecast::{ArrivalRate, LatencyModel, PrefillWork, SharedLatencyModel};
 use foresee_prefix::{EvictionRule, WorkerIndex};
 use rapidhash::v3::{DEFAULT_RAPID_SECRETS, rapidhash_v3_seeded};
 
@@ -354,6 +354,42 @@ impl Workers {
     pub(crate) fn latency_now(&self, pending_work: &PendingWork, now: Duration) -> LatencyModel {
         let shared_model = self.latency_model(pending_work);
         pending_work.latency.latency_model(shared_model, now)
+    }
+
+    /// Counts a request that arrives at a worker in the arrival rates of the worker and of its group.
+    pub(crate) fn add_arrival(&mut self, id: WorkerId, prefill_seconds: f64, now: Duration) {
+        let Some(pending_work) = self.pending_work(id) else {
+            return;
+        };
+        let step_seconds = self.latency_now(pending_work, now).decode_base;
+        self.update_arrival_rates(id, |rate| rate.add(prefill_seconds, step_seconds, now));
+    }
+
+    /// Subtracts an arrival from the rates: see [`ArrivalRate::undo`].
+    pub(crate) fn undo_arrival(&mut self, id: WorkerId, arrival: (Duration, f64), now: Duration) {
+        self.update_arrival_rates(id, |rate| rate.undo(arrival, now));
+    }
+
+    fn update_arrival_rates(&mut self, id: WorkerId, update: impl Fn(&mut ArrivalRate)) {
+        let Some((pending_work, _)) = self.pending_work_mut(id) else {
+            return;
+        };
+        update(&mut pending_work.arrival_rate);
+        let group = pending_work.latency_group;
+        if let Some(rate) = self.latency_groups.arrival_rate_mut(group) {
+            update(rate);
+        }
+    }
+
+    /// Returns the mean fraction of their time that prefills take on the workers that share the
+    /// latency model of the worker at `index`; 0 without that worker.
+    pub(crate) fn mean_prefill_utilisation(&self, index: WorkerIndex, now: Duration) -> f64 {
+        self.pending_work
+            .get(index as usize)
+            .map_or(0.0, |pending_work| {
+                self.latency_groups
+                    .mean_prefill_utilisation(pending_work.latency_group, now)
+            })
     }
 
     /// Returns the time of a decode step of a worker: see [`PendingWork::decode_step_seconds`].

@@ -175,7 +175,7 @@ pub static BASELINES: [Baseline; 12] = [
 
 /// Ablations: the router's [marginal delay](foresee_core::policy::marginal_delay) without one of its
 /// terms or without replication, which shows what each is worth.
-pub static ABLATIONS: [Baseline; 8] = [
+pub static ABLATIONS: [Baseline; 9] = [
     Baseline::routed(
         "marginal-delay:no-replication",
         "the default cost without replication",
@@ -210,6 +210,11 @@ pub static ABLATIONS: [Baseline; 8] = [
         "marginal-delay:no-decode-slowdown-caused",
         "without decode_slowdown_caused: decode time that this output adds to others",
         || ablation::without(|delay| &mut delay.decode_slowdown_caused),
+    ),
+    Baseline::routed(
+        "marginal-delay:no-busy-extension",
+        "without busy_extension: later prefills while this output keeps its worker busy",
+        || ablation::without(|delay| &mut delay.busy_extension),
     ),
     Baseline::routed(
         "marginal-delay:no-future-arrivals",

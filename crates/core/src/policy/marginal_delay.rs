@@ -14,6 +14,7 @@
 //! | `decode_slowdown` | `Σ (κn + κc s_j) both_j / (1 − ρ)` | slowdown of this output by each other output `j`, while both decode |
 //! | `prefill_stall_caused` | `x Σ alive_j` | each other output stalls during this prefill |
 //! | `decode_slowdown_caused` | `(κn + κc (s + O/2)) Σ both_j / (1 − ρ)` | slowdown of each other output by this one, while both decode |
+//! | `busy_extension` | `ρ̄ / (1 − ρ̄) O² / (O + L) step` | prefills of later requests while this output keeps a worker busy that would be idle |
 //! | `future_arrivals` | `λ x (V + x/2) / (1 − ρ) + min(M, λ M²/2)` | requests that arrive meanwhile (Hyytiä, Penttinen and Aalto, 2012: the size-aware value function of M/G/1) |
 //!
 //! A worker that has failed requests recently costs their [failure charge](crate::outlier) in
@@ -23,12 +24,20 @@
 //!   ([`LatencyModel`]).
 //! - `λ` and `ρ`: arrival rate of the worker, and the fraction of its time that prefills take. No
 //!   output makes progress in that time.
+//! - `ρ̄`: mean of `ρ` over the workers that the request may go to.
 //! - `alive_j`: probability that output `j` still decodes when this prefill starts.
 //! - `both_j`: expected number of tokens that output `j` and this one decode together.
+//! - `L`: expected remaining length of the outputs that last longest; 0 without any.
 //! - `M`: time until enough running requests have finished for this request's blocks to fit, and to
 //!   keep fitting while all outputs grow. Only the delay of *later* arrivals counts it. Adding it
 //!   to this request's own wait made replay worse, both with the [router's queue](crate::queue),
 //!   which backfills smaller requests, and without.
+//!
+//! A later prefill stalls no output if it finds a worker without one. An output that outlasts the
+//! others on its worker therefore costs prefill time as long as it keeps the worker busy, which is
+//! `busy_extension`. With few requests in flight, the term puts outputs on workers that are busy for
+//! long anyway, so that others become idle. With many, `L` is about equal on all workers, and the
+//! term decides little.
 //!
 //! The remaining length of an output is assumed to be exponential around its expectation. Outputs
 //! are grouped into buckets of about equal remaining length, so the cost of evaluating a worker
@@ -221,6 +230,8 @@ pub struct MarginalDelay {
     pub prefill_stall_caused: f64,
     /// Additional decode time of other outputs because of this one, summed over them.
     pub decode_slowdown_caused: f64,
+    /// Prefill time of later requests while this output keeps the worker busy that would be idle.
+    pub busy_extension: f64,
     /// Delay of requests that will arrive later.
     pub future_arrivals: f64,
     /// Time that requests would have taken which the worker failed recently. Decays.
@@ -230,7 +241,7 @@ pub struct MarginalDelay {
 impl MarginalDelay {
     /// Returns every term with its name.
     #[must_use]
-    pub fn terms(&self) -> [(&'static str, f64); 8] {
+    pub fn terms(&self) -> [(&'static str, f64); 9] {
         [
             ("queue_wait", self.queue_wait),
             ("prefill", self.prefill),
@@ -238,6 +249,7 @@ impl MarginalDelay {
             ("decode_slowdown", self.decode_slowdown),
             ("prefill_stall_caused", self.prefill_stall_caused),
             ("decode_slowdown_caused", self.decode_slowdown_caused),
+            ("busy_extension", self.busy_extension),
             ("future_arrivals", self.future_arrivals),
             ("failure_charge", self.failure_charge),
         ]
@@ -258,6 +270,7 @@ impl MarginalDelay {
             + self.decode_slowdown
             + self.prefill_stall_caused
             + self.decode_slowdown_caused
+            + self.busy_extension
             + self.future_arrivals
             + self.failure_charge
     }
@@ -271,6 +284,7 @@ impl std::ops::AddAssign for MarginalDelay {
         self.decode_slowdown += other.decode_slowdown;
         self.prefill_stall_caused += other.prefill_stall_caused;
         self.decode_slowdown_caused += other.decode_slowdown_caused;
+        self.busy_extension += other.busy_extension;
         self.future_arrivals += other.future_arrivals;
         self.failure_charge += other.failure_charge;
     }
@@ -423,12 +437,14 @@ impl RequestProfile<'_> {
         let steps_until_first_token = (delay.queue_wait + delay.prefill) / mixed_step;
 
         let (mut stalls, mut slowdown, mut overlap_tokens) = (0.0, 0.0, 0.0);
+        let mut longest_remaining = 0.0f64;
         let mut add_bucket = |bucket: &DecodeBucket, until_prefill: f64, until_first_token: f64| {
             if bucket.requests == 0 {
                 return;
             }
             let requests = f64::from(bucket.requests);
             let mean_remaining = (bucket.remaining_tokens as f64 / requests).max(1.0);
+            longest_remaining = longest_remaining.max(mean_remaining);
             stalls += requests * survival_probability(until_prefill / mean_remaining) * stall;
             let overlap = survival_probability(until_first_token / mean_remaining)
                 * expected_overlap_tokens(mean_remaining, output);
@@ -452,6 +468,11 @@ impl RequestProfile<'_> {
         delay.decode_slowdown += slowdown / decode_share;
         delay.prefill_stall_caused += stalls;
         delay.decode_slowdown_caused = step_increment * overlap_tokens / decode_share;
+        // Expected tokens that this output still has when the longest other one has ended.
+        let last_tokens = output * output / (output + longest_remaining).max(1.0);
+        let utilisation = self.mean_prefill_utilisation.min(MAX_PREFILL_UTILISATION);
+        delay.busy_extension =
+            utilisation / (1.0 - utilisation) * last_tokens * step.max(MIN_STEP_SECONDS);
         // Later arrivals wait for memory, or are routed elsewhere, which costs no more.
         let memory_wait = self.steps_until_memory_fits(pending, load, prefix_match)
             * step.max(MIN_STEP_SECONDS)

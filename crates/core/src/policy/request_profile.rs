@@ -30,6 +30,9 @@ pub struct RequestProfile<'a> {
     /// Weight of a second of time to first token: see
     /// [`RouterConfig::ttft_weight`](crate::router::RouterConfig::ttft_weight).
     pub ttft_weight: f64,
+    /// Fraction of their time that prefills take, on average over the workers that the request may
+    /// go to.
+    pub mean_prefill_utilisation: f64,
     /// Number of choices that the router made before.
     pub choices: u64,
     /// Queue ticket, which decides how many queued requests this one overtakes.
@@ -52,6 +55,7 @@ impl RequestProfile<'_> {
             output_tokens: 1.0,
             overlap_weight: 1.0,
             ttft_weight: 1.0,
+            mean_prefill_utilisation: 0.0,
             choices: 0,
             ticket: QueueTicket::default(),
             now: Duration::ZERO,

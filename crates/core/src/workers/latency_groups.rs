@@ -3,8 +3,9 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
+use std::time::Duration;
 
-use foresee_forecast::SharedLatencyModel;
+use foresee_forecast::{ArrivalRate, SharedLatencyModel};
 use foresee_prefix::WorkerIndex;
 use foresee_prefix::counter::Counter;
 
@@ -35,6 +36,8 @@ struct LatencyGroup {
     latency_model: SharedLatencyModel,
     /// Number of workers in the group.
     workers: usize,
+    /// Arrival rate of all of them together.
+    arrival_rate: ArrivalRate,
     /// Value of [`LatencyGroups::departures`] when the group lost its last worker.
     departed_at: u64,
     /// Lengths of the worker queues in the group that are not empty, with their workers.
@@ -72,6 +75,7 @@ impl LatencyGroups {
             model: model.into(),
             latency_model,
             workers: 0,
+            arrival_rate: ArrivalRate::default(),
             departed_at: 0,
             queue_lengths: BTreeSet::new(),
         };
@@ -158,6 +162,22 @@ impl LatencyGroups {
         groups.filter(has_samples).collect()
     }
 
+    /// Returns the arrival rate of the group at `index`, for writing.
+    pub(super) fn arrival_rate_mut(&mut self, index: usize) -> Option<&mut ArrivalRate> {
+        let group = self.groups.get_mut(index)?;
+        Some(&mut group.arrival_rate)
+    }
+
+    /// Returns the mean fraction of their time that prefills take on the workers of the group at
+    /// `index`; 0 without workers.
+    pub(super) fn mean_prefill_utilisation(&self, index: usize, now: Duration) -> f64 {
+        let Some(group) = self.groups.get(index).filter(|group| group.workers > 0) else {
+            return 0.0;
+        };
+        let (_, utilisation) = group.arrival_rate.rates(now);
+        utilisation / group.workers as f64
+    }
+
     /// Returns the latency model of the group at `index`, which must exist.
     #[inline]
     pub(super) fn latency_model(&self, index: usize) -> &SharedLatencyModel {
@@ -172,8 +192,28 @@ impl LatencyGroups {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_mean_utilisation_is_that_of_all_workers_of_the_group() {
+        let mut groups = LatencyGroups::default();
+        let (models, now) = (["a".to_owned()], Duration::ZERO);
+        let index = groups.join(&models, &Earlier::default());
+        assert_eq!(groups.mean_prefill_utilisation(index, now), 0.0);
+        // An arrival counts for ten seconds, at steps of 10 ms.
+        let rate = groups.arrival_rate_mut(index).unwrap();
+        rate.add(2.0, 0.01, now);
+        rate.add(4.0, 0.01, now);
+        assert!((groups.mean_prefill_utilisation(index, now) - 0.6).abs() < 1e-9);
+        groups.join(&models, &Earlier::default());
+        assert!((groups.mean_prefill_utilisation(index, now) - 0.3).abs() < 1e-9);
+        let other = groups.join(&["b".to_owned()], &Earlier::default());
+        assert_eq!(groups.mean_prefill_utilisation(other, now), 0.0);
+        groups.leave(other, 2, 0);
+        assert_eq!(groups.mean_prefill_utilisation(other, now), 0.0);
+    }
 
     #[test]
     fn a_group_without_workers_is_replaced_at_the_limit() {

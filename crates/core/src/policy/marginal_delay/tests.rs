@@ -175,6 +175,34 @@ fn outputs_that_end_before_the_prefill_do_not_count() {
 }
 
 #[test]
+fn an_output_extends_the_busy_time_of_a_worker_by_what_outlasts_the_longest_other() {
+    let latency_model = LatencyModel {
+        decode_base: 0.01,
+        ..NO_COST
+    };
+    let extension = |pending: &PendingWork, mean_prefill_utilisation| {
+        let profile = RequestProfile {
+            mean_prefill_utilisation,
+            ..profile(1000, 50.0)
+        };
+        profile
+            .marginal_delay(&latency_model, pending, Load::default(), cached(0))
+            .busy_extension
+    };
+    let idle = running(0, 0, 0);
+    assert_close(extension(&idle, 0.2), 0.25 * 50.0 * 0.01);
+    assert_eq!(extension(&idle, 0.0), 0.0);
+    assert_close(extension(&running(1, 50, 9), 0.2), 0.25 * 25.0 * 0.01);
+    // Shorter outputs beside the longest one change nothing.
+    let mut pending = running(20, 10, 9);
+    let mut longest = RequestWork::new(PrefillWork::default(), 200, 9);
+    pending.add_prefill(&longest);
+    assert_close(extension(&pending, 0.2), 0.25 * 10.0 * 0.01);
+    pending.finish_prefill(&mut longest);
+    assert_close(extension(&pending, 0.2), 0.25 * 10.0 * 0.01);
+}
+
+#[test]
 fn overlap_weight_zero_ignores_the_cache_and_weights_above_one_scale_prefill() {
     let latency_model = LatencyModel {
         prefill_per_token: 1e-4,

@@ -15,6 +15,7 @@ const TERMS = {
   decode_slowdown: ["Slowed", "Slowdown of this output by the others"],
   prefill_stall_caused: ["Stalls others", "Time that other outputs stall during this prefill"],
   decode_slowdown_caused: ["Slows others", "Slowdown of the other outputs by this one"],
+  busy_extension: ["Keeps busy", "Later prefills while this output keeps a worker busy that would be idle"],
   future_arrivals: ["Future", "Delay of requests that will arrive"],
   failure_charge: ["Failures", "Charge for requests that the worker failed recently"],
 };
