@@ -514,7 +514,7 @@ async fn the_terms_of_a_decision_sum_to_its_cost_and_the_outcome_arrives() {
             (candidate.delay - cost).abs() <= 1e-9 * cost.abs(),
             "{candidate:?}"
         );
-        assert!(cost > 0.0 && candidate.terms.len() == 8);
+        assert!(cost > 0.0 && candidate.terms.len() == 9);
     }
     let least = decision
         .candidates
