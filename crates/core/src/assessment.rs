@@ -1,4 +1,5 @@
-//! The assessment of one request: its prefix on every worker, and its expected output.
+//! The assessment of one request: its prefix on every worker, its expected output, and the load of the
+//! workers.
 
 use foresee_forecast::LengthClass;
 use foresee_prefix::{PrefixMatches, TreePosition};
@@ -16,6 +17,8 @@ pub(crate) struct RequestAssessment {
     pub(crate) length_class: LengthClass,
     /// Expected number of output tokens.
     pub(crate) expected_output_tokens: u32,
+    /// Mean fraction of their time that prefills take on the workers of the request's model.
+    pub(crate) mean_prefill_utilisation: f64,
     /// Queue ticket, which decides how many queued requests this one overtakes.
     pub(crate) ticket: QueueTicket,
     /// Whether the request is the trial of an ejected worker, which is sent at once.

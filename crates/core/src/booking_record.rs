@@ -191,13 +191,13 @@ impl BookingRecord {
     }
 
     /// Adds the booking to the pending work of its worker, and predicts its prefill time and the time
-    /// of its first token.
+    /// of its first token. Returns the time of a decode step of the worker without load, in seconds.
     pub(crate) fn join(
         &mut self,
         pending_work: &mut PendingWork,
         shared_model: &SharedLatencyModel,
         now: Duration,
-    ) {
+    ) -> f64 {
         let latency_model = pending_work.latency.latency_model(shared_model, now);
         let batch_share = 1.0 / pending_work.latency.mean_prefill_batch();
         let prefill_seconds = latency_model.prefill_seconds(batch_share, self.work.work);
@@ -207,6 +207,7 @@ impl BookingRecord {
         self.forecast.prefill_seconds = prefill_seconds;
         self.forecast.first_token_at = now.saturating_add(ttft);
         pending_work.add_prefill(&self.work);
+        latency_model.decode_base
     }
 
     /// Learns from the time of the first token of a streamed response. Returns whether it is the

@@ -151,11 +151,11 @@ impl State {
             pending_work.capacity = capacity;
             record.forecast.waits_for_memory =
                 capacity.is_some_and(|capacity| projected_blocks > u64::from(capacity));
-            record.join(pending_work, shared_model, self.now);
+            let step_seconds = record.join(pending_work, shared_model, self.now);
+            let prefill_seconds = record.forecast.prefill_seconds;
+            self.workers
+                .add_arrival(record.worker, prefill_seconds, step_seconds, self.now);
         }
-        let prefill_seconds = record.forecast.prefill_seconds;
-        self.workers
-            .add_arrival(record.worker, prefill_seconds, self.now);
     }
 
     /// Records that the worker has computed the prompt, because its output is reported. Learns from

@@ -138,6 +138,7 @@ impl State {
             tree_position,
             length_class,
             expected_output_tokens: self.expected_output_tokens(request),
+            mean_prefill_utilisation: self.mean_prefill_utilisation(request),
             ticket,
             is_trial: false,
         }
@@ -169,7 +170,7 @@ impl State {
             output_tokens: f64::from(assessment.expected_output_tokens),
             overlap_weight: self.config.overlap_weight,
             ttft_weight: self.config.ttft_weight,
-            mean_prefill_utilisation: self.mean_prefill_utilisation(request),
+            mean_prefill_utilisation: assessment.mean_prefill_utilisation,
             choices: self.selector.choices(),
             ticket: assessment.ticket,
             now: self.now,

@@ -356,16 +356,18 @@ impl Workers {
         pending_work.latency.latency_model(shared_model, now)
     }
 
-    /// Counts a request that arrives at a worker in the arrival rates of the worker and of its group.
-    pub(crate) fn add_arrival(&mut self, id: WorkerId, prefill_seconds: f64, now: Duration) {
-        let Some(pending_work) = self.pending_work(id) else {
-            return;
-        };
-        let step_seconds = self.latency_now(pending_work, now).decode_base;
+    /// Counts an arrival in the rates of a worker and of its latency group: see [`ArrivalRate::add`].
+    pub(crate) fn add_arrival(
+        &mut self,
+        id: WorkerId,
+        prefill_seconds: f64,
+        step_seconds: f64,
+        now: Duration,
+    ) {
         self.update_arrival_rates(id, |rate| rate.add(prefill_seconds, step_seconds, now));
     }
 
-    /// Subtracts an arrival from the rates: see [`ArrivalRate::undo`].
+    /// Subtracts an arrival from the same rates: see [`ArrivalRate::undo`].
     pub(crate) fn undo_arrival(&mut self, id: WorkerId, arrival: (Duration, f64), now: Duration) {
         self.update_arrival_rates(id, |rate| rate.undo(arrival, now));
     }

@@ -427,12 +427,10 @@ impl RequestProfile<'_> {
         } = partial;
         let output = self.output_tokens;
         let (requests, context_tokens) = pending.decode_load();
-        let step = latency_model.decode_step_seconds(f64::from(requests), context_tokens as f64);
-        let mixed_step = pending
-            .latency
-            .mixed_step_seconds()
-            .max(step)
+        let step = latency_model
+            .decode_step_seconds(f64::from(requests), context_tokens as f64)
             .max(MIN_STEP_SECONDS);
+        let mixed_step = pending.latency.mixed_step_seconds().max(step);
         let steps_until_prefill = delay.queue_wait / mixed_step;
         let steps_until_first_token = (delay.queue_wait + delay.prefill) / mixed_step;
 
@@ -471,12 +469,10 @@ impl RequestProfile<'_> {
         // Expected tokens that this output still has when the longest other one has ended.
         let last_tokens = output * output / (output + longest_remaining).max(1.0);
         let utilisation = self.mean_prefill_utilisation.min(MAX_PREFILL_UTILISATION);
-        delay.busy_extension =
-            utilisation / (1.0 - utilisation) * last_tokens * step.max(MIN_STEP_SECONDS);
+        delay.busy_extension = utilisation / (1.0 - utilisation) * last_tokens * step;
         // Later arrivals wait for memory, or are routed elsewhere, which costs no more.
-        let memory_wait = self.steps_until_memory_fits(pending, load, prefix_match)
-            * step.max(MIN_STEP_SECONDS)
-            / decode_share;
+        let memory_wait =
+            self.steps_until_memory_fits(pending, load, prefix_match) * step / decode_share;
         delay.future_arrivals += memory_wait * (rate * memory_wait / 2.0).min(1.0);
         delay
     }
