@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -109,16 +110,15 @@ def evaluate(requests: list[Request], properties: list[Property]) -> tuple[float
     pairs = []
     for number, request in enumerate(requests):
         forecast = PRIOR_TOKENS
-        for level, of_request in enumerate(levels):
-            key = of_request(request)
+        keys = [of_request(request) for of_request in levels]
+        for level, key in enumerate(keys):
             if key is None:
                 continue
             total = sums[level][key] + PRIOR_OUTPUTS * forecast
             forecast = total / (counts[level][key] + PRIOR_OUTPUTS)
         if number >= WARM_UP:
             pairs.append((forecast, request.output_tokens))
-        for level, of_request in enumerate(levels):
-            key = of_request(request)
+        for level, key in enumerate(keys):
             sums[level][key] += request.output_tokens
             counts[level][key] += 1.0
     average = mean([length for _, length in pairs])
@@ -135,11 +135,7 @@ def log_correlation(requests: list[Request]) -> float:
         for request in requests
         if request.previous_output is not None
     ]
-    xs, ys = zip(*pairs, strict=True)
-    x_mean, y_mean = mean(list(xs)), mean(list(ys))
-    covariance = sum((x - x_mean) * (y - y_mean) for x, y in pairs)
-    spread = sum((x - x_mean) ** 2 for x in xs) * sum((y - y_mean) ** 2 for y in ys)
-    return covariance / math.sqrt(spread)
+    return statistics.correlation(*zip(*pairs, strict=True))
 
 
 def main() -> None:

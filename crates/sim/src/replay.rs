@@ -42,7 +42,7 @@ use worker::{Worker, new_worker};
 pub struct Progress {
     /// Requests that have ended.
     pub ended: usize,
-    /// Requests of the workload, including those that a limit of duration drops.
+    /// Requests of the workload. Requests that a limit of duration drops count, too.
     pub total: usize,
     /// Requests that have missed the SLO ([`crate::slo::Slo`]).
     pub missed: usize,

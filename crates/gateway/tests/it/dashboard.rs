@@ -395,7 +395,7 @@ async fn streams_are_limited() {
     };
     assert_eq!((refused.status(), streams.len()), (429, 32));
     assert!(refused.get("retry-after").is_some());
-    // Those that are closed make room.
+    // Closed streams make room.
     streams.clear();
     within("room for a stream", async {
         loop {
