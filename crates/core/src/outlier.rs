@@ -152,7 +152,8 @@ pub struct OutlierSnapshot {
     /// Time until which the worker gets no new bookings because it replied 429 or 503; `None` if it
     /// gets them.
     pub backpressure_until: Option<Duration>,
-    /// Whether the worker has not produced output since it was added or restarted.
+    /// Whether the number of its requests is limited, because it has not produced output since it
+    /// was added or restarted.
     pub is_warming_up: bool,
 }
 

@@ -314,7 +314,9 @@ impl State {
         let prefix_matches = &assessment.prefix_matches;
         let candidates = Candidates::new(&self.workers, &eligible, prefix_matches, self.now);
         let selected = self.selector.select(&profile, &candidates);
-        let worker = selected.and_then(|index| self.workers.by_index(index));
+        let selected = selected.ok_or(SelectError::NoWorker)?;
+        self.workers.on_selected(selected, request);
+        let worker = self.workers.by_index(selected);
         worker.map(|worker| worker.id).ok_or(SelectError::NoWorker)
     }
 }

@@ -272,9 +272,10 @@ impl State {
         let tie_breakers = of_eligible(&batch_costs.tie_breakers);
         let mut objective = of_eligible(&batch_costs.objective);
         let position = self.selector.select_by_costs(&mut objective, &tie_breakers);
-        let selected = position.and_then(|position| self.workers.by_index(eligible[position]));
-        selected
-            .map(|worker| worker.id)
-            .ok_or(SelectError::NoWorker)
+        let selected = position.map(|position| eligible[position]);
+        let selected = selected.ok_or(SelectError::NoWorker)?;
+        self.workers.on_selected(selected, first);
+        let worker = self.workers.by_index(selected);
+        worker.map(|worker| worker.id).ok_or(SelectError::NoWorker)
     }
 }

@@ -39,7 +39,7 @@ pub(crate) struct Outliers {
     records: Vec<OutlierRecord>,
     /// Workers that are ejected or have had backpressure recently. Usually empty.
     restricted: Vec<WorkerIndex>,
-    /// Workers that have not produced output yet. Usually empty.
+    /// Workers that are warming up. Usually empty.
     warming_up: Vec<WorkerIndex>,
     /// Workers with a failure charge. Usually empty.
     charged: Vec<WorkerIndex>,
@@ -92,7 +92,7 @@ impl Outliers {
         Some((self.records.get_mut(index as usize)?, &self.config))
     }
 
-    /// Records that a worker produced output, which ends its warm-up.
+    /// Ends the warm-up of a worker, whose first requests are then no longer limited.
     pub(crate) fn end_warm_up(&mut self, index: WorkerIndex) {
         if let Some(record) = self.records.get_mut(index as usize)
             && record.is_warming_up
@@ -185,8 +185,7 @@ impl Workers {
                 .is_some_and(|record| record.backpressure_until(now).is_some())
     }
 
-    /// Returns whether the worker has not produced output yet and has as many requests as it may
-    /// have until then.
+    /// Returns whether the worker is warming up and has as many requests as it may have until then.
     fn is_at_warm_up_limit(&self, index: WorkerIndex) -> bool {
         let limit = self.outliers.config.warm_up_requests;
         let is_warming_up = self
@@ -207,8 +206,9 @@ impl Workers {
     }
 
     /// Returns the workers among which a policy chooses for this request: the eligible ones that
-    /// are not passed over. Ignores the warm-up limit if more workers are at it than not. If all
-    /// are passed over, returns the ejected ones. Excluded workers are left out.
+    /// are not passed over. Ignores the warm-up limit if more workers are at it than not: see
+    /// [`on_selected`](Self::on_selected). If all are passed over, returns the ejected ones.
+    /// Excluded workers are left out.
     ///
     /// # Errors
     /// [`SelectError::UnknownModel`] if the models of all workers are known and none serves this
@@ -272,6 +272,24 @@ impl Workers {
             _ if !ejected.is_empty() => Ok(Cow::Owned(ejected)),
             (None, Some(until)) => Err(backpressure(until)),
             (None, None) => Ok(Cow::Owned(Vec::new())),
+        }
+    }
+
+    /// Ends the warm-up of all workers that serve the model of a request if the worker at `index`,
+    /// which was selected for it, is at its warm-up limit. Most of them are then new, and a burst
+    /// has arrived. Their first outputs end their warm-ups at slightly different times, and without
+    /// this rule the first half of them would get the rest of the burst. A request for which other
+    /// workers are excluded shows nothing.
+    pub(crate) fn on_selected(&mut self, index: WorkerIndex, request: &PreparedRequest<'_>) {
+        let has_choice = request.only_worker.is_none() && request.excluded_workers.is_empty();
+        if !has_choice || !self.is_at_warm_up_limit(index) {
+            return;
+        }
+        let eligible = self.eligible(request.model_name()).unwrap_or_default();
+        let is_new = |index: &WorkerIndex| eligible.contains(index);
+        let all_new = self.outliers.warming_up.iter().copied().filter(is_new);
+        for index in all_new.collect::<Vec<_>>() {
+            self.outliers.end_warm_up(index);
         }
     }
 

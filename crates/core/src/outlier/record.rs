@@ -179,7 +179,8 @@ pub(crate) struct OutlierRecord {
     /// Failure charge as of `charged_at`.
     charge: FailureCharge,
     charged_at: Duration,
-    /// Whether the worker has not produced output since it was added or restarted.
+    /// Whether the number of its requests is limited, because it has not produced output since it
+    /// was added or restarted.
     pub(crate) is_warming_up: bool,
     /// Results of requests that were sent before this time are ignored: they tell about the time
     /// before the worker recovered or restarted.

@@ -511,14 +511,30 @@ fn a_worker_without_output_gets_two_requests() {
     bookings.extend((0..9).map(|_| route(&router, seconds(3.0))));
     assert!(on_new(&bookings) >= 6, "{}", on_new(&bookings));
 
-    // In a fleet that is new as a whole, the limit does not count.
-    let (router, ids_of_new) = new_fleet(3, unqueued(policy::LEAST_REQUESTS));
-    let bookings: Vec<Booking> = (0..30).map(|_| route(&router, seconds(1.0))).collect();
-    for id in ids_of_new {
-        let booked = bookings.iter().filter(|booking| booking.worker() == id);
-        assert_eq!(booked.count(), 10);
-    }
     drop((bookings, ids));
+}
+
+/// Workers of a new fleet produce their first outputs at different times. A burst is spread evenly
+/// over all of them nevertheless.
+#[test]
+fn a_burst_on_a_new_fleet_is_not_limited() {
+    let (router, ids) = new_fleet(4, unqueued(policy::LEAST_REQUESTS));
+    let mut bookings: Vec<Booking> = Vec::new();
+    for round in 1..=4 {
+        bookings.extend((0..40).map(|_| route(&router, seconds(1.0))));
+        for &id in &ids {
+            let booked = bookings.iter().filter(|booking| booking.worker() == id);
+            assert_eq!(booked.count(), 10 * round);
+        }
+        let of_next = |booking: &&mut Booking| booking.worker() == ids[round - 1];
+        let first = bookings.iter_mut().find(of_next);
+        first.unwrap().on_first_token(seconds(1.0));
+    }
+    // A worker that joins them is limited.
+    let new = add_worker(&router, 4);
+    bookings.extend((0..9).map(|_| route(&router, seconds(2.0))));
+    let on_new = bookings.iter().filter(|booking| booking.worker() == new);
+    assert_eq!(on_new.count(), 2);
 }
 
 #[test]
